@@ -1,0 +1,1 @@
+"""Triton kernels of ProCon: tensors in, tensors out. Installed as ``procon.kernels``."""

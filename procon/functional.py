@@ -1,0 +1,250 @@
+"""The fused op of the projection constraint: projection, penalty, and the penalty with pass-through.
+
+Source: "Anchoring Refusal Direction" (arXiv 2509.06795), section III-C: the projection of a block's input on the
+block's refusal direction, and the penalty on its distance from the projection that the same token had before training.
+With hidden states ``h_t``, directions ``r_k``, anchors ``a_tk`` and token weights ``w_t``::
+
+    z_tk = <h_t, r_k>        penalty = sum_t w_t sum_k phi(z_tk - a_tk)
+
+``phi`` is ``"squared"`` (``e^2``), ``"absolute"`` (``|e|``, the paper's norm of a scalar; its slope at 0 is 0) or
+``"huber"`` (``e^2 / 2`` up to 1, ``|e| - 1/2`` beyond).
+
+Shapes: ``hidden [..., D]``; ``direction [D]`` or ``[K, D]`` with K at most 8; ``anchor [...]``, or ``[..., K]`` when
+the directions are ``[K, D]``; ``weight [...]``, numbers at least 0 or booleans (values are not checked: that would wait
+for the device). No anchor means 0, no weight means 1. The hidden states of a token of weight 0 count for nothing,
+whatever they hold: NaN and infinity too.
+
+Dtypes: ``hidden`` is float16, bfloat16, float32 or float64. Everything is computed and returned in float32 (float64 for
+float64 hidden states), under autocast too.
+
+Gradients flow to ``hidden`` alone, once (no double backward). A direction, anchor or weight that requires a gradient is
+refused. All bad input raises :class:`procon.errors.ProConError`.
+
+Backends: ``"auto"`` is Triton for tensors on a CUDA or ROCm device and plain PyTorch elsewhere; ``"triton"`` and
+``"eager"`` insist. The environment variable ``PROCON_BACKEND`` says what ``"auto"`` means.
+"""
+
+import os
+import warnings
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from procon.autograd import Constrain, Project
+from procon.errors import ProConError
+
+__all__ = ["constrain", "project", "projection_penalty"]
+
+_BACKENDS = ("auto", "triton", "eager")
+_PENALTIES = ("squared", "absolute", "huber")
+_REDUCTIONS = ("sum", "mean", "none")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MAX_DIRECTIONS = 8
+
+
+def project(hidden: Tensor, direction: Tensor, *, backend: str = "auto") -> Tensor:
+    """Projection of every hidden state on one or several directions, differentiable with respect to ``hidden``.
+
+    Args:
+        hidden: ``[..., D]``.
+        direction: ``[D]`` or ``[K, D]``.
+        backend: ``"auto"``, ``"triton"`` or ``"eager"``.
+
+    Returns:
+        ``[...]`` for one direction ``[D]``, ``[..., K]`` for ``[K, D]``.
+
+    Raises:
+        ProConError: for a wrong shape, dtype, device or backend.
+    """
+    directions = _directions(hidden, direction)
+    projection = Project.apply(hidden, directions, _choose_backend(backend, hidden.device.type))
+    return projection.view(hidden.shape[:-1] + direction.shape[:-1])
+
+
+def projection_penalty(
+    hidden: Tensor,
+    direction: Tensor,
+    anchor: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    penalty: str = "squared",
+    reduction: str = "sum",
+    backend: str = "auto",
+) -> Tensor:
+    """Penalty on the distance of the projections from their anchors, as a loss of its own.
+
+    Inside a model :func:`constrain` costs less: here the backward writes a gradient as large as ``hidden``, which
+    autograd then has to add to the one of the model.
+
+    Args:
+        hidden: ``[..., D]``.
+        direction: ``[D]`` or ``[K, D]``.
+        anchor: ``[...]``, or ``[..., K]`` for ``[K, D]``.
+        weight: ``[...]``, at least 0.
+        penalty: ``"squared"``, ``"absolute"`` or ``"huber"``.
+        reduction: ``"sum"``; ``"mean"``, the sum divided by the sum of the weights (by the number of tokens without
+            weights), which is 0 when there is no token or every weight is 0; ``"none"``, the penalty of each token.
+        backend: ``"auto"``, ``"triton"`` or ``"eager"``.
+
+    Returns:
+        A scalar, or ``[...]`` for ``"none"``.
+
+    Raises:
+        ProConError: for a wrong shape, dtype, device, option or backend.
+    """
+    _one_of("reduction", reduction, _REDUCTIONS)
+    _, loss = _constrain(hidden, direction, anchor, weight, penalty, reduction == "none", backend)
+    if reduction == "none":
+        return loss.view(hidden.shape[:-1])
+    if reduction == "mean":
+        if weight is None:
+            return loss / max(hidden.shape[:-1].numel(), 1)
+        total = weight.sum(dtype=loss.dtype)
+        return loss / torch.where(total == 0, 1, total)
+    return loss
+
+
+def constrain(
+    hidden: Tensor,
+    direction: Tensor,
+    anchor: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    penalty: str = "squared",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Penalty on the distance of the projections from their anchors, with the hidden states passed through.
+
+    Call it where the block reads its input, and give the block the hidden states that come back::
+
+        hidden, penalty = constrain(hidden, direction, anchor, weight)
+
+    The backward then adds the penalty's gradient to the one that arrives for ``hidden`` in a single write. Either
+    result may be left unused; the gradients are exact all the same.
+
+    Args:
+        hidden: ``[..., D]``.
+        direction: ``[D]`` or ``[K, D]``.
+        anchor: ``[...]``, or ``[..., K]`` for ``[K, D]``.
+        weight: ``[...]``, at least 0.
+        penalty: ``"squared"``, ``"absolute"`` or ``"huber"``.
+        backend: ``"auto"``, ``"triton"`` or ``"eager"``.
+
+    Returns:
+        ``hidden``, sharing its memory (autograd refuses to let it be changed in place), and the scalar sum of the
+        penalties.
+
+    Raises:
+        ProConError: for a wrong shape, dtype, device, option or backend.
+    """
+    return _constrain(hidden, direction, anchor, weight, penalty, False, backend)
+
+
+def _constrain(
+    hidden: Tensor,
+    direction: Tensor,
+    anchor: Tensor | None,
+    weight: Tensor | None,
+    penalty: str,
+    per_token: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    directions = _directions(hidden, direction)
+    _one_of("penalty", penalty, _PENALTIES)
+    tokens = hidden.shape[:-1]
+    if anchor is not None:
+        _check_companion("anchor", anchor, hidden, tokens + direction.shape[:-1])
+        anchor = anchor.to(directions.dtype).reshape(-1, len(directions))
+    if weight is not None:
+        _check_companion("weight", weight, hidden, tokens)
+        weight = weight.to(directions.dtype).reshape(-1)
+    backend = _choose_backend(backend, hidden.device.type)
+    return Constrain.apply(hidden, directions, anchor, weight, penalty, per_token, backend)
+
+
+def _directions(hidden: Tensor, direction: Tensor) -> Tensor:
+    """The directions as a contiguous ``[K, D]`` in the dtype of the computation, once both arguments are found good."""
+    _check_tensor("hidden", hidden)
+    if hidden.dtype not in _DTYPES:
+        raise ProConError(f"hidden is {hidden.dtype}: convert it to float16, bfloat16, float32 or float64")
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ProConError(f"hidden has shape {list(hidden.shape)}: give [..., D] with D at least 1")
+    _check_tensor("direction", direction)
+    size = hidden.shape[-1]
+    if direction.dim() not in (1, 2) or direction.shape[-1] != size:
+        raise ProConError(f"direction has shape {list(direction.shape)}: give [{size}] or [K, {size}] to match hidden")
+    if direction.dim() == 2 and not 1 <= direction.shape[0] <= _MAX_DIRECTIONS:
+        raise ProConError(
+            f"direction holds {direction.shape[0]} directions: give 1 to {_MAX_DIRECTIONS}, call again for more"
+        )
+    _check_companion("direction", direction, hidden, direction.shape)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return direction.to(dtype).reshape(-1, size).contiguous()
+
+
+def _check_companion(name: str, tensor: Tensor, hidden: Tensor, shape: torch.Size) -> None:
+    _check_tensor(name, tensor)
+    if tensor.shape != shape:
+        raise ProConError(f"{name} has shape {list(tensor.shape)}: give {list(shape)}, one number for each projection")
+    if tensor.is_complex():
+        raise ProConError(f"{name} is {tensor.dtype}: give real numbers")
+    if tensor.device != hidden.device:
+        raise ProConError(f"{name} is on {tensor.device} but hidden is on {hidden.device}: move {name} there")
+    if tensor.requires_grad:
+        raise ProConError(f"{name} requires a gradient, but only hidden gets one: pass {name}.detach()")
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise ProConError(f"{name} is a {type(value).__name__}: give a torch.Tensor")
+    # By name, because importing torch.distributed.tensor takes longer than everything else in this file.
+    if type(value).__name__ == "DTensor":
+        raise ProConError(
+            f"{name} is a DTensor, not supported yet: pass {name}.to_local() of a tensor sharded on tokens"
+        )
+
+
+def _one_of(name: str, value: str, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ProConError(f"{name} is {value!r}: give one of {', '.join(map(repr, options))}")
+
+
+@torch.compiler.assume_constant_result
+def _choose_backend(backend: str, device: str) -> str:
+    """``"triton"`` or ``"eager"`` for tensors on this type of device."""
+    _one_of("backend", backend, _BACKENDS)
+    if backend == "auto":
+        backend = os.environ.get("PROCON_BACKEND", "auto")
+        _one_of("the environment variable PROCON_BACKEND", backend, _BACKENDS)
+    if backend == "auto":
+        return "triton" if device == "cuda" and _triton_or_warn() else "eager"
+    if backend == "triton":
+        _require_triton(device)
+    return backend
+
+
+@cache
+def _triton_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _triton_or_warn() -> bool:
+    if not _triton_installed():
+        warnings.warn("Triton is not installed: the slower PyTorch path is used (pip install triton)", stacklevel=2)
+    return _triton_installed()
+
+
+def _require_triton(device: str) -> None:
+    if not _triton_installed():
+        raise ProConError("backend is 'triton' but Triton is not installed: pip install triton, or backend='eager'")
+    if device != "cuda":
+        from triton import knobs
+
+        if not knobs.runtime.interpret:
+            raise ProConError(
+                f"backend is 'triton' but hidden is on {device}: move it to a GPU, use backend='eager',"
+                " or set TRITON_INTERPRET=1 before Triton is imported"
+            )
