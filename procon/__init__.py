@@ -1,0 +1,46 @@
+"""ProCon: fine-tune a chat model without it forgetting how to refuse.
+
+Names are imported on first use, so ``from procon import constrain`` loads neither transformers nor Triton.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from procon.version import __version__
+
+_HOME = {
+    "project": "functional",
+    "projection_penalty": "functional",
+    "constrain": "functional",
+    "ProConError": "errors",
+    "RefusalDirections": "directions",
+    "Anchors": "anchors",
+    "ProjectionConstraint": "constraint",
+    "AlphaSchedule": "schedule",
+    "ProConConfig": "training",
+    "ProConTrainer": "training",
+}
+
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from procon.anchors import Anchors as Anchors
+    from procon.constraint import ProjectionConstraint as ProjectionConstraint
+    from procon.directions import RefusalDirections as RefusalDirections
+    from procon.errors import ProConError as ProConError
+    from procon.functional import constrain as constrain
+    from procon.functional import project as project
+    from procon.functional import projection_penalty as projection_penalty
+    from procon.schedule import AlphaSchedule as AlphaSchedule
+    from procon.training import ProConConfig as ProConConfig
+    from procon.training import ProConTrainer as ProConTrainer
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'procon' has no attribute {name!r}")
+    return getattr(import_module(f"procon.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

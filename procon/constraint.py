@@ -1,0 +1,242 @@
+"""The projection constraint on a model's block inputs."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from procon.decoder import block_input, find_decoder
+from procon.directions import RefusalDirections
+from procon.errors import ProConError
+from procon.functional import constrain
+
+logger = logging.getLogger(__name__)
+
+Units = Literal["raw", "gap"]
+Blocks = Literal["all"] | float | Sequence[int]
+
+
+class ProjectionConstraint:
+    """Penalises departures of the block inputs from their anchors along the refusal directions.
+
+    Mean over constrained tokens and constrained blocks of ``phi(<r_l, x_l[t]> - z0_l[t])`` (paper section III-C1,
+    with a mean for the paper's sum). The op runs at each block, so one gradient of a block input is alive at a time.
+
+    Usage, in any training loop::
+
+        with ProjectionConstraint(directions).attach(model) as constraint:
+            for batch in loader:  # through an AnchoredCollator
+                constraint.target(batch.pop("anchors"), batch.pop("constraint_mask"))
+                loss = model(**batch).loss + alpha * constraint.penalty()
+                loss.backward()
+
+    Args:
+        directions: one direction a block.
+        blocks: ``"all"`` that have a direction (paper), a list of indices, or a fraction: the deepest share of them.
+        penalty: ``"squared"``, ``"absolute"`` (as the paper typesets it) or ``"huber"``.
+        units: ``"raw"`` (paper), or ``"gap"``: in units of the distance between the malicious and the benign mean of
+            each block, which weighs blocks alike although the residual stream grows with depth.
+        backend: of :func:`procon.functional.constrain`.
+
+    Attributes:
+        blocks: indices of the constrained blocks, in order; the last axis of ``anchors`` follows it.
+        enabled: set to False, the hooks do nothing and training runs at plain speed (alpha 0).
+    """
+
+    def __init__(
+        self,
+        directions: RefusalDirections,
+        *,
+        blocks: Blocks = "all",
+        penalty: str = "squared",
+        units: Units = "raw",
+        backend: str = "auto",
+    ):
+        if units not in ("raw", "gap"):
+            raise ProConError(f"units is {units!r}: choose 'raw' or 'gap'")
+        self.blocks = select_blocks(directions, blocks)
+        self.enabled = True
+        self._directions = directions
+        gap = directions.gap[list(self.blocks)]
+        self._scale = 1.0 / gap if units == "gap" else torch.ones_like(gap)
+        self._vectors = directions.directions[list(self.blocks)] * self._scale[:, None]
+        self._penalty = penalty
+        self._backend = backend
+        self._handles: list = []
+        self._on_device: dict[tuple[int, torch.device], Tensor] = {}
+        self._forget()
+
+    def attach(self, model: nn.Module) -> ProjectionConstraint:
+        """Hook the inputs of the constrained blocks of ``model``; undone by :meth:`detach` or on leaving ``with``.
+
+        Raises:
+            ProConError: if the directions do not fit the model, or this constraint is attached already.
+        """
+        if self._handles:
+            raise ProConError("this constraint is attached already: call detach() first")
+        decoder = find_decoder(model)
+        self._directions.check_fits(decoder)
+        for column, block in enumerate(self.blocks):
+            hook = self._hook(column)
+            self._handles.append(decoder.blocks[block].register_forward_pre_hook(hook, with_kwargs=True))
+        logger.info("projection constraint on the inputs of %d of %d blocks", len(self.blocks), len(decoder.blocks))
+        return self
+
+    def detach(self) -> None:
+        """Remove all hooks; the model is as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._forget()
+
+    def __enter__(self) -> ProjectionConstraint:
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self.detach()
+
+    def _forget(self) -> None:
+        self._anchors: Tensor | None = None
+        self._mask: Tensor | None = None
+        self._terms: dict[int, Tensor | None] = {}
+
+    def target(self, anchors: Tensor, mask: Tensor) -> None:
+        """Set what the next forward is held to.
+
+        Args:
+            anchors: ``[B, T, len(blocks)]``, initial projections in raw units.
+            mask: ``[B, T]``, weight of each token, 0 where it is not constrained.
+        """
+        if anchors.shape != (*mask.shape, len(self.blocks)):
+            raise ProConError(
+                f"anchors have shape {tuple(anchors.shape)}, expected {(*mask.shape, len(self.blocks))}: record them "
+                "with blocks=constraint.blocks"
+            )
+        if not self._handles:
+            raise ProConError("the constraint is attached to no model: call attach(model) first")
+        # One contiguous [B, T] a block: a strided view would be copied at each block, and held until its backward.
+        self._anchors = (anchors.float() * self._scale.to(anchors.device)).movedim(-1, 0).contiguous()
+        self._mask = mask.float()
+        self._terms = {}
+        self._grad_was_enabled = torch.is_grad_enabled()
+
+    def penalty(self, tokens: Tensor | float | None = None) -> Tensor:
+        """The constraint of the forward that just ran: sum over its tokens and blocks / (``tokens`` * blocks).
+
+        Args:
+            tokens: number of constrained tokens to divide by; with gradient accumulation or several ranks, the count
+                over the whole optimiser step. This forward's own if not given.
+
+        Raises:
+            ProConError: if the forward did not pass every constrained block, or no gradient can flow.
+        """
+        if self._mask is None:
+            raise ProConError("no target is set: call target(anchors, mask) before the forward")
+        missing = len(self.blocks) - len(self._terms)
+        if missing:
+            raise ProConError(
+                f"the forward passed {len(self._terms)} of {len(self.blocks)} constrained blocks: attach the "
+                "constraint before torch.compile, and constrain only blocks that run"
+            )
+        terms = [term for term in self._terms.values() if term is not None]
+        if not terms:
+            raise ProConError(
+                "no constrained block's input needs a gradient, so the constraint cannot act: train parameters "
+                "below a constrained block, or constrain deeper blocks"
+            )
+        total = torch.stack([term.to(terms[0].device) for term in terms]).sum()
+        if tokens is None:
+            tokens = self._mask.sum().clamp_min(1).to(total.device)
+        return total / (tokens * len(self.blocks))
+
+    def _hook(self, column: int):
+        def pre_forward(module: nn.Module, args: tuple, kwargs: dict):
+            if not self.enabled:
+                return None
+            hidden = block_input(args, kwargs)
+            if self._anchors is None:
+                if module.training and torch.is_grad_enabled():
+                    raise ProConError(
+                        "a training forward ran without anchors while the constraint is attached: call "
+                        "target(anchors, mask) before it, set enabled = False, or detach()"
+                    )
+                return None
+            if self._grad_was_enabled and not torch.is_grad_enabled():
+                raise ProConError(
+                    "gradient checkpointing with use_reentrant=True runs the blocks without gradients, and the "
+                    "constraint would lose its own: set use_reentrant=False"
+                )
+            constrained = self._constrain(column, hidden)
+            if args:
+                return (constrained, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": constrained}
+
+        return pre_forward
+
+    def _constrain(self, column: int, hidden: Tensor) -> Tensor:
+        recomputing = column in self._terms
+        if recomputing and torch._C._current_graph_task_id() == -1:
+            raise ProConError(
+                f"block {self.blocks[column]} ran twice for one target: call target(anchors, mask) before each forward"
+            )
+        if hidden.shape[:-1] != self._mask.shape:
+            raise ProConError(
+                f"block {self.blocks[column]} got hidden states of shape {tuple(hidden.shape)} for a mask of shape "
+                f"{tuple(self._mask.shape)}: sequence-sharded activations are not supported"
+            )
+        if not hidden.requires_grad:
+            # Nothing below this block trains, so its input, and with it the penalty's gradient, cannot move.
+            self._terms[column] = None
+            return hidden
+        anchors = self._anchors[column].to(hidden.device)
+        constrained, term = constrain(
+            hidden,
+            self._vector(column, hidden.device),
+            anchors,
+            self._mask.to(hidden.device),
+            penalty=self._penalty,
+            backend=self._backend,
+        )
+        if not recomputing:
+            # A checkpointed block runs again within backward: the op is repeated there, its value is not.
+            self._terms[column] = term
+        return constrained
+
+    def _vector(self, column: int, device: torch.device) -> Tensor:
+        key = (column, device)
+        if key not in self._on_device:
+            self._on_device[key] = self._vectors[column].to(device)
+        return self._on_device[key]
+
+
+def select_blocks(directions: RefusalDirections, blocks: Blocks) -> tuple[int, ...]:
+    """Indices of the blocks to constrain.
+
+    Raises:
+        ProConError: if the selection is empty, out of range, or names a block without a direction.
+    """
+    usable = directions.usable.nonzero().flatten().tolist()
+    count = len(directions.directions)
+    if isinstance(blocks, str):
+        if blocks != "all":
+            raise ProConError(f"blocks is {blocks!r}: give 'all', a fraction such as 0.5, or a list of indices")
+        chosen = usable
+    elif isinstance(blocks, float):
+        if not 0 < blocks <= 1:
+            raise ProConError(f"blocks is the fraction {blocks:g}: give one above 0 and at most 1")
+        chosen = [block for block in usable if block >= count - math.ceil(blocks * count)]
+    else:
+        chosen = sorted({block + count if block < 0 else block for block in blocks})
+        for block in chosen:
+            if not 0 <= block < count:
+                raise ProConError(f"blocks names block {block}, but the model has {count}: give indices below {count}")
+            if block not in usable:
+                raise ProConError(f"blocks names block {block}, which has no direction: leave it out")
+    if not chosen:
+        raise ProConError("no block is selected: give at least one block that has a direction")
+    return tuple(chosen)

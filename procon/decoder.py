@@ -1,0 +1,113 @@
+"""The decoder inside a causal language model, found by structure and not by a list of model names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+
+from procon.errors import ProConError
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The residual stream of a causal LM.
+
+    Attributes:
+        module: the base decoder, whose forward ends before the LM head.
+        blocks: its ``L`` decoder blocks, in order.
+        hidden_size: ``D``, the width of the residual stream.
+    """
+
+    module: nn.Module
+    blocks: nn.ModuleList
+    hidden_size: int
+
+
+def find_decoder(model: nn.Module) -> Decoder:
+    """Return the decoder of ``model``: the module that directly owns the token embedding and the block list.
+
+    Works through PEFT, DDP, ``torch.compile`` and FSDP2, for Llama-, Mistral-, Qwen-, Gemma-, Phi-3-, GPT-2- and
+    GPT-NeoX-style models, and for the language side of a vision-language model.
+
+    Raises:
+        ProConError: for encoder-decoders, prompt-learning adapters, and models without such a module.
+    """
+    model = extract_model_from_parallel(model)
+    _refuse_prompt_learning(model)
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_input_embeddings"):
+        raise ProConError(f"model is a {type(model).__name__}, not a transformers causal LM: pass a PreTrainedModel")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ProConError(
+            f"{type(model).__name__} is an encoder-decoder: the constraint is defined for decoder-only LMs"
+        )
+    text_config = config.get_text_config(decoder=True)
+    embedding = model.get_input_embeddings()
+    for module in model.modules():
+        children = list(module.children())
+        if not any(child is embedding for child in children):
+            continue
+        for child in children:
+            if isinstance(child, nn.ModuleList) and len(child) == text_config.num_hidden_layers:
+                return Decoder(module, child, text_config.hidden_size)
+    raise ProConError(
+        f"no decoder found in {type(model).__name__}: expected one module that owns the token embedding and a "
+        f"ModuleList of {text_config.num_hidden_layers} blocks; please report the model class"
+    )
+
+
+def _refuse_prompt_learning(model: nn.Module) -> None:
+    config = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
+    if config is not None and getattr(config, "is_prompt_learning", False):
+        raise ProConError(
+            f"adapter type {config.peft_type} lengthens the sequence with virtual tokens, which have no anchors: "
+            "use LoRA, DoRA, IA3 or full fine-tuning"
+        )
+
+
+def block_input(args: tuple, kwargs: dict) -> Tensor:
+    """The residual stream ``[..., D]`` that a decoder block was called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+@contextmanager
+def observe_block_inputs(decoder: Decoder, observe: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Within the context, call ``observe(block index, hidden_states)`` on the input of every block."""
+
+    def hook(index: int):
+        def pre_forward(_module, args, kwargs):
+            observe(index, block_input(args, kwargs))
+
+        return pre_forward
+
+    handles = [
+        block.register_forward_pre_hook(hook(index), with_kwargs=True) for index, block in enumerate(decoder.blocks)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module's own training flag is restored afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device that inputs of ``model`` go to."""
+    return model.get_input_embeddings().weight.device

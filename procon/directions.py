@@ -1,0 +1,289 @@
+"""Refusal directions: extract, save, load, compare."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from procon.chat import pad_token_id, render, template_hash, user_turn
+from procon.decoder import Decoder, evaluating, find_decoder, model_device, observe_block_inputs
+from procon.errors import ProConError
+from procon.generation import generate_replies
+from procon.prompts import ContrastPrompts, builtin_prompts
+from procon.refusal import refusal_rate
+from procon.version import __version__
+
+#: A mean difference this small beside the hidden states themselves is rounding, not a direction: the first block's
+#: input at the last prompt token is one and the same embedding for every prompt.
+DEAD_GAP = 1e-5
+
+REFUSAL_CHECK_PROMPTS = 32
+
+
+@dataclass(frozen=True)
+class RefusalDirections:
+    """One unit direction a block, at the block's input (paper section III-A).
+
+    Attributes:
+        directions: ``[L, D]`` fp32, unit rows; a zero row where the prompts do not differ (see :attr:`usable`).
+        gap: ``[L]`` fp32, distance between the malicious and the benign mean, in units of the hidden states.
+        auroc: ``[L]`` fp32, how well the projection tells held-out malicious from benign prompts (0.5 is chance).
+        provenance: model id and revision, chat template and prompt-set hashes, counts, versions, refusal rate.
+    """
+
+    directions: Tensor
+    gap: Tensor
+    auroc: Tensor
+    provenance: dict = field(default_factory=dict)
+
+    @property
+    def usable(self) -> Tensor:
+        """``[L]`` bool: blocks that have a direction."""
+        return self.gap > 0
+
+    @property
+    def hash(self) -> str:
+        """A short hash of the directions and their gaps."""
+        data = self.directions.numpy().tobytes() + self.gap.numpy().tobytes()
+        return hashlib.sha256(data).hexdigest()[:16]
+
+    def cosine(self, other: RefusalDirections) -> Tensor:
+        """Signed cosine to ``other``, block by block: ``[L]`` fp32, NaN where either has no direction (section III-B)."""
+        if self.directions.shape != other.directions.shape:
+            raise ProConError(
+                f"directions of shape {tuple(self.directions.shape)} and {tuple(other.directions.shape)} cannot be "
+                "compared: extract both from the same architecture"
+            )
+        cosine = (self.directions.double() * other.directions.double()).sum(-1).float()
+        return torch.where(self.usable & other.usable, cosine, torch.nan)
+
+    def check_fits(self, decoder: Decoder) -> None:
+        """Raise ProConError unless there is one direction of width ``D`` for each block of ``decoder``."""
+        blocks, width = self.directions.shape
+        if (blocks, width) != (len(decoder.blocks), decoder.hidden_size):
+            raise ProConError(
+                f"directions are for {blocks} blocks of width {width}, but the model has {len(decoder.blocks)} blocks "
+                f"of width {decoder.hidden_size}: extract directions from this model with 'procon directions'"
+            )
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file with the provenance in its header; returns its path."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"directions": self.directions, "gap": self.gap, "auroc": self.auroc}
+        partial = path.with_name(path.name + ".partial")
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, {"procon": json.dumps(self.provenance)})
+        partial.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> RefusalDirections:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ProConError: if the file is missing, truncated, or holds something else.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ProConError(f"directions file {str(path)!r} does not exist: make it with 'procon directions'")
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in ("directions", "gap", "auroc")}
+                provenance = json.loads((file.metadata() or {}).get("procon", "{}"))
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ProConError(
+                f"directions file {str(path)!r} is damaged or not one of ProCon's ({error}): extract it again"
+            ) from error
+        directions, gap, auroc = (tensors[name].float() for name in ("directions", "gap", "auroc"))
+        if directions.ndim != 2 or gap.shape != directions.shape[:1] or auroc.shape != gap.shape:
+            raise ProConError(
+                f"directions file {str(path)!r} holds tensors of shape {tuple(directions.shape)} and "
+                f"{tuple(gap.shape)}, not [L, D] and [L]: extract it again"
+            )
+        if not torch.isfinite(directions).all():
+            raise ProConError(f"directions file {str(path)!r} holds NaN or infinite values: extract it again")
+        return cls(directions, gap, auroc, provenance)
+
+    @classmethod
+    def extract(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: ContrastPrompts | None = None,
+        *,
+        held_out: ContrastPrompts | None = None,
+        batch_size: int = 32,
+        check_refusal: bool = True,
+        progress: bool = True,
+    ) -> RefusalDirections:
+        """Difference in means at the last prompt token, block by block, scaled to unit length (section III-A).
+
+        Args:
+            model: a chat model; used in eval mode, without gradients, through its base decoder only.
+            tokenizer: its tokenizer, with a chat template.
+            prompts: contrast prompts to extract from; the built-in ones if not given.
+            held_out: prompts to measure :attr:`auroc` on; the built-in held-out ones if not given.
+            check_refusal: generate replies to some malicious prompts first, and warn where none is refused.
+
+        Memory: one block's input at a time, plus ``2 * L * D`` fp64 sums.
+
+        Raises:
+            ProConError: on hidden states that are not finite, a tokenizer without chat template, or no usable block.
+        """
+        prompts = prompts or builtin_prompts("extraction")
+        held_out = held_out or builtin_prompts("held_out")
+        rate = None
+        if check_refusal:
+            rate = measure_refusal(model, tokenizer, prompts.malicious, batch_size=batch_size, progress=progress)
+        means, scales = zip(
+            *(
+                _mean_last_token(model, tokenizer, side, batch_size, f"{name} prompts", progress)
+                for name, side in (("malicious", prompts.malicious), ("benign", prompts.benign))
+            ),
+            strict=True,
+        )
+        difference = means[0] - means[1]  # [L, D] fp64
+        gap = difference.norm(dim=-1)
+        usable = gap > DEAD_GAP * torch.maximum(*scales)
+        if not usable.any():
+            raise ProConError("malicious and benign prompts give the same hidden states: pass prompts that differ")
+        gap = torch.where(usable, gap, 0.0)
+        unit = torch.where(usable[:, None], difference / gap.clamp_min(1e-300)[:, None], 0.0)
+        unfinished = cls(unit.float(), gap.float(), torch.full_like(gap, torch.nan).float())
+        z_malicious, z_benign = (
+            project_last_token(model, tokenizer, unfinished, side, batch_size=batch_size, progress=progress)
+            for side in (held_out.malicious, held_out.benign)
+        )
+        provenance = {
+            "model": getattr(model.config, "_name_or_path", ""),
+            "revision": getattr(model.config, "_commit_hash", None),
+            "dtype": str(model.dtype),
+            "chat_template": template_hash(tokenizer),
+            "prompts": prompts.hash,
+            "held_out_prompts": held_out.hash,
+            "counts": {"malicious": len(prompts.malicious), "benign": len(prompts.benign)},
+            "position": "last prompt token",
+            "refusal_rate": rate,
+            "versions": {
+                "procon": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
+        return cls(unfinished.directions, unfinished.gap, auroc(z_malicious, z_benign), provenance)
+
+
+def measure_refusal(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    malicious: Sequence[str],
+    *,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> float:
+    """Share of malicious prompts that the model refuses (on at most 32); warns where it refuses none."""
+    sample = [user_turn(prompt) for prompt in malicious[:REFUSAL_CHECK_PROMPTS]]
+    replies = generate_replies(
+        model,
+        tokenizer,
+        sample,
+        max_new_tokens=24,
+        batch_size=batch_size,
+        description="refusal check",
+        progress=progress,
+    )
+    rate = refusal_rate(replies)
+    if rate == 0:
+        warnings.warn(
+            f"the model refuses 0 of {len(sample)} malicious prompts (0%): its directions separate topics, not "
+            "refusal, and there is nothing to preserve; start from a model that refuses",
+            stacklevel=2,
+        )
+    return rate
+
+
+def project_last_token(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directions: RefusalDirections,
+    prompts: Sequence[str],
+    *,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> Tensor:
+    """Projection of each prompt's last token on each block's direction: ``[len(prompts), L]`` fp32."""
+    blocks = len(directions.directions)
+    z = torch.empty(len(prompts), blocks)
+    unit = directions.directions.to(model_device(model))
+
+    def consume(rows: list[int], block: int, hidden: Tensor) -> None:
+        z[rows, block] = (hidden.float() @ unit[block].to(hidden.device)).cpu()
+
+    _each_last_token(model, tokenizer, prompts, consume, batch_size, "projections", progress)
+    return z
+
+
+def auroc(positive: Tensor, negative: Tensor) -> Tensor:
+    """Probability that a positive value exceeds a negative one, ties counting half: ``[n, L], [m, L] -> [L]`` fp32."""
+    difference = positive[:, None] - negative[None]
+    return ((difference > 0).float() + 0.5 * (difference == 0).float()).mean((0, 1))
+
+
+def _mean_last_token(model, tokenizer, prompts, batch_size, description, progress) -> tuple[Tensor, Tensor]:
+    """Means ``[L, D]`` and mean norms ``[L]`` over prompts, fp64 on the CPU."""
+    decoder = find_decoder(model)
+    total = torch.zeros(len(decoder.blocks), decoder.hidden_size, dtype=torch.float64)
+    norms = torch.zeros(len(decoder.blocks), dtype=torch.float64)
+
+    def consume(_rows: list[int], block: int, hidden: Tensor) -> None:
+        hidden = hidden.cpu().double()
+        total[block] += hidden.sum(0)
+        norms[block] += hidden.norm(dim=-1).sum()
+
+    _each_last_token(model, tokenizer, prompts, consume, batch_size, description, progress)
+    if not torch.isfinite(total).all():
+        block = int((~torch.isfinite(total)).any(-1).nonzero()[0])
+        raise ProConError(
+            f"hidden states entering block {block} are NaN or infinite: load the model in bfloat16 or float32"
+        )
+    return total / len(prompts), norms / len(prompts)
+
+
+def _each_last_token(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    consume: Callable[[list[int], int, Tensor], None],
+    batch_size: int,
+    description: str,
+    progress: bool,
+) -> None:
+    """Call ``consume(rows, block, hidden [len(rows), D])`` for every batch of prompts and every block input."""
+    decoder = find_decoder(model)
+    ids = [render(tokenizer, user_turn(prompt), generation_prompt=True) for prompt in prompts]
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    device = model_device(model)
+    with evaluating(model), tqdm(total=len(ids), desc=description, unit="prompt", disable=not progress) as bar:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            lengths = torch.tensor([len(ids[i]) for i in rows])
+            batch = torch.full((len(rows), int(lengths.max())), pad_token_id(tokenizer))
+            for row, i in enumerate(rows):
+                batch[row, : len(ids[i])] = torch.tensor(ids[i])
+            mask = (torch.arange(batch.shape[1]) < lengths[:, None]).long()
+            last = (torch.arange(len(rows)), lengths - 1)
+            with observe_block_inputs(decoder, lambda block, h: consume(rows, block, h[last])):  # noqa: B023
+                decoder.module(input_ids=batch.to(device), attention_mask=mask.to(device), use_cache=False)
+            bar.update(len(rows))

@@ -1,0 +1,94 @@
+"""Contrast prompts: malicious instructions and benign ones on the same topics."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+from procon.errors import ProConError
+
+Split = Literal["extraction", "validation", "held_out"]
+
+
+@dataclass(frozen=True)
+class ContrastPrompts:
+    """Malicious and benign instructions, one sentence each; built-in ones are twins, pair by pair."""
+
+    malicious: tuple[str, ...]
+    benign: tuple[str, ...]
+
+    def __post_init__(self):
+        for name in ("malicious", "benign"):
+            if not getattr(self, name):
+                raise ProConError(f"no {name} prompts given: at least one is needed")
+
+    def first(self, n: int) -> ContrastPrompts:
+        """The first ``n`` of each side."""
+        return ContrastPrompts(self.malicious[:n], self.benign[:n])
+
+    @property
+    def hash(self) -> str:
+        """A short hash of the wording and order of all prompts, for provenance."""
+        return hashlib.sha256(json.dumps([self.malicious, self.benign]).encode()).hexdigest()[:16]
+
+
+@cache
+def _pairs() -> list[dict]:
+    return _asset_lines("pairs.jsonl")
+
+
+def _asset_lines(name: str) -> list[dict]:
+    text = files("procon.assets").joinpath(name).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines() if line]
+
+
+def builtin_prompts(split: Split) -> ContrastPrompts:
+    """The prompts written for this project: 16 categories; ``extraction`` 192 pairs, the other splits 64 each.
+
+    Rows alternate between the categories, so that the first ``n`` of a split cover as many as they can.
+    """
+    pairs = sorted((p for p in _pairs() if p["split"] == split), key=lambda p: p["id"].rsplit("-", 1)[1])
+    return ContrastPrompts(tuple(p["malicious"] for p in pairs), tuple(p["benign"] for p in pairs))
+
+
+@cache
+def builtin_refusals() -> tuple[str, ...]:
+    """Short refusals in an assistant's voice, that fit any malicious instruction."""
+    return tuple(line["refusal"] for line in _asset_lines("refusals.jsonl"))
+
+
+def load_instructions(path: str | Path) -> tuple[str, ...]:
+    """Instructions from a file: ``.txt`` (one a line) or ``.jsonl``/``.json`` with a key ``instruction`` or ``prompt``.
+
+    Raises:
+        ProConError: if the file is missing, empty, or a row has neither key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ProConError(f"prompt file {str(path)!r} does not exist")
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".txt":
+            rows: Sequence = text.splitlines()
+        elif path.suffix == ".json":
+            rows = json.loads(text)
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ProConError(f"prompt file {str(path)!r} is not valid JSON: {error}") from error
+    prompts = []
+    for number, row in enumerate(rows, 1):
+        prompt = row if isinstance(row, str) else row.get("instruction", row.get("prompt"))
+        if not isinstance(prompt, str):
+            raise ProConError(f"prompt file {str(path)!r}, row {number}: no key 'instruction' or 'prompt' with a text")
+        if prompt.strip():
+            prompts.append(prompt.strip())
+    if not prompts:
+        raise ProConError(f"prompt file {str(path)!r} holds no prompts")
+    return tuple(prompts)

@@ -1,0 +1,122 @@
+"""The strength of the constraint, alpha, over training."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from procon.errors import ProConError
+
+_PHASE = re.compile(r"(?P<alpha>[^@\s]+)(?:@(?P<length>[\d.]+)(?P<unit>ep|steps))?")
+
+_GRAMMAR = "'procon_s', 'procon_wu', 'procon_wu:ALPHA@4ep', or phases such as '1@2ep,0.1@200steps,0'"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Constant ``alpha`` for ``length`` epochs or steps; a length of None lasts to the end of training."""
+
+    alpha: float
+    length: float | None = None
+    unit: Literal["ep", "steps"] = "ep"
+
+    def __post_init__(self):
+        if not (math.isfinite(self.alpha) and self.alpha >= 0):
+            raise ProConError(f"alpha is {self.alpha:g}: give a finite number, 0 or more")
+        if self.length is not None and self.length <= 0:
+            raise ProConError(f"a schedule phase is {self.length:g} {self.unit} long: give a positive length")
+
+    def steps(self, steps_per_epoch: int) -> float:
+        """Length in optimiser steps."""
+        if self.length is None:
+            return math.inf
+        return self.length if self.unit == "steps" else math.ceil(self.length * steps_per_epoch)
+
+    def __str__(self) -> str:
+        return f"{self.alpha:g}" if self.length is None else f"{self.alpha:g}@{self.length:g}{self.unit}"
+
+
+@dataclass(frozen=True)
+class AlphaSchedule:
+    """A step schedule (paper section III-C2): phases one after the other, the last one to the end.
+
+    Attributes:
+        phases: the phases in order.
+        extra: how many of them, from the first, are added to the training length asked for: the warm-up of
+            ProCon_wu comes before the normal epochs, not out of them.
+    """
+
+    phases: tuple[Phase, ...]
+    extra: int = 0
+
+    def __post_init__(self):
+        if not self.phases:
+            raise ProConError(f"the alpha schedule is empty: give {_GRAMMAR}")
+        if any(phase.length is None for phase in self.phases[:-1]):
+            raise ProConError("only the last phase of an alpha schedule may have no length: add @Nep or @Nsteps")
+
+    @classmethod
+    def constant(cls, alpha: float = 0.1) -> AlphaSchedule:
+        """ProCon_s: the same ``alpha`` throughout (paper: 0.1 or 0.2)."""
+        return cls((Phase(alpha),))
+
+    @classmethod
+    def warmup(cls, alpha: float = 1.0, epochs: float = 4) -> AlphaSchedule:
+        """ProCon_wu: extra warm-up epochs under a strong ``alpha`` (paper: 1 or 2), then the normal ones without."""
+        return cls((Phase(alpha, epochs), Phase(0.0)), extra=1)
+
+    @classmethod
+    def parse(cls, text: str) -> AlphaSchedule:
+        """A schedule from a short string.
+
+        ``procon_s`` or ``procon_s:ALPHA``; ``procon_wu`` or ``procon_wu:ALPHA@LENGTH``; or phases ``ALPHA@LENGTH``
+        joined by commas, where LENGTH is like ``2ep`` or ``300steps`` and the last phase needs none.
+
+        Raises:
+            ProConError: on anything else, and on a negative alpha.
+        """
+        name, _, rest = text.strip().partition(":")
+        if name == "procon_s":
+            return cls.constant(_parse_phase(rest).alpha) if rest else cls.constant()
+        if name == "procon_wu":
+            if not rest:
+                return cls.warmup()
+            phase = _parse_phase(rest)
+            return cls((phase if phase.length else Phase(phase.alpha, 4), Phase(0.0)), extra=1)
+        return cls(tuple(_parse_phase(part) for part in text.split(",")))
+
+    def extra_steps(self, steps_per_epoch: int) -> int:
+        """Optimiser steps on top of the training length asked for."""
+        return int(sum(phase.steps(steps_per_epoch) for phase in self.phases[: self.extra]))
+
+    def alpha(self, step: int, steps_per_epoch: int) -> float:
+        """Alpha at optimiser step ``step``, counted from 0."""
+        end = 0.0
+        for phase in self.phases:
+            end += phase.steps(steps_per_epoch)
+            if step < end:
+                return phase.alpha
+        return self.phases[-1].alpha
+
+    @property
+    def active(self) -> bool:
+        """Whether alpha is ever above 0."""
+        return any(phase.alpha > 0 for phase in self.phases)
+
+    def __str__(self) -> str:
+        phases = ",".join(map(str, self.phases))
+        return f"procon_wu:{self.phases[0]}" if self.extra else phases
+
+
+def _parse_phase(text: str) -> Phase:
+    match = _PHASE.fullmatch(text.strip())
+    try:
+        if match is None:
+            raise ValueError
+        alpha = float(match["alpha"])
+        length = float(match["length"]) if match["length"] else None
+    except ValueError:
+        raise ProConError(f"alpha schedule {text!r} is not understood: give {_GRAMMAR}") from None
+    return Phase(alpha, length, match["unit"] or "ep")

@@ -1,0 +1,99 @@
+"""The single sequences inside a batch, however it was padded, packed or flattened."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from procon.data import IGNORE_INDEX
+from procon.errors import ProConError
+
+#: Which tokens of a sample are constrained; the paper's choice is ``response`` (section III-C1).
+TokenScope = Literal["response", "prompt", "all"]
+TOKEN_SCOPES: tuple[TokenScope, ...] = ("response", "prompt", "all")
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One unpadded sequence of a batch: tokens ``batch[row, start:stop]``.
+
+    Attributes:
+        input_ids: ``[T]`` int64.
+        is_response: ``[T]`` bool, the tokens with a label. The first token never counts: a causal LM has no target
+            for it, and flattening collators drop its label while padding ones keep it.
+    """
+
+    row: int
+    start: int
+    input_ids: np.ndarray
+    is_response: np.ndarray
+
+    @property
+    def span(self) -> slice:
+        return slice(self.start, self.start + len(self.input_ids))
+
+    def in_scope(self, scope: TokenScope) -> np.ndarray:
+        """``[T]`` bool: the constrained tokens."""
+        if scope == "response":
+            return self.is_response
+        return ~self.is_response if scope == "prompt" else np.ones_like(self.is_response)
+
+    def key(self) -> tuple[int, int]:
+        """64-bit content hashes of the token ids and of the label mask."""
+        return _hash(self.input_ids), _hash(self.is_response)
+
+
+def split_batch(batch: Mapping[str, Tensor]) -> Iterator[Sequence]:
+    """The sequences of a collated batch, by ``attention_mask``, and by ``position_ids`` or ``cu_seq_lens_q`` if packed.
+
+    Raises:
+        ProConError: if the batch has no labels, or its attention mask is not one run of ones a row.
+    """
+    if "labels" not in batch:
+        raise ProConError("the batch has no 'labels': the constraint needs them to tell the response from the prompt")
+    ids, labels = batch["input_ids"].numpy(), batch["labels"].numpy()
+    attention = batch.get("attention_mask")
+    if attention is not None and attention.shape != batch["input_ids"].shape:
+        raise ProConError(
+            f"attention_mask has shape {tuple(attention.shape)}, input_ids {tuple(ids.shape)}: pass a mask of the "
+            "same shape, or none and position_ids that restart at each sequence"
+        )
+    for row in range(len(ids)):
+        first, last = 0, ids.shape[1]
+        if attention is not None:
+            kept = np.flatnonzero(attention[row].numpy())
+            if len(kept) == 0:
+                continue
+            first, last = int(kept[0]), int(kept[-1]) + 1
+            if last - first != len(kept):
+                raise ProConError(f"attention_mask of row {row} has gaps: pad on one side only")
+        starts = [first, *_packed_starts(batch, row, first, last)]
+        for start, stop in zip(starts, [*starts[1:], last], strict=True):
+            is_response = labels[row, start:stop] != IGNORE_INDEX
+            is_response[0] = False
+            yield Sequence(row, start, ids[row, start:stop], is_response)
+
+
+def _packed_starts(batch: Mapping[str, Tensor], row: int, first: int, last: int) -> list[int]:
+    """Where further sequences of a row begin."""
+    if "position_ids" in batch:
+        positions = batch["position_ids"][row].numpy()
+        return [int(i) + first for i in np.flatnonzero(positions[first:last] == 0) if i > 0]
+    if "cu_seq_lens_q" in batch and len(batch["input_ids"]) == 1:
+        return [int(i) for i in batch["cu_seq_lens_q"][1:-1]]
+    return []
+
+
+def _hash(values: np.ndarray) -> int:
+    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(values).tobytes(), digest_size=8).digest(), "little")
+
+
+def count_in_scope(batch: Mapping[str, Tensor]) -> Tensor:
+    """Constrained tokens of a batch that :meth:`procon.anchors.Anchors.annotate` has marked: int64 scalar."""
+    return batch["constraint_mask"].count_nonzero().to(torch.int64)

@@ -1,0 +1,61 @@
+"""Packaging of ProCon. The folder ``kernels/`` installs as ``procon.kernels``: a top-level ``kernels`` would
+shadow Hugging Face's package of that name, which transformers imports."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "procon" / "version.py").read_text(), re.M).group(1)
+
+EXTRAS = {
+    "demo": ["gguf>=0.10"],
+    "train": ["tensorboard>=2.16", "wandb>=0.17"],
+    "flash": ["flash-attn>=2.7"],
+    "test": [
+        "gguf>=0.10",
+        "pytest>=8",
+        "pytest-benchmark>=5",
+        "pytest-xdist>=3.6",
+        "ruff>=0.12",
+        "triton>=3.6,<4; platform_system == 'Linux'",
+    ],
+}
+
+setup(
+    name="procon-llm",
+    version=VERSION,
+    description="Fine-tune a chat model without it forgetting how to refuse: a fused projection constraint.",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=["procon", "procon.training", "procon.assets", "procon.kernels"],
+    package_dir={"procon": "procon", "procon.kernels": "kernels"},
+    package_data={"procon.assets": ["*.jsonl", "*.safetensors", "*.json"], "procon": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11,<2.16",
+        "transformers>=5.17,<6",
+        "accelerate>=1.10",
+        "peft>=0.19",
+        "datasets>=4",
+        "safetensors>=0.5",
+        "numpy>=2",
+        "pyyaml>=6",
+        "matplotlib>=3.9",
+        "rich>=13.9",
+        "tqdm>=4.66",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["procon = procon.cli:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
