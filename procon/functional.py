@@ -155,10 +155,15 @@ def _constrain(
     _one_of("penalty", penalty, _PENALTIES)
     tokens = hidden.shape[:-1]
     if anchor is not None:
-        _check_companion("anchor", anchor, hidden, tokens + direction.shape[:-1])
+        _check_companion("anchor", anchor, hidden)
+        if anchor.shape != tokens + direction.shape[:-1]:
+            wanted = list(tokens + direction.shape[:-1])
+            raise ProConError(f"anchor has shape {list(anchor.shape)}: give {wanted}, the shape of the projections")
         anchor = anchor.to(directions.dtype).reshape(-1, len(directions))
     if weight is not None:
-        _check_companion("weight", weight, hidden, tokens)
+        _check_companion("weight", weight, hidden)
+        if weight.shape != tokens:
+            raise ProConError(f"weight has shape {list(weight.shape)}: give {list(tokens)}, one number for each token")
         weight = weight.to(directions.dtype).reshape(-1)
     backend = _choose_backend(backend, hidden.device.type)
     return Constrain.apply(hidden, directions, anchor, weight, penalty, per_token, backend)
@@ -171,7 +176,7 @@ def _directions(hidden: Tensor, direction: Tensor) -> Tensor:
         raise ProConError(f"hidden is {hidden.dtype}: convert it to float16, bfloat16, float32 or float64")
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ProConError(f"hidden has shape {list(hidden.shape)}: give [..., D] with D at least 1")
-    _check_tensor("direction", direction)
+    _check_companion("direction", direction, hidden)
     size = hidden.shape[-1]
     if direction.dim() not in (1, 2) or direction.shape[-1] != size:
         raise ProConError(f"direction has shape {list(direction.shape)}: give [{size}] or [K, {size}] to match hidden")
@@ -179,15 +184,12 @@ def _directions(hidden: Tensor, direction: Tensor) -> Tensor:
         raise ProConError(
             f"direction holds {direction.shape[0]} directions: give 1 to {_MAX_DIRECTIONS}, call again for more"
         )
-    _check_companion("direction", direction, hidden, direction.shape)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return direction.to(dtype).reshape(-1, size).contiguous()
 
 
-def _check_companion(name: str, tensor: Tensor, hidden: Tensor, shape: torch.Size) -> None:
+def _check_companion(name: str, tensor: Tensor, hidden: Tensor) -> None:
     _check_tensor(name, tensor)
-    if tensor.shape != shape:
-        raise ProConError(f"{name} has shape {list(tensor.shape)}: give {list(shape)}, one number for each projection")
     if tensor.is_complex():
         raise ProConError(f"{name} is {tensor.dtype}: give real numbers")
     if tensor.device != hidden.device:
@@ -219,7 +221,12 @@ def _choose_backend(backend: str, device: str) -> str:
         backend = os.environ.get("PROCON_BACKEND", "auto")
         _one_of("the environment variable PROCON_BACKEND", backend, _BACKENDS)
     if backend == "auto":
-        return "triton" if device == "cuda" and _triton_or_warn() else "eager"
+        if device != "cuda":
+            return "eager"
+        if not _triton_installed():
+            _warn_that_triton_is_missing()
+            return "eager"
+        return "triton"
     if backend == "triton":
         _require_triton(device)
     return backend
@@ -231,10 +238,8 @@ def _triton_installed() -> bool:
 
 
 @cache
-def _triton_or_warn() -> bool:
-    if not _triton_installed():
-        warnings.warn("Triton is not installed: the slower PyTorch path is used (pip install triton)", stacklevel=2)
-    return _triton_installed()
+def _warn_that_triton_is_missing() -> None:
+    warnings.warn("Triton is not installed: a slower PyTorch path is used (pip install triton)", stacklevel=2)
 
 
 def _require_triton(device: str) -> None:

@@ -1,0 +1,230 @@
+"""Is the public edge sound? Shapes and dtypes that come back, reductions, choice of backend, every error message."""
+
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from procon import functional
+from procon.errors import ProConError
+from procon.functional import constrain, project, projection_penalty
+
+HIDDEN = torch.randn(2, 3, 8)
+ONE = torch.randn(8)
+SEVERAL = torch.randn(4, 8)
+
+
+@pytest.mark.parametrize("lead", [(), (5,), (2, 3), (2, 0), (2, 1, 3)])
+@pytest.mark.parametrize("k", [None, 1, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_shapes_and_dtypes(lead, k, dtype):
+    hidden = torch.randn(*lead, 8, dtype=dtype)
+    several = (k,) if k else ()
+    direction, anchor, weight = torch.randn(*several, 8), torch.randn(lead + several), torch.rand(lead)
+    computed = torch.float64 if dtype == torch.float64 else torch.float32
+
+    projection = project(hidden, direction)
+    assert projection.shape == anchor.shape
+    assert projection.dtype == computed
+    by_definition = torch.einsum("...d,kd->...k", hidden.to(computed), direction.to(computed).reshape(-1, 8))
+    torch.testing.assert_close(projection, by_definition.reshape(anchor.shape), rtol=1e-4, atol=1e-5)
+
+    same, penalty = constrain(hidden, direction, anchor, weight)
+    assert same.data_ptr() == hidden.data_ptr()
+    assert same.shape == hidden.shape
+    assert penalty.shape == ()
+    assert penalty.dtype == computed
+    tokens = projection_penalty(hidden, direction, anchor, weight, reduction="none")
+    assert tokens.shape == lead
+    torch.testing.assert_close(tokens.sum(), penalty)
+    torch.testing.assert_close(projection_penalty(hidden, direction, anchor, weight), penalty)
+
+
+def test_any_layout_of_hidden_states_gives_the_same_numbers():
+    hidden = torch.randn(6, 5, 8)
+    reference = project(hidden, SEVERAL)
+    feature_first = hidden.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    torch.testing.assert_close(project(feature_first, SEVERAL), reference)
+    swapped = hidden.transpose(0, 1).contiguous().transpose(0, 1)
+    torch.testing.assert_close(project(swapped, SEVERAL), reference)
+    torch.testing.assert_close(project(hidden[:, 1:4], SEVERAL), reference[:, 1:4])
+    torch.testing.assert_close(project(hidden[0, 0].expand(6, 5, 8), SEVERAL)[3, 2], reference[0, 0])
+
+
+def test_a_mask_is_a_weight():
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    for weight in (mask, mask.long(), mask.half()):
+        _, penalty = constrain(HIDDEN, ONE, None, weight)
+        torch.testing.assert_close(penalty, (HIDDEN[mask] @ ONE).square().sum())
+
+
+class TestMean:
+    def test_divides_by_the_weights(self):
+        weight = torch.tensor([[0.5, 0.0, 0.25], [0.0, 0.0, 0.1]])
+        total = projection_penalty(HIDDEN, ONE, None, weight)
+        mean = projection_penalty(HIDDEN, ONE, None, weight, reduction="mean")
+        torch.testing.assert_close(mean, total / 0.85)
+
+    def test_divides_by_the_tokens_without_weights(self):
+        mean = projection_penalty(HIDDEN, SEVERAL, reduction="mean")
+        torch.testing.assert_close(mean, projection_penalty(HIDDEN, SEVERAL) / 6)
+
+    @pytest.mark.parametrize(
+        ("hidden", "weight"),
+        [(HIDDEN, torch.zeros(2, 3)), (HIDDEN[:, :0], torch.zeros(2, 0)), (HIDDEN[:, :0], None)],
+        ids=["all masked", "empty", "empty without weights"],
+    )
+    def test_nothing_to_average_is_zero(self, hidden, weight):
+        hidden = hidden.clone().requires_grad_()
+        mean = projection_penalty(hidden, ONE, None, weight, reduction="mean")
+        mean.backward()
+        assert mean.item() == 0
+        assert (hidden.grad == 0).all()
+
+
+def needs_grad(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone().requires_grad_()
+
+
+BAD = {
+    "hidden not a tensor": (lambda: project([1.0], ONE), "hidden is a list: give a torch.Tensor"),
+    "hidden of integers": (lambda: project(HIDDEN.long(), ONE), "hidden is torch.int64: convert it to float16"),
+    "hidden complex": (lambda: project(HIDDEN.cfloat(), ONE), "hidden is torch.complex64: convert it to float16"),
+    "hidden a scalar": (lambda: project(torch.tensor(1.0), ONE), "hidden has shape []: give [..., D]"),
+    "hidden without features": (lambda: project(torch.zeros(3, 0), ONE), "hidden has shape [3, 0]: give [..., D]"),
+    "direction of another size": (
+        lambda: project(HIDDEN, torch.randn(7)),
+        "direction has shape [7]: give [8] or [K, 8] to match hidden",
+    ),
+    "direction with three dimensions": (
+        lambda: project(HIDDEN, torch.randn(1, 1, 8)),
+        "direction has shape [1, 1, 8]: give [8] or [K, 8]",
+    ),
+    "too many directions": (lambda: project(HIDDEN, torch.randn(9, 8)), "direction holds 9 directions: give 1 to 8"),
+    "no directions": (lambda: project(HIDDEN, torch.randn(0, 8)), "direction holds 0 directions: give 1 to 8"),
+    "direction complex": (lambda: project(HIDDEN, ONE.cfloat()), "direction is torch.complex64: give real numbers"),
+    "direction elsewhere": (
+        lambda: project(HIDDEN, ONE.to("meta")),
+        "direction is on meta but hidden is on cpu: move direction there",
+    ),
+    "direction with a gradient": (
+        lambda: project(HIDDEN, needs_grad(ONE)),
+        "direction requires a gradient, but only hidden gets one: pass direction.detach()",
+    ),
+    "anchor of another shape": (
+        lambda: constrain(HIDDEN, ONE, torch.zeros(2, 4)),
+        "anchor has shape [2, 4]: give [2, 3], the shape of the projections",
+    ),
+    "anchor without directions": (
+        lambda: constrain(HIDDEN, SEVERAL, torch.zeros(2, 3)),
+        "anchor has shape [2, 3]: give [2, 3, 4], the shape of the projections",
+    ),
+    "anchor elsewhere": (
+        lambda: constrain(HIDDEN, ONE, torch.zeros(2, 3, device="meta")),
+        "anchor is on meta but hidden is on cpu: move anchor there",
+    ),
+    "anchor with a gradient": (
+        lambda: constrain(HIDDEN, ONE, needs_grad(torch.zeros(2, 3))),
+        "anchor requires a gradient, but only hidden gets one: pass anchor.detach()",
+    ),
+    "weight of another shape": (
+        lambda: constrain(HIDDEN, SEVERAL, None, torch.ones(2, 3, 4)),
+        "weight has shape [2, 3, 4]: give [2, 3], one number for each token",
+    ),
+    "weight a number": (lambda: constrain(HIDDEN, ONE, None, 1.0), "weight is a float: give a torch.Tensor"),
+    "weight complex": (
+        lambda: constrain(HIDDEN, ONE, None, torch.ones(2, 3).cfloat()),
+        "weight is torch.complex64: give real numbers",
+    ),
+    "weight with a gradient": (
+        lambda: constrain(HIDDEN, ONE, None, needs_grad(torch.ones(2, 3))),
+        "weight requires a gradient, but only hidden gets one: pass weight.detach()",
+    ),
+    "unknown penalty": (
+        lambda: constrain(HIDDEN, ONE, penalty="l2"),
+        "penalty is 'l2': give one of 'squared', 'absolute', 'huber'",
+    ),
+    "unknown reduction": (
+        lambda: projection_penalty(HIDDEN, ONE, reduction="avg"),
+        "reduction is 'avg': give one of 'sum', 'mean', 'none'",
+    ),
+    "unknown backend": (
+        lambda: project(HIDDEN, ONE, backend="cuda"),
+        "backend is 'cuda': give one of 'auto', 'triton', 'eager'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_errors_name_the_argument_and_the_remedy(case):
+    call, message = BAD[case]
+    with pytest.raises(ProConError, match="^" + re.escape(message)) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_distributed_tensors_are_refused_by_name():
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = distribute_tensor(HIDDEN, DeviceMesh("cpu", [0]))
+        with pytest.raises(ProConError, match=r"^hidden is a DTensor, not supported yet"):
+            constrain(sharded, ONE)
+    finally:
+        dist.destroy_process_group()
+
+
+class TestBackend:
+    @pytest.fixture
+    def chosen(self, monkeypatch):
+        """What is chosen for tensors on a type of device, without having the device."""
+        functional._warn_that_triton_is_missing.cache_clear()
+        return functional._choose_backend
+
+    def test_auto_follows_the_device(self, chosen):
+        assert chosen("auto", "cpu") == "eager"
+        assert chosen("auto", "cuda") == "triton"
+
+    def test_environment_says_what_auto_means(self, chosen, monkeypatch):
+        monkeypatch.setenv("PROCON_BACKEND", "eager")
+        assert chosen("auto", "cuda") == "eager"
+        assert chosen("triton", "cuda") == "triton"
+        monkeypatch.setenv("PROCON_BACKEND", "fast")
+        with pytest.raises(ProConError, match="the environment variable PROCON_BACKEND is 'fast': give one of"):
+            chosen("auto", "cuda")
+
+    def test_missing_triton_warns_once_and_falls_back(self, chosen, monkeypatch):
+        monkeypatch.setattr(functional, "_triton_installed", lambda: False)
+        with pytest.warns(UserWarning, match="Triton is not installed"):
+            assert chosen("auto", "cuda") == "eager"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert chosen("auto", "cuda") == "eager"
+            assert chosen("auto", "cpu") == "eager"
+        with pytest.raises(ProConError, match="backend is 'triton' but Triton is not installed: pip install triton"):
+            chosen("triton", "cuda")
+
+    def test_triton_on_cpu_needs_the_interpreter(self, chosen, monkeypatch):
+        triton = pytest.importorskip("triton")
+        monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+        with pytest.raises(ProConError, match="backend is 'triton' but hidden is on cpu: move it to a GPU"):
+            chosen("triton", "cpu")
+
+    def test_import_and_use_without_triton_or_transformers(self):
+        program = """
+import sys
+sys.modules["triton"] = None
+import torch
+from procon.functional import constrain
+_, penalty = constrain(torch.ones(3, 4), torch.ones(4))
+assert penalty.item() == 48, penalty
+assert "transformers" not in sys.modules
+assert not any(name.startswith("procon.kernels") for name in sys.modules)
+"""
+        subprocess.run([sys.executable, "-c", program], check=True)
