@@ -14,7 +14,9 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
+
+from procon.errors import ProConError
 
 _MODULES = {"eager": "procon.eager", "triton": "procon.kernels.projection_penalty"}
 _library = torch.library.Library("procon", "DEF")
@@ -96,6 +98,30 @@ def _accumulate_gradient(
     return gradient.view(shape)
 
 
+class _DifferentiableOnce(torch.autograd.Function):
+    """Identity on a gradient; taking its derivative is an error, where a plain tensor would count as a constant."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_gradient: Tensor):
+        raise ProConError(
+            "the projection penalty has no second derivative: leave it out of what create_graph=True covers"
+        )
+
+
+def _gradient(
+    ctx: FunctionCtx, incoming: Tensor | None, upstream: Tensor | None, coefficient: Tensor, direction: Tensor
+) -> Tensor:
+    with torch.no_grad():
+        gradient = _accumulate_gradient(incoming, upstream, coefficient, direction, ctx.shape, ctx.dtype, ctx.backend)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _DifferentiableOnce.apply(gradient.requires_grad_())
+    return gradient
+
+
 class Project(torch.autograd.Function):
     """``hidden [..., D]``, ``direction [K, D]`` -> projection ``[N, K]``."""
 
@@ -106,11 +132,9 @@ class Project(torch.autograd.Function):
         return _project(hidden, direction, backend)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, grad_projection: Tensor):
         (direction,) = ctx.saved_tensors
-        gradient = _accumulate_gradient(None, None, grad_projection, direction, ctx.shape, ctx.dtype, ctx.backend)
-        return gradient, None, None
+        return _gradient(ctx, None, None, grad_projection, direction), None, None
 
 
 class Constrain(torch.autograd.Function):
@@ -138,12 +162,7 @@ class Constrain(torch.autograd.Function):
         return hidden, tokens if per_token else tokens.sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, grad_hidden: Tensor | None, grad_penalty: Tensor | None):
         if grad_penalty is not None:
-            coefficient, direction = ctx.saved_tensors
-            # The arriving gradient may be shared with another branch of the model: never written to.
-            grad_hidden = _accumulate_gradient(
-                grad_hidden, grad_penalty, coefficient, direction, ctx.shape, ctx.dtype, ctx.backend
-            )
+            grad_hidden = _gradient(ctx, grad_hidden, grad_penalty, *ctx.saved_tensors)
         return grad_hidden, None, None, None, None, None, None

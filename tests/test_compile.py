@@ -1,0 +1,113 @@
+"""Does torch.compile keep the op in one graph with the same numbers, and do the registered operators tell the truth?"""
+
+import pytest
+import torch
+
+from procon.functional import constrain, project, projection_penalty
+
+
+@pytest.fixture(params=["eager", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def rest(device):
+    make = torch.Generator().manual_seed(3)
+    direction = torch.randn(2, 32, generator=make)
+    anchor, weight = torch.randn(2, 5, 2, generator=make), torch.rand(2, 5, generator=make)
+    return direction.to(device), anchor.to(device), weight.to(device)
+
+
+def every_usage(hidden, direction, anchor, weight, backend):
+    """All three functions inside a small computation, with both and with either output of constrain."""
+    hidden = hidden * 1.5
+    hidden, first = constrain(hidden, direction, anchor, weight, backend=backend)
+    passed, _ = constrain(hidden.tanh(), direction, anchor, weight, penalty="absolute", backend=backend)
+    _, alone = constrain(hidden, direction[0], None, weight, penalty="huber", backend=backend)
+    mean = projection_penalty(passed, direction, anchor, weight > 0.5, reduction="mean", backend=backend)
+    tokens = projection_penalty(passed, direction[1], reduction="none", backend=backend)
+    return passed.sum() + first + alone + mean + (tokens * weight).sum() + project(hidden, direction).sin().sum()
+
+
+def loss_and_gradient(function, hidden, *arguments):
+    leaf = hidden.clone().requires_grad_()
+    loss = function(leaf, *arguments)
+    loss.backward()
+    return loss.detach(), leaf.grad
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fullgraph(device, rest, backend, compiler, dtype):
+    compiled = torch.compile(every_usage, fullgraph=True, backend=compiler)
+    hidden = torch.randn(2, 5, 32, device=device).to(dtype)
+    expected = loss_and_gradient(every_usage, hidden, *rest, backend)
+    received = loss_and_gradient(compiled, hidden, *rest, backend)
+    torch.testing.assert_close(received, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_inductor(device, rest, backend):
+    def block(hidden):
+        hidden, penalty = constrain(hidden * 1.5, *rest, backend=backend)
+        return hidden.sin().sum() + penalty
+
+    hidden = torch.randn(2, 5, 32, device=device)
+    received = loss_and_gradient(torch.compile(block, fullgraph=True), hidden)
+    torch.testing.assert_close(received, loss_and_gradient(block, hidden), rtol=1e-5, atol=1e-5)
+
+
+def test_dynamic_shapes_compile_once(device, rest, backend):
+    direction = rest[0]
+    compilations = 0
+
+    def counting(graph, inputs):
+        nonlocal compilations
+        compilations += 1
+        return graph
+
+    def loss(hidden):
+        hidden, penalty = constrain(hidden, direction, backend=backend)
+        return hidden.sum() + penalty
+
+    compiled = torch.compile(loss, fullgraph=True, backend=counting, dynamic=True)
+    for length in (3, 7, 11):
+        hidden = torch.randn(2, length, 32, device=device)
+        torch.testing.assert_close(loss_and_gradient(compiled, hidden), loss_and_gradient(loss, hidden))
+    assert compilations == 1
+
+
+def test_errors_reach_the_user_of_a_compiled_function(rest):
+    compiled = torch.compile(lambda hidden: constrain(hidden, rest[0]), backend="eager")
+    with pytest.raises(Exception, match=r"direction has shape \[2, 32\]: give \[31\]"):
+        compiled(torch.randn(4, 31, device=rest[0].device))
+
+
+def dense(*shape, device="cpu", dtype=torch.float32):
+    return torch.randn(*shape, device=device).to(dtype)
+
+
+def permuted(*shape, device="cpu", dtype=torch.float32):
+    return torch.randn(*reversed(shape), device=device).to(dtype).permute(*reversed(range(len(shape))))
+
+
+@pytest.mark.parametrize("layout", [dense, permuted])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_opcheck(device, backend, dtype, layout):
+    ops = torch.ops.procon
+    computed = torch.float64 if dtype == torch.float64 else torch.float32
+    hidden = layout(3, 4, 16, device=device, dtype=dtype)
+    direction, anchor, weight = (dense(*s, device=device, dtype=computed) for s in ((2, 16), (12, 2), (12,)))
+    torch.library.opcheck(ops.project.default, (hidden, direction, backend))
+    torch.library.opcheck(ops.penalize.default, (hidden, direction, anchor, weight.abs(), "huber", backend))
+    torch.library.opcheck(ops.penalize.default, (hidden, direction, None, None, "squared", backend))
+    tail = (anchor, direction, [3, 4, 16], dtype, backend)
+    torch.library.opcheck(ops.accumulate_gradient.default, (hidden, weight, *tail))
+    torch.library.opcheck(ops.accumulate_gradient.default, (None, weight[0], *tail))
+    torch.library.opcheck(ops.accumulate_gradient.default, (None, None, *tail))
