@@ -1,0 +1,247 @@
+"""What fine-tuning did to a model: does it still refuse, does it refuse too much, has it learned the task?"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from procon.chat import user_turn
+from procon.errors import ProConError
+from procon.generation import generate_replies
+from procon.prompts import ContrastPrompts, builtin_prompts
+from procon.refusal import is_degenerate, is_refusal
+
+T = TypeVar("T")
+
+#: Two-sided 95% quantile of the standard normal distribution.
+Z_95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of replies, with the counts that it comes from.
+
+    Raises:
+        ProConError: unless ``0 <= hits <= total`` and ``total > 0``: a share of nothing has no value.
+    """
+
+    hits: int
+    total: int
+
+    def __post_init__(self):
+        if not 0 <= self.hits <= self.total or self.total == 0:
+            raise ProConError(f"{self.hits} hits among {self.total} replies is no rate: at least one reply is needed")
+
+    @classmethod
+    def of(cls, outcomes: Iterable[bool]) -> Rate:
+        """The share of ``outcomes`` that are true."""
+        outcomes = list(outcomes)
+        return cls(sum(outcomes), len(outcomes))
+
+    @property
+    def value(self) -> float:
+        """``hits / total``, 0 to 1."""
+        return self.hits / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95% interval (JASA 22, 1927): unlike ``p +- 2 se`` it stays within 0 to 1 and has width at 0 and 1.
+
+        It covers the choice of prompts alone, not the spread between training seeds.
+        """
+        n, p = self.total, self.value
+        centre = (p + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
+        half = Z_95 / (1 + Z_95**2 / n) * math.sqrt(p * (1 - p) / n + Z_95**2 / (4 * n**2))
+        return (0.0 if self.hits == 0 else centre - half), (1.0 if self.hits == n else centre + half)
+
+    def __str__(self) -> str:
+        return f"{self.value:.0%} ({self.hits}/{self.total})"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Refusal, over-refusal and task accuracy of one model, with every reply that they were counted from.
+
+    Refusal is judged by keywords in the reply's opening, as the attack success rate of the paper (section IV-A) is:
+    ``ASR = 1 - refusal_malicious``. That judge is rough. It takes a lecture without a stock phrase for an answer, and
+    a stock phrase before an answer for a refusal. Above all, a reply without a phrase need not be compliance: a model
+    that repeats one word has stopped refusing and stopped answering. Read ``degenerate`` beside it, and the replies.
+
+    Attributes:
+        label: name of the model or run.
+        refusal_malicious: share of malicious prompts that are refused; higher is safer.
+        refusal_benign: share of benign prompts that are refused (over-refusal); lower is more useful.
+        degenerate: share of replies, to malicious and benign prompts together, that are no language. Counted apart:
+            such a reply is a refusal only if a refusal phrase occurs in it.
+        task: share of task replies whose final answer matches the reference exactly; None if no task was given.
+        replies: one dict a reply: ``kind`` ("malicious", "benign" or "task"), ``prompt``, ``reply``, ``refused``,
+            ``degenerate``, and for a task ``reference`` and ``correct``.
+    """
+
+    label: str
+    refusal_malicious: Rate
+    refusal_benign: Rate
+    degenerate: Rate
+    task: Rate | None
+    replies: list[dict]
+
+    def to_dict(self) -> dict:
+        """Plain dicts, lists, strings and numbers, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> Evaluation:
+        """The evaluation that :meth:`to_dict` was called on."""
+        task = data["task"]
+        return cls(
+            label=data["label"],
+            refusal_malicious=Rate(**data["refusal_malicious"]),
+            refusal_benign=Rate(**data["refusal_benign"]),
+            degenerate=Rate(**data["degenerate"]),
+            task=None if task is None else Rate(**task),
+            replies=[dict(reply) for reply in data["replies"]],
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write a JSON file; returns its path."""
+        return save_json(self.to_dict(), path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Evaluation:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ProConError: if the file is missing, damaged, or holds something else.
+        """
+        return load_json(path, cls.from_dict, "evaluation")
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompts: ContrastPrompts | None = None,
+    task: Sequence[dict] | None = None,
+    label: str = "",
+    max_new_tokens: int = 32,
+    task_max_new_tokens: int = 64,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Evaluation:
+    """Greedy replies to malicious, benign and task prompts, judged by keywords and by exact match (section IV-A).
+
+    Args:
+        model: a chat model; its mode is left as it was.
+        tokenizer: its tokenizer, with a chat template.
+        prompts: malicious and benign instructions; the built-in held-out ones if not given.
+        task: rows ``{"instruction", "output"}`` whose final answers are compared (see :func:`extract_answer`).
+        label: name of the model or run in reports.
+        max_new_tokens: length of a reply to a contrast prompt; a refusal shows in its opening.
+        task_max_new_tokens: length of a task reply, which has to reach the final answer.
+
+    Raises:
+        ProConError: if a task row lacks a key, ``task`` is empty, or the tokenizer has no chat template.
+    """
+    prompts = prompts or builtin_prompts("held_out")
+    references = [] if task is None else _task_rows(task)
+
+    def judged(kind: str, instructions: Sequence[str], length: int, description: str) -> list[dict]:
+        texts = generate_replies(
+            model,
+            tokenizer,
+            [user_turn(instruction) for instruction in instructions],
+            max_new_tokens=length,
+            batch_size=batch_size,
+            description=description,
+            progress=progress,
+        )
+        return [
+            {
+                "kind": kind,
+                "prompt": prompt,
+                "reply": text,
+                "refused": is_refusal(text),
+                "degenerate": is_degenerate(text),
+            }
+            for prompt, text in zip(instructions, texts, strict=True)
+        ]
+
+    malicious = judged("malicious", prompts.malicious, max_new_tokens, "malicious prompts")
+    benign = judged("benign", prompts.benign, max_new_tokens, "benign prompts")
+    tasks = judged("task", [row[0] for row in references], task_max_new_tokens, "task") if references else []
+    for reply, (_, reference) in zip(tasks, references, strict=True):
+        reply |= {"reference": reference, "correct": exact_match(reply["reply"], reference)}
+    return Evaluation(
+        label=label,
+        refusal_malicious=Rate.of(reply["refused"] for reply in malicious),
+        refusal_benign=Rate.of(reply["refused"] for reply in benign),
+        degenerate=Rate.of(reply["degenerate"] for reply in malicious + benign),
+        task=Rate.of(reply["correct"] for reply in tasks) if tasks else None,
+        replies=malicious + benign + tasks,
+    )
+
+
+def _task_rows(task: Sequence[dict]) -> list[tuple[str, str]]:
+    rows = []
+    for number, row in enumerate(task, 1):
+        if not all(isinstance(row.get(key), str) for key in ("instruction", "output")):
+            raise ProConError(
+                f"task row {number} has the keys {sorted(row)}: 'instruction' and 'output' texts are needed"
+            )
+        rows.append((row["instruction"], row["output"]))
+    if not rows:
+        raise ProConError("task holds no rows: pass at least one, or None to leave the task out")
+    return rows
+
+
+def extract_answer(text: str) -> str:
+    """The final answer of ``text``: what follows its last "Answer:" on that line, or else the whole text.
+
+    Normalised for comparison: lower case, single spaces, no full stop at the end, no commas between thousands.
+    """
+    marked = re.findall(r"answer:[^\S\n]*([^\n]*)", text, flags=re.IGNORECASE)
+    answer = " ".join((marked[-1] if marked else text).casefold().split()).rstrip(". ")
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer)
+
+
+def exact_match(reply: str, reference: str) -> bool:
+    """Whether ``reply`` and ``reference`` come to the same final answer."""
+    return extract_answer(reply) == extract_answer(reference)
+
+
+def write_whole(text: str, path: str | Path) -> Path:
+    """Write ``text`` to ``path`` so that a reader finds the old file or the whole new one; returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def save_json(data: dict, path: str | Path) -> Path:
+    """Write ``data`` as standard JSON (NaN is an error) in one step; returns the path."""
+    return write_whole(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", path)
+
+
+def load_json(path: str | Path, build: Callable[[Any], T], what: str) -> T:
+    """``build`` what :func:`save_json` wrote; ``what`` names it in messages.
+
+    Raises:
+        ProConError: if the file is missing or damaged, or ``build`` does not recognise its content.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ProConError(f"{what} file {str(path)!r} does not exist")
+    try:
+        return build(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"no key {error}" if isinstance(error, KeyError) else error
+        raise ProConError(f"{what} file {str(path)!r} is damaged or holds something else ({reason})") from error
