@@ -45,6 +45,9 @@ def _forward(
     per_direction,
     N,
     hidden_stride,
+    anchor_stride,
+    anchor_step,
+    weight_stride,
     D: tl.constexpr,
     K: tl.constexpr,
     PENALTY: tl.constexpr,
@@ -58,7 +61,7 @@ def _forward(
     inside = row < N
     live = inside
     if weight is not None:
-        w = tl.load(weight + row, mask=inside, other=0)
+        w = tl.load(weight + row * weight_stride, mask=inside, other=0)
         live = inside & (w != 0)
     # Loads with a mask select: whatever a dead row holds, it counts as 0.
     h = tl.load(
@@ -74,7 +77,7 @@ def _forward(
             result = z
         else:
             if anchor is not None:
-                z -= tl.load(anchor + row * K + k, mask=live, other=0)
+                z -= tl.load(anchor + row * anchor_stride + k * anchor_step, mask=live, other=0)
             value, result = _value_and_slope(z, PENALTY)
             total += value
             if weight is not None:
@@ -141,6 +144,8 @@ def _launch_forward(
                 per_direction,
                 rows,
                 hidden.stride(0),
+                *((0, 0) if anchor is None else anchor.stride()),
+                0 if weight is None else weight.stride(0),
                 D=size,
                 K=len(direction),
                 PENALTY=penalty,

@@ -72,7 +72,7 @@ def build(kernel: str, target: tuple, size: int, k: int, dtype: str, constants: 
     tile = (launch.row_tile if kernel == "_forward" else launch.patch_tile)(size)
     constants = constants | {"D": size, "K": k, "ROWS": tile.rows, "COLUMNS": tile.columns}
     kinds = {"hidden": f"*{dtype}", "incoming": f"*{dtype}", "gradient": f"*{dtype}", "N": "i32"}
-    kinds |= dict.fromkeys((name for name in function.arg_names if name.endswith("_stride")), "i32")
+    kinds |= dict.fromkeys((name for name in function.arg_names if name.endswith(("_stride", "_step"))), "i32")
     kinds |= dict.fromkeys(constants, "constexpr")
     signature = {name: kinds.get(name, "*fp32") for name in function.arg_names}
     aligned = [n for n, kind in signature.items() if kind[0] == "*" or n in ("hidden_stride", "incoming_stride")]

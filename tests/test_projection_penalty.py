@@ -130,11 +130,13 @@ def test_all_rows_masked_gives_zeros(backend, device, rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_row_strided_hidden_states(backend, device, dtype):
-    wide, direction, anchor, _ = inputs(6, 1152, 1, dtype, device)
-    direction, view = direction[:, :576].contiguous(), wide[::2, 576:]
-    strided = backend.penalize(view, direction, anchor[::2].contiguous(), None, "squared")
-    dense = backend.penalize(view.contiguous(), direction, anchor[::2].contiguous(), None, "squared")
+def test_strided_inputs(backend, device, dtype):
+    wide, direction, anchors, weights = inputs(6, 1152, 4, dtype, device)
+    direction = direction[:2, :576].contiguous()
+    # Such as the anchors of one block out of those of all blocks.
+    views = wide[::2, 576:], direction, anchors[::2, ::2], weights[::2]
+    strided = backend.penalize(*views, "squared")
+    dense = backend.penalize(*(view.contiguous() for view in views), "squared")
     assert all(map(torch.equal, strided, dense))
 
 
