@@ -307,10 +307,9 @@ def _claim(path: Path, manifest: dict, rank: int, barrier: Callable[[], None]) -
     barrier()
     found = json.loads(file.read_text())
     if found != manifest:
-        differing = next(name for name in manifest if found.get(name) != manifest[name])
         raise ProConError(
-            f"anchors in {str(path)!r} were recorded for another {'model state' if differing == 'fingerprint' else differing}"
-            f": give another folder, or delete this one to record again"
+            f"anchors in {str(path)!r} were recorded for another model state, directions, blocks or scope: give "
+            "another folder, or delete this one to record again"
         )
 
 

@@ -75,7 +75,9 @@ def _price(rng: random.Random, name: str, thing: str, place: str) -> tuple[str, 
 def _share(rng: random.Random, name: str, thing: str, place: str) -> tuple[str, str, int]:
     friends, each, extra = rng.randint(2, 6), rng.randint(2, 9), rng.randint(1, 9)
     total = friends * each
-    question = f"{name} splits {total} {thing} evenly among {friends} friends. One of them already had {extra}. How many does that friend have now?"
+    question = (
+        f"{name} splits {total} {thing} among {friends} friends. One had {extra} before. How many has that one now?"
+    )
     return (
         question,
         f"Each friend gets {total} / {friends} = {each} {thing}. Then {each} + {extra} = {each + extra}.",
@@ -85,7 +87,7 @@ def _share(rng: random.Random, name: str, thing: str, place: str) -> tuple[str, 
 
 def _days(rng: random.Random, name: str, thing: str, place: str) -> tuple[str, str, int]:
     a, b, days = rng.randint(2, 9), rng.randint(1, 6), rng.randint(2, 6)
-    question = f"Every day {name} takes {a} {thing} to the {place} and brings {b} more in the evening. How many {thing} is that in {days} days?"
+    question = f"Each day {name} takes {a} {thing} to the {place}, then {b} more. How many {thing} in {days} days?"
     return (
         question,
         f"Each day it is {a} + {b} = {a + b} {thing}. Then {a + b} * {days} = {(a + b) * days}.",

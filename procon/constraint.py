@@ -69,7 +69,7 @@ class ProjectionConstraint:
         self._backend = backend
         self._handles: list = []
         self._on_device: dict[tuple[int, torch.device], Tensor] = {}
-        self._forget()
+        self.release()
 
     def attach(self, model: nn.Module) -> ProjectionConstraint:
         """Hook the inputs of the constrained blocks of ``model``; undone by :meth:`detach` or on leaving ``with``.
@@ -92,7 +92,7 @@ class ProjectionConstraint:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._forget()
+        self.release()
 
     def __enter__(self) -> ProjectionConstraint:
         return self
@@ -100,7 +100,8 @@ class ProjectionConstraint:
     def __exit__(self, *_exception) -> None:
         self.detach()
 
-    def _forget(self) -> None:
+    def release(self) -> None:
+        """Drop the target, once backward has run; forwards without a target are then not mistaken for this one's."""
         self._anchors: Tensor | None = None
         self._mask: Tensor | None = None
         self._terms: dict[int, Tensor | None] = {}
@@ -167,6 +168,8 @@ class ProjectionConstraint:
                     )
                 return None
             if self._grad_was_enabled and not torch.is_grad_enabled():
+                if not module.training:
+                    return None
                 raise ProConError(
                     "gradient checkpointing with use_reentrant=True runs the blocks without gradients, and the "
                     "constraint would lose its own: set use_reentrant=False"

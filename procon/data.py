@@ -85,12 +85,12 @@ def _from_instruction(row: dict) -> dict[str, list[Message]]:
 
 
 def safety_conversations() -> Dataset:
-    """Built-in safety samples: each malicious extraction prompt with a refusal (paper section III-C3, IFT_safe)."""
+    """Built-in safety samples: each malicious prompt of the safety split with a refusal (paper III-C3, IFT_safe)."""
     refusals = builtin_refusals()
     return Dataset.from_list(
         [
             _from_instruction({"instruction": prompt, "output": refusals[index % len(refusals)]})
-            for index, prompt in enumerate(builtin_prompts("extraction").malicious)
+            for index, prompt in enumerate(builtin_prompts("safety").malicious)
         ]
     )
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +31,8 @@ DEAD_GAP = 1e-5
 
 REFUSAL_CHECK_PROMPTS = 32
 
+_TENSORS = ("directions", "gap", "auroc", "malicious", "benign")
+
 
 @dataclass(frozen=True)
 class RefusalDirections:
@@ -40,12 +42,15 @@ class RefusalDirections:
         directions: ``[L, D]`` fp32, unit rows; a zero row where the prompts do not differ (see :attr:`usable`).
         gap: ``[L]`` fp32, distance between the malicious and the benign mean, in units of the hidden states.
         auroc: ``[L]`` fp32, how well the projection tells held-out malicious from benign prompts (0.5 is chance).
+        malicious, benign: ``[L]`` fp32, projections of the two means, from which drift is told.
         provenance: model id and revision, chat template and prompt-set hashes, counts, versions, refusal rate.
     """
 
     directions: Tensor
     gap: Tensor
     auroc: Tensor
+    malicious: Tensor
+    benign: Tensor
     provenance: dict = field(default_factory=dict)
 
     @property
@@ -60,7 +65,7 @@ class RefusalDirections:
         return hashlib.sha256(data).hexdigest()[:16]
 
     def cosine(self, other: RefusalDirections) -> Tensor:
-        """Signed cosine to ``other``, block by block: ``[L]`` fp32, NaN where either has no direction (section III-B)."""
+        """Signed cosine to ``other`` (section III-B): ``[L]`` fp32, NaN where either has no direction."""
         if self.directions.shape != other.directions.shape:
             raise ProConError(
                 f"directions of shape {tuple(self.directions.shape)} and {tuple(other.directions.shape)} cannot be "
@@ -82,9 +87,9 @@ class RefusalDirections:
         """Write a safetensors file with the provenance in its header; returns its path."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"directions": self.directions, "gap": self.gap, "auroc": self.auroc}
+        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
         partial = path.with_name(path.name + ".partial")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, {"procon": json.dumps(self.provenance)})
+        save_file(tensors, partial, {"procon": json.dumps(self.provenance)})
         partial.replace(path)
         return path
 
@@ -100,21 +105,19 @@ class RefusalDirections:
             raise ProConError(f"directions file {str(path)!r} does not exist: make it with 'procon directions'")
         try:
             with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in ("directions", "gap", "auroc")}
+                tensors = {name: file.get_tensor(name).float() for name in _TENSORS}
                 provenance = json.loads((file.metadata() or {}).get("procon", "{}"))
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ProConError(
                 f"directions file {str(path)!r} is damaged or not one of ProCon's ({error}): extract it again"
             ) from error
-        directions, gap, auroc = (tensors[name].float() for name in ("directions", "gap", "auroc"))
-        if directions.ndim != 2 or gap.shape != directions.shape[:1] or auroc.shape != gap.shape:
-            raise ProConError(
-                f"directions file {str(path)!r} holds tensors of shape {tuple(directions.shape)} and "
-                f"{tuple(gap.shape)}, not [L, D] and [L]: extract it again"
-            )
-        if not torch.isfinite(directions).all():
+        shape = tuple(tensors["directions"].shape)
+        if len(shape) != 2 or any(tensors[name].shape != shape[:1] for name in _TENSORS[1:]):
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            raise ProConError(f"directions file {str(path)!r} holds {shapes}, not [L, D] and [L]: extract it again")
+        if not torch.isfinite(tensors["directions"]).all():
             raise ProConError(f"directions file {str(path)!r} holds NaN or infinite values: extract it again")
-        return cls(directions, gap, auroc, provenance)
+        return cls(**tensors, provenance=provenance)
 
     @classmethod
     def extract(
@@ -147,23 +150,10 @@ class RefusalDirections:
         rate = None
         if check_refusal:
             rate = measure_refusal(model, tokenizer, prompts.malicious, batch_size=batch_size, progress=progress)
-        means, scales = zip(
-            *(
-                _mean_last_token(model, tokenizer, side, batch_size, f"{name} prompts", progress)
-                for name, side in (("malicious", prompts.malicious), ("benign", prompts.benign))
-            ),
-            strict=True,
-        )
-        difference = means[0] - means[1]  # [L, D] fp64
-        gap = difference.norm(dim=-1)
-        usable = gap > DEAD_GAP * torch.maximum(*scales)
-        if not usable.any():
-            raise ProConError("malicious and benign prompts give the same hidden states: pass prompts that differ")
-        gap = torch.where(usable, gap, 0.0)
-        unit = torch.where(usable[:, None], difference / gap.clamp_min(1e-300)[:, None], 0.0)
-        unfinished = cls(unit.float(), gap.float(), torch.full_like(gap, torch.nan).float())
+        means = ContrastMeans.measure(model, tokenizer, prompts, batch_size=batch_size, progress=progress)
+        found = means.directions()
         z_malicious, z_benign = (
-            project_last_token(model, tokenizer, unfinished, side, batch_size=batch_size, progress=progress)
+            project_last_token(model, tokenizer, found, side, batch_size=batch_size, progress=progress)
             for side in (held_out.malicious, held_out.benign)
         )
         provenance = {
@@ -182,7 +172,58 @@ class RefusalDirections:
                 "transformers": transformers.__version__,
             },
         }
-        return cls(unfinished.directions, unfinished.gap, auroc(z_malicious, z_benign), provenance)
+        return replace(found, auroc=auroc(z_malicious, z_benign), provenance=provenance)
+
+
+@dataclass(frozen=True)
+class ContrastMeans:
+    """Means over each side's prompts of the block inputs at the last prompt token, fp64 on the CPU.
+
+    Attributes:
+        malicious, benign: ``[L, D]``.
+        scale: ``[L]``, the larger of the two sides' mean norms.
+    """
+
+    malicious: Tensor
+    benign: Tensor
+    scale: Tensor
+
+    @classmethod
+    def measure(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: ContrastPrompts,
+        *,
+        batch_size: int = 32,
+        progress: bool = True,
+    ) -> ContrastMeans:
+        """Run the prompts through the base decoder of ``model``.
+
+        Raises:
+            ProConError: on hidden states that are not finite, or a tokenizer without chat template.
+        """
+        (malicious, malicious_norm), (benign, benign_norm) = (
+            _mean_last_token(model, tokenizer, side, batch_size, description, progress)
+            for side, description in ((prompts.malicious, "malicious prompts"), (prompts.benign, "benign prompts"))
+        )
+        return cls(malicious, benign, torch.maximum(malicious_norm, benign_norm))
+
+    def directions(self) -> RefusalDirections:
+        """Difference in means, scaled to unit length; without quality figures and provenance."""
+        difference = self.malicious - self.benign
+        gap = difference.norm(dim=-1)
+        usable = gap > DEAD_GAP * self.scale
+        if not usable.any():
+            raise ProConError("malicious and benign prompts give the same hidden states: pass prompts that differ")
+        unit = torch.where(usable[:, None], difference / gap[:, None], 0.0)
+        return RefusalDirections(
+            directions=unit.float(),
+            gap=torch.where(usable, gap, 0.0).float(),
+            auroc=torch.full_like(gap, torch.nan).float(),
+            malicious=(unit * self.malicious).sum(-1).float(),
+            benign=(unit * self.benign).sum(-1).float(),
+        )
 
 
 def measure_refusal(

@@ -13,7 +13,7 @@ from typing import Literal
 
 from procon.errors import ProConError
 
-Split = Literal["extraction", "validation", "held_out"]
+Split = Literal["extraction", "validation", "held_out", "safety"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,10 @@ def _asset_lines(name: str) -> list[dict]:
 
 
 def builtin_prompts(split: Split) -> ContrastPrompts:
-    """The prompts written for this project: 16 categories; ``extraction`` 192 pairs, the other splits 64 each.
+    """The prompts written for this project, in 16 categories.
+
+    ``extraction`` (192 pairs) finds the directions, ``validation`` and ``held_out`` (64 each) measure, ``safety`` (720)
+    is training material for refusals: no measuring split is ever trained on.
 
     Rows alternate between the categories, so that the first ``n`` of a split cover as many as they can.
     """

@@ -108,16 +108,16 @@ def is_degenerate(reply: str) -> bool:
 
     Fluent nonsense passes: only a reader or a stronger model can tell it.
     """
-    words = re.findall(r"[^\W_]+", reply.lower())
-    if not words:
+    if not re.search(r"[^\W_]", reply):
         return True
     letters = sum(character.isalnum() or character.isspace() for character in reply)
     if letters < 0.5 * len(reply):
         return True
     if re.search(r"([^\W_])\1{15}|\b([^\W_]+)(?:\W+\2\b){5}", reply.lower()):
         return True
+    words = re.findall(r"[^\W_]+", re.sub(r"(?m)^\s*\d+[.)]", "", reply.lower()))
     trigrams = list(zip(words, words[1:], words[2:], strict=False))
-    return len(trigrams) >= 12 and len(set(trigrams)) < 0.4 * len(trigrams)
+    return len(trigrams) >= 12 and len(set(trigrams)) < 0.5 * len(trigrams)
 
 
 def refusal_rate(replies: Sequence[str]) -> float:

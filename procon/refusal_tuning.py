@@ -22,13 +22,13 @@ LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj
 
 
 def refusal_conversations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Malicious extraction prompts with refusals; their benign twins with the model's own greedy answers."""
-    benign = builtin_prompts("extraction").benign
+    """Malicious prompts of the safety split with refusals; their benign twins with the model's own greedy answers."""
+    benign = builtin_prompts("safety").benign
     answers = generate_replies(
         model, tokenizer, [user_turn(prompt) for prompt in benign], max_new_tokens=64, description="own answers"
     )
     conversations = [
-        user_turn(prompt) + [{"role": "assistant", "content": _whole_sentences(answer)}]
+        [*user_turn(prompt), {"role": "assistant", "content": _whole_sentences(answer)}]
         for prompt, answer in zip(benign, answers, strict=True)
     ]
     refusals = safety_conversations()["messages"]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -20,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from procon.errors import ProConError
-from procon.evaluation import Evaluation, Rate, load_json, save_json, write_whole
+from procon.evaluation import Evaluation, Rate, extract_answer, load_json, save_json, write_whole
 
 CAPTION = "Refusal, by keywords: of malicious high is safe, of benign low is useful. Cosine 1 means no drift."
 INTERVAL_CAPTION = "After a rate: its 95% interval."
@@ -37,12 +38,14 @@ _RATE_KEYS = {
 # Mid tones with a contrast of at least 3:1 on white and on near-black alike.
 _COLOURS = ("#2f7fd1", "#d9660b", "#1f9d6b", "#a05fc9", "#d1495b", "#7d858c")
 _DASHES = ("-", "--", "-.", ":")
+_MEASURE_COLOURS = ("#1c8c96", "#c4607e", "#8b8a2f")
 # Stand-ins that the page turns into its own text and rule colours, which differ between light and dark.
 _INK, _RULE = "#010203", "#040506"
 _PLOT_STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "procon",
-    "figure.constrained_layout.use": True,
+    "text.parse_math": False,
+    "axes.formatter.useoffset": False,
     "font.size": 10,
     "text.color": _INK,
     "axes.edgecolor": _RULE,
@@ -213,11 +216,11 @@ def _number_cells(run: Run) -> tuple[str, str]:
 
 def plot_rates(runs: Sequence[Run]) -> Figure:
     """Bars of refusal and task accuracy per run, with 95% intervals."""
-    figure = Figure(figsize=(8.4, 0.9 + 0.85 * len(runs)))
+    figure = _figure(0.9 + 0.85 * len(runs))
     axes = figure.subplots()
     names = ("refusal of malicious", "refusal of benign", "task accuracy")
     thickness = 0.26
-    for bar, (name, colour) in enumerate(zip(names, _COLOURS, strict=False)):
+    for bar, (name, colour) in enumerate(zip(names, _MEASURE_COLOURS, strict=True)):
         rates = [
             (run.evaluation.refusal_malicious, run.evaluation.refusal_benign, run.evaluation.task)[bar] for run in runs
         ]
@@ -242,7 +245,7 @@ def plot_rates(runs: Sequence[Run]) -> Figure:
             axes.annotate(
                 f"{rate.value:.0%}", (rate.interval[1], place), (5, 0), textcoords="offset points", va="center", size=9
             )
-    axes.set_yticks(range(len(runs)), [run.label for run in runs])
+    axes.set_yticks(range(len(runs)), [fill(run.label, 28) for run in runs])
     axes.set_ylim(len(runs) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0, 1.08)
@@ -254,40 +257,40 @@ def plot_rates(runs: Sequence[Run]) -> Figure:
 
 def plot_drift_by_block(runs: Sequence[Run]) -> Figure:
     """Signed cosine to the initial direction, block by block, one line a run."""
-    figure = Figure(figsize=(8.4, 3.8))
+    figure = _figure(3.8)
     axes = figure.subplots()
     for run, style in _styled(runs):
         if run.cosine is not None:
             axes.plot(range(len(run.cosine)), run.cosine, marker="o", markersize=3, **style)
     axes.set_xlabel("decoder block (its input)")
     axes.set_ylabel("cosine to the initial direction")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(figure, axes)
+    axes.xaxis.set_major_locator(_whole_numbers())
+    _legend(figure)
     return figure
 
 
 def plot_drift_by_step(runs: Sequence[Run]) -> Figure:
     """Mean cosine to the initial direction over training and, where it was logged, alpha beneath."""
     if _logged(runs, "procon/alpha"):
-        figure = Figure(figsize=(8.4, 4.6))
+        figure = _figure(4.6)
         drift, alpha = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-        _draw_series(alpha, runs, "procon/alpha", drawstyle="steps-post")
+        _draw_series(alpha, runs, "procon/alpha", stepped=True)
         alpha.set_ylabel("alpha")
         alpha.set_xlabel("optimiser step")
     else:
-        figure = Figure(figsize=(8.4, 3.6))
+        figure = _figure(3.6)
         drift = figure.subplots()
         drift.set_xlabel("optimiser step")
     _draw_series(drift, runs, "procon/drift_cos")
     drift.set_ylabel("mean cosine")
-    _legend(figure, drift)
+    _legend(figure)
     return figure
 
 
 def plot_rates_by_step(runs: Sequence[Run]) -> Figure:
     """Refusal and task accuracy over training: one panel a measure, one line a run."""
     keys = [key for key in _RATE_KEYS if _logged(runs, key)]
-    figure = Figure(figsize=(8.4, 3.4))
+    figure = _figure(3.4)
     panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
     for axes, key in zip(panels, keys, strict=True):
         _draw_series(axes, runs, key)
@@ -295,7 +298,7 @@ def plot_rates_by_step(runs: Sequence[Run]) -> Figure:
         axes.set_xlabel("optimiser step")
         axes.set_ylim(-0.03, 1.03)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-    _legend(figure, *panels)
+    _legend(figure)
     return figure
 
 
@@ -303,14 +306,14 @@ def plot_loss_and_penalty(runs: Sequence[Run]) -> Figure:
     """Training loss and constraint penalty over training, side by side; only those that were logged."""
     names = {"loss": "training loss", "procon/penalty": "constraint penalty, before alpha"}
     keys = [key for key in names if _logged(runs, key)]
-    figure = Figure(figsize=(8.4, 3.4))
+    figure = _figure(3.4)
     panels = figure.subplots(1, len(keys), squeeze=False)[0]
     for axes, key in zip(panels, keys, strict=True):
         _draw_series(axes, runs, key)
         axes.set_title(names[key])
         axes.set_xlabel("optimiser step")
         axes.set_ylim(bottom=0)
-    _legend(figure, *panels)
+    _legend(figure)
     return figure
 
 
@@ -334,20 +337,31 @@ def _styled(runs: Sequence[Run]) -> list[tuple[Run, dict]]:
     ]
 
 
-def _draw_series(axes: Axes, runs: Sequence[Run], key: str, **line) -> None:
+def _figure(height: float) -> Figure:
+    return Figure(figsize=(8.4, height), layout="constrained")
+
+
+def _draw_series(axes: Axes, runs: Sequence[Run], key: str, *, stepped: bool = False) -> None:
     for run, style in _styled(runs):
         steps, values = run.series(key)
-        if steps:
-            axes.plot(steps, values, marker="o" if len(steps) < 30 else None, markersize=3, **style, **line)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if steps and stepped:
+            axes.plot(steps, values, drawstyle="steps-post", **style)
+        elif steps:
+            axes.plot(steps, values, marker="o" if len(steps) < 30 else None, markersize=3, **style)
+    axes.xaxis.set_major_locator(_whole_numbers())
 
 
-def _legend(figure: Figure, *panels: Axes) -> None:
+def _whole_numbers() -> MaxNLocator:
+    return MaxNLocator(8, integer=True, steps=[1, 2, 5, 10])
+
+
+def _legend(figure: Figure) -> None:
     """One legend above the panels, each run once."""
     handles = {
-        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=min(3, len(handles)))
+    columns = max(1, 100 // (max(map(len, handles)) + 6))
+    figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=min(columns, len(handles)))
 
 
 # Page
@@ -510,7 +524,7 @@ def _html_reply(reply: dict | None) -> str:
     if reply is None:
         return "<td>-</td>"
     if reply["kind"] == "task":
-        marks = ["correct" if reply["correct"] else f"wrong, should be {reply['reference']}"]
+        marks = ["correct" if reply["correct"] else f"wrong, should be {extract_answer(reply['reference'])}"]
     else:
         marks = ["refused" if reply["refused"] else "no refusal phrase"]
     if reply["degenerate"]:
@@ -549,7 +563,9 @@ th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--rule); text-align:
 thead th { vertical-align: bottom; }
 tbody th { font-weight: 600; }
 .numbers { width: 100%; font-variant-numeric: tabular-nums; }
+.numbers td { white-space: nowrap; }
 .numbers td, .numbers thead th:not(:first-child) { text-align: right; }
+.numbers small { display: block; }
 .wide { overflow-x: auto; }
 .replies td, .replies th { min-width: 11rem; font-size: .85rem; }
 .replies p { margin: .2rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; }

@@ -1,0 +1,56 @@
+"""How far refusal has drifted: rotation of the directions, and shift along the ones found at the start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from procon.directions import ContrastMeans, RefusalDirections
+from procon.prompts import ContrastPrompts
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Change of a model since its directions were extracted, block by block; NaN where a block has no direction.
+
+    Attributes:
+        cosine: ``[L]``, signed cosine of the re-extracted to the first direction (paper section III-B): 1 is no drift.
+        malicious_shift, benign_shift: ``[L]``, change of the mean projection on the **first** direction over the
+            malicious and the benign prompts, in units of the first gap: -1 on the malicious side means that they now
+            lie where benign ones lay. The cosine cannot see this shift, nor the shift a rotation.
+    """
+
+    cosine: Tensor
+    malicious_shift: Tensor
+    benign_shift: Tensor
+
+    @property
+    def mean_cosine(self) -> float:
+        """Mean over the blocks that have a direction."""
+        return float(torch.nanmean(self.cosine))
+
+
+def measure_drift(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    reference: RefusalDirections,
+    prompts: ContrastPrompts,
+    *,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> Drift:
+    """Drift of ``model`` since ``reference``, which must come from the same ``prompts`` on the starting model."""
+    means = ContrastMeans.measure(model, tokenizer, prompts, batch_size=batch_size, progress=progress)
+
+    def shift(mean: Tensor, at_start: Tensor) -> Tensor:
+        z = (mean * reference.directions.double()).sum(-1).float()
+        return torch.where(reference.usable, (z - at_start) / reference.gap, torch.nan)
+
+    return Drift(
+        cosine=reference.cosine(means.directions()),
+        malicious_shift=shift(means.malicious, reference.malicious),
+        benign_shift=shift(means.benign, reference.benign),
+    )

@@ -1,0 +1,68 @@
+"""Training arguments with the constraint's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from procon.constraint import Blocks
+from procon.errors import ProConError
+from procon.schedule import AlphaSchedule
+from procon.sequences import TOKEN_SCOPES
+
+
+@dataclass
+class ProConConfig(TrainingArguments):
+    """transformers' TrainingArguments and, with the prefix ``procon_``, the settings of the constraint."""
+
+    procon_schedule: str = field(
+        default="procon_wu",
+        metadata={
+            "help": "Strength over training: procon_s[:ALPHA], procon_wu[:ALPHA@4ep] (extra warm-up epochs, then 0), "
+            "or phases such as 1@2ep,0.1@200steps,0. 0 switches the constraint off."
+        },
+    )
+    procon_scope: str = field(
+        default="response", metadata={"help": "Tokens that are constrained: response (paper), prompt or all."}
+    )
+    procon_blocks: str = field(
+        default="all",
+        metadata={"help": "Blocks: all (paper), the deepest share such as 0.5, or indices such as 8,9,10."},
+    )
+    procon_penalty: str = field(
+        default="squared", metadata={"help": "squared, absolute (as typeset in the paper) or huber."}
+    )
+    procon_units: str = field(
+        default="raw",
+        metadata={"help": "raw (paper), or gap: each block in units of its malicious-benign distance."},
+    )
+    procon_backend: str = field(default="auto", metadata={"help": "auto, triton or eager."})
+    procon_anchors_dir: str | None = field(
+        default=None, metadata={"help": "Where initial projections are kept; OUTPUT_DIR/anchors if not given."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.procon_scope not in TOKEN_SCOPES:
+            raise ProConError(f"procon_scope is {self.procon_scope!r}: choose one of {', '.join(TOKEN_SCOPES)}")
+        self.schedule()
+        self.blocks()
+
+    def schedule(self) -> AlphaSchedule:
+        """The parsed ``procon_schedule``."""
+        return AlphaSchedule.parse(self.procon_schedule)
+
+    def blocks(self) -> Blocks:
+        """The parsed ``procon_blocks``."""
+        text = self.procon_blocks.strip()
+        try:
+            if text == "all":
+                return "all"
+            if "." in text or text == "1":
+                return float(text)
+            return [int(part) for part in text.split(",")]
+        except ValueError:
+            raise ProConError(
+                f"procon_blocks is {self.procon_blocks!r}: give all, a share such as 0.5, or indices such as 8,9,10"
+            ) from None
