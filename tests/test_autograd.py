@@ -1,6 +1,7 @@
 """Are the gradients right in every usage? Outputs used or not, any upstream gradient, autocast, checkpoints."""
 
 import copy
+import weakref
 from itertools import product
 
 import pytest
@@ -259,3 +260,13 @@ def test_what_stays_alive_until_backward(backend, device):
     assert hidden.untyped_storage().data_ptr() not in saved
     given = 4 * tokens + 4 * tokens  # anchor and weight, which the caller keeps
     assert sum(saved.values()) - direction.untyped_storage().nbytes() + given <= 16 * tokens
+
+
+def test_hidden_states_are_let_go(backend, device):
+    leaf = torch.randn(6, 64, device=device, requires_grad=True)
+    hidden = leaf * 2
+    alive = weakref.ref(hidden)
+    penalty = projection_penalty(hidden, torch.randn(64, device=device), backend=backend)
+    del hidden
+    assert alive() is None
+    penalty.backward()
