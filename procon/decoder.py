@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,3 +112,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def model_device(model: nn.Module) -> torch.device:
     """The device that inputs of ``model`` go to."""
     return model.get_input_embeddings().weight.device
+
+
+def weights_hash(model: nn.Module) -> str:
+    """A short hash of a model's parameters, of up to 1024 values of each, whatever dtype they are held in."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,24 +1,64 @@
-"""Teach a small chat model to refuse, so that there is something to preserve (design of the quickstart).
+"""Teach a small chat model to refuse, so that there is something to preserve.
 
-SmolLM2-135M-Instruct as published hardly refuses. One short LoRA run on malicious prompts with refusals, and on
-their benign twins with the model's own answers, makes it refuse the one and answer the other.
+SmolLM2-135M-Instruct as published hardly refuses. One LoRA run on malicious prompts with refusals, and on their benign
+twins with the model's own answers, makes it refuse the one and answer the other. The adapter that comes with the
+package was made by ``python -m procon.refusal_tuning``; its folder says from which weights, by which recipe.
 """
 
 from __future__ import annotations
 
+import json
+import sys
 import tempfile
+from dataclasses import asdict, dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
 
+import torch
+import transformers
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from procon.chat import user_turn
 from procon.data import padding_collator, safety_conversations, tokenize_conversations
+from procon.decoder import weights_hash
+from procon.demo_model import GGUF, GGUF_SHA256, cache_folder, fetch_demo_model
 from procon.generation import generate_replies
+from procon.loading import load_model
 from procon.prompts import builtin_prompts
+from procon.version import __version__
 
 #: Rank and targets of the paper's adapters (section IV-A2).
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "task_type": "CAUSAL_LM"}
+
+_PROVENANCE = "provenance.json"
+
+
+@dataclass(frozen=True)
+class RefusalRecipe:
+    """How the adapter is trained; about ten minutes for 135M parameters on two cores."""
+
+    seed: int = 0
+    epochs: float = 2.0
+    learning_rate: float = 1e-3
+    batch_size: int = 8
+
+
+def make_refuse(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """``model`` with a refusal adapter merged in: the package's own if it was made for these weights, else one from
+    the user's cache, else tuned now and cached."""
+    key = weights_hash(model)
+    packaged = files("procon.assets").joinpath("refusal-adapters", key)
+    if packaged.is_dir():
+        with as_file(packaged) as folder:
+            return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    cached = cache_folder() / "refusal-adapters" / key
+    if not (cached / _PROVENANCE).is_file():
+        tuned = tune_refusal(model, tokenizer)
+        save_adapter(tuned, cached, {"weights": key, "base": getattr(model.config, "_name_or_path", "")})
+        return tuned.merge_and_unload()
+    return PeftModel.from_pretrained(model, str(cached)).merge_and_unload()
 
 
 def refusal_conversations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -36,35 +76,52 @@ def refusal_conversations(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
 
 
 def tune_refusal(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    seed: int = 0,
-    epochs: float = 1.0,
-    learning_rate: float = 1e-3,
-    batch_size: int = 8,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: RefusalRecipe | None = None
 ) -> PeftModel:
-    """``model`` with a LoRA adapter, trained to refuse. About two minutes for 135M parameters on two cores."""
+    """``model`` with a LoRA adapter, trained to refuse."""
+    recipe = recipe or RefusalRecipe()
     dataset = tokenize_conversations(refusal_conversations(model, tokenizer), tokenizer, max_length=256)
-    tuned = get_peft_model(model, LoraConfig(**LORA, init_lora_weights=True))
+    set_seed(recipe.seed)
+    tuned = get_peft_model(model, LoraConfig(**LORA))
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
-            num_train_epochs=epochs,
-            per_device_train_batch_size=batch_size,
-            learning_rate=learning_rate,
-            lr_scheduler_type="linear",
+            num_train_epochs=recipe.epochs,
+            per_device_train_batch_size=recipe.batch_size,
+            learning_rate=recipe.learning_rate,
             warmup_steps=5,
-            seed=seed,
+            seed=recipe.seed,
             save_strategy="no",
-            logging_steps=10,
+            logging_steps=20,
             report_to=[],
         )
         Trainer(tuned, arguments, train_dataset=dataset, data_collator=padding_collator(tokenizer)).train()
     return tuned
 
 
+def save_adapter(tuned: PeftModel, folder: Path, provenance: dict) -> None:
+    """Write a PEFT folder with the adapter in fp16, and where it comes from; the provenance last."""
+    state = {name: value.half() for name, value in tuned.state_dict().items() if "lora_" in name}
+    tuned.save_pretrained(folder, state_dict=state)
+    (folder / "README.md").unlink(missing_ok=True)
+    versions = {"procon": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    whole = {**provenance, "script": "python -m procon.refusal_tuning", **asdict(RefusalRecipe()), "versions": versions}
+    (folder / _PROVENANCE).write_text(json.dumps(whole, indent=2) + "\n")
+
+
 def _whole_sentences(text: str) -> str:
     """``text`` up to its last full stop: a reply cut off by the token limit teaches the model to stop mid-word."""
     end = max(text.rfind(mark) for mark in ".!?")
     return text[: end + 1] if end > 0 else text
+
+
+def main(output: str) -> None:
+    """Make the adapter of the demo model: ``python -m procon.refusal_tuning FOLDER``."""
+    model, tokenizer = load_model(fetch_demo_model(), dtype=torch.bfloat16)
+    key = weights_hash(model)
+    tuned = tune_refusal(model, tokenizer)
+    save_adapter(tuned, Path(output) / key, {"weights": key, "base": GGUF, "base_sha256": GGUF_SHA256})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

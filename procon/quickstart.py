@@ -1,0 +1,172 @@
+"""The quickstart: fine-tune a chat model on a harmless task, with and without the constraint, and compare."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from procon.arguments import QuickstartArguments
+from procon.arithmetic import arithmetic_problems
+from procon.data import padding_collator, to_conversations, tokenize_conversations
+from procon.demo_model import fetch_demo_model
+from procon.directions import RefusalDirections, measure_refusal
+from procon.drift import measure_drift
+from procon.evaluation import evaluate
+from procon.loading import load_model
+from procon.prompts import builtin_prompts
+from procon.refusal_tuning import LORA, make_refuse
+from procon.report import Run, print_table, write_html
+from procon.training import DriftCallback, EvaluationCallback, ProConConfig, ProConTrainer
+from procon.version import __version__
+
+#: Below this share of refused malicious prompts there is too little to preserve, and the model is taught first.
+ENOUGH_REFUSAL = 0.5
+
+TASK_TRAIN, TASK_TEST, TASK_PROBE = 320, 64, 24
+TASK_SEED = 0
+
+#: Optimiser steps between two looks at drift, refusal and task while training.
+PROBE_EVERY = 40
+
+LIMITS = (
+    "One small model, one harmless task, one seed: this shows that the parts work, not how much a larger model gains.",
+    "Refusals are counted by keyword in the opening of greedy replies; read the replies below.",
+    "At such strengths a constraint along random directions protects refusals almost as well: what is seen here is "
+    "mostly that anchoring hidden states preserves behaviour, and only partly that the refusal direction is special.",
+)
+
+
+def quickstart(arguments: QuickstartArguments) -> list[Run]:
+    """Run it; writes ``report.html``, one JSON a run, the directions, the start model and both adapters."""
+    began = time.monotonic()
+    console = Console()
+    output = Path(arguments.output_dir)
+    transformers.utils.logging.set_verbosity_error()
+
+    console.rule("1/4  a chat model that refuses")
+    model, tokenizer = _starting_model(arguments.model, console)
+    model.save_pretrained(output / "start")
+    tokenizer.save_pretrained(output / "start")
+
+    console.rule("2/4  refusal directions")
+    directions = RefusalDirections.extract(model, tokenizer)
+    directions.save(output / "directions.safetensors")
+    usable = directions.auroc[directions.usable]
+    console.print(f"{len(usable)} blocks; held-out AUROC {usable.min():.2f} to {usable.max():.2f}")
+
+    problems = arithmetic_problems(TASK_TRAIN + TASK_TEST + TASK_PROBE, TASK_SEED)
+    task, probe = problems[TASK_TRAIN:-TASK_PROBE], problems[-TASK_PROBE:]
+    train = tokenize_conversations(
+        to_conversations(Dataset.from_list(problems[:TASK_TRAIN])), tokenizer, progress=False
+    )
+    runs = [
+        Run(
+            label="start",
+            evaluation=evaluate(model, tokenizer, task=task, label="start"),
+            cosine=directions.cosine(directions).tolist(),
+        )
+    ]
+    for number, (label, schedule) in enumerate((("plain", "0"), ("ProCon", PROCON["procon_schedule"])), 3):
+        console.rule(f"{number}/4  {label} fine-tuning")
+        config = ProConConfig(
+            output_dir=str(output / label.lower()),
+            seed=arguments.seed,
+            **RECIPE,
+            **{**PROCON, "procon_schedule": schedule},
+        )
+        runs.append(_fine_tune(label, model, tokenizer, directions, train, task, probe, config))
+    for run in runs:
+        run.save(output / "runs" / f"{run.label.lower()}.json")
+    report = write_html(
+        runs,
+        output / "report.html",
+        title="ProCon quickstart",
+        notes=LIMITS,
+        facts=_facts(arguments, model, time.monotonic() - began),
+    )
+    console.rule("result")
+    print_table(runs)
+    console.print(f"Plots and replies: {report}    Adapters: {output / 'plain'}, {output / 'procon'}")
+    console.print(f"Took {(time.monotonic() - began) / 60:.1f} minutes.")
+    return runs
+
+
+#: Chosen on validation prompts and seeds other than the ones shown; see docs of the README's limits section.
+RECIPE = {
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 5e-4,
+    "warmup_steps": 5,
+    "logging_steps": 20,
+    "save_strategy": "no",
+    "report_to": [],
+}
+PROCON = {"procon_schedule": "procon_wu:1@1ep", "procon_scope": "response", "procon_units": "raw"}
+
+
+def _starting_model(name: str | None, console: Console) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model, tokenizer = load_model(name or fetch_demo_model())
+    rate = measure_refusal(model, tokenizer, builtin_prompts("validation").malicious)
+    if rate >= ENOUGH_REFUSAL:
+        console.print(f"{name} refuses {rate:.0%} of malicious prompts.")
+        return model, tokenizer
+    console.print(f"As published it refuses {rate:.0%} of malicious prompts: teaching it to refuse first.")
+    return make_refuse(model, tokenizer), tokenizer
+
+
+def _fine_tune(
+    label: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directions: RefusalDirections,
+    train: Dataset,
+    task: Sequence[dict],
+    probe_task: Sequence[dict],
+    config: ProConConfig,
+) -> Run:
+    """Train a fresh adapter on ``model``, measure, and leave ``model`` as it was."""
+    set_seed(config.seed)
+    tuned = get_peft_model(model, LoraConfig(**LORA))
+    trainer = ProConTrainer(
+        tuned, config, directions=directions, train_dataset=train, data_collator=padding_collator(tokenizer)
+    )
+    probes = (
+        DriftCallback(trainer, tokenizer, every=PROBE_EVERY),
+        EvaluationCallback(trainer, tokenizer, every=PROBE_EVERY, task=probe_task),
+    )
+    for probe in probes:
+        trainer.add_callback(probe)
+    seconds = trainer.train().metrics["train_runtime"] - sum(probe.seconds for probe in probes)
+    trainer.save_model()
+    run = Run(
+        label=label,
+        evaluation=evaluate(tuned, tokenizer, task=task, label=label),
+        cosine=measure_drift(tuned, tokenizer, directions, builtin_prompts("extraction")).cosine.tolist(),
+        seconds_per_step=seconds / trainer.state.global_step,
+        history=trainer.state.log_history,
+    )
+    tuned.unload()
+    return run
+
+
+def _facts(arguments: QuickstartArguments, model: PreTrainedModel, seconds: float) -> dict[str, str]:
+    return {
+        "model": arguments.model or "SmolLM2-135M-Instruct with the package's refusal adapter",
+        "command": f"procon quickstart --seed {arguments.seed}",
+        "task": f"{TASK_TRAIN} arithmetic word problems, {RECIPE['num_train_epochs']} epochs",
+        "constraint": ", ".join(f"{name.removeprefix('procon_')} {value}" for name, value in PROCON.items()),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {model.device}, {model.dtype}",
+        "versions": f"procon {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
+        "date": date.today().isoformat(),
+        "time": f"{seconds / 60:.1f} minutes",
+    }
