@@ -1,4 +1,7 @@
-"""Set-up shared by all tests: Triton's interpreter where there is no GPU, poisoned allocations, the fp64 oracle."""
+"""Set-up shared by all tests.
+
+Triton's interpreter where there is no GPU, poisoned allocations, the fp64 oracle, a tokenizer and tiny models.
+"""
 
 import os
 import sys
@@ -7,11 +10,20 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-# Triton reads it when a kernel is declared, so it has to be there before anything imports procon.kernels.
+# Triton reads it when a kernel is declared, its own ones included, so it has to be there before anything imports
+# triton; transformers does.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+from transformers import (  # noqa: E402
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -96,3 +108,56 @@ def oracle() -> Callable[..., Expected]:
         )
 
     return compute
+
+
+_CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+#: Families whose language model has a configuration of its own.
+_TEXT_CONFIGS = {"gemma3": "gemma3_text"}
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and three special ones (ids 0 to 2); conversations in ChatML."""
+    words = ["<|pad|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    model = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, merges=[]))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        pad_token="<|pad|>",
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        padding_side="right",
+    )
+    tokenizer.chat_template = _CHATML
+    return tokenizer
+
+
+@pytest.fixture
+def tiny_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedModel]:
+    """``tiny_model(family, **config)``: a random causal LM of 3 blocks and width 32, the same at every call."""
+
+    def make(family: str = "llama", **config) -> PreTrainedModel:
+        settings = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "n_inner" if family == "gpt2" else "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 512,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        if family in ("gpt2", "gpt_neox"):  # they would take these as unknown extras
+            del settings["num_key_value_heads"], settings["head_dim"]
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(CONFIG_MAPPING[_TEXT_CONFIGS.get(family, family)](**settings | config))
+
+    return make

@@ -4,11 +4,7 @@ import json
 import math
 
 import pytest
-import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from procon import evaluation
 from procon.chat import user_turn
@@ -28,34 +24,9 @@ TASK = [
 
 
 @pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
-    text = " ".join([*PROMPTS.malicious, *PROMPTS.benign, *(row["instruction"] for row in TASK)])
-    words = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>", *sorted(set(text.split()))]
-    model = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    model.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="right"
-    )
-    tokenizer.chat_template = (
-        "{% for message in messages %}<{{ message.role }}> {{ message.content }} <eos> {% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    return tokenizer
-
-
-@pytest.fixture
-def model(tokenizer) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.5,  # wide, so that the greedy choice is far from a tie and depends on the prompt
-    )
-    return LlamaForCausalLM(config)
+def model(tiny_model) -> PreTrainedModel:
+    # Wide, so that the greedy choice is far from a tie and depends on the prompt.
+    return tiny_model("llama", num_hidden_layers=2, initializer_range=0.5)
 
 
 # Newcombe, Statistics in Medicine 17 (1998), table I, method 3.
