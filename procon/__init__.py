@@ -4,9 +4,14 @@ Names are imported on first use, so ``from procon import constrain`` loads neith
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from procon.version import __version__
+
+# In a source tree that is not installed, `kernels/` lies beside this package and not in it.
+if not Path(__file__).with_name("kernels").is_dir():
+    __path__.append(str(Path(__file__).parent.parent))
 
 _HOME = {
     "project": "functional",

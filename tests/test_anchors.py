@@ -1,0 +1,225 @@
+"""Anchors: recorded once, found again by content however the batch is made, and never silently missing."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from procon.anchors import AnchoredCollator, Anchors
+from procon.data import flattening_collator, padding_collator
+from procon.decoder import find_decoder
+from procon.directions import RefusalDirections
+from procon.errors import ProConError
+
+
+def random_directions(blocks: int, width: int, seed: int = 0) -> RefusalDirections:
+    unit = torch.nn.functional.normalize(
+        torch.randn(blocks, width, generator=torch.Generator().manual_seed(seed)), dim=1
+    )
+    ones = torch.ones(blocks)
+    return RefusalDirections(unit, ones, ones, ones, ones)
+
+
+@pytest.fixture
+def model(tiny_model):
+    return tiny_model().eval()
+
+
+@pytest.fixture
+def directions(model):
+    decoder = find_decoder(model)
+    return random_directions(len(decoder.blocks), decoder.hidden_size)
+
+
+@pytest.fixture
+def samples():
+    """Eight samples of unequal length, the last third of each labelled."""
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for length in (12, 7, 23, 5, 9, 16, 3, 30):
+        ids = torch.randint(5, 60, (length,), generator=generator).tolist()
+        prompt = length - length // 3
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return rows
+
+
+@pytest.fixture
+def anchors(model, directions, samples, tokenizer, tmp_path):
+    loader = DataLoader(samples, batch_size=3, collate_fn=padding_collator(tokenizer))
+    return Anchors.record(model, loader, directions, tmp_path / "anchors", progress=False)
+
+
+def expected(model, directions, sample) -> torch.Tensor:
+    """Projections of the labelled tokens of one unpadded sample, by definition."""
+    ids = torch.tensor([sample["input_ids"]])
+    with torch.no_grad():
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states
+    z = torch.stack([(states[block][0] @ directions.directions[block]) for block in range(len(states) - 1)], -1)
+    return z[torch.tensor(sample["labels"]) != -100]
+
+
+def test_recorded_projections_are_those_of_the_single_samples(model, directions, samples, tokenizer, anchors):
+    assert len(anchors) == len(samples)
+    for sample in samples:
+        batch = anchors.annotate(dict(padding_collator(tokenizer)([sample])))
+        live = batch["constraint_mask"][0] > 0
+        assert live.tolist() == [label != -100 for label in sample["labels"]]
+        # Batched and single forwards sum in another order: a few ulp of values of order 1.
+        torch.testing.assert_close(batch["anchors"][0][live], expected(model, directions, sample), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_and_flattened_batches_get_the_same_anchors(samples, tokenizer, anchors, side):
+    tokenizer.padding_side = side
+    padded = AnchoredCollator(padding_collator(tokenizer), anchors)(samples)
+    flat = AnchoredCollator(flattening_collator(), anchors)(samples)
+    assert padded["anchors"].shape[:2] == padded["input_ids"].shape
+    assert torch.equal(padded["anchors"][padded["constraint_mask"] > 0], flat["anchors"][flat["constraint_mask"] > 0])
+    assert torch.equal(
+        padded["input_ids"][padded["constraint_mask"] > 0], flat["input_ids"][flat["constraint_mask"] > 0]
+    )
+
+
+def test_cumulative_lengths_alone_split_a_flattened_batch(samples, anchors):
+    flat = dict(flattening_collator()(samples))
+    lengths = np.cumsum([0, *(len(sample["input_ids"]) for sample in samples)])
+    by_lengths = {"input_ids": flat["input_ids"], "labels": flat["labels"], "cu_seq_lens_q": torch.tensor(lengths)}
+    assert torch.equal(anchors.annotate(by_lengths)["anchors"], anchors.annotate(flat)["anchors"])
+
+
+@pytest.mark.parametrize("scope", ["prompt", "all"])
+def test_scope_selects_the_tokens(model, directions, samples, tokenizer, tmp_path, scope):
+    loader = DataLoader(samples, batch_size=8, collate_fn=padding_collator(tokenizer))
+    anchors = Anchors.record(model, loader, directions, tmp_path / scope, scope=scope, progress=False)
+    batch = anchors.annotate(dict(padding_collator(tokenizer)(samples)))
+    labelled = sum(label != -100 for sample in samples for label in sample["labels"])
+    tokens = sum(len(sample["input_ids"]) for sample in samples)
+    assert batch["constraint_mask"].sum() == (tokens if scope == "all" else tokens - labelled)
+
+
+def test_first_token_counts_as_prompt_even_if_labelled(model, directions, tokenizer, tmp_path):
+    sample = {"input_ids": [7, 8, 9], "labels": [7, 8, 9]}
+    loader = DataLoader([sample], collate_fn=padding_collator(tokenizer))
+    anchors = Anchors.record(model, loader, directions, tmp_path / "a", progress=False)
+    for collator in (padding_collator(tokenizer), flattening_collator()):
+        assert AnchoredCollator(collator, anchors)([sample])["constraint_mask"].tolist() == [[0, 1, 1]]
+
+
+def test_unknown_sample_is_named(samples, tokenizer, anchors):
+    stranger = {"input_ids": [9, 9, 9, 9], "labels": [-100, -100, 9, 9]}
+    with pytest.raises(ProConError, match=r"sample of 4 tokens starting .* has no anchors") as error:
+        AnchoredCollator(padding_collator(tokenizer), anchors)([samples[0], stranger])
+    assert repr(tokenizer.decode([9, 9, 9, 9])) in str(error.value)
+
+
+def test_changed_labels_are_told_from_an_unknown_sample(samples, tokenizer, anchors):
+    ids = samples[0]["input_ids"]
+    relabelled = {"input_ids": ids, "labels": [-100, *ids[1:]]}
+    with pytest.raises(ProConError, match="was recorded with other labels"):
+        AnchoredCollator(padding_collator(tokenizer), anchors)([relabelled])
+
+
+def test_recording_again_runs_nothing_and_a_grown_set_only_what_is_new(
+    model, directions, samples, tokenizer, anchors, monkeypatch
+):
+    collator = padding_collator(tokenizer)
+    rows = []
+    forward = find_decoder(model).module.forward
+    monkeypatch.setattr(
+        find_decoder(model).module,
+        "forward",
+        lambda **inputs: rows.append(len(inputs["input_ids"])) or forward(**inputs),
+    )
+    Anchors.record(model, DataLoader(samples, 3, collate_fn=collator), directions, anchors.path, progress=False)
+    assert rows == []
+    extra = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}]
+    grown = Anchors.record(
+        model, DataLoader(samples + extra, 1, collate_fn=collator), directions, anchors.path, progress=False
+    )
+    assert rows == [1]
+    assert len(grown) == len(samples) + 1
+    assert "labels" in grown.annotate(dict(collator(extra)))
+
+
+def test_interrupted_recording_goes_on(model, directions, samples, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("procon.anchors._SHARD_BYTES", 1)  # one sequence a shard
+    loader = DataLoader(samples, 1, collate_fn=padding_collator(tokenizer))
+
+    class Stopped(Exception):
+        pass
+
+    def stopping():
+        for number, batch in enumerate(loader):
+            if number == 5:
+                raise Stopped
+            yield batch
+
+    with pytest.raises(Stopped):
+        Anchors.record(model, stopping(), directions, tmp_path / "a", progress=False)
+    assert len(list((tmp_path / "a").glob("*.safetensors"))) == 5
+    anchors = Anchors.record(model, loader, directions, tmp_path / "a", progress=False)
+    assert len(anchors) == len(samples)
+    assert len(list((tmp_path / "a").glob("*.safetensors"))) == len(samples)
+
+
+def test_other_model_state_is_refused(tiny_model, directions, samples, tokenizer, anchors):
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0, 0] += 1
+    loader = DataLoader(samples, 3, collate_fn=padding_collator(tokenizer))
+    with pytest.raises(ProConError, match="another model state"):
+        Anchors.record(model, loader, directions, anchors.path, progress=False)
+
+
+def test_damaged_shard_is_named(anchors):
+    file = next(anchors.path.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(ProConError, match=f"{file.name}.*damaged"):
+        Anchors(anchors.path)
+
+
+def test_missing_store_is_named(tmp_path):
+    with pytest.raises(ProConError, match="no anchors in"):
+        Anchors(tmp_path / "nowhere")
+
+
+def test_hidden_states_that_are_not_finite_stop_the_recording(model, directions, samples, tokenizer, tmp_path):
+    with torch.no_grad():
+        find_decoder(model).blocks[0].mlp.down_proj.weight.fill_(float("nan"))
+    loader = DataLoader(samples, 3, collate_fn=padding_collator(tokenizer))
+    with pytest.raises(ProConError, match="entering block 1 are NaN or infinite on the sample of"):
+        Anchors.record(model, loader, directions, tmp_path / "a", progress=False)
+    assert not list((tmp_path / "a").glob("*.safetensors"))
+
+
+def test_foreign_inputs_are_refused(model, directions, samples, tokenizer, tmp_path):
+    batch = {**padding_collator(tokenizer)(samples), "pixel_values": torch.zeros(8, 3)}
+    with pytest.raises(ProConError, match="pixel_values"):
+        Anchors.record(model, [batch], directions, tmp_path / "a", progress=False)
+
+
+def test_gap_in_attention_mask_is_refused(samples, tokenizer, anchors):
+    batch = dict(padding_collator(tokenizer)(samples))
+    batch["attention_mask"][2, 4] = 0
+    with pytest.raises(ProConError, match="attention_mask of row 2 has gaps"):
+        anchors.annotate(batch)
+
+
+def test_collator_works_in_loader_workers(samples, tokenizer, anchors):
+    collator = pickle.loads(pickle.dumps(AnchoredCollator(padding_collator(tokenizer), anchors)))
+    one, two = (
+        list(DataLoader(samples, 4, collate_fn=collator, num_workers=workers, multiprocessing_context=context))
+        for workers, context in ((0, None), (2, "fork"))
+    )
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a["anchors"], b["anchors"])
+
+
+def test_ranks_share_one_store(model, directions, samples, tokenizer, tmp_path):
+    for rank in (0, 1):
+        loader = DataLoader(samples[rank::2], 2, collate_fn=padding_collator(tokenizer))
+        anchors = Anchors.record(model, loader, directions, tmp_path / "a", rank=rank, progress=False)
+    assert len(anchors) == len(samples)
+    assert len(list(anchors.path.glob("rank00001-*"))) == 1

@@ -1,0 +1,266 @@
+"""The constraint on a model: right value and gradient in every mode, and never silently absent."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from procon.constraint import ProjectionConstraint, select_blocks
+from procon.decoder import find_decoder
+from procon.directions import RefusalDirections
+from procon.errors import ProConError
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox")
+
+
+def random_directions(model, seed: int = 0) -> RefusalDirections:
+    decoder = find_decoder(model)
+    generator = torch.Generator().manual_seed(seed)
+    unit = torch.nn.functional.normalize(
+        torch.randn(len(decoder.blocks), decoder.hidden_size, generator=generator), dim=1
+    )
+    gap = torch.rand(len(decoder.blocks), generator=generator) + 0.5
+    return RefusalDirections(unit, gap, gap, gap, gap)
+
+
+def random_batch(blocks: int, rows: int = 2, length: int = 9) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(5, 60, (rows, length), generator=generator)
+    anchors = torch.randn(rows, length, blocks, generator=generator)
+    mask = (torch.rand(rows, length, generator=generator) < 0.6).float()
+    return {"input_ids": ids, "labels": ids}, anchors, mask
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def by_definition(model, directions, batch, anchors, mask, units="raw"):
+    """CE + penalty from ``output_hidden_states``: the input of block l is its entry l."""
+    model.zero_grad()
+    output = model(**batch, output_hidden_states=True)
+    error = torch.stack(
+        [h @ r for h, r in zip(output.hidden_states, directions.directions.to(model.dtype), strict=False)], -1
+    ) - anchors.to(model.dtype)
+    if units == "gap":
+        error = error / directions.gap
+    penalty = (error.square().mean(-1) * mask).sum() / mask.sum()
+    (output.loss + 3 * penalty).backward()
+    return penalty.detach(), gradients(model)
+
+
+def constrained(model, directions, batch, anchors, mask, **settings):
+    model.zero_grad()
+    with ProjectionConstraint(directions, **settings).attach(model) as constraint:
+        constraint.target(anchors, mask)
+        loss = model(**batch).loss
+        penalty = constraint.penalty()
+        (loss + 3 * penalty).backward()
+    return penalty.detach(), gradients(model)
+
+
+def assert_same(one, two, *, relative=1e-5):
+    torch.testing.assert_close(one[0], two[0], rtol=relative, atol=0)
+    assert one[1].keys() == two[1].keys()
+    for name, gradient in one[1].items():
+        difference = (gradient - two[1][name]).norm()
+        assert difference <= relative * gradient.norm() + 1e-9, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_value_and_gradient_by_definition(tiny_model, family):
+    model = tiny_model(family).eval()  # GPT-2 has dropout
+    directions = random_directions(model)
+    batch, anchors, mask = random_batch(3)
+    assert_same(
+        by_definition(model, directions, batch, anchors, mask), constrained(model, directions, batch, anchors, mask)
+    )
+
+
+def test_gap_units(tiny_model):
+    model = tiny_model()
+    directions = random_directions(model)
+    batch, anchors, mask = random_batch(3)
+    assert_same(
+        by_definition(model, directions, batch, anchors, mask, units="gap"),
+        constrained(model, directions, batch, anchors, mask, units="gap"),
+    )
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing_or_is_refused(tiny_model, reentrant):
+    model = tiny_model().train()
+    directions = random_directions(model)
+    batch, anchors, mask = random_batch(3)
+    plain = constrained(model, directions, batch, anchors, mask)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    # transformers up to 5.17 run block hooks inside the checkpoint, where a reentrant one has no gradients.
+    if reentrant and "__call__" in vars(GradientCheckpointingLayer):
+        with pytest.raises(ProConError, match="use_reentrant=False"):
+            constrained(model, directions, batch, anchors, mask)
+    else:
+        assert_same(plain, constrained(model, directions, batch, anchors, mask))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_hooks_inside_a_checkpoint(tiny_model, reentrant):
+    """Blocks called through a checkpoint, as transformers up to 5.17 and FSDP wrappers do."""
+    model = tiny_model().train()
+    directions = random_directions(model)
+    batch, anchors, mask = random_batch(3)
+    plain = constrained(model, directions, batch, anchors, mask)
+    decoder = find_decoder(model)
+
+    class Checkpointed(torch.nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, hidden_states, **kwargs):
+            run = lambda h: self.block(h, **kwargs)  # noqa: E731
+            return torch.utils.checkpoint.checkpoint(run, hidden_states, use_reentrant=reentrant)
+
+    constraint = ProjectionConstraint(directions).attach(model)
+    for index, block in enumerate(list(decoder.blocks)):
+        decoder.blocks[index] = Checkpointed(block)
+    model.zero_grad()
+    constraint.target(anchors, mask)
+    if reentrant:
+        with pytest.raises(ProConError, match="use_reentrant=False"):
+            model(**batch)
+        return
+    loss = model(**batch).loss
+    penalty = constraint.penalty()
+    (loss + 3 * penalty).backward()
+    found = {name.replace(".block.", "."): gradient for name, gradient in gradients(model).items()}
+    assert_same(plain, (penalty.detach(), found))
+
+
+def test_lora_leaves_the_first_block_out(tiny_model):
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    torch.nn.init.normal_(next(p for n, p in model.named_parameters() if "lora_B" in n))
+    directions = random_directions(model)
+    batch, anchors, mask = random_batch(3)
+    with torch.no_grad():
+        first = model(**batch, output_hidden_states=True).hidden_states[0]
+    # The first block's input cannot move under LoRA, so its anchors always match.
+    anchors[..., 0] = first @ directions.directions[0]
+    assert_same(
+        by_definition(model, directions, batch, anchors, mask), constrained(model, directions, batch, anchors, mask)
+    )
+
+
+def test_tokens_of_the_whole_step_divide(tiny_model):
+    model = tiny_model()
+    directions = random_directions(model)
+    batch, anchors, mask = random_batch(3)
+    with ProjectionConstraint(directions).attach(model) as constraint:
+        constraint.target(anchors, mask)
+        model(**batch)
+        half = constraint.penalty(tokens=2 * mask.sum()).item()
+        assert half == pytest.approx(0.5 * constraint.penalty().item())
+
+
+def test_attach_and_detach_leave_no_trace(tiny_model):
+    model = tiny_model()
+    hooks = [dict(block._forward_pre_hooks) for block in find_decoder(model).blocks]
+    with ProjectionConstraint(random_directions(model)).attach(model):
+        assert all(block._forward_pre_hooks for block in find_decoder(model).blocks)
+    assert [dict(block._forward_pre_hooks) for block in find_decoder(model).blocks] == hooks
+
+
+def test_disabled_constraint_runs_plainly(tiny_model):
+    model = tiny_model().train()
+    batch, _, _ = random_batch(3)
+    expected = model(**batch).loss
+    with ProjectionConstraint(random_directions(model)).attach(model) as constraint:
+        constraint.enabled = False
+        assert torch.equal(model(**batch).loss, expected)
+
+
+def test_evaluation_between_target_and_backward_is_left_alone(tiny_model):
+    model = tiny_model().train()
+    batch, anchors, mask = random_batch(3)
+    with ProjectionConstraint(random_directions(model)).attach(model) as constraint:
+        constraint.target(anchors, mask)
+        loss = model(**batch).loss + constraint.penalty()
+        model.eval()
+        with torch.no_grad():
+            model.generate(batch["input_ids"][:1], max_new_tokens=2, do_sample=False, pad_token_id=0)
+        model.train()
+        loss.backward()
+
+
+def test_never_silently_unconstrained(tiny_model):
+    model = tiny_model().train()
+    batch, anchors, mask = random_batch(3)
+    constraint = ProjectionConstraint(random_directions(model))
+    with pytest.raises(ProConError, match="attached to no model"):
+        constraint.target(anchors, mask)
+    with constraint.attach(model):
+        with pytest.raises(ProConError, match="attached already"):
+            constraint.attach(model)
+        with pytest.raises(ProConError, match="without anchors"):
+            model(**batch)
+        with pytest.raises(ProConError, match="no target is set"):
+            constraint.penalty()
+        constraint.target(anchors, mask)
+        with pytest.raises(ProConError, match="0 of 3 constrained blocks"):
+            constraint.penalty()
+        model(**batch)
+        with pytest.raises(ProConError, match="ran twice for one target"):
+            model(**batch)
+        constraint.target(anchors[:, :-1], mask[:, :-1])
+        with pytest.raises(ProConError, match="hidden states of shape"):
+            model(**batch)
+        with pytest.raises(ProConError, match="anchors have shape"):
+            constraint.target(anchors[..., :2], mask)
+
+
+def test_frozen_model_is_refused(tiny_model):
+    model = tiny_model().train().requires_grad_(False)
+    model.lm_head.weight.requires_grad_()
+    batch, anchors, mask = random_batch(3)
+    with ProjectionConstraint(random_directions(model)).attach(model) as constraint:
+        constraint.target(anchors, mask)
+        model(**batch)
+        with pytest.raises(ProConError, match="cannot act"):
+            constraint.penalty()
+
+
+def test_directions_of_another_model_are_refused(tiny_model):
+    directions = random_directions(tiny_model())
+    with pytest.raises(ProConError, match="directions are for 3 blocks of width 32, but the model has 2 blocks"):
+        ProjectionConstraint(directions).attach(tiny_model(num_hidden_layers=2))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"), [("all", (1, 2, 3)), ([3, 1], (1, 3)), ([-1], (3,)), (0.5, (2, 3)), (1.0, (1, 2, 3))]
+)
+def test_block_selection(blocks, expected):
+    gap = torch.tensor([0.0, 1, 1, 1])
+    directions = RefusalDirections(torch.eye(4), gap, gap, gap, gap)
+    assert select_blocks(directions, blocks) == expected
+
+
+@pytest.mark.parametrize("blocks", ["some", 0.0, 1.5, [4], [0], []])
+def test_bad_block_selection(blocks):
+    gap = torch.tensor([0.0, 1, 1, 1])
+    with pytest.raises(ProConError, match=r"block"):
+        select_blocks(RefusalDirections(torch.eye(4), gap, gap, gap, gap), blocks)
+
+
+def test_compiled_model(tiny_model):
+    model = tiny_model()
+    directions = random_directions(model)
+    batch, anchors, mask = random_batch(3)
+    expected = constrained(model, directions, batch, anchors, mask)
+    model.zero_grad()
+    with ProjectionConstraint(directions).attach(model) as constraint:
+        compiled = torch.compile(model, backend="aot_eager")
+        constraint.target(anchors, mask)
+        loss = compiled(**batch).loss
+        penalty = constraint.penalty()
+        (loss + 3 * penalty).backward()
+    torch._dynamo.reset()
+    assert_same(expected, (penalty.detach(), gradients(model)))

@@ -1,0 +1,299 @@
+"""The trainer: the penalty scales as CE does, alpha 0 is the Trainer it extends, and bad set-ups stop."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from procon.data import flattening_collator, padding_collator
+from procon.decoder import find_decoder
+from procon.directions import RefusalDirections
+from procon.errors import ProConError
+from procon.training import DriftCallback, ProConConfig, ProConTrainer
+
+LENGTHS = (12, 7, 23, 5, 9, 16, 3, 30)
+
+
+@pytest.fixture
+def dataset() -> Dataset:
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for length in LENGTHS:
+        ids = torch.randint(5, 60, (length,), generator=generator).tolist()
+        prompt = length - length // 3
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return Dataset.from_list(rows)
+
+
+def random_directions(model) -> RefusalDirections:
+    decoder = find_decoder(model)
+    generator = torch.Generator().manual_seed(0)
+    unit = torch.nn.functional.normalize(
+        torch.randn(len(decoder.blocks), decoder.hidden_size, generator=generator), dim=1
+    )
+    ones = torch.ones(len(decoder.blocks))
+    return RefusalDirections(unit, ones, ones, ones, ones)
+
+
+class Gradient(TrainerCallback):
+    """Moves the model off its anchors when training starts, and keeps the gradient of the first optimiser step."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def first_gradient(model, dataset, collator, folder, schedule: str, *, accepts_loss_kwargs: bool = True, **arguments):
+    callback = Gradient()
+    config = ProConConfig(
+        output_dir=str(folder),
+        procon_schedule=schedule,
+        max_steps=1,
+        max_grad_norm=0,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        **arguments,
+    )
+    trainer = ProConTrainer(
+        model,
+        config,
+        directions=random_directions(model),
+        train_dataset=dataset,
+        data_collator=collator,
+        callbacks=[callback],
+    )
+    trainer.model_accepts_loss_kwargs = accepts_loss_kwargs
+    trainer.train()
+    return callback.flat
+
+
+def aux_gradient(tiny_model, *rest, **settings) -> torch.Tensor:
+    """The penalty's own gradient: with it minus without, in float64, where the difference is exact enough."""
+    return first_gradient(tiny_model().double(), *rest, "procon_s:2", **settings) - first_gradient(
+        tiny_model().double(), *rest, "0", **settings
+    )
+
+
+@pytest.mark.parametrize("accepts_loss_kwargs", [True, False])
+def test_gradient_accumulation_leaves_the_penalty_alone(tiny_model, dataset, tokenizer, tmp_path, accepts_loss_kwargs):
+    settings = {"accepts_loss_kwargs": accepts_loss_kwargs}
+    rest = (dataset, padding_collator(tokenizer), tmp_path)
+    whole = aux_gradient(tiny_model, *rest, per_device_train_batch_size=8, **settings)
+    assert whole.norm() > 1e-3
+    for steps in (2, 4, 8):
+        parts = aux_gradient(
+            tiny_model,
+            *rest,
+            per_device_train_batch_size=8 // steps,
+            gradient_accumulation_steps=steps,
+            **settings,
+        )
+        assert (parts - whole).norm() <= 1e-5 * whole.norm(), steps
+
+
+def test_padded_flattened_and_single_rows_give_one_gradient(tiny_model, dataset, tokenizer, tmp_path):
+    padded, flat = padding_collator(tokenizer), flattening_collator()
+    whole = aux_gradient(tiny_model, dataset, padded, tmp_path / "padded", per_device_train_batch_size=8)
+    flattened = aux_gradient(tiny_model, dataset, flat, tmp_path / "flat", per_device_train_batch_size=8)
+    single = aux_gradient(
+        tiny_model, dataset, padded, tmp_path / "one", per_device_train_batch_size=1, gradient_accumulation_steps=8
+    )
+    # Each set-up records its own anchors in fp32, off by an ulp or so of projections of order 1.
+    assert (flattened - whole).norm() <= 1e-5 * whole.norm()
+    assert (single - whole).norm() <= 1e-5 * whole.norm()
+
+
+def final_weights(trainer_class, arguments, model, dataset, tokenizer, **extra) -> dict[str, torch.Tensor]:
+    set_seed(0)
+    trainer = trainer_class(model, arguments, train_dataset=dataset, data_collator=padding_collator(tokenizer), **extra)
+    trainer.train()
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def test_alpha_zero_is_the_trainer_bitwise(tiny_model, dataset, tokenizer, tmp_path):
+    common = {
+        "output_dir": str(tmp_path),
+        "num_train_epochs": 5,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    plain = final_weights(Trainer, TrainingArguments(**common), tiny_model(), dataset, tokenizer)
+    ours = final_weights(ProConTrainer, ProConConfig(**common, procon_schedule="0"), tiny_model(), dataset, tokenizer)
+    assert plain.keys() == ours.keys()
+    assert all(torch.equal(plain[name], ours[name]) for name in plain)
+    assert not (tmp_path / "anchors").exists()
+
+
+def test_warmup_is_extra_and_is_logged(tiny_model, dataset, tokenizer, tmp_path):
+    config = ProConConfig(
+        output_dir=str(tmp_path),
+        procon_schedule="procon_wu:1@1ep",
+        num_train_epochs=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    model = tiny_model()
+    trainer = ProConTrainer(
+        model,
+        config,
+        directions=random_directions(model),
+        train_dataset=dataset,
+        data_collator=padding_collator(tokenizer),
+    )
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "procon/alpha" in row]
+    assert trainer.state.global_step == 12
+    assert [row["procon/alpha"] for row in rows] == [1.0] * 4 + [0.0] * 8
+    penalties = [row.get("procon/penalty") for row in rows]
+    assert penalties[0] == pytest.approx(0, abs=1e-9)  # the model is at its anchors
+    assert all(penalty > 1e-6 for penalty in penalties[1:4])
+    assert penalties[4:] == [None] * 8
+    assert not any(block._forward_pre_hooks for block in find_decoder(model).blocks)
+
+
+def test_constraint_holds_projections(tiny_model, dataset, tokenizer, tmp_path):
+    """What it is for: under the constraint the last penalty is far below what plain training drifts to."""
+
+    def final_penalty(schedule: str) -> float:
+        set_seed(0)
+        model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"]))
+        config = ProConConfig(
+            output_dir=str(tmp_path),
+            procon_schedule=schedule,
+            num_train_epochs=20,
+            per_device_train_batch_size=8,
+            learning_rate=2e-2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        trainer = ProConTrainer(
+            model,
+            config,
+            directions=random_directions(model),
+            train_dataset=dataset,
+            data_collator=padding_collator(tokenizer),
+        )
+        trainer.train()
+        return [row["procon/penalty"] for row in trainer.state.log_history if "procon/penalty" in row][-1]
+
+    # An alpha this small measures drift without hindering it.
+    assert final_penalty("100") < 0.1 * final_penalty("1e-12")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"procon_schedule": "-1"}, "alpha is -1"),
+        ({"procon_scope": "answer"}, "procon_scope"),
+        ({"procon_blocks": "deep"}, "procon_blocks"),
+        ({"procon_schedule": "sometimes"}, "not understood"),
+    ],
+)
+def test_bad_settings(tmp_path, settings, message):
+    with pytest.raises(ProConError, match=message):
+        ProConConfig(output_dir=str(tmp_path), **settings)
+
+
+def test_missing_directions_stop(tiny_model, dataset, tmp_path):
+    with pytest.raises(ProConError, match="no refusal directions given"):
+        ProConTrainer(tiny_model(), ProConConfig(output_dir=str(tmp_path)), train_dataset=dataset)
+
+
+def test_nan_during_training_stops_before_a_checkpoint(tiny_model, dataset, tokenizer, tmp_path):
+    class Spoil(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                torch.nn.init.constant_(find_decoder(model).blocks[0].mlp.down_proj.weight, float("nan"))
+
+    config = ProConConfig(
+        output_dir=str(tmp_path),
+        procon_schedule="procon_s",
+        num_train_epochs=2,
+        per_device_train_batch_size=2,
+        logging_steps=100,
+        save_steps=3,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    model = tiny_model()
+    trainer = ProConTrainer(
+        model,
+        config,
+        directions=random_directions(model),
+        train_dataset=dataset,
+        data_collator=padding_collator(tokenizer),
+        callbacks=[Spoil()],
+    )
+    with pytest.raises(ProConError, match=r"penalty became nan by step 3.*NaN or infinite"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_resume_with_other_settings_is_refused(tiny_model, dataset, tokenizer, tmp_path):
+    def trainer(**settings):
+        config = ProConConfig(
+            output_dir=str(tmp_path),
+            **{"procon_schedule": "procon_s", "num_train_epochs": 1, **settings},
+            per_device_train_batch_size=2,
+            save_steps=2,
+            report_to=[],
+            disable_tqdm=True,
+        )
+        model = tiny_model()
+        return ProConTrainer(
+            model,
+            config,
+            directions=random_directions(model),
+            train_dataset=dataset,
+            data_collator=padding_collator(tokenizer),
+        )
+
+    with pytest.raises(ProConError, match="no complete checkpoint"):
+        trainer().train(resume_from_checkpoint=True)
+    trainer().train()
+    with pytest.raises(ProConError, match=r"was trained with schedule '0.1', not '0.2'"):
+        trainer(procon_schedule="procon_s:0.2").train(resume_from_checkpoint=True)
+    with pytest.raises(ProConError, match="trained with scope"):
+        trainer(procon_scope="all").train(resume_from_checkpoint=True)
+    state = tmp_path / "checkpoint-4" / "trainer_state.json"
+    state.write_text(state.read_text()[:20])  # as a killed run leaves it
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=True)
+    assert json.loads(state.read_text())["global_step"] == 4  # went on from checkpoint-2, and wrote it anew
+
+
+def test_drift_callback_logs_the_cosine(tiny_model, dataset, tokenizer, tmp_path):
+    config = ProConConfig(
+        output_dir=str(tmp_path),
+        procon_schedule="0",
+        num_train_epochs=1,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = ProConTrainer(tiny_model(), config, train_dataset=dataset, data_collator=padding_collator(tokenizer))
+    trainer.add_callback(DriftCallback(trainer, tokenizer, every=3))
+    trainer.train()
+    found = {row["step"]: row["procon/drift_cos"] for row in trainer.state.log_history if "procon/drift_cos" in row}
+    assert found.keys() == {3, 4}
+    assert all(-1 <= cosine < 1 for cosine in found.values())
