@@ -18,7 +18,7 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from transformers import (  # noqa: E402
+from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     PreTrainedModel,
