@@ -120,8 +120,7 @@ class ProjectionConstraint:
             )
         if not self._handles:
             raise ProConError("the constraint is attached to no model: call attach(model) first")
-        # One contiguous [B, T] a block: a strided view would be copied at each block, and held until its backward.
-        self._anchors = (anchors.float() * self._scale.to(anchors.device)).movedim(-1, 0).contiguous()
+        self._anchors = anchors.float() * self._scale.to(anchors.device)
         self._mask = mask.float()
         self._terms = {}
         self._grad_was_enabled = torch.is_grad_enabled()
@@ -196,7 +195,7 @@ class ProjectionConstraint:
             # Nothing below this block trains, so its input, and with it the penalty's gradient, cannot move.
             self._terms[column] = None
             return hidden
-        anchors = self._anchors[column].to(hidden.device)
+        anchors = self._anchors[..., column].to(hidden.device)
         constrained, term = constrain(
             hidden,
             self._vector(column, hidden.device),

@@ -1,0 +1,72 @@
+"""Every Python block of the README runs, and CI runs the README's test command."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from procon import RefusalDirections
+from procon.chat import response_mask, user_turn
+from procon.data import padding_collator
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_ci_runs_the_test_command():
+    commands = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    command = next(block for block in commands if "pytest" in block).split("&&")[-1].strip()
+    assert command.removeprefix(".venv/bin/") in (ROOT / ".ci" / "run").read_text()
+
+
+def test_all_blocks_are_known():
+    assert ["ProConTrainer(" in BLOCKS[0], "Anchors.record(" in BLOCKS[1], "project(" in BLOCKS[2]] == [True] * 3
+    assert len(BLOCKS) == 3
+
+
+def test_trainer_block(tiny_model, tokenizer, tmp_path):
+    model_name, data_file = str(tmp_path / "model"), str(tmp_path / "data.jsonl")
+    tiny_model().save_pretrained(model_name)
+    tokenizer.save_pretrained(model_name)
+    rows = [{"prompt": f"count to {n}", "completion": " ".join(map(str, range(n)))} for n in range(1, 9)]
+    Path(data_file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = {"model_name": model_name, "data_file": data_file, "output_dir": str(tmp_path / "out")}
+    exec(BLOCKS[0], names)
+    # Eight rows, batches of eight: three epochs, and the four of the warm-up.
+    assert names["trainer"].state.global_step == 7
+    assert list((tmp_path / "out" / "anchors").glob("*/*.safetensors"))
+
+
+def test_own_loop_block(tiny_model, tokenizer, tmp_path):
+    model = tiny_model()
+    rows = []
+    for n in range(1, 9):
+        ids, mask = response_mask(
+            tokenizer, [*user_turn(f"count to {n}"), {"role": "assistant", "content": " ".join(map(str, range(n)))}]
+        )
+        labels = [token if keep else -100 for token, keep in zip(ids, mask, strict=True)]
+        rows.append({"input_ids": ids, "labels": labels})
+    collator = padding_collator(tokenizer)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    names = {
+        "DataLoader": DataLoader,
+        "model": model,
+        "dataset": rows,
+        "collator": collator,
+        "loader": DataLoader(rows, batch_size=4, collate_fn=collator),
+        "directions": RefusalDirections.extract(model, tokenizer, check_refusal=False, progress=False),
+        "anchors_dir": tmp_path / "anchors",
+        "optimizer": torch.optim.AdamW(model.parameters()),
+    }
+    exec(BLOCKS[1], names)
+    assert any(not torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_op_block():
+    names: dict = {}
+    exec(BLOCKS[2], names)
+    (names["penalty"] + names["loss"] + names["z"].sum()).backward()
+    assert names["z"].shape == (2, 8)
