@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from procon.errors import ProConError
+
 
 def _option(default, text: str):
     return field(default=default, metadata={"help": text})
@@ -11,6 +13,12 @@ def _option(default, text: str):
 
 def _required(text: str):
     return field(metadata={"help": text})
+
+
+def _check_positive(arguments: object, *names: str) -> None:
+    for name in names:
+        if getattr(arguments, name) < 1:
+            raise ProConError(f"{name} is {getattr(arguments, name)}: give 1 or more")
 
 
 @dataclass
@@ -23,6 +31,9 @@ class DirectionsArguments:
     benign: str | None = _option(None, "Benign prompts (.txt or .jsonl); the built-in ones if not given.")
     batch_size: int = _option(32, "Prompts a batch.")
     dtype: str = _option("auto", "auto, bfloat16, float16 or float32.")
+
+    def __post_init__(self):
+        _check_positive(self, "batch_size")
 
 
 @dataclass
@@ -47,6 +58,11 @@ class TrainArguments:
     resume: bool = _option(False, "Go on from the last checkpoint in the output folder.")
     dtype: str = _option("auto", "auto (full fine-tuning: float32), bfloat16, float16 or float32.")
 
+    def __post_init__(self):
+        if self.method not in ("lora", "full"):
+            raise ProConError(f"method is {self.method!r}: choose lora or full")
+        _check_positive(self, "lora_r", "lora_alpha", "max_length")
+
 
 @dataclass
 class DriftArguments:
@@ -59,6 +75,9 @@ class DriftArguments:
     benign: str | None = _option(None, "Benign prompts (.txt or .jsonl); the built-in ones if not given.")
     batch_size: int = _option(32, "Prompts a batch.")
     dtype: str = _option("auto", "auto, bfloat16, float16 or float32.")
+
+    def __post_init__(self):
+        _check_positive(self, "batch_size")
 
 
 @dataclass
@@ -74,6 +93,9 @@ class EvalArguments:
     task_max_new_tokens: int = _option(128, "Length of a task reply.")
     batch_size: int = _option(32, "Prompts a batch.")
     dtype: str = _option("auto", "auto, bfloat16, float16 or float32.")
+
+    def __post_init__(self):
+        _check_positive(self, "max_new_tokens", "task_max_new_tokens", "batch_size")
 
 
 @dataclass

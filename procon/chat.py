@@ -23,15 +23,22 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, g
     Raises:
         ProConError: if the tokenizer has no chat template, or its template rejects the conversation.
     """
+    return _ids(tokenizer, _text(tokenizer, messages, generation_prompt))
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation_prompt: bool) -> str:
     if not tokenizer.chat_template:
         raise ProConError(
             f"tokenizer of {tokenizer.name_or_path!r} has no chat template: set tokenizer.chat_template, or start "
             "from the model's chat (-Instruct) version"
         )
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
     except Exception as error:  # templates raise jinja2 errors of their own making
         raise ProConError(f"the chat template of {tokenizer.name_or_path!r} rejects a conversation: {error}") from error
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -39,25 +46,35 @@ def response_mask(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     """Token ids of a conversation, and for each token whether the assistant wrote it.
 
     An assistant turn is what the template adds to the rendered conversation before it, so no per-family markers
-    are needed.
+    are needed. A token that joins the end of a prompt and the start of a reply counts as the reply's.
 
     Raises:
         ProConError: if the template rewrites earlier turns, so that turns cannot be told apart.
     """
-    ids = render(tokenizer, messages, generation_prompt=False)
+    text = _text(tokenizer, messages, False)
+    ids = _ids(tokenizer, text)
     mask = [False] * len(ids)
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = render(tokenizer, messages[:index], generation_prompt=True)
-        after = render(tokenizer, messages[: index + 1], generation_prompt=False)
-        if ids[: len(before)] != before or ids[: len(after)] != after:
+        before = _text(tokenizer, messages[:index], True)
+        after = _text(tokenizer, messages[: index + 1], False)
+        if not (after.startswith(before) and text.startswith(after)):
             raise ProConError(
-                f"the chat template of {tokenizer.name_or_path!r} rewrites earlier turns, so the response tokens of "
-                "a conversation with several assistant turns cannot be found: keep one assistant turn a sample"
+                f"the chat template of {tokenizer.name_or_path!r} rewrites earlier turns, or opens replies with text "
+                "that it does not keep, so response tokens cannot be found: keep one assistant turn a sample, or set "
+                "tokenizer.chat_template to one that does neither"
             )
-        mask[len(before) : len(after)] = [True] * (len(after) - len(before))
+        # Not the lengths: a tokenizer may join characters across the boundary, such as the line feed that ends a
+        # prompt and one that begins the reply.
+        start, end = (_common_prefix(ids, _ids(tokenizer, part)) for part in (before, after))
+        mask[start:end] = [True] * (end - start)
     return ids, mask
+
+
+def _common_prefix(first: list[int], second: list[int]) -> int:
+    pairs = zip(first, second, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -79,7 +79,12 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for bad input, told in one line on standard error."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    warnings.showwarning = _show_warning
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return _main(argv)
+
+
+def _main(argv: list[str]) -> int:
     if argv[:1] == ["--version"]:
         print(f"procon {__version__}")
         return 0
@@ -104,7 +109,7 @@ def parse(name: str, argv: Sequence[str]) -> tuple:
     """Instances of the argument dataclasses of command ``name``; flags win over ``--config FILE.yaml``.
 
     Raises:
-        ProConError: for an unreadable or unknown setting in the YAML file.
+        ProConError: for a setting that is unknown, missing or malformed, or an unreadable YAML file.
     """
     from transformers import HfArgumentParser
 
@@ -117,6 +122,7 @@ def parse(name: str, argv: Sequence[str]) -> tuple:
         description=types[0].__doc__,
         epilog="Settings may also stand in a YAML file, by the same names: --config FILE.yaml. Flags win over it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     if command.trains:
         parser.set_defaults(**_TRAINING_DEFAULTS)
@@ -125,32 +131,64 @@ def parse(name: str, argv: Sequence[str]) -> tuple:
     parser.add_argument("--config", metavar="FILE.yaml", help="Settings by name.")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
+
+    def refuse(message: str) -> None:
+        raise ProConError(f"{message}; see 'procon {name} --help'")
+
+    parser.error = first.error = refuse  # argparse's own prints the usage besides, and exits
     file = first.parse_known_args(argv)[0].config
     if file:
         _apply_yaml(parser, Path(file))
-    return parser.parse_args_into_dataclasses(args=list(argv))[: len(types)]
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            args=list(argv), look_for_args_file=False, return_remaining_strings=True
+        )
+    except ProConError:
+        raise
+    except (ValueError, ImportError) as error:  # TrainingArguments checks some settings itself
+        raise ProConError(f"{error}; see 'procon {name} --help'") from error
+    if unknown:
+        raise ProConError(f"there is no setting {unknown[0]!r}{_hint(unknown[0], _names(parser))}")
+    return tuple(parsed[: len(types)])
+
+
+def _names(parser: argparse.ArgumentParser) -> set[str]:
+    return {action.dest for action in parser._actions} - {"help", "config"}
+
+
+def _hint(unknown: str, known: set[str]) -> str:
+    close = get_close_matches(unknown.split("=")[0].lstrip("-").replace("-", "_"), known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ": see --help for the names"
 
 
 def _apply_yaml(parser: argparse.ArgumentParser, file: Path) -> None:
     """Make the file's settings the parser's defaults."""
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        text = file.read_text(encoding="utf-8")
+        # Every scalar as it is written, for argparse to read as it reads flags: YAML itself takes 2e-4 for a text and
+        # `save_strategy: no` for a false.
+        settings = yaml.load(text, Loader=yaml.BaseLoader) or {}
+        nested = yaml.safe_load(text)
     except FileNotFoundError:
-        raise ProConError(f"config file {str(file)!r} does not exist") from None
-    except yaml.YAMLError as error:
-        raise ProConError(f"config file {str(file)!r} is not valid YAML: {error}") from error
+        raise ProConError(f"config file {str(file)!r} does not exist: check the path") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ProConError(f"config file {str(file)!r} cannot be read as YAML: {error}") from error
     if not isinstance(settings, dict):
-        raise ProConError(f"config file {str(file)!r} holds no 'name: value' lines")
-    known = {action.dest for action in parser._actions} - {"help", "config"}
-    unknown = sorted(set(settings) - known)
-    if unknown:
-        close = get_close_matches(unknown[0], known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ": see --help for the names"
-        raise ProConError(f"config file {str(file)!r} has the unknown setting {unknown[0]!r}{hint}")
-    parser.set_defaults(**settings)
+        raise ProConError(f"config file {str(file)!r} holds no 'name: value' lines: write one setting a line")
+    known = _names(parser)
+    for name in settings:
+        if name not in known:
+            raise ProConError(f"config file {str(file)!r} has the unknown setting {name!r}{_hint(name, known)}")
     for action in parser._actions:
-        if action.dest in settings:
-            action.required = False
+        value = settings.get(action.dest)
+        if value is None or nested[action.dest] is None:
+            continue
+        if isinstance(value, dict):
+            value = nested[action.dest]
+        elif isinstance(value, list) and action.nargs != "+":
+            value = ",".join(map(str, value))
+        action.default = value
+        action.required = False
 
 
 def _hide_rare_arguments(parser: argparse.ArgumentParser, shown: type) -> None:

@@ -35,22 +35,21 @@ from procon.training.checkpoints import last_complete
 
 def directions(arguments: DirectionsArguments) -> None:
     """``procon directions``"""
+    output = _output_file(arguments.output)
     prompts = _prompts(arguments.malicious, arguments.benign, "extraction")
     model, tokenizer = load_model(arguments.model, dtype=parse_dtype(arguments.dtype))
     found = RefusalDirections.extract(model, tokenizer, prompts, batch_size=arguments.batch_size)
-    path = found.save(arguments.output)
+    found.save(output)
     table = Table("block", "gap", "held-out AUROC", box=box.SIMPLE_HEAD)
     for block, (gap, auroc) in enumerate(zip(found.gap.tolist(), found.auroc.tolist(), strict=True)):
         table.add_row(str(block), f"{gap:.3g}" if gap else "no direction", f"{auroc:.2f}" if gap else "-")
     console = Console()
     console.print(table)
-    console.print(f"The model refuses {found.provenance['refusal_rate']:.0%} of malicious prompts. Written: {path}")
+    console.print(f"The model refuses {found.provenance['refusal_rate']:.0%} of malicious prompts. Written: {output}")
 
 
 def train(arguments: TrainArguments, config: ProConConfig) -> None:
     """``procon train``"""
-    if arguments.method not in ("lora", "full"):
-        raise ProConError(f"method is {arguments.method!r}: choose lora or full")
     output = Path(config.output_dir)
     found = last_complete(output)
     if found and not arguments.resume:
@@ -69,12 +68,14 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
     if known:
         known.check_fits(find_decoder(model))
     dataset = tokenize_conversations(conversations, tokenizer, max_length=arguments.max_length)
+    set_seed(config.seed)
+    # A new adapter changes nothing yet, and one that does not fit shows before the minutes of extraction.
+    model = _trainable(model, arguments)
     if known is None and config.schedule().active:
         known = RefusalDirections.extract(model, tokenizer)
         known.save(file)
-    set_seed(config.seed)
     trainer = ProConTrainer(
-        _trainable(model, arguments),
+        model,
         config,
         directions=known,
         train_dataset=dataset,
@@ -91,6 +92,7 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
 
 def drift(arguments: DriftArguments) -> None:
     """``procon drift``"""
+    output = _output_file(arguments.output)
     prompts = _prompts(arguments.malicious, arguments.benign, "extraction")
     dtype = parse_dtype(arguments.dtype)
     model, tokenizer = load_model(arguments.start, dtype=dtype)
@@ -98,8 +100,8 @@ def drift(arguments: DriftArguments) -> None:
     del model
     model, _ = load_model(arguments.tuned, dtype=dtype)
     found = measure_drift(model, tokenizer, reference, prompts, batch_size=arguments.batch_size)
-    if arguments.output:
-        _write_drift(found, Path(arguments.output))
+    if output:
+        _write_drift(found, output)
     table = Table("block", "cosine", "malicious shift", "benign shift", box=box.SIMPLE_HEAD)
     for block, row in enumerate(zip(*_columns(found).values(), strict=True)):
         table.add_row(str(block), *("-" if value is None else f"{value:+.3f}" for value in row))
@@ -110,6 +112,7 @@ def drift(arguments: DriftArguments) -> None:
 
 def evaluation(arguments: EvalArguments) -> None:
     """``procon eval``"""
+    output = _output_file(arguments.output)
     prompts = _prompts(arguments.malicious, arguments.benign, "held_out")
     task = _task(arguments.task) if arguments.task else None
     model, tokenizer = load_model(arguments.model, dtype=parse_dtype(arguments.dtype))
@@ -123,9 +126,16 @@ def evaluation(arguments: EvalArguments) -> None:
         task_max_new_tokens=arguments.task_max_new_tokens,
         batch_size=arguments.batch_size,
     )
-    if arguments.output:
-        found.save(arguments.output)
+    if output:
+        found.save(output)
     print_table([Run(label=arguments.model, evaluation=found)])
+
+
+def _output_file(path: str | None) -> Path | None:
+    """The path; refused before any work where it could not be written after it."""
+    if path and Path(path).is_dir():
+        raise ProConError(f"output {path!r} is a folder: give a file in it")
+    return Path(path) if path else None
 
 
 def _prompts(malicious: str | None, benign: str | None, split: Split) -> ContrastPrompts:
@@ -139,11 +149,21 @@ def _prompts(malicious: str | None, benign: str | None, split: Split) -> Contras
 def _task(path: str) -> list[dict]:
     """Question and reference of each conversation: its first user and its last assistant turn."""
     conversations = load_conversations(path)["messages"]
-    return [{"instruction": turns[0]["content"], "output": turns[-1]["content"]} for turns in conversations]
+    rows = []
+    for number, turns in enumerate(conversations, 1):
+        questions, answers = ([t["content"] for t in turns if t["role"] == role] for role in ("user", "assistant"))
+        if not questions or not answers:
+            raise ProConError(f"task {path!r}, row {number}: give it a user turn and an assistant turn")
+        rows.append({"instruction": questions[0], "output": answers[-1]})
+    return rows
 
 
 def _trainable(model: PreTrainedModel, arguments: TrainArguments) -> PreTrainedModel | PeftModel:
     if arguments.method == "full":
+        if isinstance(model, PeftModel):
+            raise ProConError(
+                f"model {arguments.model!r} is a LoRA folder: merge it into its base, or use --method lora"
+            )
         return model
     if isinstance(model, PeftModel):
         for name, parameter in model.named_parameters():

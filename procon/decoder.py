@@ -66,7 +66,7 @@ def _refuse_prompt_learning(model: nn.Module) -> None:
     config = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
     if config is not None and getattr(config, "is_prompt_learning", False):
         raise ProConError(
-            f"adapter type {config.peft_type} lengthens the sequence with virtual tokens, which have no anchors: "
+            f"adapter type {config.peft_type.value} lengthens the sequence with virtual tokens, which have no anchors: "
             "use LoRA, DoRA, IA3 or full fine-tuning"
         )
 
@@ -115,10 +115,12 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """A short hash of a model's parameters, of up to 1024 values of each, whatever dtype they are held in."""
+    """A short hash of all of a model's parameters, the same on every device and whatever dtype holds the values."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
+        flat = parameter.detach().reshape(-1).float()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy().tobytes())
+        # All bits in a sum that no order of summing changes, and some values in their places.
+        digest.update(str(int(flat.view(torch.int32).sum(dtype=torch.int64))).encode())
+        digest.update(flat[:: max(1, flat.numel() // 1024)].cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -115,7 +115,8 @@ class RefusalDirections:
         if len(shape) != 2 or any(tensors[name].shape != shape[:1] for name in _TENSORS[1:]):
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             raise ProConError(f"directions file {str(path)!r} holds {shapes}, not [L, D] and [L]: extract it again")
-        if not torch.isfinite(tensors["directions"]).all():
+        # An AUROC that was not measured is NaN.
+        if not all(torch.isfinite(tensors[name]).all() for name in _TENSORS if name != "auroc"):
             raise ProConError(f"directions file {str(path)!r} holds NaN or infinite values: extract it again")
         return cls(**tensors, provenance=provenance)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from procon.errors import ProConError
@@ -42,7 +42,10 @@ def load_model(
     is_adapter = (Path(name) / "adapter_config.json").is_file()
     loader = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name))
+        tokenizer_name = str(name)
+        if is_adapter and not (Path(name) / "tokenizer_config.json").is_file():  # PEFT alone saves none
+            tokenizer_name = PeftConfig.from_pretrained(str(name)).base_model_name_or_path
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
         model = loader.from_pretrained(str(name), dtype=dtype)
     except Exception as error:  # a wrong name shows in a dozen exception types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

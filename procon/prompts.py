@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from procon.errors import ProConError
 
@@ -56,6 +56,8 @@ def builtin_prompts(split: Split) -> ContrastPrompts:
 
     Rows alternate between the categories, so that the first ``n`` of a split cover as many as they can.
     """
+    if split not in get_args(Split):
+        raise ProConError(f"there are no built-in prompts {split!r}: choose one of {', '.join(get_args(Split))}")
     pairs = sorted((p for p in _pairs() if p["split"] == split), key=lambda p: p["id"].rsplit("-", 1)[1])
     return ContrastPrompts(tuple(p["malicious"] for p in pairs), tuple(p["benign"] for p in pairs))
 
@@ -69,29 +71,37 @@ def builtin_refusals() -> tuple[str, ...]:
 def load_instructions(path: str | Path) -> tuple[str, ...]:
     """Instructions from a file: ``.txt`` (one a line) or ``.jsonl``/``.json`` with a key ``instruction`` or ``prompt``.
 
+    A ``.json`` file holds a list; a row of it or a line of a ``.jsonl`` file may be the bare text too.
+
     Raises:
-        ProConError: if the file is missing, empty, or a row has neither key.
+        ProConError: if the file is missing, empty, not UTF-8, or a row has neither key.
     """
     path = Path(path)
     if not path.is_file():
         raise ProConError(f"prompt file {str(path)!r} does not exist")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the first prompt
         if path.suffix == ".txt":
             rows: Sequence = text.splitlines()
         elif path.suffix == ".json":
             rows = json.loads(text)
+            if not isinstance(rows, list):
+                raise ProConError(f"prompt file {str(path)!r} holds no list: give one of texts or of objects")
         else:
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
     except json.JSONDecodeError as error:
-        raise ProConError(f"prompt file {str(path)!r} is not valid JSON: {error}") from error
+        raise ProConError(
+            f"prompt file {str(path)!r} is not valid JSON ({error}): give .txt, .json or .jsonl"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ProConError(f"prompt file {str(path)!r} is not UTF-8 text ({error}): convert it") from error
     prompts = []
     for number, row in enumerate(rows, 1):
-        prompt = row if isinstance(row, str) else row.get("instruction", row.get("prompt"))
+        prompt = row.get("instruction", row.get("prompt")) if isinstance(row, dict) else row
         if not isinstance(prompt, str):
             raise ProConError(f"prompt file {str(path)!r}, row {number}: no key 'instruction' or 'prompt' with a text")
         if prompt.strip():
             prompts.append(prompt.strip())
     if not prompts:
-        raise ProConError(f"prompt file {str(path)!r} holds no prompts")
+        raise ProConError(f"prompt file {str(path)!r} holds no prompts: give one a line")
     return tuple(prompts)

@@ -25,17 +25,23 @@ class Phase:
     def __post_init__(self):
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
             raise ProConError(f"alpha is {self.alpha:g}: give a finite number, 0 or more")
-        if self.length is not None and self.length <= 0:
+        if self.length is None:
+            return
+        if not (math.isfinite(self.length) and self.length > 0):
             raise ProConError(f"a schedule phase is {self.length:g} {self.unit} long: give a positive length")
+        if self.unit == "steps" and self.length != int(self.length):
+            raise ProConError(f"a schedule phase is {self.length:g} steps long: give a whole number, or epochs (ep)")
 
     def steps(self, steps_per_epoch: int) -> float:
         """Length in optimiser steps."""
         if self.length is None:
             return math.inf
-        return self.length if self.unit == "steps" else math.ceil(self.length * steps_per_epoch)
+        # Rounded first: 0.7 epochs of 10 steps are 7, though 0.7 * 10 is a little more in floating point.
+        return self.length if self.unit == "steps" else math.ceil(round(self.length * steps_per_epoch, 6))
 
     def __str__(self) -> str:
-        return f"{self.alpha:g}" if self.length is None else f"{self.alpha:g}@{self.length:g}{self.unit}"
+        # 15 digits, so that parsing it gives the same phase.
+        return f"{self.alpha:.15g}" if self.length is None else f"{self.alpha:.15g}@{self.length:.15g}{self.unit}"
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,8 @@ class AlphaSchedule:
             raise ProConError(f"the alpha schedule is empty: give {_GRAMMAR}")
         if any(phase.length is None for phase in self.phases[:-1]):
             raise ProConError("only the last phase of an alpha schedule may have no length: add @Nep or @Nsteps")
+        if any(phase.length is None for phase in self.phases[: self.extra]):
+            raise ProConError("an extra phase of an alpha schedule needs a length: add @Nep or @Nsteps")
 
     @classmethod
     def constant(cls, alpha: float = 0.1) -> AlphaSchedule:
@@ -77,14 +85,19 @@ class AlphaSchedule:
         Raises:
             ProConError: on anything else, and on a negative alpha.
         """
-        name, _, rest = text.strip().partition(":")
+        name, colon, rest = text.strip().partition(":")
         if name == "procon_s":
-            return cls.constant(_parse_phase(rest).alpha) if rest else cls.constant()
+            if not colon:
+                return cls.constant()
+            phase = _parse_phase(rest)
+            if phase.length is not None:
+                raise ProConError(f"alpha schedule {text!r} has a length, but procon_s lasts throughout: drop '@...'")
+            return cls.constant(phase.alpha)
         if name == "procon_wu":
-            if not rest:
+            if not colon:
                 return cls.warmup()
             phase = _parse_phase(rest)
-            return cls((phase if phase.length else Phase(phase.alpha, 4), Phase(0.0)), extra=1)
+            return cls((phase, Phase(0.0)), extra=1) if phase.length else cls.warmup(phase.alpha)
         return cls(tuple(_parse_phase(part) for part in text.split(",")))
 
     def extra_steps(self, steps_per_epoch: int) -> int:

@@ -1,0 +1,169 @@
+"""Built-in prompts: how many, whose twins, and that no measuring prompt is trained on; prompt files of the user's."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from difflib import SequenceMatcher
+from typing import get_args
+
+import pytest
+
+from procon.errors import ProConError
+from procon.prompts import ContrastPrompts, Split, builtin_prompts, builtin_refusals, load_instructions
+from procon.prompts import _pairs as pairs
+from procon.refusal import is_refusal
+
+
+def normalised(text: str) -> str:
+    return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+@pytest.mark.parametrize(
+    ("split", "count"), [("extraction", 192), ("validation", 64), ("held_out", 64), ("safety", 720)]
+)
+def test_counts(split, count):
+    prompts = builtin_prompts(split)
+    assert len(prompts.malicious) == len(prompts.benign) == count
+
+
+def test_the_first_rows_cover_the_categories():
+    category = {pair["malicious"]: pair["category"] for pair in pairs()}
+    assert len(set(category.values())) == 16
+    for split in get_args(Split):
+        for n in (16, 32, 64):
+            counts = Counter(category[prompt] for prompt in builtin_prompts(split).first(n).malicious)
+            assert set(counts.values()) == {n // 16}
+
+
+def test_no_sentence_occurs_twice():
+    sentences = [normalised(pair[side]) for pair in pairs() for side in ("malicious", "benign")]
+    assert [text for text, count in Counter(sentences).items() if count > 1] == []
+    assert len({pair["id"] for pair in pairs()}) == len(pairs())
+
+
+def test_twins_are_on_one_topic():
+    """Twins share more words with each other than with the average prompt, so topic does not tell the sides apart."""
+
+    def overlap(a: str, b: str) -> float:
+        first, second = set(normalised(a).split()), set(normalised(b).split())
+        return len(first & second) / len(first | second)
+
+    for split in get_args(Split):
+        prompts = builtin_prompts(split)
+        rows = list(zip(prompts.malicious, prompts.benign, strict=True))
+        twins = sum(overlap(m, b) for m, b in rows) / len(rows)
+        strangers = sum(overlap(m, rows[(i + 7) % len(rows)][1]) for i, (m, _) in enumerate(rows)) / len(rows)
+        assert twins > 2 * strangers
+        # Nor does length: within a tenth.
+        lengths = [sum(map(len, side)) for side in (prompts.malicious, prompts.benign)]
+        assert 0.9 < lengths[0] / lengths[1] < 1.1
+
+
+def near_duplicates(first: Iterable[str], second: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs that share a third of their words and four fifths of their characters, in order."""
+    words = {text: set(text.split()) for text in {*first, *second}}
+    return [
+        (a, b)
+        for a in second
+        for b in first
+        if 3 * len(words[a] & words[b]) > len(words[a] | words[b])
+        and SequenceMatcher(a=b, b=a, autojunk=False).ratio() > 0.8
+    ]
+
+
+def test_a_near_duplicate_is_found():
+    first, second = {"how do i pick a lock at night", "how do i bake"}, {"how do i pick the lock at night"}
+    assert near_duplicates(first, second) == [("how do i pick the lock at night", "how do i pick a lock at night")]
+
+
+@pytest.mark.parametrize(
+    ("measuring", "used"),
+    [
+        ("extraction", "safety"),
+        ("validation", "safety"),
+        ("validation", "extraction"),
+        ("held_out", "safety"),
+        ("held_out", "extraction"),
+        ("held_out", "validation"),
+    ],
+)
+@pytest.mark.parametrize("side", ["malicious", "benign"])
+def test_what_measures_is_nearly_nothing_that_was_used_before(measuring, used, side):
+    sides = [[normalised(text) for text in getattr(builtin_prompts(split), side)] for split in (used, measuring)]
+    assert near_duplicates(*sides) == []
+
+
+def test_unknown_split():
+    with pytest.raises(ProConError, match="'test': choose one of extraction, validation, held_out, safety"):
+        builtin_prompts("test")
+
+
+def test_refusals_are_refusals():
+    refusals = builtin_refusals()
+    assert len(set(refusals)) == len(refusals) == 48
+    assert [text for text in refusals if not is_refusal(text)] == []
+
+
+def test_hash_tells_wording_order_and_side_apart():
+    sides = (("a", "b"), ("c", "d"))
+    prompts = ContrastPrompts(*sides)
+    others = [
+        ContrastPrompts(("a", "x"), ("c", "d")),
+        ContrastPrompts(("b", "a"), ("c", "d")),
+        ContrastPrompts(("c", "d"), ("a", "b")),
+        ContrastPrompts(("a",), ("b", "c", "d")),
+    ]
+    assert len({prompts.hash, *(other.hash for other in others)}) == 5
+    assert ContrastPrompts(*sides).hash == prompts.hash
+    assert prompts.first(1) == ContrastPrompts(("a",), ("c",))
+
+
+@pytest.mark.parametrize("side", ["malicious", "benign"])
+def test_an_empty_side_is_refused(side):
+    with pytest.raises(ProConError, match=f"no {side} prompts"):
+        ContrastPrompts(**({"malicious": ("a",), "benign": ("b",)} | {side: ()}))
+
+
+PROMPTS = ("Say \u201chi\u201d", "Sing, please")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.txt", "Say \u201chi\u201d  \n\n  Sing, please\n"),
+        ("p.txt", "\ufeffSay \u201chi\u201d\r\nSing, please"),
+        ("p.jsonl", '{"instruction": "Say \u201chi\u201d", "prompt": "other"}\n\n{"prompt": "Sing, please", "n": 1}\n'),
+        ("p.jsonl", '"Say \\u201chi\\u201d"\n"Sing, please"'),
+        ("p.json", json.dumps([{"instruction": PROMPTS[0]}, PROMPTS[1], " "])),
+    ],
+)
+def test_prompt_files(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    assert load_instructions(path) == load_instructions(str(path)) == PROMPTS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.jsonl", b'{"text": "a"}', "row 1: no key 'instruction' or 'prompt'"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"instruction": 3}', "row 2: no key"),
+        ("p.jsonl", b'{"prompt": "a"}\n7', "row 2: no key"),
+        ("p.jsonl", b'{"prompt": ', "not valid JSON"),
+        ("p.csv", b"prompt\nSing", "not valid JSON .* give .txt, .json or .jsonl"),
+        ("p.json", b'{"prompt": "a"}', "holds no list"),
+        ("p.json", b"[]", "holds no prompts"),
+        ("p.txt", b" \n\n", "holds no prompts"),
+        ("p.txt", b"caf\xe9", "not UTF-8"),
+        ("p.txt", None, "does not exist"),
+    ],
+)
+def test_bad_prompt_files_are_named_in_one_line(tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ProConError, match=message) as caught:
+        load_instructions(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
