@@ -281,8 +281,10 @@ def page(runs, tmp_path) -> Page:
 
 
 def test_page_holds_everything(page, runs):
+    # One table, three tables of replies, the bars, and a legend for each plot of lines that the run has data for.
+    assert [page.text.count(run.label) for run in runs[1:]] == [1 + 3 + 1 + 1, 1 + 3 + 1 + 4]
     for run in runs:
-        assert page.text.count(run.label) >= 4  # table, bars and two reply tables
+        assert run.label in page.text
         assert str(run.evaluation.refusal_malicious) in page.text
     for text in ("A <b> & B", "One seed & <few> prompts.", "2 cores", "procon demo > log", "37-60", "0.990"):
         assert text in page.text
