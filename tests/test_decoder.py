@@ -1,0 +1,150 @@
+"""Finding the decoder in every kind of model and wrapper, and what must not be taken for one."""
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    BertConfig,
+    Qwen2VLConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from procon.decoder import evaluating, find_decoder, model_device, observe_block_inputs, weights_hash
+from procon.errors import ProConError
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox")
+
+WRAPPERS = {
+    "plain": lambda model: model,
+    "peft": lambda model: get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")),
+    "compiled": torch.compile,
+    "compiled peft": lambda model: torch.compile(WRAPPERS["peft"](model)),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_of_every_family_in_every_wrapper(tiny_model, family, wrapper):
+    model = tiny_model(family).eval()
+    expected = list(model.get_decoder().children())
+    decoder = find_decoder(WRAPPERS[wrapper](model))
+    assert decoder.module is model.get_decoder()
+    assert decoder.blocks in expected
+    assert (len(decoder.blocks), decoder.hidden_size) == (3, 32)
+
+    seen = {}
+    ids = torch.randint(3, 200, (2, 5), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), observe_block_inputs(decoder, lambda block, h: seen.__setitem__(block, h)):
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states
+    assert sorted(seen) == [0, 1, 2]
+    for block, hidden in seen.items():
+        assert torch.equal(hidden, states[block])
+    with torch.no_grad():
+        model(input_ids=ids + 1)
+    assert torch.equal(seen[0], states[0])  # nothing is watched any more
+
+
+def test_the_decoder_has_no_head(tiny_model):
+    model = tiny_model()
+    decoder = find_decoder(model)
+    assert model.lm_head not in list(decoder.module.modules())
+
+
+def test_the_language_side_of_a_vision_language_model():
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    text |= {"num_key_value_heads": 2, "vocab_size": 99, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+    # As many vision blocks as decoder blocks, and another width.
+    vision = {"depth": 3, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+    model = AutoModelForImageTextToText.from_config(Qwen2VLConfig(text_config=text, vision_config=vision))
+    decoder = find_decoder(model)
+    assert decoder.module is model.model.language_model
+    assert decoder.blocks is model.model.language_model.layers
+    assert decoder.hidden_size == 32
+
+
+def test_an_encoder_decoder_is_refused():
+    model = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2))
+    with pytest.raises(ProConError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        find_decoder(model)
+
+
+def test_prompt_learning_is_refused(tiny_model):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(ProConError, match=r"PROMPT_TUNING lengthens the sequence .*: use LoRA"):
+        find_decoder(get_peft_model(tiny_model(), config))
+
+
+def test_a_module_that_is_no_causal_lm_is_refused():
+    with pytest.raises(ProConError, match="model is a Linear, not a transformers causal LM: pass a PreTrainedModel"):
+        find_decoder(nn.Linear(2, 2))
+    bert = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    with pytest.raises(ProConError, match=r"no decoder found in BertForMaskedLM: expected .* 2 blocks"):
+        find_decoder(AutoModelForMaskedLM.from_config(bert))
+
+
+def test_evaluating_restores_every_flag(tiny_model):
+    model = tiny_model("gpt2")
+    model.train()
+    model.transformer.h[1].eval()
+    model.lm_head.eval()
+    flags = [module.training for module in model.modules()]
+    seen = []
+
+    def fail() -> None:
+        with evaluating(model):
+            seen.append((any(module.training for module in model.modules()), torch.is_grad_enabled()))
+            raise RuntimeError("on the way")
+
+    with pytest.raises(RuntimeError, match="on the way"):
+        fail()
+    assert seen == [(False, False)]
+    assert [module.training for module in model.modules()] == flags
+    assert torch.is_grad_enabled()
+
+
+def test_device(tiny_model):
+    assert model_device(tiny_model("gpt2")) == torch.device("cpu")
+    assert model_device(tiny_model().to("meta")).type == "meta"
+
+
+def test_the_weights_hash_follows_every_weight(tiny_model):
+    model = tiny_model()
+    first = weights_hash(model)
+    assert weights_hash(tiny_model()) == first
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        flat = parameter.data.view(-1)
+        # Not at the ends only: a hash of a sample of the values would miss most of the others.
+        for index in {0, len(flat) - 1, *torch.randint(len(flat), (5,), generator=generator).tolist()}:
+            before = flat[index].clone()
+            flat[index] = torch.nextafter(before, torch.tensor(9.0))
+            assert weights_hash(model) != first
+            flat[index] = before
+    assert weights_hash(model) == first
+
+
+def test_the_weights_hash_follows_order_names_and_shapes():
+    def hashed(**weights) -> str:
+        model = nn.Module()
+        for name, weight in weights.items():
+            model.register_parameter(name, nn.Parameter(weight))
+        return weights_hash(model)
+
+    weight = torch.arange(12.0)
+    first = hashed(a=weight, b=weight + 1)
+    others = [hashed(a=weight.flip(0), b=weight + 1), hashed(a=weight.view(3, 4), b=weight + 1), hashed(a=weight)]
+    others += [hashed(a=weight + 1, b=weight), hashed(c=weight, b=weight + 1)]
+    assert len({first, *others}) == 6
+    assert hashed(b=weight + 1, a=weight) == first
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_weights_hash_is_of_values_not_of_their_dtype(tiny_model, dtype):
+    model = tiny_model().to(dtype)
+    first = weights_hash(model)
+    assert weights_hash(model.float()) == first
+    assert weights_hash(tiny_model()) != first  # rounding to 16 bits is a change

@@ -1,0 +1,282 @@
+"""Refusal directions: difference in means by definition, whatever the batch, and the file that they are kept in."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from procon import directions as module
+from procon.chat import render, template_hash, user_turn
+from procon.decoder import find_decoder
+from procon.directions import ContrastMeans, RefusalDirections, auroc, measure_refusal, project_last_token
+from procon.errors import ProConError
+from procon.prompts import ContrastPrompts
+
+#: Unequal lengths and unequal sides, so that padding or a wrong divisor shows.
+PROMPTS = ContrastPrompts(
+    malicious=("steal it", "forge a passport for me tonight", "rob", "break the window of the old house", "spy on her"),
+    benign=("paint it", "wash the car for me", "sing about the window of the old house tonight"),
+)
+HELD_OUT = ContrastPrompts(malicious=("burn the barn", "poison", "cheat them all"), benign=("bake", "mend the barn"))
+
+ROPE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt_neox")
+
+
+def by_definition(model, tokenizer, prompts) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[prompts, L, D]`` fp64: what enters each block at the last prompt token, prompt by prompt."""
+    rows = []
+    for prompt in prompts:
+        ids = torch.tensor([render(tokenizer, user_turn(prompt), generation_prompt=True)])
+        with torch.no_grad():
+            states = model(input_ids=ids, output_hidden_states=True).hidden_states
+        rows.append(torch.stack([state[0, -1] for state in states[:-1]]))  # the last one is no block's input
+    return torch.stack(rows)
+
+
+def extract(model, tokenizer, **settings) -> RefusalDirections:
+    settings = {"held_out": HELD_OUT, "check_refusal": False, "progress": False} | settings
+    return RefusalDirections.extract(model, tokenizer, PROMPTS, **settings)
+
+
+@pytest.mark.parametrize("family", [*ROPE_FAMILIES, "gpt2"])
+def test_difference_in_means_by_definition(tiny_model, tokenizer, family):
+    """In fp64, where only the order of the sums differs: 1e-12 of the states' size is thousands of roundings."""
+    model = tiny_model(family).double().eval()
+    found = ContrastMeans.measure(model, tokenizer, PROMPTS, batch_size=3, progress=False)
+    malicious, benign = (by_definition(model, tokenizer, side) for side in (PROMPTS.malicious, PROMPTS.benign))
+    size = malicious.abs().max().item()
+    torch.testing.assert_close(found.malicious, malicious.mean(0), rtol=0, atol=1e-12 * size)
+    torch.testing.assert_close(found.benign, benign.mean(0), rtol=0, atol=1e-12 * size)
+
+    difference = malicious.mean(0) - benign.mean(0)
+    gap = difference.norm(dim=-1)
+    first = 0 if family == "gpt2" else 1
+    directions = found.directions()
+    assert directions.usable.tolist() == [block >= first for block in range(3)]
+    assert directions.directions.dtype == directions.gap.dtype == torch.float32
+    unit = difference[first:] / gap[first:, None]
+    # One rounding to fp32 of a number below 1, and as much again for the means, whose error is nothing beside the gap.
+    assert 1e-12 * size < 2**-25 * gap[first:].min()
+    torch.testing.assert_close(directions.directions[first:].double(), unit, rtol=0, atol=2**-24)
+    torch.testing.assert_close(directions.gap[first:].double(), gap[first:], rtol=2**-23, atol=0)
+    for side, states in ((directions.malicious, malicious), (directions.benign, benign)):
+        expected = (states.mean(0)[first:] * unit).sum(-1)
+        torch.testing.assert_close(side[first:].double(), expected, rtol=2**-23, atol=1e-12 * size)
+
+
+@pytest.mark.parametrize("family", ROPE_FAMILIES)
+def test_the_first_block_of_a_model_without_learned_positions_has_no_direction(tiny_model, tokenizer, family):
+    """Its input at the last prompt token is one embedding, the same for every prompt."""
+    found = extract(tiny_model(family), tokenizer)
+    assert found.usable.tolist() == [False, True, True]
+    assert found.gap[0] == 0
+    assert found.directions[0].count_nonzero() == 0
+    assert found.auroc[0] == 0.5
+    torch.testing.assert_close(found.directions[1:].norm(dim=-1), torch.ones(2), rtol=2**-22, atol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_batches_and_padding_change_nothing(tiny_model, tokenizer, family):
+    model = tiny_model(family).double()
+    one, eight = (ContrastMeans.measure(model, tokenizer, PROMPTS, batch_size=n, progress=False) for n in (1, 8))
+    for name in ("malicious", "benign", "scale"):
+        torch.testing.assert_close(getattr(one, name), getattr(eight, name), rtol=1e-12, atol=1e-14)
+    directions = one.directions()
+    z = [project_last_token(model, tokenizer, directions, PROMPTS.benign, batch_size=n, progress=False) for n in (1, 8)]
+    torch.testing.assert_close(*z, rtol=2**-22, atol=1e-8)
+
+
+def test_projections_of_held_out_prompts(tiny_model, tokenizer):
+    model = tiny_model().eval()
+    found = extract(model, tokenizer)
+    sides = []
+    for side in (HELD_OUT.malicious, HELD_OUT.benign):
+        states = by_definition(model, tokenizer, side).double()
+        expected = (states * found.directions.double()).sum(-1)
+        # A dot product of 32 fp32 terms, whose terms add up to at most |h| for a unit direction.
+        bound = 64 * 2**-24 * states.norm(dim=-1).max().item()
+        z = project_last_token(model, tokenizer, found, side, progress=False)
+        torch.testing.assert_close(z.double(), expected, rtol=0, atol=bound)
+        sides.append(z)
+    torch.testing.assert_close(found.auroc, auroc(*sides), rtol=0, atol=0)
+    means = found.malicious - found.benign
+    torch.testing.assert_close(means, found.gap, rtol=2**-20, atol=0)
+
+
+def test_the_model_is_left_as_it_was(tiny_model, tokenizer):
+    model = tiny_model("gpt2")
+    model.train()
+    model.transformer.h[1].eval()
+    flags = [m.training for m in model.modules()]
+    first, second = extract(model, tokenizer), extract(model, tokenizer)
+    assert [m.training for m in model.modules()] == flags
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+    assert first.hash == second.hash  # GPT-2 drops out in training mode
+
+
+def test_dead_blocks_are_told_from_weak_ones(tiny_model, tokenizer):
+    means = ContrastMeans.measure(tiny_model(), tokenizer, PROMPTS, progress=False)
+    unit = torch.zeros_like(means.benign)
+    unit[:, 0] = means.scale
+    for ratio, usable in ((0.9 * module.DEAD_GAP, False), (1.1 * module.DEAD_GAP, True)):
+        shifted = replace(means, malicious=means.benign + ratio * unit)
+        if usable:
+            assert shifted.directions().usable.all()
+        else:
+            with pytest.raises(ProConError, match="give the same hidden states: pass prompts that differ"):
+                shifted.directions()
+
+
+def test_auroc_against_counting():
+    generator = torch.Generator().manual_seed(0)
+    positive = torch.randint(0, 5, (9, 4), generator=generator).float()  # few values, so many ties
+    negative = torch.randint(-1, 4, (6, 4), generator=generator).float()
+    expected = [
+        sum(1.0 if p > n else 0.5 if p == n else 0.0 for p in positive[:, c].tolist() for n in negative[:, c].tolist())
+        / (9 * 6)
+        for c in range(4)
+    ]
+    assert auroc(positive, negative).tolist() == pytest.approx(expected, abs=2**-22)
+    assert auroc(positive + 100, negative).tolist() == [1] * 4
+    assert auroc(positive - 100, negative).tolist() == [0] * 4
+    assert auroc(positive[:1], positive[:1]).tolist() == [0.5] * 4
+
+
+def test_cosine_is_signed_and_nan_without_a_direction(tiny_model, tokenizer):
+    found = extract(tiny_model(), tokenizer)
+    torch.testing.assert_close(found.cosine(found)[1:], torch.ones(2), rtol=0, atol=2**-22)
+    assert math.isnan(found.cosine(found)[0])
+    torch.testing.assert_close(
+        found.cosine(replace(found, directions=-found.directions))[1:], -torch.ones(2), rtol=0, atol=2**-22
+    )
+    narrow = replace(found, directions=found.directions[:, :16])
+    with pytest.raises(ProConError, match=r"shape \(3, 32\) and \(3, 16\) cannot be compared"):
+        found.cosine(narrow)
+
+
+@pytest.mark.parametrize(("where", "block"), [("embed_tokens", 0), ("layers.0", 1), ("layers.1", 2)])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("check_refusal", [True, False])
+@pytest.mark.filterwarnings("ignore:the model refuses 0")
+def test_states_that_are_not_finite(tiny_model, tokenizer, where, block, value, check_refusal):
+    model = tiny_model()
+    part = model.model.get_submodule(where)
+    next(p for p in part.parameters()).data.fill_(value)
+    with pytest.raises(ProConError, match=f"entering block {block} are NaN or infinite: load the model in bfloat16"):
+        extract(model, tokenizer, check_refusal=check_refusal)
+
+
+def test_no_chat_template(tiny_model, tokenizer):
+    tokenizer.chat_template = None
+    with pytest.raises(ProConError, match="has no chat template"):
+        extract(tiny_model(), tokenizer)
+
+
+def test_a_model_that_refuses_nothing_is_warned_of(tiny_model, tokenizer):
+    with pytest.warns(UserWarning, match=r"refuses 0 of 5 malicious prompts \(0%\)"):
+        found = extract(tiny_model(), tokenizer, check_refusal=True)
+    assert found.provenance["refusal_rate"] == 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_refusal_rate_of_at_most_32_prompts(monkeypatch):
+    asked = []
+
+    def reply(_model, _tokenizer, conversations, **_):
+        asked.extend(turns[0]["content"] for turns in conversations)
+        return ["I cannot help with that."] * 8 + ["Sure."] * (len(conversations) - 8)
+
+    monkeypatch.setattr(module, "generate_replies", reply)
+    prompts = [f"p{number}" for number in range(40)]
+    assert measure_refusal(None, None, prompts) == 8 / 32
+    assert asked == prompts[:32]
+
+
+@pytest.fixture
+def found(tiny_model, tokenizer) -> RefusalDirections:
+    model = tiny_model()
+    model.config._name_or_path = "some/model"
+    return extract(model, tokenizer)
+
+
+def test_provenance(found, tokenizer):
+    assert found.provenance | {"versions": None} == {
+        "model": "some/model",
+        "revision": None,
+        "dtype": "torch.float32",
+        "chat_template": template_hash(tokenizer),
+        "prompts": PROMPTS.hash,
+        "held_out_prompts": HELD_OUT.hash,
+        "counts": {"malicious": 5, "benign": 3},
+        "position": "last prompt token",
+        "refusal_rate": None,
+        "versions": None,
+    }
+    assert found.provenance["versions"]["torch"] == torch.__version__
+
+
+def test_save_and_load(found, tmp_path):
+    path = found.save(tmp_path / "new" / "d.safetensors")
+    loaded = RefusalDirections.load(str(path))
+    for name in ("directions", "gap", "auroc", "malicious", "benign"):
+        assert torch.equal(getattr(loaded, name), getattr(found, name))
+    assert loaded.provenance == found.provenance
+    assert loaded.hash == found.hash
+    assert [file.name for file in path.parent.iterdir()] == ["d.safetensors"]
+
+
+def test_the_hash_follows_directions_and_gaps(found):
+    turned = found.directions.clone()
+    turned[2, 31] += 1e-3
+    assert len({found.hash, replace(found, directions=turned).hash, replace(found, gap=found.gap * 2).hash}) == 3
+
+
+def test_unmeasured_quality_can_be_saved(found, tmp_path):
+    unmeasured = replace(found, auroc=torch.full((3,), torch.nan))
+    assert RefusalDirections.load(unmeasured.save(tmp_path / "d.safetensors")).auroc.isnan().all()
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, -1])
+def test_a_truncated_file(found, tmp_path, length):
+    path = found.save(tmp_path / "d.safetensors")
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ProConError, match=r"d\.safetensors' is damaged or not one of ProCon's .*: extract it again"):
+        RefusalDirections.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gap": None}, "damaged or not one of ProCon's"),
+        ({"directions": torch.zeros(3)}, r"not \[L, D\] and \[L\]"),
+        ({"directions": torch.zeros(1, 3, 32)}, r"not \[L, D\] and \[L\]"),
+        ({"gap": torch.zeros(2)}, r"not \[L, D\] and \[L\]"),
+        ({"auroc": torch.zeros(3, 1)}, r"not \[L, D\] and \[L\]"),
+        ({"directions": torch.full((3, 32), torch.nan)}, "NaN or infinite"),
+        ({"gap": torch.tensor([0.0, torch.inf, 1.0])}, "NaN or infinite"),
+        ({"malicious": torch.tensor([0.0, torch.nan, 1.0])}, "NaN or infinite"),
+    ],
+)
+def test_another_file(found, tmp_path, change, message):
+    path = found.save(tmp_path / "d.safetensors")
+    tensors = {name: tensor for name, tensor in (load_file(path) | change).items() if tensor is not None}
+    save_file(tensors, path)
+    with pytest.raises(ProConError, match=message) as caught:
+        RefusalDirections.load(path)
+    assert "d.safetensors" in str(caught.value)
+
+
+def test_no_file(tmp_path):
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(ProConError, match="does not exist: make it with 'procon directions'"):
+            RefusalDirections.load(path)
+
+
+def test_directions_fit_their_model_only(found, tiny_model):
+    found.check_fits(find_decoder(tiny_model()))
+    for settings, size in (({"num_hidden_layers": 2}, "2 blocks of width 32"), ({"hidden_size": 64}, "of width 64")):
+        with pytest.raises(ProConError, match=f"for 3 blocks of width 32, but the model has .*{size}"):
+            found.check_fits(find_decoder(tiny_model(**settings)))
