@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from procon.errors import ProConError
 
@@ -115,10 +116,12 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """A short hash of all of a model's parameters, the same on every device and whatever dtype holds the values."""
+    """A short hash of all of a model's parameters: the same on every device, sharded or not, and whatever dtype holds
+    the values. Where they are sharded, all ranks must call."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1).float()
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        flat = whole.detach().reshape(-1).float()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         # All bits in a sum that no order of summing changes, and some values in their places.
         digest.update(str(int(flat.view(torch.int32).sum(dtype=torch.int64))).encode())

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMaskedLM,
@@ -140,6 +142,17 @@ def test_the_weights_hash_follows_order_names_and_shapes():
     others += [hashed(a=weight + 1, b=weight), hashed(c=weight, b=weight + 1)]
     assert len({first, *others}) == 6
     assert hashed(b=weight + 1, a=weight) == first
+
+
+def test_the_weights_hash_of_a_sharded_model(tiny_model, tmp_path):
+    model = tiny_model()
+    first = weights_hash(model)
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        fully_shard(model)
+        assert weights_hash(model) == first
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
