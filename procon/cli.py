@@ -121,7 +121,7 @@ def parse(name: str, argv: Sequence[str]) -> tuple:
         usage=f"procon {name} [settings]",
         description=types[0].__doc__,
         epilog="Settings may also stand in a YAML file, by the same names: --config FILE.yaml. Flags win over it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
     if command.trains:
@@ -150,6 +150,13 @@ def parse(name: str, argv: Sequence[str]) -> tuple:
     if unknown:
         raise ProConError(f"there is no setting {unknown[0]!r}{_hint(unknown[0], _names(parser))}")
     return tuple(parsed[: len(types)])
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells defaults, where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def _names(parser: argparse.ArgumentParser) -> set[str]:

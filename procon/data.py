@@ -43,6 +43,8 @@ def load_conversations(source: str | Path, *, split: str = "train") -> Dataset:
             raise ProConError(f"data file {str(path)!r} is of no known type: give .json, .jsonl, .csv or .parquet")
         if path.stat().st_size == 0:
             raise ProConError(f"data file {str(path)!r} is empty: give one with rows")
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the builders log what they raise as well
     try:
         if file_type == "csv":
             dataset = _read_csv(path)
@@ -59,6 +61,8 @@ def load_conversations(source: str | Path, *, split: str = "train") -> Dataset:
             f"data {str(source)!r} cannot be read as {file_type or 'a hub dataset'} ({reason}): "
             "give a .json, .jsonl, .csv or .parquet file, or a dataset name"
         ) from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
     if len(dataset) == 0:
         raise ProConError(f"data {str(source)!r} holds no rows: give one with rows")
     return to_conversations(dataset, name=str(source))

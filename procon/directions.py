@@ -87,7 +87,8 @@ class RefusalDirections:
         """Write a safetensors file with the provenance in its header; returns its path."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        # Copies, as safetensors refuses tensors that share memory.
+        tensors = {name: getattr(self, name).clone(memory_format=torch.contiguous_format) for name in _TENSORS}
         partial = path.with_name(path.name + ".partial")
         save_file(tensors, partial, {"procon": json.dumps(self.provenance)})
         partial.replace(path)

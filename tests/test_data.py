@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 from collections import Counter
 from pathlib import Path
 
@@ -124,6 +125,20 @@ def test_bad_data_is_named_in_one_line(tmp_path, name, content, message):
         load_conversations(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_error_is_not_logged_besides(tmp_path, caplog):
+    verbosity = datasets.logging.get_verbosity()
+    (tmp_path / "d.json").write_text('[{"prompt": "a", ')
+    # Its logger does not pass records on, so pytest has to listen there.
+    logging.getLogger("datasets").addHandler(caplog.handler)
+    try:
+        with pytest.raises(ProConError):
+            load_conversations(tmp_path / "d.json")
+    finally:
+        logging.getLogger("datasets").removeHandler(caplog.handler)
+    assert caplog.records == []
+    assert datasets.logging.get_verbosity() == verbosity
 
 
 def test_a_long_wrong_value_is_told_in_short():

@@ -228,6 +228,12 @@ def test_save_and_load(found, tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["d.safetensors"]
 
 
+def test_tensors_that_share_memory_can_be_saved(tmp_path):
+    ones = torch.ones(2)
+    path = RefusalDirections(torch.eye(2).T, ones, ones, ones, ones).save(tmp_path / "d.safetensors")
+    assert torch.equal(RefusalDirections.load(path).malicious, ones)
+
+
 def test_the_hash_follows_directions_and_gaps(found):
     turned = found.directions.clone()
     turned[2, 31] += 1e-3
