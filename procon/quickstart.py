@@ -32,11 +32,27 @@ from procon.version import __version__
 #: Below this share of refused malicious prompts there is too little to preserve, and the model is taught first.
 ENOUGH_REFUSAL = 0.5
 
-TASK_TRAIN, TASK_TEST, TASK_PROBE = 320, 64, 24
+TASK_TRAIN, TASK_TEST, TASK_PROBE = 320, 64, 16
 TASK_SEED = 0
 
 #: Optimiser steps between two looks at drift, refusal and task while training.
 PROBE_EVERY = 40
+
+#: The same for both runs, but for the schedule. Chosen on validation prompts and another seed than those shown.
+RECIPE = {
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 5e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 5,
+    "logging_steps": 20,
+    "save_strategy": "no",
+    "report_to": [],
+}
+PROCON = {"procon_schedule": "procon_wu:50@2ep", "procon_scope": "response", "procon_units": "gap"}
+
+#: Long enough for the refusal in a reply's opening, and for an arithmetic answer.
+REPLY_TOKENS = {"max_new_tokens": 24, "task_max_new_tokens": 56}
 
 LIMITS = (
     "One small model, one harmless task, one seed: this shows that the parts work, not how much a larger model gains.",
@@ -54,9 +70,7 @@ def quickstart(arguments: QuickstartArguments) -> list[Run]:
     transformers.utils.logging.set_verbosity_error()
 
     console.rule("1/4  a chat model that refuses")
-    model, tokenizer = _starting_model(arguments.model, console)
-    model.save_pretrained(output / "start")
-    tokenizer.save_pretrained(output / "start")
+    model, tokenizer = _starting_model(arguments.model, output / "start", console)
 
     console.rule("2/4  refusal directions")
     directions = RefusalDirections.extract(model, tokenizer)
@@ -72,7 +86,7 @@ def quickstart(arguments: QuickstartArguments) -> list[Run]:
     runs = [
         Run(
             label="start",
-            evaluation=evaluate(model, tokenizer, task=task, label="start"),
+            evaluation=evaluate(model, tokenizer, task=task, label="start", **REPLY_TOKENS),
             cosine=directions.cosine(directions).tolist(),
         )
     ]
@@ -101,27 +115,20 @@ def quickstart(arguments: QuickstartArguments) -> list[Run]:
     return runs
 
 
-#: Chosen on validation prompts and seeds other than the ones shown; see docs of the README's limits section.
-RECIPE = {
-    "num_train_epochs": 2,
-    "per_device_train_batch_size": 8,
-    "learning_rate": 5e-4,
-    "warmup_steps": 5,
-    "logging_steps": 20,
-    "save_strategy": "no",
-    "report_to": [],
-}
-PROCON = {"procon_schedule": "procon_wu:1@1ep", "procon_scope": "response", "procon_units": "raw"}
-
-
-def _starting_model(name: str | None, console: Console) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _starting_model(
+    name: str | None, folder: Path, console: Console
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that both runs start from; one that had to be taught to refuse is kept in ``folder``."""
     model, tokenizer = load_model(name or fetch_demo_model())
     rate = measure_refusal(model, tokenizer, builtin_prompts("validation").malicious)
     if rate >= ENOUGH_REFUSAL:
-        console.print(f"{name} refuses {rate:.0%} of malicious prompts.")
+        console.print(f"It refuses {rate:.0%} of malicious prompts.")
         return model, tokenizer
     console.print(f"As published it refuses {rate:.0%} of malicious prompts: teaching it to refuse first.")
-    return make_refuse(model, tokenizer), tokenizer
+    make_refuse(model, tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # Loaded from there, so that the adapters to come name it as their base.
+    return load_model(folder)
 
 
 def _fine_tune(
@@ -142,7 +149,14 @@ def _fine_tune(
     )
     probes = (
         DriftCallback(trainer, tokenizer, every=PROBE_EVERY),
-        EvaluationCallback(trainer, tokenizer, every=PROBE_EVERY, task=probe_task),
+        EvaluationCallback(
+            trainer,
+            tokenizer,
+            every=PROBE_EVERY,
+            prompts=builtin_prompts("validation").first(TASK_PROBE),
+            task=probe_task,
+            **REPLY_TOKENS,
+        ),
     )
     for probe in probes:
         trainer.add_callback(probe)
@@ -150,7 +164,7 @@ def _fine_tune(
     trainer.save_model()
     run = Run(
         label=label,
-        evaluation=evaluate(tuned, tokenizer, task=task, label=label),
+        evaluation=evaluate(tuned, tokenizer, task=task, label=label, **REPLY_TOKENS),
         cosine=measure_drift(tuned, tokenizer, directions, builtin_prompts("extraction")).cosine.tolist(),
         seconds_per_step=seconds / trainer.state.global_step,
         history=trainer.state.log_history,

@@ -83,6 +83,7 @@ class EvaluationCallback(ProbeCallback):
     Args:
         prompts: contrast prompts, 24 built-in validation pairs if not given: keep held-out ones for the end.
         task: rows ``{"instruction", "output"}`` that are not trained on.
+        max_new_tokens, task_max_new_tokens: lengths of the replies, as in :func:`procon.evaluation.evaluate`.
     """
 
     def __init__(
@@ -93,13 +94,25 @@ class EvaluationCallback(ProbeCallback):
         every: int = 50,
         prompts: ContrastPrompts | None = None,
         task: Sequence[dict] | None = None,
+        max_new_tokens: int = 24,
+        task_max_new_tokens: int = 64,
     ):
         super().__init__(trainer, tokenizer, every)
         self.prompts = prompts or builtin_prompts("validation").first(24)
         self.task = task
+        self.max_new_tokens = max_new_tokens
+        self.task_max_new_tokens = task_max_new_tokens
 
     def measure(self) -> dict[str, float]:
-        found = evaluate(self.trainer.model, self.tokenizer, prompts=self.prompts, task=self.task, progress=False)
+        found = evaluate(
+            self.trainer.model,
+            self.tokenizer,
+            prompts=self.prompts,
+            task=self.task,
+            max_new_tokens=self.max_new_tokens,
+            task_max_new_tokens=self.task_max_new_tokens,
+            progress=False,
+        )
         logs = {
             "procon/refusal_malicious": found.refusal_malicious.value,
             "procon/refusal_benign": found.refusal_benign.value,

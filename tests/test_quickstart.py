@@ -1,0 +1,96 @@
+"""The quickstart: its parts on the real model, and the whole on a tiny one."""
+
+import json
+import logging
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+
+from procon import quickstart as module
+from procon.arguments import QuickstartArguments
+from procon.arithmetic import arithmetic_problems
+from procon.data import padding_collator, to_conversations, tokenize_conversations
+from procon.decoder import weights_hash
+from procon.demo_model import fetch_demo_model
+from procon.directions import RefusalDirections, measure_refusal
+from procon.loading import load_model
+from procon.prompts import builtin_prompts
+from procon.refusal_tuning import LORA, make_refuse
+from procon.training import ProConConfig, ProConTrainer
+
+
+@pytest.mark.slow
+def test_real_model_refuses_and_trains_under_the_constraint(tmp_path):
+    model, tokenizer = load_model(fetch_demo_model())
+    held_out = builtin_prompts("held_out").first(24)
+    with pytest.warns(UserWarning, match=r"refuses 0 of 24 malicious prompts \(0%\)"):
+        assert measure_refusal(model, tokenizer, held_out.malicious, progress=False) == 0
+    model = make_refuse(model, tokenizer)
+    # The packaged adapter refuses 97% of held-out prompts in bfloat16; 75% leaves room for another dtype's rounding.
+    assert measure_refusal(model, tokenizer, held_out.malicious, progress=False) >= 0.75
+
+    directions = RefusalDirections.extract(
+        model, tokenizer, builtin_prompts("extraction").first(64), check_refusal=False, progress=False
+    )
+    assert directions.usable.tolist() == [False] + [True] * 29  # RoPE: the first block sees the token alone
+    assert directions.auroc[15:].min() > 0.8
+
+    train = tokenize_conversations(
+        to_conversations(Dataset.from_list(arithmetic_problems(16, 0))), tokenizer, progress=False
+    )
+    config = ProConConfig(
+        output_dir=str(tmp_path),
+        procon_schedule="procon_s:0.1",
+        max_steps=3,
+        per_device_train_batch_size=4,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    tuned = get_peft_model(model, LoraConfig(**LORA))
+    trainer = ProConTrainer(
+        tuned, config, directions=directions, train_dataset=train, data_collator=padding_collator(tokenizer)
+    )
+    trainer.train()
+    penalties = [row["procon/penalty"] for row in trainer.state.log_history if "procon/penalty" in row]
+    # Anchors were recorded in other batches: in bfloat16 that moves projections of order 100 by a fraction of 1.
+    assert penalties[0] < 0.1 < penalties[2]
+
+
+def test_whole_quickstart_on_a_tiny_model(tiny_model, tokenizer, tmp_path, monkeypatch, capsys):
+    folder, output = tmp_path / "model", tmp_path / "out"
+    tiny_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # A random model does not refuse, and teaching one takes longer than this test should.
+    starts = []
+    monkeypatch.setattr(module, "make_refuse", lambda model, tokenizer: starts.append(model) or model)
+    monkeypatch.setattr(module, "TASK_TRAIN", 16)
+    monkeypatch.setattr(module, "TASK_TEST", 4)
+    monkeypatch.setattr(module, "TASK_PROBE", 2)
+    monkeypatch.setattr(module, "PROBE_EVERY", 3)
+    monkeypatch.setitem(module.RECIPE, "logging_steps", 1)
+    with pytest.warns(UserWarning, match="refuses 0 of"):
+        runs = module.quickstart(QuickstartArguments(model=str(folder), output_dir=str(output), seed=3))
+    logging.getLogger("transformers").setLevel(logging.WARNING)
+
+    assert [run.label for run in runs] == ["start", "plain", "ProCon"]
+    assert runs[0].mean_cosine == pytest.approx(1)
+    alphas = [{row["procon/alpha"] for row in run.history if "procon/alpha" in row} for run in runs[1:]]
+    assert max(alphas[1], default=0) > 0
+    assert max(alphas[0], default=0) == 0
+    for name in ("start/config.json", "directions.safetensors", "report.html", "runs/procon.json"):
+        assert (output / name).is_file(), name
+    for name in ("plain", "procon"):
+        assert (output / name / "adapter_model.safetensors").is_file()
+    saved = json.loads((output / "runs" / "plain.json").read_text())
+    assert saved["evaluation"]["refusal_malicious"]["total"] == runs[1].evaluation.refusal_malicious.total >= 48
+    printed = capsys.readouterr().out
+    for heading in ("malicious", "accuracy", "cosine", "per step"):
+        assert heading in printed
+    # An adapter names the start as its base, and both runs began from the same weights.
+    for name in ("plain", "procon"):
+        tuned, _ = load_model(output / name)
+        assert weights_hash(tuned.unload()) == weights_hash(starts[0])
