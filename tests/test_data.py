@@ -129,7 +129,7 @@ def test_bad_data_is_named_in_one_line(tmp_path, name, content, message):
 
 def test_an_error_is_not_logged_besides(tmp_path, caplog):
     verbosity = datasets.logging.get_verbosity()
-    (tmp_path / "d.json").write_text('[{"prompt": "a", ')
+    (tmp_path / "d.json").write_text('{"prompt": "a", ')
     # Its logger does not pass records on, so pytest has to listen there.
     logging.getLogger("datasets").addHandler(caplog.handler)
     try:
