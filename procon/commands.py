@@ -60,8 +60,9 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
     if arguments.safety_samples or arguments.safety_data:
         safety = load_conversations(arguments.safety_data) if arguments.safety_data else safety_conversations()
         conversations = mix_safety(conversations, safety, arguments.safety_samples or len(safety), seed=config.seed)
+    constrained = config.schedule().active
     file = Path(arguments.directions) if arguments.directions else output / "directions.safetensors"
-    known = RefusalDirections.load(file) if arguments.directions or arguments.resume else None
+    known = RefusalDirections.load(file) if constrained and (arguments.directions or arguments.resume) else None
 
     dtype = torch.float32 if arguments.method == "full" and arguments.dtype == "auto" else parse_dtype(arguments.dtype)
     model, tokenizer = load_model(arguments.model, dtype=dtype)
@@ -71,9 +72,11 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
     set_seed(config.seed)
     # A new adapter changes nothing yet, and one that does not fit shows before the minutes of extraction.
     model = _trainable(model, arguments)
-    if known is None and config.schedule().active:
-        known = RefusalDirections.extract(model, tokenizer)
-        known.save(file)
+    if constrained and known is None:
+        with config.main_process_first(local=False, desc="refusal directions"):
+            if config.process_index == 0:
+                RefusalDirections.extract(model, tokenizer).save(file)
+            known = RefusalDirections.load(file)
     trainer = ProConTrainer(
         model,
         config,
@@ -87,7 +90,8 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     trainer.save_model()
     trainer.save_state()
-    Console().print(f"Written: {output}. Measure it: procon eval --model {output}")
+    if config.process_index == 0:
+        Console().print(f"Written: {output}. Measure it: procon eval --model {output}")
 
 
 def drift(arguments: DriftArguments) -> None:

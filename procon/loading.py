@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ def parse_dtype(name: str) -> torch.dtype:
 def load_model(
     name: str | Path, *, dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM and its tokenizer, on the GPU if there is one; a folder with a PEFT adapter loads with its base.
+    """A causal LM and its tokenizer, on this process's GPU if there is one; a LoRA folder loads with its base.
 
     Raises:
         ProConError: if there is no such model, or it cannot be loaded.
@@ -51,5 +52,5 @@ def load_model(
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ProConError(f"model {str(name)!r} cannot be loaded ({reason}): give a folder or a hub name") from error
     if torch.cuda.is_available():
-        model = model.to("cuda")
+        model = model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
     return model, tokenizer
