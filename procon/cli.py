@@ -97,7 +97,9 @@ def _main(argv: list[str]) -> int:
             raise ProConError(f"there is no command {argv[0]!r}: choose one of {', '.join(COMMANDS)}")
         command.run(*parse(argv[0], argv[1:]))
     except ProConError as error:
-        print(f"procon: error: {' '.join(str(error).split())}", file=sys.stderr)
+        # From a loader's worker the message comes back behind the worker's own traceback.
+        text = str(error).rpartition("ProConError: ")[2]
+        print(f"procon: error: {' '.join(text.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("procon: interrupted", file=sys.stderr)
