@@ -34,7 +34,7 @@ setup(
     python_requires=">=3.11",
     packages=["procon", "procon.training", "procon.assets", "procon.kernels"],
     package_dir={"procon": "procon", "procon.kernels": "kernels"},
-    package_data={"procon.assets": ["*.jsonl", "*.safetensors", "*.json"], "procon": ["py.typed"]},
+    package_data={"procon.assets": ["*.jsonl", "refusal-adapters/*/*"], "procon": ["py.typed"]},
     install_requires=[
         "torch>=2.11,<2.16",
         "transformers>=5.17,<6",

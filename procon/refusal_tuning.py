@@ -101,6 +101,7 @@ def tune_refusal(
 
 def save_adapter(tuned: PeftModel, folder: Path, provenance: dict) -> None:
     """Write a PEFT folder with the adapter in fp16, and where it comes from; the provenance last."""
+    tuned.peft_config["default"].base_model_name_or_path = provenance["base"]  # not where the base lay on this disk
     state = {name: value.half() for name, value in tuned.state_dict().items() if "lora_" in name}
     tuned.save_pretrained(folder, state_dict=state)
     (folder / "README.md").unlink(missing_ok=True)
