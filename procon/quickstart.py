@@ -32,27 +32,27 @@ from procon.version import __version__
 #: Below this share of refused malicious prompts there is too little to preserve, and the model is taught first.
 ENOUGH_REFUSAL = 0.5
 
-TASK_TRAIN, TASK_TEST, TASK_PROBE = 320, 64, 16
+TASK_TRAIN, TASK_TEST, TASK_PROBE = 240, 64, 16
 TASK_SEED = 0
 
 #: Optimiser steps between two looks at drift, refusal and task while training.
-PROBE_EVERY = 40
+PROBE_EVERY = 30
 
 #: The same for both runs, but for the schedule. Chosen on validation prompts and another seed than those shown.
 RECIPE = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": 8,
-    "learning_rate": 5e-4,
+    "learning_rate": 4e-4,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 5,
     "logging_steps": 20,
     "save_strategy": "no",
     "report_to": [],
 }
-PROCON = {"procon_schedule": "procon_wu:50@2ep", "procon_scope": "response", "procon_units": "gap"}
+PROCON = {"procon_schedule": "procon_wu:4@2ep", "procon_scope": "all", "procon_penalty": "absolute"}
 
 #: Long enough for the refusal in a reply's opening, and for an arithmetic answer.
-REPLY_TOKENS = {"max_new_tokens": 24, "task_max_new_tokens": 56}
+REPLY_TOKENS = {"max_new_tokens": 24, "task_max_new_tokens": 36}
 
 LIMITS = (
     "One small model, one harmless task, one seed: this shows that the parts work, not how much a larger model gains.",
@@ -177,7 +177,7 @@ def _facts(arguments: QuickstartArguments, model: PreTrainedModel, seconds: floa
     return {
         "model": arguments.model or "SmolLM2-135M-Instruct with the package's refusal adapter",
         "command": f"procon quickstart --seed {arguments.seed}",
-        "task": f"{TASK_TRAIN} arithmetic word problems, {RECIPE['num_train_epochs']} epochs",
+        "task": f"{TASK_TRAIN} arithmetic word problems, {RECIPE['num_train_epochs']} epoch",
         "constraint": ", ".join(f"{name.removeprefix('procon_')} {value}" for name, value in PROCON.items()),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {model.device}, {model.dtype}",
         "versions": f"procon {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
