@@ -49,7 +49,7 @@ RECIPE = {
     "save_strategy": "no",
     "report_to": [],
 }
-PROCON = {"procon_schedule": "procon_wu:4@2ep", "procon_scope": "all", "procon_penalty": "absolute"}
+PROCON = {"procon_schedule": "procon_wu:2@2ep", "procon_scope": "all", "procon_penalty": "absolute"}
 
 #: Long enough for the refusal in a reply's opening, and for an arithmetic answer.
 REPLY_TOKENS = {"max_new_tokens": 24, "task_max_new_tokens": 36}
