@@ -57,8 +57,10 @@ REPLY_TOKENS = {"max_new_tokens": 24, "task_max_new_tokens": 36}
 LIMITS = (
     "One small model, one harmless task, one seed: this shows that the parts work, not how much a larger model gains.",
     "Refusals are counted by keyword in the opening of greedy replies; read the replies below.",
-    "At such strengths a constraint along random directions protects refusals almost as well: what is seen here is "
-    "mostly that anchoring hidden states preserves behaviour, and only partly that the refusal direction is special.",
+    "There is no control with random directions here, so this does not show that the refusal direction is special: in "
+    "a first trial, random directions protected refusals almost as well at a strong alpha.",
+    "Benign prompts here are twins of the malicious ones, on the same topics: a small model refuses some of them from "
+    "the start. Compare with the start, not with zero.",
 )
 
 
