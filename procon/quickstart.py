@@ -45,7 +45,7 @@ RECIPE = {
     "learning_rate": 4e-4,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 5,
-    "logging_steps": 20,
+    "logging_steps": 10,
     "save_strategy": "no",
     "report_to": [],
 }

@@ -345,7 +345,8 @@ def _draw_series(axes: Axes, runs: Sequence[Run], key: str, *, stepped: bool = F
     for run, style in _styled(runs):
         steps, values = run.series(key)
         if steps and stepped:
-            axes.plot(steps, values, drawstyle="steps-post", **style)
+            # A row tells of the steps that led up to it.
+            axes.plot(steps, values, drawstyle="steps-pre", **style)
         elif steps:
             axes.plot(steps, values, marker="o" if len(steps) < 30 else None, markersize=3, **style)
     axes.xaxis.set_major_locator(_whole_numbers())

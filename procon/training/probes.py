@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from procon.directions import ContrastMeans, RefusalDirections
@@ -71,10 +73,15 @@ class DriftCallback(ProbeCallback):
         self._reference = means.directions()
         if args.should_save:
             self._reference.save(path)
+        self.trainer.log(self._logs(self._reference.cosine(self._reference)))
 
     def measure(self) -> dict[str, float]:
         drift = measure_drift(self.trainer.model, self.tokenizer, self._reference, self.prompts, progress=False)
-        return {"procon/drift_cos": drift.mean_cosine}
+        return self._logs(drift.cosine)
+
+    @staticmethod
+    def _logs(cosine: Tensor) -> dict[str, float]:
+        return {"procon/drift_cos": float(torch.nanmean(cosine))}
 
 
 class EvaluationCallback(ProbeCallback):
