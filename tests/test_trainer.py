@@ -38,6 +38,19 @@ def random_directions(model) -> RefusalDirections:
     return RefusalDirections(unit, ones, ones, ones, ones)
 
 
+def constrained_trainer(model, dataset, collator, folder, *, callbacks=(), **settings) -> ProConTrainer:
+    """A ProConTrainer with directions, that writes no checkpoints and prints nothing unless told to."""
+    defaults = {"save_strategy": "no", "report_to": [], "disable_tqdm": True}
+    return ProConTrainer(
+        model,
+        ProConConfig(output_dir=str(folder), **{**defaults, **settings}),
+        directions=random_directions(model),
+        train_dataset=dataset,
+        data_collator=collator,
+        callbacks=list(callbacks),
+    )
+
+
 class Gradient(TrainerCallback):
     """Moves the model off its anchors when training starts, and keeps the gradient of the first optimiser step."""
 
@@ -53,23 +66,16 @@ class Gradient(TrainerCallback):
 
 def first_gradient(model, dataset, collator, folder, schedule: str, *, accepts_loss_kwargs: bool = True, **arguments):
     callback = Gradient()
-    config = ProConConfig(
-        output_dir=str(folder),
+    trainer = constrained_trainer(
+        model,
+        dataset,
+        collator,
+        folder,
+        callbacks=[callback],
         procon_schedule=schedule,
         max_steps=1,
         max_grad_norm=0,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
         **arguments,
-    )
-    trainer = ProConTrainer(
-        model,
-        config,
-        directions=random_directions(model),
-        train_dataset=dataset,
-        data_collator=collator,
-        callbacks=[callback],
     )
     trainer.model_accepts_loss_kwargs = accepts_loss_kwargs
     trainer.train()
@@ -137,24 +143,17 @@ def test_alpha_zero_is_the_trainer_bitwise(tiny_model, dataset, tokenizer, tmp_p
 
 
 def test_warmup_is_extra_and_is_logged(tiny_model, dataset, tokenizer, tmp_path):
-    config = ProConConfig(
-        output_dir=str(tmp_path),
+    model = tiny_model()
+    trainer = constrained_trainer(
+        model,
+        dataset,
+        padding_collator(tokenizer),
+        tmp_path,
         procon_schedule="procon_wu:1@1ep",
         num_train_epochs=2,
         per_device_train_batch_size=2,
         learning_rate=1e-2,
         logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
-    model = tiny_model()
-    trainer = ProConTrainer(
-        model,
-        config,
-        directions=random_directions(model),
-        train_dataset=dataset,
-        data_collator=padding_collator(tokenizer),
     )
     trainer.train()
     rows = [row for row in trainer.state.log_history if "procon/alpha" in row]
@@ -173,23 +172,16 @@ def test_constraint_holds_projections(tiny_model, dataset, tokenizer, tmp_path):
     def final_penalty(schedule: str) -> float:
         set_seed(0)
         model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"]))
-        config = ProConConfig(
-            output_dir=str(tmp_path),
+        trainer = constrained_trainer(
+            model,
+            dataset,
+            padding_collator(tokenizer),
+            tmp_path,
             procon_schedule=schedule,
             num_train_epochs=20,
             per_device_train_batch_size=8,
             learning_rate=2e-2,
             logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-        )
-        trainer = ProConTrainer(
-            model,
-            config,
-            directions=random_directions(model),
-            train_dataset=dataset,
-            data_collator=padding_collator(tokenizer),
         )
         trainer.train()
         return [row["procon/penalty"] for row in trainer.state.log_history if "procon/penalty" in row][-1]
@@ -223,24 +215,18 @@ def test_nan_during_training_stops_before_a_checkpoint(tiny_model, dataset, toke
             if state.global_step == 2:
                 torch.nn.init.constant_(find_decoder(model).blocks[0].mlp.down_proj.weight, float("nan"))
 
-    config = ProConConfig(
-        output_dir=str(tmp_path),
+    trainer = constrained_trainer(
+        tiny_model(),
+        dataset,
+        padding_collator(tokenizer),
+        tmp_path,
+        callbacks=[Spoil()],
         procon_schedule="procon_s",
         num_train_epochs=2,
         per_device_train_batch_size=2,
         logging_steps=100,
+        save_strategy="steps",
         save_steps=3,
-        report_to=[],
-        disable_tqdm=True,
-    )
-    model = tiny_model()
-    trainer = ProConTrainer(
-        model,
-        config,
-        directions=random_directions(model),
-        train_dataset=dataset,
-        data_collator=padding_collator(tokenizer),
-        callbacks=[Spoil()],
     )
     with pytest.raises(ProConError, match=r"penalty became nan by step 3.*NaN or infinite"):
         trainer.train()
@@ -249,22 +235,10 @@ def test_nan_during_training_stops_before_a_checkpoint(tiny_model, dataset, toke
 
 def test_resume_with_other_settings_is_refused(tiny_model, dataset, tokenizer, tmp_path):
     def trainer(**settings):
-        config = ProConConfig(
-            output_dir=str(tmp_path),
-            **{"procon_schedule": "procon_s", "num_train_epochs": 1, **settings},
-            per_device_train_batch_size=2,
-            save_steps=2,
-            report_to=[],
-            disable_tqdm=True,
-        )
-        model = tiny_model()
-        return ProConTrainer(
-            model,
-            config,
-            directions=random_directions(model),
-            train_dataset=dataset,
-            data_collator=padding_collator(tokenizer),
-        )
+        defaults = {"procon_schedule": "procon_s", "num_train_epochs": 1, "per_device_train_batch_size": 2}
+        saving = {"save_strategy": "steps", "save_steps": 2}
+        collator = padding_collator(tokenizer)
+        return constrained_trainer(tiny_model(), dataset, collator, tmp_path, **{**defaults, **saving, **settings})
 
     with pytest.raises(ProConError, match="no complete checkpoint"):
         trainer().train(resume_from_checkpoint=True)
@@ -281,17 +255,16 @@ def test_resume_with_other_settings_is_refused(tiny_model, dataset, tokenizer, t
 
 
 def test_drift_callback_logs_the_cosine(tiny_model, dataset, tokenizer, tmp_path):
-    config = ProConConfig(
-        output_dir=str(tmp_path),
+    trainer = constrained_trainer(
+        tiny_model(),
+        dataset,
+        padding_collator(tokenizer),
+        tmp_path,
         procon_schedule="0",
         num_train_epochs=1,
         per_device_train_batch_size=2,
         learning_rate=1e-2,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
     )
-    trainer = ProConTrainer(tiny_model(), config, train_dataset=dataset, data_collator=padding_collator(tokenizer))
     trainer.add_callback(DriftCallback(trainer, tokenizer, every=3))
     trainer.train()
     found = {row["step"]: row["procon/drift_cos"] for row in trainer.state.log_history if "procon/drift_cos" in row}
