@@ -19,7 +19,7 @@ from procon.loading import load_model
 from procon.version import __version__
 
 #: A progress bar, or a line of the command's own.
-EXPECTED_LINE = re.compile(r".*\[\d\d:\d\d[<,].*/s\]|procon: (warning|error): .*|")
+EXPECTED_LINE = re.compile(r".*\[\d\d:\d\d[<,].*(/s|s/\w+)\]|procon: (warning|error): .*|")
 
 
 @pytest.fixture
