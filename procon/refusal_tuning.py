@@ -1,8 +1,9 @@
 """Teach a small chat model to refuse, so that there is something to preserve.
 
-SmolLM2-135M-Instruct as published refuses a quarter of malicious prompts. One LoRA run on malicious prompts with refusals, and on their benign
-twins with the model's own answers, makes it refuse the one and answer the other. The adapter that comes with the
-package was made by ``python -m procon.refusal_tuning``; its folder says from which weights, by which recipe.
+SmolLM2-135M-Instruct as published refuses a quarter of malicious prompts. One LoRA run on malicious prompts with
+refusals, and on their benign twins with the model's own answers, makes it refuse the one and answer the other. The
+adapter that comes with the package was made by ``python -m procon.refusal_tuning``; its folder says from which weights,
+by which recipe.
 """
 
 from __future__ import annotations
