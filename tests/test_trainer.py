@@ -64,7 +64,10 @@ class Gradient(TrainerCallback):
         self.flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def first_gradient(model, dataset, collator, folder, schedule: str, *, accepts_loss_kwargs: bool = True, **arguments):
+def first_step(
+    model, dataset, collator, folder, schedule: str, *, accepts_loss_kwargs: bool = True, **arguments
+) -> tuple[torch.Tensor, float | None]:
+    """Gradient and logged penalty of the first optimiser step."""
     callback = Gradient()
     trainer = constrained_trainer(
         model,
@@ -75,47 +78,56 @@ def first_gradient(model, dataset, collator, folder, schedule: str, *, accepts_l
         procon_schedule=schedule,
         max_steps=1,
         max_grad_norm=0,
+        logging_steps=1,
         **arguments,
     )
     trainer.model_accepts_loss_kwargs = accepts_loss_kwargs
     trainer.train()
-    return callback.flat
+    return callback.flat, trainer.state.log_history[0].get("procon/penalty")
 
 
-def aux_gradient(tiny_model, *rest, **settings) -> torch.Tensor:
-    """The penalty's own gradient: with it minus without, in float64, where the difference is exact enough."""
-    return first_gradient(tiny_model().double(), *rest, "procon_s:2", **settings) - first_gradient(
-        tiny_model().double(), *rest, "0", **settings
-    )
+def aux_step(tiny_model, *rest, **settings) -> tuple[torch.Tensor, float]:
+    """The penalty and its own gradient: with it minus without, in float64, where the difference is exact enough."""
+    constrained, penalty = first_step(tiny_model().double(), *rest, "procon_s:2", **settings)
+    plain, _ = first_step(tiny_model().double(), *rest, "0", **settings)
+    return constrained - plain, penalty
+
+
+def assert_same_step(one: tuple[torch.Tensor, float], two: tuple[torch.Tensor, float]) -> None:
+    (gradient, penalty), (other_gradient, other_penalty) = one, two
+    assert gradient.norm() > 1e-3
+    assert (other_gradient - gradient).norm() <= 1e-5 * gradient.norm()
+    assert other_penalty == pytest.approx(penalty, rel=1e-5)
 
 
 @pytest.mark.parametrize("accepts_loss_kwargs", [True, False])
 def test_gradient_accumulation_leaves_the_penalty_alone(tiny_model, dataset, tokenizer, tmp_path, accepts_loss_kwargs):
-    settings = {"accepts_loss_kwargs": accepts_loss_kwargs}
-    rest = (dataset, padding_collator(tokenizer), tmp_path)
-    whole = aux_gradient(tiny_model, *rest, per_device_train_batch_size=8, **settings)
-    assert whole.norm() > 1e-3
-    for steps in (2, 4, 8):
-        parts = aux_gradient(
+    def step(accumulated: int) -> tuple[torch.Tensor, float]:
+        return aux_step(
             tiny_model,
-            *rest,
-            per_device_train_batch_size=8 // steps,
-            gradient_accumulation_steps=steps,
-            **settings,
+            dataset,
+            padding_collator(tokenizer),
+            tmp_path,
+            per_device_train_batch_size=8 // accumulated,
+            gradient_accumulation_steps=accumulated,
+            accepts_loss_kwargs=accepts_loss_kwargs,
         )
-        assert (parts - whole).norm() <= 1e-5 * whole.norm(), steps
+
+    whole = step(1)
+    for accumulated in (2, 4, 8):
+        assert_same_step(whole, step(accumulated))
 
 
-def test_padded_flattened_and_single_rows_give_one_gradient(tiny_model, dataset, tokenizer, tmp_path):
+def test_padded_flattened_and_single_rows_are_one_step(tiny_model, dataset, tokenizer, tmp_path):
     padded, flat = padding_collator(tokenizer), flattening_collator()
-    whole = aux_gradient(tiny_model, dataset, padded, tmp_path / "padded", per_device_train_batch_size=8)
-    flattened = aux_gradient(tiny_model, dataset, flat, tmp_path / "flat", per_device_train_batch_size=8)
-    single = aux_gradient(
+    whole = aux_step(tiny_model, dataset, padded, tmp_path / "padded", per_device_train_batch_size=8)
+    flattened = aux_step(tiny_model, dataset, flat, tmp_path / "flat", per_device_train_batch_size=8)
+    single = aux_step(
         tiny_model, dataset, padded, tmp_path / "one", per_device_train_batch_size=1, gradient_accumulation_steps=8
     )
     # Each set-up records its own anchors in fp32, off by an ulp or so of projections of order 1.
-    assert (flattened - whole).norm() <= 1e-5 * whole.norm()
-    assert (single - whole).norm() <= 1e-5 * whole.norm()
+    assert_same_step(whole, flattened)
+    assert_same_step(whole, single)
 
 
 def final_weights(trainer_class, arguments, model, dataset, tokenizer, **extra) -> dict[str, torch.Tensor]:
