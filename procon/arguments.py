@@ -107,3 +107,4 @@ class QuickstartArguments:
     )
     output_dir: str = _option("procon-quickstart", "Folder for adapters, runs and report.html.")
     seed: int = _option(0, "Seed of adapters and data order.")
+    control: bool = _option(False, "Add a third run, constrained along random directions: about two minutes more.")

@@ -74,6 +74,12 @@ class RefusalDirections:
         cosine = (self.directions.double() * other.directions.double()).sum(-1).float()
         return torch.where(self.usable & other.usable, cosine, torch.nan)
 
+    def randomized(self, seed: int) -> RefusalDirections:
+        """The control: random unit directions at the same blocks, with the same gaps."""
+        generator = torch.Generator().manual_seed(seed)
+        unit = torch.nn.functional.normalize(torch.randn(self.directions.shape, generator=generator), dim=-1)
+        return replace(self, directions=unit * self.usable[:, None], provenance={"random_seed": seed})
+
     def check_fits(self, decoder: Decoder) -> None:
         """Raise ProConError unless there is one direction of width ``D`` for each block of ``decoder``."""
         blocks, width = self.directions.shape

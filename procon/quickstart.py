@@ -57,8 +57,8 @@ REPLY_TOKENS = {"max_new_tokens": 24, "task_max_new_tokens": 36}
 LIMITS = (
     "One small model, one harmless task, one seed: this shows that the parts work, not how much a larger model gains.",
     "Refusals are counted by keyword in the opening of greedy replies; read the replies below.",
-    "There is no control with random directions here, so this does not show that the refusal direction is special: in "
-    "a first trial, random directions protected refusals almost as well at a strong alpha.",
+    "This does not show that the refusal direction is special: with --control a third run is constrained along random "
+    "directions instead, and it keeps refusals about as well.",
     "Benign prompts here are twins of the malicious ones, on the same topics: a small model refuses some of them from "
     "the start. Compare with the start, not with zero.",
 )
@@ -71,10 +71,11 @@ def quickstart(arguments: QuickstartArguments) -> list[Run]:
     output = Path(arguments.output_dir)
     transformers.utils.logging.set_verbosity_error()
 
-    console.rule("1/4  a chat model that refuses")
+    parts = 5 if arguments.control else 4
+    console.rule(f"1/{parts}  a chat model that refuses")
     model, tokenizer = _starting_model(arguments.model, output / "start", console)
 
-    console.rule("2/4  refusal directions")
+    console.rule(f"2/{parts}  refusal directions")
     directions = RefusalDirections.extract(model, tokenizer)
     directions.save(output / "directions.safetensors")
     usable = directions.auroc[directions.usable]
@@ -92,15 +93,19 @@ def quickstart(arguments: QuickstartArguments) -> list[Run]:
             cosine=directions.cosine(directions).tolist(),
         )
     ]
-    for number, (label, schedule) in enumerate((("plain", "0"), ("ProCon", PROCON["procon_schedule"])), 3):
-        console.rule(f"{number}/4  {label} fine-tuning")
+    warmup = PROCON["procon_schedule"]
+    plan = [("plain", "0", directions), ("ProCon", warmup, directions)]
+    if arguments.control:
+        plan.append(("random", warmup, directions.randomized(seed=1)))
+    for number, (label, schedule, along) in enumerate(plan, 3):
+        console.rule(f"{number}/{parts}  {label} fine-tuning")
         config = ProConConfig(
             output_dir=str(output / label.lower()),
             seed=arguments.seed,
             **RECIPE,
             **{**PROCON, "procon_schedule": schedule},
         )
-        runs.append(_fine_tune(label, model, tokenizer, directions, train, task, probe, config))
+        runs.append(_fine_tune(label, model, tokenizer, directions, along, train, task, probe, config))
     for run in runs:
         run.save(output / "runs" / f"{run.label.lower()}.json")
     report = write_html(
@@ -137,17 +142,18 @@ def _fine_tune(
     label: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    directions: RefusalDirections,
+    reference: RefusalDirections,
+    constrained: RefusalDirections,
     train: Dataset,
     task: Sequence[dict],
     probe_task: Sequence[dict],
     config: ProConConfig,
 ) -> Run:
-    """Train a fresh adapter on ``model``, measure, and leave ``model`` as it was."""
+    """Train a fresh adapter along ``constrained``, measure the drift of ``reference``; ``model`` is left as it was."""
     set_seed(config.seed)
     tuned = get_peft_model(model, LoraConfig(**LORA))
     trainer = ProConTrainer(
-        tuned, config, directions=directions, train_dataset=train, data_collator=padding_collator(tokenizer)
+        tuned, config, directions=constrained, train_dataset=train, data_collator=padding_collator(tokenizer)
     )
     probes = (
         DriftCallback(trainer, tokenizer, every=PROBE_EVERY),
@@ -167,7 +173,7 @@ def _fine_tune(
     run = Run(
         label=label,
         evaluation=evaluate(tuned, tokenizer, task=task, label=label, **REPLY_TOKENS),
-        cosine=measure_drift(tuned, tokenizer, directions, builtin_prompts("extraction")).cosine.tolist(),
+        cosine=measure_drift(tuned, tokenizer, reference, builtin_prompts("extraction")).cosine.tolist(),
         seconds_per_step=seconds / trainer.state.global_step,
         history=trainer.state.log_history,
     )
@@ -178,7 +184,7 @@ def _fine_tune(
 def _facts(arguments: QuickstartArguments, model: PreTrainedModel, seconds: float) -> dict[str, str]:
     return {
         "model": arguments.model or "SmolLM2-135M-Instruct with the package's refusal adapter",
-        "command": f"procon quickstart --seed {arguments.seed}",
+        "command": f"procon quickstart --seed {arguments.seed}" + (" --control" if arguments.control else ""),
         "task": f"{TASK_TRAIN} arithmetic word problems, {RECIPE['num_train_epochs']} epoch",
         "constraint": ", ".join(f"{name.removeprefix('procon_')} {value}" for name, value in PROCON.items()),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {model.device}, {model.dtype}",

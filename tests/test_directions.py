@@ -286,3 +286,11 @@ def test_directions_fit_their_model_only(found, tiny_model):
     for settings, size in (({"num_hidden_layers": 2}, "2 blocks of width 32"), ({"hidden_size": 64}, "of width 64")):
         with pytest.raises(ProConError, match=f"for 3 blocks of width 32, but the model has .*{size}"):
             found.check_fits(find_decoder(tiny_model(**settings)))
+
+
+def test_randomized_directions_are_unit_and_leave_dead_blocks_out():
+    gap = torch.tensor([0.0, 1.0, 2.0])
+    found = RefusalDirections(torch.eye(3, 16), gap, gap, gap, gap).randomized(seed=4)
+    torch.testing.assert_close(found.directions.norm(dim=-1), torch.tensor([0.0, 1.0, 1.0]))
+    assert torch.equal(found.gap, gap)
+    assert found.cosine(found.randomized(seed=5))[1:].abs().max() < 0.9

@@ -73,17 +73,17 @@ def test_whole_quickstart_on_a_tiny_model(tiny_model, tokenizer, tmp_path, monke
     monkeypatch.setattr(module, "PROBE_EVERY", 3)
     monkeypatch.setitem(module.RECIPE, "logging_steps", 1)
     with pytest.warns(UserWarning, match="refuses 0 of"):
-        runs = module.quickstart(QuickstartArguments(model=str(folder), output_dir=str(output), seed=3))
+        runs = module.quickstart(QuickstartArguments(model=str(folder), output_dir=str(output), seed=3, control=True))
     logging.getLogger("transformers").setLevel(logging.WARNING)
 
-    assert [run.label for run in runs] == ["start", "plain", "ProCon"]
+    assert [run.label for run in runs] == ["start", "plain", "ProCon", "random"]
     assert runs[0].mean_cosine == pytest.approx(1)
     alphas = [{row["procon/alpha"] for row in run.history if "procon/alpha" in row} for run in runs[1:]]
     assert max(alphas[1], default=0) > 0
     assert max(alphas[0], default=0) == 0
     for name in ("start/config.json", "directions.safetensors", "report.html", "runs/procon.json"):
         assert (output / name).is_file(), name
-    for name in ("plain", "procon"):
+    for name in ("plain", "procon", "random"):
         assert (output / name / "adapter_model.safetensors").is_file()
     saved = json.loads((output / "runs" / "plain.json").read_text())
     assert saved["evaluation"]["refusal_malicious"]["total"] == runs[1].evaluation.refusal_malicious.total >= 48
