@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from procon.data import IGNORE_INDEX
@@ -92,8 +91,3 @@ def _packed_starts(batch: Mapping[str, Tensor], row: int, first: int, last: int)
 
 def _hash(values: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(values).tobytes(), digest_size=8).digest(), "little")
-
-
-def count_in_scope(batch: Mapping[str, Tensor]) -> Tensor:
-    """Constrained tokens of a batch that :meth:`procon.anchors.Anchors.annotate` has marked: int64 scalar."""
-    return batch["constraint_mask"].count_nonzero().to(torch.int64)
