@@ -1,0 +1,1 @@
+"""What the constraint costs: audits that need no GPU, and measurements."""

@@ -1,0 +1,102 @@
+"""What does the penalty with pass-through cost, beside what one would write instead?
+
+Each contender maps hidden states ``[N, D]`` to themselves and the penalty; in the backward a gradient arrives for both.
+The bytes are the fewest that do it, with ``U = N * D * itemsize``: forward U, backward 2U. A contender's GB/s are these
+bytes over its time, whatever it moves.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.agreement import check_agreement
+from benchmarks.machine import COMPILED, DEVICE, SMOKE
+from benchmarks.passes import PASSES, Function, Shape, make_buffers, run_backward, run_forward, time_passes
+from benchmarks.throughput import throughput
+from procon.functional import constrain
+
+UNITS = {"forward": 1, "backward": 2, "both": 3}
+CONTENDERS = ("eager_fp32", "eager_bf16", "compiled", "pass_through")
+BASELINE = "eager_fp32"
+
+
+class Case(NamedTuple):
+    shape: Shape
+    directions: int
+
+    def __str__(self) -> str:
+        return f"{self.shape}-k{self.directions}"
+
+
+def _cases() -> list[Case]:
+    bf16, fp32 = torch.bfloat16, torch.float32
+    if SMOKE:
+        return [Case(Shape(16, 64, bf16, "hot"), 2)]
+    if DEVICE == "cuda":
+        large = [Case(Shape(8192, size, bf16, "cold"), 1) for size in (576, 2048, 4096, 8192)]
+        return [*large, Case(Shape(8192, 4096, bf16, "cold"), 4), Case(Shape(1024, 4096, bf16, "hot"), 1)]
+    shapes = [Shape(768, 576, dtype, cache) for dtype in (fp32, bf16) for cache in ("cold", "hot")]
+    return [*(Case(shape, 1) for shape in shapes), Case(Shape(768, 576, bf16, "cold"), 4)]
+
+
+def _functions(case: Case) -> dict[str, Function]:
+    rows, size = case.shape.rows, case.shape.size
+    generator = torch.Generator().manual_seed(1)
+    direction = torch.nn.functional.normalize(torch.randn(case.directions, size, generator=generator), dim=1).to(DEVICE)
+    anchor = torch.randn(rows, case.directions, generator=generator).to(DEVICE)
+    weight = (torch.rand(rows, generator=generator) < 0.75).float().to(DEVICE)
+    # For one direction a vector: the matrix product of several is cuBLAS's (on CPU oneDNN's) skinny one.
+    matrix = direction[0] if case.directions == 1 else direction.T
+    anchors = anchor[:, 0] if case.directions == 1 else anchor
+    weights = weight if case.directions == 1 else weight[:, None]
+    matrix_bf16 = matrix.bfloat16()
+
+    def penalty_fp32(hidden: Tensor) -> Tensor:
+        return ((hidden.float() @ matrix - anchors).square() * weights).sum()
+
+    def penalty_bf16(hidden: Tensor) -> Tensor:
+        return ((hidden.bfloat16() @ matrix_bf16 - anchors).square() * weights).sum()
+
+    functions = {
+        "eager_fp32": lambda hidden: (hidden, penalty_fp32(hidden)),
+        "eager_bf16": lambda hidden: (hidden, penalty_bf16(hidden)),
+        "pass_through": lambda hidden: constrain(hidden, direction, anchor, weight),
+    }
+    if COMPILED != "none":
+        # The backward alone runs several times over one graph.
+        with torch._functorch.config.patch(donated_buffer=False):
+            compiled = torch.compile(penalty_fp32, options={})
+        functions["compiled"] = lambda hidden: (hidden, compiled(hidden))
+    return functions
+
+
+@cache
+def _measure(case: Case):
+    functions = _functions(case)
+    buffers = make_buffers(case.shape)
+    results = {}
+    for name, function in functions.items():
+        outputs = run_forward(function, buffers[0])
+        results[name] = (*outputs, *run_backward(outputs, buffers[0], ()))
+    check_agreement(results, 2e-2)
+    return time_passes(functions, buffers)
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("case", _cases(), ids=str)
+def test_op(replay, case: Case, which: str, contender: str):
+    if contender == "compiled" and COMPILED == "none":
+        pytest.skip("torch.compile is left out: PROCON_BENCHMARK_COMPILE")
+    samples = _measure(case)[which]
+    rows, size = case.shape.rows, case.shape.size
+    work = throughput(
+        samples.seconds[contender],
+        formula=f"{UNITS[which]} U, U = N * D * itemsize",
+        moved=UNITS[which] * case.shape.unit,
+        flops=(4 if which == "both" else 2) * rows * size * case.directions,
+    )
+    replay(f"op {case} {which}", samples, contender, BASELINE, **work)

@@ -1,0 +1,74 @@
+"""Interleaved samples in pytest-benchmark's tables and files; the machine they are from; the ratios at the end.
+
+pytest-benchmark times one test after another. Contenders are timed in turn instead (:mod:`benchmarks.interleaved`), and
+each test then replays its samples: a clock given as pytest-benchmark's ``timer`` goes forward by one sample a round.
+"""
+
+import pytest
+
+from benchmarks import machine
+from benchmarks.interleaved import Samples
+
+
+class _Clock:
+    def __init__(self):
+        self._now = 0.0
+
+    def interleaved_samples(self) -> float:
+        return self._now
+
+    def advance(self, seconds: float) -> None:
+        self._now += seconds
+
+
+_CLOCK = _Clock()
+_RATIOS = pytest.StashKey[list[tuple[str, str, str]]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_RATIOS] = []
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker(pytest.mark.benchmark(timer=_CLOCK.interleaved_samples))
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    command = " ".join(["pytest", *map(str, config.invocation_params.args)])
+    machine_info["procon"] = {"command": command, **machine.describe()}
+
+
+@pytest.fixture
+def replay(benchmark, request: pytest.FixtureRequest):
+    """``replay(group, samples, contender, baseline, **extra)`` hands one contender's samples to pytest-benchmark."""
+
+    def hand_over(group: str, samples: Samples, contender: str, baseline: str, **extra: object) -> None:
+        ratios = {other: samples.ratio(contender, other) for other in samples.seconds if other != contender}
+        benchmark.group = group
+        benchmark.extra_info.update(
+            contender=contender,
+            baseline=baseline,
+            ratios={other: ratio._asdict() for other, ratio in ratios.items()},
+            **extra,
+        )
+        seconds = iter(samples.seconds[contender])
+        rounds = len(samples.seconds[contender])
+        benchmark.pedantic(_CLOCK.advance, setup=lambda: ((next(seconds),), {}), rounds=rounds)
+        if contender != baseline:
+            ratio = ratios[baseline]
+            line = f"{ratio.median:6.3f} times {baseline}, 95% [{ratio.low:.3f}, {ratio.high:.3f}], {rounds} pairs"
+            request.config.stash[_RATIOS].append((group, contender, line))
+
+    return hand_over
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for group, contender, line in config.stash[_RATIOS]:
+        groups.setdefault(group, []).append((contender, line))
+    if groups:
+        terminalreporter.section("median of paired ratios")
+    for group, lines in groups.items():
+        terminalreporter.write_line(group)
+        for contender, line in lines:
+            terminalreporter.write_line(f"    {contender:<24}{line}")

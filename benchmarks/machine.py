@@ -1,0 +1,79 @@
+"""What the benchmarks run on, and how large they are."""
+
+import os
+import platform
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from benchmarks.timers import wall_time
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+#: "full", or "smoke": sizes that only show that everything runs.
+SIZE = os.environ.get("PROCON_BENCHMARK_SIZE", "full")
+if SIZE not in ("full", "smoke"):
+    raise SystemExit(f"PROCON_BENCHMARK_SIZE is {SIZE!r}: give 'full' or 'smoke'")
+SMOKE = SIZE == "smoke"
+
+#: What torch.compile is tried on: "none", "kernels" or "models". Inductor takes minutes for a model on a CPU.
+COMPILED = os.environ.get("PROCON_BENCHMARK_COMPILE", "none" if SMOKE else "models" if DEVICE == "cuda" else "kernels")
+if COMPILED not in ("none", "kernels", "models"):
+    raise SystemExit(f"PROCON_BENCHMARK_COMPILE is {COMPILED!r}: give 'none', 'kernels' or 'models'")
+
+_LEVEL_3 = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+_PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "flash-attn", "pytest-benchmark")
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed distribution."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@cache
+def describe() -> dict[str, object]:
+    """Card or processor, versions, and the copy bandwidth in bytes a second."""
+    return {
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "copy_bandwidth": copy_bandwidth(),
+        "last_level_cache": last_level_cache(),
+        "size": SIZE,
+        "versions": {"python": platform.python_version()} | {p: v for p in _PACKAGES if (v := installed(p))},
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+@cache
+def last_level_cache() -> int:
+    """Bytes; 64 MiB where the system does not say."""
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    try:
+        return int(_LEVEL_3.read_text().strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return 64 << 20
+
+
+@cache
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a copy far larger than the last-level cache."""
+    size = (8 if SMOKE else 16) * last_level_cache()
+    source = torch.randint(0, 127, (size,), dtype=torch.int8, device=DEVICE)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * size / median(wall_time(lambda: target.copy_(source), 1) for _ in range(9))

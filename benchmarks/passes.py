@@ -1,0 +1,97 @@
+"""Forward, backward, or both, of one differentiable function over buffers in rotation."""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import cycle
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.interleaved import Samples, interleave
+from benchmarks.machine import DEVICE, SMOKE, last_level_cache
+from benchmarks.timers import gpu_time, wall_time
+
+PASSES = ("forward", "backward", "both")
+
+Function = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+class Shape(NamedTuple):
+    """An ``[N, D]`` tensor, and whether each call finds its input in the last-level cache."""
+
+    rows: int
+    size: int
+    dtype: torch.dtype
+    cache: str
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.size}-{str(self.dtype).removeprefix('torch.')}-{self.cache}"
+
+    @property
+    def unit(self) -> int:
+        """Bytes of the tensor."""
+        return self.rows * self.size * self.dtype.itemsize
+
+
+class Buffer(NamedTuple):
+    hidden: Tensor
+    arriving: Tensor
+
+
+def make_buffers(shape: Shape) -> list[Buffer]:
+    """One pair of tensors, or for a cold cache as many as fill the last-level cache twice."""
+    count = 1 if shape.cache == "hot" else max(2, math.ceil(last_level_cache() / shape.unit))
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def random() -> Tensor:
+        return torch.randn(shape.rows, shape.size, generator=generator, device=DEVICE).to(shape.dtype)
+
+    return [Buffer(random().requires_grad_(), random()) for _ in range(count)]
+
+
+def run_forward(function: Function, buffer: Buffer) -> tuple[Tensor, ...]:
+    # A block's input is never a leaf of the graph.
+    return function(buffer.hidden.view_as(buffer.hidden))
+
+
+def run_backward(
+    outputs: tuple[Tensor, ...], buffer: Buffer, parameters: Sequence[Tensor], retain_graph: bool = False
+) -> tuple[Tensor, ...]:
+    """Gradients for the input and the parameters, from the one that arrives for the first output and 1 for others."""
+    arriving = (buffer.arriving, *(torch.ones_like(output) for output in outputs[1:]))
+    return torch.autograd.grad(outputs, (buffer.hidden, *parameters), arriving, retain_graph=retain_graph)
+
+
+def time_passes(
+    functions: dict[str, Function], buffers: list[Buffer], parameters: Sequence[Tensor] = ()
+) -> dict[str, Samples]:
+    """Samples of every function in each of the three passes."""
+
+    def forward(function: Function) -> Callable[[], object]:
+        turn = cycle(buffers)
+        return lambda: run_forward(function, next(turn))
+
+    def backward(function: Function) -> Callable[[], object]:
+        turn = cycle([(run_forward(function, buffer), buffer) for buffer in buffers])
+        return lambda: run_backward(*next(turn), parameters, retain_graph=True)
+
+    def both(function: Function) -> Callable[[], object]:
+        turn = cycle(buffers)
+
+        def call() -> object:
+            buffer = next(turn)
+            return run_backward(run_forward(function, buffer), buffer, parameters)
+
+        return call
+
+    samples = {}
+    for name, make in zip(PASSES, (forward, backward, both), strict=True):
+        samples[name] = interleave(
+            {contender: make(function) for contender, function in functions.items()},
+            gpu_time if DEVICE == "cuda" else wall_time,
+            rounds=3 if SMOKE else 31,
+            sample_seconds=1e-4 if SMOKE else 5e-3,
+            most_calls=16,
+        )
+    return samples
