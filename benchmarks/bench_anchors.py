@@ -1,0 +1,78 @@
+"""What do anchors cost: the recording beside an epoch of plain training, a batch's lookup, and the disk?
+
+The epoch is plain LoRA training with transformers' loss and AdamW, the cheapest that there is.
+"""
+
+import itertools
+import tempfile
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from benchmarks.interleaved import Samples, interleave
+from benchmarks.machine import DEVICE, SMOKE
+from benchmarks.shapes import make_batch, make_directions, make_model, make_optimizer
+from benchmarks.timers import wall_time
+from procon import Anchors
+
+SHAPE, BATCHES, ROWS, LENGTH = ("smoke", 2, 2, 12) if SMOKE else ("SmolLM2-135M", 8, 8, 96)
+
+
+class _Result(NamedTuple):
+    epoch: Samples
+    lookup: Samples
+    bytes_a_token: float
+    constrained_tokens: int
+
+
+@cache
+def _measure() -> _Result:
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    model = make_model(SHAPE, dtype, "lora")
+    optimizer = make_optimizer(model.parameters())
+    directions = make_directions(SHAPE)
+    large = make_batch(SHAPE, BATCHES * ROWS, LENGTH, packed=False)
+    batches = [
+        {name: value[start : start + ROWS] for name, value in large.items()} for start in range(0, BATCHES * ROWS, ROWS)
+    ]
+
+    def train() -> None:
+        for batch in batches:
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+            optimizer.step()
+
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = (Path(folder) / str(number) for number in itertools.count())
+        epoch = interleave(
+            {"plain": train, "record": lambda: Anchors.record(model, batches, directions, next(fresh), progress=False)},
+            wall_time,
+            rounds=3 if SMOKE else 9,
+            warmup=1,
+        )
+        path = next(fresh)
+        anchors = Anchors.record(model, batches, directions, path, progress=False)
+        on_disk = sum(file.stat().st_size for file in path.iterdir())
+        on_cpu = {name: value.cpu() for name, value in batches[0].items()}
+        lookup = interleave(
+            {"annotate": lambda: anchors.annotate(on_cpu)}, wall_time, rounds=3 if SMOKE else 41, sample_seconds=0.02
+        )
+    tokens = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+    return _Result(epoch, lookup, on_disk / tokens, tokens)
+
+
+@pytest.mark.parametrize("contender", ["plain", "record"])
+def test_recording(replay, contender: str):
+    result = _measure()
+    work = {"tokens_per_second": BATCHES * ROWS * LENGTH / median(result.epoch.seconds[contender])}
+    if contender == "record":
+        work |= {"bytes_a_constrained_token": result.bytes_a_token, "constrained_tokens": result.constrained_tokens}
+    replay(f"anchors of an epoch {SHAPE} {BATCHES}x{ROWS}x{LENGTH}", result.epoch, contender, "plain", **work)
+
+
+def test_lookup(replay):
+    replay(f"anchors of a batch {SHAPE} {ROWS}x{LENGTH}", _measure().lookup, "annotate", "annotate")

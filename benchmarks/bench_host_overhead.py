@@ -1,0 +1,157 @@
+"""How many microseconds does a call take on the host, where the tensors are too small to matter?
+
+Forward and backward of each function of the library, beside an autograd.Function that does the same mathematics written
+out by hand with no checks, and one that does nothing; and of a small model, with and without the constraint attached.
+On a GPU too the time is the host's: the queue of launches is waited for only at the end of a sample.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from statistics import median
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from benchmarks.agreement import check_agreement
+from benchmarks.interleaved import Samples, interleave
+from benchmarks.machine import DEVICE, SMOKE
+from benchmarks.shapes import SHAPES, make_batch, make_directions, make_model
+from benchmarks.timers import wall_time
+from procon import ProjectionConstraint
+from procon.functional import constrain, rms_norm_constrain
+
+TOKENS, SIZE, EPS = 4, 64, 1e-5
+
+
+class _NoOp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, hidden: Tensor) -> Tensor:
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_hidden: Tensor) -> Tensor:
+        return grad_hidden
+
+
+class _BareConstrain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, hidden: Tensor, direction: Tensor, anchor: Tensor, weight: Tensor):
+        error = torch.mv(hidden, direction) - anchor
+        weighted = error * weight
+        ctx.save_for_backward(2 * weighted, direction)
+        return hidden, (weighted * error).sum()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_hidden: Tensor, grad_penalty: Tensor):
+        coefficient, direction = ctx.saved_tensors
+        return torch.addr(grad_hidden, coefficient * grad_penalty, direction), None, None, None
+
+
+class _BareNormConstrain(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, hidden: Tensor, norm_weight: Tensor, direction: Tensor, anchor: Tensor, weight: Tensor
+    ):
+        error = torch.mv(hidden, direction) - anchor
+        weighted = error * weight
+        inverse_rms = torch.rsqrt(hidden.square().mean(1, keepdim=True) + EPS)
+        ctx.save_for_backward(hidden, inverse_rms, norm_weight, 2 * weighted, direction)
+        return hidden * inverse_rms * norm_weight, (weighted * error).sum()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_normed: Tensor, grad_penalty: Tensor):
+        hidden, inverse_rms, norm_weight, coefficient, direction = ctx.saved_tensors
+        unit = hidden * inverse_rms
+        scaled = grad_normed * norm_weight
+        gradient = inverse_rms * (scaled - unit * (scaled * unit).mean(1, keepdim=True))
+        gradient.addr_(coefficient * grad_penalty, direction)
+        return gradient, (grad_normed * unit).sum(0), None, None, None
+
+
+def _calls(function: str) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator).to(DEVICE)
+
+    hidden, arriving, one = random(TOKENS, SIZE).requires_grad_(), random(TOKENS, SIZE), torch.ones((), device=DEVICE)
+    direction, anchor, weight = random(SIZE), random(TOKENS), random(TOKENS)
+    norm_weight = random(SIZE).requires_grad_()
+    # A block's input is never a leaf of the graph.
+    passed = hidden.view_as(hidden)
+    rest = (direction, anchor, weight)
+    if function == "constrain":
+        leaves = [hidden]
+        functions = {
+            "bare": lambda: _BareConstrain.apply(passed, *rest),
+            "procon": lambda: constrain(passed, *rest),
+        }
+    else:
+        leaves = [hidden, norm_weight]
+        functions = {
+            "bare": lambda: _BareNormConstrain.apply(passed, norm_weight, *rest),
+            "procon": lambda: rms_norm_constrain(passed, norm_weight, EPS, *rest),
+        }
+
+    def forward_and_backward(function: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], tuple[Tensor, ...]]:
+        return lambda: torch.autograd.grad(function(), leaves, (arriving, one))
+
+    calls = {name: forward_and_backward(function) for name, function in functions.items()}
+    calls["no_op"] = lambda: torch.autograd.grad(_NoOp.apply(passed), hidden, arriving)
+    return calls
+
+
+def _interleave(calls: dict[str, Callable[[], object]]) -> Samples:
+    seconds = 1e-4 if SMOKE else 10e-3
+    return interleave(calls, wall_time, rounds=3 if SMOKE else 41, sample_seconds=seconds)
+
+
+@cache
+def _measure_function(function: str) -> Samples:
+    calls = _calls(function)
+    check_agreement({name: calls[name]() for name in ("bare", "procon")}, tolerance=1e-5)
+    return _interleave(calls)
+
+
+@pytest.mark.parametrize("contender", ["bare", "procon", "no_op"])
+@pytest.mark.parametrize("function", ["constrain", "rms_norm_constrain"])
+def test_call(replay, function: str, contender: str):
+    samples = _measure_function(function)
+    microseconds = 1e6 * median(samples.seconds[contender])
+    replay(f"host overhead of {function}", samples, contender, "bare", microseconds_a_call=microseconds)
+
+
+@cache
+def _measure_attach() -> Samples:
+    batch = make_batch("smoke", 1, 12, packed=False)
+    anchors = torch.zeros(1, 12, SHAPES["smoke"]["num_hidden_layers"], device=DEVICE)
+    mask = torch.ones(1, 12, device=DEVICE)
+
+    def step(fuse: str | None) -> Callable[[], None]:
+        model = make_model("smoke", torch.float32, "full")
+        constraint = ProjectionConstraint(make_directions("smoke"))
+        if fuse is not None:
+            constraint.attach(model, fuse=fuse)
+
+        def call() -> None:
+            if fuse is None:
+                model(**batch).loss.backward()
+                return
+            constraint.target(anchors, mask)
+            (model(**batch).loss + constraint.penalty()).backward()
+            constraint.release()
+
+        return call
+
+    return _interleave({"plain": step(None), "pass_through": step("never"), "fused": step("auto")})
+
+
+@pytest.mark.parametrize("contender", ["plain", "pass_through", "fused"])
+def test_attach(replay, contender: str):
+    samples = _measure_attach()
+    plain = samples.seconds["plain"]
+    added = median(a - b for a, b in zip(samples.seconds[contender], plain, strict=True))
+    blocks = SHAPES["smoke"]["num_hidden_layers"]
+    replay("host overhead of attach", samples, contender, "plain", microseconds_a_block=1e6 * added / blocks)
