@@ -1,0 +1,57 @@
+"""Run the audits: ``python -m benchmarks.audit [traffic | builds | live-bytes] [--json FILE]``."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+
+# The installed procon comes first: in the source tree, the kernels lie beside procon and not inside it.
+sys.path.append(sys.path.pop(0))
+
+AUDITS = ("traffic", "builds", "live-bytes")
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def run_one(name: str, targets: list[str]) -> list[dict]:
+    # Triton chooses between compiler and interpreter when a kernel is declared.
+    os.environ.pop("TRITON_INTERPRET", None)
+    if name == "traffic":
+        os.environ["TRITON_INTERPRET"] = "1"
+    audit = import_module(f"benchmarks.audit.{name.replace('-', '_')}")
+    records = audit.run(targets) if name == "builds" else audit.run()
+    audit.show(records)
+    return records
+
+
+def run_all(targets: list[str]) -> dict[str, list[dict]]:
+    """Each audit in a process of its own."""
+    records = {}
+    for name in AUDITS:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "records.json"
+            command = [sys.executable, "-m", "benchmarks.audit", name, "--json", str(file)]
+            for target in targets if name == "builds" else []:
+                command += ["--target", target]
+            subprocess.run(command, check=True)
+            records[name] = json.loads(file.read_text())
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.audit", description="Costs that need no GPU to count.")
+    parser.add_argument("audit", nargs="?", choices=AUDITS, help="one audit (default: all three)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all records to this file")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="builds: for this GPU only; may be repeated")
+    arguments = parser.parse_args()
+    targets = arguments.target or list(TARGETS)
+    records = run_one(arguments.audit, targets) if arguments.audit else run_all(targets)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(records, indent=1))
+
+
+if __name__ == "__main__":
+    main()

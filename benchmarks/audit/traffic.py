@@ -1,0 +1,168 @@
+"""Bytes that each kernel loads and stores, counted in Triton's interpreter, which sends every access by two methods.
+
+A lane whose mask is true moves one element of the tensor whose memory its pointer lies in. Told apart are
+
+- hidden states and gradients ``[N, D]``, in units ``U = rows * D * itemsize`` over the rows that have to move;
+- numbers a token (anchors, weights, penalties, coefficients), in bytes a row;
+- what all rows share (directions, the norm's weight, the upstream gradient), loaded again for each tile of rows and
+  resident in cache, in bytes a row;
+- other results, such as a program's partial sum of the norm's weight gradient, in bytes a launch.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import product
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
+
+from benchmarks.audit.calls import calls
+
+SIZES = (576, 1024, 3584, 4096)
+DIRECTIONS = (1, 4)
+DTYPES = (torch.bfloat16, torch.float32)
+ROWS = 19
+
+
+@dataclass(frozen=True)
+class Access:
+    """Bytes moved between a kernel and one of its tensors."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    loaded: int
+    stored: int
+
+
+@dataclass(frozen=True)
+class Record:
+    call: str
+    size: int
+    directions: int
+    dtype: str
+    rows: int  # U is rows * size * itemsize
+    units_loaded: float
+    units_stored: float
+    token_bytes_a_row: float  # a row of the N that are passed
+    shared_bytes_a_row: float
+    other_bytes: int
+    accesses: list[Access]
+
+
+@contextmanager
+def counted() -> Iterator[list[Access]]:
+    """The accesses of all kernels that are launched inside, complete on leaving.
+
+    Raises:
+        RuntimeError: for an access outside the kernel's tensors, and for an atomic one, which has no bytes of its own.
+    """
+    accesses: list[Access] = []
+    memory: dict[str, tuple[int, int]] = {}
+    moved: Counter[tuple[str, str]] = Counter()
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    launch = InterpretedFunction.run
+
+    def account(way: str, pointers, mask) -> None:
+        addresses, live = np.broadcast_arrays(pointers.data, mask.data)
+        addresses = addresses[live.astype(bool)]
+        width = pointers.get_element_ty().primitive_bitwidth // 8
+        for name, (start, end) in memory.items():
+            inside = (addresses >= start) & (addresses < end)
+            moved[name, way] += int(inside.sum()) * width
+            addresses = addresses[~inside]
+        if len(addresses):
+            raise RuntimeError(f"{len(addresses)} elements are {way} outside all tensors of the kernel")
+
+    def masked_load(builder, pointers, mask, *rest, **options):
+        account("loaded", pointers, mask)
+        return load(builder, pointers, mask, *rest, **options)
+
+    def masked_store(builder, pointers, value, mask, *rest, **options):
+        account("stored", pointers, mask)
+        return store(builder, pointers, value, mask, *rest, **options)
+
+    def atomic(*_arguments, **_options):
+        raise RuntimeError("a kernel uses an atomic operation, which this audit does not count")
+
+    def run(function, *arguments, **options):
+        named = dict(zip(function.arg_names, arguments, strict=False)) | options
+        tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+        memory.update({name: _extent(tensor) for name, tensor in tensors.items()})
+        launch(function, *arguments, **options)
+        accesses.extend(
+            Access(name, tuple(tensor.shape), moved[name, "loaded"], moved[name, "stored"])
+            for name, tensor in tensors.items()
+        )
+        memory.clear()
+        moved.clear()
+
+    replacements = {"create_masked_load": masked_load, "create_masked_store": masked_store}
+    replacements |= {name: atomic for name in dir(InterpreterBuilder) if name.startswith("create_atomic")}
+    with patch.multiple(InterpreterBuilder, **replacements), patch.object(InterpretedFunction, "run", run):
+        yield accesses
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def run() -> list[dict]:
+    return [
+        asdict(record)
+        for size, directions, dtype in product(SIZES, DIRECTIONS, DTYPES)
+        for record in _records(size, directions, dtype)
+    ]
+
+
+def _records(size: int, directions: int, dtype: torch.dtype) -> Iterator[Record]:
+    for name, call in calls(ROWS, size, directions, dtype).items():
+        with counted() as accesses:
+            call.run()
+        unit = call.rows * size * dtype.itemsize
+        states = [access for access in accesses if access.shape == (ROWS, size)]
+        tokens = [access for access in accesses if access.shape in ((ROWS,), (ROWS, directions))]
+        others = [access for access in accesses if access not in states + tokens]
+        yield Record(
+            call=name,
+            size=size,
+            directions=directions,
+            dtype=str(dtype).removeprefix("torch."),
+            rows=call.rows,
+            units_loaded=sum(access.loaded for access in states) / unit,
+            units_stored=sum(access.stored for access in states) / unit,
+            token_bytes_a_row=sum(access.loaded + access.stored for access in tokens) / ROWS,
+            shared_bytes_a_row=sum(access.loaded for access in others) / ROWS,
+            other_bytes=sum(access.stored for access in others),
+            accesses=accesses,
+        )
+
+
+def show(records: list[dict]) -> None:
+    table = Table(title="Traffic of the kernels, the most over all sizes and dtypes")
+    table.add_column("call")
+    for heading in ("K", "[N, D] loaded, U", "stored, U", "token bytes a row", "cached bytes a row", "other bytes"):
+        table.add_column(heading, justify="right")
+    for call, directions in dict.fromkeys((record["call"], record["directions"]) for record in records):
+        group = [r for r in records if (r["call"], r["directions"]) == (call, directions)]
+
+        def most(key: str, group: list[dict] = group) -> float:
+            return max(record[key] for record in group)
+
+        table.add_row(
+            call,
+            str(directions),
+            f"{most('units_loaded'):.3f}",
+            f"{most('units_stored'):.3f}",
+            f"{most('token_bytes_a_row'):.1f}",
+            f"{most('shared_bytes_a_row'):.0f}",
+            str(most("other_bytes")),
+        )
+    Console().print(table)
