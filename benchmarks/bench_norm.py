@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from benchmarks.agreement import check_agreement
-from benchmarks.machine import COMPILED, DEVICE, SMOKE, installed
+from benchmarks.machine import COMPILED, DEVICE, SMOKE, why_no_liger
 from benchmarks.passes import PASSES, Function, Shape, make_buffers, run_backward, run_forward, time_passes
 from benchmarks.throughput import throughput
 from procon.functional import constrain, rms_norm, rms_norm_constrain
@@ -32,10 +32,8 @@ def _why_left_out() -> dict[str, str]:
     reasons = {}
     if COMPILED == "none":
         reasons["compiled"] = "torch.compile is left out: PROCON_BENCHMARK_COMPILE"
-    if not installed("liger-kernel"):
-        reasons["liger"] = "liger-kernel is not installed"
-    elif DEVICE != "cuda":
-        reasons["liger"] = "liger-kernel needs a GPU"
+    if reason := why_no_liger():
+        reasons["liger"] = reason
     return reasons
 
 

@@ -3,7 +3,7 @@
 A step is zero_grad, forward, loss, backward and AdamW. All contenders train the same parameters with the same optimiser
 on the same batch; each has module objects of its own around them, so that hooks of one are not in another's way.
 
-- ``plain``: the loss of transformers.
+- ``plain``: the loss of transformers; ``plain_liger``: with Liger's RMSNorm in place of each of transformers'.
 - ``naive``: the method as one would write it: ``output_hidden_states`` of the model and, each step, of the frozen
   start (for LoRA the same model without its adapter), and the penalty in eager float32.
 - ``pass_through``, ``fused``: ours at the block inputs, and inside the norms that read them; anchors are given.
@@ -23,16 +23,17 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from benchmarks.agreement import check_agreement
 from benchmarks.interleaved import Samples, interleave
-from benchmarks.machine import COMPILED, DEVICE, SMOKE
+from benchmarks.machine import COMPILED, DEVICE, SMOKE, why_no_liger
 from benchmarks.shapes import make_batch, make_directions, make_model, make_optimizer
 from benchmarks.timers import wall_time
 from procon import ProjectionConstraint
 from procon.decoder import find_decoder
 
-CONTENDERS = ("plain", "naive", "pass_through", "fused", "plain_compiled", "fused_compiled")
+CONTENDERS = ("plain", "plain_liger", "naive", "pass_through", "fused", "plain_compiled", "fused_compiled")
 BASELINE = "plain"
 ALPHA = 0.1
 
@@ -59,6 +60,19 @@ def _cases() -> list[Case]:
     return [Case("SmolLM2-135M", training, dtype, 8, 96) for training in ("lora", "full") for dtype in (fp32, bf16)]
 
 
+def _why_left_out() -> dict[str, str]:
+    reasons = {}
+    if reason := why_no_liger():
+        reasons["plain_liger"] = reason
+    if COMPILED != "models":
+        reason = "compiling a whole model is left out: PROCON_BENCHMARK_COMPILE=models tries it"
+        reasons |= dict.fromkeys(("plain_compiled", "fused_compiled"), reason)
+    return reasons
+
+
+LEFT_OUT = _why_left_out()
+
+
 class Loss(NamedTuple):
     """Cross-entropy and penalty of one forward."""
 
@@ -69,6 +83,16 @@ class Loss(NamedTuple):
 def _sharing_tensors(model: nn.Module) -> nn.Module:
     """Module objects of their own around the same parameters and buffers."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
+
+
+def _with_liger_norms(model: nn.Module) -> nn.Module:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    for module in model.modules():
+        if isinstance(module, LlamaRMSNorm):
+            settings = (module.weight, module.variance_epsilon)
+            module.forward = lambda hidden, settings=settings: LigerRMSNormFunction.apply(hidden, *settings)
+    return model
 
 
 def _block_inputs(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -98,7 +122,9 @@ class _Training:
             "pass_through": self._constrained("pass_through", fuse="never"),
             "fused": self._constrained("fused", fuse="auto"),
         }
-        if COMPILED == "models":
+        if "plain_liger" not in LEFT_OUT:
+            self.losses["plain_liger"] = self._plain(_with_liger_norms(_sharing_tensors(self._model)))
+        if "plain_compiled" not in LEFT_OUT:
             self.losses["plain_compiled"] = self._plain(torch.compile(_sharing_tensors(self._model)))
             self.losses["fused_compiled"] = self._constrained("fused_compiled", fuse="auto", wrap=torch.compile)
         self.losses["naive"] = self._naive(case.training)
@@ -174,7 +200,7 @@ class _Training:
 class _Result(NamedTuple):
     samples: Samples
     peak_memory: dict[str, int]
-    left_out: dict[str, str]
+    too_large: set[str]
 
 
 def _peak_memory(step: Callable[[], None]) -> int:
@@ -189,32 +215,32 @@ def _peak_memory(step: Callable[[], None]) -> int:
 @cache
 def _measure(case: Case) -> _Result:
     training = _Training(case)
-    peak_memory, left_out = {}, {}
+    peak_memory, too_large = {}, set()
     if DEVICE == "cuda":
         for name in list(training.losses):
             try:
                 peak_memory[name] = _peak_memory(lambda name=name: training.step(name))
             except torch.cuda.OutOfMemoryError:
-                left_out[name] = "does not fit into the memory of this GPU"
+                too_large.add(name)
                 training.drop(name)
                 gc.collect()
                 torch.cuda.empty_cache()
-    if BASELINE in left_out:
-        return _Result(Samples({}), {}, dict.fromkeys(CONTENDERS, left_out[BASELINE]))
+    if BASELINE in too_large:
+        return _Result(Samples({}), {}, set(CONTENDERS))
     training.check(1e-3 if case.dtype == torch.float32 else 5e-2)
     steps = {name: partial(training.step, name) for name in CONTENDERS if name in training.losses}
     samples = interleave(steps, wall_time, rounds=4 if SMOKE else 16)
-    return _Result(samples, peak_memory, left_out)
+    return _Result(samples, peak_memory, too_large)
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("case", _cases(), ids=str)
 def test_training_step(replay, case: Case, contender: str):
-    if contender.endswith("compiled") and COMPILED != "models":
-        pytest.skip("compiling a whole model is left out: PROCON_BENCHMARK_COMPILE=models tries it")
+    if contender in LEFT_OUT:
+        pytest.skip(LEFT_OUT[contender])
     result = _measure(case)
-    if contender in result.left_out:
-        pytest.skip(result.left_out[contender])
+    if contender in result.too_large:
+        pytest.skip("does not fit into the memory of this GPU")
     work = {"tokens_per_second": case.rows * case.length / median(result.samples.seconds[contender])}
     if contender in result.peak_memory:
         work["peak_memory_bytes"] = result.peak_memory[contender]

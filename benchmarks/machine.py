@@ -36,6 +36,13 @@ def installed(package: str) -> str | None:
         return None
 
 
+def why_no_liger() -> str | None:
+    """Why Liger's kernels cannot be run, if they cannot."""
+    if not installed("liger-kernel"):
+        return "liger-kernel is not installed"
+    return None if DEVICE == "cuda" else "liger-kernel needs a GPU"
+
+
 @cache
 def describe() -> dict[str, object]:
     """Card or processor, versions, and the copy bandwidth in bytes a second."""
@@ -72,7 +79,7 @@ def last_level_cache() -> int:
 @cache
 def copy_bandwidth() -> float:
     """Bytes a second, read and written, of a copy far larger than the last-level cache."""
-    size = (8 if SMOKE else 16) * last_level_cache()
+    size = (2 if SMOKE else 16) * last_level_cache()
     source = torch.randint(0, 127, (size,), dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
     target.copy_(source)
