@@ -32,7 +32,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["procon", "procon.training", "procon.assets", "procon.kernels"],
+    packages=["procon", "procon.eager", "procon.training", "procon.assets", "procon.kernels"],
     package_dir={"procon": "procon", "procon.kernels": "kernels"},
     package_data={"procon.assets": ["*.jsonl", "refusal-adapters/*/*"], "procon": ["py.typed"]},
     install_requires=[

@@ -6,7 +6,8 @@ For ``h [N, D]``, directions ``r [K, D]``, anchors ``a [N, K]`` and weights ``w 
     backward  dh_t = g_h[t] + g_t sum_k c_tk r_k
 
 Bytes moved, with U = N * D * itemsize: forward U (rows of weight 0 are not read), backward 2U, or U when no gradient
-arrives for h. Beside that 4N(3K + 2) bytes of anchors, weights, penalties and coefficients; r stays in cache.
+arrives for h; added in place, 2U of the rows whose coefficients are not 0. Beside that 4N(3K + 2) bytes of anchors,
+weights, penalties and coefficients; r stays in cache.
 
 Accumulation is in the dtype of r: float32, or float64 for float64 hidden states.
 """
@@ -16,22 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device, patch_tile, row_tile
-
-
-@triton.jit
-def _value_and_slope(e, PENALTY: tl.constexpr):
-    """phi(e) and phi'(e)."""
-    if PENALTY == "squared":
-        value = e * e
-        slope = 2 * e
-    elif PENALTY == "absolute":
-        value = tl.abs(e)
-        slope = (e > 0).to(e.dtype) - (e < 0).to(e.dtype)
-    else:
-        slope = tl.clamp(e, -1.0, 1.0)
-        value = slope * (e - 0.5 * slope)
-    return value, slope
+from .launch import on_device, patch_tile, row_tile, target_of
+from .penalty import value_and_slope
 
 
 # N changes from batch to batch and must not cause a recompilation.
@@ -78,7 +65,7 @@ def _forward(
         else:
             if anchor is not None:
                 z -= tl.load(anchor + row * anchor_stride + k * anchor_step, mask=live, other=0)
-            value, result = _value_and_slope(z, PENALTY)
+            value, result = value_and_slope(z, PENALTY)
             total += value
             if weight is not None:
                 result *= w
@@ -103,10 +90,16 @@ def _backward(
     K: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    IN_PLACE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = row < N
+    if IN_PLACE:
+        moved = row < 0
+        for k in tl.static_range(K):
+            moved |= tl.load(coefficient + row * K + k, mask=inside, other=0) != 0
+        inside &= moved
     patch = inside[:, None] & (column < D)[None, :]
     if incoming is not None:
         arrived = incoming + row[:, None] * incoming_stride + column[None, :]
@@ -132,7 +125,7 @@ def _launch_forward(
     penalty: str | None,
 ) -> None:
     rows, size = hidden.shape
-    tile = row_tile(size)
+    tile = row_tile("forward", size, hidden.element_size(), target_of(hidden))
     if rows:
         with on_device(hidden):
             _forward[(triton.cdiv(rows, tile.rows),)](
@@ -184,8 +177,20 @@ def accumulate_gradient(
     ``incoming [N, D]`` is the gradient that arrives for the hidden states, ``upstream`` (one number, or one a token)
     that of the penalty; None stands for 0 and for 1. Neither is written to.
     """
-    rows, size = len(coefficient), direction.shape[1]
-    gradient = torch.empty((rows, size), dtype=dtype, device=direction.device)
+    gradient = torch.empty((len(coefficient), direction.shape[1]), dtype=dtype, device=direction.device)
+    _launch_backward(incoming, upstream, coefficient, direction, gradient)
+    return gradient
+
+
+def add_gradient(buffer: Tensor, upstream: Tensor, coefficient: Tensor, direction: Tensor) -> None:
+    """Add ``upstream * coefficient @ direction`` to a contiguous ``buffer [N, D]`` in place; ``upstream`` as above."""
+    _launch_backward(buffer, upstream, coefficient, direction, buffer)
+
+
+def _launch_backward(
+    incoming: Tensor | None, upstream: Tensor | None, coefficient: Tensor, direction: Tensor, gradient: Tensor
+) -> None:
+    rows, size = gradient.shape
     tile = patch_tile(size)
     if rows:
         with on_device(direction):
@@ -203,6 +208,6 @@ def accumulate_gradient(
                 K=len(direction),
                 ROWS=tile.rows,
                 COLUMNS=tile.columns,
+                IN_PLACE=incoming is gradient,
                 num_warps=tile.warps,
             )
-    return gradient

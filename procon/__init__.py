@@ -17,6 +17,7 @@ _HOME = {
     "project": "functional",
     "projection_penalty": "functional",
     "constrain": "functional",
+    "rms_norm_constrain": "functional",
     "ProConError": "errors",
     "RefusalDirections": "directions",
     "Anchors": "anchors",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from procon.functional import constrain as constrain
     from procon.functional import project as project
     from procon.functional import projection_penalty as projection_penalty
+    from procon.functional import rms_norm_constrain as rms_norm_constrain
     from procon.schedule import AlphaSchedule as AlphaSchedule
     from procon.training import ProConConfig as ProConConfig
     from procon.training import ProConTrainer as ProConTrainer

@@ -1,101 +1,20 @@
-"""Gradients of the fused op, and its registration with ``torch.library``.
+"""Gradients of the fused ops.
 
-Both backends offer the same three functions on two-dimensional tensors: ``project``, ``penalize`` and
-``accumulate_gradient`` (described in :mod:`procon.eager`). The autograd functions here save the coefficients ``[N, K]``
-and the directions, never the hidden states.
-
-Eager code calls the backend at once; under ``torch.compile`` the call goes through the registered operators, which a
-graph can hold, because the dispatcher would cost an eager call as much again as the op's own launch.
+What is saved for backward are coefficients ``[N, K]``, the directions and, for RMSNorm, what any RMSNorm saves: never a
+copy of the hidden states.
 """
 
 from collections.abc import Callable
-from importlib import import_module
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from procon import operators
 from procon.errors import ProConError
 
-_MODULES = {"eager": "procon.eager", "triton": "procon.kernels.projection_penalty"}
-_library = torch.library.Library("procon", "DEF")
-
-
-def _backend(name: str) -> ModuleType:
-    return import_module(_MODULES[name])
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """``[..., D]`` as ``[N, D]`` with unit stride along ``D``; a view where the strides allow one."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def _operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
-    """Register an implementation as ``procon::<name>``; the result calls the operator only while compiling."""
-    name = schema.partition("(")[0]
-
-    def register(implementation: Callable) -> Callable:
-        _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-        _library.impl(name, implementation, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"procon::{name}", fake, lib=_library)
-        operator = getattr(torch.ops.procon, name).default
-
-        def call(*arguments):
-            return operator(*arguments) if torch.compiler.is_compiling() else implementation(*arguments)
-
-        return call
-
-    return register
-
-
-def _fake_project(hidden: Tensor, direction: Tensor, backend: str) -> Tensor:
-    return direction.new_empty((hidden.numel() // hidden.shape[-1], direction.shape[0]))
-
-
-@_operator("project(Tensor hidden, Tensor direction, str backend) -> Tensor", _fake_project)
-def _project(hidden: Tensor, direction: Tensor, backend: str) -> Tensor:
-    return _backend(backend).project(_rows(hidden), direction)
-
-
-def _fake_penalize(hidden, direction, anchor, weight, penalty, backend) -> tuple[Tensor, Tensor]:
-    rows = hidden.numel() // hidden.shape[-1]
-    return direction.new_empty((rows,)), direction.new_empty((rows, direction.shape[0]))
-
-
-@_operator(
-    "penalize(Tensor hidden, Tensor direction, Tensor? anchor, Tensor? weight, str penalty, str backend)"
-    " -> (Tensor, Tensor)",
-    _fake_penalize,
-)
-def _penalize(
-    hidden: Tensor, direction: Tensor, anchor: Tensor | None, weight: Tensor | None, penalty: str, backend: str
-) -> tuple[Tensor, Tensor]:
-    return _backend(backend).penalize(_rows(hidden), direction, anchor, weight, penalty)
-
-
-def _fake_accumulate_gradient(incoming, upstream, coefficient, direction, shape, dtype, backend) -> Tensor:
-    return direction.new_empty(shape, dtype=dtype)
-
-
-@_operator(
-    "accumulate_gradient(Tensor? incoming, Tensor? upstream, Tensor coefficient, Tensor direction, SymInt[] shape,"
-    " ScalarType dtype, str backend) -> Tensor",
-    _fake_accumulate_gradient,
-)
-def _accumulate_gradient(
-    incoming: Tensor | None,
-    upstream: Tensor | None,
-    coefficient: Tensor,
-    direction: Tensor,
-    shape: list[int],
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    incoming = None if incoming is None else _rows(incoming)
-    gradient = _backend(backend).accumulate_gradient(incoming, upstream, coefficient, direction, dtype)
-    return gradient.view(shape)
+#: Since 2.15 the engine lets a backward add to the gradient that it has gathered for an input so far.
+HAS_INPUT_GRAD_BUFFERS = hasattr(FunctionCtx, "input_grad_buffers")
 
 
 class _DifferentiableOnce(torch.autograd.Function):
@@ -112,14 +31,17 @@ class _DifferentiableOnce(torch.autograd.Function):
         )
 
 
-def _gradient(
-    ctx: FunctionCtx, incoming: Tensor | None, upstream: Tensor | None, coefficient: Tensor, direction: Tensor
-) -> Tensor:
+def _differentiable_once(operation: Callable, *arguments):
+    """A backward's result: one tensor, or several."""
+    if not torch.is_grad_enabled():
+        return operation(*arguments)
     with torch.no_grad():
-        gradient = _accumulate_gradient(incoming, upstream, coefficient, direction, ctx.shape, ctx.dtype, ctx.backend)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _DifferentiableOnce.apply(gradient.requires_grad_())
-    return gradient
+        result = operation(*arguments)
+    if torch.compiler.is_compiling():
+        return result
+    if isinstance(result, Tensor):
+        return _DifferentiableOnce.apply(result.requires_grad_())
+    return tuple(_DifferentiableOnce.apply(tensor.requires_grad_()) for tensor in result)
 
 
 class Project(torch.autograd.Function):
@@ -129,19 +51,21 @@ class Project(torch.autograd.Function):
     def forward(ctx: FunctionCtx, hidden: Tensor, direction: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(direction)
         ctx.shape, ctx.dtype, ctx.backend = hidden.shape, hidden.dtype, backend
-        return _project(hidden, direction, backend)
+        return operators.project(hidden, direction, backend)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_projection: Tensor):
         (direction,) = ctx.saved_tensors
-        return _gradient(ctx, None, None, grad_projection, direction), None, None
+        arguments = (None, None, grad_projection, direction, ctx.shape, ctx.dtype, ctx.backend)
+        return _differentiable_once(operators.accumulate_gradient, *arguments), None, None
 
 
 class Constrain(torch.autograd.Function):
     """``hidden [..., D]`` -> ``hidden`` itself and the penalty, summed or of each token ``[N]``.
 
-    Because the hidden states pass through, the backward adds the penalty's gradient to the one that arrives for them
-    in the write that it makes anyway. Called for the penalty alone it is an ordinary loss.
+    Where the hidden states pass through, the backward adds the penalty's gradient to the one that arrives for them in
+    the write that it makes anyway. Where only the penalty is used, it adds to the engine's own buffer if there is one
+    that it may write to, and else returns a gradient of its own.
     """
 
     @staticmethod
@@ -155,7 +79,7 @@ class Constrain(torch.autograd.Function):
         per_token: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        tokens, coefficient = _penalize(hidden, direction, anchor, weight, penalty, backend)
+        tokens, coefficient = operators.penalize(hidden, direction, anchor, weight, penalty, backend)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(coefficient, direction)
         ctx.shape, ctx.dtype, ctx.backend = hidden.shape, hidden.dtype, backend
@@ -164,5 +88,67 @@ class Constrain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad_hidden: Tensor | None, grad_penalty: Tensor | None):
         if grad_penalty is not None:
-            grad_hidden = _gradient(ctx, grad_hidden, grad_penalty, *ctx.saved_tensors)
+            coefficient, direction = ctx.saved_tensors
+            buffer = None if grad_hidden is not None else _writable_buffer(ctx)
+            if buffer is not None:
+                operators.add_gradient(buffer, grad_penalty, coefficient, direction, ctx.backend)
+            else:
+                arguments = (grad_hidden, grad_penalty, coefficient, direction, ctx.shape, ctx.dtype, ctx.backend)
+                grad_hidden = _differentiable_once(operators.accumulate_gradient, *arguments)
         return grad_hidden, None, None, None, None, None, None
+
+
+def _writable_buffer(ctx: FunctionCtx) -> Tensor | None:
+    """The gradient gathered for the hidden states so far, if the engine says that it may be added to in place."""
+    if not HAS_INPUT_GRAD_BUFFERS or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    buffer = ctx.input_grad_buffers[0]
+    if buffer is None or buffer.dtype != ctx.dtype or buffer.shape != ctx.shape or not buffer.is_contiguous():
+        return None
+    return buffer
+
+
+class RmsNormConstrain(torch.autograd.Function):
+    """``hidden [..., D]``, ``norm_weight [D]`` -> normed states ``[..., D]`` and the summed penalty.
+
+    The norm's backward writes the gradient of the hidden states anyway, and adds the penalty's to it before it rounds.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        casting: str,
+        offset: float,
+        direction: Tensor | None,
+        anchor: Tensor | None,
+        weight: Tensor | None,
+        penalty: str,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        normed, inverse_rms, tokens, coefficient = operators.rms_norm_penalize(
+            hidden, norm_weight, eps, casting, offset, direction, anchor, weight, penalty, backend
+        )
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, norm_weight, inverse_rms, coefficient, direction)
+        ctx.casting, ctx.offset, ctx.backend = casting, offset, backend
+        return normed, tokens.sum()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_normed: Tensor | None, grad_penalty: Tensor | None):
+        hidden, norm_weight, inverse_rms, coefficient, direction = ctx.saved_tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = grad_weight = None
+        if grad_normed is not None:
+            saved = (hidden, norm_weight, inverse_rms, coefficient, direction)
+            options = (ctx.casting, ctx.offset, needs_weight, ctx.backend)
+            grad_hidden, grad_weight = _differentiable_once(
+                operators.rms_norm_gradient, grad_normed, grad_penalty, *saved, *options
+            )
+        elif grad_penalty is not None:
+            arguments = (None, grad_penalty, coefficient, direction, hidden.shape, hidden.dtype, ctx.backend)
+            grad_hidden = _differentiable_once(operators.accumulate_gradient, *arguments)
+        others = (None,) * 8
+        return grad_hidden if needs_hidden else None, grad_weight if needs_weight else None, *others

@@ -15,8 +15,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Pre
 from procon.chat import Message, pad_token_id, response_mask
 from procon.errors import ProConError
 from procon.prompts import builtin_prompts, builtin_refusals
-
-IGNORE_INDEX = -100
+from procon.sequences import IGNORE_INDEX
 
 _FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 

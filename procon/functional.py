@@ -24,22 +24,18 @@ Backends: ``"auto"`` is Triton for tensors on a CUDA or ROCm device and plain Py
 ``"eager"`` insist. The environment variable ``PROCON_BACKEND`` says what ``"auto"`` means.
 """
 
-import os
-import warnings
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
-from procon.autograd import Constrain, Project
+from procon.autograd import HAS_INPUT_GRAD_BUFFERS, Constrain, Project, RmsNormConstrain
+from procon.backends import choose_backend
 from procon.errors import ProConError
 
-__all__ = ["constrain", "project", "projection_penalty"]
+__all__ = ["constrain", "project", "projection_penalty", "rms_norm", "rms_norm_constrain"]
 
-_BACKENDS = ("auto", "triton", "eager")
 _PENALTIES = ("squared", "absolute", "huber")
 _REDUCTIONS = ("sum", "mean", "none")
+_CASTINGS = ("llama", "gemma")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_DIRECTIONS = 8
 
@@ -59,7 +55,7 @@ def project(hidden: Tensor, direction: Tensor, *, backend: str = "auto") -> Tens
         ProConError: for a wrong shape, dtype, device or backend.
     """
     directions = _directions(hidden, direction)
-    projection = Project.apply(hidden, directions, _choose_backend(backend, hidden.device.type))
+    projection = Project.apply(hidden, directions, choose_backend(backend, hidden.device.type))
     return projection.view(hidden.shape[:-1] + direction.shape[:-1])
 
 
@@ -133,13 +129,78 @@ def constrain(
         backend: ``"auto"``, ``"triton"`` or ``"eager"``.
 
     Returns:
-        ``hidden``, sharing its memory (autograd refuses to let it be changed in place), and the scalar sum of the
-        penalties.
+        ``hidden``, sharing its memory (not to be changed in place), and the scalar sum of the penalties.
 
     Raises:
         ProConError: for a wrong shape, dtype, device, option or backend.
     """
-    return _constrain(hidden, direction, anchor, weight, penalty, False, backend)
+    passed, loss = _constrain(hidden, direction, anchor, weight, penalty, False, backend)
+    if HAS_INPUT_GRAD_BUFFERS and not torch.compiler.is_compiling():
+        # The engine's own buffer takes the gradient in place, so nothing has to pass through.
+        return hidden, loss
+    return passed, loss
+
+
+def rms_norm_constrain(
+    hidden: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    direction: Tensor,
+    anchor: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    casting: str = "llama",
+    offset: float = 0.0,
+    penalty: str = "squared",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm of the hidden states, and the penalty that :func:`constrain` gives, from the same reads and writes.
+
+    A block's first norm reads the block's input and writes its gradient anyway; done there, the constraint moves no
+    ``[N, D]`` tensor of its own. Gradients flow to ``hidden`` and to ``norm_weight``. Unlike in :func:`constrain`, a
+    token of weight 0 is normalised all the same.
+
+    Args:
+        hidden: ``[..., D]``.
+        norm_weight: ``[D]``, of any floating dtype.
+        eps: added to the mean square.
+        direction, anchor, weight, penalty, backend: as for :func:`constrain`.
+        casting: ``"llama"`` rounds to the dtype of ``hidden`` before it multiplies by the weight, and returns what that
+            product promotes to (Llama, Mistral, Qwen); ``"gemma"`` rounds the product to the dtype of ``hidden``.
+        offset: added to ``norm_weight``; Gemma's norms use ``1.0``.
+
+    Returns:
+        The normed states ``[..., D]`` and the scalar sum of the penalties.
+
+    Raises:
+        ProConError: for a wrong shape, dtype, device, option or backend.
+    """
+    directions, anchor, weight = _penalty_arguments(hidden, direction, anchor, weight, penalty)
+    backend = choose_backend(backend, hidden.device.type)
+    _check_norm(hidden, norm_weight, casting)
+    return RmsNormConstrain.apply(
+        hidden, norm_weight, eps, casting, offset, directions, anchor, weight, penalty, backend
+    )
+
+
+def rms_norm(
+    hidden: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    *,
+    casting: str = "llama",
+    offset: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """The RMSNorm of :func:`rms_norm_constrain` without the penalty: what the constraint's cost is measured against.
+
+    Arguments, errors and the returned ``[..., D]`` are as there.
+    """
+    _check_hidden(hidden)
+    _check_norm(hidden, norm_weight, casting)
+    backend = choose_backend(backend, hidden.device.type)
+    normed, _ = RmsNormConstrain.apply(hidden, norm_weight, eps, casting, offset, None, None, None, "squared", backend)
+    return normed
 
 
 def _constrain(
@@ -151,6 +212,15 @@ def _constrain(
     per_token: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    directions, anchor, weight = _penalty_arguments(hidden, direction, anchor, weight, penalty)
+    backend = choose_backend(backend, hidden.device.type)
+    return Constrain.apply(hidden, directions, anchor, weight, penalty, per_token, backend)
+
+
+def _penalty_arguments(
+    hidden: Tensor, direction: Tensor, anchor: Tensor | None, weight: Tensor | None, penalty: str
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Directions ``[K, D]``, anchors ``[N, K]`` and weights ``[N]`` in the dtype of the computation, found good."""
     directions = _directions(hidden, direction)
     _one_of("penalty", penalty, _PENALTIES)
     tokens = hidden.shape[:-1]
@@ -159,23 +229,18 @@ def _constrain(
         if anchor.shape != tokens + direction.shape[:-1]:
             wanted = list(tokens + direction.shape[:-1])
             raise ProConError(f"anchor has shape {list(anchor.shape)}: give {wanted}, the shape of the projections")
-        anchor = anchor.to(directions.dtype).reshape(-1, len(directions))
+        anchor = _as(anchor, directions.dtype).reshape(-1, len(directions))
     if weight is not None:
         _check_companion("weight", weight, hidden)
         if weight.shape != tokens:
             raise ProConError(f"weight has shape {list(weight.shape)}: give {list(tokens)}, one number for each token")
-        weight = weight.to(directions.dtype).reshape(-1)
-    backend = _choose_backend(backend, hidden.device.type)
-    return Constrain.apply(hidden, directions, anchor, weight, penalty, per_token, backend)
+        weight = _as(weight, directions.dtype).reshape(-1)
+    return directions, anchor, weight
 
 
 def _directions(hidden: Tensor, direction: Tensor) -> Tensor:
     """The directions as a contiguous ``[K, D]`` in the dtype of the computation, once both arguments are found good."""
-    _check_tensor("hidden", hidden)
-    if hidden.dtype not in _DTYPES:
-        raise ProConError(f"hidden is {hidden.dtype}: convert it to float16, bfloat16, float32 or float64")
-    if hidden.dim() == 0 or hidden.shape[-1] == 0:
-        raise ProConError(f"hidden has shape {list(hidden.shape)}: give [..., D] with D at least 1")
+    _check_hidden(hidden)
     _check_companion("direction", direction, hidden)
     size = hidden.shape[-1]
     if direction.dim() not in (1, 2) or direction.shape[-1] != size:
@@ -184,8 +249,34 @@ def _directions(hidden: Tensor, direction: Tensor) -> Tensor:
         raise ProConError(
             f"direction holds {direction.shape[0]} directions: give 1 to {_MAX_DIRECTIONS}, call again for more"
         )
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return direction.to(dtype).reshape(-1, size).contiguous()
+    direction = _as(direction, torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+    return (direction if direction.dim() == 2 else direction.unsqueeze(0)).contiguous()
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # Asking first costs a tenth of a conversion that does nothing.
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _check_hidden(hidden: Tensor) -> None:
+    _check_tensor("hidden", hidden)
+    if hidden.dtype not in _DTYPES:
+        raise ProConError(f"hidden is {hidden.dtype}: convert it to float16, bfloat16, float32 or float64")
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ProConError(f"hidden has shape {list(hidden.shape)}: give [..., D] with D at least 1")
+
+
+def _check_norm(hidden: Tensor, norm_weight: Tensor, casting: str) -> None:
+    _check_tensor("norm_weight", norm_weight)
+    if norm_weight.dtype not in _DTYPES:
+        raise ProConError(f"norm_weight is {norm_weight.dtype}: give float16, bfloat16, float32 or float64")
+    if norm_weight.shape != hidden.shape[-1:]:
+        raise ProConError(f"norm_weight has shape {list(norm_weight.shape)}: give [{hidden.shape[-1]}] to match hidden")
+    if norm_weight.device != hidden.device:
+        raise ProConError(
+            f"norm_weight is on {norm_weight.device} but hidden is on {hidden.device}: move norm_weight there"
+        )
+    _one_of("casting", casting, _CASTINGS)
 
 
 def _check_companion(name: str, tensor: Tensor, hidden: Tensor) -> None:
@@ -211,45 +302,3 @@ def _check_tensor(name: str, value: object) -> None:
 def _one_of(name: str, value: str, options: tuple[str, ...]) -> None:
     if value not in options:
         raise ProConError(f"{name} is {value!r}: give one of {', '.join(map(repr, options))}")
-
-
-@torch.compiler.assume_constant_result
-def _choose_backend(backend: str, device: str) -> str:
-    """``"triton"`` or ``"eager"`` for tensors on this type of device."""
-    _one_of("backend", backend, _BACKENDS)
-    if backend == "auto":
-        backend = os.environ.get("PROCON_BACKEND", "auto")
-        _one_of("the environment variable PROCON_BACKEND", backend, _BACKENDS)
-    if backend == "auto":
-        if device != "cuda":
-            return "eager"
-        if not _triton_installed():
-            _warn_that_triton_is_missing()
-            return "eager"
-        return "triton"
-    if backend == "triton":
-        _require_triton(device)
-    return backend
-
-
-@cache
-def _triton_installed() -> bool:
-    return find_spec("triton") is not None
-
-
-@cache
-def _warn_that_triton_is_missing() -> None:
-    warnings.warn("Triton is not installed: a slower PyTorch path is used (pip install triton)", stacklevel=2)
-
-
-def _require_triton(device: str) -> None:
-    if not _triton_installed():
-        raise ProConError("backend is 'triton' but Triton is not installed: pip install triton, or backend='eager'")
-    if device != "cuda":
-        from triton import knobs
-
-        if not knobs.runtime.interpret:
-            raise ProConError(
-                f"backend is 'triton' but hidden is on {device}: move it to a GPU, use backend='eager',"
-                " or set TRITON_INTERPRET=1 before Triton is imported"
-            )

@@ -10,8 +10,10 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from procon.data import IGNORE_INDEX
 from procon.errors import ProConError
+
+#: Label of a token that is no target.
+IGNORE_INDEX = -100
 
 #: Which tokens of a sample are constrained; the paper's choice is ``response`` (section III-C1).
 TokenScope = Literal["response", "prompt", "all"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from procon import functional
+from procon import backends
 from procon.errors import ProConError
 from procon.functional import constrain, project, projection_penalty
 
@@ -184,8 +184,8 @@ class TestBackend:
     @pytest.fixture
     def chosen(self, monkeypatch):
         """What is chosen for tensors on a type of device, without having the device."""
-        functional._warn_that_triton_is_missing.cache_clear()
-        return functional._choose_backend
+        backends._warn_that_triton_is_missing.cache_clear()
+        return backends.choose_backend
 
     def test_auto_follows_the_device(self, chosen):
         assert chosen("auto", "cpu") == "eager"
@@ -200,7 +200,7 @@ class TestBackend:
             chosen("auto", "cuda")
 
     def test_missing_triton_warns_once_and_falls_back(self, chosen, monkeypatch):
-        monkeypatch.setattr(functional, "_triton_installed", lambda: False)
+        monkeypatch.setattr(backends, "_triton_installed", lambda: False)
         with pytest.warns(UserWarning, match="Triton is not installed"):
             assert chosen("auto", "cuda") == "eager"
         with warnings.catch_warnings():

@@ -15,9 +15,9 @@ HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 
-@pytest.fixture(params=["eager", "triton"])
+@pytest.fixture(params=["eager", "kernels"])
 def backend(request: pytest.FixtureRequest) -> ModuleType:
-    return import_module({"eager": "procon.eager", "triton": "procon.kernels.projection_penalty"}[request.param])
+    return import_module(f"procon.{request.param}.projection_penalty")
 
 
 def inputs(rows: int, size: int, k: int, dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Tensor, ...]:

@@ -1,0 +1,59 @@
+"""Which backend runs an op: the Triton kernels or plain PyTorch."""
+
+import os
+import warnings
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from procon.errors import ProConError
+
+BACKENDS = ("auto", "triton", "eager")
+
+
+@torch.compiler.assume_constant_result
+def choose_backend(backend: str, device: str) -> str:
+    """``"triton"`` or ``"eager"`` for tensors on this type of device."""
+    _check(backend, "backend")
+    if backend == "auto":
+        backend = os.environ.get("PROCON_BACKEND", "auto")
+        _check(backend, "the environment variable PROCON_BACKEND")
+    if backend == "auto":
+        if device != "cuda":
+            return "eager"
+        if not _triton_installed():
+            _warn_that_triton_is_missing()
+            return "eager"
+        return "triton"
+    if backend == "triton":
+        _require_triton(device)
+    return backend
+
+
+def _check(backend: str, name: str) -> None:
+    if backend not in BACKENDS:
+        raise ProConError(f"{name} is {backend!r}: give one of {', '.join(map(repr, BACKENDS))}")
+
+
+@cache
+def _triton_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _warn_that_triton_is_missing() -> None:
+    warnings.warn("Triton is not installed: a slower PyTorch path is used (pip install triton)", stacklevel=2)
+
+
+def _require_triton(device: str) -> None:
+    if not _triton_installed():
+        raise ProConError("backend is 'triton' but Triton is not installed: pip install triton, or backend='eager'")
+    if device != "cuda":
+        from triton import knobs
+
+        if not knobs.runtime.interpret:
+            raise ProConError(
+                f"backend is 'triton' but hidden is on {device}: move it to a GPU, use backend='eager',"
+                " or set TRITON_INTERPRET=1 before Triton is imported"
+            )

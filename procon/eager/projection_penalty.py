@@ -1,0 +1,89 @@
+"""The projection penalty in plain PyTorch.
+
+For hidden states ``h [N, D]``, directions ``r [K, D]``, anchors ``a [N, K]`` and weights ``w [N]``::
+
+    z = h r^T    e = z - a    penalty_t = w_t sum_k phi(e_tk)    c_tk = w_t phi'(e_tk)
+    dL/dh_t = g_h[t] + g_t sum_k c_tk r_k
+"""
+
+import torch
+from torch import Tensor
+
+from .penalty import penalize_projection
+from .tiles import converted, tile_height, tiles
+
+
+def project(hidden: Tensor, direction: Tensor) -> Tensor:
+    """Projection ``z [N, K]`` of ``hidden [N, D]`` on ``direction [K, D]``, in the dtype of ``direction``."""
+    rows, columns = hidden.shape
+    projection = direction.new_empty((rows, len(direction)))
+    height = tile_height(direction, columns)
+    buffer = direction.new_empty((min(height, rows), columns)) if hidden.dtype != direction.dtype else None
+    for part in tiles(rows, height):
+        project_tile(converted(hidden[part], buffer), direction, projection[part])
+    return projection
+
+
+def project_tile(tile: Tensor, direction: Tensor, projection: Tensor) -> None:
+    """Write the projections of ``tile [T, D]`` to ``projection [T, K]``; all are of one dtype."""
+    # One matrix-vector product a direction: unlike a matrix product it is never lowered to TF32 on a GPU.
+    for k in range(len(direction)):
+        torch.mv(tile, direction[k], out=projection[:, k])
+
+
+def penalize(
+    hidden: Tensor, direction: Tensor, anchor: Tensor | None, weight: Tensor | None, penalty: str
+) -> tuple[Tensor, Tensor]:
+    """Penalty of each token ``[N]`` and coefficient ``c [N, K]``, both in the dtype of ``direction``."""
+    return penalize_projection(project(hidden, direction), anchor, weight, penalty)
+
+
+def accumulate_gradient(
+    incoming: Tensor | None,
+    upstream: Tensor | None,
+    coefficient: Tensor,
+    direction: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Gradient for the hidden states, ``incoming + upstream * coefficient @ direction``, rounded once to ``dtype``.
+
+    ``incoming [N, D]`` is the gradient that arrives for the hidden states, ``upstream`` (one number, or one a token)
+    that of the penalty; None stands for 0 and for 1. Neither is written to.
+    """
+    rows, columns = len(coefficient), direction.shape[1]
+    if upstream is not None:
+        coefficient = coefficient * upstream.reshape(-1, 1)
+    gradient = direction.new_empty((rows, columns), dtype=dtype)
+    height = tile_height(direction, columns)
+    buffer = direction.new_empty((min(height, rows), columns)) if dtype != direction.dtype else None
+    for part in tiles(rows, height):
+        target = gradient[part]
+        tile = target if buffer is None else buffer[: len(target)]
+        left = coefficient[part]
+        if incoming is None:
+            torch.mul(left[:, :1], direction[0], out=tile)
+        else:
+            torch.addr(converted(incoming[part], buffer), left[:, 0], direction[0], out=tile)
+        add_outer_products(tile, left[:, 1:], direction[1:])
+        if buffer is not None:
+            target.copy_(tile)
+    return gradient
+
+
+def add_gradient(buffer: Tensor, upstream: Tensor, coefficient: Tensor, direction: Tensor) -> None:
+    """Add ``upstream * coefficient @ direction`` to ``buffer [N, D]`` in place; ``upstream`` as above."""
+    coefficient = coefficient * upstream.reshape(-1, 1)
+    height = tile_height(direction, buffer.shape[1])
+    scratch = direction.new_empty((min(height, len(buffer)), buffer.shape[1]))
+    for part in tiles(len(buffer), height):
+        target = buffer[part]
+        tile = target if buffer.dtype == direction.dtype else converted(target, scratch)
+        add_outer_products(tile, coefficient[part], direction)
+        if tile is not target:
+            target.copy_(tile)
+
+
+def add_outer_products(tile: Tensor, coefficient: Tensor, direction: Tensor) -> None:
+    """Add ``coefficient [T, K] @ direction [K, D]`` to ``tile [T, D]`` in place."""
+    for k in range(len(direction)):
+        torch.addr(tile, coefficient[:, k], direction[k], out=tile)

@@ -1,0 +1,120 @@
+"""RMSNorm with the projection penalty, in plain PyTorch.
+
+For ``h [N, D]``, the norm's weight ``v [D]`` (with the offset added), directions ``r [K, D]``, anchors ``a [N, K]`` and
+token weights ``w [N]``::
+
+    forward   s_t = 1 / sqrt(mean_d h_td^2 + eps)    n = s h    y = n v
+              z_tk = <h_t, r_k>   e = z - a   penalty_t = w_t sum_k phi(e_tk)   c_tk = w_t phi'(e_tk)
+    backward  m = g_y v    dh_t = s_t (m_t - n_t mean_d(m_t n_t)) + g sum_k c_tk r_k    dv = sum_t g_y[t] n_t
+
+Casting ``"llama"`` rounds n to the dtype of h before it meets the weight; ``"gemma"`` rounds the product.
+"""
+
+import torch
+from torch import Tensor
+
+from .penalty import penalize_projection
+from .projection_penalty import add_outer_products, project_tile
+from .tiles import converted, tile_height, tiles
+
+
+def rms_norm_penalize(
+    hidden: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    casting: str,
+    offset: float,
+    direction: Tensor | None,
+    anchor: Tensor | None,
+    weight: Tensor | None,
+    penalty: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """RMSNorm of ``hidden [N, D]`` and, when there is a ``direction [K, D]``, the penalty on the way.
+
+    Returns the normed states ``[N, D]`` and, in the dtype of the computation, the inverse RMS ``[N]``, the penalty of
+    each token ``[N]`` and the coefficient ``c [N, K]``; the last two are empty without a direction.
+    """
+    rows, columns = hidden.shape
+    computed = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    normed_dtype = hidden.dtype if casting == "gemma" else torch.promote_types(hidden.dtype, norm_weight.dtype)
+    normed = hidden.new_empty((rows, columns), dtype=normed_dtype)
+    inverse_rms = hidden.new_empty(rows, dtype=computed)
+    projection = None if direction is None else direction.new_empty((rows, len(direction)))
+    v = _scale(norm_weight, offset, norm_weight.dtype if casting == "llama" else computed)
+
+    height = tile_height(inverse_rms, columns)
+    buffer = inverse_rms.new_empty((min(height, rows), columns)) if hidden.dtype != computed else None
+    rounded = hidden.new_empty((min(height, rows), columns)) if casting == "llama" and buffer is not None else None
+    scratch = inverse_rms.new_empty((min(height, rows), columns))
+    for part in tiles(rows, height):
+        h, s, y = converted(hidden[part], buffer), inverse_rms[part], normed[part]
+        torch.linalg.vector_norm(h, dim=1, out=s)
+        s.square_().div_(columns).add_(eps).rsqrt_()
+        if direction is not None:
+            project_tile(h, direction, projection[part])
+        n = torch.mul(h, s.unsqueeze(1), out=scratch[: len(h)])
+        if casting == "llama":
+            torch.mul(converted(n, rounded), v, out=y)
+        else:
+            y.copy_(n.mul_(v))
+    if direction is None:
+        return normed, inverse_rms, inverse_rms.new_empty(0), inverse_rms.new_empty((rows, 0))
+    return normed, inverse_rms, *penalize_projection(projection, anchor, weight, penalty)
+
+
+def rms_norm_gradient(
+    incoming: Tensor,
+    upstream: Tensor | None,
+    hidden: Tensor,
+    norm_weight: Tensor,
+    inverse_rms: Tensor,
+    coefficient: Tensor,
+    direction: Tensor | None,
+    casting: str,
+    offset: float,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients for ``hidden [N, D]`` and for ``norm_weight [D]`` (empty if not needed), each rounded once.
+
+    ``incoming [N, D]`` is the gradient that arrives for the normed states, ``upstream`` (one number) that of the
+    penalty; None stands for 0.
+    """
+    rows, columns = hidden.shape
+    computed = inverse_rms.dtype
+    v = _scale(norm_weight, offset, computed)
+    gradient = hidden.new_empty((rows, columns))
+    total = inverse_rms.new_zeros(columns) if needs_weight else None
+    if upstream is not None:
+        coefficient = coefficient * upstream
+
+    height = tile_height(inverse_rms, columns)
+    shape = (min(height, rows), columns)
+    h_buffer = inverse_rms.new_empty(shape) if hidden.dtype != computed else None
+    g_buffer = inverse_rms.new_empty(shape) if incoming.dtype != computed else None
+    rounded = hidden.new_empty(shape) if needs_weight and casting == "llama" and h_buffer is not None else None
+    n_buffer, product = inverse_rms.new_empty(shape), inverse_rms.new_empty(shape)
+    for part in tiles(rows, height):
+        h, g = converted(hidden[part], h_buffer), converted(incoming[part], g_buffer)
+        s = inverse_rms[part].unsqueeze(1)
+        n, work = torch.mul(h, s, out=n_buffer[: len(h)]), product[: len(h)]
+        torch.mul(g, n, out=work)
+        mean = torch.mv(work, v, out=inverse_rms.new_empty(len(h))).div_(columns).unsqueeze(1)
+        if needs_weight:
+            if rounded is not None:
+                torch.mul(g, converted(n, rounded), out=work)
+            total += work.sum(0)
+        target = gradient[part]
+        dh = target if h_buffer is None else work
+        torch.mul(g, v, out=dh)
+        dh.sub_(n.mul_(mean)).mul_(s)
+        if upstream is not None:
+            add_outer_products(dh, coefficient[part], direction)
+        if h_buffer is not None:
+            target.copy_(dh)
+    return gradient, norm_weight.new_empty(0) if total is None else total.to(norm_weight.dtype)
+
+
+def _scale(norm_weight: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
+    """What the normalised states are multiplied with."""
+    scale = norm_weight.to(dtype)
+    return scale + offset if offset else scale

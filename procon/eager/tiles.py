@@ -1,0 +1,25 @@
+"""Rows worked on at a time, so that temporaries stay in cache and no whole float32 copy is ever made."""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+# A tile on CPU should stay in the second-level cache; on other devices few launches matter more.
+_TILE_BYTES = {"cpu": 1 << 20}
+_TILE_BYTES_ELSEWHERE = 1 << 26
+
+
+def tile_height(like: Tensor, columns: int) -> int:
+    """Rows of ``columns`` elements in the dtype of ``like`` that make a tile on its device."""
+    budget = _TILE_BYTES.get(like.device.type, _TILE_BYTES_ELSEWHERE)
+    return max(1, budget // (columns * like.element_size()))
+
+
+def tiles(rows: int, height: int) -> Iterator[slice]:
+    """Consecutive slices of at most ``height`` rows."""
+    return (slice(start, min(start + height, rows)) for start in range(0, rows, height))
+
+
+def converted(tile: Tensor, buffer: Tensor | None) -> Tensor:
+    """``tile`` in the dtype of ``buffer``, which it overwrites; ``tile`` itself without one."""
+    return tile if buffer is None else buffer[: len(tile)].copy_(tile)
