@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Literal
 
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from procon.decoder import block_input, find_decoder
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
-from procon.functional import constrain
+from procon.functional import constrain, rms_norm_constrain
+from procon.input_norm import InputNorm, find_input_norm
 
 logger = logging.getLogger(__name__)
 
+Fuse = Literal["auto", "never"]
 Units = Literal["raw", "gap"]
 Blocks = Literal["all"] | float | Sequence[int]
 
@@ -25,7 +28,8 @@ class ProjectionConstraint:
     """Penalises departures of the block inputs from their anchors along the refusal directions.
 
     Mean over constrained tokens and constrained blocks of ``phi(<r_l, x_l[t]> - z0_l[t])`` (paper section III-C1,
-    with a mean for the paper's sum). The op runs at each block, so one gradient of a block input is alive at a time.
+    with a mean for the paper's sum). The op runs at each block, so one gradient of a block input is alive at a time:
+    within the block's first norm where that is an RMSNorm that reads the block's input, else on the input itself.
 
     Usage, in any training loop::
 
@@ -45,7 +49,8 @@ class ProjectionConstraint:
 
     Attributes:
         blocks: indices of the constrained blocks, in order; the last axis of ``anchors`` follows it.
-        enabled: set to False, the hooks do nothing and training runs at plain speed (alpha 0).
+        fused: those of them whose norm does the work, while attached.
+        enabled: set to False, the model's own code runs, at plain speed (alpha 0).
     """
 
     def __init__(
@@ -67,31 +72,54 @@ class ProjectionConstraint:
         self._vectors = directions.directions[list(self.blocks)] * self._scale[:, None]
         self._penalty = penalty
         self._backend = backend
-        self._handles: list = []
+        self._undo: list[Callable[[], None]] = []
+        self.fused: tuple[int, ...] = ()
         self._on_device: dict[tuple[int, torch.device], Tensor] = {}
         self.release()
 
-    def attach(self, model: nn.Module) -> ProjectionConstraint:
+    def attach(self, model: nn.Module, fuse: Fuse = "auto") -> ProjectionConstraint:
         """Hook the inputs of the constrained blocks of ``model``; undone by :meth:`detach` or on leaving ``with``.
+
+        Args:
+            model: a causal LM, bare or wrapped; before ``torch.compile`` traces it.
+            fuse: ``"auto"`` lets a block's first RMSNorm do the work where it reads the block's input, which then costs
+                no memory traffic; ``"never"`` leaves the norms alone.
 
         Raises:
             ProConError: if the directions do not fit the model, or this constraint is attached already.
         """
-        if self._handles:
+        if fuse not in ("auto", "never"):
+            raise ProConError(f"fuse is {fuse!r}: choose 'auto' or 'never'")
+        if self._undo:
             raise ProConError("this constraint is attached already: call detach() first")
         decoder = find_decoder(model)
         self._directions.check_fits(decoder)
-        for column, block in enumerate(self.blocks):
-            hook = self._hook(column)
-            self._handles.append(decoder.blocks[block].register_forward_pre_hook(hook, with_kwargs=True))
-        logger.info("projection constraint on the inputs of %d of %d blocks", len(self.blocks), len(decoder.blocks))
+        fused = []
+        for column, index in enumerate(self.blocks):
+            block = decoder.blocks[index]
+            norm = find_input_norm(block, decoder.hidden_size) if fuse == "auto" else None
+            if norm is None:
+                hook = block.register_forward_pre_hook(self._pass_through(column), with_kwargs=True)
+                self._undo.append(hook.remove)
+            else:
+                norm.module.forward = MethodType(self._within_norm(column, norm), norm.module)
+                self._undo.append(lambda module=norm.module: delattr(module, "forward"))
+                fused.append(index)
+        self.fused = tuple(fused)
+        logger.info(
+            "projection constraint on the inputs of %d of %d blocks, in %d of them within the block's RMSNorm",
+            len(self.blocks),
+            len(decoder.blocks),
+            len(fused),
+        )
         return self
 
     def detach(self) -> None:
-        """Remove all hooks; the model is as it was."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        """The model is as it was."""
+        for undo in self._undo:
+            undo()
+        self._undo = []
+        self.fused = ()
         self.release()
 
     def __enter__(self) -> ProjectionConstraint:
@@ -102,7 +130,7 @@ class ProjectionConstraint:
 
     def release(self) -> None:
         """Drop the target, once backward has run; forwards without a target are then not mistaken for this one's."""
-        self._anchors: Tensor | None = None
+        self._anchors: Tensor | None = None  # [blocks, B, T]
         self._mask: Tensor | None = None
         self._terms: dict[int, Tensor | None] = {}
 
@@ -118,9 +146,10 @@ class ProjectionConstraint:
                 f"anchors have shape {tuple(anchors.shape)}, expected {(*mask.shape, len(self.blocks))}: record them "
                 "with blocks=constraint.blocks"
             )
-        if not self._handles:
+        if not self._undo:
             raise ProConError("the constraint is attached to no model: call attach(model) first")
-        self._anchors = anchors.float() * self._scale.to(anchors.device)
+        # Blocks first: read with a stride, each number would move a whole sector of memory.
+        self._anchors = (anchors.float() * self._scale.to(anchors.device)).movedim(-1, 0).contiguous()
         self._mask = mask.float()
         self._terms = {}
         self._grad_was_enabled = torch.is_grad_enabled()
@@ -154,35 +183,63 @@ class ProjectionConstraint:
             tokens = self._mask.sum().clamp_min(1).to(total.device)
         return total / (tokens * len(self.blocks))
 
-    def _hook(self, column: int):
+    def _pass_through(self, column: int):
+        """A forward pre-hook for a block: its input passes through the op."""
+
         def pre_forward(module: nn.Module, args: tuple, kwargs: dict):
-            if not self.enabled:
-                return None
             hidden = block_input(args, kwargs)
-            if self._anchors is None:
-                if module.training and torch.is_grad_enabled():
-                    raise ProConError(
-                        "a training forward ran without anchors while the constraint is attached: call "
-                        "target(anchors, mask) before it, set enabled = False, or detach()"
-                    )
+            given = self._given(column, module, hidden)
+            if given is None:
                 return None
-            if self._grad_was_enabled and not torch.is_grad_enabled():
-                if not module.training:
-                    return None
-                raise ProConError(
-                    "gradient checkpointing with use_reentrant=True runs the blocks without gradients, and the "
-                    "constraint would lose its own: set use_reentrant=False"
-                )
-            constrained = self._constrain(column, hidden)
+            hidden, term = constrain(hidden, *given, penalty=self._penalty, backend=self._backend)
+            self._keep(column, term)
             if args:
-                return (constrained, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": constrained}
+                return (hidden, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": hidden}
 
         return pre_forward
 
-    def _constrain(self, column: int, hidden: Tensor) -> Tensor:
-        recomputing = column in self._terms
-        if recomputing and torch._C._current_graph_task_id() == -1:
+    def _within_norm(self, column: int, norm: InputNorm):
+        """A forward for a block's first norm, which gives the penalty on the way."""
+
+        def forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
+            given = self._given(column, module, hidden_states)
+            if given is None:
+                return type(module).forward(module, hidden_states)
+            normed, term = rms_norm_constrain(
+                hidden_states,
+                module.weight,
+                norm.eps,
+                *given,
+                casting=norm.casting,
+                offset=norm.offset,
+                penalty=self._penalty,
+                backend=self._backend,
+            )
+            self._keep(column, term)
+            return normed
+
+        return forward
+
+    def _given(self, column: int, module: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Direction, anchors and mask for a block's input; None where the constraint rests or cannot move it."""
+        if not self.enabled:
+            return None
+        if self._anchors is None:
+            if module.training and torch.is_grad_enabled():
+                raise ProConError(
+                    "a training forward ran without anchors while the constraint is attached: call "
+                    "target(anchors, mask) before it, set enabled = False, or detach()"
+                )
+            return None
+        if self._grad_was_enabled and not torch.is_grad_enabled():
+            if not module.training:
+                return None
+            raise ProConError(
+                "gradient checkpointing with use_reentrant=True runs the blocks without gradients, and the "
+                "constraint would lose its own: set use_reentrant=False"
+            )
+        if column in self._terms and torch._C._current_graph_task_id() == -1:
             raise ProConError(
                 f"block {self.blocks[column]} ran twice for one target: call target(anchors, mask) before each forward"
             )
@@ -193,21 +250,15 @@ class ProjectionConstraint:
             )
         if not hidden.requires_grad:
             # Nothing below this block trains, so its input, and with it the penalty's gradient, cannot move.
-            self._terms[column] = None
-            return hidden
-        anchors = self._anchors[..., column].to(hidden.device)
-        constrained, term = constrain(
-            hidden,
-            self._vector(column, hidden.device),
-            anchors,
-            self._mask.to(hidden.device),
-            penalty=self._penalty,
-            backend=self._backend,
-        )
-        if not recomputing:
-            # A checkpointed block runs again within backward: the op is repeated there, its value is not.
+            self._keep(column, None)
+            return None
+        device = hidden.device
+        return self._vector(column, device), self._anchors[column].to(device), self._mask.to(device)
+
+    def _keep(self, column: int, term: Tensor | None) -> None:
+        # A checkpointed block runs again within backward: the op is repeated there, its value is not.
+        if column not in self._terms:
             self._terms[column] = term
-        return constrained
 
     def _vector(self, column: int, device: torch.device) -> Tensor:
         key = (column, device)

@@ -1,5 +1,7 @@
 """The constraint on a model: right value and gradient in every mode, and never silently absent."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -10,7 +12,10 @@ from procon.decoder import find_decoder
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox")
+WITHOUT_RMS_NORM = ("gpt2", "gpt_neox")
+
+both_ways = pytest.mark.parametrize("fuse", ["auto", "never"])
 
 
 def random_directions(model, seed: int = 0) -> RefusalDirections:
@@ -49,9 +54,9 @@ def by_definition(model, directions, batch, anchors, mask, units="raw"):
     return penalty.detach(), gradients(model)
 
 
-def constrained(model, directions, batch, anchors, mask, **settings):
+def constrained(model, directions, batch, anchors, mask, *, fuse="auto", **settings):
     model.zero_grad()
-    with ProjectionConstraint(directions, **settings).attach(model) as constraint:
+    with ProjectionConstraint(directions, **settings).attach(model, fuse=fuse) as constraint:
         constraint.target(anchors, mask)
         loss = model(**batch).loss
         penalty = constraint.penalty()
@@ -67,48 +72,65 @@ def assert_same(one, two, *, relative=1e-5):
         assert difference <= relative * gradient.norm() + 1e-9, name
 
 
+@both_ways
 @pytest.mark.parametrize("family", FAMILIES)
-def test_value_and_gradient_by_definition(tiny_model, family):
+def test_value_and_gradient_by_definition(tiny_model, family, fuse):
     model = tiny_model(family).eval()  # GPT-2 has dropout
     directions = random_directions(model)
     batch, anchors, mask = random_batch(3)
     assert_same(
-        by_definition(model, directions, batch, anchors, mask), constrained(model, directions, batch, anchors, mask)
+        by_definition(model, directions, batch, anchors, mask),
+        constrained(model, directions, batch, anchors, mask, fuse=fuse),
     )
 
 
-def test_gap_units(tiny_model):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_that_carry_the_constraint(tiny_model, family, caplog):
+    model = tiny_model(family)
+    with caplog.at_level("INFO", "procon"), ProjectionConstraint(random_directions(model)).attach(model) as constraint:
+        assert constraint.fused == (() if family in WITHOUT_RMS_NORM else (0, 1, 2))
+        (line,) = [record.getMessage() for record in caplog.records]
+        assert f"in {len(constraint.fused)} of them within the block's RMSNorm" in line
+    assert constraint.fused == ()
+    assert ProjectionConstraint(random_directions(model)).attach(model, fuse="never").fused == ()
+
+
+@both_ways
+def test_gap_units(tiny_model, fuse):
     model = tiny_model()
     directions = random_directions(model)
     batch, anchors, mask = random_batch(3)
     assert_same(
         by_definition(model, directions, batch, anchors, mask, units="gap"),
-        constrained(model, directions, batch, anchors, mask, units="gap"),
+        constrained(model, directions, batch, anchors, mask, units="gap", fuse=fuse),
     )
 
 
+@both_ways
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing_or_is_refused(tiny_model, reentrant):
+def test_gradient_checkpointing_changes_nothing_or_is_refused(tiny_model, reentrant, fuse):
     model = tiny_model().train()
     directions = random_directions(model)
     batch, anchors, mask = random_batch(3)
-    plain = constrained(model, directions, batch, anchors, mask)
+    plain = constrained(model, directions, batch, anchors, mask, fuse=fuse)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    # transformers up to 5.17 run block hooks inside the checkpoint, where a reentrant one has no gradients.
-    if reentrant and "__call__" in vars(GradientCheckpointingLayer):
+    # Norms lie inside the checkpoint, where a reentrant one has no gradients; so do hooks on blocks up to
+    # transformers 5.17.
+    if reentrant and (fuse == "auto" or "__call__" in vars(GradientCheckpointingLayer)):
         with pytest.raises(ProConError, match="use_reentrant=False"):
-            constrained(model, directions, batch, anchors, mask)
+            constrained(model, directions, batch, anchors, mask, fuse=fuse)
     else:
-        assert_same(plain, constrained(model, directions, batch, anchors, mask))
+        assert_same(plain, constrained(model, directions, batch, anchors, mask, fuse=fuse))
 
 
+@both_ways
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_hooks_inside_a_checkpoint(tiny_model, reentrant):
+def test_hooks_inside_a_checkpoint(tiny_model, reentrant, fuse):
     """Blocks called through a checkpoint, as transformers up to 5.17 and FSDP wrappers do."""
     model = tiny_model().train()
     directions = random_directions(model)
     batch, anchors, mask = random_batch(3)
-    plain = constrained(model, directions, batch, anchors, mask)
+    plain = constrained(model, directions, batch, anchors, mask, fuse=fuse)
     decoder = find_decoder(model)
 
     class Checkpointed(torch.nn.Module):
@@ -120,7 +142,7 @@ def test_hooks_inside_a_checkpoint(tiny_model, reentrant):
             run = lambda h: self.block(h, **kwargs)  # noqa: E731
             return torch.utils.checkpoint.checkpoint(run, hidden_states, use_reentrant=reentrant)
 
-    constraint = ProjectionConstraint(directions).attach(model)
+    constraint = ProjectionConstraint(directions).attach(model, fuse=fuse)
     for index, block in enumerate(list(decoder.blocks)):
         decoder.blocks[index] = Checkpointed(block)
     model.zero_grad()
@@ -136,7 +158,8 @@ def test_hooks_inside_a_checkpoint(tiny_model, reentrant):
     assert_same(plain, (penalty.detach(), found))
 
 
-def test_lora_leaves_the_first_block_out(tiny_model):
+@both_ways
+def test_lora_leaves_the_first_block_out(tiny_model, fuse):
     model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     torch.nn.init.normal_(next(p for n, p in model.named_parameters() if "lora_B" in n))
     directions = random_directions(model)
@@ -146,7 +169,8 @@ def test_lora_leaves_the_first_block_out(tiny_model):
     # The first block's input cannot move under LoRA, so its anchors always match.
     anchors[..., 0] = first @ directions.directions[0]
     assert_same(
-        by_definition(model, directions, batch, anchors, mask), constrained(model, directions, batch, anchors, mask)
+        by_definition(model, directions, batch, anchors, mask),
+        constrained(model, directions, batch, anchors, mask, fuse=fuse),
     )
 
 
@@ -161,27 +185,55 @@ def test_tokens_of_the_whole_step_divide(tiny_model):
         assert half == pytest.approx(0.5 * constraint.penalty().item())
 
 
-def test_attach_and_detach_leave_no_trace(tiny_model):
+@both_ways
+def test_attach_and_detach_leave_no_trace(tiny_model, fuse):
     model = tiny_model()
-    hooks = [dict(block._forward_pre_hooks) for block in find_decoder(model).blocks]
-    with ProjectionConstraint(random_directions(model)).attach(model):
-        assert all(block._forward_pre_hooks for block in find_decoder(model).blocks)
-    assert [dict(block._forward_pre_hooks) for block in find_decoder(model).blocks] == hooks
+    batch, _, _ = random_batch(3)
+
+    def state() -> list[tuple]:
+        return [(name, set(vars(module)), list(module._forward_pre_hooks)) for name, module in model.named_modules()]
+
+    before, loss = state(), model(**batch).loss
+    with ProjectionConstraint(random_directions(model)).attach(model, fuse=fuse):
+        assert state() != before
+    assert state() == before
+    assert torch.equal(model(**batch).loss, loss)
 
 
-def test_disabled_constraint_runs_plainly(tiny_model):
+@both_ways
+def test_disabled_constraint_runs_plainly(tiny_model, fuse):
     model = tiny_model().train()
     batch, _, _ = random_batch(3)
     expected = model(**batch).loss
-    with ProjectionConstraint(random_directions(model)).attach(model) as constraint:
+    with ProjectionConstraint(random_directions(model)).attach(model, fuse=fuse) as constraint:
         constraint.enabled = False
         assert torch.equal(model(**batch).loss, expected)
 
 
-def test_evaluation_between_target_and_backward_is_left_alone(tiny_model):
+def test_a_copy_of_an_attached_model_has_norms_of_its_own(tiny_model):
+    model = tiny_model().train()
+    with ProjectionConstraint(random_directions(model)).attach(model) as constraint:
+        twin = copy.deepcopy(model)
+        constraint.enabled = False
+        with torch.no_grad():
+            find_decoder(twin).blocks[1].input_layernorm.weight.zero_()
+        batch, _, _ = random_batch(3)
+        assert not torch.equal(twin(**batch).loss, model(**batch).loss)
+
+
+def test_a_norm_that_someone_else_has_patched_is_left_alone(tiny_model):
+    model = tiny_model()
+    norm = find_decoder(model).blocks[1].input_layernorm
+    norm.forward = lambda hidden_states: type(norm).forward(norm, hidden_states)
+    with ProjectionConstraint(random_directions(model)).attach(model) as constraint:
+        assert constraint.fused == (0, 2)
+
+
+@both_ways
+def test_evaluation_between_target_and_backward_is_left_alone(tiny_model, fuse):
     model = tiny_model().train()
     batch, anchors, mask = random_batch(3)
-    with ProjectionConstraint(random_directions(model)).attach(model) as constraint:
+    with ProjectionConstraint(random_directions(model)).attach(model, fuse=fuse) as constraint:
         constraint.target(anchors, mask)
         loss = model(**batch).loss + constraint.penalty()
         model.eval()
@@ -191,13 +243,14 @@ def test_evaluation_between_target_and_backward_is_left_alone(tiny_model):
         loss.backward()
 
 
-def test_never_silently_unconstrained(tiny_model):
+@both_ways
+def test_never_silently_unconstrained(tiny_model, fuse):
     model = tiny_model().train()
     batch, anchors, mask = random_batch(3)
     constraint = ProjectionConstraint(random_directions(model))
     with pytest.raises(ProConError, match="attached to no model"):
         constraint.target(anchors, mask)
-    with constraint.attach(model):
+    with constraint.attach(model, fuse=fuse):
         with pytest.raises(ProConError, match="attached already"):
             constraint.attach(model)
         with pytest.raises(ProConError, match="without anchors"):
@@ -217,11 +270,12 @@ def test_never_silently_unconstrained(tiny_model):
             constraint.target(anchors[..., :2], mask)
 
 
-def test_frozen_model_is_refused(tiny_model):
+@both_ways
+def test_frozen_model_is_refused(tiny_model, fuse):
     model = tiny_model().train().requires_grad_(False)
     model.lm_head.weight.requires_grad_()
     batch, anchors, mask = random_batch(3)
-    with ProjectionConstraint(random_directions(model)).attach(model) as constraint:
+    with ProjectionConstraint(random_directions(model)).attach(model, fuse=fuse) as constraint:
         constraint.target(anchors, mask)
         model(**batch)
         with pytest.raises(ProConError, match="cannot act"):
@@ -250,13 +304,14 @@ def test_bad_block_selection(blocks):
         select_blocks(RefusalDirections(torch.eye(4), gap, gap, gap, gap), blocks)
 
 
-def test_compiled_model(tiny_model):
+@both_ways
+def test_compiled_model(tiny_model, fuse):
     model = tiny_model()
     directions = random_directions(model)
     batch, anchors, mask = random_batch(3)
     expected = constrained(model, directions, batch, anchors, mask)
     model.zero_grad()
-    with ProjectionConstraint(directions).attach(model) as constraint:
+    with ProjectionConstraint(directions).attach(model, fuse=fuse) as constraint:
         compiled = torch.compile(model, backend="aot_eager")
         constraint.target(anchors, mask)
         loss = compiled(**batch).loss
@@ -264,3 +319,18 @@ def test_compiled_model(tiny_model):
         (loss + 3 * penalty).backward()
     torch._dynamo.reset()
     assert_same(expected, (penalty.detach(), gradients(model)))
+
+
+@both_ways
+def test_autocast(tiny_model, fuse):
+    """The op computes in float32 under autocast too: what the blocks read is all that differs."""
+    model = tiny_model()
+    directions = random_directions(model)
+    batch, anchors, mask = random_batch(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            states = model(**batch, output_hidden_states=True).hidden_states
+        error = torch.stack([h.float() @ r for h, r in zip(states, directions.directions, strict=False)], -1) - anchors
+        penalty, _ = constrained(model, directions, batch, anchors, mask, fuse=fuse)
+    expected = (error.square().mean(-1) * mask).sum() / mask.sum()
+    torch.testing.assert_close(penalty, expected, rtol=1e-5, atol=0)

@@ -37,6 +37,10 @@ class ProConConfig(TrainingArguments):
         default="raw",
         metadata={"help": "raw (paper), or gap: each block in units of its malicious-benign distance."},
     )
+    procon_fuse: str = field(
+        default="auto",
+        metadata={"help": "auto: inside the blocks' own RMSNorm where possible; never: ahead of the block."},
+    )
     procon_backend: str = field(default="auto", metadata={"help": "auto, triton or eager."})
     procon_anchors_dir: str | None = field(
         default=None, metadata={"help": "Where initial projections are kept; OUTPUT_DIR/anchors if not given."}
@@ -46,6 +50,8 @@ class ProConConfig(TrainingArguments):
         super().__post_init__()
         if self.procon_scope not in TOKEN_SCOPES:
             raise ProConError(f"procon_scope is {self.procon_scope!r}: choose one of {', '.join(TOKEN_SCOPES)}")
+        if self.procon_fuse not in ("auto", "never"):
+            raise ProConError(f"procon_fuse is {self.procon_fuse!r}: choose auto or never")
         self.schedule()
         self.blocks()
 

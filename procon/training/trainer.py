@@ -97,7 +97,7 @@ class ProConTrainer(Trainer):
         if self.constraint is None:
             return super().train(checkpoint, *args, **kwargs)
         self._anchors = self._reopen_anchors(Path(checkpoint)) if checkpoint else self._record_anchors()
-        with self.constraint.attach(self.model):
+        with self.constraint.attach(self.model, fuse=self.args.procon_fuse):
             return super().train(checkpoint, *args, **kwargs)
 
     def set_initial_training_values(self, args, dataloader):
