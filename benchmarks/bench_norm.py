@@ -15,7 +15,16 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from benchmarks.agreement import check_agreement
 from benchmarks.machine import COMPILED, DEVICE, SMOKE, why_no_liger
-from benchmarks.passes import PASSES, Function, Shape, make_buffers, run_backward, run_forward, time_passes
+from benchmarks.passes import (
+    PASSES,
+    Function,
+    Shape,
+    make_buffers,
+    repeatable_backward,
+    run_backward,
+    run_forward,
+    time_passes,
+)
 from benchmarks.throughput import throughput
 from procon.functional import constrain, rms_norm, rms_norm_constrain
 
@@ -69,9 +78,13 @@ def _functions(shape: Shape) -> tuple[dict[str, Function], Tensor]:
         hidden, penalty = constrain(hidden, direction, anchor, token_weight)
         return norm(hidden), penalty
 
+    def compiled() -> Function:
+        forward = torch.compile(norm.forward)
+        return lambda hidden: (forward(hidden),)
+
     make: dict[str, Callable[[], Function]] = {
         "transformers": lambda: lambda hidden: (norm(hidden),),
-        "compiled": lambda: _compiled(norm),
+        "compiled": compiled,
         "liger": lambda: _liger(weight),
         "torch": lambda: lambda hidden: (torch.nn.functional.rms_norm(hidden, (shape.size,), weight, EPS),),
         "ours": lambda: lambda hidden: (rms_norm(hidden, weight, EPS),),
@@ -83,15 +96,10 @@ def _functions(shape: Shape) -> tuple[dict[str, Function], Tensor]:
     return {name: build() for name, build in make.items() if name not in LEFT_OUT}, weight
 
 
-def _compiled(norm: LlamaRMSNorm) -> Function:
-    # The backward alone runs several times over one graph.
-    with torch._functorch.config.patch(donated_buffer=False):
-        compiled = torch.compile(norm.forward)
-    return lambda hidden: (compiled(hidden),)
-
-
 @cache
+@repeatable_backward
 def _measure(shape: Shape):
+    torch._dynamo.reset()
     functions, weight = _functions(shape)
     buffers = make_buffers(shape)
     results = {}

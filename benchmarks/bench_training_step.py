@@ -109,7 +109,7 @@ class _Training:
         self._model = make_model(case.shape, case.dtype, case.training)
         self._trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         self._optimizer = make_optimizer(self._trained)
-        self._batch = make_batch(case.shape, case.rows, case.length, packed=DEVICE == "cuda")
+        self._batch = make_batch(case.shape, case.rows, case.length, packed=SMOKE or DEVICE == "cuda")
         self._inputs = {name: value for name, value in self._batch.items() if name != "labels"}
         self._mask = (self._batch["labels"] != -100).float()
         self._directions = make_directions(case.shape)
@@ -137,6 +137,8 @@ class _Training:
     ) -> Callable[[], Loss]:
         model = _sharing_tensors(self._model)
         constraint = self._constraints[name] = ProjectionConstraint(self._directions).attach(model, fuse=fuse)
+        if len(constraint.fused) != (len(constraint.blocks) if fuse == "auto" else 0):
+            raise AssertionError(f"{name} is not what it says: only blocks {constraint.fused} are fused")
         model = wrap(model)
 
         def loss() -> Loss:
@@ -152,11 +154,15 @@ class _Training:
                 with self._model.disable_adapter():
                     return _block_inputs(self._model, self._inputs)
         else:
-            # It goes to the GPU when it is first used, so that the other contenders' memory is measured without it.
             start = copy.deepcopy(self._model).cpu()
 
+            @cache
+            def start_in_place() -> nn.Module:
+                # When it is first used, so that the memory of the other contenders is measured without it.
+                return start.to(DEVICE)
+
             def initial_inputs() -> tuple[Tensor, ...]:
-                return _block_inputs(start.to(DEVICE), self._inputs)
+                return _block_inputs(start_in_place(), self._inputs)
 
         def loss() -> Loss:
             output = self._model(**self._batch, output_hidden_states=True)
@@ -203,6 +209,13 @@ class _Result(NamedTuple):
     too_large: set[str]
 
 
+def _free_memory() -> None:
+    """Of models that hooks, cycles and compiled code may still hold."""
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def _peak_memory(step: Callable[[], None]) -> int:
     """Bytes of GPU memory that the second step takes at most; the first makes the optimiser's state."""
     step()
@@ -214,6 +227,7 @@ def _peak_memory(step: Callable[[], None]) -> int:
 
 @cache
 def _measure(case: Case) -> _Result:
+    _free_memory()
     training = _Training(case)
     peak_memory, too_large = {}, set()
     if DEVICE == "cuda":
@@ -223,8 +237,7 @@ def _measure(case: Case) -> _Result:
             except torch.cuda.OutOfMemoryError:
                 too_large.add(name)
                 training.drop(name)
-                gc.collect()
-                torch.cuda.empty_cache()
+                _free_memory()
     if BASELINE in too_large:
         return _Result(Samples({}), {}, set(CONTENDERS))
     training.check(1e-3 if case.dtype == torch.float32 else 5e-2)

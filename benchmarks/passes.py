@@ -14,6 +14,9 @@ from benchmarks.timers import gpu_time, wall_time
 
 PASSES = ("forward", "backward", "both")
 
+#: Compiled code may not reuse the memory of saved tensors: the backward alone runs again and again over one graph.
+repeatable_backward = torch._functorch.config.patch(donated_buffer=False)
+
 Function = Callable[[Tensor], tuple[Tensor, ...]]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.machine import DEVICE, installed
 from procon.directions import RefusalDirections
@@ -38,14 +38,9 @@ def make_model(shape: str, dtype: torch.dtype, training: str) -> nn.Module:
     """A model in training mode; ``training`` is "full", or "lora": rank 8 on the four attention projections."""
     torch.manual_seed(0)
     attention = "flash_attention_2" if DEVICE == "cuda" and installed("flash-attn") else "sdpa"
-    config = LlamaConfig(**SHAPES[shape], attn_implementation=attention, use_cache=False)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(DEVICE):
-            model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(default)
+    config = LlamaConfig(**SHAPES[shape], use_cache=False)
+    with torch.device(DEVICE):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     if training == "lora":
         lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
         # In the dtype of the model: the plain step is then at its fastest.
