@@ -1,0 +1,135 @@
+"""The harness finds a ratio that is known, every suite runs in a small size, and its results can be drawn."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+#: What each suite promises besides contender, baseline and ratios.
+FIELDS = {
+    "bench_op": {"bytes", "bytes_formula", "flops", "gigabytes_per_second", "percent_of_copy"},
+    "bench_norm": {"bytes", "bytes_formula", "flops", "gigabytes_per_second", "percent_of_copy"},
+    "bench_training_step": {"tokens_per_second"},
+    "bench_host_overhead": set(),
+    "bench_anchors": set(),
+}
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def host_clock(call, calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls
+
+
+def test_known_ratio():
+    contenders = {"short": partial(time.sleep, 0.002), "long": partial(time.sleep, 0.003)}
+    samples = load("interleaved").interleave(contenders, host_clock, rounds=15)
+    ratio = samples.ratio("long", "short")
+    # A sleep takes at least its time, and on a busy machine up to a few tenths of a millisecond more.
+    assert 1.2 < ratio.median < 1.6
+    assert ratio.low <= ratio.median <= ratio.high
+    assert samples.ratio("short", "short") == (1, 1, 1)
+
+
+def test_every_contender_once_a_round_in_rotating_order():
+    order = []
+    contenders = {name: partial(order.append, name) for name in "abc"}
+    samples = load("interleaved").interleave(contenders, host_clock, rounds=3, warmup=1)
+    assert "".join(order[-9:]) == "abcbcacab"
+    assert {name: len(seconds) for name, seconds in samples.seconds.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_interval_covers_the_truth():
+    """Pairs whose ratio is 1.02 but for noise: of 200 intervals for 95%, some 190 hold it."""
+    import numpy as np
+
+    interleaved = load("interleaved")
+    random = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        base = random.uniform(1, 2, 16)
+        samples = interleaved.Samples({"base": list(base), "other": list(base * 1.02 * random.normal(1, 0.01, 16))})
+        ratio = samples.ratio("other", "base")
+        covered += ratio.low <= 1.02 <= ratio.high
+    assert covered >= 180
+
+
+def test_disagreement_is_named():
+    import torch
+
+    check = load("agreement").check_agreement
+    check({"one": [torch.ones(3)], "two": [torch.full((3,), 1.0001)]}, 1e-3)
+    with pytest.raises(AssertionError, match="result 0 of two"):
+        check({"one": [torch.ones(3)], "two": [torch.full((3,), 1.1)]}, 1e-3)
+    with pytest.raises(AssertionError, match="nan away"):
+        check({"one": [torch.ones(3)], "two": [torch.full((3,), torch.nan)]}, 1e-3)
+
+
+@pytest.mark.slow
+def test_every_suite_and_its_pictures(tmp_path):
+    suites = {file.stem for file in (ROOT / "benchmarks").glob("bench_*.py")}
+    assert suites == set(FIELDS)
+    results = tmp_path / "results.json"
+    # Not from the folder itself, where kernels/ would pass for Hugging Face's package of that name.
+    command = [sys.executable, "-P", "-m", "pytest", "benchmarks", "--benchmark-only", "--benchmark-json", str(results)]
+    environment = os.environ | {"PROCON_BENCHMARK_SIZE": "smoke"}
+    environment.pop("TRITON_INTERPRET", None)
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert "times plain, 95% [" in run.stdout
+
+    content = json.loads(results.read_text())
+    assert {"device", "copy_bandwidth", "versions", "command"} <= set(content["machine_info"]["procon"])
+    seen = set()
+    for benchmark in content["benchmarks"]:
+        suite = Path(benchmark["fullname"].partition("::")[0]).stem
+        seen.add(suite)
+        info = benchmark["extra_info"]
+        assert {"contender", "baseline", "ratios"} | FIELDS[suite] <= set(info)
+        for ratio in info["ratios"].values():
+            assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
+        assert benchmark["stats"]["rounds"] == len(benchmark["stats"]["data"]) >= 3
+    assert seen == suites
+
+    command = [sys.executable, "-m", "benchmarks.draw", str(results), "--out", str(tmp_path)]
+    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    groups = {benchmark["group"] for benchmark in content["benchmarks"]}
+    assert len(list(tmp_path.glob("*.png"))) == len(groups)
+    assert all(f"| {group} | median |" in table for group in groups)
+    assert content["machine_info"]["procon"]["device"] in table
+
+
+def test_gpu_script():
+    script = ROOT / "benchmarks" / "gpu.sh"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    text = script.read_text()
+    files = set(re.findall(r"bench_\w+\.py", text))
+    assert files == {f"{suite}.py" for suite in FIELDS}
+    assert all((ROOT / "benchmarks" / f"{module}.py").is_file() for module in re.findall(r"-m benchmarks\.(\w+)", text))
+    assert any("mark.gpu" in file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+
+
+def test_tuning_without_a_gpu():
+    command = [sys.executable, "-m", "benchmarks.tune"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr.strip() == "tuning needs a CUDA or ROCm GPU, and PyTorch finds none here"
