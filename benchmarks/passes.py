@@ -6,6 +6,7 @@ from itertools import cycle
 from typing import NamedTuple
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 from benchmarks.interleaved import Samples, interleave
