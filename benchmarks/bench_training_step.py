@@ -56,7 +56,7 @@ def _cases() -> list[Case]:
         return [Case("smoke", training, fp32, 2, 12) for training in ("lora", "full")]
     if DEVICE == "cuda":
         shapes = ("SmolLM2-135M", "Llama-3.2-1B", "Llama-2-7B", "Llama-3-8B")
-        return [Case(shape, training, bf16, 8, 512) for shape in shapes for training in ("lora", "full")]
+        return [Case(shape, training, bf16, 8, 512) for training in ("lora", "full") for shape in shapes]
     return [Case("SmolLM2-135M", training, dtype, 8, 96) for training in ("lora", "full") for dtype in (fp32, bf16)]
 
 

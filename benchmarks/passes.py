@@ -40,7 +40,7 @@ class Shape(NamedTuple):
 
 class Buffer(NamedTuple):
     hidden: Tensor
-    arriving: Tensor
+    arriving: tuple[Tensor, Tensor]  # for the hidden states, and for the penalty of those who give one
 
 
 def make_buffers(shape: Shape) -> list[Buffer]:
@@ -51,7 +51,8 @@ def make_buffers(shape: Shape) -> list[Buffer]:
     def random() -> Tensor:
         return torch.randn(shape.rows, shape.size, generator=generator, device=DEVICE).to(shape.dtype)
 
-    return [Buffer(random().requires_grad_(), random()) for _ in range(count)]
+    one = torch.ones((), device=DEVICE)
+    return [Buffer(random().requires_grad_(), (random(), one)) for _ in range(count)]
 
 
 def run_forward(function: Function, buffer: Buffer) -> tuple[Tensor, ...]:
@@ -62,9 +63,9 @@ def run_forward(function: Function, buffer: Buffer) -> tuple[Tensor, ...]:
 def run_backward(
     outputs: tuple[Tensor, ...], buffer: Buffer, parameters: Sequence[Tensor], retain_graph: bool = False
 ) -> tuple[Tensor, ...]:
-    """Gradients for the input and the parameters, from the one that arrives for the first output and 1 for others."""
-    arriving = (buffer.arriving, *(torch.ones_like(output) for output in outputs[1:]))
-    return torch.autograd.grad(outputs, (buffer.hidden, *parameters), arriving, retain_graph=retain_graph)
+    """Gradients for the input and the parameters."""
+    leaves, arriving = (buffer.hidden, *parameters), buffer.arriving[: len(outputs)]
+    return torch.autograd.grad(outputs, leaves, arriving, retain_graph=retain_graph)
 
 
 def time_passes(
