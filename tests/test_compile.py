@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from procon.functional import constrain, project, projection_penalty
+from procon.autograd import HAS_INPUT_GRAD_BUFFERS
+from procon.functional import constrain, project, projection_penalty, rms_norm_constrain
 
 
 @pytest.fixture(params=["eager", "triton"])
@@ -25,14 +26,17 @@ def rest(device):
 
 
 def every_usage(hidden, direction, anchor, weight, backend):
-    """All three functions inside a small computation, with both and with either output of constrain."""
+    """Every function inside a small computation, with both and with either output of constrain."""
     hidden = hidden * 1.5
+    norm_weight = torch.linspace(0.5, 1.5, hidden.shape[-1], dtype=hidden.dtype, device=hidden.device)
+    hidden, normed = rms_norm_constrain(hidden, norm_weight, 1e-6, direction, anchor, weight, backend=backend)
     hidden, first = constrain(hidden, direction, anchor, weight, backend=backend)
     passed, _ = constrain(hidden.tanh(), direction, anchor, weight, penalty="absolute", backend=backend)
     _, alone = constrain(hidden, direction[0], None, weight, penalty="huber", backend=backend)
     mean = projection_penalty(passed, direction, anchor, weight > 0.5, reduction="mean", backend=backend)
     tokens = projection_penalty(passed, direction[1], reduction="none", backend=backend)
-    return passed.sum() + first + alone + mean + (tokens * weight).sum() + project(hidden, direction).sin().sum()
+    apart = project(hidden, direction, backend=backend).sin().sum()
+    return passed.sum() + normed + first + alone + mean + (tokens * weight).sum() + apart
 
 
 def loss_and_gradient(function, hidden, *arguments):
@@ -49,7 +53,11 @@ def test_fullgraph(device, rest, backend, compiler, dtype):
     hidden = torch.randn(2, 5, 32, device=device).to(dtype)
     expected = loss_and_gradient(every_usage, hidden, *rest, backend)
     received = loss_and_gradient(compiled, hidden, *rest, backend)
-    torch.testing.assert_close(received, expected, rtol=1e-5, atol=1e-5)
+    # Where eager code adds to the engine's own buffers, bfloat16 contributions are rounded in another order: four of
+    # them meet at the same hidden states.
+    reordered = dtype == torch.bfloat16 and HAS_INPUT_GRAD_BUFFERS
+    atol = 4 * torch.finfo(dtype).eps * expected[1].abs().max().item() if reordered else 1e-5
+    torch.testing.assert_close(received, expected, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.slow
@@ -111,3 +119,12 @@ def test_opcheck(device, backend, dtype, layout):
     torch.library.opcheck(ops.accumulate_gradient.default, (hidden, weight, *tail))
     torch.library.opcheck(ops.accumulate_gradient.default, (None, weight[0], *tail))
     torch.library.opcheck(ops.accumulate_gradient.default, (None, None, *tail))
+    norm_weight = dense(16, device=device, dtype=dtype)
+    for casting, given in (("llama", (direction, anchor, weight.abs())), ("gemma", (None, None, None))):
+        arguments = (hidden, norm_weight, 1e-6, casting, 1.0, *given, "huber", backend)
+        torch.library.opcheck(ops.rms_norm_penalize.default, arguments)
+        normed, inverse_rms, _, coefficient = ops.rms_norm_penalize(*arguments)
+        for upstream, needs_weight in ((weight[0], True), (None, False)):
+            upstream = None if given[0] is None else upstream
+            saved = (hidden, norm_weight, inverse_rms, coefficient, given[0], casting, 1.0, needs_weight, backend)
+            torch.library.opcheck(ops.rms_norm_gradient.default, (layout(*normed.shape).to(normed), upstream, *saved))

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from procon import backends
 from procon.errors import ProConError
-from procon.functional import constrain, project, projection_penalty
+from procon.functional import constrain, project, projection_penalty, rms_norm, rms_norm_constrain
 
 HIDDEN = torch.randn(2, 3, 8)
 ONE = torch.randn(8)
@@ -91,6 +91,27 @@ def needs_grad(tensor: torch.Tensor) -> torch.Tensor:
 
 
 BAD = {
+    "norm_weight of another size": (
+        lambda: rms_norm(HIDDEN, torch.ones(7), 1e-6),
+        "norm_weight has shape [7]: give [8] to match hidden",
+    ),
+    "norm_weight of integers": (
+        lambda: rms_norm(HIDDEN, torch.ones(8).long(), 1e-6),
+        "norm_weight is torch.int64: give float16",
+    ),
+    "norm_weight elsewhere": (
+        lambda: rms_norm(HIDDEN, torch.ones(8, device="meta"), 1e-6),
+        "norm_weight is on meta but hidden is on cpu: move norm_weight there",
+    ),
+    "norm_weight missing": (lambda: rms_norm(HIDDEN, None, 1e-6), "norm_weight is a NoneType: give a torch.Tensor"),
+    "casting misspelt": (
+        lambda: rms_norm_constrain(HIDDEN, torch.ones(8), 1e-6, ONE, casting="lama"),
+        "casting is 'lama': give one of 'llama', 'gemma'",
+    ),
+    "anchor of the norm": (
+        lambda: rms_norm_constrain(HIDDEN, torch.ones(8), 1e-6, ONE, torch.zeros(3, 2)),
+        "anchor has shape [3, 2]: give [2, 3], the shape of the projections",
+    ),
     "hidden not a tensor": (lambda: project([1.0], ONE), "hidden is a list: give a torch.Tensor"),
     "hidden of integers": (lambda: project(HIDDEN.long(), ONE), "hidden is torch.int64: convert it to float16"),
     "hidden complex": (lambda: project(HIDDEN.cfloat(), ONE), "hidden is torch.complex64: convert it to float16"),

@@ -102,6 +102,17 @@ def test_gradient_is_one_rounding_from_exact(backend, device, dtype, size, k, up
     assert ((result.double() - exact.to(dtype).double()).abs() <= spacing(exact, dtype) + carried).all()
 
 
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
+def test_adding_in_place_is_the_same(backend, device, dtype, k):
+    buffer, direction, coefficient, weight = inputs(21, 576, k, dtype, device)
+    coefficient = coefficient * (weight.unsqueeze(1) != 0)
+    upstream = torch.tensor(0.37, device=device)
+    expected = backend.accumulate_gradient(buffer, upstream, coefficient, direction, dtype)
+    backend.add_gradient(buffer, upstream, coefficient, direction)
+    assert torch.equal(buffer, expected)
+
+
 def test_rows_of_weight_zero_may_hold_anything(backend, device):
     hidden, direction, anchor, weight = inputs(12, 576, 2, torch.bfloat16, device)
     clean = backend.penalize(hidden, direction, anchor, weight, "squared")
