@@ -33,9 +33,17 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     item.add_marker(pytest.mark.benchmark(timer=_CLOCK.interleaved_samples))
 
 
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    command = " ".join(["pytest", *map(str, config.invocation_params.args)])
-    machine_info["procon"] = {"command": command, **machine.describe()}
+def pytest_benchmark_update_machine_info(machine_info: dict) -> None:
+    machine_info["procon"] = machine.describe()
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> None:
+    # Apart from the machine, of which --benchmark-compare says when it is another one.
+    output_json["run"] = {
+        "command": " ".join(["pytest", *map(str, config.invocation_params.args)]),
+        "size": machine.SIZE,
+        "copy_bandwidth": machine.copy_bandwidth(),
+    }
 
 
 @pytest.fixture

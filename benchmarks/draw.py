@@ -29,12 +29,12 @@ def read_groups(results: dict) -> dict[str, Group]:
 
 def describe_run(results: dict) -> str:
     """Machine, versions, date, commit and command, in one line."""
-    machine, commit = results["machine_info"]["procon"], results["commit_info"]
+    machine, run, commit = results["machine_info"]["procon"], results["run"], results["commit_info"]
     versions = ", ".join(f"{package} {number}" for package, number in machine["versions"].items())
     state = f"{commit['id'][:10]}{' with changes' if commit.get('dirty') else ''}"
     return (
-        f"{machine['device']}, {machine['threads']} CPU threads, copy {machine['copy_bandwidth'] / 1e9:.0f} GB/s; "
-        f"{versions}; {results['datetime'][:10]}; commit {state}; `{machine['command']}`"
+        f"{machine['device']}, {machine['threads']} CPU threads, copy {run['copy_bandwidth'] / 1e9:.0f} GB/s; "
+        f"{versions}; {results['datetime'][:10]}; commit {state}; `{run['command']}`"
     )
 
 
@@ -133,7 +133,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         results = json.loads(file.read_text())
         print(f"{describe_run(results)}\n")
         for name, group in read_groups(results).items():
-            draw_group(name, group, results["machine_info"]["procon"]["copy_bandwidth"], options.out)
+            draw_group(name, group, results["run"]["copy_bandwidth"], options.out)
             print(f"{markdown_table(name, group)}\n")
 
 

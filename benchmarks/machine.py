@@ -43,16 +43,13 @@ def why_no_liger() -> str | None:
     return None if DEVICE == "cuda" else "liger-kernel needs a GPU"
 
 
-@cache
 def describe() -> dict[str, object]:
-    """Card or processor, versions, and the copy bandwidth in bytes a second."""
+    """Card or processor, and versions."""
     return {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "copy_bandwidth": copy_bandwidth(),
         "last_level_cache": last_level_cache(),
-        "size": SIZE,
         "versions": {"python": platform.python_version()} | {p: v for p in _PACKAGES if (v := installed(p))},
     }
 

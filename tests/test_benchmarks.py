@@ -97,7 +97,8 @@ def test_every_suite_and_its_pictures(tmp_path):
     assert "times plain, 95% [" in run.stdout
 
     content = json.loads(results.read_text())
-    assert {"device", "copy_bandwidth", "versions", "command"} <= set(content["machine_info"]["procon"])
+    assert {"device", "versions"} <= set(content["machine_info"]["procon"])
+    assert {"command", "size", "copy_bandwidth"} == set(content["run"])
     seen = set()
     for benchmark in content["benchmarks"]:
         suite = Path(benchmark["fullname"].partition("::")[0]).stem
