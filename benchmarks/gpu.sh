@@ -44,7 +44,7 @@ suite() {
 
 # Other test files import packages that this script does without.
 mapfile -t marked < <(grep -l 'mark\.gpu' tests/test_*.py)
-part tests 75 "$python" -m pytest -m gpu "${marked[@]}"
+part tests 120 "$python" -m pytest -m gpu "${marked[@]}"
 
 PROCON_BENCHMARK_COMPILE=kernels suite training_step_7b 75 bench_training_step.py -k Llama-2-7B-lora
 suite norm 60 bench_norm.py
@@ -61,7 +61,7 @@ else
 fi
 
 part tune 90 "$python" -m benchmarks.tune --sizes 1024 2048 4096 8192
-suite anchors 40 bench_anchors.py
+suite anchors 60 bench_anchors.py
 PROCON_BENCHMARK_COMPILE=kernels suite training_step 120 bench_training_step.py -k "not Llama-2-7B-lora"
 suite training_step_compiled 120 bench_training_step.py -k Llama-3.2-1B-lora
 
