@@ -10,22 +10,22 @@ def penalize_projection(
     """Penalty of each token ``[N]`` and coefficient ``c [N, K]`` for ``projection [N, K]``, in its dtype."""
     error = projection if anchor is None else projection - anchor
     if weight is not None:
+        weight = weight.unsqueeze(1)
         # Rows of weight 0 may hold NaN or infinity, which a product with 0 would keep.
-        error = torch.where(weight.unsqueeze(1) != 0, error, 0)
-    value, slope = value_and_slope(error, penalty)
+        error = torch.where(weight != 0, error, 0)
+    value, slope = value_and_slope(error, penalty, weight)
     # One direction is one column, which needs no sum.
-    value = value.squeeze(1) if value.shape[1] == 1 else value.sum(1)
-    if weight is not None:
-        value *= weight
-        slope *= weight.unsqueeze(1)
-    return value, slope
+    return value.squeeze(1) if value.shape[1] == 1 else value.sum(1), slope
 
 
-def value_and_slope(error: Tensor, penalty: str) -> tuple[Tensor, Tensor]:
-    """``phi(e)`` and ``phi'(e)``, both of the shape of ``error``."""
+def value_and_slope(error: Tensor, penalty: str, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``w phi(e)`` and ``w phi'(e)``, both of the shape of ``error``."""
     if penalty == "squared":
-        return error * error, 2 * error
+        weighted = error if weight is None else error * weight
+        return error * weighted, 2 * weighted
     if penalty == "absolute":
-        return error.abs(), error.sign()
-    slope = error.clamp(-1, 1)
-    return slope * (error - 0.5 * slope), slope
+        value, slope = error.abs(), error.sign()
+    else:
+        slope = error.clamp(-1, 1)
+        value = slope * (error - 0.5 * slope)
+    return (value, slope) if weight is None else (value * weight, slope * weight)

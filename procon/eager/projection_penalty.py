@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .penalty import penalize_projection
-from .tiles import converted, tile_height, tiles
+from .tiles import converted, tile_height, tiled
 
 
 def project(hidden: Tensor, direction: Tensor) -> Tensor:
@@ -19,8 +19,8 @@ def project(hidden: Tensor, direction: Tensor) -> Tensor:
     projection = direction.new_empty((rows, len(direction)))
     height = tile_height(direction, columns)
     buffer = direction.new_empty((min(height, rows), columns)) if hidden.dtype != direction.dtype else None
-    for part in tiles(rows, height):
-        project_tile(converted(hidden[part], buffer), direction, projection[part])
+    for tile, z in tiled(height, hidden, projection):
+        project_tile(converted(tile, buffer), direction, z)
     return projection
 
 
@@ -51,20 +51,17 @@ def accumulate_gradient(
     that of the penalty; None stands for 0 and for 1. Neither is written to.
     """
     rows, columns = len(coefficient), direction.shape[1]
-    if upstream is not None:
-        coefficient = coefficient * upstream.reshape(-1, 1)
+    coefficient = scaled(coefficient, upstream)
     gradient = direction.new_empty((rows, columns), dtype=dtype)
     height = tile_height(direction, columns)
     buffer = direction.new_empty((min(height, rows), columns)) if dtype != direction.dtype else None
-    for part in tiles(rows, height):
-        target = gradient[part]
+    for arrived, c, target in tiled(height, incoming, coefficient, gradient):
         tile = target if buffer is None else buffer[: len(target)]
-        left = coefficient[part]
-        if incoming is None:
-            torch.mul(left[:, :1], direction[0], out=tile)
+        if arrived is None:
+            torch.mul(c[:, :1], direction[0], out=tile)
         else:
-            torch.addr(converted(incoming[part], buffer), left[:, 0], direction[0], out=tile)
-        add_outer_products(tile, left[:, 1:], direction[1:])
+            torch.addr(converted(arrived, buffer), c[:, 0], direction[0], out=tile)
+        add_outer_products(tile, c, direction, first=1)
         if buffer is not None:
             target.copy_(tile)
     return gradient
@@ -72,18 +69,24 @@ def accumulate_gradient(
 
 def add_gradient(buffer: Tensor, upstream: Tensor, coefficient: Tensor, direction: Tensor) -> None:
     """Add ``upstream * coefficient @ direction`` to ``buffer [N, D]`` in place; ``upstream`` as above."""
-    coefficient = coefficient * upstream.reshape(-1, 1)
-    height = tile_height(direction, buffer.shape[1])
-    scratch = direction.new_empty((min(height, len(buffer)), buffer.shape[1]))
-    for part in tiles(len(buffer), height):
-        target = buffer[part]
-        tile = target if buffer.dtype == direction.dtype else converted(target, scratch)
-        add_outer_products(tile, coefficient[part], direction)
-        if tile is not target:
+    rows, columns = buffer.shape
+    height = tile_height(direction, columns)
+    scratch = direction.new_empty((min(height, rows), columns)) if buffer.dtype != direction.dtype else None
+    for target, c in tiled(height, buffer, scaled(coefficient, upstream)):
+        tile = converted(target, scratch)
+        add_outer_products(tile, c, direction)
+        if scratch is not None:
             target.copy_(tile)
 
 
-def add_outer_products(tile: Tensor, coefficient: Tensor, direction: Tensor) -> None:
-    """Add ``coefficient [T, K] @ direction [K, D]`` to ``tile [T, D]`` in place."""
-    for k in range(len(direction)):
+def scaled(coefficient: Tensor, upstream: Tensor | None) -> Tensor:
+    """``coefficient [N, K]`` times one number, or one a token; None stands for 1."""
+    if upstream is None:
+        return coefficient
+    return coefficient * (upstream if upstream.dim() == 0 else upstream.unsqueeze(1))
+
+
+def add_outer_products(tile: Tensor, coefficient: Tensor, direction: Tensor, first: int = 0) -> None:
+    """Add ``coefficient [T, K] @ direction [K, D]``, from direction ``first`` on, to ``tile [T, D]`` in place."""
+    for k in range(first, len(direction)):
         torch.addr(tile, coefficient[:, k], direction[k], out=tile)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .penalty import penalize_projection
-from .projection_penalty import add_outer_products, project_tile
-from .tiles import converted, tile_height, tiles
+from .projection_penalty import add_outer_products, project_tile, scaled
+from .tiles import converted, tile_height, tiled
 
 
 def rms_norm_penalize(
@@ -43,18 +43,21 @@ def rms_norm_penalize(
     v = _scale(norm_weight, offset, norm_weight.dtype if casting == "llama" else computed)
 
     height = tile_height(inverse_rms, columns)
-    buffer = inverse_rms.new_empty((min(height, rows), columns)) if hidden.dtype != computed else None
-    rounded = hidden.new_empty((min(height, rows), columns)) if casting == "llama" and buffer is not None else None
-    scratch = inverse_rms.new_empty((min(height, rows), columns))
-    for part in tiles(rows, height):
-        h, s, y = converted(hidden[part], buffer), inverse_rms[part], normed[part]
+    shape = (min(height, rows), columns)
+    buffer = inverse_rms.new_empty(shape) if hidden.dtype != computed else None
+    scratch = inverse_rms.new_empty(shape) if normed_dtype != computed or buffer is not None else None
+    rounded = hidden.new_empty(shape) if casting == "llama" and buffer is not None else None
+    for tile, s, y, z in tiled(height, hidden, inverse_rms, normed, projection):
+        h = converted(tile, buffer)
         torch.linalg.vector_norm(h, dim=1, out=s)
         s.square_().div_(columns).add_(eps).rsqrt_()
         if direction is not None:
-            project_tile(h, direction, projection[part])
-        n = torch.mul(h, s.unsqueeze(1), out=scratch[: len(h)])
+            project_tile(h, direction, z)
+        n = torch.mul(h, s.unsqueeze(1), out=y if scratch is None else scratch[: len(h)])
         if casting == "llama":
             torch.mul(converted(n, rounded), v, out=y)
+        elif scratch is None:
+            y.mul_(v)
         else:
             y.copy_(n.mul_(v))
     if direction is None:
@@ -85,7 +88,7 @@ def rms_norm_gradient(
     gradient = hidden.new_empty((rows, columns))
     total = inverse_rms.new_zeros(columns) if needs_weight else None
     if upstream is not None:
-        coefficient = coefficient * upstream
+        coefficient = scaled(coefficient, upstream)
 
     height = tile_height(inverse_rms, columns)
     shape = (min(height, rows), columns)
@@ -93,9 +96,8 @@ def rms_norm_gradient(
     g_buffer = inverse_rms.new_empty(shape) if incoming.dtype != computed else None
     rounded = hidden.new_empty(shape) if needs_weight and casting == "llama" and h_buffer is not None else None
     n_buffer, product = inverse_rms.new_empty(shape), inverse_rms.new_empty(shape)
-    for part in tiles(rows, height):
-        h, g = converted(hidden[part], h_buffer), converted(incoming[part], g_buffer)
-        s = inverse_rms[part].unsqueeze(1)
+    for h_tile, g_tile, s, c, target in tiled(height, hidden, incoming, inverse_rms, coefficient, gradient):
+        h, g, s = converted(h_tile, h_buffer), converted(g_tile, g_buffer), s.unsqueeze(1)
         n, work = torch.mul(h, s, out=n_buffer[: len(h)]), product[: len(h)]
         torch.mul(g, n, out=work)
         mean = torch.mv(work, v, out=inverse_rms.new_empty(len(h))).div_(columns).unsqueeze(1)
@@ -103,12 +105,11 @@ def rms_norm_gradient(
             if rounded is not None:
                 torch.mul(g, converted(n, rounded), out=work)
             total += work.sum(0)
-        target = gradient[part]
         dh = target if h_buffer is None else work
         torch.mul(g, v, out=dh)
         dh.sub_(n.mul_(mean)).mul_(s)
         if upstream is not None:
-            add_outer_products(dh, coefficient[part], direction)
+            add_outer_products(dh, c, direction)
         if h_buffer is not None:
             target.copy_(dh)
     return gradient, norm_weight.new_empty(0) if total is None else total.to(norm_weight.dtype)
