@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,25 +15,44 @@ UNITS = {
     "pass-through forward": (1, 0),
     "pass-through backward": (1, 1),
     "pass-through backward, no gradient arrives": (0, 1),
+    "pass-through backward, in place": (1, 1),
+    "norm forward": (1, 1),
+    "norm backward": (2, 1),
+    "norm backward, weight frozen": (2, 1),
+    "fused forward": (1, 1),
+    "fused backward": (2, 1),
+    "fused backward, weight frozen": (2, 1),
 }
+SIZES, LONG = (576, 1024, 3584, 4096), 16384
+DTYPES = ("bfloat16", "float32")
 
 
-@pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+# One test, so that no two workers count the same.
+@pytest.mark.slow
+def test_traffic(tmp_path):
     pytest.importorskip("triton")
-    file = tmp_path_factory.mktemp("traffic") / "records.json"
+    file = tmp_path / "records.json"
     command = [sys.executable, "-m", "benchmarks.audit", "traffic", "--json", str(file)]
     counted = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert counted.returncode == 0, counted.stderr
-    return json.loads(file.read_text())
+    records = {
+        tuple(record[key] for key in ("call", "size", "directions", "dtype")): record
+        for record in json.loads(file.read_text())
+    }
+    expected = {(call, d, k, dtype) for call in UNITS for d in SIZES for k in (1, 4) for dtype in DTYPES}
+    assert records.keys() == expected | {(call, LONG, 1, dtype) for call in UNITS for dtype in DTYPES}
 
+    for (call, size, directions, dtype), record in records.items():
+        if size != LONG:
+            assert (record["units_loaded"], record["units_stored"]) == UNITS[call], record
+        if call.startswith("fused"):
+            # The constraint adds nothing to the norm here, at any length of row.
+            plain = records[call.replace("fused", "norm"), size, directions, dtype]
+            for key in ("units_loaded", "units_stored", "other_bytes"):
+                assert record[key] == plain[key], (record, plain)
 
-def test_every_kernel_is_counted(records):
-    cases = {(r["call"], r["size"], r["directions"], r["dtype"]) for r in records}
-    sizes, dtypes = (576, 1024, 3584, 4096), ("bfloat16", "float32")
-    assert cases == {(call, d, k, dtype) for call in UNITS for d in sizes for k in (1, 4) for dtype in dtypes}
+    def token_bytes(kind: str, backward: str, size: int, dtype: str) -> float:
+        return sum(records[f"{kind} {way}", size, 1, dtype]["token_bytes_a_row"] for way in ("forward", backward))
 
-
-def test_hidden_states_move_once(records):
-    for record in records:
-        assert (record["units_loaded"], record["units_stored"]) == UNITS[record["call"]], record
+    for case in product(("backward", "backward, weight frozen"), SIZES, DTYPES):
+        assert 0 < token_bytes("fused", *case) - token_bytes("norm", *case) <= 24, case

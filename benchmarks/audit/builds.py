@@ -3,9 +3,6 @@
 Each launch of the library is taken as it stands, tile and warps included, and compiled for the target in the launch's
 place, with what Triton would know about the arguments: which pointers and integers are divisible by 16, which integers
 are 1.
-
-Widths are those of the instructions that touch ``[N, D]`` tensors: in PTX for NVIDIA, in the LLVM IR handed to the
-backend for AMD; both are followed back from the address to the argument.
 """
 
 import re
@@ -13,7 +10,7 @@ import subprocess
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,36 +21,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from triton import JITFunction, knobs
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, compile
 
 from benchmarks.audit.calls import calls
+from benchmarks.audit.processors import PROCESSORS, Processor, occupancy
+from benchmarks.audit.widths import widths
+from procon.kernels import launch as table
 
 ROWS = 37
-
-
-class Processor(NamedTuple):
-    """What limits how many warps reside on a multiprocessor (compute unit)."""
-
-    target: GPUTarget
-    parts: int  # each with its own registers and warps
-    registers: int  # of one part, a lane
-    warps: int  # of one part
-    shared_bytes: int
-    reserved_bytes: int  # shared memory that a block takes besides its own
-    blocks: int
-
-
-# NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": 65536 registers and 2048
-# threads a multiprocessor in four parts; 1 KiB of shared memory a block is reserved ("Compute Capability 8.x" and on).
-# AMD: LLVM's "User Guide for AMDGPU Backend" and the CDNA3 instruction set reference: 512 vector registers a lane and 8
-# waves for each of four SIMDs, 64 KiB of LDS. Both allocate registers in units of 8 a lane.
-PROCESSORS = {
-    "sm_80": Processor(GPUTarget("cuda", 80, 32), 4, 512, 16, 164 * 1024, 1024, 32),
-    "sm_90": Processor(GPUTarget("cuda", 90, 32), 4, 512, 16, 228 * 1024, 1024, 32),
-    "sm_100": Processor(GPUTarget("cuda", 100, 32), 4, 512, 16, 228 * 1024, 1024, 32),
-    "gfx942": Processor(GPUTarget("hip", "gfx942", 64), 4, 512, 8, 64 * 1024, 0, 32),
-}
 
 
 class Shape(NamedTuple):
@@ -61,15 +36,16 @@ class Shape(NamedTuple):
     directions: int = 1
     dtype: torch.dtype = torch.bfloat16
     penalty: str = "squared"
+    casting: str = "llama"
 
 
 SHAPES = (
     *(Shape(size) for size in (576, 1024, 2048, 3584, 4096, 5120, 8192, 16384)),
-    *(Shape(size, dtype=torch.float32) for size in (576, 4096, 8192)),
-    *(Shape(size, directions=4) for size in (576, 4096)),
-    Shape(576, dtype=torch.float16, penalty="absolute"),
-    Shape(576, penalty="huber"),
+    *(Shape(size, dtype=torch.float32) for size in (8192, 16384)),
+    Shape(576, directions=4),
     Shape(4096, directions=8, dtype=torch.float32),
+    Shape(576, dtype=torch.float16, penalty="absolute"),
+    Shape(3584, penalty="huber", casting="gemma"),
 )
 
 
@@ -91,6 +67,7 @@ class Record:
     directions: int
     dtype: str
     penalty: str
+    casting: str
     tile: dict[str, int]
     warps: int
     registers: int
@@ -118,6 +95,12 @@ def recorded() -> Iterator[list[Launch]]:
 
     with patch.object(JITFunction, "run", run):
         yield launches
+
+
+def _launched_for(target: str) -> AbstractContextManager:
+    """Makes the library choose tiles for ``target``, from the table's entry for where there is no GPU."""
+    warp_size = PROCESSORS[target].target.warp_size
+    return patch.object(table, "INTERPRETER", table.INTERPRETER._replace(architecture=target, warp_size=warp_size))
 
 
 def build(launch: Launch, processor: Processor) -> CompiledKernel:
@@ -150,8 +133,8 @@ def run(targets: list[str]) -> list[dict]:
 
 def _records(target: str, shape: Shape) -> Iterator[Record]:
     processor = PROCESSORS[target]
-    for name, call in calls(ROWS, shape.size, shape.directions, shape.dtype, shape.penalty).items():
-        with recorded() as launches:
+    for name, call in calls(ROWS, *shape).items():
+        with _launched_for(target), recorded() as launches:
             call.run()
         for launch in launches:
             compiled = build(launch, processor)
@@ -164,6 +147,7 @@ def _records(target: str, shape: Shape) -> Iterator[Record]:
                 directions=shape.directions,
                 dtype=str(shape.dtype).removeprefix("torch."),
                 penalty=shape.penalty,
+                casting=shape.casting,
                 tile={key.lower(): launch.arguments[key] for key in ("ROWS", "COLUMNS")},
                 warps=warps,
                 registers=registers,
@@ -172,14 +156,6 @@ def _records(target: str, shape: Shape) -> Iterator[Record]:
                 occupancy=occupancy(processor, registers, warps, compiled.metadata.shared),
                 accesses=_state_accesses(launch, compiled, shape.size),
             )
-
-
-def occupancy(processor: Processor, registers: int, warps: int, shared_bytes: int) -> float:
-    """Share of the warps that a multiprocessor can hold which blocks of ``warps`` warps fill."""
-    allocated = -(-registers // 8) * 8
-    by_registers = min(processor.warps, processor.registers // allocated) * processor.parts // warps
-    by_shared = processor.shared_bytes // max(1, shared_bytes + processor.reserved_bytes)
-    return min(by_registers, by_shared, processor.blocks) * warps / (processor.warps * processor.parts)
 
 
 def _nvidia_registers(compiled: CompiledKernel) -> tuple[int, int]:
@@ -201,59 +177,13 @@ def _amd_registers(compiled: CompiledKernel) -> tuple[int, int]:
 
 
 def _state_accesses(launch: Launch, compiled: CompiledKernel, size: int) -> list[Access]:
-    pointers = [n for n, v in launch.arguments.items() if v is not None and n in compiled.src.signature]
-    pointers = [n for n in pointers if compiled.src.signature[n] != "constexpr"]
-    widths = defaultdict(list)
-    read = _amd_widths if "amdgcn" in compiled.asm else _nvidia_widths
-    for argument, way, width in read(compiled):
-        tensor = launch.arguments[pointers[argument]]
+    names = [name for name, kind in compiled.src.signature.items() if kind != "constexpr"]
+    found = defaultdict(list)
+    for argument, way, width in widths(compiled):
+        tensor = launch.arguments[names[argument]]
         if tensor.shape == (ROWS, size):
-            widths[pointers[argument], way].append(width)
-    return [Access(tensor, way, min(found), len(found)) for (tensor, way), found in widths.items()]
-
-
-def _nvidia_widths(compiled: CompiledKernel) -> Iterator[tuple[int, str, int]]:
-    """(number of the argument, "load" or "store", bytes a thread) of each access, by following addresses back to it."""
-    origin: dict[str, int] = {}
-    for line in compiled.asm["ptx"].splitlines():
-        if found := re.search(r"ld\.param\.[bu]64\s+(%rd\d+), \[\w+_param_(\d+)\]", line):
-            origin[found[1]] = int(found[2])
-        elif found := re.search(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[bufs](\d+)\s", line):
-            address = re.search(r"\[\s*(%rd\d+)", line)[1]
-            yield origin[address], "load" if found[1] == "ld" else "store", int(found[2] or 1) * int(found[3]) // 8
-        elif found := re.match(r"\s*(?:@\S+\s+)?\S+\s+(%rd\d+), (.*);", line):
-            sources = [origin[register] for register in re.findall(r"%rd\d+", found[2]) if register in origin]
-            if sources:
-                (origin[found[1]],) = set(sources)
-
-
-def _amd_widths(compiled: CompiledKernel) -> Iterator[tuple[int, str, int]]:
-    origin: dict[str, int] = {}
-    pointer = re.compile(r"ptr addrspace\([18]\)(?: \w+)* (%\w+)")
-    made = re.compile(r"(%\w+) = (?:getelementptr|(?:tail )?call ptr addrspace\(8\) @llvm\.amdgcn\.make\.buffer)")
-    loaded = re.compile(r"%\w+ = (?:load|(?:tail )?call) (<\d+ x \w+>|\w+)(?:,| @llvm\.amdgcn\.raw\.ptr\.buffer\.load)")
-    stored = re.compile(r"(?:store|call void @llvm\.amdgcn\.raw\.ptr\.buffer\.store\.\w+\() ?(<\d+ x \w+>|\w+) ")
-    for line in compiled.asm["llir"].splitlines():
-        bases = pointer.findall(line)
-        if line.startswith("define"):
-            arguments = re.search(r"\((.*)\)", line)[1]
-            origin = {name: int(name[1:]) for name in re.findall(r"%\d+", arguments)}
-        elif not bases:
-            continue
-        elif found := made.search(line):
-            origin[found[1]] = origin[bases[0]]
-        elif found := loaded.search(line):
-            yield origin[bases[0]], "load", _llvm_bytes(found[1])
-        elif found := stored.search(line):
-            yield origin[bases[0]], "store", _llvm_bytes(found[1])
-        else:
-            raise RuntimeError(f"an access that this audit cannot read: {line.strip()}")
-
-
-def _llvm_bytes(kind: str) -> int:
-    count, element = re.fullmatch(r"(?:<(\d+) x )?(\w+)>?", kind).groups()
-    bits = {"half": 16, "bfloat": 16, "float": 32, "double": 64}.get(element) or int(element.removeprefix("i"))
-    return int(count or 1) * bits // 8
+            found[names[argument], way].append(width)
+    return [Access(name, way, min(bytes), len(bytes)) for (name, way), bytes in found.items()]
 
 
 def show(records: list[dict]) -> None:

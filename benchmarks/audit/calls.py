@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from procon.kernels import projection_penalty
+from procon.kernels import projection_penalty, rms_norm_penalty
 
 
 class Call(NamedTuple):
@@ -15,16 +15,22 @@ class Call(NamedTuple):
     rows: int
 
 
-def calls(rows: int, size: int, directions: int, dtype: torch.dtype, penalty: str = "squared") -> dict[str, Call]:
+def calls(
+    rows: int, size: int, directions: int, dtype: torch.dtype, penalty: str = "squared", casting: str = "llama"
+) -> dict[str, Call]:
     """By name, on random inputs of ``rows`` tokens of width ``size``, every second of which has weight 0."""
     torch.manual_seed(0)
     hidden = torch.randn(rows, size).to(dtype)
     incoming = torch.randn(rows, size).to(dtype)
+    norm_weight = torch.randn(size).to(dtype)
     direction = torch.randn(directions, size)
     anchor = torch.randn(rows, directions)
     weight = torch.arange(rows).remainder(2).float()
     coefficient = weight[:, None] * torch.randn(rows, directions)
     upstream = torch.tensor(0.5)
+    inverse_rms = torch.rand(rows)
+    nothing = torch.empty(0)
+    eps, offset = 1e-6, 1.0 if casting == "gemma" else 0.0
     live = int(weight.sum())
 
     def project():
@@ -36,9 +42,38 @@ def calls(rows: int, size: int, directions: int, dtype: torch.dtype, penalty: st
     def accumulate(arrived):
         return projection_penalty.accumulate_gradient(arrived, upstream, coefficient, direction, dtype)
 
+    def add():
+        return projection_penalty.add_gradient(incoming, upstream, coefficient, direction)
+
+    def norm(*constraint):
+        return rms_norm_penalty.rms_norm_penalize(hidden, norm_weight, eps, casting, offset, *constraint, penalty)
+
+    def norm_gradient(upstream, coefficient, direction, needs_weight):
+        return rms_norm_penalty.rms_norm_gradient(
+            incoming,
+            upstream,
+            hidden,
+            norm_weight,
+            inverse_rms,
+            coefficient,
+            direction,
+            casting,
+            offset,
+            needs_weight,
+        )
+
+    unconstrained = (None, nothing, None)
+    constrained = (upstream, coefficient, direction)
     return {
         "projection": Call(project, rows),
         "pass-through forward": Call(penalize, live),
         "pass-through backward": Call(lambda: accumulate(incoming), rows),
         "pass-through backward, no gradient arrives": Call(lambda: accumulate(None), rows),
+        "pass-through backward, in place": Call(add, live),
+        "norm forward": Call(lambda: norm(None, None, None), rows),
+        "norm backward": Call(lambda: norm_gradient(*unconstrained, True), rows),
+        "norm backward, weight frozen": Call(lambda: norm_gradient(*unconstrained, False), rows),
+        "fused forward": Call(lambda: norm(direction, anchor, weight), rows),
+        "fused backward": Call(lambda: norm_gradient(*constrained, True), rows),
+        "fused backward, weight frozen": Call(lambda: norm_gradient(*constrained, False), rows),
     }

@@ -94,7 +94,8 @@ def _records(dtype: torch.dtype) -> list[Record]:
     peaks = {
         "plain": (_peak(model, lambda: _plain(model, ids)), weights),
         "naive": (_peak(model, lambda: _naive(model, reference, unit, ids)), 2 * weights),
-        "pass-through": (_peak(model, lambda: _constrained(model, unit, ids)), weights),
+        "pass-through": (_peak(model, lambda: _constrained(model, unit, ids, "never")), weights),
+        "fused": (_peak(model, lambda: _constrained(model, unit, ids, "auto")), weights),
     }
     bytes_a_unit = TOKENS * WIDTH * dtype.itemsize
     plain, _ = peaks["plain"]
@@ -136,9 +137,10 @@ def _naive(model: LlamaForCausalLM, reference: LlamaForCausalLM, unit: Tensor, i
     (output.loss + torch.stack(terms).mean()).backward()
 
 
-def _constrained(model: LlamaForCausalLM, unit: Tensor, ids: Tensor) -> None:
+def _constrained(model: LlamaForCausalLM, unit: Tensor, ids: Tensor, fuse: str) -> None:
     ones = torch.ones(BLOCKS)
-    with ProjectionConstraint(RefusalDirections(unit, ones, ones, ones, ones)).attach(model) as constraint:
+    with ProjectionConstraint(RefusalDirections(unit, ones, ones, ones, ones)).attach(model, fuse) as constraint:
+        assert len(constraint.fused) == (BLOCKS if fuse == "auto" else 0)
         constraint.target(torch.randn(*ids.shape, BLOCKS), torch.ones(ids.shape))
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         (loss + constraint.penalty()).backward()

@@ -9,7 +9,7 @@ A lane whose mask is true moves one element of the tensor whose memory its point
 - other results, such as a program's partial sum of the norm's weight gradient, in bytes a launch.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,10 +25,10 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 from benchmarks.audit.calls import calls
 
-SIZES = (576, 1024, 3584, 4096)
-DIRECTIONS = (1, 4)
 DTYPES = (torch.bfloat16, torch.float32)
-ROWS = 19
+#: D, K and dtype. The longest rows are those that the norm's backward does not hold in registers.
+SHAPES = (*product((576, 1024, 3584, 4096), (1, 4), DTYPES), *product((16384,), (1,), DTYPES))
+ROWS = 11
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,7 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 
 
 def run() -> list[dict]:
-    return [
-        asdict(record)
-        for size, directions, dtype in product(SIZES, DIRECTIONS, DTYPES)
-        for record in _records(size, directions, dtype)
-    ]
+    return [asdict(record) for shape in SHAPES for record in _records(*shape)]
 
 
 def _records(size: int, directions: int, dtype: torch.dtype) -> Iterator[Record]:
@@ -146,23 +142,23 @@ def _records(size: int, directions: int, dtype: torch.dtype) -> Iterator[Record]
 
 
 def show(records: list[dict]) -> None:
-    table = Table(title="Traffic of the kernels, the most over all sizes and dtypes")
+    table = Table(title="Traffic of the kernels, the most over the sizes listed and both dtypes")
     table.add_column("call")
+    table.add_column("D")
     for heading in ("K", "[N, D] loaded, U", "stored, U", "token bytes a row", "cached bytes a row", "other bytes"):
         table.add_column(heading, justify="right")
-    for call, directions in dict.fromkeys((record["call"], record["directions"]) for record in records):
-        group = [r for r in records if (r["call"], r["directions"]) == (call, directions)]
-
-        def most(key: str, group: list[dict] = group) -> float:
-            return max(record[key] for record in group)
-
+    groups = defaultdict(list)
+    for record in records:
+        groups[tuple(record[key] for key in ("call", "directions", "units_loaded", "units_stored"))].append(record)
+    for (call, directions, loaded, stored), group in sorted(groups.items()):
         table.add_row(
             call,
+            ", ".join(map(str, dict.fromkeys(record["size"] for record in group))),
             str(directions),
-            f"{most('units_loaded'):.3f}",
-            f"{most('units_stored'):.3f}",
-            f"{most('token_bytes_a_row'):.1f}",
-            f"{most('shared_bytes_a_row'):.0f}",
-            str(most("other_bytes")),
+            f"{loaded:.3f}",
+            f"{stored:.3f}",
+            f"{max(record['token_bytes_a_row'] for record in group):.1f}",
+            f"{max(record['shared_bytes_a_row'] for record in group):.0f}",
+            str(max(record["other_bytes"] for record in group)),
         )
     Console().print(table)
