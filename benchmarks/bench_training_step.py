@@ -242,7 +242,7 @@ def _measure(case: Case) -> _Result:
         return _Result(Samples({}), {}, set(CONTENDERS))
     training.check(1e-3 if case.dtype == torch.float32 else 5e-2)
     steps = {name: partial(training.step, name) for name in CONTENDERS if name in training.losses}
-    samples = interleave(steps, wall_time, rounds=4 if SMOKE else 16)
+    samples = interleave(steps, wall_time, rounds=4 if SMOKE else 15, warmup=1)
     return _Result(samples, peak_memory, too_large)
 
 
