@@ -42,7 +42,15 @@ INTERPRETER = Target("sm_80", 32, 2)
 TABLE: dict[str, dict[str, dict[int, tuple[int, int]]]] = {
     # Whole rows, one read: the projection, and RMSNorm forward.
     "forward": {
-        "cuda": {256: (16, 128), 512: (8, 128), 1024: (4, 128), 4096: (1, 128), 8192: (1, 256), 16384: (1, 512)},
+        "cuda": {
+            256: (16, 256),
+            512: (8, 256),
+            1024: (4, 256),
+            2048: (1, 128),
+            4096: (1, 256),
+            8192: (1, 256),
+            16384: (1, 512),
+        },
         "hip": {256: (16, 256), 512: (8, 256), 1024: (4, 256), 4096: (1, 256), 8192: (1, 512), 16384: (1, 1024)},
     },
     # Whole rows of two tensors, and a sum over the rows: RMSNorm backward.

@@ -7,7 +7,7 @@ For ``h [N, D]``, directions ``r [K, D]``, anchors ``a [N, K]`` and weights ``w 
 
 Bytes moved, with U = N * D * itemsize: forward U (rows of weight 0 are not read), backward 2U, or U when no gradient
 arrives for h; added in place, 2U of the rows whose coefficients are not 0. Beside that 4N(3K + 2) bytes of anchors,
-weights, penalties and coefficients; r stays in cache.
+weights, penalties and coefficients, of which the backward reads a coefficient once for each patch; r stays in cache.
 
 Accumulation is in the dtype of r: float32, or float64 for float64 hidden states.
 """
