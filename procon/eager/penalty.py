@@ -1,6 +1,5 @@
 """The penalty and its coefficient from projections."""
 
-import torch
 from torch import Tensor
 
 
@@ -8,11 +7,12 @@ def penalize_projection(
     projection: Tensor, anchor: Tensor | None, weight: Tensor | None, penalty: str
 ) -> tuple[Tensor, Tensor]:
     """Penalty of each token ``[N]`` and coefficient ``c [N, K]`` for ``projection [N, K]``, in its dtype."""
-    error = projection if anchor is None else projection - anchor
+    # Operations with Python numbers take twice as long on few tokens as those without.
+    error = projection.clone() if anchor is None else projection - anchor
     if weight is not None:
         weight = weight.unsqueeze(1)
         # Rows of weight 0 may hold NaN or infinity, which a product with 0 would keep.
-        error = torch.where(weight != 0, error, 0)
+        error.masked_fill_(weight.logical_not(), 0.0)
     value, slope = value_and_slope(error, penalty, weight)
     # One direction is one column, which needs no sum.
     return value.squeeze(1) if value.shape[1] == 1 else value.sum(1), slope
@@ -22,7 +22,7 @@ def value_and_slope(error: Tensor, penalty: str, weight: Tensor | None) -> tuple
     """``w phi(e)`` and ``w phi'(e)``, both of the shape of ``error``."""
     if penalty == "squared":
         weighted = error if weight is None else error * weight
-        return error * weighted, 2 * weighted
+        return error * weighted, weighted + weighted
     if penalty == "absolute":
         value, slope = error.abs(), error.sign()
     else:
