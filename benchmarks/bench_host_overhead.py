@@ -70,7 +70,7 @@ class _BareNormConstrain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_normed: Tensor, grad_penalty: Tensor):
-        arguments = (grad_normed, grad_penalty, *ctx.saved_tensors, "llama", 0.0, True)
+        arguments = (grad_normed, grad_penalty, *ctx.saved_tensors, 0.0, True)
         return *rms_norm_penalty.rms_norm_gradient(*arguments), None, None, None
 
 

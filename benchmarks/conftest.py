@@ -22,11 +22,13 @@ class _Clock:
 
 
 _CLOCK = _Clock()
+_KEEPS_MEMORY = pytest.StashKey[bool]()
 _RATIOS = pytest.StashKey[list[tuple[str, str, str]]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_RATIOS] = []
+    config.stash[_KEEPS_MEMORY] = machine.keep_freed_memory()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -42,6 +44,7 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> No
     output_json["run"] = {
         "command": " ".join(["pytest", *map(str, config.invocation_params.args)]),
         "size": machine.SIZE,
+        "freed_memory_kept": config.stash[_KEEPS_MEMORY],
         "copy_bandwidth": machine.copy_bandwidth(),
     }
 

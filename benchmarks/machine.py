@@ -1,5 +1,6 @@
 """What the benchmarks run on, and how large they are."""
 
+import ctypes
 import os
 import platform
 from functools import cache
@@ -26,6 +27,17 @@ if COMPILED not in ("none", "kernels", "models"):
 
 _LEVEL_3 = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 _PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "flash-attn", "pytest-benchmark")
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep the memory that is freed, where it is the C library; True if it does.
+
+    By default it hands large blocks back to the system and takes them again page by page. On a CPU that costs a step of
+    training a tenth of its time, wanders, and is none of what is measured here.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    most_mapped, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD in malloc.h
+    return bool(mallopt and mallopt(most_mapped, 0) and mallopt(trim_threshold, -1))
 
 
 def installed(package: str) -> str | None:

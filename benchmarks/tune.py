@@ -60,7 +60,7 @@ def _calls(size: int) -> dict[str, Callable[[], object]]:
 
     def norm_backward() -> None:
         hidden = next(rotation)
-        rms_norm_gradient(arriving, one, hidden, norm_weight, inverse_rms, coefficient, direction, *norm, True)
+        rms_norm_gradient(arriving, one, hidden, norm_weight, inverse_rms, coefficient, direction, 0.0, True)
 
     return {"forward": forward, "norm_backward": norm_backward}
 

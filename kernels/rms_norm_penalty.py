@@ -7,7 +7,8 @@ token weights ``w [N]``::
               z_tk = <h_t, r_k>   e = z - a   penalty_t = w_t sum_k phi(e_tk)   c_tk = w_t phi'(e_tk)
     backward  m = g_y v    dh_t = s_t (m_t - n_t mean_d(m_t n_t)) + g sum_k c_tk r_k    dv = sum_t g_y[t] n_t
 
-Casting ``"llama"`` rounds n to the dtype of h before it meets the weight; ``"gemma"`` rounds the product.
+Casting ``"llama"`` rounds n to the dtype of h before it meets the weight; ``"gemma"`` rounds the product. The gradients
+are those of the norm without the rounding.
 
 Bytes moved, with U = N * D * itemsize: forward 2U + 4N, backward 3U + 4N, as without the constraint, which adds
 4N(2K + 2) bytes forward and 4NK backward: 20 bytes a row for one direction. r and v stay in cache. For the weight's
@@ -103,7 +104,6 @@ def _backward(
     incoming_stride,
     hidden_stride,
     OFFSET: tl.constexpr,
-    CASTING: tl.constexpr,
     D: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
@@ -136,8 +136,7 @@ def _backward(
                 v = tl.load(norm_weight + column, mask=column < D, other=0, cache_modifier=".ca").to(dtype) + OFFSET
         n = h * s[:, None]
         if partial is not None:
-            rounded = n.to(hidden.dtype.element_ty).to(dtype) if CASTING == "llama" else n
-            total += tl.sum(arrived * rounded, axis=0)
+            total += tl.sum(arrived * n, axis=0)
         if gradient is not None:
             dh = s[:, None] * (arrived * v[None, :] - n * mean[:, None])
             if upstream is not None:
@@ -212,7 +211,6 @@ def rms_norm_gradient(
     inverse_rms: Tensor,
     coefficient: Tensor,
     direction: Tensor | None,
-    casting: str,
     offset: float,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -247,7 +245,6 @@ def rms_norm_gradient(
             incoming.stride(0),
             hidden.stride(0),
             OFFSET=offset,
-            CASTING=casting,
             D=size,
             K=0 if upstream is None else len(direction),
             ROWS=tile.rows,

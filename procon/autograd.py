@@ -133,7 +133,7 @@ class RmsNormConstrain(torch.autograd.Function):
         )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, norm_weight, inverse_rms, coefficient, direction)
-        ctx.casting, ctx.offset, ctx.backend = casting, offset, backend
+        ctx.offset, ctx.backend = offset, backend
         return normed, tokens.sum()
 
     @staticmethod
@@ -143,7 +143,7 @@ class RmsNormConstrain(torch.autograd.Function):
         grad_hidden = grad_weight = None
         if grad_normed is not None:
             saved = (hidden, norm_weight, inverse_rms, coefficient, direction)
-            options = (ctx.casting, ctx.offset, needs_weight, ctx.backend)
+            options = (ctx.offset, needs_weight, ctx.backend)
             grad_hidden, grad_weight = _differentiable_once(
                 operators.rms_norm_gradient, grad_normed, grad_penalty, *saved, *options
             )

@@ -143,14 +143,14 @@ def rms_norm_penalize(
 
 
 def _fake_rms_norm_gradient(
-    incoming, upstream, hidden, norm_weight, inverse_rms, coefficient, direction, casting, offset, needs_weight, backend
+    incoming, upstream, hidden, norm_weight, inverse_rms, coefficient, direction, offset, needs_weight, backend
 ) -> tuple[Tensor, Tensor]:
     return hidden.new_empty(hidden.shape), norm_weight.new_empty((norm_weight.shape[0] if needs_weight else 0,))
 
 
 @_operator(
     "rms_norm_gradient(Tensor incoming, Tensor? upstream, Tensor hidden, Tensor norm_weight, Tensor inverse_rms,"
-    " Tensor coefficient, Tensor? direction, str casting, float offset, bool needs_weight, str backend)"
+    " Tensor coefficient, Tensor? direction, float offset, bool needs_weight, str backend)"
     " -> (Tensor, Tensor)",
     _fake_rms_norm_gradient,
 )
@@ -162,7 +162,6 @@ def rms_norm_gradient(
     inverse_rms: Tensor,
     coefficient: Tensor,
     direction: Tensor | None,
-    casting: str,
     offset: float,
     needs_weight: bool,
     backend: str,
@@ -175,7 +174,6 @@ def rms_norm_gradient(
         inverse_rms,
         coefficient,
         direction,
-        casting,
         offset,
         needs_weight,
     )

@@ -126,5 +126,5 @@ def test_opcheck(device, backend, dtype, layout):
         normed, inverse_rms, _, coefficient = ops.rms_norm_penalize(*arguments)
         for upstream, needs_weight in ((weight[0], True), (None, False)):
             upstream = None if given[0] is None else upstream
-            saved = (hidden, norm_weight, inverse_rms, coefficient, given[0], casting, 1.0, needs_weight, backend)
+            saved = (hidden, norm_weight, inverse_rms, coefficient, given[0], 1.0, needs_weight, backend)
             torch.library.opcheck(ops.rms_norm_gradient.default, (layout(*normed.shape).to(normed), upstream, *saved))

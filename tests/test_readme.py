@@ -23,8 +23,8 @@ def test_ci_runs_the_test_command():
 
 
 def test_all_blocks_are_known():
-    assert ["ProConTrainer(" in BLOCKS[0], "Anchors.record(" in BLOCKS[1], "project(" in BLOCKS[2]] == [True] * 3
-    assert len(BLOCKS) == 3
+    marks = ["ProConTrainer(", "Anchors.record(", "project(", "rms_norm_constrain("]
+    assert [mark in block for mark, block in zip(marks, BLOCKS, strict=True)] == [True] * len(marks)
 
 
 def test_trainer_block(tiny_model, tokenizer, tmp_path):
@@ -70,3 +70,10 @@ def test_op_block():
     exec(BLOCKS[2], names)
     (names["penalty"] + names["loss"] + names["z"].sum()).backward()
     assert names["z"].shape == (2, 8)
+
+
+def test_norm_block():
+    names: dict = {}
+    exec(BLOCKS[2] + BLOCKS[3], names)
+    (names["penalty"] + names["normed"].sum()).backward()
+    assert names["normed"].shape == (2, 8, 576)

@@ -57,7 +57,6 @@ def calls(
             inverse_rms,
             coefficient,
             direction,
-            casting,
             offset,
             needs_weight,
         )

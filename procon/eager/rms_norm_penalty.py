@@ -7,7 +7,8 @@ token weights ``w [N]``::
               z_tk = <h_t, r_k>   e = z - a   penalty_t = w_t sum_k phi(e_tk)   c_tk = w_t phi'(e_tk)
     backward  m = g_y v    dh_t = s_t (m_t - n_t mean_d(m_t n_t)) + g sum_k c_tk r_k    dv = sum_t g_y[t] n_t
 
-Casting ``"llama"`` rounds n to the dtype of h before it meets the weight; ``"gemma"`` rounds the product.
+Casting ``"llama"`` rounds n to the dtype of h before it meets the weight; ``"gemma"`` rounds the product. The gradients
+are those of the norm without the rounding.
 """
 
 import torch
@@ -73,7 +74,6 @@ def rms_norm_gradient(
     inverse_rms: Tensor,
     coefficient: Tensor,
     direction: Tensor | None,
-    casting: str,
     offset: float,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -94,20 +94,19 @@ def rms_norm_gradient(
     shape = (min(height, rows), columns)
     h_buffer = inverse_rms.new_empty(shape) if hidden.dtype != computed else None
     g_buffer = inverse_rms.new_empty(shape) if incoming.dtype != computed else None
-    rounded = hidden.new_empty(shape) if needs_weight and casting == "llama" and h_buffer is not None else None
-    n_buffer, product = inverse_rms.new_empty(shape), inverse_rms.new_empty(shape)
+    scratch = inverse_rms.new_empty(shape)
+    mean = inverse_rms.new_empty(shape[0])
     for h_tile, g_tile, s, c, target in tiled(height, hidden, incoming, inverse_rms, coefficient, gradient):
-        h, g, s = converted(h_tile, h_buffer), converted(g_tile, g_buffer), s.unsqueeze(1)
-        n, work = torch.mul(h, s, out=n_buffer[: len(h)]), product[: len(h)]
-        torch.mul(g, n, out=work)
-        mean = torch.mv(work, v, out=inverse_rms.new_empty(len(h))).div_(columns).unsqueeze(1)
+        h, g = converted(h_tile, h_buffer), converted(g_tile, g_buffer)
+        work = torch.mul(g, h, out=scratch[: len(h)])
+        # What s_t n_t mean_d(m_t n_t) multiplies h_t with, negated: n is s h, three times over.
+        shrink = torch.mv(work, v, out=mean[: len(h)]).mul_(s).mul_(s).mul_(s).div_(-columns)
         if needs_weight:
-            if rounded is not None:
-                torch.mul(g, converted(n, rounded), out=work)
-            total += work.sum(0)
+            torch.addmv(total, work.t(), s, out=total)
         dh = target if h_buffer is None else work
         torch.mul(g, v, out=dh)
-        dh.sub_(n.mul_(mean)).mul_(s)
+        dh.mul_(s.unsqueeze(1))
+        torch.addcmul(dh, h, shrink.unsqueeze(1), out=dh)
         if upstream is not None:
             add_outer_products(dh, c, direction)
         if h_buffer is not None:
