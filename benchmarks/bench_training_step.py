@@ -27,7 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from benchmarks.agreement import check_agreement
 from benchmarks.interleaved import Samples, interleave
-from benchmarks.machine import COMPILED, DEVICE, SMOKE, why_no_liger
+from benchmarks.machine import COMPILED, DEVICE, PAIRS, SMOKE, why_no_liger
 from benchmarks.shapes import make_batch, make_directions, make_model, make_optimizer
 from benchmarks.timers import wall_time
 from procon import ProjectionConstraint
@@ -242,7 +242,7 @@ def _measure(case: Case) -> _Result:
         return _Result(Samples({}), {}, set(CONTENDERS))
     training.check(1e-3 if case.dtype == torch.float32 else 5e-2)
     steps = {name: partial(training.step, name) for name in CONTENDERS if name in training.losses}
-    samples = interleave(steps, wall_time, rounds=4 if SMOKE else 15, warmup=1)
+    samples = interleave(steps, wall_time, rounds=PAIRS, warmup=1)
     return _Result(samples, peak_memory, too_large)
 
 

@@ -25,6 +25,9 @@ COMPILED = os.environ.get("PROCON_BENCHMARK_COMPILE", "none" if SMOKE else "mode
 if COMPILED not in ("none", "kernels", "models"):
     raise SystemExit(f"PROCON_BENCHMARK_COMPILE is {COMPILED!r}: give 'none', 'kernels' or 'models'")
 
+#: Pairs of training steps that a ratio is taken from.
+PAIRS = int(os.environ.get("PROCON_BENCHMARK_PAIRS", "4" if SMOKE else "15"))
+
 _LEVEL_3 = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 _PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "flash-attn", "pytest-benchmark")
 

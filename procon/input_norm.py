@@ -66,8 +66,8 @@ def _first_called(block: nn.Module, norms: list[nn.Module], hidden_size: int) ->
     hidden = torch.empty(1, 1, hidden_size, device="meta")
 
     def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        given = (*args, *kwargs.values())
-        raise _Called(module if len(given) == 1 and given[0] is hidden else None)
+        alone = len(args) == 1 and not kwargs
+        raise _Called(module if alone and args[0] is hidden else None)
 
     handles = [norm.register_forward_pre_hook(stop, prepend=True, with_kwargs=True) for norm in norms]
     parameters = list(inspect.signature(block.forward).parameters.values())[1:]

@@ -137,7 +137,7 @@ def rms_norm_penalize(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     normed, inverse_rms, tokens, coefficient = _rms_norm_penalty(backend).rms_norm_penalize(
-        _rows(hidden), norm_weight, eps, casting, offset, direction, anchor, weight, penalty
+        _rows(hidden), norm_weight.contiguous(), eps, casting, offset, direction, anchor, weight, penalty
     )
     return normed.view(hidden.shape), inverse_rms, tokens, coefficient
 
@@ -170,7 +170,7 @@ def rms_norm_gradient(
         _rows(incoming),
         upstream,
         _rows(hidden),
-        norm_weight,
+        norm_weight.contiguous(),
         inverse_rms,
         coefficient,
         direction,
