@@ -51,7 +51,7 @@ def _measure() -> _Result:
         epoch = interleave(
             {"plain": train, "record": lambda: Anchors.record(model, batches, directions, next(fresh), progress=False)},
             wall_time,
-            rounds=3 if SMOKE else 9,
+            rounds=3 if SMOKE else 5,
             warmup=1,
         )
         path = next(fresh)
