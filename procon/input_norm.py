@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from procon.functional import rms_norm
 
-#: Share of bfloat16 results that must be bitwise a rule's. The other rules differ in a tenth of them by a rounding;
-#: the same rule in another order of summation in one of many thousands.
+#: Share of bfloat16 results that must be bitwise a rule's. Another rule rounds many of them otherwise; the same rule in
+#: another order of summation very few.
 _AGREEMENT = 0.99
 
 
