@@ -24,7 +24,10 @@ _HOME = {
     "ProjectionConstraint": "constraint",
     "AlphaSchedule": "schedule",
     "ProConConfig": "training",
+    "ProConMixin": "training",
     "ProConTrainer": "training",
+    "ProConSFTConfig": "training.sft",
+    "ProConSFTTrainer": "training.sft",
 }
 
 __all__ = ["__version__", *_HOME]
@@ -40,7 +43,10 @@ if TYPE_CHECKING:
     from procon.functional import rms_norm_constrain as rms_norm_constrain
     from procon.schedule import AlphaSchedule as AlphaSchedule
     from procon.training import ProConConfig as ProConConfig
+    from procon.training import ProConMixin as ProConMixin
     from procon.training import ProConTrainer as ProConTrainer
+    from procon.training.sft import ProConSFTConfig as ProConSFTConfig
+    from procon.training.sft import ProConSFTTrainer as ProConSFTTrainer
 
 
 def __getattr__(name: str):

@@ -22,7 +22,7 @@ from procon.decoder import evaluating, find_decoder, model_device, observe_block
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.functional import project
-from procon.sequences import TOKEN_SCOPES, TokenScope, split_batch
+from procon.sequences import REDUCTIONS, TOKEN_SCOPES, Reduction, TokenScope, split_batch
 from procon.sequences import Sequence as TokenSequence
 
 _MANIFEST = "anchors.json"
@@ -119,12 +119,25 @@ class Anchors:
         shard = int(np.searchsorted(self._first, position, side="right")) - 1
         return self._shards[shard].rows(position - int(self._first[shard]))
 
-    def annotate(self, batch: dict[str, Any], describe: Callable[[Sequence[int]], str] | None = None) -> dict[str, Any]:
-        """Add ``anchors`` ``[B, T, blocks]`` fp32 and ``constraint_mask`` ``[B, T]`` fp32 (1 on tokens in scope).
+    def annotate(
+        self,
+        batch: dict[str, Any],
+        describe: Callable[[Sequence[int]], str] | None = None,
+        *,
+        reduction: Reduction = "token",
+    ) -> dict[str, Any]:
+        """Add ``anchors`` ``[B, T, blocks]`` fp32 and ``constraint_mask`` ``[B, T]`` fp32, above 0 on tokens in scope.
+
+        Args:
+            describe: makes a text of token ids, for errors.
+            reduction: ``"token"``: the mask is 1 on each of them, and counts tokens. ``"sequence"``: it adds up to 1
+                over each sequence, and counts sequences.
 
         Raises:
             ProConError: for a sequence that is not in the store, naming it.
         """
+        if reduction not in REDUCTIONS:
+            raise ProConError(f"reduction is {reduction!r}: choose one of {', '.join(REDUCTIONS)}")
         shape = batch["input_ids"].shape
         anchors = torch.zeros(*shape, len(self.blocks))
         mask = torch.zeros(shape)
@@ -142,7 +155,8 @@ class Anchors:
                 ) from None
             where = torch.from_numpy(scope)
             anchors[sequence.row, sequence.span][where] = torch.from_numpy(rows)
-            mask[sequence.row, sequence.span] = where.float()
+            share = 1.0 / max(1, scope.sum()) if reduction == "sequence" else 1.0
+            mask[sequence.row, sequence.span] = where.float() * share
         return {**batch, "anchors": anchors, "constraint_mask": mask}
 
     @classmethod
@@ -217,16 +231,30 @@ class AnchoredCollator:
 
     Args:
         collator: any collator that gives ``input_ids`` and ``labels``.
-        anchors: an opened store.
+        anchors: an opened store. None until there is one: batches then pass as they are.
+        reduction: of :meth:`Anchors.annotate`.
+        tokenizer: names samples in errors; the collator's own if not given.
     """
 
-    def __init__(self, collator: Callable[[list], dict[str, Any]], anchors: Anchors):
+    def __init__(
+        self,
+        collator: Callable[[list], dict[str, Any]],
+        anchors: Anchors | None,
+        *,
+        reduction: Reduction = "token",
+        tokenizer: Any = None,
+    ):
         self.collator = collator
         self.anchors = anchors
+        self.reduction = reduction
+        self.tokenizer = tokenizer
 
     def __call__(self, features: list) -> dict[str, Any]:
-        tokenizer = getattr(self.collator, "tokenizer", None)
-        return self.anchors.annotate(dict(self.collator(features)), tokenizer and tokenizer.decode)
+        batch = dict(self.collator(features))
+        if self.anchors is None:
+            return batch
+        decode = getattr(self.tokenizer or getattr(self.collator, "tokenizer", None), "decode", None)
+        return self.anchors.annotate(batch, decode, reduction=self.reduction)
 
 
 def fingerprint(model: nn.Module, directions: RefusalDirections, blocks: Sequence[int], scope: TokenScope) -> str:

@@ -233,8 +233,8 @@ class ProjectionConstraint:
                 )
             return None
         if self._grad_was_enabled and not torch.is_grad_enabled():
-            if not module.training:
-                return None
+            if not module.training or column in self._terms:
+                return None  # a forward for metrics, such as TRL adds to the one that trains
             raise ProConError(
                 "gradient checkpointing with use_reentrant=True runs the blocks without gradients, and the "
                 "constraint would lose its own: set use_reentrant=False"

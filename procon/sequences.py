@@ -19,6 +19,10 @@ IGNORE_INDEX = -100
 TokenScope = Literal["response", "prompt", "all"]
 TOKEN_SCOPES: tuple[TokenScope, ...] = ("response", "prompt", "all")
 
+#: What the penalty is a mean over: all constrained tokens, or sequences, each one counting as its own tokens' mean.
+Reduction = Literal["token", "sequence"]
+REDUCTIONS: tuple[Reduction, ...] = ("token", "sequence")
+
 
 @dataclass(frozen=True)
 class Sequence:

@@ -7,15 +7,21 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from procon.directions import RefusalDirections
 from procon.errors import ProConError
+
+#: The directions of a run, beside its settings.
+DIRECTIONS = "refusal-directions.safetensors"
 
 _SETTINGS = "procon.json"
 _TRAINER_STATE = "trainer_state.json"
 
 
-def write_settings(checkpoint: Path, settings: dict) -> None:
-    """Put the constraint's settings in a checkpoint folder that is about to be filled."""
+def write_settings(checkpoint: Path, settings: dict, directions: RefusalDirections | None) -> None:
+    """Put the constraint's settings and directions in a checkpoint folder that is about to be filled."""
     checkpoint.mkdir(parents=True, exist_ok=True)
+    if directions is not None:
+        directions.save(checkpoint / DIRECTIONS)
     (checkpoint / _SETTINGS).write_text(json.dumps(settings, indent=2))
 
 

@@ -9,12 +9,16 @@ from transformers import TrainingArguments
 from procon.constraint import Blocks
 from procon.errors import ProConError
 from procon.schedule import AlphaSchedule
-from procon.sequences import TOKEN_SCOPES
+from procon.sequences import REDUCTIONS, TOKEN_SCOPES
 
 
 @dataclass
-class ProConConfig(TrainingArguments):
-    """transformers' TrainingArguments and, with the prefix ``procon_``, the settings of the constraint."""
+class ProConArguments:
+    """The settings of the constraint, with the prefix ``procon_``, to mix into any TrainingArguments::
+
+    @dataclass
+    class MyConfig(ProConArguments, MyTrainingArguments): ...
+    """
 
     procon_schedule: str = field(
         default="procon_wu",
@@ -37,6 +41,10 @@ class ProConConfig(TrainingArguments):
         default="raw",
         metadata={"help": "raw (paper), or gap: each block in units of its malicious-benign distance."},
     )
+    procon_reduction: str = field(
+        default="token",
+        metadata={"help": "token: mean over constrained tokens; sequence: mean over sequences of each one's mean."},
+    )
     procon_fuse: str = field(
         default="auto",
         metadata={"help": "auto: inside the blocks' own RMSNorm where possible; never: ahead of the block."},
@@ -47,9 +55,12 @@ class ProConConfig(TrainingArguments):
     )
 
     def __post_init__(self):
-        super().__post_init__()
+        if hasattr(super(), "__post_init__"):
+            super().__post_init__()
         if self.procon_scope not in TOKEN_SCOPES:
             raise ProConError(f"procon_scope is {self.procon_scope!r}: choose one of {', '.join(TOKEN_SCOPES)}")
+        if self.procon_reduction not in REDUCTIONS:
+            raise ProConError(f"procon_reduction is {self.procon_reduction!r}: choose one of {', '.join(REDUCTIONS)}")
         if self.procon_fuse not in ("auto", "never"):
             raise ProConError(f"procon_fuse is {self.procon_fuse!r}: choose auto or never")
         self.schedule()
@@ -72,3 +83,8 @@ class ProConConfig(TrainingArguments):
             raise ProConError(
                 f"procon_blocks is {self.procon_blocks!r}: give all, a share such as 0.5, or indices such as 8,9,10"
             ) from None
+
+
+@dataclass
+class ProConConfig(ProConArguments, TrainingArguments):
+    """transformers' TrainingArguments with the settings of the constraint."""

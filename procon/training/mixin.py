@@ -1,0 +1,321 @@
+"""The projection constraint in any trainer that extends transformers' Trainer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from procon.anchors import AnchoredCollator, Anchors, fingerprint
+from procon.constraint import ProjectionConstraint
+from procon.directions import RefusalDirections
+from procon.errors import ProConError
+from procon.training.checkpoints import DIRECTIONS, last_complete, read_settings, write_settings
+from procon.training.config import ProConArguments
+
+logger = logging.getLogger(__name__)
+
+#: What the anchored collator adds to a batch; never handed to the model.
+_TARGET = ("anchors", "constraint_mask")
+
+
+class ProConMixin:
+    """Makes the loss of a Trainer ``CE + alpha * constraint`` (paper section III-C)::
+
+        class MyProConTrainer(ProConMixin, MyTrainer): ...
+
+    The penalty scales as CE does: its token sum is divided by the constrained tokens of the whole optimiser step, over
+    micro-batches and ranks. Where alpha is 0, hooks do nothing; a schedule that is 0 throughout records no anchors, and
+    the class is the one that it extends.
+
+    Args:
+        model, args, train_dataset, ...: as for the trainer that is extended; ``args`` has :class:`ProConArguments`
+            among its classes, and the collator must give ``input_ids`` and ``labels`` with -100 on the prompt.
+        directions: refusal directions of the model as training starts, or the file that they were saved in. If not
+            given, they are extracted with the built-in prompts when training starts, which needs a tokenizer as
+            ``processing_class``, and kept in the output folder.
+
+    Logs ``procon/penalty`` (mean over the logging window, before alpha) and ``procon/alpha``.
+
+    Raises:
+        ProConError: if directions are missing or do not fit, or the set-up would lose the constraint.
+    """
+
+    args: ProConArguments
+
+    def __init__(
+        self, *trainer_args: Any, directions: RefusalDirections | str | Path | None = None, **trainer_kwargs: Any
+    ):
+        super().__init__(*trainer_args, **trainer_kwargs)
+        args = self.args
+        if not isinstance(args, ProConArguments):
+            raise ProConError(
+                f"args is a {type(args).__name__}: pass one that has ProConArguments, such as ProConConfig"
+            )
+        if self.model_init is not None:
+            raise ProConError("anchors belong to one model: pass model, not model_init")
+        self.alpha_schedule = args.schedule()
+        self.constraint: ProjectionConstraint | None = None
+        self._directions: RefusalDirections | None = None
+        self._anchors: Anchors | None = None
+        self._steps_per_epoch = 1
+        self._constrained_tokens: Tensor | None = None
+        self._penalty_sum = torch.zeros((), device=args.device)
+        self._penalty_steps = 0
+        if not self.alpha_schedule.active:
+            return
+        if args.n_gpu > 1:
+            raise ProConError(
+                "nn.DataParallel copies the model without its hooks: start one process a GPU with torchrun"
+            )
+        if directions is not None:
+            self._constrain(
+                directions if isinstance(directions, RefusalDirections) else RefusalDirections.load(directions)
+            )
+        elif getattr(self.processing_class, "chat_template", None) is None:
+            raise ProConError(
+                "no refusal directions given, and processing_class has no chat template to extract them with: extract "
+                "them with RefusalDirections.extract(model, tokenizer)"
+            )
+
+    @property
+    def alpha(self) -> float:
+        """Strength of the constraint at the current optimiser step."""
+        return self.alpha_schedule.alpha(self.state.global_step, self._steps_per_epoch)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """Train; records anchors first, in the state that training starts from, unless they are there already."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ProConError(f"no complete checkpoint in {self.args.output_dir!r} to resume from: start afresh")
+        checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        if not self.alpha_schedule.active:
+            return super().train(checkpoint, *args, **kwargs)
+        if self.constraint is None:
+            self._constrain(RefusalDirections.load(Path(checkpoint) / DIRECTIONS) if checkpoint else self._extract())
+        self._anchors = self._reopen_anchors(Path(checkpoint)) if checkpoint else None
+        with self.constraint.attach(self.model, fuse=self.args.procon_fuse):
+            return super().train(checkpoint, *args, **kwargs)
+
+    def _constrain(self, directions: RefusalDirections) -> None:
+        args = self.args
+        self._directions = directions
+        self.constraint = ProjectionConstraint(
+            directions,
+            blocks=args.blocks(),
+            penalty=args.procon_penalty,
+            units=args.procon_units,
+            backend=args.procon_backend,
+        )
+
+    def _extract(self) -> RefusalDirections:
+        """The directions of the model as it is; of the main process where there are several."""
+        found = [
+            RefusalDirections.extract(
+                self.model, self.processing_class, progress=not self.args.disable_tqdm and self.is_world_process_zero()
+            )
+        ]
+        # Ranks round differently, and anchors belong to one set of directions.
+        broadcast_object_list(found)
+        return found[0]
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.constraint is not None and self._anchors is None:
+            # Now that the model is where it will train: on its device, sharded, in its precision.
+            self._anchors = self._collator.anchors = self._record_anchors()
+        return prepared
+
+    def set_initial_training_values(self, args, dataloader):
+        """The training's length, with the schedule's extra warm-up added before it."""
+        epochs, per_epoch, examples, samples, batch_size, steps_in_epoch, max_steps = (
+            super().set_initial_training_values(args, dataloader)
+        )
+        self._steps_per_epoch = per_epoch
+        extra = self.alpha_schedule.extra_steps(per_epoch)
+        if extra:
+            samples += extra * batch_size
+            max_steps += extra
+            epochs = -(-max_steps // per_epoch)
+        return epochs, per_epoch, examples, samples, batch_size, steps_in_epoch, max_steps
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.constraint is None:
+            return super().get_train_dataloader()
+        self._collator = AnchoredCollator(
+            self.data_collator, self._anchors, reduction=self.args.procon_reduction, tokenizer=self.processing_class
+        )
+        with self._collating(self._collator):
+            return super().get_train_dataloader()
+
+    def get_batch_samples(self, *args, **kwargs):
+        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        if self.constraint is not None and self.alpha > 0:
+            self._constrained_tokens = self._count_constrained(batches)
+            self._penalty_steps += 1
+        return batches, num_items_in_batch
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            if self.constraint is not None:
+                self.constraint.release()
+
+    def _prepare_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Anchors stay fp32: under DeepSpeed, the Trainer casts what is floating to the model's dtype."""
+        target = {name: inputs[name].to(self.args.device) for name in _TARGET if name in inputs}
+        prepared = super()._prepare_inputs({name: value for name, value in inputs.items() if name not in target})
+        return {**prepared, **target}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        anchors, mask = (inputs.pop(name, None) for name in _TARGET)
+        alpha = self.alpha if self.constraint is not None and model.training else 0.0
+        if self.constraint is not None:
+            self.constraint.enabled = alpha > 0
+        if alpha == 0:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        if anchors is None or mask is None:
+            raise ProConError("the batch has no anchors: leave get_train_dataloader and the collator to ProConMixin")
+        self.constraint.target(anchors, mask)
+        # Outputs only if they are asked for: some trainers run a second forward to make them.
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        loss, *outputs = found if return_outputs else (found,)
+        # This micro-batch's share of the mean over the optimiser step; shares of all micro-batches add up to it.
+        share = self.constraint.penalty(self._constrained_tokens).to(loss.device)
+        self._penalty_sum += share.detach()
+        loss = loss + alpha * self._scale(num_items_in_batch) * share
+        return (loss, *outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if self.constraint is not None and "loss" in logs:
+            logs["procon/alpha"] = self.alpha_schedule.alpha(max(self.state.global_step - 1, 0), self._steps_per_epoch)
+            if self._penalty_steps:
+                logs["procon/penalty"] = self._check_penalty() / self._penalty_steps
+                self._penalty_sum.zero_()
+                self._penalty_steps = 0
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        if self.constraint is not None:
+            self._check_penalty()
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            write_settings(folder, self._settings(), self._directions)
+        super()._save_checkpoint(model, trial)
+
+    def _settings(self) -> dict:
+        args = self.args
+        return {
+            "schedule": str(self.alpha_schedule),
+            "scope": args.procon_scope,
+            "penalty": args.procon_penalty,
+            "units": args.procon_units,
+            "reduction": args.procon_reduction,
+            "blocks": list(self.constraint.blocks) if self.constraint else [],
+            "directions": self._directions.hash if self.constraint else None,
+            "anchors": self._anchors.fingerprint if self._anchors else None,
+        }
+
+    def _anchors_root(self) -> Path:
+        return Path(self.args.procon_anchors_dir or Path(self.args.output_dir) / "anchors")
+
+    def _record_anchors(self) -> Anchors:
+        """One folder for each starting state, so that a changed model, scope or direction never meets old anchors."""
+        args, blocks = self.args, self.constraint.blocks
+        state = fingerprint(self.model, self._directions, blocks, args.procon_scope)
+        with self.compute_loss_context_manager():
+            return Anchors.record(
+                self.model,
+                self._recording_dataloader(),
+                self._directions,
+                self._anchors_root() / state,
+                blocks=blocks,
+                scope=args.procon_scope,
+                rank=args.process_index,
+                barrier=self.accelerator.wait_for_everyone,
+                progress=not args.disable_tqdm,
+            )
+
+    def _reopen_anchors(self, checkpoint: Path) -> Anchors:
+        """The anchors of the interrupted run: the model is no longer in the state that they were recorded in."""
+        found, expected = read_settings(checkpoint), self._settings()
+        for name in ("schedule", "scope", "penalty", "units", "reduction", "blocks", "directions"):
+            if found[name] != expected[name]:
+                raise ProConError(
+                    f"checkpoint {str(checkpoint)!r} was trained with {name} {found[name]!r}, not {expected[name]!r}: "
+                    "resume with the same settings, or start afresh"
+                )
+        return Anchors(self._anchors_root() / found["anchors"])
+
+    def _recording_dataloader(self) -> DataLoader:
+        """This rank's share of the training set, longest samples first, through the training collator."""
+        dataset = self.train_dataset
+        if dataset is None or not hasattr(dataset, "__len__"):
+            raise ProConError(
+                "anchors need a train_dataset with a length: a streamed one cannot be recorded beforehand"
+            )
+        collator = self.data_collator
+        if isinstance(dataset, Dataset):
+            dataset = self._remove_unused_columns(dataset, description="anchors")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="anchors")
+        order = sorted(range(len(dataset)), key=lambda i: -len(dataset[i]["input_ids"]))
+        share = order[self.args.process_index :: self.args.world_size]
+        # A generator of its own: without one, iterating would draw from the global random state of training.
+        return DataLoader(
+            Subset(dataset, share),
+            batch_size=self.args.per_device_train_batch_size,
+            collate_fn=collator,
+            generator=torch.Generator(),
+        )
+
+    def _count_constrained(self, batches: list[dict]) -> Tensor:
+        """Constrained tokens of the optimiser step: all its micro-batches and, where CE counts so, all ranks."""
+        count = sum(
+            (batch["constraint_mask"].sum() for batch in batches if "constraint_mask" in batch), torch.zeros(())
+        )
+        count = count.to(self.args.device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = self.accelerator.reduce(count, "sum")
+        return count.clamp_min(1)
+
+    def _scale(self, num_items_in_batch) -> float:
+        """Undo what the Trainer and the ranks' averaging divide the loss by after ``compute_loss``."""
+        scale = 1.0
+        if self.args.average_tokens_across_devices:
+            scale *= self.accelerator.num_processes // self.get_tp_size()
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            scaled = self.compute_loss_func is not None or (
+                self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            )
+        return scale if scaled else scale * self.current_gradient_accumulation_steps
+
+    def _check_penalty(self) -> float:
+        """The penalty summed over the logging window and the ranks; stops a run whose hidden states went bad."""
+        mean = not self.args.average_tokens_across_devices
+        total = self.accelerator.reduce(self._penalty_sum.clone(), "mean" if mean else "sum").item()
+        if total != total or total == float("inf"):
+            raise ProConError(
+                f"the penalty became {total} by step {self.state.global_step}, so hidden states are NaN or infinite: "
+                "resume from the last checkpoint with a lower learning rate, or train in bfloat16 or float32"
+            )
+        return total
+
+    @contextmanager
+    def _collating(self, collator) -> Iterator[None]:
+        original, self.data_collator = self.data_collator, collator
+        try:
+            yield
+        finally:
+            self.data_collator = original
