@@ -100,14 +100,16 @@ def observe_block_inputs(decoder: Decoder, observe: Callable[[int, Tensor], None
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; every module's own training flag is restored afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    flags = [(module, module.training) for module in model.modules()]
+    for module, _ in flags:
+        # In eval mode on a CPU, bitsandbytes repacks 4-bit weights for good: coarser, and without a gradient.
+        module.training = hasattr(module._parameters.get("weight"), "quant_state")
     try:
         with torch.no_grad():
             yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in flags:
+            module.training = training
 
 
 def model_device(model: nn.Module) -> torch.device:
