@@ -25,6 +25,9 @@ from procon.prompts import ContrastPrompts, builtin_prompts
 from procon.refusal import refusal_rate
 from procon.version import __version__
 
+#: The file's name where it stands beside a model or an adapter.
+DIRECTIONS = "refusal-directions.safetensors"
+
 #: A mean difference this small beside the hidden states themselves is rounding, not a direction: the first block's
 #: input at the last prompt token is one and the same embedding for every prompt.
 DEAD_GAP = 1e-5
@@ -102,12 +105,13 @@ class RefusalDirections:
 
     @classmethod
     def load(cls, path: str | Path) -> RefusalDirections:
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote; of a folder, the file that training leaves beside a model.
 
         Raises:
             ProConError: if the file is missing, truncated, or holds something else.
         """
         path = Path(path)
+        path = path / DIRECTIONS if path.is_dir() else path
         if not path.is_file():
             raise ProConError(f"directions file {str(path)!r} does not exist: make it with 'procon directions'")
         try:

@@ -37,7 +37,7 @@ def test_trainer_block(tiny_model, tokenizer, tmp_path):
     exec(BLOCKS[0], names)
     # Eight rows, batches of eight: three epochs, and the four of the warm-up.
     assert names["trainer"].state.global_step == 7
-    assert list((tmp_path / "out" / "anchors").glob("*/*.safetensors"))
+    assert list((tmp_path / "out" / "_anchors").glob("*/*.safetensors"))
 
 
 def test_own_loop_block(tiny_model, tokenizer, tmp_path):

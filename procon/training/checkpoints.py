@@ -1,4 +1,4 @@
-"""What a checkpoint must say, so that a resumed run is the run that was interrupted."""
+"""What is written beside a model: how it was constrained, and for a checkpoint, what a resumed run must match."""
 
 from __future__ import annotations
 
@@ -7,33 +7,34 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from procon.directions import RefusalDirections
+from procon.directions import DIRECTIONS, RefusalDirections
 from procon.errors import ProConError
-
-#: The directions of a run, beside its settings.
-DIRECTIONS = "refusal-directions.safetensors"
 
 _SETTINGS = "procon.json"
 _TRAINER_STATE = "trainer_state.json"
 
 
-def write_settings(checkpoint: Path, settings: dict, directions: RefusalDirections | None) -> None:
-    """Put the constraint's settings and directions in a checkpoint folder that is about to be filled."""
-    checkpoint.mkdir(parents=True, exist_ok=True)
-    if directions is not None:
-        directions.save(checkpoint / DIRECTIONS)
-    (checkpoint / _SETTINGS).write_text(json.dumps(settings, indent=2))
+def write_settings(folder: Path, settings: dict, directions: RefusalDirections) -> None:
+    """Put the constraint's settings and directions beside a model."""
+    directions.save(folder / DIRECTIONS)
+    (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def read_settings(checkpoint: Path) -> dict:
     """The settings that a checkpoint was trained with.
 
     Raises:
-        ProConError: if it is not a complete checkpoint of ProCon.
+        ProConError: if it is not a complete checkpoint, or one of training without the constraint.
     """
     if not _is_complete(checkpoint):
-        raise ProConError(f"{str(checkpoint)!r} is not a complete checkpoint of ProCon: resume from another, or afresh")
-    return json.loads((checkpoint / _SETTINGS).read_text())
+        raise ProConError(f"{str(checkpoint)!r} is not a complete checkpoint: resume from another, or start afresh")
+    try:
+        return json.loads((checkpoint / _SETTINGS).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        raise ProConError(
+            f"checkpoint {str(checkpoint)!r} is of training without the constraint: resume with procon_schedule 0, or "
+            "start afresh"
+        ) from None
 
 
 def last_complete(output_dir: str | Path) -> Path | None:
@@ -47,7 +48,6 @@ def _is_complete(checkpoint: Path) -> bool:
     try:
         # The Trainer writes its state last, so where that is whole, the rest is too.
         json.loads((checkpoint / _TRAINER_STATE).read_text())
-        json.loads((checkpoint / _SETTINGS).read_text())
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return False
     return True

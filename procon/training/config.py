@@ -51,7 +51,7 @@ class ProConArguments:
     )
     procon_backend: str = field(default="auto", metadata={"help": "auto, triton or eager."})
     procon_anchors_dir: str | None = field(
-        default=None, metadata={"help": "Where initial projections are kept; OUTPUT_DIR/anchors if not given."}
+        default=None, metadata={"help": "Where initial projections are kept; OUTPUT_DIR/_anchors if not given."}
     )
 
     def __post_init__(self):

@@ -16,10 +16,12 @@ from torch.utils.data import DataLoader, Subset
 
 from procon.anchors import AnchoredCollator, Anchors, fingerprint
 from procon.constraint import ProjectionConstraint
-from procon.directions import RefusalDirections
+from procon.directions import DIRECTIONS, RefusalDirections
 from procon.errors import ProConError
-from procon.training.checkpoints import DIRECTIONS, last_complete, read_settings, write_settings
+from procon.training.checkpoints import last_complete, read_settings, write_settings
 from procon.training.config import ProConArguments
+from procon.training.model_card import describe, write_section
+from procon.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -208,26 +210,45 @@ class ProConMixin:
     def _save_checkpoint(self, model, trial) -> None:
         if self.constraint is not None:
             self._check_penalty()
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            write_settings(folder, self._settings(), self._directions)
+        if self.args.push_to_hub:
+            # Of a checkpoint, the Trainer copies to the folder that it uploads only files that it knows.
+            self._describe(self.args.output_dir)
         super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model and, beside it, the directions, ``procon.json`` and a section of the model card."""
+        super().save_model(output_dir, _internal_call)
+        self._describe(output_dir or self.args.output_dir)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        super().create_model_card(*args, **kwargs)
+        self._describe(self.args.output_dir)
+
+    def _describe(self, folder: str) -> None:
+        """Write beside the model how it was constrained; nothing where it was not."""
+        if self._anchors is None or not self.args.should_save:
+            return
+        settings = self._settings()
+        write_settings(Path(folder), settings, self._directions)
+        write_section(Path(folder) / "README.md", describe(settings, self._directions, self.state.log_history))
 
     def _settings(self) -> dict:
         args = self.args
         return {
+            "version": __version__,
             "schedule": str(self.alpha_schedule),
             "scope": args.procon_scope,
             "penalty": args.procon_penalty,
             "units": args.procon_units,
             "reduction": args.procon_reduction,
-            "blocks": list(self.constraint.blocks) if self.constraint else [],
-            "directions": self._directions.hash if self.constraint else None,
+            "blocks": list(self.constraint.blocks),
+            "directions": self._directions.hash,
             "anchors": self._anchors.fingerprint if self._anchors else None,
         }
 
     def _anchors_root(self) -> Path:
-        return Path(self.args.procon_anchors_dir or Path(self.args.output_dir) / "anchors")
+        # Of the output folder, push_to_hub leaves out what begins with an underscore.
+        return Path(self.args.procon_anchors_dir or Path(self.args.output_dir) / "_anchors")
 
     def _record_anchors(self) -> Anchors:
         """One folder for each starting state, so that a changed model, scope or direction never meets old anchors."""

@@ -1,0 +1,144 @@
+"""The section of a model card that tells how refusal was anchored."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import metadata_load, metadata_save
+
+from procon.directions import DIRECTIONS, RefusalDirections
+from procon.schedule import AlphaSchedule, Phase
+
+_TAG = "procon"
+
+# Marks, and not headings: PEFT appends headings of its own to a card, below whatever stands last in it.
+_BEGIN, _END = "<!-- procon -->", "<!-- /procon -->"
+
+#: What a run may have logged of the tuned model: the log's name, what it is, and how it is written.
+_MEASURES = {
+    "procon/drift_cos": ("mean cosine of re-extracted directions to those at the start", "{:.3f}"),
+    "procon/refusal_malicious": ("refusal of malicious prompts, by keywords", "{:.0%}"),
+    "procon/refusal_benign": ("refusal of benign prompts, by keywords", "{:.0%}"),
+    "procon/task": ("accuracy on a task", "{:.0%}"),
+}
+
+_SECTION = """\
+## Refusal anchored with ProCon
+
+This model was fine-tuned under the projection constraint of *Anchoring Refusal Direction: Mitigating Safety Risks in
+Tuning via Projection Constraint* ([arXiv 2509.06795](https://arxiv.org/abs/2509.06795)), with procon-llm {version}:
+along each block's refusal direction, the block's input was held near where it was before training. Nothing of ProCon is
+in the model, which loads and runs as any other of its kind.
+
+| | |
+|---|---|
+{rows}
+
+Not measured in this run: {unmeasured}. A model can route around one direction a block, so measure what it does:
+`procon eval --model FOLDER`, and `procon drift --start MODEL --tuned FOLDER` against the model it started from.
+
+The directions, from a copy of this folder:
+
+```python
+from procon import RefusalDirections
+
+directions = RefusalDirections.load(folder)
+```
+
+### Citation
+
+```bibtex
+@article{{du2025anchoring,
+  title   = {{Anchoring Refusal Direction: Mitigating Safety Risks in Tuning via Projection Constraint}},
+  author  = {{Du, Yanrui and Fan, Fenglei and Zhao, Sendong and Cao, Jiawei and Lin, Qika and He, Kai and Liu, Ting and
+             Qin, Bing and Feng, Mengling}},
+  journal = {{arXiv preprint arXiv:2509.06795}},
+  year    = {{2025}}
+}}
+```"""
+
+
+def describe(settings: dict, directions: RefusalDirections, log_history: Sequence[dict]) -> str:
+    """The section, in Markdown.
+
+    Args:
+        settings: what ``procon.json`` holds.
+        directions: those of the run.
+        log_history: the Trainer's, of which the last value of each measure is told.
+    """
+    rows = {
+        "strength (alpha)": _strength(AlphaSchedule.parse(settings["schedule"])),
+        "constrained tokens": settings["scope"],
+        "constrained blocks": _blocks(settings["blocks"], len(directions.directions)),
+        "penalty": f"{settings['penalty']}, {settings['units']} units, mean by {settings['reduction']}",
+        "directions": f"`{DIRECTIONS}` (`{settings['directions']}`){_origin(directions.provenance)}",
+        "anchors": f"projections of the training tokens before training (`{settings['anchors']}`)",
+        "last logged penalty, before alpha": _last(log_history, "procon/penalty", "{:.3g}") or "not logged",
+    }
+    unmeasured = []
+    for name, (label, form) in _MEASURES.items():
+        value = _last(log_history, name, form)
+        if value is None:
+            unmeasured.append(label)
+        else:
+            rows[label] = value
+    return _SECTION.format(
+        version=settings["version"],
+        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+        unmeasured=", ".join(unmeasured) or "whether any of this holds beyond the prompts used",
+    )
+
+
+def write_section(card: Path, section: str) -> None:
+    """Put ``section`` and the tag in a card, in place of an earlier one; the rest of it stays. Makes it if need be."""
+    text = card.read_text(encoding="utf-8") if card.exists() else ""
+    marked = f"{_BEGIN}\n{section}\n{_END}"
+    text, replaced = re.subn(f"{_BEGIN}.*?{_END}", lambda _: marked, text, flags=re.DOTALL)
+    card.write_text(text if replaced else f"{text.rstrip()}\n\n{marked}\n".lstrip(), encoding="utf-8")
+    metadata = metadata_load(card) or {}
+    tags = metadata.get("tags") or []
+    tags = [tags] if isinstance(tags, str) else tags
+    if _TAG not in tags:
+        metadata_save(card, {**metadata, "tags": [*tags, _TAG]})
+
+
+def _strength(schedule: AlphaSchedule) -> str:
+    def tell(number: int, phase: Phase) -> str:
+        if phase.length is None:
+            return f"{phase.alpha:g} {'throughout' if number == 0 else 'to the end'}"
+        unit = {"ep": "epochs", "steps": "steps"}[phase.unit]
+        return f"{phase.alpha:g} for {phase.length:g} {'extra ' if number < schedule.extra else ''}{unit}"
+
+    phases = ", then ".join(tell(number, phase) for number, phase in enumerate(schedule.phases))
+    return f"{phases} (`{schedule}`)"
+
+
+def _blocks(blocks: Sequence[int], count: int) -> str:
+    run = len(blocks) > 1 and list(blocks) == list(range(blocks[0], blocks[-1] + 1))
+    which = f"{blocks[0]} to {blocks[-1]}" if run else ", ".join(map(str, blocks))
+    return f"{which} of {count}, from 0"
+
+
+def _origin(provenance: dict) -> str:
+    """Where directions came from, as far as they tell."""
+    if "random_seed" in provenance:
+        return f", random ones (seed {provenance['random_seed']}): a control"
+    if "counts" not in provenance:
+        return ""
+    model, counts, rate = provenance.get("model"), provenance["counts"], provenance.get("refusal_rate")
+    # A folder's name is enough: the path to it is of no use to others.
+    model = Path(model).name if model and Path(model).is_absolute() else model
+    parts = [f"extracted from {model or 'the starting model'}"]
+    parts.append(f"{counts['malicious']} malicious and {counts['benign']} benign prompts")
+    if rate is not None:
+        parts.append(f"it then refused {rate:.0%} of malicious prompts")
+    return f": {', '.join(parts)}"
+
+
+def _last(log_history: Sequence[dict], name: str, form: str) -> str | None:
+    for entry in reversed(log_history):
+        if name in entry:
+            return f"{form.format(entry[name])} at step {entry['step']}"
+    return None
