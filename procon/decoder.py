@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -79,15 +80,30 @@ def block_input(args: tuple, kwargs: dict) -> Tensor:
 
 @contextmanager
 def observe_block_inputs(decoder: Decoder, observe: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Within the context, call ``observe(block index, hidden_states)`` on the input of every block."""
+    """Within the context, call ``observe(block index, hidden_states)`` on the input of every block.
+
+    Raises:
+        ProConError: from the forward, if a block runs twice in it, or reads anything but one residual stream.
+    """
+    seen: set[int] = set()
 
     def hook(index: int):
         def pre_forward(_module, args, kwargs):
-            observe(index, block_input(args, kwargs))
+            hidden = block_input(args, kwargs)
+            if hidden.dim() != 3 or hidden.shape[-1] != decoder.hidden_size:
+                raise ProConError(
+                    f"block {index} reads hidden states of shape {tuple(hidden.shape)}, not [batch, tokens, "
+                    f"{decoder.hidden_size}]: decoders with several residual streams are not supported"
+                )
+            if index in seen:
+                raise ProConError(f"block {index} runs twice in one forward: looped decoders are not supported")
+            seen.add(index)
+            observe(index, hidden)
 
         return pre_forward
 
-    handles = [
+    handles = [decoder.module.register_forward_pre_hook(lambda *_: seen.clear())]
+    handles += [
         block.register_forward_pre_hook(hook(index), with_kwargs=True) for index, block in enumerate(decoder.blocks)
     ]
     try:
@@ -118,14 +134,37 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """A short hash of all of a model's parameters: the same on every device, sharded or not, and whatever dtype holds
-    the values. Where they are sharded, all ranks must call."""
+    """A short hash of all that a model computes with: parameters, buffers and the scales of quantised ones, and which
+    adapters are on, how strongly. The same on every device, sharded or not, and whatever floating dtype holds the
+    values. Where they are sharded, all ranks must call."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        flat = whole.detach().reshape(-1).float()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+    # First: it brings weights that bitsandbytes has repacked for a CPU back to what they were.
+    state = model.state_dict(keep_vars=True)
+    tensors = dict(model.named_parameters())
+    known = {id(tensor) for tensor in tensors.values()}
+    tensors |= {name: value for name, value in state.items() if isinstance(value, Tensor) and id(value) not in known}
+    for name, tensor in sorted(tensors.items()):
+        whole = _whole(tensor)
+        flat = whole.reshape(-1).float() if whole.is_floating_point() else whole.reshape(-1)
+        bits = flat.view(torch.int32) if flat.is_floating_point() else flat
+        digest.update(f"{name}{tuple(whole.shape)}".encode())
         # All bits in a sum that no order of summing changes, and some values in their places.
-        digest.update(str(int(flat.view(torch.int32).sum(dtype=torch.int64))).encode())
+        digest.update(str(int(bits.sum(dtype=torch.int64))).encode())
         digest.update(flat[:: max(1, flat.numel() // 1024)].cpu().numpy().tobytes())
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            scales = [(adapter, str(getattr(module, "scaling", {}).get(adapter))) for adapter in module.active_adapters]
+            digest.update(f"{name}{scales}{module.disable_adapters}".encode())
     return digest.hexdigest()[:16]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A parameter or buffer in one piece, wherever FSDP2 or DeepSpeed ZeRO-3 keep the rest of it."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor().detach()
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    return tensor.detach()
