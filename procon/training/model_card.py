@@ -96,7 +96,8 @@ def write_section(card: Path, section: str) -> None:
     text = card.read_text(encoding="utf-8") if card.exists() else ""
     marked = f"{_BEGIN}\n{section}\n{_END}"
     text, replaced = re.subn(f"{_BEGIN}.*?{_END}", lambda _: marked, text, flags=re.DOTALL)
-    card.write_text(text if replaced else f"{text.rstrip()}\n\n{marked}\n".lstrip(), encoding="utf-8")
+    text = text if replaced else f"{text.rstrip()}\n\n{marked}"
+    card.write_text(f"{text.strip()}\n", encoding="utf-8")
     metadata = metadata_load(card) or {}
     tags = metadata.get("tags") or []
     tags = [tags] if isinstance(tags, str) else tags

@@ -35,8 +35,10 @@ class ProbeCallback(TrainerCallback, ABC):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            began = time.monotonic()
+            began, should_log = time.monotonic(), control.should_log
             self.trainer.log(self.measure())
+            # Logging cleared it, and with it the Trainer's own log of this step.
+            control.should_log = should_log
             self.seconds += time.monotonic() - began
 
     @abstractmethod

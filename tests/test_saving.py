@@ -1,0 +1,296 @@
+"""What is saved beside a model: directions, settings, a section of the card; and nothing in the model itself."""
+
+import json
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from huggingface_hub import HfApi, ModelCard, RepoUrl, metadata_load
+from huggingface_hub.utils import filter_repo_objects
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+
+from procon.data import padding_collator
+from procon.decoder import find_decoder
+from procon.directions import DIRECTIONS, RefusalDirections
+from procon.training import ProConConfig, ProConTrainer
+from procon.training.model_card import describe, write_section
+from procon.training.probes import ProbeCallback
+from procon.version import __version__
+
+HEADING = "## Refusal anchored with ProCon"
+OURS = {DIRECTIONS, "procon.json"}
+
+#: Every trainer, with an adapter and without.
+KINDS = [("Trainer", "lora"), ("Trainer", "full"), ("SFTTrainer", "lora"), ("SFTTrainer", "full")]
+
+Make = Callable[..., Trainer]
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=2, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM")
+
+
+def directions(model) -> RefusalDirections:
+    decoder = find_decoder(model)
+    unit = torch.nn.functional.normalize(torch.ones(len(decoder.blocks), decoder.hidden_size), dim=1)
+    ones = torch.ones(len(decoder.blocks))
+    provenance = {"model": "/data/models/tiny", "counts": {"malicious": 3, "benign": 4}, "refusal_rate": 0.955}
+    return RefusalDirections(unit, ones, ones, ones, ones, provenance)
+
+
+class ConstantDrift(ProbeCallback):
+    """What DriftCallback logs, at no cost."""
+
+    def measure(self) -> dict[str, float]:
+        return {"procon/drift_cos": 0.98765}
+
+
+@pytest.fixture
+def make(tiny_model, tokenizer, tmp_path) -> Make:
+    """``make(base, method, schedule=None, **settings)``: a trainer over four samples; ours if it has a schedule."""
+
+    def build(base: str, method: str, schedule: str | None = None, folder: str = "out", **settings) -> Trainer:
+        model = tiny_model()
+        arguments = {
+            "output_dir": str(tmp_path / folder),
+            "max_steps": 4,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_steps": 2,
+            "report_to": [],
+            "disable_tqdm": True,
+            "bf16": False,
+            **settings,
+        }
+        ours = {} if schedule is None else {"directions": directions(model)}
+        if schedule is not None:
+            arguments["procon_schedule"] = schedule
+        rows = [{"prompt": f"count to {n}", "completion": " ".join(map(str, range(n)))} for n in range(2, 6)]
+        set_seed(0)
+        if base == "SFTTrainer":
+            trl = pytest.importorskip("trl", reason="SFTTrainer is TRL's")
+            from procon.training.sft import ProConSFTConfig, ProConSFTTrainer
+
+            trainer_class, config_class = (
+                (trl.SFTTrainer, trl.SFTConfig) if schedule is None else (ProConSFTTrainer, ProConSFTConfig)
+            )
+            rest = {"train_dataset": Dataset.from_list(rows), "peft_config": lora() if method == "lora" else None}
+        else:
+            trainer_class, config_class = (
+                (Trainer, TrainingArguments) if schedule is None else (ProConTrainer, ProConConfig)
+            )
+            model = get_peft_model(model, lora()) if method == "lora" else model
+            samples = []
+            for row in rows:
+                prompt, completion = (tokenizer(row[part])["input_ids"] for part in ("prompt", "completion"))
+                samples.append({"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion})
+            rest = {"train_dataset": Dataset.from_list(samples), "data_collator": padding_collator(tokenizer)}
+        return trainer_class(model, config_class(**arguments), processing_class=tokenizer, **rest, **ours)
+
+    return build
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(("base", "method"), KINDS)
+def test_saved_model_tells_how_it_was_constrained(make, tmp_path, base, method):
+    trainer = make(base, method, "procon_wu:0.5@1ep", procon_scope="all", procon_units="gap", procon_blocks="1,2")
+    trainer.add_callback(ConstantDrift(trainer, trainer.processing_class, every=4))
+    trainer.train()
+    trainer.save_model()
+    output = tmp_path / "out"
+    card = (output / "README.md").read_text()
+    trainer.save_model()
+    assert (output / "README.md").read_text() == card
+
+    for folder in (output, output / "checkpoint-2"):
+        assert names(folder) >= OURS
+        assert (folder / "README.md").read_text().count(HEADING) == 1
+        assert "procon" in metadata_load(folder / "README.md")["tags"]
+        assert RefusalDirections.load(folder).hash == trainer.constraint._directions.hash
+        anchors = [path.name for path in (output / "_anchors").iterdir()]
+        assert json.loads((folder / "procon.json").read_text()) == {
+            "version": __version__,
+            "schedule": "procon_wu:0.5@1ep",
+            "scope": "all",
+            "penalty": "squared",
+            "units": "gap",
+            "reduction": "token",
+            "blocks": [1, 2],
+            "directions": trainer.constraint._directions.hash,
+            "anchors": anchors[0],
+        }
+    penalties = {row["step"]: row["procon/penalty"] for row in trainer.state.log_history if "procon/penalty" in row}
+    assert list(penalties) == [1, 2]
+    for part in (
+        "| strength (alpha) | 0.5 for 1 extra epochs, then 0 to the end (`procon_wu:0.5@1ep`) |",
+        "| constrained tokens | all |",
+        "| constrained blocks | 1 to 2 of 3, from 0 |",
+        "| penalty | squared, gap units, mean by token |",
+        "extracted from tiny, 3 malicious and 4 benign prompts, it then refused 96% of malicious prompts |",
+        f"| last logged penalty, before alpha | {penalties[2]:.3g} at step 2 |",
+        "| mean cosine of re-extracted directions to those at the start | 0.988 at step 6 |",
+        "Not measured in this run: refusal of malicious prompts",
+        "@article{du2025",
+    ):
+        assert part in card
+    assert str(tmp_path) not in card[card.index(HEADING) :]
+
+
+@pytest.mark.parametrize(("base", "method"), KINDS)
+def test_schedule_of_zero_writes_what_the_trainer_writes(make, tmp_path, base, method):
+    written = {}
+    for folder, schedule in (("plain", None), ("ours", "0")):
+        trainer = make(base, method, schedule, folder)
+        trainer.train()
+        trainer.save_model()
+        trainer.create_model_card(model_name="tiny")
+        root = tmp_path / folder
+        written[folder] = {path.relative_to(root): path for path in root.rglob("*")}
+    assert written["plain"].keys() == written["ours"].keys()
+    for name, path in written["plain"].items():
+        if path.name == "README.md":
+            assert path.read_text() == written["ours"][name].read_text()
+
+
+@pytest.fixture
+def hub(monkeypatch) -> list[dict]:
+    """What would have been uploaded, call by call, with the files' contents at that moment; nothing is sent."""
+    uploads = []
+
+    def create_repo(self, repo_id, **kwargs):
+        return RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def upload_folder(self, *, folder_path, ignore_patterns=None, **kwargs):
+        root = Path(folder_path)
+        files = [str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
+        kept = filter_repo_objects(files, ignore_patterns=ignore_patterns)
+        uploads.append({**kwargs, "files": {name: (root / name).read_bytes() for name in kept}})
+        done = Future()
+        done.set_result(None)
+        return done
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    return uploads
+
+
+@pytest.mark.parametrize(("base", "method"), KINDS)
+def test_push_to_hub_hands_over_all_files(make, hub, base, method):
+    trainer = make(base, method, "procon_s", hub_model_id="someone/tiny", hub_revision="branch", save_strategy="no")
+    trainer.train()
+    trainer.push_to_hub(commit_message="tuned")
+    (upload,) = hub
+    assert (upload["repo_id"], upload["revision"], upload["commit_message"]) == ("someone/tiny", "branch", "tuned")
+    weights = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
+    assert upload["files"].keys() >= OURS | {"README.md", weights, "tokenizer.json"}
+    assert not [name for name in upload["files"] if "anchors" in name]
+    card = ModelCard(upload["files"]["README.md"].decode())
+    assert card.text.count(HEADING) == 1
+    # What the trainer that is extended says of the model is still there, above ours.
+    title = "# Model Card for tiny" if base == "SFTTrainer" else "# tiny"
+    assert card.text.index(title) < card.text.index(HEADING)
+    assert len(card.data.tags) == len(set(card.data.tags))
+    assert {"procon", "generated_from_trainer"} <= set(card.data.tags) or (base, method) == ("Trainer", "lora")
+    assert card.data.library_name == ("peft" if (base, method) == ("Trainer", "lora") else "transformers")
+
+
+@pytest.mark.parametrize("base", ["Trainer", "SFTTrainer"])
+def test_pushed_checkpoints_have_the_files_too(make, hub, base):
+    trainer = make(base, "lora", "procon_s", hub_model_id="someone/tiny", push_to_hub=True, hub_strategy="checkpoint")
+    trainer.train()
+    roots = [upload for upload in hub if "path_in_repo" not in upload]
+    checkpoints = [upload for upload in hub if "path_in_repo" in upload]
+    assert roots
+    assert checkpoints
+    for upload in hub:
+        assert upload["files"].keys() >= OURS | {"README.md", "adapter_model.safetensors"}
+        assert upload["files"]["README.md"].decode().count(HEADING) == 1
+
+
+def test_section_is_replaced_where_it_stands(tmp_path):
+    card = tmp_path / "README.md"
+    metadata = "---\nlicense: apache-2.0\ntags: mine\nmodel-index:\n- name: x\n  results: []\n---\n"
+    card.write_text(f"{metadata}# Mine\n\nAbout \\1 it.\n")
+    write_section(card, f"{HEADING}\n\nfirst \\1")
+    card.write_text(card.read_text() + "\n### Framework versions\n")  # as PEFT appends
+    write_section(card, f"{HEADING}\n\nsecond \\g<0>")
+    assert metadata_load(card) == {
+        "license": "apache-2.0",
+        "tags": ["mine", "procon"],
+        "model-index": [{"name": "x", "results": []}],
+    }
+    body = card.read_text().split("---\n", 2)[2]
+    assert body == (
+        f"# Mine\n\nAbout \\1 it.\n\n<!-- procon -->\n{HEADING}\n\nsecond \\g<0>\n<!-- /procon -->\n"
+        "\n### Framework versions\n"
+    )
+
+
+def test_card_of_other_settings(tiny_model):
+    settings = {
+        "version": "1",
+        "schedule": "1@2ep,0.1@200steps,0",
+        "scope": "response",
+        "penalty": "huber",
+        "units": "raw",
+        "reduction": "sequence",
+        "blocks": [0, 2],
+        "directions": "abc",
+        "anchors": "def",
+    }
+    random = directions(tiny_model()).randomized(seed=7)
+    measured = [
+        {"procon/refusal_malicious": 0.5, "procon/refusal_benign": 0.25, "procon/task": 0.125, "step": 3},
+        {"procon/refusal_malicious": 0.75, "step": 9},
+    ]
+    text = describe(settings, random, measured)
+    for part in (
+        "| 1 for 2 epochs, then 0.1 for 200 steps, then 0 to the end (`1@2ep,0.1@200steps,0`) |",
+        "| 0, 2 of 3, from 0 |",
+        "random ones (seed 7): a control",
+        "| last logged penalty, before alpha | not logged |",
+        "| refusal of malicious prompts, by keywords | 75% at step 9 |",
+        "| refusal of benign prompts, by keywords | 25% at step 3 |",
+        "Not measured in this run: mean cosine of re-extracted directions to those at the start. A model",
+    ):
+        assert part in text
+    assert "| 0.1 throughout (`0.1`) |" in describe({**settings, "schedule": "0.1"}, random, [])
+
+
+@pytest.mark.parametrize("base", ["Trainer", "SFTTrainer"])
+def test_merged_model_has_no_trace(make, tmp_path, base):
+    merged, hooks = {}, {}
+    for folder, schedule in (("plain", None), ("ours", "procon_s")):
+        trainer = make(base, "lora", schedule, folder, save_strategy="no")
+        trainer.train()
+        tuned = trainer.accelerator.unwrap_model(trainer.model).eval()
+        ids = torch.arange(5, 25)[None]
+        with torch.no_grad():
+            expected = tuned(ids).logits
+        plain = tuned.merge_and_unload()
+        plain.save_pretrained(tmp_path / folder / "merged")
+        hooks[folder] = [
+            (name, len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module))
+            for name, module in plain.named_modules()
+        ]
+        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / folder / "merged").eval()
+        with torch.no_grad():
+            # One rounding of each merged weight, of order 1e-7 beside it.
+            torch.testing.assert_close(reloaded(ids).logits, expected, rtol=1e-4, atol=1e-5)
+        merged[folder] = tmp_path / folder / "merged"
+    assert hooks["plain"] == hooks["ours"]
+    assert names(merged["plain"]) == names(merged["ours"])
+    ours, plain = (load_file(merged[folder] / "model.safetensors") for folder in ("ours", "plain"))
+    assert {name: tensor.shape for name, tensor in ours.items()} == {name: t.shape for name, t in plain.items()}
+    assert any(not torch.equal(ours[name], plain[name]) for name in ours)  # the constraint did act
+    for name in ("config.json", "generation_config.json"):
+        assert (merged["ours"] / name).read_text() == (merged["plain"] / name).read_text()
