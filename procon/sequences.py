@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -57,6 +58,8 @@ class Sequence:
 def split_batch(batch: Mapping[str, Tensor]) -> Iterator[Sequence]:
     """The sequences of a collated batch, by ``attention_mask``, and by ``position_ids`` or ``cu_seq_lens_q`` if packed.
 
+    Those of one token are left out: they predict nothing, and a flattened row is padded with them.
+
     Raises:
         ProConError: if the batch has no labels, or its attention mask is not one run of ones a row.
     """
@@ -78,21 +81,22 @@ def split_batch(batch: Mapping[str, Tensor]) -> Iterator[Sequence]:
             first, last = int(kept[0]), int(kept[-1]) + 1
             if last - first != len(kept):
                 raise ProConError(f"attention_mask of row {row} has gaps: pad on one side only")
-        starts = [first, *_packed_starts(batch, row, first, last)]
-        for start, stop in zip(starts, [*starts[1:], last], strict=True):
+        for start, stop in pairwise(_bounds(batch, row, first, last)):
+            if stop - start < 2:
+                continue
             is_response = labels[row, start:stop] != IGNORE_INDEX
             is_response[0] = False
             yield Sequence(row, start, ids[row, start:stop], is_response)
 
 
-def _packed_starts(batch: Mapping[str, Tensor], row: int, first: int, last: int) -> list[int]:
-    """Where further sequences of a row begin."""
+def _bounds(batch: Mapping[str, Tensor], row: int, first: int, last: int) -> list[int]:
+    """Where the sequences of a row begin, and where the last one ends."""
     if "position_ids" in batch:
-        positions = batch["position_ids"][row].numpy()
-        return [int(i) + first for i in np.flatnonzero(positions[first:last] == 0) if i > 0]
+        positions = batch["position_ids"][row, first:last].numpy()
+        return [first, *(np.flatnonzero(np.diff(positions) != 1) + first + 1).tolist(), last]
     if "cu_seq_lens_q" in batch and len(batch["input_ids"]) == 1:
-        return [int(i) for i in batch["cu_seq_lens_q"][1:-1]]
-    return []
+        return [first + int(bound) for bound in batch["cu_seq_lens_q"]]
+    return [first, last]
 
 
 def _hash(values: np.ndarray) -> int:

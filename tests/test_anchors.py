@@ -144,7 +144,7 @@ def test_recording_again_runs_nothing_and_a_grown_set_only_what_is_new(
 
 
 def test_interrupted_recording_goes_on(model, directions, samples, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("procon.anchors._SHARD_BYTES", 1)  # one sequence a shard
+    monkeypatch.setattr("procon.anchor_shards.SHARD_BYTES", 1)  # one sequence a shard
     loader = DataLoader(samples, 1, collate_fn=padding_collator(tokenizer))
 
     class Stopped(Exception):
@@ -222,4 +222,4 @@ def test_ranks_share_one_store(model, directions, samples, tokenizer, tmp_path):
         loader = DataLoader(samples[rank::2], 2, collate_fn=padding_collator(tokenizer))
         anchors = Anchors.record(model, loader, directions, tmp_path / "a", rank=rank, progress=False)
     assert len(anchors) == len(samples)
-    assert len(list(anchors.path.glob("rank00001-*"))) == 1
+    assert len(list(anchors.path.glob("*.safetensors"))) == 2

@@ -1,0 +1,138 @@
+"""The projections of the sequences of a loader, from the model as it now is, sharded or not."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from procon.anchor_exchange import gather
+from procon.anchor_shards import Key
+from procon.decoder import Decoder, find_decoder, model_device, observe_block_inputs
+from procon.errors import ProConError
+from procon.functional import project
+from procon.sequences import Sequence as TokenSequence
+from procon.sequences import TokenScope, split_batch
+
+#: What a collator may hand to a decoder; anything else (images, say) would be lost on the way to the anchors.
+_DECODER_INPUTS = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+    "seq_idx",
+}
+_NOT_DECODER_INPUTS = {"labels", "shift_labels", "num_items_in_batch"}
+
+#: What a rank without new sequences runs while others need its part of the parameters.
+_ONE_TOKEN = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
+
+
+def record_projections(
+    model: nn.Module,
+    dataloader: Iterable[Mapping[str, Tensor]],
+    directions: Tensor,
+    blocks: Sequence[int],
+    scope: TokenScope,
+    known: Container[Key],
+) -> Iterator[tuple[Key, np.ndarray]]:
+    """Key and projections ``[tokens in scope, len(blocks)]`` fp32 of each sequence that is not ``known``, once each.
+
+    The base decoder runs, without the LM head, on batches that have such a sequence. Where parameters are sharded over
+    the ranks (FSDP2, DeepSpeed ZeRO-3), every rank must take part in every forward: ranks iterate together until none
+    has a batch left, and those that have nothing new run one token.
+
+    Args:
+        model: in eval mode, gradients disabled; not wrapped for data parallelism.
+        directions: ``[L, D]`` unit directions of all blocks.
+
+    Raises:
+        ProConError: on projections that are not finite, or inputs that a text decoder does not take.
+    """
+    sharded = _is_sharded(model)
+    decoder = find_decoder(model)
+    forward = _whole_forward(model) if sharded else partial(decoder.module, use_cache=False)
+    device = model_device(model)
+    unit = directions.to(device)
+    batches = iter(dataloader)
+    seen: set[Key] = set()
+    while True:
+        batch = next(batches, None)
+        new = {}
+        for sequence in split_batch(batch) if batch is not None else ():
+            key = sequence.key()
+            if key not in seen and key not in known:
+                seen.add(key)
+                new[key] = sequence
+        state = None if batch is None else bool(new)
+        states = gather(state) if sharded else [state]
+        if all(state is None for state in states):
+            return
+        if not any(states):
+            continue
+        z = _project_batch(forward, decoder, batch if new else _ONE_TOKEN, unit, blocks, device)
+        for key, sequence in new.items():
+            rows = z[sequence.row, sequence.span][torch.from_numpy(sequence.in_scope(scope))]
+            _check_finite(rows, blocks, sequence)
+            yield key, rows.numpy()
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether a forward needs the other ranks: FSDP2's and tensor-parallel parameters, or those of ZeRO-3."""
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def _whole_forward(model: nn.Module) -> Callable[..., object]:
+    """The forward of the whole model: FSDP2 gathers what its root holds in no other. One token passes the LM head."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    return partial(model, use_cache=False, **few)
+
+
+def _project_batch(
+    forward: Callable[..., object],
+    decoder: Decoder,
+    batch: Mapping[str, Tensor],
+    unit: Tensor,
+    blocks: Sequence[int],
+    device: torch.device,
+) -> Tensor:
+    """Projections ``[B, T, blocks]`` fp32 on the CPU."""
+    foreign = set(batch) - _DECODER_INPUTS - _NOT_DECODER_INPUTS
+    if foreign:
+        raise ProConError(
+            f"the batch has {sorted(foreign)}, which a text decoder does not take: anchors cannot be recorded for it"
+        )
+    inputs = {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+        if name in _DECODER_INPUTS
+    }
+    place = {block: column for column, block in enumerate(blocks)}
+    z = torch.empty(*batch["input_ids"].shape, len(blocks))
+
+    def observe(block: int, hidden: Tensor) -> None:
+        if block in place:
+            z[..., place[block]] = project(hidden, unit[block].to(hidden.device)).to("cpu", torch.float32)
+
+    with observe_block_inputs(decoder, observe):
+        forward(**inputs)
+    return z
+
+
+def _check_finite(z: Tensor, blocks: Sequence[int], sequence: TokenSequence) -> None:
+    bad = ~torch.isfinite(z).all(0)
+    if bad.any():
+        raise ProConError(
+            f"hidden states entering block {blocks[int(bad.nonzero()[0])]} are NaN or infinite on the sample of "
+            f"{len(sequence.input_ids)} tokens starting {sequence.input_ids[:24].tolist()}: load the model in "
+            "bfloat16 or float32, and check its weights"
+        )
