@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from procon.anchor_exchange import gather
 from procon.anchor_shards import Key
+from procon.attention import check_packing
 from procon.decoder import Decoder, find_decoder, model_device, observe_block_inputs
 from procon.errors import ProConError
 from procon.functional import project
@@ -31,6 +33,7 @@ _DECODER_INPUTS = {
     "seq_idx",
 }
 _NOT_DECODER_INPUTS = {"labels", "shift_labels", "num_items_in_batch"}
+_MODALITY = "mm_token_type_ids"  # 0 on text
 
 #: What a rank without new sequences runs while others need its part of the parameters.
 _ONE_TOKEN = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
@@ -55,7 +58,8 @@ def record_projections(
         directions: ``[L, D]`` unit directions of all blocks.
 
     Raises:
-        ProConError: on projections that are not finite, or inputs that a text decoder does not take.
+        ProConError: on projections that are not finite, inputs that a text decoder does not take, or a decoder that
+            does not keep the sequences of a packed row apart.
     """
     sharded = _is_sharded(model)
     decoder = find_decoder(model)
@@ -64,25 +68,53 @@ def record_projections(
     unit = directions.to(device)
     batches = iter(dataloader)
     seen: set[Key] = set()
+    checked = False
     while True:
         batch = next(batches, None)
+        sequences = list(split_batch(batch)) if batch is not None else []
         new = {}
-        for sequence in split_batch(batch) if batch is not None else ():
+        for sequence in sequences:
             key = sequence.key()
             if key not in seen and key not in known:
                 seen.add(key)
                 new[key] = sequence
-        state = None if batch is None else bool(new)
-        states = gather(state) if sharded else [state]
-        if all(state is None for state in states):
+        packed = len(sequences) > len({sequence.row for sequence in sequences})
+        state = None if batch is None else (bool(new), packed)
+        states = [state for state in (gather(state) if sharded else [state]) if state is not None]
+        if not states:
             return
-        if not any(states):
+        if not checked and any(packed for _, packed in states):
+            inputs = _to(device, text_inputs(batch or _ONE_TOKEN))
+            check_packing(forward, decoder, inputs, sequences)
+            checked = True
+        if not any(new for new, _ in states):
             continue
         z = _project_batch(forward, decoder, batch if new else _ONE_TOKEN, unit, blocks, device)
         for key, sequence in new.items():
             rows = z[sequence.row, sequence.span][torch.from_numpy(sequence.in_scope(scope))]
             _check_finite(rows, blocks, sequence)
             yield key, rows.numpy()
+
+
+def text_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a decoder takes of a batch.
+
+    Raises:
+        ProConError: if it has more, images say, of which the anchors would know nothing.
+    """
+    foreign = set(batch) - _DECODER_INPUTS - _NOT_DECODER_INPUTS
+    if _MODALITY in foreign and not batch[_MODALITY].any():
+        foreign.remove(_MODALITY)
+    if foreign:
+        raise ProConError(
+            f"the batch has {sorted(foreign)}, which a text decoder does not take: leave it, and samples that need it, "
+            "out of the training data"
+        )
+    return {name: value for name, value in batch.items() if name in _DECODER_INPUTS}
+
+
+def _to(device: torch.device, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
 def _is_sharded(model: nn.Module) -> bool:
@@ -106,18 +138,9 @@ def _project_batch(
     device: torch.device,
 ) -> Tensor:
     """Projections ``[B, T, blocks]`` fp32 on the CPU."""
-    foreign = set(batch) - _DECODER_INPUTS - _NOT_DECODER_INPUTS
-    if foreign:
-        raise ProConError(
-            f"the batch has {sorted(foreign)}, which a text decoder does not take: anchors cannot be recorded for it"
-        )
-    inputs = {
-        name: value.to(device) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-        if name in _DECODER_INPUTS
-    }
+    inputs = _to(device, text_inputs(batch))
     place = {block: column for column, block in enumerate(blocks)}
-    z = torch.empty(*batch["input_ids"].shape, len(blocks))
+    z = torch.full((*batch["input_ids"].shape, len(blocks)), torch.nan)  # of a block that does not run, too
 
     def observe(block: int, hidden: Tensor) -> None:
         if block in place:

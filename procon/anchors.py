@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from procon.anchor_exchange import gather, own_rank, share_files
-from procon.anchor_recording import record_projections
+from procon.anchor_recording import record_projections, text_inputs
 from procon.anchor_shards import AnchorShards, ShardWriter, whole_file
 from procon.decoder import evaluating, find_decoder, weights_hash
 from procon.directions import RefusalDirections
@@ -95,9 +95,10 @@ class Anchors:
                 the mask, is the mean over sequences of each one's mean over its tokens.
 
         Raises:
-            ProConError: for a sequence that is not in the store, naming it.
+            ProConError: for a sequence that is not in the store, naming it, and for a batch that is not of text alone.
         """
         _check_reduction(reduction)
+        text_inputs(batch)
         shape = batch["input_ids"].shape
         anchors = torch.zeros(*shape, len(self.blocks))
         mask = torch.zeros(shape)
