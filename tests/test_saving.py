@@ -131,13 +131,13 @@ def test_saved_model_tells_how_it_was_constrained(make, tmp_path, base, method):
     penalties = {row["step"]: row["procon/penalty"] for row in trainer.state.log_history if "procon/penalty" in row}
     assert list(penalties) == [1, 2]
     for part in (
-        "| strength (alpha) | 0.5 for 1 extra epochs, then 0 to the end (`procon_wu:0.5@1ep`) |",
+        "| strength (alpha) | 0.5 for 1 extra epoch, then 0 to the end (`procon_wu:0.5@1ep`) |",
         "| constrained tokens | all |",
         "| constrained blocks | 1 to 2 of 3, from 0 |",
-        "| penalty | squared, gap units, mean by token |",
-        "extracted from tiny, 3 malicious and 4 benign prompts, it then refused 96% of malicious prompts |",
+        "| penalty | squared, gap units, mean over tokens |",
+        "`): of tiny, from 3 malicious and 4 benign prompts; it then refused 96% of malicious ones |",
         f"| last logged penalty, before alpha | {penalties[2]:.3g} at step 2 |",
-        "| mean cosine of re-extracted directions to those at the start | 0.988 at step 6 |",
+        "| mean cosine of re-extracted directions to the first | 0.988 at step 6 |",
         "Not measured in this run: refusal of malicious prompts",
         "@article{du2025",
     ):
@@ -258,9 +258,9 @@ def test_card_of_other_settings(tiny_model):
         "| 0, 2 of 3, from 0 |",
         "random ones (seed 7): a control",
         "| last logged penalty, before alpha | not logged |",
-        "| refusal of malicious prompts, by keywords | 75% at step 9 |",
-        "| refusal of benign prompts, by keywords | 25% at step 3 |",
-        "Not measured in this run: mean cosine of re-extracted directions to those at the start. A model",
+        "| refusal of malicious prompts (keywords) | 75% at step 9 |",
+        "| refusal of benign prompts (keywords) | 25% at step 3 |",
+        "Not measured in this run: mean cosine of re-extracted directions to the first.\nA model",
     ):
         assert part in text
     assert "| 0.1 throughout (`0.1`) |" in describe({**settings, "schedule": "0.1"}, random, [])

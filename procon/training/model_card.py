@@ -18,9 +18,9 @@ _BEGIN, _END = "<!-- procon -->", "<!-- /procon -->"
 
 #: What a run may have logged of the tuned model: the log's name, what it is, and how it is written.
 _MEASURES = {
-    "procon/drift_cos": ("mean cosine of re-extracted directions to those at the start", "{:.3f}"),
-    "procon/refusal_malicious": ("refusal of malicious prompts, by keywords", "{:.0%}"),
-    "procon/refusal_benign": ("refusal of benign prompts, by keywords", "{:.0%}"),
+    "procon/drift_cos": ("mean cosine of re-extracted directions to the first", "{:.3f}"),
+    "procon/refusal_malicious": ("refusal of malicious prompts (keywords)", "{:.0%}"),
+    "procon/refusal_benign": ("refusal of benign prompts (keywords)", "{:.0%}"),
     "procon/task": ("accuracy on a task", "{:.0%}"),
 }
 
@@ -29,15 +29,16 @@ _SECTION = """\
 
 This model was fine-tuned under the projection constraint of *Anchoring Refusal Direction: Mitigating Safety Risks in
 Tuning via Projection Constraint* ([arXiv 2509.06795](https://arxiv.org/abs/2509.06795)), with procon-llm {version}:
-along each block's refusal direction, the block's input was held near where it was before training. Nothing of ProCon is
-in the model, which loads and runs as any other of its kind.
+departures of each block's input from where it was before training were penalised, along the block's refusal direction.
+Nothing of ProCon is in the model, which loads and runs as any other of its kind.
 
 | | |
 |---|---|
 {rows}
 
-Not measured in this run: {unmeasured}. A model can route around one direction a block, so measure what it does:
-`procon eval --model FOLDER`, and `procon drift --start MODEL --tuned FOLDER` against the model it started from.
+Not measured in this run: {unmeasured}.
+A model can route around one direction a block, so measure what it does: `procon eval --model FOLDER`, and
+`procon drift --start MODEL --tuned FOLDER` against the model it started from.
 
 The directions, from a copy of this folder:
 
@@ -72,7 +73,7 @@ def describe(settings: dict, directions: RefusalDirections, log_history: Sequenc
         "strength (alpha)": _strength(AlphaSchedule.parse(settings["schedule"])),
         "constrained tokens": settings["scope"],
         "constrained blocks": _blocks(settings["blocks"], len(directions.directions)),
-        "penalty": f"{settings['penalty']}, {settings['units']} units, mean by {settings['reduction']}",
+        "penalty": f"{settings['penalty']}, {settings['units']} units, mean over {settings['reduction']}s",
         "directions": f"`{DIRECTIONS}` (`{settings['directions']}`){_origin(directions.provenance)}",
         "anchors": f"projections of the training tokens before training (`{settings['anchors']}`)",
         "last logged penalty, before alpha": _last(log_history, "procon/penalty", "{:.3g}") or "not logged",
@@ -87,7 +88,7 @@ def describe(settings: dict, directions: RefusalDirections, log_history: Sequenc
     return _SECTION.format(
         version=settings["version"],
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
-        unmeasured=", ".join(unmeasured) or "whether any of this holds beyond the prompts used",
+        unmeasured="; ".join(unmeasured) or "whether any of this holds beyond the prompts used",
     )
 
 
@@ -109,7 +110,7 @@ def _strength(schedule: AlphaSchedule) -> str:
     def tell(number: int, phase: Phase) -> str:
         if phase.length is None:
             return f"{phase.alpha:g} {'throughout' if number == 0 else 'to the end'}"
-        unit = {"ep": "epochs", "steps": "steps"}[phase.unit]
+        unit = {"ep": "epoch", "steps": "step"}[phase.unit] + ("" if phase.length == 1 else "s")
         return f"{phase.alpha:g} for {phase.length:g} {'extra ' if number < schedule.extra else ''}{unit}"
 
     phases = ", then ".join(tell(number, phase) for number, phase in enumerate(schedule.phases))
@@ -131,11 +132,9 @@ def _origin(provenance: dict) -> str:
     model, counts, rate = provenance.get("model"), provenance["counts"], provenance.get("refusal_rate")
     # A folder's name is enough: the path to it is of no use to others.
     model = Path(model).name if model and Path(model).is_absolute() else model
-    parts = [f"extracted from {model or 'the starting model'}"]
-    parts.append(f"{counts['malicious']} malicious and {counts['benign']} benign prompts")
-    if rate is not None:
-        parts.append(f"it then refused {rate:.0%} of malicious prompts")
-    return f": {', '.join(parts)}"
+    origin = f": of {model or 'the model before training'}, from {counts['malicious']} malicious and "
+    origin += f"{counts['benign']} benign prompts"
+    return origin if rate is None else f"{origin}; it then refused {rate:.0%} of malicious ones"
 
 
 def _last(log_history: Sequence[dict], name: str, form: str) -> str | None:

@@ -1,0 +1,229 @@
+"""What reaches the experiment trackers, read back from what each of them wrote."""
+
+import json
+import math
+import struct
+from collections.abc import Iterator
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback, set_seed
+
+from procon.data import padding_collator
+from procon.decoder import find_decoder
+from procon.directions import RefusalDirections
+from procon.training import DriftCallback, JsonlCallback, ProConConfig, ProConTrainer
+from procon.training.probes import ProbeCallback
+
+#: As trackers show them: transformers puts `train/` before what has no `eval_`.
+NAMES = {"train/loss", "train/procon/alpha", "train/procon/penalty", "train/procon/drift_cos", "eval/loss"}
+
+
+class CountingDrift(ProbeCallback):
+    """What DriftCallback logs, at no cost."""
+
+    def measure(self) -> dict[str, float]:
+        return {"procon/drift_cos": 1 - 0.01 * self.trainer.state.global_step}
+
+
+class Stop(TrainerCallback):
+    """As if killed while it runs the step after ``step``: what was logged is on disk, nothing is cleaned up."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def make(tiny_model, tokenizer, tmp_path):
+    """``make(base="Trainer", **settings)``: a constrained trainer of six steps that logs, probes and evaluates."""
+
+    def build(base: str = "Trainer", **settings) -> ProConTrainer:
+        model = tiny_model()
+        decoder = find_decoder(model)
+        unit = torch.nn.functional.normalize(torch.ones(len(decoder.blocks), decoder.hidden_size), dim=1)
+        ones = torch.ones(len(decoder.blocks))
+        arguments = {
+            "output_dir": str(tmp_path / "out"),
+            "max_steps": 6,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+            "save_steps": 2,
+            "report_to": [],
+            "disable_tqdm": True,
+            "bf16": False,
+            "procon_schedule": "1@4steps,0",
+            **settings,
+        }
+        rows = [{"prompt": f"count to {n}", "completion": " ".join(map(str, range(n)))} for n in range(2, 6)]
+        set_seed(0)
+        if base == "SFTTrainer":
+            pytest.importorskip("trl", reason="SFTTrainer is TRL's")
+            from procon.training.sft import ProConSFTConfig as Config
+            from procon.training.sft import ProConSFTTrainer as Trainer
+
+            dataset, rest = Dataset.from_list(rows), {}
+        else:
+            Trainer, Config = ProConTrainer, ProConConfig
+            samples = []
+            for row in rows:
+                prompt, completion = (tokenizer(row[part])["input_ids"] for part in ("prompt", "completion"))
+                samples.append({"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion})
+            dataset, rest = Dataset.from_list(samples), {"data_collator": padding_collator(tokenizer)}
+        trainer = Trainer(
+            model,
+            Config(**arguments),
+            train_dataset=dataset,
+            eval_dataset=dataset,
+            processing_class=tokenizer,
+            directions=RefusalDirections(unit, ones, ones, ones, ones),
+            **rest,
+        )
+        trainer.add_callback(CountingDrift(trainer, tokenizer, every=2))
+        return trainer
+
+    return build
+
+
+def series(rows: list[dict], name: str) -> dict[int, float]:
+    return {row["step"]: row[name] for row in rows if name in row}
+
+
+def expected(trainer) -> dict[str, dict[int, float]]:
+    """What the trainer logged, by the trackers' names."""
+    found = {}
+    for name in NAMES:
+        own = name.removeprefix("train/").replace("eval/", "eval_")
+        found[name] = series(trainer.state.log_history, own)
+    assert list(found["train/loss"]) == [1, 2, 3, 4, 5, 6]  # those of probed steps, too
+    assert list(found["train/procon/alpha"].values()) == [1, 1, 1, 1, 0, 0]
+    assert list(found["train/procon/penalty"]) == [1, 2, 3, 4]
+    assert list(found["train/procon/drift_cos"]) == [2, 4, 6]
+    assert list(found["eval/loss"]) == [3, 6]
+    return found
+
+
+@pytest.mark.parametrize("base", ["Trainer", "SFTTrainer"])
+def test_tensorboard(make, tmp_path, monkeypatch, base):
+    reason = "tensorboard comes with the extra `train`"
+    pytest.importorskip("tensorboard", reason=reason)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    trainer = make(base, report_to=["tensorboard"])
+    trainer.train()
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    for name, values in expected(trainer).items():
+        found = {event.step: event.value for event in events.Scalars(name)}
+        assert found == pytest.approx(values, rel=1e-6), name  # it keeps fp32
+
+
+def leveldb_records(data: bytes) -> Iterator[bytes]:
+    """Records of a log in LevelDB's format, as W&B keeps a run: blocks of 32 KiB, and a record in one part or more."""
+    block, header = 32768, struct.Struct("<IHB")  # checksum, length, and 1 whole, 2 first, 3 middle or 4 last
+    at, parts = header.size, b""  # W&B's own header is as long as a record's
+    while at + header.size <= len(data):
+        if block - at % block < header.size:
+            at += block - at % block
+            continue
+        _, length, kind = header.unpack_from(data, at)
+        at += header.size
+        parts += data[at : at + length]
+        at += length
+        if kind in (1, 4):
+            yield parts
+            parts = b""
+
+
+@pytest.mark.parametrize("base", ["Trainer", "SFTTrainer"])
+def test_wandb_offline(make, tmp_path, monkeypatch, base):
+    wandb = pytest.importorskip("wandb", reason="wandb comes with the extra `train`")
+    from wandb.proto import wandb_internal_pb2
+
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "CONFIG_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    trainer = make(base, report_to=["wandb"])
+    trainer.train()
+    wandb.finish()
+    wandb.teardown()  # or the next run of this process would be kept where this one was
+
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    rows = []
+    for data in leveldb_records(file.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            rows.append({**row, "step": row.get("train/global_step")})
+    for name, values in expected(trainer).items():
+        assert series(rows, name) == pytest.approx(values), name
+
+
+@pytest.mark.parametrize("base", ["Trainer", "SFTTrainer"])
+def test_json_lines(make, tmp_path, base):
+    trainer = make(base)
+    trainer.add_callback(JsonlCallback())
+    trainer.train()
+    rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    for name, values in expected(trainer).items():
+        assert series(rows, name) == values, name
+    assert len(rows) == len(trainer.state.log_history)
+
+
+@pytest.mark.parametrize("first", ["probe", "log"])
+def test_json_lines_of_a_resumed_run_have_no_step_twice(make, tmp_path, tokenizer, first):
+    def trainer(*callbacks, **settings):
+        made = make(**settings)
+        drift, log = DriftCallback(made, tokenizer, every=10**6), JsonlCallback(tmp_path / "logs" / "run.jsonl")
+        for callback in [*((drift, log) if first == "probe" else (log, drift)), *callbacks]:
+            made.add_callback(callback)
+        return made
+
+    file = tmp_path / "logs" / "run.jsonl"
+    trainer().train()
+    whole = [json.loads(line) for line in file.read_text().splitlines()]
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(Stop(5), save_steps=3).train()
+    steps = [json.loads(line)["step"] for line in file.read_text().splitlines()]
+    assert steps[0] == 0  # the run's own: the one before is gone
+    assert steps[-1] == 4  # past the checkpoint of step 3
+    file.write_text(file.read_text()[:-7])  # as a kill in the middle of a line leaves it
+    trainer(save_steps=3).train(resume_from_checkpoint=True)
+    resumed = [json.loads(line) for line in file.read_text().splitlines()]
+
+    def comparable(rows):  # all but timings, and what the Trainer averages over the resumed part alone
+        timed = ("runtime", "per_second", "train_loss", "total_flos")
+        return [{k: v for k, v in row.items() if not any(word in k for word in timed)} for row in rows]
+
+    assert comparable(resumed) == comparable(whole)
+
+
+def test_json_lines_are_strict_json(make, tmp_path):
+    trainer = make(max_steps=1, eval_strategy="no", save_strategy="no")
+    trainer.add_callback(JsonlCallback())
+    trainer.train()
+    trainer.log({"loss": math.nan, "eval_top": math.inf})
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    lines = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1], parse_constant=refuse)
+    assert last["train/loss"] is None
+    assert last["eval/top"] is None
+
+
+def test_progress_shows_the_penalty(make, capsys):
+    make(disable_tqdm=False, max_steps=2, eval_strategy="no", save_strategy="no").train()
+    shown = capsys.readouterr().out
+    assert shown.count("'procon/penalty'") == 2
+    assert "'procon/alpha': '1'" in shown
+    assert "'procon/drift_cos': '0.98'" in shown
