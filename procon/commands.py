@@ -22,14 +22,14 @@ from procon.data import (
     tokenize_conversations,
 )
 from procon.decoder import find_decoder
-from procon.directions import ContrastMeans, RefusalDirections
+from procon.directions import DIRECTIONS, ContrastMeans, RefusalDirections
 from procon.drift import Drift, measure_drift
 from procon.errors import ProConError
 from procon.evaluation import evaluate
 from procon.loading import load_model, parse_dtype
 from procon.prompts import ContrastPrompts, Split, builtin_prompts, load_instructions
 from procon.report import Run, print_table
-from procon.training import DriftCallback, ProConConfig, ProConTrainer
+from procon.training import DriftCallback, JsonlCallback, ProConConfig, ProConTrainer
 from procon.training.checkpoints import last_complete
 
 
@@ -61,8 +61,7 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
         safety = load_conversations(arguments.safety_data) if arguments.safety_data else safety_conversations()
         conversations = mix_safety(conversations, safety, arguments.safety_samples or len(safety), seed=config.seed)
     constrained = config.schedule().active
-    file = Path(arguments.directions) if arguments.directions else output / "directions.safetensors"
-    known = RefusalDirections.load(file) if constrained and (arguments.directions or arguments.resume) else None
+    known = RefusalDirections.load(arguments.directions) if constrained and arguments.directions else None
 
     dtype = torch.float32 if arguments.method == "full" and arguments.dtype == "auto" else parse_dtype(arguments.dtype)
     model, tokenizer = load_model(arguments.model, dtype=dtype)
@@ -72,11 +71,12 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
     set_seed(config.seed)
     # A new adapter changes nothing yet, and one that does not fit shows before the minutes of extraction.
     model = _trainable(model, arguments)
-    if constrained and known is None:
+    if constrained and known is None and not arguments.resume:
+        # Before there is a trainer, as that makes the output folder.
         with config.main_process_first(local=False, desc="refusal directions"):
             if config.process_index == 0:
-                RefusalDirections.extract(model, tokenizer).save(file)
-            known = RefusalDirections.load(file)
+                RefusalDirections.extract(model, tokenizer).save(output / DIRECTIONS)
+            known = RefusalDirections.load(output)
     trainer = ProConTrainer(
         model,
         config,
@@ -85,13 +85,14 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
         data_collator=flattening_collator() if arguments.flatten else padding_collator(tokenizer),
         processing_class=tokenizer,
     )
+    trainer.add_callback(JsonlCallback())
     if arguments.drift_steps:
         trainer.add_callback(DriftCallback(trainer, tokenizer, every=arguments.drift_steps))
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     trainer.save_model()
     trainer.save_state()
     if config.process_index == 0:
-        Console().print(f"Written: {output}. Measure it: procon eval --model {output}")
+        Console().print(f"Written: {output}, its log in log.jsonl. Measure it: procon eval --model {output}")
 
 
 def drift(arguments: DriftArguments) -> None:
