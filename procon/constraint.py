@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MethodType
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from procon.decoder import block_input, find_decoder
+from procon.decoder import active_adapters, block_input, find_decoder, first_moving_block
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.functional import constrain, rms_norm_constrain
 from procon.input_norm import InputNorm, find_input_norm
+from procon.sharded_input import check_placements, constrain_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +94,8 @@ class ProjectionConstraint:
             raise ProConError(f"fuse is {fuse!r}: choose 'auto' or 'never'")
         if self._undo:
             raise ProConError("this constraint is attached already: call detach() first")
-        decoder = find_decoder(model)
+        self._decoder = decoder = find_decoder(model)
+        self._adapters = active_adapters(decoder)
         self._directions.check_fits(decoder)
         fused = []
         for column, index in enumerate(self.blocks):
@@ -148,6 +151,12 @@ class ProjectionConstraint:
             )
         if not self._undo:
             raise ProConError("the constraint is attached to no model: call attach(model) first")
+        if (adapters := active_adapters(self._decoder)) != self._adapters:
+            raise ProConError(
+                f"the active adapters changed from {self._adapters} to {adapters} while the constraint was attached: "
+                "record anchors with those on that train, then attach"
+            )
+        self._first_moving = first_moving_block(self._decoder)
         # Blocks first: read with a stride, each number would move a whole sector of memory.
         self._anchors = (anchors.float() * self._scale.to(anchors.device)).movedim(-1, 0).contiguous()
         self._mask = mask.float()
@@ -162,7 +171,7 @@ class ProjectionConstraint:
                 over the whole optimiser step. This forward's own if not given.
 
         Raises:
-            ProConError: if the forward did not pass every constrained block, or no gradient can flow.
+            ProConError: if the forward did not pass every constrained block, or nothing below one of them trains.
         """
         if self._mask is None:
             raise ProConError("no target is set: call target(anchors, mask) before the forward")
@@ -175,8 +184,8 @@ class ProjectionConstraint:
         terms = [term for term in self._terms.values() if term is not None]
         if not terms:
             raise ProConError(
-                "no constrained block's input needs a gradient, so the constraint cannot act: train parameters "
-                "below a constrained block, or constrain deeper blocks"
+                "nothing below a constrained block trains, so the constraint cannot act: train parameters below one, "
+                "or constrain deeper blocks"
             )
         total = torch.stack([term.to(terms[0].device) for term in terms]).sum()
         if tokens is None:
@@ -191,8 +200,7 @@ class ProjectionConstraint:
             given = self._given(column, module, hidden)
             if given is None:
                 return None
-            hidden, term = constrain(hidden, *given, penalty=self._penalty, backend=self._backend)
-            self._keep(column, term)
+            hidden = self._constrain(column, hidden, given)
             if args:
                 return (hidden, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": hidden}
@@ -206,6 +214,8 @@ class ProjectionConstraint:
             given = self._given(column, module, hidden_states)
             if given is None:
                 return type(module).forward(module, hidden_states)
+            if isinstance(hidden_states, DTensor):
+                return type(module).forward(module, self._constrain(column, hidden_states, given))
             normed, term = rms_norm_constrain(
                 hidden_states,
                 module.weight,
@@ -220,6 +230,12 @@ class ProjectionConstraint:
             return normed
 
         return forward
+
+    def _constrain(self, column: int, hidden: Tensor, given: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        op = constrain_sharded if isinstance(hidden, DTensor) else constrain
+        hidden, term = op(hidden, *given, penalty=self._penalty, backend=self._backend)
+        self._keep(column, term)
+        return hidden
 
     def _given(self, column: int, module: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """Direction, anchors and mask for a block's input; None where the constraint rests or cannot move it."""
@@ -246,9 +262,11 @@ class ProjectionConstraint:
         if hidden.shape[:-1] != self._mask.shape:
             raise ProConError(
                 f"block {self.blocks[column]} got hidden states of shape {tuple(hidden.shape)} for a mask of shape "
-                f"{tuple(self._mask.shape)}: sequence-sharded activations are not supported"
+                f"{tuple(self._mask.shape)}: where ranks share a sequence, shard anchors and mask as its tokens are"
             )
-        if not hidden.requires_grad:
+        if isinstance(hidden, DTensor):
+            check_placements(hidden, self.blocks[column])
+        if not hidden.requires_grad or self.blocks[column] < self._first_moving:
             # Nothing below this block trains, so its input, and with it the penalty's gradient, cannot move.
             self._keep(column, None)
             return None
@@ -265,6 +283,30 @@ class ProjectionConstraint:
         if key not in self._on_device:
             self._on_device[key] = self._vectors[column].to(device)
         return self._on_device[key]
+
+
+def constrained_tokens(
+    batches: Iterable[Mapping[str, Tensor]],
+    reduce: Callable[[Tensor], Tensor] | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """What :meth:`ProjectionConstraint.penalty` divides by: the constrained tokens of an optimiser step, at least 1.
+
+    Args:
+        batches: the step's micro-batches of this rank, as an AnchoredCollator makes them.
+        reduce: gives the sum of a tensor over the ranks, such as ``accelerator.reduce``; not needed on one rank.
+        device: where to count, and reduce; where the batches are if not given.
+
+    Raises:
+        ProConError: for a batch without ``constraint_mask``.
+    """
+    tokens = torch.zeros((), device=device)
+    for batch in batches:
+        if "constraint_mask" not in batch:
+            raise ProConError("the batch has no anchors: make batches with an AnchoredCollator that has been given any")
+        tokens = tokens + batch["constraint_mask"].sum().to(device)
+    return (tokens if reduce is None else reduce(tokens)).clamp_min(1)
 
 
 def select_blocks(directions: RefusalDirections, blocks: Blocks) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from procon.anchors import AnchoredCollator, Anchors, fingerprint
-from procon.constraint import ProjectionConstraint
+from procon.constraint import ProjectionConstraint, constrained_tokens
 from procon.directions import DIRECTIONS, RefusalDirections
 from procon.errors import ProConError
 from procon.training.checkpoints import last_complete, read_settings, write_settings
@@ -78,6 +79,13 @@ class ProConMixin:
             raise ProConError(
                 "nn.DataParallel copies the model without its hooks: start one process a GPU with torchrun"
             )
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ProConError("FSDP 1 flattens the parameters that anchors are told by: set version 2 in fsdp_config")
+        if self.get_sp_size() > 1:
+            raise ProConError(
+                "DeepSpeed's sequence parallelism averages the model's own loss over ranks, which would leave the penalty "
+                "out: use context parallelism (cp_size)"
+            )
         if directions is not None:
             self._constrain(
                 directions if isinstance(directions, RefusalDirections) else RefusalDirections.load(directions)
@@ -121,13 +129,19 @@ class ProConMixin:
 
     def _extract(self) -> RefusalDirections:
         """The directions of the model as it is; of the main process where there are several."""
-        found = [
-            RefusalDirections.extract(
-                self.model, self.processing_class, progress=not self.args.disable_tqdm and self.is_world_process_zero()
-            )
-        ]
+        main = self.is_world_process_zero()
+        found: list[RefusalDirections | ProConError | None] = [None]
+        # Not yet sharded, the model may be whole on the main process alone. Sharded already, it needs all of them.
+        if main or getattr(self, "is_distributed_loading_by_transformers", False):
+            progress = main and not self.args.disable_tqdm
+            try:
+                found = [RefusalDirections.extract(self.model, self.processing_class, progress=progress)]
+            except ProConError as error:
+                found = [error]
         # Ranks round differently, and anchors belong to one set of directions.
         broadcast_object_list(found)
+        if isinstance(found[0], ProConError):
+            raise found[0]
         return found[0]
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
@@ -178,6 +192,20 @@ class ProConMixin:
         target = {name: inputs[name].to(self.args.device) for name in _TARGET if name in inputs}
         prepared = super()._prepare_inputs({name: value for name, value in inputs.items() if name not in target})
         return {**prepared, **target}
+
+    def _prepare_context_parallel_inputs(self, model, inputs):
+        """Anchors and mask are split along the sequence as the inputs are."""
+        context, inputs = super()._prepare_context_parallel_inputs(model, inputs)
+        target = [inputs[name] for name in _TARGET if name in inputs]
+        if self.get_cp_size() > 1 and target:
+            given = context.keywords
+            context = partial(
+                context.func,
+                buffers=[*given["buffers"], *target],
+                buffer_seq_dims=[*given["buffer_seq_dims"], *(1 for _ in target)],
+                no_restore_buffers={*given["no_restore_buffers"], *target},
+            )
+        return context, inputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         anchors, mask = (inputs.pop(name, None) for name in _TARGET)
@@ -291,7 +319,9 @@ class ProConMixin:
         else:
             collator = self._get_collator_with_removed_columns(collator, description="anchors")
         order = sorted(range(len(dataset)), key=lambda i: -len(dataset[i]["input_ids"]))
-        share = order[self.args.process_index :: self.args.world_size]
+        # Ranks of tensor parallelism compute every batch together.
+        together = self.get_tp_size()
+        share = order[self.args.process_index // together :: self.args.world_size // together]
         # A generator of its own: without one, iterating would draw from the global random state of training.
         return DataLoader(
             Subset(dataset, share),
@@ -302,13 +332,10 @@ class ProConMixin:
 
     def _count_constrained(self, batches: list[dict]) -> Tensor:
         """Constrained tokens of the optimiser step: all its micro-batches and, where CE counts so, all ranks."""
-        count = sum(
-            (batch["constraint_mask"].sum() for batch in batches if "constraint_mask" in batch), torch.zeros(())
-        )
-        count = count.to(self.args.device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            count = self.accelerator.reduce(count, "sum")
-        return count.clamp_min(1)
+        several = self.args.average_tokens_across_devices and self.args.world_size > 1
+        count = constrained_tokens(batches, self.accelerator.reduce if several else None, device=self.args.device)
+        # As the Trainer does for CE: ranks that share a batch have each counted it.
+        return count / (self.get_tp_size() * self.get_cp_size())
 
     def _scale(self, num_items_in_batch) -> float:
         """Undo what the Trainer and the ranks' averaging divide the loss by after ``compute_loss``."""
@@ -325,7 +352,9 @@ class ProConMixin:
     def _check_penalty(self) -> float:
         """The penalty summed over the logging window and the ranks; stops a run whose hidden states went bad."""
         mean = not self.args.average_tokens_across_devices
-        total = self.accelerator.reduce(self._penalty_sum.clone(), "mean" if mean else "sum").item()
+        # Each rank of tensor parallelism has the penalty of the whole batch.
+        share = self._penalty_sum / (1 if mean else self.get_tp_size())
+        total = self.accelerator.reduce(share, "mean" if mean else "sum").item()
         if total != total or total == float("inf"):
             raise ProConError(
                 f"the penalty became {total} by step {self.state.global_step}, so hidden states are NaN or infinite: "
