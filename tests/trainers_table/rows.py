@@ -1,0 +1,289 @@
+"""One optimiser step of each trainer in a given mode: what a user would write, and the gradients that it makes.
+
+Each function returns the gradients of CE + ``alpha`` * constraint, or of CE alone where ``alpha`` is 0.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import setting
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from datasets import Dataset
+from setting import Mode
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from trl import SFTConfig, SFTTrainer
+
+from procon.anchors import AnchoredCollator, Anchors
+from procon.constraint import ProjectionConstraint
+from procon.data import flattening_collator, padding_collator
+from procon.decoder import find_decoder
+from procon.training import ProConConfig, ProConTrainer
+from procon.training.sft import ProConSFTConfig, ProConSFTTrainer
+
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+#: Dynamo and AOTAutograd trace as for any backend; a C++ compilation of each graph would take minutes.
+COMPILER = "aot_eager"
+
+
+def dataset(mode: Mode) -> Dataset:
+    return Dataset.from_list(setting.packed_samples() if mode.batches == "packed" else setting.samples())
+
+
+def collator(mode: Mode):
+    if mode.batches == "packed":
+        return default_data_collator
+    return flattening_collator() if mode.batches == "padding-free" else padding_collator(setting.tokenizer())
+
+
+def batch_size(mode: Mode) -> int:
+    """Rows of a micro-batch on one rank, so that one optimiser step takes the whole dataset."""
+    return len(dataset(mode)) // mode.accumulation // WORLD
+
+
+def assert_wrapped(mode: Mode, model: nn.Module) -> None:
+    """The mode is what it says: a table of plain runs would be all green."""
+    assert mode.ranks == "1" or torch.distributed.get_world_size() == 2
+    assert (mode.ranks == "FSDP2") == any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+class FirstStep(TrainerCallback):
+    """Moves the model off its anchors when training starts, and keeps the gradients of the first optimiser step."""
+
+    def __init__(self, mode: Mode):
+        self.mode = mode
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        assert_wrapped(self.mode, model)
+        setting.move(model)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients = setting.gradients(model)
+
+
+def arguments(mode: Mode, folder: Path) -> dict:
+    """Of any TrainingArguments."""
+    settings = {
+        "output_dir": str(folder / "out"),
+        "max_steps": 1,
+        "max_grad_norm": 0,
+        "per_device_train_batch_size": batch_size(mode),
+        "gradient_accumulation_steps": mode.accumulation,
+        "gradient_checkpointing": mode.checkpointing != "off",
+        "gradient_checkpointing_kwargs": {"use_reentrant": mode.checkpointing == "reentrant"},
+        "use_cpu": True,
+        "bf16": False,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    if WORLD > 1:
+        settings["ddp_backend"] = "gloo"
+    if mode.compiled:
+        settings |= {"torch_compile": True, "torch_compile_backend": COMPILER}
+    if mode.ranks == "FSDP2":
+        settings |= {
+            "fsdp": "full_shard auto_wrap",
+            "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+            "accelerator_config": {"use_configured_state": True},
+        }
+    return settings
+
+
+def schedule(alpha: float) -> str:
+    return f"procon_s:{alpha:g}"
+
+
+def trainer(mode: Mode, folder: Path, alpha: float) -> dict[str, Tensor]:
+    step = FirstStep(mode)
+    ProConTrainer(
+        setting.model(mode.parameters, folder),
+        ProConConfig(**arguments(mode, folder), procon_schedule=schedule(alpha)),
+        directions=setting.directions(),
+        train_dataset=dataset(mode),
+        data_collator=collator(mode),
+        callbacks=[step],
+    ).train()
+    return step.gradients
+
+
+def sft_arguments(mode: Mode, folder: Path) -> dict:
+    settings = arguments(mode, folder)
+    if mode.batches == "packed":
+        # However many rows TRL packs the samples into, this takes them all.
+        samples = len(setting.samples())
+        settings |= {"packing": True, "max_length": setting.PACKED_LENGTH, "per_device_train_batch_size": samples}
+    if mode.batches == "padding-free":
+        settings |= {"padding_free": True, "max_length": None}
+    return settings
+
+
+def sft_trainer(mode: Mode, folder: Path, alpha: float) -> dict[str, Tensor]:
+    step = FirstStep(mode)
+    ProConSFTTrainer(
+        setting.model(mode.parameters, folder),
+        ProConSFTConfig(**sft_arguments(mode, folder), procon_schedule=schedule(alpha)),
+        directions=setting.directions(),
+        train_dataset=Dataset.from_list(setting.samples()),  # TRL packs them itself
+        processing_class=setting.tokenizer(),
+        callbacks=[step],
+    ).train()
+    return step.gradients
+
+
+def prepared_for_checkpointing(model: nn.Module, mode: Mode) -> nn.Module:
+    if mode.checkpointing != "off":
+        model.gradient_checkpointing_enable({"use_reentrant": mode.checkpointing == "reentrant"})
+    return model.train()
+
+
+def bare_loop(mode: Mode, folder: Path, alpha: float) -> dict[str, Tensor]:
+    model = prepared_for_checkpointing(setting.model(mode.parameters, folder), mode)
+    data, collate, size = dataset(mode), collator(mode), batch_size(mode)
+    share = DistributedSampler(data, WORLD, RANK, shuffle=False)
+    barrier = torch.distributed.barrier if WORLD > 1 else lambda: None
+    constraint = ProjectionConstraint(setting.directions()).attach(model)
+    wrapped = model
+    if mode.ranks == "DDP":
+        wrapped = DistributedDataParallel(model)
+    if mode.ranks == "FSDP2":
+        for block in find_decoder(model).blocks:
+            fully_shard(block)
+        fully_shard(model)
+    if mode.compiled:
+        wrapped = torch.compile(model, backend=COMPILER)
+    if alpha:
+        recording = DataLoader(data, size, sampler=share, collate_fn=collate)
+        anchors = Anchors.record(
+            model, recording, setting.directions(), folder / "anchors", rank=RANK, barrier=barrier, progress=False
+        )
+        collate = AnchoredCollator(collate, anchors)
+    assert_wrapped(mode, model)
+    setting.move(model)
+    batches = list(DataLoader(data, size, sampler=share, collate_fn=collate))
+    labelled = total(sum((batch["labels"][..., 1:] != -100).sum() for batch in batches))
+    constrained = total(sum(batch["constraint_mask"].sum() for batch in batches)) if alpha else 0
+    constraint.enabled = alpha > 0
+    for batch in batches:
+        if alpha:
+            constraint.target(batch.pop("anchors"), batch.pop("constraint_mask"))
+        # Ranks average their gradients, so that what is a share of a sum is multiplied by their number.
+        loss = wrapped(**batch, num_items_in_batch=labelled, use_cache=False).loss * WORLD
+        if alpha:
+            loss = loss + alpha * WORLD * constraint.penalty(constrained)
+        loss.backward()
+        constraint.release()
+    constraint.detach()
+    return setting.gradients(model)
+
+
+def total(count: Tensor) -> Tensor:
+    """A count over all ranks."""
+    if WORLD > 1:
+        torch.distributed.all_reduce(count)
+    return count
+
+
+def accelerate_loop(mode: Mode, folder: Path, alpha: float) -> dict[str, Tensor]:
+    plugin = None
+    if mode.ranks == "FSDP2":
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        )
+    accelerator = Accelerator(
+        cpu=True,
+        gradient_accumulation_steps=mode.accumulation,
+        fsdp_plugin=plugin,
+        dynamo_backend=COMPILER if mode.compiled else None,
+    )
+    model = prepared_for_checkpointing(setting.model(mode.parameters, folder), mode)
+    data, collate = dataset(mode), AnchoredCollator(collator(mode), None)
+    constraint = ProjectionConstraint(setting.directions()).attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    wrapped, optimizer, loader = accelerator.prepare(
+        model, optimizer, DataLoader(data, batch_size(mode), collate_fn=collate)
+    )
+    if alpha:
+        collate.anchors = Anchors.record(
+            wrapped,
+            loader,
+            setting.directions(),
+            folder / "anchors",
+            rank=accelerator.process_index,
+            barrier=accelerator.wait_for_everyone,
+            progress=False,
+        )
+    assert_wrapped(mode, wrapped)
+    setting.move(wrapped)
+    batches = list(loader)
+    labelled = accelerator.reduce(sum((batch["labels"][..., 1:] != -100).sum() for batch in batches))
+    constrained = accelerator.reduce(sum(batch["constraint_mask"].sum() for batch in batches)) if alpha else 0
+    constraint.enabled = alpha > 0
+    for batch in batches:
+        with accelerator.accumulate(wrapped):
+            if alpha:
+                constraint.target(batch.pop("anchors"), batch.pop("constraint_mask"))
+            loss = wrapped(**batch, num_items_in_batch=labelled, use_cache=False).loss
+            if alpha:
+                loss = loss + alpha * constraint.penalty(constrained)
+            # Accelerate divides by the accumulation steps, and ranks average.
+            accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
+            constraint.release()
+    constraint.detach()
+    return setting.gradients(wrapped)
+
+
+ROWS = {
+    "Trainer": trainer,
+    "SFTTrainer": sft_trainer,
+    "bare loop": bare_loop,
+    "Accelerate": accelerate_loop,
+}
+
+
+def final_weights(trainer_class, config_class, mode: Mode, folder: Path, **settings) -> tuple[list, dict[str, Tensor]]:
+    """Losses and weights after 20 steps of a transformers or TRL trainer."""
+    is_sft = issubclass(trainer_class, SFTTrainer)
+    common = (sft_arguments if is_sft else arguments)(mode, folder)
+    steps = {"max_steps": 20, "logging_steps": 1, "learning_rate": 1e-2, "per_device_train_batch_size": 2}
+    if mode.batches == "packed":
+        steps["per_device_train_batch_size"] = 1
+    data = Dataset.from_list(setting.samples()) if is_sft else dataset(mode)
+    run = trainer_class(
+        setting.model(mode.parameters, folder),
+        config_class(**{**common, **steps}, **settings),
+        train_dataset=data,
+        **({"processing_class": setting.tokenizer()} if is_sft else {"data_collator": collator(mode)}),
+    )
+    run.train()
+    losses = [row["loss"] for row in run.state.log_history if "loss" in row]
+    return losses, {name: whole(parameter) for name, parameter in setting.trained(run.model).items()}
+
+
+def whole(parameter: nn.Parameter) -> Tensor:
+    return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach().clone()
+
+
+#: For the two rows that extend a class: theirs and ours.
+EXTENDED = {
+    "Trainer": (
+        functools.partial(final_weights, Trainer, TrainingArguments),
+        functools.partial(final_weights, ProConTrainer, ProConConfig, procon_schedule="0"),
+    ),
+    "SFTTrainer": (
+        functools.partial(final_weights, SFTTrainer, SFTConfig),
+        functools.partial(final_weights, ProConSFTTrainer, ProConSFTConfig, procon_schedule="0"),
+    ),
+}
