@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from procon.decoder import active_adapters, block_input, find_decoder, first_moving_block
+from procon.decoder import active_adapters, adapter_layer, block_input, find_decoder, first_moving_block
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.functional import constrain, rms_norm_constrain
@@ -95,7 +95,8 @@ class ProjectionConstraint:
         if self._undo:
             raise ProConError("this constraint is attached already: call detach() first")
         self._decoder = decoder = find_decoder(model)
-        self._adapters = active_adapters(decoder)
+        self._adapter_layer = adapter_layer(decoder)
+        self._adapters = active_adapters(self._adapter_layer)
         self._directions.check_fits(decoder)
         fused = []
         for column, index in enumerate(self.blocks):
@@ -151,7 +152,7 @@ class ProjectionConstraint:
             )
         if not self._undo:
             raise ProConError("the constraint is attached to no model: call attach(model) first")
-        if (adapters := active_adapters(self._decoder)) != self._adapters:
+        if (adapters := active_adapters(self._adapter_layer)) != self._adapters:
             raise ProConError(
                 f"the active adapters changed from {self._adapters} to {adapters} while the constraint was attached: "
                 "record anchors with those on that train, then attach"

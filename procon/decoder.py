@@ -78,6 +78,30 @@ def block_input(args: tuple, kwargs: dict) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
+def first_moving_block(decoder: Decoder) -> int:
+    """Index of the first block whose input training can move: something that feeds it has a gradient; ``L`` if none.
+
+    A hidden state that requires a gradient does not say so: with checkpointing, PEFT asks for that of the embeddings'.
+    """
+    feeding = [child for child in decoder.module.children() if child is not decoder.blocks]
+    if any(parameter.requires_grad for child in feeding for parameter in child.parameters()):
+        return 0
+    for index, block in enumerate(decoder.blocks):
+        if any(parameter.requires_grad for parameter in block.parameters()):
+            return index + 1
+    return len(decoder.blocks)
+
+
+def adapter_layer(decoder: Decoder) -> BaseTunerLayer | None:
+    """One of the layers that have adapters: PEFT switches them all together. None where none has."""
+    return next((module for module in decoder.module.modules() if isinstance(module, BaseTunerLayer)), None)
+
+
+def active_adapters(layer: BaseTunerLayer | None) -> tuple[str, ...]:
+    """Names of the adapters that are on."""
+    return () if layer is None or layer.disable_adapters else tuple(layer.active_adapters)
+
+
 @contextmanager
 def observe_block_inputs(decoder: Decoder, observe: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Within the context, call ``observe(block index, hidden_states)`` on the input of every block.
