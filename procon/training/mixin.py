@@ -290,9 +290,8 @@ class ProConMixin:
                 self._anchors_root() / state,
                 blocks=blocks,
                 scope=args.procon_scope,
-                rank=args.process_index,
-                barrier=self.accelerator.wait_for_everyone,
                 progress=not args.disable_tqdm,
+                fingerprint=state,
             )
 
     def _reopen_anchors(self, checkpoint: Path) -> Anchors:
