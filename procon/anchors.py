@@ -104,9 +104,11 @@ class Anchors:
         mask = torch.zeros(shape)
         for sequence in split_batch(batch):
             scope = torch.from_numpy(sequence.in_scope(self.scope))
+            tokens = int(scope.sum())
+            if tokens == 0:
+                continue
             anchors[sequence.row, sequence.span][scope] = torch.from_numpy(self.lookup(sequence, describe))
-            share = 1 / max(1, int(scope.sum())) if reduction == "sequence" else 1.0
-            mask[sequence.row, sequence.span] = scope.float() * share
+            mask[sequence.row, sequence.span][scope] = 1 / tokens if reduction == "sequence" else 1.0
         return {**batch, "anchors": anchors, "constraint_mask": mask}
 
     @classmethod

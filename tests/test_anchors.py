@@ -5,13 +5,18 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from torch.utils.data import DataLoader
+from transformers.data.data_collator import DataCollatorWithFlattening
 
-from procon.anchors import AnchoredCollator, Anchors
+from procon.anchors import AnchoredCollator, Anchors, fingerprint
 from procon.data import flattening_collator, padding_collator
 from procon.decoder import find_decoder
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
+from procon.sequences import split_batch
+
+ADDED = ("anchors", "constraint_mask")
 
 
 def random_directions(blocks: int, width: int, seed: int = 0) -> RefusalDirections:
@@ -51,13 +56,12 @@ def anchors(model, directions, samples, tokenizer, tmp_path):
     return Anchors.record(model, loader, directions, tmp_path / "anchors", progress=False)
 
 
-def expected(model, directions, sample) -> torch.Tensor:
-    """Projections of the labelled tokens of one unpadded sample, by definition."""
+def projections(model, directions, sample) -> torch.Tensor:
+    """Projections of the tokens of one unpadded sample, by definition."""
     ids = torch.tensor([sample["input_ids"]])
     with torch.no_grad():
         states = model(input_ids=ids, output_hidden_states=True).hidden_states
-    z = torch.stack([(states[block][0] @ directions.directions[block]) for block in range(len(states) - 1)], -1)
-    return z[torch.tensor(sample["labels"]) != -100]
+    return torch.stack([(states[block][0] @ directions.directions[block]) for block in range(len(states) - 1)], -1)
 
 
 def test_recorded_projections_are_those_of_the_single_samples(model, directions, samples, tokenizer, anchors):
@@ -67,7 +71,8 @@ def test_recorded_projections_are_those_of_the_single_samples(model, directions,
         live = batch["constraint_mask"][0] > 0
         assert live.tolist() == [label != -100 for label in sample["labels"]]
         # Batched and single forwards sum in another order: a few ulp of values of order 1.
-        torch.testing.assert_close(batch["anchors"][0][live], expected(model, directions, sample), rtol=0, atol=1e-5)
+        expected = projections(model, directions, sample)[live]
+        torch.testing.assert_close(batch["anchors"][0][live], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -89,6 +94,70 @@ def test_cumulative_lengths_alone_split_a_flattened_batch(samples, anchors):
     assert torch.equal(anchors.annotate(by_lengths)["anchors"], anchors.annotate(flat)["anchors"])
 
 
+def test_padding_that_cumulative_lengths_leave_out_is_no_sequence(samples, anchors):
+    flat = dict(flattening_collator()(samples))
+    lengths = np.cumsum([0, *(len(sample["input_ids"]) for sample in samples)])
+    expected = anchors.annotate(flat)
+    for bounds in (lengths, [*lengths, lengths[-1], lengths[-1]]):  # of fixed size, filled up with the last
+        padded = {
+            "input_ids": torch.nn.functional.pad(flat["input_ids"], (0, 6)),
+            "labels": torch.nn.functional.pad(flat["labels"], (0, 6), value=-100),
+            "cu_seq_lens_q": torch.tensor(bounds, dtype=torch.int32),
+        }
+        found = anchors.annotate(padded)
+        for name in ADDED:
+            assert torch.equal(found[name][:, :-6], expected[name])
+            assert not found[name][:, -6:].any()
+
+
+def test_positions_may_start_anywhere(samples, anchors):
+    zero, two = (
+        anchors.annotate(dict(DataCollatorWithFlattening(return_tensors="pt", position_ids_start=start)(samples)))
+        for start in (0, 2)
+    )
+    assert torch.equal(zero["anchors"], two["anchors"])
+    assert zero["anchors"].any()
+
+
+@pytest.mark.parametrize("scope", ["response", "prompt", "all"])
+def test_padded_padding_free_and_packed_batches_of_trl_get_the_same_anchors(
+    model, directions, samples, tokenizer, tmp_path, scope
+):
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    padding, padding_free = (
+        DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=free, pad_to_multiple_of=8)
+        for free in (False, True)
+    )
+    packed = list(trl.pack_dataset(Dataset.from_list(samples), seq_length=40, strategy="bfd"))
+    assert 1 < len(packed) < len(samples)
+    assert "seq_idx" in padding_free(packed)
+    collators = {"padded": padding, "padding-free": padding_free, "packed": padding_free}
+    rows = {"padded": samples, "padding-free": samples, "packed": packed}
+    for recorder in collators:
+        loader = DataLoader(rows[recorder], 2, collate_fn=collators[recorder])
+        anchors = Anchors.record(model, loader, directions, tmp_path / recorder, scope=scope, progress=False)
+        assert len(anchors) == len(samples)
+        for reader in collators:
+            batch = AnchoredCollator(collators[reader], anchors)(rows[reader])
+            found = {
+                tuple(sequence.input_ids): [batch[name][sequence.row, sequence.span] for name in ADDED]
+                for sequence in split_batch(batch)
+            }
+            assert len(found) == len(samples)
+            tokens = 0
+            for sample in samples:
+                z, mask = found[tuple(sample["input_ids"])]
+                labelled = torch.tensor(sample["labels"]) != -100
+                live = {"response": labelled, "prompt": ~labelled, "all": torch.ones_like(labelled)}[scope]
+                tokens += int(live.sum())
+                assert torch.equal(mask, live.float())
+                # Of unlike batches: a few ulp of values of order 1.
+                torch.testing.assert_close(z[live], projections(model, directions, sample)[live], rtol=0, atol=1e-5)
+            assert batch["constraint_mask"].sum() == tokens  # no padding among them
+
+
 @pytest.mark.parametrize("scope", ["prompt", "all"])
 def test_scope_selects_the_tokens(model, directions, samples, tokenizer, tmp_path, scope):
     loader = DataLoader(samples, batch_size=8, collate_fn=padding_collator(tokenizer))
@@ -105,6 +174,62 @@ def test_first_token_counts_as_prompt_even_if_labelled(model, directions, tokeni
     anchors = Anchors.record(model, loader, directions, tmp_path / "a", progress=False)
     for collator in (padding_collator(tokenizer), flattening_collator()):
         assert AnchoredCollator(collator, anchors)([sample])["constraint_mask"].tolist() == [[0, 1, 1]]
+
+
+def test_sequences_of_one_token_are_left_out(model, directions, tokenizer, tmp_path):
+    rows = [{"input_ids": ids, "labels": ids} for ids in ([7], [8, 9, 10], [11])]
+    for collator in (padding_collator(tokenizer), flattening_collator()):
+        batch = dict(collator(rows))
+        assert [sequence.input_ids.tolist() for sequence in split_batch(batch)] == [[8, 9, 10]]
+        anchors = Anchors.record(model, [batch], directions, tmp_path / "all", scope="all", progress=False)
+        assert len(anchors) == 1
+        mask = anchors.annotate(batch)["constraint_mask"]
+        assert batch["input_ids"][mask > 0].tolist() == [8, 9, 10]
+
+
+def test_a_sequence_without_constrained_tokens_needs_no_anchors(samples, tokenizer, anchors):
+    stranger = {"input_ids": [9, 9, 9, 9], "labels": [-100] * 4}
+    batch = AnchoredCollator(padding_collator(tokenizer), anchors)([samples[0], stranger])
+    assert batch["constraint_mask"].sum(1).tolist() == [len(samples[0]["input_ids"]) // 3, 0]
+
+
+@pytest.mark.parametrize("layout", ["padded", "flattened"])
+def test_sequence_reduction_gives_the_mean_over_sequences_of_their_means(samples, tokenizer, anchors, layout):
+    no_response = {"input_ids": [9, 8, 7, 6], "labels": [-100] * 4}
+    collator = padding_collator(tokenizer) if layout == "padded" else flattening_collator()
+    batch = AnchoredCollator(collator, anchors, reduction="sequence")([*samples, no_response])
+    mask = batch["constraint_mask"].double()
+    # Sums of up to ten shares that are rounded to float32.
+    assert mask.sum().item() == pytest.approx(len(samples), rel=1e-6)
+
+    def penalty(annotated) -> torch.Tensor:
+        """Of each token: something that differs from token to token, on which its place has no influence."""
+        return annotated["anchors"].double().square().sum(-1)
+
+    means = []
+    for sample in samples:
+        alone = AnchoredCollator(padding_collator(tokenizer), anchors)([sample])
+        means.append(penalty(alone)[alone["constraint_mask"] > 0].mean())
+    expected = torch.stack(means).mean()
+    found = (mask * penalty(batch)).sum() / mask.sum()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert abs(penalty(batch)[mask > 0].mean() - expected) > 1e-2 * expected  # the mean over tokens is another
+
+
+def test_unknown_reduction_is_refused(samples, tokenizer, anchors):
+    with pytest.raises(ProConError, match="reduction is 'sample': choose one of token, sequence"):
+        AnchoredCollator(padding_collator(tokenizer), anchors, reduction="sample")
+    with pytest.raises(ProConError, match="reduction is 'sample'"):
+        anchors.annotate(dict(padding_collator(tokenizer)(samples)), reduction="sample")
+
+
+def test_a_tokenizer_names_samples_where_the_collator_has_none(tokenizer, anchors):
+    stranger = {"input_ids": tokenizer("Hello, you")["input_ids"]}
+    stranger["labels"] = stranger["input_ids"]
+    with pytest.raises(ProConError, match=r"starting '\[\d+, \d+"):
+        AnchoredCollator(flattening_collator(), anchors)([stranger])
+    with pytest.raises(ProConError, match="starting 'Hello, you' has no anchors"):
+        AnchoredCollator(flattening_collator(), anchors, tokenizer=tokenizer)([stranger])
 
 
 def test_unknown_sample_is_named(samples, tokenizer, anchors):
@@ -205,6 +330,20 @@ def test_gap_in_attention_mask_is_refused(samples, tokenizer, anchors):
     batch["attention_mask"][2, 4] = 0
     with pytest.raises(ProConError, match="attention_mask of row 2 has gaps"):
         anchors.annotate(batch)
+
+
+def test_given_fingerprint_saves_the_pass_over_the_weights(
+    model, directions, samples, tokenizer, tmp_path, monkeypatch
+):
+    state = fingerprint(model, directions, [0, 2], "all")
+    monkeypatch.setattr("procon.anchors.weights_hash", lambda model: pytest.fail("hashed again"))
+    loader = DataLoader(samples, 3, collate_fn=padding_collator(tokenizer))
+    anchors = Anchors.record(
+        model, loader, directions, tmp_path, blocks=[0, 2], scope="all", progress=False, fingerprint=state
+    )
+    assert anchors.fingerprint == state
+    monkeypatch.undo()
+    Anchors.record(model, loader, directions, tmp_path, blocks=[0, 2], scope="all", progress=False)
 
 
 def test_collator_works_in_loader_workers(samples, tokenizer, anchors):

@@ -1,0 +1,121 @@
+"""Three gloo ranks on two hosts: every file of any host is on both afterwards, and nothing is sent without need.
+
+A folder of its own stands for a host's file system: ranks 0 and 1 share one, rank 2 has another.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from procon.anchor_exchange import gather, own_rank, share_files
+
+WORKER = textwrap.dedent(
+    """
+    import json, sys
+    from pathlib import Path
+    import torch.distributed as dist
+    from procon import anchor_exchange
+    from procon.anchor_exchange import share_files
+    from procon.errors import ProConError
+
+    root, rank = Path(sys.argv[1]), int(sys.argv[2])
+    dist.init_process_group("gloo", init_method=f"file://{root}/rendezvous", rank=rank, world_size=3)
+    anchor_exchange.PIECE_BYTES = 64
+    sent = []
+    broadcast = dist.broadcast_object_list
+
+    def counted(pieces, src):
+        broadcast(pieces, src=src)
+        sent.append(len(pieces[0]))
+
+    dist.broadcast_object_list = counted
+    found = {}
+    for case in ("apart", "again", "shared", "conflict"):
+        host = "one" if rank < 2 or case == "shared" else "two"
+        folder = root / ("apart" if case == "again" else case) / host
+        sent.clear()
+        try:
+            share_files(folder, "*.bin")
+            error = None
+        except ProConError as raised:
+            error = str(raised)
+        found[case] = {"sent": list(sent), "error": error}
+    (root / f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+    """
+)
+
+APART = {
+    "one": {"a.bin": bytes(range(256)), "b.bin": b"7 bytes", "empty.bin": b"", "both.bin": b"x" * 99},
+    "two": {"c.bin": b"y" * 150, "both.bin": b"x" * 99, "other.txt": b"stays"},
+}
+
+
+def write(folder: Path, files: dict[str, bytes]) -> None:
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def read(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    root = tmp_path_factory.mktemp("exchange")
+    for host, files in APART.items():
+        write(root / "apart" / host, files)
+    write(root / "shared" / "one", APART["one"])
+    write(root / "conflict" / "one", {"a.bin": b"12", "b.bin": b"1"})
+    write(root / "conflict" / "two", {"a.bin": b"123"})
+    script = root / "worker.py"
+    script.write_text(WORKER)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ranks = [
+        subprocess.Popen([sys.executable, str(script), str(root), str(rank)], env=environment, stderr=subprocess.PIPE)
+        for rank in range(3)
+    ]
+    errors = [rank.communicate(timeout=120)[1].decode() for rank in ranks]
+    assert not any(rank.returncode for rank in ranks), errors
+    return root, [json.loads((root / f"{rank}.json").read_text()) for rank in range(3)]
+
+
+def test_each_host_has_the_files_of_both_and_no_others(shared):
+    root, _ = shared
+    both = {name: content for files in APART.values() for name, content in files.items() if name.endswith("bin")}
+    assert read(root / "apart" / "one") == both
+    assert read(root / "apart" / "two") == both | {"other.txt": b"stays"}
+
+
+def test_only_what_is_lacking_is_sent_in_pieces(shared):
+    for found in shared[1]:
+        # a and b and the empty file from one host, c from the other; each ends with an empty piece.
+        assert found["apart"] == {"sent": [64] * 4 + [0] + [7, 0] + [64, 64, 22, 0] + [0], "error": None}
+        assert found["again"] == {"sent": [], "error": None}
+
+
+def test_nothing_is_sent_within_one_file_system(shared):
+    root, ranks = shared
+    assert all(found["shared"] == {"sent": [], "error": None} for found in ranks)
+    assert read(root / "shared" / "one") == APART["one"]
+
+
+def test_different_files_of_one_name_stop_all_ranks(shared):
+    root, ranks = shared
+    for found in ranks:
+        assert "the size of 'a.bin' in" in found["conflict"]["error"]
+        assert "2 on that of rank 0, 3 on that of rank 2" in found["conflict"]["error"]
+        assert found["conflict"]["sent"] == []
+    assert read(root / "conflict" / "two") == {"a.bin": b"123"}
+
+
+def test_one_process_needs_no_group(tmp_path):
+    assert gather("this") == ["this"]
+    assert own_rank() == 0
+    share_files(tmp_path / "nowhere", "*")
