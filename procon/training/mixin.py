@@ -83,7 +83,7 @@ class ProConMixin:
             raise ProConError("FSDP 1 flattens the parameters that anchors are told by: set version 2 in fsdp_config")
         if self.get_sp_size() > 1:
             raise ProConError(
-                "DeepSpeed's sequence parallelism averages the model's own loss over ranks, which would leave the penalty "
+                "DeepSpeed's sequence parallelism has ranks average the model's own loss, which leaves the penalty "
                 "out: use context parallelism (cp_size)"
             )
         if directions is not None:
