@@ -23,6 +23,9 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
 )
 
 
@@ -159,5 +162,78 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedMo
             del settings["num_key_value_heads"], settings["head_dim"]
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(CONFIG_MAPPING[_TEXT_CONFIGS.get(family, family)](**settings | config))
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(tiny_model, tokenizer, tmp_path) -> Callable[..., Trainer]:
+    """``make_trainer(base, schedule, **settings)``: a ``"Trainer"`` or ``"SFTTrainer"`` of few steps on a tiny model.
+
+    Ours under a ``schedule``, with directions as if extracted from it; the plain one if that is None. Settings are
+    those of its configuration; ``model``, ``lora``, ``folder`` and ``compute_metrics`` are taken out of them.
+    """
+    from datasets import Dataset
+    from peft import get_peft_model
+
+    from procon.data import padding_collator
+    from procon.directions import RefusalDirections
+    from procon.training import ProConConfig, ProConTrainer
+
+    def counting(numbers: range) -> list[dict[str, str]]:
+        return [{"prompt": f"count to {n}", "completion": " ".join(map(str, range(n)))} for n in numbers]
+
+    def tokenize(row: dict[str, str]) -> dict[str, list[int]]:
+        prompt, completion = (tokenizer(row[part])["input_ids"] for part in ("prompt", "completion"))
+        return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
+
+    def directions(model: PreTrainedModel) -> RefusalDirections:
+        blocks, width = model.config.num_hidden_layers, model.config.hidden_size
+        ones = torch.ones(blocks)
+        provenance = {"model": "/data/models/tiny", "counts": {"malicious": 3, "benign": 4}, "refusal_rate": 0.955}
+        return RefusalDirections(torch.full((blocks, width), width**-0.5), ones, ones, ones, ones, provenance)
+
+    def make(base: str, schedule: str | None, *, model=None, lora=None, folder="out", compute_metrics=None, **settings):
+        model = tiny_model() if model is None else model
+        settings = {
+            "output_dir": str(tmp_path / folder),
+            "max_steps": 4,
+            "per_device_train_batch_size": 2,
+            "per_device_eval_batch_size": 2,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_steps": 2,
+            "report_to": [],
+            "disable_tqdm": True,
+            "bf16": False,
+            **settings,
+        }
+        extra = {}
+        if schedule is not None:
+            settings["procon_schedule"] = schedule
+            extra["directions"] = directions(model)
+        train, evaluation = (Dataset.from_list(counting(numbers)) for numbers in (range(2, 6), range(6, 10)))
+        set_seed(0)
+        if base == "SFTTrainer":
+            trl = pytest.importorskip("trl", reason="SFTTrainer is TRL's")
+            from procon.training.sft import ProConSFTConfig, ProConSFTTrainer
+
+            plain, ours = (trl.SFTTrainer, trl.SFTConfig), (ProConSFTTrainer, ProConSFTConfig)
+            extra["peft_config"] = lora
+        else:
+            plain, ours = (Trainer, TrainingArguments), (ProConTrainer, ProConConfig)
+            model = get_peft_model(model, lora) if lora else model
+            train, evaluation = (data.map(tokenize, remove_columns=data.column_names) for data in (train, evaluation))
+            extra["data_collator"] = padding_collator(tokenizer)
+        trainer_class, config_class = plain if schedule is None else ours
+        return trainer_class(
+            model,
+            config_class(**settings),
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+            compute_metrics=compute_metrics,
+            **extra,
+        )
 
     return make

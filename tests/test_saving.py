@@ -1,23 +1,18 @@
 """What is saved beside a model: directions, settings, a section of the card; and nothing in the model itself."""
 
 import json
-from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from huggingface_hub import HfApi, ModelCard, RepoUrl, metadata_load
 from huggingface_hub.utils import filter_repo_objects
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM
 
-from procon.data import padding_collator
-from procon.decoder import find_decoder
 from procon.directions import DIRECTIONS, RefusalDirections
-from procon.training import ProConConfig, ProConTrainer
 from procon.training.model_card import describe, write_section
 from procon.training.probes import ProbeCallback
 from procon.version import __version__
@@ -25,22 +20,12 @@ from procon.version import __version__
 HEADING = "## Refusal anchored with ProCon"
 OURS = {DIRECTIONS, "procon.json"}
 
+LORA = LoraConfig(r=2, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM")
+
 #: Every trainer, with an adapter and without.
-KINDS = [("Trainer", "lora"), ("Trainer", "full"), ("SFTTrainer", "lora"), ("SFTTrainer", "full")]
-
-Make = Callable[..., Trainer]
-
-
-def lora() -> LoraConfig:
-    return LoraConfig(r=2, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM")
-
-
-def directions(model) -> RefusalDirections:
-    decoder = find_decoder(model)
-    unit = torch.nn.functional.normalize(torch.ones(len(decoder.blocks), decoder.hidden_size), dim=1)
-    ones = torch.ones(len(decoder.blocks))
-    provenance = {"model": "/data/models/tiny", "counts": {"malicious": 3, "benign": 4}, "refusal_rate": 0.955}
-    return RefusalDirections(unit, ones, ones, ones, ones, provenance)
+KINDS = pytest.mark.parametrize(
+    ("base", "lora"), [("Trainer", LORA), ("Trainer", None), ("SFTTrainer", LORA), ("SFTTrainer", None)]
+)
 
 
 class ConstantDrift(ProbeCallback):
@@ -50,59 +35,15 @@ class ConstantDrift(ProbeCallback):
         return {"procon/drift_cos": 0.98765}
 
 
-@pytest.fixture
-def make(tiny_model, tokenizer, tmp_path) -> Make:
-    """``make(base, method, schedule=None, **settings)``: a trainer over four samples; ours if it has a schedule."""
-
-    def build(base: str, method: str, schedule: str | None = None, folder: str = "out", **settings) -> Trainer:
-        model = tiny_model()
-        arguments = {
-            "output_dir": str(tmp_path / folder),
-            "max_steps": 4,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "save_steps": 2,
-            "report_to": [],
-            "disable_tqdm": True,
-            "bf16": False,
-            **settings,
-        }
-        ours = {} if schedule is None else {"directions": directions(model)}
-        if schedule is not None:
-            arguments["procon_schedule"] = schedule
-        rows = [{"prompt": f"count to {n}", "completion": " ".join(map(str, range(n)))} for n in range(2, 6)]
-        set_seed(0)
-        if base == "SFTTrainer":
-            trl = pytest.importorskip("trl", reason="SFTTrainer is TRL's")
-            from procon.training.sft import ProConSFTConfig, ProConSFTTrainer
-
-            trainer_class, config_class = (
-                (trl.SFTTrainer, trl.SFTConfig) if schedule is None else (ProConSFTTrainer, ProConSFTConfig)
-            )
-            rest = {"train_dataset": Dataset.from_list(rows), "peft_config": lora() if method == "lora" else None}
-        else:
-            trainer_class, config_class = (
-                (Trainer, TrainingArguments) if schedule is None else (ProConTrainer, ProConConfig)
-            )
-            model = get_peft_model(model, lora()) if method == "lora" else model
-            samples = []
-            for row in rows:
-                prompt, completion = (tokenizer(row[part])["input_ids"] for part in ("prompt", "completion"))
-                samples.append({"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion})
-            rest = {"train_dataset": Dataset.from_list(samples), "data_collator": padding_collator(tokenizer)}
-        return trainer_class(model, config_class(**arguments), processing_class=tokenizer, **rest, **ours)
-
-    return build
-
-
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize(("base", "method"), KINDS)
-def test_saved_model_tells_how_it_was_constrained(make, tmp_path, base, method):
-    trainer = make(base, method, "procon_wu:0.5@1ep", procon_scope="all", procon_units="gap", procon_blocks="1,2")
+@KINDS
+def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, lora):
+    trainer = make_trainer(
+        base, "procon_wu:0.5@1ep", lora=lora, procon_scope="all", procon_units="gap", procon_blocks="1,2"
+    )
     trainer.add_callback(ConstantDrift(trainer, trainer.processing_class, every=4))
     trainer.train()
     trainer.save_model()
@@ -145,11 +86,11 @@ def test_saved_model_tells_how_it_was_constrained(make, tmp_path, base, method):
     assert str(tmp_path) not in card[card.index(HEADING) :]
 
 
-@pytest.mark.parametrize(("base", "method"), KINDS)
-def test_schedule_of_zero_writes_what_the_trainer_writes(make, tmp_path, base, method):
+@KINDS
+def test_schedule_of_zero_writes_what_the_trainer_writes(make_trainer, tmp_path, base, lora):
     written = {}
     for folder, schedule in (("plain", None), ("ours", "0")):
-        trainer = make(base, method, schedule, folder)
+        trainer = make_trainer(base, schedule, lora=lora, folder=folder)
         trainer.train()
         trainer.save_model()
         trainer.create_model_card(model_name="tiny")
@@ -183,14 +124,16 @@ def hub(monkeypatch) -> list[dict]:
     return uploads
 
 
-@pytest.mark.parametrize(("base", "method"), KINDS)
-def test_push_to_hub_hands_over_all_files(make, hub, base, method):
-    trainer = make(base, method, "procon_s", hub_model_id="someone/tiny", hub_revision="branch", save_strategy="no")
+@KINDS
+def test_push_to_hub_hands_over_all_files(make_trainer, hub, base, lora):
+    trainer = make_trainer(
+        base, "procon_s", lora=lora, hub_model_id="someone/tiny", hub_revision="branch", save_strategy="no"
+    )
     trainer.train()
     trainer.push_to_hub(commit_message="tuned")
     (upload,) = hub
     assert (upload["repo_id"], upload["revision"], upload["commit_message"]) == ("someone/tiny", "branch", "tuned")
-    weights = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
+    weights = "adapter_model.safetensors" if lora else "model.safetensors"
     assert upload["files"].keys() >= OURS | {"README.md", weights, "tokenizer.json"}
     assert not [name for name in upload["files"] if "anchors" in name]
     card = ModelCard(upload["files"]["README.md"].decode())
@@ -199,13 +142,17 @@ def test_push_to_hub_hands_over_all_files(make, hub, base, method):
     title = "# Model Card for tiny" if base == "SFTTrainer" else "# tiny"
     assert card.text.index(title) < card.text.index(HEADING)
     assert len(card.data.tags) == len(set(card.data.tags))
-    assert {"procon", "generated_from_trainer"} <= set(card.data.tags) or (base, method) == ("Trainer", "lora")
-    assert card.data.library_name == ("peft" if (base, method) == ("Trainer", "lora") else "transformers")
+    assert "procon" in card.data.tags
+    # PEFT has the last word on the Trainer's card, and TRL on its own.
+    assert card.data.library_name == ("peft" if base == "Trainer" and lora else "transformers")
+    assert ("trl" in card.data.tags) == (base == "SFTTrainer")
 
 
 @pytest.mark.parametrize("base", ["Trainer", "SFTTrainer"])
-def test_pushed_checkpoints_have_the_files_too(make, hub, base):
-    trainer = make(base, "lora", "procon_s", hub_model_id="someone/tiny", push_to_hub=True, hub_strategy="checkpoint")
+def test_pushed_checkpoints_have_the_files_too(make_trainer, hub, base):
+    trainer = make_trainer(
+        base, "procon_s", lora=LORA, hub_model_id="someone/tiny", push_to_hub=True, hub_strategy="checkpoint"
+    )
     trainer.train()
     roots = [upload for upload in hub if "path_in_repo" not in upload]
     checkpoints = [upload for upload in hub if "path_in_repo" in upload]
@@ -235,7 +182,7 @@ def test_section_is_replaced_where_it_stands(tmp_path):
     )
 
 
-def test_card_of_other_settings(tiny_model):
+def test_card_of_other_settings():
     settings = {
         "version": "1",
         "schedule": "1@2ep,0.1@200steps,0",
@@ -247,7 +194,8 @@ def test_card_of_other_settings(tiny_model):
         "directions": "abc",
         "anchors": "def",
     }
-    random = directions(tiny_model()).randomized(seed=7)
+    ones = torch.ones(3)
+    random = RefusalDirections(torch.eye(3, 8), ones, ones, ones, ones).randomized(seed=7)
     measured = [
         {"procon/refusal_malicious": 0.5, "procon/refusal_benign": 0.25, "procon/task": 0.125, "step": 3},
         {"procon/refusal_malicious": 0.75, "step": 9},
@@ -267,10 +215,10 @@ def test_card_of_other_settings(tiny_model):
 
 
 @pytest.mark.parametrize("base", ["Trainer", "SFTTrainer"])
-def test_merged_model_has_no_trace(make, tmp_path, base):
+def test_merged_model_has_no_trace(make_trainer, tmp_path, base):
     merged, hooks = {}, {}
     for folder, schedule in (("plain", None), ("ours", "procon_s")):
-        trainer = make(base, "lora", schedule, folder, save_strategy="no")
+        trainer = make_trainer(base, schedule, lora=LORA, folder=folder, save_strategy="no")
         trainer.train()
         tuned = trainer.accelerator.unwrap_model(trainer.model).eval()
         ids = torch.arange(5, 25)[None]
