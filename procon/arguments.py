@@ -54,6 +54,9 @@ class TrainArguments:
     lora_targets: str = _option("q_proj,k_proj,v_proj,o_proj", "Modules with an adapter, or all-linear.")
     max_length: int = _option(1024, "Tokens a sample is cut to.")
     flatten: bool = _option(False, "Join each batch into one row without padding instead of padding it.")
+    attn_implementation: str = _option(
+        "auto", "FlashAttention where it runs, or one by transformers' name, such as sdpa or flash_attention_2."
+    )
     drift_steps: int = _option(50, "Measure drift every so many steps; 0 for never.")
     resume: bool = _option(False, "Go on from the last checkpoint in the output folder.")
     dtype: str = _option("auto", "auto (full fine-tuning: float32), bfloat16, float16 or float32.")

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from procon.arguments import DirectionsArguments, DriftArguments, EvalArguments, TrainArguments
 from procon.data import (
@@ -64,7 +64,7 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
     known = RefusalDirections.load(arguments.directions) if constrained and arguments.directions else None
 
     dtype = torch.float32 if arguments.method == "full" and arguments.dtype == "auto" else parse_dtype(arguments.dtype)
-    model, tokenizer = load_model(arguments.model, dtype=dtype)
+    model, tokenizer = load_model(arguments.model, dtype=dtype, attn_implementation=arguments.attn_implementation)
     if known:
         known.check_fits(find_decoder(model))
     dataset = tokenize_conversations(conversations, tokenizer, max_length=arguments.max_length)
@@ -82,7 +82,7 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
         config,
         directions=known,
         train_dataset=dataset,
-        data_collator=flattening_collator() if arguments.flatten else padding_collator(tokenizer),
+        data_collator=_collator(arguments, model, tokenizer),
         processing_class=tokenizer,
     )
     trainer.add_callback(JsonlCallback())
@@ -171,8 +171,7 @@ def _trainable(model: PreTrainedModel, arguments: TrainArguments) -> PreTrainedM
             )
         return model
     if isinstance(model, PeftModel):
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_("lora_" in name)
+        model.set_adapter(model.active_adapter)  # loaded for inference, it was frozen
         return model
     targets = arguments.lora_targets
     names = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
@@ -185,6 +184,12 @@ def _trainable(model: PreTrainedModel, arguments: TrainArguments) -> PreTrainedM
         )
     except ValueError as error:
         raise ProConError(f"lora_targets {targets!r} do not fit the model ({error}): try all-linear") from error
+
+
+def _collator(arguments: TrainArguments, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase):
+    if arguments.flatten:
+        return flattening_collator(bounds="flash" in model.config._attn_implementation)
+    return padding_collator(tokenizer)
 
 
 def _columns(found: Drift) -> dict[str, list[float | None]]:

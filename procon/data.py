@@ -228,6 +228,12 @@ def padding_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2S
     return DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=IGNORE_INDEX)
 
 
-def flattening_collator() -> DataCollatorWithFlattening:
-    """Joins a batch into one row without padding; ``position_ids`` restart at each sequence."""
-    return DataCollatorWithFlattening(return_tensors="pt")
+def flattening_collator(*, bounds: bool = False) -> DataCollatorWithFlattening:
+    """Joins a batch into one row without padding; ``position_ids`` restart at each sequence.
+
+    Args:
+        bounds: hand out where sequences begin and end as well, as ``cu_seq_lens_q``, ``cu_seq_lens_k``,
+            ``max_length_q``, ``max_length_k`` and ``seq_idx``: FlashAttention need not work it out in each block, and
+            recurrent blocks need it to keep sequences apart.
+    """
+    return DataCollatorWithFlattening(return_tensors="pt", return_flash_attn_kwargs=bounds, return_seq_idx=bounds)

@@ -9,6 +9,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from procon.attention import use_best_attention
 from procon.errors import ProConError
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -32,14 +33,19 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def load_model(
-    name: str | Path, *, dtype: torch.dtype | None = None
+    name: str | Path, *, dtype: torch.dtype | None = None, attn_implementation: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM and its tokenizer, on this process's GPU if there is one; a LoRA folder loads with its base.
+
+    Args:
+        attn_implementation: by transformers' name, or ``"auto"`` for the best for training on packed sequences
+            (:func:`procon.attention.best_attention`); what transformers chooses if not given.
 
     Raises:
         ProConError: if there is no such model, or it cannot be loaded.
     """
     dtype = dtype or default_dtype()
+    chosen = {} if attn_implementation in (None, "auto") else {"attn_implementation": attn_implementation}
     is_adapter = (Path(name) / "adapter_config.json").is_file()
     loader = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
     try:
@@ -47,10 +53,12 @@ def load_model(
         if is_adapter and not (Path(name) / "tokenizer_config.json").is_file():  # PEFT alone saves none
             tokenizer_name = PeftConfig.from_pretrained(str(name)).base_model_name_or_path
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
-        model = loader.from_pretrained(str(name), dtype=dtype)
+        model = loader.from_pretrained(str(name), dtype=dtype, **chosen)
     except Exception as error:  # a wrong name shows in a dozen exception types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ProConError(f"model {str(name)!r} cannot be loaded ({reason}): give a folder or a hub name") from error
     if torch.cuda.is_available():
         model = model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
+    if attn_implementation == "auto":
+        use_best_attention(model)
     return model, tokenizer
