@@ -6,14 +6,9 @@ import struct
 from collections.abc import Iterator
 
 import pytest
-import torch
-from datasets import Dataset
-from transformers import TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback
 
-from procon.data import padding_collator
-from procon.decoder import find_decoder
-from procon.directions import RefusalDirections
-from procon.training import DriftCallback, JsonlCallback, ProConConfig, ProConTrainer
+from procon.training import DriftCallback, JsonlCallback
 from procon.training.probes import ProbeCallback
 
 #: As trackers show them: transformers puts `train/` before what has no `eval_`.
@@ -39,53 +34,12 @@ class Stop(TrainerCallback):
 
 
 @pytest.fixture
-def make(tiny_model, tokenizer, tmp_path):
+def make(make_trainer, tokenizer):
     """``make(base="Trainer", **settings)``: a constrained trainer of six steps that logs, probes and evaluates."""
 
-    def build(base: str = "Trainer", **settings) -> ProConTrainer:
-        model = tiny_model()
-        decoder = find_decoder(model)
-        unit = torch.nn.functional.normalize(torch.ones(len(decoder.blocks), decoder.hidden_size), dim=1)
-        ones = torch.ones(len(decoder.blocks))
-        arguments = {
-            "output_dir": str(tmp_path / "out"),
-            "max_steps": 6,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "eval_strategy": "steps",
-            "eval_steps": 3,
-            "save_steps": 2,
-            "report_to": [],
-            "disable_tqdm": True,
-            "bf16": False,
-            "procon_schedule": "1@4steps,0",
-            **settings,
-        }
-        rows = [{"prompt": f"count to {n}", "completion": " ".join(map(str, range(n)))} for n in range(2, 6)]
-        set_seed(0)
-        if base == "SFTTrainer":
-            pytest.importorskip("trl", reason="SFTTrainer is TRL's")
-            from procon.training.sft import ProConSFTConfig as Config
-            from procon.training.sft import ProConSFTTrainer as Trainer
-
-            dataset, rest = Dataset.from_list(rows), {}
-        else:
-            Trainer, Config = ProConTrainer, ProConConfig
-            samples = []
-            for row in rows:
-                prompt, completion = (tokenizer(row[part])["input_ids"] for part in ("prompt", "completion"))
-                samples.append({"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion})
-            dataset, rest = Dataset.from_list(samples), {"data_collator": padding_collator(tokenizer)}
-        trainer = Trainer(
-            model,
-            Config(**arguments),
-            train_dataset=dataset,
-            eval_dataset=dataset,
-            processing_class=tokenizer,
-            directions=RefusalDirections(unit, ones, ones, ones, ones),
-            **rest,
-        )
+    def build(base: str = "Trainer", **settings) -> Trainer:
+        six = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 3}
+        trainer = make_trainer(base, "1@4steps,0", **{**six, **settings})
         trainer.add_callback(CountingDrift(trainer, tokenizer, every=2))
         return trainer
 
