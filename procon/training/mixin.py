@@ -330,17 +330,15 @@ class ProConMixin:
         )
 
     def _count_constrained(self, batches: list[dict]) -> Tensor:
-        """Constrained tokens of the optimiser step: all its micro-batches and, where CE counts so, all ranks."""
-        several = self.args.average_tokens_across_devices and self.args.world_size > 1
-        count = constrained_tokens(batches, self.accelerator.reduce if several else None, device=self.args.device)
+        """Constrained tokens of the optimiser step: all its micro-batches and ranks."""
+        reduce = self.accelerator.reduce if self.args.world_size > 1 else None
+        count = constrained_tokens(batches, reduce, device=self.args.device)
         # As the Trainer does for CE: ranks that share a batch have each counted it.
         return count / (self.get_tp_size() * self.get_cp_size())
 
     def _scale(self, num_items_in_batch) -> float:
         """Undo what the Trainer and the ranks' averaging divide the loss by after ``compute_loss``."""
-        scale = 1.0
-        if self.args.average_tokens_across_devices:
-            scale *= self.accelerator.num_processes // self.get_tp_size()
+        scale = self.accelerator.num_processes // self.get_tp_size()
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if scaled is None:
             scaled = self.compute_loss_func is not None or (
@@ -350,10 +348,8 @@ class ProConMixin:
 
     def _check_penalty(self) -> float:
         """The penalty summed over the logging window and the ranks; stops a run whose hidden states went bad."""
-        mean = not self.args.average_tokens_across_devices
         # Each rank of tensor parallelism has the penalty of the whole batch.
-        share = self._penalty_sum / (1 if mean else self.get_tp_size())
-        total = self.accelerator.reduce(share, "mean" if mean else "sum").item()
+        total = self.accelerator.reduce(self._penalty_sum / self.get_tp_size(), "sum").item()
         if total != total or total == float("inf"):
             raise ProConError(
                 f"the penalty became {total} by step {self.state.global_step}, so hidden states are NaN or infinite: "
