@@ -58,7 +58,8 @@ class Sequence:
 def split_batch(batch: Mapping[str, Tensor]) -> Iterator[Sequence]:
     """The sequences of a collated batch, by ``attention_mask``, and by ``position_ids`` or ``cu_seq_lens_q`` if packed.
 
-    Those of one token are left out: they predict nothing, and a flattened row is padded with them.
+    Those of one token are left out: they predict nothing, and a flattened row is padded with them. So are those of one
+    token repeated, without a label: axolotl pads a packed row with positions that start again.
 
     Raises:
         ProConError: if the batch has no labels, or its attention mask is not one run of ones a row.
@@ -86,6 +87,8 @@ def split_batch(batch: Mapping[str, Tensor]) -> Iterator[Sequence]:
                 continue
             is_response = labels[row, start:stop] != IGNORE_INDEX
             is_response[0] = False
+            if not is_response.any() and (ids[row, start:stop] == ids[row, start]).all():
+                continue
             yield Sequence(row, start, ids[row, start:stop], is_response)
 
 

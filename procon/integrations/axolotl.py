@@ -1,0 +1,175 @@
+"""axolotl's plugin: the constraint by keys of the YAML file::
+
+    plugins:
+      - procon.integrations.axolotl.ProConPlugin
+    procon_directions: directions.safetensors   # if not given: extracted from the model as training starts
+    procon_alpha: 0.1                           # or procon_schedule: procon_wu:1@4ep
+
+The keys are the settings of :class:`procon.training.ProConArguments`; ``procon_alpha: 0.1`` is short for
+``procon_schedule: procon_s:0.1``. Supervised fine-tuning, padded, packed or flattened, is constrained; other trainings
+are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from procon.errors import ProConError
+
+# axolotl goes on without a plugin that raises ImportError, which here would be an unconstrained training.
+try:
+    from axolotl.integrations.base import BasePlugin
+    from pydantic import BaseModel, model_validator
+
+    from procon.training import ProConArguments, ProConMixin
+except ImportError as error:
+    raise ProConError(f"the axolotl plugin cannot be loaded: {error}") from error
+
+#: Keys of axolotl that make it train by another loss or on split sequences, and what to do about them.
+_REFUSED = {
+    "rl": "remove rl: preference and reward losses are not constrained",
+    "orpo_alpha": "remove orpo_alpha: preference losses are not constrained",
+    "reward_model": "remove reward_model: its loss is not constrained",
+    "process_reward_model": "remove process_reward_model: its loss is not constrained",
+    "trainer_cls": "remove trainer_cls, or put ProConMixin before that class and drop the plugin",
+    "pretraining_dataset": "use datasets: a streamed one has no anchors recorded beforehand",
+    "use_pose": "remove use_pose: positions with gaps do not tell samples apart",
+}
+
+
+class ProConArgs(BaseModel):
+    """The keys that the plugin adds to axolotl's YAML file."""
+
+    procon_directions: str | None = None
+    procon_alpha: float | None = None
+    procon_schedule: str | float | None = None
+    procon_scope: str | None = None
+    procon_blocks: str | float | list[int] | None = None
+    procon_penalty: str | None = None
+    procon_units: str | None = None
+    procon_reduction: str | None = None
+    procon_fuse: str | None = None
+    procon_backend: str | None = None
+    procon_anchors_dir: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_procon(cls, data: Any) -> Any:
+        """Stop before the model is loaded, where the constraint could not act or a key is misspelt."""
+        if not isinstance(data, Mapping) or not _is_asked_for(data):
+            return data
+        known = [name for name in cls.model_fields if name.startswith("procon_")]
+        for name in data:
+            if str(name).startswith("procon_") and name not in known:
+                raise ProConError(f"there is no key {name}: the keys are {', '.join(known)}")
+        if not _arguments(data).schedule().active:
+            return data
+        for name, remedy in _REFUSED.items():
+            if data.get(name):
+                raise ProConError(f"{name} is set, under which the constraint cannot act: {remedy}")
+        if (data.get("context_parallel_size") or 1) > 1:
+            raise ProConError(
+                f"context_parallel_size is {data['context_parallel_size']}, which splits samples over ranks after "
+                "anchors were looked up: set it to 1"
+            )
+        if data.get("gradient_checkpointing"):
+            # axolotl's own default is the reentrant kind, in which the constraint would lose its gradient.
+            how = data.get("gradient_checkpointing_kwargs") or {}
+            if how.get("use_reentrant"):
+                raise ProConError(
+                    "gradient_checkpointing_kwargs has use_reentrant: true, under which the constraint would lose its "
+                    "gradient: set it to false"
+                )
+            return {**data, "gradient_checkpointing_kwargs": {**how, "use_reentrant": False}}
+        return data
+
+    @model_validator(mode="after")
+    def check_packing(self) -> ProConArgs:
+        """Samples of a packed row must not see each other: anchors are recorded one sample at a time."""
+        found = self.__dict__
+        if not _is_asked_for(found) or not _arguments(found).schedule().active:
+            return self
+        if found.get("sample_packing") and not self.attn_decontaminates_packing:
+            raise ProConError(
+                f"sample_packing with attn_implementation {found.get('attn_implementation')!r} lets samples see those "
+                "packed before them, and anchors belong to one sample: set attn_implementation to sdpa, or to a "
+                "flash_attention"
+            )
+        return self
+
+
+@dataclass
+class ProConAxolotlArguments(ProConArguments):
+    """What the plugin adds to axolotl's training arguments."""
+
+    procon_directions: str | None = field(
+        default=None, metadata={"help": "File of refusal directions; extracted as training starts if not given."}
+    )
+
+
+class ProConPlugin(BasePlugin):
+    """Has axolotl train by :class:`procon.integrations.axolotl_trainer.ProConAxolotlTrainer`.
+
+    Where ``procon_schedule`` is 0 throughout, it changes nothing.
+
+    Raises:
+        ProConError: from axolotl's check of the YAML file or the making of its trainer, where the constraint could not
+            act.
+    """
+
+    def get_input_args(self) -> str:
+        return f"{__name__}.{ProConArgs.__name__}"
+
+    def get_training_args_mixin(self) -> str:
+        return f"{__name__}.{ProConAxolotlArguments.__name__}"
+
+    def get_training_args(self, cfg: Mapping) -> dict[str, str] | None:
+        return _settings(cfg) if _is_asked_for(cfg) else None
+
+    def get_trainer_cls(self, cfg: Mapping) -> type | None:
+        if not self._constrains(cfg):
+            return None
+        # Here, as axolotl has by now patched transformers for this training.
+        from procon.integrations.axolotl_trainer import ProConAxolotlTrainer
+
+        return ProConAxolotlTrainer
+
+    def post_trainer_create(self, cfg: Mapping, trainer: Any) -> None:
+        if self._constrains(cfg) and not isinstance(trainer, ProConMixin):
+            raise ProConError(
+                f"axolotl made a {type(trainer).__name__}, which has no constraint: put {__name__}.ProConPlugin first "
+                "in plugins, and none that brings a trainer of its own"
+            )
+
+    def _constrains(self, cfg: Mapping) -> bool:
+        return _is_asked_for(cfg) and _arguments(cfg).schedule().active
+
+
+def _is_asked_for(cfg: Mapping) -> bool:
+    """axolotl keeps the plugins of an earlier training in the same process."""
+    return f"{__name__}.ProConPlugin" in (cfg.get("plugins") or [])
+
+
+def _settings(cfg: Mapping) -> dict[str, str]:
+    """The keys that are given, as training arguments.
+
+    Raises:
+        ProConError: if strength is given twice.
+    """
+    names = [item.name for item in fields(ProConAxolotlArguments)]
+    settings = {name: _text(cfg[name]) for name in names if cfg.get(name) is not None}
+    if cfg.get("procon_alpha") is not None:
+        if "procon_schedule" in settings:
+            raise ProConError("procon_alpha and procon_schedule both say how strong the constraint is: give one")
+        settings["procon_schedule"] = f"procon_s:{cfg['procon_alpha']}"
+    return settings
+
+
+def _arguments(cfg: Mapping) -> ProConAxolotlArguments:
+    return ProConAxolotlArguments(**_settings(cfg))
+
+
+def _text(value: str | float | list[int]) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,31 @@
+"""The trainer that axolotl's plugin puts in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl.core.trainers import AxolotlTrainer
+from torch.utils.data import DataLoader
+
+from procon.data import padding_collator
+from procon.training import ProConMixin
+
+
+class ProConAxolotlTrainer(ProConMixin, AxolotlTrainer):
+    """axolotl's trainer with the constraint in its loss; refusal directions come from ``args.procon_directions``."""
+
+    def __init__(self, *trainer_args: Any, **trainer_kwargs: Any):
+        super().__init__(*trainer_args, directions=trainer_kwargs["args"].procon_directions, **trainer_kwargs)
+
+    def _recording_dataloader(self) -> DataLoader:
+        if not self.args.sample_packing:
+            return super()._recording_dataloader()
+        # The packing collator joins what the batch sampler picked; whatever else it is given, it joins as well, under
+        # an attention mask that does not keep samples apart.
+        pad = padding_collator(self.processing_class)
+
+        def one_sample_a_row(features: list[dict]) -> dict[str, Any]:
+            return pad([{name: row[name] for name in ("input_ids", "labels")} for row in features])
+
+        with self._collating(one_sample_a_row):
+            return super()._recording_dataloader()
