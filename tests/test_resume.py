@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from procon.directions import DIRECTIONS
+
 
 def command(model: Path, data: Path, output: Path, *more: str) -> list[str]:
     settings = {
@@ -30,11 +32,11 @@ def command(model: Path, data: Path, output: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "procon.cli", "train", *flags, *more]
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: list[str], code: int = 0) -> None:
     result = subprocess.run(
         arguments, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
     )
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == code, result.stderr[-3000:]
 
 
 @pytest.mark.slow
@@ -67,3 +69,85 @@ def test_killed_and_resumed_equals_uninterrupted(tiny_model, tokenizer, tmp_path
 
     final = "adapter_model.safetensors"
     assert (killed / final).read_bytes() == (tmp_path / "whole" / final).read_bytes()
+
+
+#: argv: the model, the output folder, and how the run goes: "whole", "killed" or "resumed".
+SFT_SCRIPT = """
+import os, signal, sys
+
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from procon.directions import RefusalDirections
+from procon.training.sft import ProConSFTConfig, ProConSFTTrainer
+
+source, output, way = sys.argv[1:]
+
+
+class Trainer(ProConSFTTrainer):
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if way == "killed" and self.state.global_step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)  # the adapter of checkpoint-6 is written, its state is not
+        super()._save_optimizer_and_scheduler(output_dir)
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("extracted again: by now the model is another one")
+
+
+if way == "resumed":
+    RefusalDirections.extract = refuse
+rows = [{"prompt": f"count to {n} please", "completion": " ".join(map(str, range(n)))} for n in range(1, 41)]
+trainer = Trainer(
+    AutoModelForCausalLM.from_pretrained(source),
+    ProConSFTConfig(
+        output_dir=output,
+        procon_schedule="procon_wu:1@1ep",
+        num_train_epochs=1,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        packing=True,
+        max_length=192,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_steps=2,
+        bf16=False,
+        report_to=[],
+        disable_tqdm=True,
+    ),
+    train_dataset=Dataset.from_list(rows),
+    processing_class=AutoTokenizer.from_pretrained(source),
+    peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+)
+trainer.train(resume_from_checkpoint=way == "resumed")
+trainer.save_model()
+"""
+
+
+@pytest.mark.slow
+def test_packed_sft_killed_in_a_checkpoint_and_resumed_equals_uninterrupted(tiny_model, tokenizer, tmp_path):
+    pytest.importorskip("trl", reason="SFTTrainer is TRL's")
+    tiny_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+
+    def sft(folder: str, way: str) -> list[str]:
+        return [sys.executable, "-c", SFT_SCRIPT, str(tmp_path / "model"), str(tmp_path / folder), way]
+
+    run(sft("whole", "whole"))
+    run(sft("killed", "killed"), code=-signal.SIGKILL)
+    killed = tmp_path / "killed"
+    assert (killed / "checkpoint-6" / "adapter_model.safetensors").exists()
+    assert not (killed / "checkpoint-6" / "trainer_state.json").exists()
+    run(sft("killed", "resumed"))
+
+    histories = [
+        json.loads((tmp_path / folder / "checkpoint-8" / "trainer_state.json").read_text())["log_history"]
+        for folder in ("whole", "killed")
+    ]
+    penalties, resumed = ([row.get("procon/penalty") for row in history] for history in histories)
+    assert penalties == resumed
+    assert max(filter(None, penalties)) > 1e-6
+    final = "adapter_model.safetensors"
+    assert (killed / final).read_bytes() == (tmp_path / "whole" / final).read_bytes()
+    assert (killed / DIRECTIONS).read_bytes() == (tmp_path / "whole" / DIRECTIONS).read_bytes()
