@@ -164,7 +164,7 @@ def weights_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     # First: it brings weights that bitsandbytes has repacked for a CPU back to what they were.
     state = model.state_dict(keep_vars=True)
-    tensors = dict(model.named_parameters())
+    tensors = {_own_name(name): parameter for name, parameter in model.named_parameters()}
     known = {id(tensor) for tensor in tensors.values()}
     tensors |= {name: value for name, value in state.items() if isinstance(value, Tensor) and id(value) not in known}
     for name, tensor in sorted(tensors.items()):
@@ -178,8 +178,13 @@ def weights_hash(model: nn.Module) -> str:
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             scales = [(adapter, str(getattr(module, "scaling", {}).get(adapter))) for adapter in module.active_adapters]
-            digest.update(f"{name}{scales}{module.disable_adapters}".encode())
+            digest.update(f"{_own_name(name)}{scales}{module.disable_adapters}".encode())
     return digest.hexdigest()[:16]
+
+
+def _own_name(name: str) -> str:
+    """A module's or tensor's name without what activation checkpointing and ``torch.compile`` wrap it in."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ def _looks_like_rms_norm(module: nn.Module, hidden_size: int) -> bool:
     parameters = dict(module.named_parameters())
     return (
         list(parameters) == ["weight"]
-        and parameters["weight"].shape == (hidden_size,)
+        # DeepSpeed ZeRO-3 leaves no elements in a partitioned parameter, and notes its shape.
+        and getattr(parameters["weight"], "ds_shape", parameters["weight"].shape) == (hidden_size,)
         and isinstance(_eps(module), float)
         and "forward" not in vars(module)
     )
