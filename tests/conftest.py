@@ -3,10 +3,11 @@
 Triton's interpreter where there is no GPU, poisoned allocations, the fp64 oracle, a tokenizer and tiny models.
 """
 
+import copy
 import os
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -237,3 +238,79 @@ def make_trainer(tiny_model, tokenizer, tmp_path) -> Callable[..., Trainer]:
         )
 
     return make
+
+
+@pytest.fixture
+def random_directions() -> Callable[..., Any]:
+    """``random_directions(model)``: unit directions for the blocks of a model, the same at every call."""
+    from procon.decoder import find_decoder
+    from procon.directions import RefusalDirections
+
+    def make(model: PreTrainedModel) -> RefusalDirections:
+        decoder = find_decoder(model)
+        shape = (len(decoder.blocks), decoder.hidden_size)
+        directions = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        ones = torch.ones(len(directions))
+        return RefusalDirections(torch.nn.functional.normalize(directions, dim=-1), ones, ones, ones, ones)
+
+    return make
+
+
+@pytest.fixture
+def assert_penalty(random_directions) -> Callable[..., None]:
+    """``assert_penalty(model, batch)``: value and gradient of its penalty are those by definition, in float64.
+
+    Anchors are the model's own projections and noise; without noise at the first ``still`` blocks, whose inputs nothing
+    moves. The definition is computed on ``reference``, a copy of the model in float64 if not given, from the block
+    inputs that plain hooks see.
+    """
+    from procon.constraint import ProjectionConstraint
+    from procon.decoder import find_decoder
+
+    def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
+        found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        model.zero_grad()
+        return {name: gradient.double() for name, gradient in found.items()}
+
+    def projections(model: PreTrainedModel, batch: dict[str, Tensor], directions: Tensor) -> Tensor:
+        blocks, inputs = find_decoder(model).blocks, {}
+
+        def keep(block: int):
+            def hook(_module, args, kwargs) -> None:
+                inputs[block] = args[0] if args else kwargs["hidden_states"]
+
+            return hook
+
+        hooks = [block.register_forward_pre_hook(keep(i), with_kwargs=True) for i, block in enumerate(blocks)]
+        model(**batch)
+        for hook in hooks:
+            hook.remove()
+        return torch.stack([inputs[i].double() @ directions[i].double() for i in range(len(blocks))], -1)
+
+    def check(model, batch, *, reference=None, still: int = 0, fuse: str = "auto", relative: float = 1e-4) -> None:
+        reference = copy.deepcopy(model).double() if reference is None else reference
+        directions = random_directions(model)
+        random = torch.Generator().manual_seed(0)
+        mask = (torch.rand(batch["input_ids"].shape, generator=random) < 0.6).float()
+
+        z = projections(reference, batch, directions.directions)
+        anchors = z.detach().float() + torch.randn(z.shape, generator=random) * (torch.arange(z.shape[-1]) >= still)
+        expected = ((z - anchors.double()).square() * mask[..., None]).sum() / (mask.sum() * z.shape[-1])
+        expected.backward()
+
+        with ProjectionConstraint(directions).attach(model, fuse=fuse) as constraint:
+            constraint.target(anchors, mask)
+            model(**batch)
+            found = constraint.penalty()
+            found.backward()
+        torch.testing.assert_close(found.double(), expected, rtol=relative, atol=0)
+        ours, theirs = gradients(model), gradients(reference)
+        assert ours.keys() == theirs.keys()
+        assert ours
+        largest = max(gradient.norm() for gradient in theirs.values())
+        assert largest > 0
+        for name, gradient in theirs.items():
+            difference = (ours[name] - gradient).norm()
+            assert difference <= relative * gradient.norm() + 1e-2 * relative * largest, name
+
+    return check
