@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from procon.anchor_exchange import gather
 from procon.anchor_shards import Key
 from procon.attention import check_packing
-from procon.decoder import Decoder, find_decoder, model_device, observe_block_inputs
+from procon.decoder import Decoder, decoder_forward, find_decoder, is_sharded, model_device, observe_block_inputs
 from procon.errors import ProConError
 from procon.functional import project
 from procon.sequences import Sequence as TokenSequence
@@ -61,9 +58,9 @@ def record_projections(
         ProConError: on projections that are not finite, inputs that a text decoder does not take, or a decoder that
             does not keep the sequences of a packed row apart.
     """
-    sharded = _is_sharded(model)
+    sharded = is_sharded(model)
     decoder = find_decoder(model)
-    forward = _whole_forward(model) if sharded else partial(decoder.module, use_cache=False)
+    forward = decoder_forward(model)
     device = model_device(model)
     unit = directions.to(device)
     batches = iter(dataloader)
@@ -115,18 +112,6 @@ def text_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def _to(device: torch.device, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    """Whether a forward needs the other ranks: FSDP2's and tensor-parallel parameters, or those of ZeRO-3."""
-    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
-def _whole_forward(model: nn.Module) -> Callable[..., object]:
-    """The forward of the whole model: FSDP2 gathers what its root holds in no other. One token passes the LM head."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
-    return partial(model, use_cache=False, **few)
 
 
 def _project_batch(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -150,6 +152,36 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a forward needs the other ranks: FSDP2's and tensor-parallel parameters, or those of ZeRO-3."""
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def decoder_forward(model: nn.Module) -> Callable[..., object]:
+    """The least forward that passes all blocks: of the base decoder, without the LM head; of the whole model, one token
+    through the LM head, where parameters are sharded, as FSDP2 gathers what its root holds in no other.
+
+    Raises:
+        ProConError: if DeepSpeed ZeRO-3 has partitioned the model, but nothing gathers it yet.
+    """
+    refuse_unprepared(model)
+    if not is_sharded(model):
+        return partial(find_decoder(model).module, use_cache=False)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    return partial(model, use_cache=False, **few)
+
+
+def refuse_unprepared(model: nn.Module) -> None:
+    """Raise ProConError if DeepSpeed ZeRO-3 has partitioned the model, but nothing gathers it yet."""
+    embedding = model.get_input_embeddings()
+    if hasattr(embedding.weight, "ds_id") and not embedding._forward_pre_hooks:
+        raise ProConError(
+            "DeepSpeed ZeRO-3 holds this model in parts and has not prepared it, so it cannot run: prepare it first; "
+            "extract directions beforehand with 'procon directions', and pass their file"
+        )
 
 
 def model_device(model: nn.Module) -> torch.device:

@@ -18,7 +18,15 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from procon.chat import pad_token_id, render, template_hash, user_turn
-from procon.decoder import Decoder, evaluating, find_decoder, model_device, observe_block_inputs
+from procon.decoder import (
+    Decoder,
+    decoder_forward,
+    evaluating,
+    find_decoder,
+    model_device,
+    observe_block_inputs,
+    refuse_unprepared,
+)
 from procon.errors import ProConError
 from procon.generation import generate_replies
 from procon.prompts import ContrastPrompts, builtin_prompts
@@ -155,8 +163,10 @@ class RefusalDirections:
         Memory: one block's input at a time, plus ``2 * L * D`` fp64 sums.
 
         Raises:
-            ProConError: on hidden states that are not finite, a tokenizer without chat template, or no usable block.
+            ProConError: on hidden states that are not finite, a tokenizer without chat template, no usable block, or a
+                model that DeepSpeed ZeRO-3 has partitioned and not prepared.
         """
+        refuse_unprepared(model)
         prompts = prompts or builtin_prompts("extraction")
         held_out = held_out or builtin_prompts("held_out")
         rate = None
@@ -325,6 +335,7 @@ def _each_last_token(
 ) -> None:
     """Call ``consume(rows, block, hidden [len(rows), D])`` for every batch of prompts and every block input."""
     decoder = find_decoder(model)
+    forward = decoder_forward(model)
     ids = [render(tokenizer, user_turn(prompt), generation_prompt=True) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     device = model_device(model)
@@ -338,5 +349,5 @@ def _each_last_token(
             mask = (torch.arange(batch.shape[1]) < lengths[:, None]).long()
             last = (torch.arange(len(rows)), lengths - 1)
             with observe_block_inputs(decoder, lambda block, h: consume(rows, block, h[last])):  # noqa: B023
-                decoder.module(input_ids=batch.to(device), attention_mask=mask.to(device), use_cache=False)
+                forward(input_ids=batch.to(device), attention_mask=mask.to(device))
             bar.update(len(rows))
