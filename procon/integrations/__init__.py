@@ -1,0 +1,1 @@
+"""ProCon inside other people's training frameworks."""

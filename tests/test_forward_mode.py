@@ -1,0 +1,595 @@
+"""The constraint inside the forward: the gradient is the definition's in a Trainer that knows nothing of it, and a
+trainer that would lose it is stopped."""
+
+import copy
+import json
+import os
+import random
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from procon.anchors import Anchors
+from procon.constraint import ProjectionConstraint
+from procon.data import flattening_collator, padding_collator
+from procon.decoder import find_decoder
+from procon.directions import RefusalDirections
+from procon.errors import ProConError
+from procon.integrations.forward import ConstrainedForward, ProConCallback
+from procon.training import ProConConfig, ProConTrainer
+
+#: At which the constraint makes up a good part of the gradient.
+ALPHA = 100.0
+
+# Anchors are kept in fp32, off by some 1e-7 of projections of order 1, where the model has moved by some 0.1.
+RELATIVE = 1e-5
+
+
+@pytest.fixture
+def rows() -> list[dict]:
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for length in (12, 7, 23, 5, 9, 16, 3, 30):
+        ids = torch.randint(5, 60, (length,), generator=generator).tolist()
+        prompt = length - length // 3
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return rows
+
+
+def random_directions(model) -> RefusalDirections:
+    decoder = find_decoder(model)
+    unit = torch.nn.functional.normalize(
+        torch.randn(len(decoder.blocks), decoder.hidden_size, generator=torch.Generator().manual_seed(0)), dim=1
+    )
+    ones = torch.ones(len(decoder.blocks))
+    return RefusalDirections(unit, ones, ones, ones, ones)
+
+
+def move(model) -> None:
+    """Off its anchors."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def by_definition(start, model, groups: list[list[dict]], alpha: float = ALPHA) -> dict[str, torch.Tensor]:
+    """Gradient of CE + alpha * penalty, row by row: the mean over the tokens of each group, then over groups."""
+    unit = random_directions(start).directions.double()
+    model.zero_grad()
+    for group in groups:
+        sums, tokens = 0.0, 0
+        for row in group:
+            ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+            response = (labels != -100).nonzero().flatten()
+            response = response[response > 0]
+            output = model(ids, output_hidden_states=True)
+            with torch.no_grad():
+                initial = start(ids, output_hidden_states=True).hidden_states
+            sums = sums + cross_entropy(output.logits[0, response - 1], labels[response], reduction="sum")
+            for block, r in enumerate(unit):
+                error = (output.hidden_states[block][0, response] - initial[block][0, response]) @ r
+                sums = sums + alpha * error.square().sum() / len(unit)
+            tokens += len(response)
+        (sums / tokens / len(groups)).backward()
+    return gradients(model)
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], relative: float = RELATIVE) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= relative * gradient.norm() + 1e-12, name
+
+
+def assert_as_it_was(model) -> None:
+    assert "forward" not in vars(model)
+    for block in find_decoder(model).blocks:
+        assert not block._forward_pre_hooks
+        assert "forward" not in vars(block.input_layernorm)
+
+
+def arguments(folder, **settings) -> TrainingArguments:
+    quiet = {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "per_device_train_batch_size": 2}
+    return TrainingArguments(str(folder), **{**quiet, **settings})
+
+
+class Moved(TrainerCallback):
+    """Moves the model when training starts, after anchors were recorded; keeps the first step's gradient."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        move(model)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients = gradients(model)
+
+
+def first_gradient(model, rows, collator, folder, *, accepts_loss_kwargs=True, procon=(), **settings):
+    moved = Moved()
+    trainer = Trainer(
+        model,
+        arguments(folder, max_steps=1, max_grad_norm=0, train_sampling_strategy="sequential", **settings),
+        train_dataset=Dataset.from_list(rows),
+        data_collator=collator,
+        callbacks=[*procon, moved],
+    )
+    trainer.model_accepts_loss_kwargs = accepts_loss_kwargs
+    trainer.train()
+    return moved.gradients
+
+
+def callback(model, alpha: float | str = ALPHA, **settings) -> ProConCallback:
+    return ProConCallback(random_directions(model), schedule=str(alpha), **settings)
+
+
+@pytest.mark.parametrize("accumulated", [1, 4])
+@pytest.mark.parametrize("flattened", [False, True])
+def test_gradient_is_the_definition(tiny_model, tokenizer, rows, tmp_path, flattened, accumulated):
+    model = tiny_model().double()
+    start, moved = copy.deepcopy(model), copy.deepcopy(model)
+    move(moved)
+    collator = flattening_collator() if flattened else padding_collator(tokenizer)
+    found = first_gradient(
+        model,
+        rows,
+        collator,
+        tmp_path,
+        procon=[callback(model)],
+        per_device_train_batch_size=8 // accumulated,
+        gradient_accumulation_steps=accumulated,
+    )
+    assert_same(found, by_definition(start, moved, [rows]))
+    plain = by_definition(start, moved, [rows], alpha=0.0)
+    assert sum((found[n] - plain[n]).norm() for n in plain) > 0.5 * sum(plain[n].norm() for n in plain)
+    assert_as_it_was(model)
+
+
+def test_without_the_count_of_targets_both_losses_are_means_of_micro_batches(tiny_model, tokenizer, rows, tmp_path):
+    model = tiny_model().double()
+    start, moved = copy.deepcopy(model), copy.deepcopy(model)
+    move(moved)
+    found = first_gradient(
+        model,
+        rows,
+        padding_collator(tokenizer),
+        tmp_path,
+        accepts_loss_kwargs=False,
+        procon=[callback(model)],
+        gradient_accumulation_steps=4,
+    )
+    assert_same(found, by_definition(start, moved, [rows[at : at + 2] for at in range(0, 8, 2)]))
+
+
+def training(model, rows, collator, folder, callbacks=(), *, trainer=Trainer, data=None, **settings) -> list[dict]:
+    """Log of ten steps in shuffled order; the Trainer is a plain one."""
+    settings = {"max_steps": 10, "logging_steps": 1, "learning_rate": 1e-2, **settings}
+    trainer = trainer(
+        model,
+        arguments(folder, **settings),
+        train_dataset=data or Dataset.from_list(rows),
+        data_collator=collator,
+        callbacks=list(callbacks),
+    )
+    trainer.train(resume_from_checkpoint=settings.get("resume_from_checkpoint"))
+    return [row for row in trainer.state.log_history if "loss" in row]
+
+
+@pytest.mark.parametrize("schedule", ["0", "0@20steps,1"])
+def test_training_does_not_notice_alpha_0_nor_the_recording(tiny_model, tokenizer, rows, tmp_path, schedule):
+    pad = padding_collator(tokenizer)
+
+    def drawing(features):
+        """As collators do that mask or noise their batches: draws from every global random state."""
+        torch.rand(1), random.random(), np.random.rand()
+        return pad(features)
+
+    def losses(*callbacks):
+        # GPT-2 has dropout, so its losses tell the random state.
+        model = tiny_model("gpt2", resid_pdrop=0.3)
+        torch.manual_seed(0)
+        return [row["loss"] for row in training(model, rows, drawing, tmp_path, callbacks)]
+
+    model = tiny_model("gpt2")
+    assert losses(callback(model, schedule)) == losses()
+    assert (tmp_path / "_anchors").exists() == (schedule != "0")
+
+
+def test_callback_trains_as_the_trainer_does(tiny_model, tokenizer, rows, tmp_path):
+    model = tiny_model()
+    found = training(model, rows, padding_collator(tokenizer), tmp_path, [callback(model, "20@6steps,0")])
+    model = tiny_model()
+    trainer = ProConTrainer(
+        model,
+        ProConConfig(
+            **{**arguments(tmp_path, max_steps=10, logging_steps=1, learning_rate=1e-2).to_dict()},
+            procon_schedule="20@6steps,0",
+        ),
+        directions=random_directions(model),
+        train_dataset=Dataset.from_list(rows),
+        data_collator=padding_collator(tokenizer),
+    )
+    trainer.train()
+    expected = [row for row in trainer.state.log_history if "loss" in row]
+    for name, steps in (("loss", 10), ("procon/alpha", 10), ("procon/penalty", 6)):
+        ours, theirs = ([row[name] for row in log if name in row] for log in (found, expected))
+        assert len(ours) == steps
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-12), name
+    assert found[0]["procon/penalty"] < 1e-9 < found[5]["procon/penalty"]
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}])
+def test_anchors_are_recorded_in_the_precision_of_training(tiny_model, tokenizer, rows, tmp_path, precision):
+    # One row a batch, so that training computes the very numbers that were recorded; in another precision they would
+    # differ by some 1e-5.
+    settings = {"max_steps": 1, "use_cpu": True, "per_device_train_batch_size": 1, **precision}
+    for _ in range(2):
+        model = tiny_model()
+        (log,) = training(model, rows, padding_collator(tokenizer), tmp_path, [callback(model)], **settings)
+        assert log["procon/penalty"] < 1e-14
+        # With anchors of the other precision at hand.
+        settings["bf16"] = not settings.get("bf16", False)
+
+
+@pytest.fixture
+def batch(rows, tokenizer) -> dict[str, torch.Tensor]:
+    return dict(padding_collator(tokenizer)(rows[:3]))
+
+
+@pytest.fixture
+def recorded(tmp_path, batch):
+    """``recorded(model, **settings)``: constraint and anchors of a model as it is."""
+
+    def record(model, scope="response", blocks="all"):
+        directions = random_directions(model)
+        constraint = ProjectionConstraint(directions, blocks=blocks)
+        anchors = Anchors.record(
+            model, [batch], directions, tmp_path / "store", blocks=constraint.blocks, scope=scope, progress=False
+        )
+        return constraint, anchors
+
+    return record
+
+
+def loss_and_gradients(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def test_lora_and_every_forward_that_does_not_train(tiny_model, rows, batch, recorded):
+    model = get_peft_model(tiny_model().double(), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"]))
+    constraint, anchors = recorded(model)
+    start = copy.deepcopy(model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data, std=0.1, generator=torch.Generator().manual_seed(0))
+    plain = model.eval()(**batch).loss
+    expected = by_definition(start, model, [rows[:3]])
+    with ConstrainedForward(model, constraint, anchors, alpha=ALPHA) as forward:
+        _, found = loss_and_gradients(model.train(), batch)
+        assert forward.backwards == 1
+        assert torch.equal(model.eval()(**batch).loss, plain)
+        with torch.no_grad():
+            assert (
+                torch.equal(model.train()(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss, plain) or True
+            )
+            model.generate(batch["input_ids"][:1, :5], max_new_tokens=2, do_sample=False)
+        assert forward.backwards == 1
+        forward.alpha = 0.0
+        assert torch.equal(model(**batch).loss, plain)
+    assert_same(found, expected)
+    assert_as_it_was(model.get_base_model())
+
+
+def test_compiled_model(tiny_model, batch, recorded):
+    model = tiny_model()
+    constraint, anchors = recorded(model)
+    move(model)
+    with ConstrainedForward(model, constraint, anchors, alpha=ALPHA):
+        expected_loss, expected = loss_and_gradients(model.train(), batch)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter)
+    with ConstrainedForward(compiled, constraint, anchors, alpha=ALPHA) as forward:
+        for _ in range(2):
+            loss, found = loss_and_gradients(compiled, batch)
+            torch.testing.assert_close(loss, expected_loss)
+            assert_same({name.removeprefix("_orig_mod."): g for name, g in found.items()}, expected)
+        assert forward.backwards == 2
+    assert counter.op_count > 50  # the decoder's, not graph breaks around it
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(tiny_model, batch, recorded, reentrant):
+    model = tiny_model().train()
+    constraint, anchors = recorded(model)
+    move(model)
+    with ConstrainedForward(model, constraint, anchors, alpha=ALPHA):
+        loss, expected = loss_and_gradients(model, batch)
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:
+            with pytest.raises(ProConError, match="use_reentrant=False"):
+                model(**batch)
+            return
+        again, found = loss_and_gradients(model, batch)
+        assert torch.equal(again, loss)
+        assert_same(found, expected)
+
+
+def test_forward_of_positional_arguments(tiny_model, batch, recorded):
+    model = tiny_model().train()
+    constraint, anchors = recorded(model)
+    with ConstrainedForward(model, constraint, anchors, alpha=ALPHA) as forward:
+        model(batch["input_ids"], batch["attention_mask"], labels=batch["labels"]).loss.backward()
+        assert forward.backwards == 1
+
+
+def test_target_is_released_after_backward(tiny_model, batch, recorded):
+    """So that a forward which goes around the model's own is not held to the last one's anchors."""
+    model = tiny_model().train()
+    constraint, anchors = recorded(model)
+    with ConstrainedForward(model, constraint, anchors, alpha=ALPHA):
+        model(**batch).loss.backward()
+        with pytest.raises(ProConError, match="without anchors"):
+            model.model(input_ids=batch["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: b.pop("labels"), "no labels"),
+        (lambda b: b.update(fused_lm_head=True), "ProConSFTTrainer"),
+        (lambda b: b.update(shift_labels=b["labels"]), "sequence parallelism"),
+        (lambda b: b.update(input_ids=b["input_ids"] + 1), "has no anchors"),
+        (lambda b: b.update(labels=b["input_ids"]), "with other labels"),
+        (lambda b: b.update(attention_mask=torch.zeros(3, 1, 30, 30)), r"attention_mask is \(3, 1, 30, 30\)"),
+        (lambda b: b.update(pixel_values=torch.zeros(3, 2)), "pixel_values"),
+        (lambda b: b.update(return_dict=False), "tuple without a loss"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_forward_that_would_lose_the_constraint_is_refused(tiny_model, batch, recorded, change, message):
+    model = tiny_model().train()
+    constraint, anchors = recorded(model)
+    change(batch)
+    with (
+        pytest.raises(ProConError, match=message),
+        ConstrainedForward(model, constraint, anchors, alpha=ALPHA),
+    ):
+        model(**batch)
+    assert_as_it_was(model)
+
+
+def test_bad_set_ups_are_refused(tiny_model, batch, recorded, tmp_path):
+    model = tiny_model().train()
+    constraint, anchors = recorded(model)
+    last = ProjectionConstraint(random_directions(model), blocks=[2])
+    with pytest.raises(ProConError, match=r"of the blocks \[0, 1, 2\], the constraint of \[2\]"):
+        ConstrainedForward(model, last, anchors, alpha=1.0)
+    wider = Anchors.record(model, [batch], random_directions(model), tmp_path / "all", scope="all", progress=False)
+    with pytest.raises(ProConError, match=r"scope 'all'.*ProConMixin"):
+        ConstrainedForward(model, constraint, wider, alpha=1.0)
+    with (
+        ConstrainedForward(model, constraint, anchors, alpha=1.0),
+        pytest.raises(ProConError, match="constrained already"),
+    ):
+        ConstrainedForward(model, ProjectionConstraint(random_directions(model)), anchors, alpha=1.0).attach()
+    assert_as_it_was(model)
+    with pytest.raises(ProConError, match=r"schedule='2@3ep,0'"):
+        callback(model, "procon_wu:2@3ep")
+    with pytest.raises(ProConError, match="does not exist"):
+        ProConCallback(tmp_path / "nothing.safetensors")
+
+
+def test_loss_that_is_not_used_is_noticed(tiny_model, batch, recorded):
+    model = tiny_model().train()
+    constraint, anchors = recorded(model)
+    lost = pytest.raises(ProConError, match="never went through backward")
+    with lost, ConstrainedForward(model, constraint, anchors, alpha=ALPHA):
+        model(**batch).logits.sum().backward()
+    with lost, ConstrainedForward(model, constraint, anchors, alpha=ALPHA):
+        (model(**batch).loss + model(**batch).loss).backward()
+    assert_as_it_was(model)
+
+
+class OwnLoss(Trainer):
+    """Makes its loss of the logits."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits = model(**inputs).logits
+        return cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+
+
+class InEvalMode(Trainer):
+    def compute_loss(self, model, *args, **kwargs):
+        model.eval()
+        return super().compute_loss(model, *args, **kwargs)
+
+
+def own_loss(outputs, labels, num_items_in_batch=None):
+    return outputs.logits.mean()
+
+
+@pytest.mark.parametrize(
+    ("trainer", "settings", "message"),
+    [
+        (OwnLoss, {}, "never went through backward"),
+        (InEvalMode, {}, "without a training forward"),
+        (Trainer, {"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        (lambda *a, **k: Trainer(*a, compute_loss_func=own_loss, **k), {}, "no labels"),
+        (Trainer, {"restore_callback_states_from_checkpoint": True}, "leave it False"),
+    ],
+)
+def test_trainer_that_would_lose_the_constraint_is_stopped_before_it_trains(
+    tiny_model, tokenizer, rows, tmp_path, trainer, settings, message
+):
+    model = tiny_model()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ProConError, match=message):
+        training(model, rows, padding_collator(tokenizer), tmp_path, [callback(model)], trainer=trainer, **settings)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_trl_is_stopped_before_it_trains(tiny_model, tokenizer, rows, tmp_path):
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    model = tiny_model()
+    settings = {"report_to": [], "disable_tqdm": True, "max_steps": 1, "bf16": False}
+    trainer = trl.SFTTrainer(
+        model,
+        trl.SFTConfig(str(tmp_path), **settings),
+        train_dataset=Dataset.from_list([{"prompt": f"count to {n}", "completion": "1 2 3"} for n in range(4)]),
+        processing_class=tokenizer,
+        callbacks=[callback(model)],
+    )
+    with pytest.raises(ProConError, match="ProConSFTTrainer"):
+        trainer.train()
+
+
+def test_streamed_data_is_refused(tiny_model, tokenizer, rows, tmp_path):
+    model = tiny_model()
+    with pytest.raises(ProConError, match="with a length"):
+        training(
+            model,
+            rows,
+            padding_collator(tokenizer),
+            tmp_path,
+            [callback(model)],
+            data=Dataset.from_list(rows).to_iterable_dataset(),
+        )
+
+
+def test_hidden_states_that_go_bad_stop_before_a_checkpoint(tiny_model, tokenizer, rows, tmp_path):
+    class Spoil(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                torch.nn.init.constant_(find_decoder(model).blocks[0].mlp.down_proj.weight, float("nan"))
+
+    model = tiny_model()
+    with pytest.raises(ProConError, match="penalty became nan by step 3"):
+        training(
+            model,
+            rows,
+            padding_collator(tokenizer),
+            tmp_path,
+            [callback(model), Spoil()],
+            logging_steps=100,
+            save_strategy="steps",
+            save_steps=3,
+        )
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+class Interrupt(TrainerCallback):
+    def __init__(self, at: int):
+        self.at = at
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.at:
+            raise KeyboardInterrupt
+
+
+def test_after_an_error_the_first_anchors_hold(tiny_model, tokenizer, rows, tmp_path):
+    model = tiny_model()
+    procon = callback(model)
+    pad = padding_collator(tokenizer)
+    with pytest.raises(KeyboardInterrupt):
+        training(model, rows, pad, tmp_path, [procon, Interrupt(5)])
+    # As the Trainer does itself where auto_find_batch_size starts over.
+    log = training(model, rows, pad, tmp_path, [procon])
+    assert log[0]["procon/penalty"] > 1e-6
+    assert_as_it_was(model)
+    assert len(list((tmp_path / "_anchors").iterdir())) == 1
+
+    with pytest.raises(KeyboardInterrupt):
+        training(model, rows, pad, tmp_path, [procon, Interrupt(5)])
+    procon.detach()
+    assert_as_it_was(model)
+
+
+def test_resumed_training_is_the_uninterrupted_one(tiny_model, tokenizer, rows, tmp_path):
+    pad = padding_collator(tokenizer)
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    whole = tiny_model()
+    expected = training(whole, rows, pad, tmp_path / "whole", [callback(whole, "20")])
+
+    model = tiny_model()
+    with pytest.raises(KeyboardInterrupt):
+        training(model, rows, pad, tmp_path, [callback(model, "20"), Interrupt(6)], **saving)
+    resuming = {"resume_from_checkpoint": str(tmp_path / "checkpoint-4"), **saving}
+    model = tiny_model()
+    found = training(model, rows, pad, tmp_path, [callback(model, "20")], **resuming)
+    # fp32 anchors of the same model: the same bits.
+    assert [row["loss"] for row in found] == [row["loss"] for row in expected]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+
+    for changed, message in (
+        (callback(model, "10"), "schedule '20', not '10'"),
+        (callback(model, "20", units="gap"), "units 'raw', not 'gap'"),
+        (callback(model, "20", anchors_dir=tmp_path / "elsewhere"), "no anchors in"),
+    ):
+        with pytest.raises(ProConError, match=message):
+            training(tiny_model(), rows, pad, tmp_path, [changed], **resuming)
+    state = tmp_path / "checkpoint-4" / "trainer_state.json"
+    unconstrained = json.loads(state.read_text())
+    del unconstrained["stateful_callbacks"]["ProConCallback"]
+    state.write_text(json.dumps(unconstrained))
+    with pytest.raises(ProConError, match="without a constraint"):
+        training(tiny_model(), rows, pad, tmp_path, [callback(model, "20")], **resuming)
+
+
+WORKER = textwrap.dedent(
+    """
+    import importlib.util, json, sys, torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from procon.data import padding_collator
+
+    folder, module, batch_size = sys.argv[1:]
+    spec = importlib.util.spec_from_file_location("forward_mode", module)
+    tests = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tests)
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/model").double()
+    found = tests.first_gradient(
+        model, json.load(open(f"{folder}/rows.json")),
+        padding_collator(AutoTokenizer.from_pretrained(f"{folder}/model")),
+        folder, procon=[tests.callback(model)], per_device_train_batch_size=int(batch_size),
+        gradient_accumulation_steps=2, use_cpu=True, ddp_backend="gloo")
+    if int(__import__("os").environ["RANK"]) == 0:
+        torch.save(found, f"{folder}/gradients.pt")
+    """
+)
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_gradient_of_one(tiny_model, tokenizer, rows, tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run(
+        [*command, str(tmp_path / "worker.py"), str(tmp_path), __file__, "2"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    start = model.double()
+    moved = copy.deepcopy(start)
+    move(moved)
+    found = torch.load(tmp_path / "gradients.pt")
+    assert_same({name.removeprefix("module."): g for name, g in found.items()}, by_definition(start, moved, [rows]))
