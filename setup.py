@@ -13,6 +13,7 @@ EXTRAS = {
     "demo": ["gguf>=0.10"],
     "train": ["tensorboard>=2.16", "wandb>=0.17"],
     "flash": ["flash-attn>=2.7"],
+    "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=1"],
     "test": [
         "gguf>=0.10",
         "pytest>=8",

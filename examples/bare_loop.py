@@ -1,0 +1,88 @@
+"""A PyTorch loop under the constraint, with gradient accumulation and the schedule, and no Trainer.
+
+    python examples/bare_loop.py --model MODEL --data data.jsonl --output-dir tuned --schedule procon_wu:1@4ep
+
+Cross-entropy and penalty are both token sums over the count of the whole optimiser step, so the number of micro-batches
+that a step is cut into changes neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from procon import AlphaSchedule, Anchors, ProjectionConstraint, RefusalDirections
+from procon.anchors import AnchoredCollator
+from procon.data import load_conversations, padding_collator, tokenize_conversations
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="chat model: a folder or hub name")
+    parser.add_argument("--data", required=True, help="conversations: .json, .jsonl, .csv or .parquet")
+    parser.add_argument("--output-dir", type=Path, default="tuned", help="folder for anchors and the tuned model")
+    parser.add_argument("--schedule", type=AlphaSchedule.parse, default="procon_wu:1@4ep", help="alpha over training")
+    parser.add_argument("--epochs", type=int, default=3, help="the schedule's warm-up comes on top")
+    parser.add_argument("--batch-size", type=int, default=4, help="rows of a micro-batch")
+    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of an optimiser step")
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    dataset = tokenize_conversations(load_conversations(args.data), tokenizer)
+    collator = padding_collator(tokenizer)
+
+    # Both once, before the first step, from the model as training starts.
+    directions = RefusalDirections.extract(model, tokenizer)
+    constraint = ProjectionConstraint(directions)
+    anchors = Anchors.record(
+        model,
+        DataLoader(dataset, args.batch_size, collate_fn=collator),
+        directions,
+        args.output_dir / "anchors",
+        blocks=constraint.blocks,
+    )
+
+    loader = DataLoader(dataset, args.batch_size, shuffle=True, collate_fn=AnchoredCollator(collator, anchors))
+    steps_per_epoch = -(-len(loader) // args.accumulation)
+    total_steps = args.epochs * steps_per_epoch + args.schedule.extra_steps(steps_per_epoch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
+
+    step = 0
+    model.train()
+    with constraint.attach(model):
+        while step < total_steps:
+            batches = iter(loader)
+            while micro_batches := list(islice(batches, args.accumulation)):
+                alpha = args.schedule.alpha(step, steps_per_epoch)
+                constraint.enabled = alpha > 0
+                labelled = sum((batch["labels"][:, 1:] != -100).sum() for batch in micro_batches)
+                constrained = sum(batch["constraint_mask"].sum() for batch in micro_batches)
+                step_loss = 0.0
+                for batch in micro_batches:
+                    constraint.target(batch.pop("anchors"), batch.pop("constraint_mask"))
+                    loss = model(**batch, num_items_in_batch=labelled).loss
+                    if alpha > 0:
+                        loss = loss + alpha * constraint.penalty(constrained)
+                    loss.backward()
+                    constraint.release()
+                    step_loss += loss.item()
+                optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+                print(f"step {step}/{total_steps}  alpha {alpha:g}  loss {step_loss:.4f}")
+                if step == total_steps:
+                    break
+    model.save_pretrained(args.output_dir)
+    tokenizer.save_pretrained(args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""A LightningModule under the constraint, with ``accumulate_grad_batches``.
+
+    python examples/lightning_loop.py --model MODEL --data data.jsonl --output-dir tuned --alpha 0.1
+
+Lightning divides each loss by ``accumulate_grad_batches`` and averages gradients over ranks. Cross-entropy and penalty
+are token sums over the count of the whole optimiser step, so ``training_step`` multiplies by both again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import lightning
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from procon import Anchors, ProjectionConstraint, RefusalDirections
+from procon.anchors import AnchoredCollator
+from procon.data import load_conversations, padding_collator, tokenize_conversations
+
+
+class OptimizerSteps:
+    """A loader whose batches say how many tokens their optimiser step has: it looks that many batches ahead."""
+
+    def __init__(self, loader: DataLoader, accumulation: int):
+        self.loader = loader
+        self.accumulation = accumulation
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[dict]:
+        batches = iter(self.loader)
+        while window := list(islice(batches, self.accumulation)):
+            labelled = sum((batch["labels"][:, 1:] != -100).sum() for batch in window)
+            constrained = sum(batch["constraint_mask"].sum() for batch in window)
+            for batch in window:
+                yield {**batch, "labelled": labelled, "constrained": constrained}
+
+
+class ConstrainedModule(lightning.LightningModule):
+    def __init__(self, model, constraint: ProjectionConstraint, alpha: float, learning_rate: float):
+        super().__init__()
+        self.model = model
+        self.constraint = constraint
+        self.alpha = alpha
+        self.learning_rate = learning_rate
+
+    def on_fit_start(self):
+        self.constraint.attach(self.model)
+
+    def on_fit_end(self):
+        self.constraint.detach()
+
+    def training_step(self, batch):
+        labelled, constrained = (
+            self.trainer.strategy.reduce(batch.pop(name), reduce_op="sum") for name in ("labelled", "constrained")
+        )
+        self.constraint.target(batch.pop("anchors"), batch.pop("constraint_mask"))
+        loss = self.model(**batch, num_items_in_batch=labelled).loss + self.alpha * self.constraint.penalty(constrained)
+        self.log("loss", loss, prog_bar=True, reduce_fx="sum")
+        return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def on_after_backward(self):
+        self.constraint.release()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.model.parameters(), lr=self.learning_rate)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="chat model: a folder or hub name")
+    parser.add_argument("--data", required=True, help="conversations: .json, .jsonl, .csv or .parquet")
+    parser.add_argument("--output-dir", type=Path, default="tuned", help="folder for anchors and the tuned model")
+    parser.add_argument("--alpha", type=float, default=0.1, help="strength of the constraint")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=4, help="rows of a micro-batch")
+    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of an optimiser step")
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    args = parser.parse_args()
+
+    lightning.seed_everything(0)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    dataset = tokenize_conversations(load_conversations(args.data), tokenizer)
+    collator = padding_collator(tokenizer)
+
+    # Both once, before the first step, from the model as training starts.
+    directions = RefusalDirections.extract(model, tokenizer)
+    constraint = ProjectionConstraint(directions)
+    anchors = Anchors.record(
+        model,
+        DataLoader(dataset, args.batch_size, collate_fn=collator),
+        directions,
+        args.output_dir / "anchors",
+        blocks=constraint.blocks,
+    )
+
+    loader = DataLoader(dataset, args.batch_size, shuffle=True, collate_fn=AnchoredCollator(collator, anchors))
+    trainer = lightning.Trainer(
+        max_epochs=args.epochs,
+        accumulate_grad_batches=args.accumulation,
+        default_root_dir=args.output_dir,
+        enable_checkpointing=False,
+        logger=False,
+    )
+    module = ConstrainedModule(model.train(), constraint, args.alpha, args.learning_rate)
+    trainer.fit(module, OptimizerSteps(loader, args.accumulation))
+    model.save_pretrained(args.output_dir)
+    tokenizer.save_pretrained(args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

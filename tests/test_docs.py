@@ -1,0 +1,375 @@
+"""The documentation is held to the code: its Python runs, its commands parse, its YAML has known keys, the site builds.
+
+A page declares nothing. Its Python blocks run in order in one namespace, which holds ``model_name`` (a folder with a
+tiny chat model and its tokenizer), ``data_file`` (JSON lines) and ``output_dir``; the current folder is a fresh one.
+"""
+
+import ast
+import json
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+import procon
+from procon.cli import COMMANDS, parse
+from procon.errors import ProConError
+from procon.training import ProConArguments
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
+
+#: The README's blocks leave more names to the reader; tests/test_readme.py sets them.
+TESTED_ELSEWHERE = frozenset({ROOT / "README.md"})
+
+#: Pages whose Python takes more than ten seconds.
+SLOW = {"adapters.md", "tutorial.md"}
+
+LANGUAGES = {"python", "bash", "yaml", "text"}
+
+#: Packages that ProCon does not need, and pages may.
+OPTIONAL = {"axolotl", "bitsandbytes", "lightning", "trl"}
+
+#: ChatML with TRL's marks around what the assistant says, for ``assistant_only_loss``.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+_FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>[^\n`]*)\n(?P<code>.*?)^(?P=indent)``` *$", re.MULTILINE | re.DOTALL
+)
+
+
+class Block(NamedTuple):
+    language: str
+    code: str
+    line: int  # of the page, on which the code begins
+
+
+def blocks(page: Path, language: str | None = None) -> list[Block]:
+    """All fenced blocks of a page, those in tabs and notes too."""
+    text = page.read_text(encoding="utf-8")
+    found = [
+        Block(
+            match["language"].split(" ")[0],
+            textwrap.dedent(match["code"]),
+            text.count("\n", 0, match.start("code")) + 1,
+        )
+        for match in _FENCE.finditer(text)
+    ]
+    return [block for block in found if language in (None, block.language)]
+
+
+def pages_with(language: str, besides: frozenset[Path] = frozenset()) -> list:
+    return [
+        pytest.param(
+            page,
+            id=str(page.relative_to(ROOT)),
+            marks=[pytest.mark.slow] if language == "python" and page.name in SLOW else [],
+        )
+        for page in PAGES
+        if page not in besides and blocks(page, language)
+    ]
+
+
+def run_python(page: Path, names: dict) -> None:
+    """Run all Python blocks of ``page``; a traceback names its lines."""
+    for block in blocks(page, "python"):
+        exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), names)
+
+
+@pytest.fixture
+def names(tiny_model, tokenizer, tmp_path, monkeypatch) -> dict:
+    """What a page's blocks may take for granted."""
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tiny_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"count to {n}", "completion": " ".join(map(str, range(n)))} for n in range(1, 17)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    module = ModuleType("page")  # a real one, so that classes of a page can be pickled into a checkpoint
+    monkeypatch.setitem(sys.modules, "page", module)
+    module.model_name = str(tmp_path / "model")
+    module.data_file = str(tmp_path / "data.jsonl")
+    module.output_dir = str(tmp_path / "out")
+    return vars(module)
+
+
+def test_every_block_has_a_language_that_is_tested():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert text.count("```") == 2 * len(blocks(page)), f"{page}: a fence that is not closed"
+        assert "~~~" not in text, f"{page}: fences are written with backticks"
+        for block in blocks(page):
+            assert block.language in LANGUAGES, f"{page}:{block.line}: a block of {block.language or 'no language'}"
+
+
+@pytest.mark.parametrize("page", pages_with("python", besides=TESTED_ELSEWHERE))
+def test_python_runs(page, names):
+    try:
+        run_python(page, names)
+    except ModuleNotFoundError as missing:
+        if missing.name not in OPTIONAL:
+            raise
+        pytest.skip(f"{page.name} is about {missing.name}, which is not installed")
+
+
+def test_a_block_that_fails_is_found(tmp_path, names):
+    page = tmp_path / "page.md"
+    page.write_text('=== "Tab"\n\n    ```python\n    before = 1\n    ```\n\n```python\nafter = before + lost\n```\n')
+    with pytest.raises(NameError, match="'lost'") as failure:
+        run_python(page, names)
+    assert names["before"] == 1
+    assert failure.traceback[-1].lineno + 1 == 8
+
+
+def commands(page: Path) -> Iterator[tuple[int, list[str]]]:
+    """Line and words of each simple command in a page's shell blocks."""
+    for block in blocks(page, "bash"):
+        lines = block.code.replace("\\\n", " " * 2).splitlines()
+        for number, line in enumerate(lines, block.line):
+            words: list[str] = []
+            for word in [*shlex.split(line, comments=True), "&&"]:
+                if word not in ("&&", "||", "|", ";", "&"):
+                    words.append(word)
+                    continue
+                while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                    words.pop(0)
+                if words:
+                    yield number, words
+                words = []
+
+
+@pytest.mark.parametrize("page", pages_with("bash"))
+def test_commands_are_ours(page, tmp_path, monkeypatch):
+    """Commands of ours parse, scripts exist and know the flags that they are given, extras are declared."""
+    for line, words in commands(page):
+        where = f"{page}:{line}: {' '.join(words)}"
+        if words[0].rpartition("/")[2] == "procon":
+            check_procon(words[1:], where)
+        script = next((at for at, word in enumerate(words) if word.endswith((".py", ".sh")) and "/" in word), None)
+        for word in words:
+            path = word.partition("::")[0]
+            if path.startswith(("examples/", "benchmarks/", "tests/")):
+                assert (ROOT / path).exists(), f"{where}: there is no {path}"
+        if script is not None:
+            text = (ROOT / words[script]).read_text(encoding="utf-8")
+            for word in words[script + 1 :] if words[0] != "pytest" else []:
+                flag = word.partition("=")[0]
+                if flag.startswith("--"):
+                    known = flag.removeprefix("--") in text or flag.removeprefix("--").replace("-", "_") in text
+                    assert known, f"{where}: {words[script]} has no {flag}"
+        if "install" in words:
+            for extra in re.findall(r"\[([\w,-]+)\]", " ".join(words)):
+                assert set(extra.split(",")) <= declared_extras(), f"{where}: setup.py declares other extras"
+
+
+def check_procon(words: list[str], where: str) -> None:
+    if words == ["--version"] or words[1:] == ["--help"]:
+        return
+    assert words[0] in COMMANDS, where
+    if "--config" in words:  # its settings are those of a YAML block, checked as one
+        at = words.index("--config")
+        words = [*words[:at], *words[at + 2 :], "--model", "MODEL", "--data", "DATA"]
+    try:
+        parse(words[0], words[1:])
+    except ProConError as error:
+        raise AssertionError(f"{where}: {error}") from error
+
+
+def declared_extras() -> set[str]:
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    extras = next(n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "EXTRAS")
+    return {key.value for key in extras.keys}
+
+
+#: What stands in our YAML and is the framework's own.
+AXOLOTL_KEYS = {
+    "base_model",
+    "plugins",
+    "datasets",
+    "chat_template",
+    "adapter",
+    "lora_r",
+    "lora_alpha",
+    "lora_target_modules",
+    "lora_target_linear",
+    "sequence_len",
+    "sample_packing",
+    "attn_implementation",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "micro_batch_size",
+    "gradient_accumulation_steps",
+    "num_epochs",
+    "learning_rate",
+    "optimizer",
+    "lr_scheduler",
+    "output_dir",
+    "load_in_4bit",
+    "train_on_inputs",
+    "bf16",
+    "val_set_size",
+}
+LLAMA_FACTORY_KEYS = {
+    "model_name_or_path",
+    "stage",
+    "do_train",
+    "finetuning_type",
+    "lora_rank",
+    "lora_target",
+    "dataset",
+    "dataset_dir",
+    "template",
+    "cutoff_len",
+    "packing",
+    "output_dir",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "num_train_epochs",
+    "logging_steps",
+    "report_to",
+}
+
+
+def axolotl_plugin_keys() -> set[str]:
+    """The fields of the plugin's settings, read from its source: axolotl itself need not be there."""
+    keys: set[str] = set()
+    for file in (ROOT / "procon" / "integrations").glob("axolotl*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                keys.add(node.target.id)
+    return {key for key in keys if key.startswith("procon_")}
+
+
+@pytest.mark.parametrize("page", pages_with("yaml"))
+def test_yaml_has_known_keys(page, tmp_path):
+    for block in blocks(page, "yaml"):
+        check_yaml(block.code, f"{page}:{block.line}", tmp_path)
+
+
+def check_yaml(text: str, where: str, folder: Path) -> None:
+    settings = yaml.safe_load(text)
+    assert isinstance(settings, dict), f"{where}: holds no 'name: value' lines"
+    if "plugins" in settings or "base_model" in settings:
+        unknown = settings.keys() - AXOLOTL_KEYS - axolotl_plugin_keys()
+    elif "distributed_type" in settings or "compute_environment" in settings:
+        from accelerate.commands.config.config_args import ClusterConfig
+
+        unknown = settings.keys() - ClusterConfig.__dataclass_fields__.keys()
+    elif "model_name_or_path" in settings:
+        unknown = settings.keys() - LLAMA_FACTORY_KEYS
+    else:
+        (folder / "settings.yaml").write_text(text, encoding="utf-8")
+        parse("train", ["--config", str(folder / "settings.yaml")])
+        return
+    assert not unknown, f"{where}: unknown keys {sorted(unknown)}"
+
+
+def test_settings_table_is_complete():
+    """The table of settings has each field of ProConArguments with its default."""
+    text = (ROOT / "docs" / "how-to" / "index.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| `(procon_\w+)` \| `([^`]+)` \|", text, re.MULTILINE))
+    assert {name: ast.literal_eval(default) for name, default in table.items()} == {
+        field.name: field.default for field in fields(ProConArguments)
+    }
+
+
+# Errors
+
+
+def raised_messages() -> dict[str, str]:
+    """Every message of a ProConError in the source, with … for what is filled in, and where it is raised."""
+    found = {}
+    for file in [*(ROOT / "procon").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "ProConError" and node.args:
+                found[_template(node.args[0])] = f"{file.relative_to(ROOT)}:{node.lineno}"
+    return found
+
+
+def _template(node: ast.expr) -> str:
+    if isinstance(node, ast.JoinedStr):
+        text = "".join(_template(part) for part in node.values)
+    elif isinstance(node, ast.Constant):
+        text = str(node.value)
+    elif isinstance(node, ast.BinOp):
+        text = _template(node.left) + _template(node.right)
+    else:
+        text = "…"
+    return re.sub("…+", "…", text)
+
+
+def documented_messages() -> list[str]:
+    """The messages in the first column of the tables of docs/errors.md."""
+    text = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \|", text, re.MULTILINE)
+    return [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
+
+
+def _matches(documented: str) -> Callable[[str], bool]:
+    """Whether a message begins as documented, … standing for anything."""
+    pattern = re.compile(".*?".join(map(re.escape, documented.split("…"))), re.DOTALL)
+    return lambda message: pattern.match(message) is not None
+
+
+def test_every_error_is_documented():
+    documented = documented_messages()
+    missing = {
+        message: where
+        for message, where in raised_messages().items()
+        if message != "…" and not any(_matches(text)(message) for text in documented)
+    }
+    assert not missing, "docs/errors.md lacks:\n" + "\n".join(f"  {where}: {text}" for text, where in missing.items())
+
+
+def test_every_documented_error_exists():
+    raised = raised_messages()
+    stale = [text for text in documented_messages() if not any(map(_matches(text), raised))]
+    assert not stale, f"docs/errors.md has messages that are raised nowhere: {stale}"
+
+
+# Site
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    pytest.importorskip("mkdocs", reason="the documentation's tools are not installed: pip install -e '.[docs]'")
+    pytest.importorskip("mkdocstrings", reason="the documentation's tools are not installed: pip install -e '.[docs]'")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_site_has_every_public_name(site):
+    """``mkdocs build --strict`` passes, and the reference holds what ``procon`` exports."""
+    inventory = zlib.decompress((site / "objects.inv").read_bytes().split(b"\n", 4)[4]).decode()
+    listed = {line.split(" ")[0] for line in inventory.splitlines()}
+    homes = {f"procon.{home}.{name}" for name, home in procon._HOME.items()}
+    defined = {name.rpartition(".")[2]: name for name in listed if name.startswith("procon.")}
+    missing = {name for name in homes if name not in listed and name.rpartition(".")[2] not in defined}
+    assert not missing
+
+
+def test_pages_take_nothing_from_outside():
+    """But the changelog."""
+    for page in PAGES:
+        for included in re.findall(r'--8<-- "(.+?)"', page.read_text(encoding="utf-8")):
+            assert included == "CHANGELOG.md" or (ROOT / "docs" / included).is_file(), f"{page}: {included}"
