@@ -57,6 +57,18 @@ class Anchors:
     def __contains__(self, sequence: TokenSequence) -> bool:
         return sequence.key() in self._shards
 
+    def check_fits(self, model: nn.Module, directions: RefusalDirections) -> None:
+        """Raise ProConError unless these are the anchors of ``model`` as it now is, with the adapters that are on.
+
+        For a loop that opens anchors instead of recording them; takes a pass over all weights.
+        """
+        found = fingerprint(extract_model_from_parallel(model), directions, self.blocks, self.scope)
+        if found != self.fingerprint:
+            raise ProConError(
+                f"anchors in {str(self.path)!r} were recorded for another model state, other adapters or directions: "
+                "record them from the model that training starts from"
+            )
+
     def lookup(self, sequence: TokenSequence, describe: Callable[[Sequence[int]], str] | None = None) -> np.ndarray:
         """Projections of the constrained tokens of one sequence: ``[tokens in scope, blocks]`` fp32.
 
