@@ -8,6 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+
+from procon import Anchors, ProjectionConstraint, RefusalDirections
+from procon.anchors import AnchoredCollator
+from procon.data import padding_collator
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -80,3 +85,60 @@ def test_example_trains(script, place, monkeypatch, capsys):
         start, tuned = load_file(place / "model" / "model.safetensors"), load_file(whole)
         assert any(not torch.equal(start[name], tuned[name]) for name in start)
     assert list((place / "out").glob("*anchors/**/*.safetensors"))
+
+
+def test_bare_loop_is_the_same_however_a_step_is_cut(place, monkeypatch, capsys):
+    losses = []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        flags = [f"--batch-size={batch_size}", f"--accumulation={accumulation}", f"--output-dir=out{accumulation}"]
+        argv = ["bare_loop.py", "--model=model", "--data=data.jsonl", "--schedule=10", "--learning-rate=1e-3", *flags]
+        monkeypatch.setattr(sys, "argv", argv)
+        runpy.run_path(str(EXAMPLES / "bare_loop.py"), run_name="__main__")
+        losses.append([float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if "loss" in line])
+    # Printed with four decimals; of six steps, the later ones carry a penalty.
+    assert len(losses[0]) == 6
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
+
+
+def test_lightning_module_scales_by_the_optimizer_step(tiny_model, tokenizer, tmp_path):
+    """Its gradient over four micro-batches of unlike lengths is that of one forward over all of them."""
+    lightning = pytest.importorskip("lightning", reason="the example is about Lightning, which is not installed")
+    example = runpy.run_path(str(EXAMPLES / "lightning_loop.py"))
+    rows = [
+        {"input_ids": list(range(3, 9 + 3 * n)), "labels": [-100] * 3 + list(range(6, 9 + 3 * n))} for n in range(8)
+    ]
+    collator = padding_collator(tokenizer)
+    model = tiny_model()
+    directions = RefusalDirections.extract(model, tokenizer, check_refusal=False, progress=False)
+    constraint = ProjectionConstraint(directions)
+    whole = DataLoader(rows, 8, collate_fn=collator)
+    anchors = Anchors.record(model, whole, directions, tmp_path, blocks=constraint.blocks, progress=False)
+    with torch.no_grad():  # off its anchors, as there the penalty has no gradient
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    def loader(size: int) -> DataLoader:
+        return DataLoader(rows, size, collate_fn=AnchoredCollator(collator, anchors))
+
+    def definition(alpha: float) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        with constraint.attach(model):
+            batch = next(iter(loader(8)))
+            constraint.target(batch.pop("anchors"), batch.pop("constraint_mask"))
+            (model(**batch).loss + alpha * constraint.penalty()).backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    model.train()
+    plain, expected = definition(0.0), definition(1e4)
+    module = example["ConstrainedModule"](model, constraint, alpha=1e4, learning_rate=0.0)
+    module.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=1.0)
+    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = lightning.Trainer(max_epochs=1, accumulate_grad_batches=4, default_root_dir=tmp_path, **settings)
+    trainer.fit(module, example["OptimizerSteps"](loader(2), 4))
+    assert trainer.global_step == 1
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(start[name] - parameter, expected[name], rtol=1e-4, atol=1e-5)
+    # The penalty is no small part of what was compared.
+    penalty = sum((expected[name] - plain[name]).square().sum() for name in expected)
+    assert penalty > sum(gradient.square().sum() for gradient in plain.values())
