@@ -191,9 +191,10 @@ def check_procon(words: list[str], where: str) -> None:
 
 
 def declared_extras() -> set[str]:
-    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
-    extras = next(n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "EXTRAS")
-    return {key.value for key in extras.keys}
+    source = (ROOT / "setup.py").read_text(encoding="utf-8")
+    return set(re.findall(r'^    "([\w-]+)": \[', source, re.MULTILINE)) | set(
+        re.findall(r'^EXTRAS\["([\w-]+)"\]', source, re.MULTILINE)
+    )
 
 
 #: What stands in our YAML and is the framework's own.
@@ -287,6 +288,14 @@ def test_settings_table_is_complete():
     assert {name: ast.literal_eval(default) for name, default in table.items()} == {
         field.name: field.default for field in fields(ProConArguments)
     }
+
+
+def test_versions_are_those_of_requirements():
+    rows = re.findall(
+        r"^\| ([\w-]+) \| ([\d.]+) \| ([\d.]+) \|$", (ROOT / "docs" / "support.md").read_text(), re.MULTILINE
+    )
+    lines = (ROOT / "requirements" / "versions.txt").read_text().splitlines()
+    assert rows == [tuple(line.split()) for line in lines if line and not line.startswith("#")]
 
 
 # Errors
