@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from procon.directions import DIRECTIONS, RefusalDirections
+from procon.errors import ProConError
 from procon.training.model_card import describe, write_section
 from procon.training.probes import ProbeCallback
 from procon.version import __version__
@@ -100,6 +101,12 @@ def test_schedule_of_zero_writes_what_the_trainer_writes(make_trainer, tmp_path,
     for name, path in written["plain"].items():
         if path.name == "README.md":
             assert path.read_text() == written["ours"][name].read_text()
+
+
+def test_constrained_run_does_not_go_on_from_an_unconstrained_one(make_trainer):
+    make_trainer("Trainer", "0").train()
+    with pytest.raises(ProConError, match="is of training without the constraint: resume with procon_schedule 0"):
+        make_trainer("Trainer", "procon_s").train(resume_from_checkpoint=True)
 
 
 @pytest.fixture
