@@ -69,6 +69,7 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
             "blocks": [1, 2],
             "directions": trainer.constraint._directions.hash,
             "anchors": anchors[0],
+            "steps_per_epoch": trainer._steps_per_epoch,
         }
     penalties = {row["step"]: row["procon/penalty"] for row in trainer.state.log_history if "procon/penalty" in row}
     assert list(penalties) == [1, 2]

@@ -70,6 +70,7 @@ class ProConMixin:
         self._directions: RefusalDirections | None = None
         self._anchors: Anchors | None = None
         self._steps_per_epoch = 1
+        self._resumed_steps_per_epoch: int | None = None
         self._constrained_tokens: Tensor | None = None
         self._penalty_sum = torch.zeros((), device=args.device)
         self._penalty_steps = 0
@@ -112,6 +113,7 @@ class ProConMixin:
             return super().train(checkpoint, *args, **kwargs)
         if self.constraint is None:
             self._constrain(RefusalDirections.load(Path(checkpoint) / DIRECTIONS) if checkpoint else self._extract())
+        self._resumed_steps_per_epoch = None
         self._anchors = self._reopen_anchors(Path(checkpoint)) if checkpoint else None
         with self.constraint.attach(self.model, fuse=self.args.procon_fuse):
             return super().train(checkpoint, *args, **kwargs)
@@ -157,6 +159,7 @@ class ProConMixin:
             super().set_initial_training_values(args, dataloader)
         )
         self._steps_per_epoch = per_epoch
+        self._check_resumed_schedule()
         extra = self.alpha_schedule.extra_steps(per_epoch)
         if extra:
             samples += extra * batch_size
@@ -272,6 +275,7 @@ class ProConMixin:
             "blocks": list(self.constraint.blocks),
             "directions": self._directions.hash,
             "anchors": self._anchors.fingerprint if self._anchors else None,
+            "steps_per_epoch": self._steps_per_epoch,
         }
 
     def _anchors_root(self) -> Path:
@@ -303,7 +307,18 @@ class ProConMixin:
                     f"checkpoint {str(checkpoint)!r} was trained with {name} {found[name]!r}, not {expected[name]!r}: "
                     "resume with the same settings, or start afresh"
                 )
+        self._resumed_steps_per_epoch = found.get("steps_per_epoch")
         return Anchors(self._anchors_root() / found["anchors"])
+
+    def _check_resumed_schedule(self) -> None:
+        """Another number of ranks goes on as the interrupted run would have, if its steps are as large."""
+        before, now = self._resumed_steps_per_epoch, self._steps_per_epoch
+        if before is None or all(phase.steps(before) == phase.steps(now) for phase in self.alpha_schedule.phases):
+            return
+        raise ProConError(
+            f"the checkpoint was trained with {before} steps an epoch, not {now}, and the schedule counts in epochs: "
+            "keep ranks times batch size times gradient accumulation steps as it was"
+        )
 
     def _recording_dataloader(self) -> DataLoader:
         """This rank's share of the training set, longest samples first, through the training collator."""
