@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import math
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -102,7 +103,7 @@ class ConstrainedForward:
         self.penalty_sum: Tensor | float = 0.0
         self.tokens = 0
         self._model = model
-        self._module = causal_lm(model)
+        self._module = _causal_lm(model)
         self._fuse: Fuse = fuse
         self._decode = getattr(tokenizer, "decode", None)
         self._patch: Any = None
@@ -111,16 +112,14 @@ class ConstrainedForward:
     def attach(self) -> ConstrainedForward:
         """Constrain the model; undone by :meth:`detach` or on leaving ``with``. After ``torch.compile`` it must come
         before the first forward, which is when it is traced."""
-        if constraining(self._module) is not None:
+        if _constraining(self._module) is not None:
             raise ProConError("this model's forward is constrained already: call detach() on what constrains it first")
         self.constraint.attach(self._model, fuse=self._fuse)
         self._replaced = vars(self._module).get("forward")
         self._original = self._module.forward
         self._parameters = list(inspect.signature(self._original).parameters)
 
-        # Not traced itself, but what it calls is: the original forward compiles as it would without this.
         @functools.wraps(self._original)
-        @torch.compiler.disable(recursive=False)
         def forward(*args, **kwargs):
             return self._forward(*args, **kwargs)
 
@@ -164,6 +163,7 @@ class ConstrainedForward:
                 "after each forward"
             )
 
+    @torch.compiler.disable(recursive=False)  # what it calls is compiled: the original forward, as without this
     def _forward(self, *args, **kwargs):
         if not self.attached:
             return self._original(*args, **kwargs)
@@ -178,9 +178,10 @@ class ConstrainedForward:
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         count = self._set_target(given)
         outputs = self._original(*args, **kwargs)
-        # Without it, the model's own loss is the mean over this micro-batch, and so is the penalty.
-        tokens = torch.as_tensor(given.get("num_items_in_batch", count), device=given["input_ids"].device)
-        return self._add_penalty(outputs, count, tokens.clamp_min(1))
+        tokens = given.get("num_items_in_batch")
+        if tokens is None:  # the model's own loss is then the mean over this micro-batch
+            tokens = count
+        return self._add_penalty(outputs, count, torch.as_tensor(tokens, device=given["input_ids"].device))
 
     @contextmanager
     def _resting(self) -> Iterator[None]:
@@ -220,6 +221,7 @@ class ConstrainedForward:
                 f"the model returned a {type(outputs).__name__} without a loss in training, so the constraint would "
                 f"be lost: {_REMEDY}"
             )
+        tokens = tokens.clamp_min(1)
         share = self.constraint.penalty(tokens)
         self.penalty_sum = self.penalty_sum + (share * tokens).detach()
         self.tokens += count
@@ -327,7 +329,7 @@ class ProConCallback(TrainerCallback, ExportableState):
         train_dataloader: DataLoader | None = None,
         **kwargs,
     ) -> None:
-        left_over = constraining(model)
+        left_over = _constraining(model)
         if left_over is not None:
             left_over.detach()
         if not self._schedule.active:
@@ -371,7 +373,7 @@ class ProConCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self._forward is not None and control.should_save:
-            self._mean_penalty(state)
+            _check_finite(float(self._forward.penalty_sum), state)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs
@@ -379,9 +381,11 @@ class ProConCallback(TrainerCallback, ExportableState):
         if self._forward is None or logs is None or "loss" not in logs:
             return
         found = {"procon/alpha": self._forward.alpha}
-        mean = self._mean_penalty(state)
-        if mean is not None:
-            found["procon/penalty"] = mean
+        sums = torch.tensor([float(self._forward.penalty_sum), self._forward.tokens], device=PartialState().device)
+        penalty, tokens = reduce(sums, "sum").tolist()
+        _check_finite(penalty, state)
+        if tokens:
+            found["procon/penalty"] = penalty / tokens
         self._forward.penalty_sum, self._forward.tokens = 0.0, 0
         logs.update(found)
         state.log_history[-1].update(found)
@@ -429,33 +433,24 @@ class ProConCallback(TrainerCallback, ExportableState):
         # Of the output folder, push_to_hub leaves out what begins with an underscore.
         return Path(self._anchors_dir or Path(args.output_dir) / "_anchors")
 
-    def _mean_penalty(self, state: TrainerState) -> float | None:
-        """Over the tokens of the logging window, on all ranks; stops a training whose hidden states went bad."""
-        device = PartialState().device
-        sums = torch.stack(
-            [
-                torch.as_tensor(x, device=device, dtype=torch.float32)
-                for x in (self._forward.penalty_sum, self._forward.tokens)
-            ]
+
+def _check_finite(penalty: float, state: TrainerState) -> None:
+    if not math.isfinite(penalty):
+        raise ProConError(
+            f"the penalty became {penalty} by step {state.global_step}, so hidden states are NaN or infinite: resume "
+            "from the last checkpoint with a lower learning rate, or train in bfloat16 or float32"
         )
-        total, tokens = reduce(sums, "sum").tolist()
-        if not np.isfinite(total):
-            raise ProConError(
-                f"the penalty became {total} by step {state.global_step}, so hidden states are NaN or infinite: "
-                "resume from the last checkpoint with a lower learning rate, or train in bfloat16 or float32"
-            )
-        return total / tokens if tokens else None
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
+def _causal_lm(model: nn.Module) -> nn.Module:
     """The module whose forward takes the labels: below what wraps it for training, and below PEFT."""
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def constraining(model: nn.Module) -> ConstrainedForward | None:
+def _constraining(model: nn.Module) -> ConstrainedForward | None:
     """What constrains the forward of ``model``, if anything does."""
-    found = getattr(causal_lm(model).forward, "constrained_by", None)
+    found = getattr(_causal_lm(model).forward, "constrained_by", None)
     return found if found is not None and found.attached else None
 
 
@@ -522,4 +517,4 @@ def _autocast_dtype(model: nn.Module, args: TrainingArguments) -> torch.dtype | 
     """That of the autocast which accelerate puts around the model's forward, and which recording goes around."""
     if not hasattr(model, "_original_forward"):
         return None
-    return torch.bfloat16 if args.bf16 else torch.float16
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
