@@ -144,8 +144,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; every module's own training flag is restored afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     for module, _ in flags:
-        # In eval mode on a CPU, bitsandbytes repacks 4-bit weights for good: coarser, and without a gradient.
-        module.training = hasattr(module._parameters.get("weight"), "quant_state")
+        # In eval mode on a CPU, bitsandbytes repacks 4-bit weights for good: coarser, and without a gradient. And it
+        # rounds what 8-bit weights multiply, as it does not in training.
+        weight = module._parameters.get("weight")
+        module.training = hasattr(weight, "quant_state") or hasattr(weight, "SCB")
     try:
         with torch.no_grad():
             yield
