@@ -1,0 +1,159 @@
+"""Sharded or not, two gloo ranks train as one process does; what would go wrong is refused on every rank."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+from procon.data import padding_collator
+from procon.directions import RefusalDirections
+from procon.errors import ProConError
+from procon.training import ProConConfig, ProConTrainer
+
+WORKERS = Path(__file__).parent / "workers"
+
+#: By case, what shows that it ran as it says: Accelerate's kind of set-up, the classes of a parameter and of a block.
+SHARDED = {
+    "ddp": ("MULTI_CPU", "Parameter", "LlamaDecoderLayer"),
+    "ddp_resumed": ("MULTI_CPU", "Parameter", "LlamaDecoderLayer"),
+    "fsdp2": ("FSDP", "DTensor", "FSDPLlamaDecoderLayer"),
+    "fsdp2_resumed": ("FSDP", "DTensor", "FSDPLlamaDecoderLayer"),
+    "fsdp2_checkpointed": ("FSDP", "DTensor", "FSDPCheckpointWrapper"),
+    "fsdp2_main_only": ("FSDP", "DTensor", "FSDPLlamaDecoderLayer"),
+    "fsdp2_at_load": ("MULTI_NPU", "DTensor", "FSDPLlamaDecoderLayer"),
+    "tensor_parallel": ("MULTI_NPU", "DTensor", "LlamaDecoderLayer"),
+    "context_parallel": ("FSDP", "DTensor", "FSDPLlamaDecoderLayer"),
+    "zero2": ("DEEPSPEED", "Parameter", "LlamaDecoderLayer"),
+    "zero2_bfloat16": ("DEEPSPEED", "Parameter", "LlamaDecoderLayer"),
+    "zero3": ("DEEPSPEED", "Parameter", "LlamaDecoderLayer"),
+}
+#: Cases of few steps; the others have all twenty.
+SHORT = {"fsdp2_main_only", "fsdp2_at_load", "tensor_parallel", "context_parallel"}
+#: Cases under ProCon_wu; the others are under ProCon_s.
+WARM_UP = {"fsdp2_checkpointed", "zero3"}
+
+#: By case, a part of what every rank is told.
+REFUSED = {
+    "not_a_number": "penalty became nan by step 1",
+    "first_version": "set version 2 in fsdp_config",
+    "partitioned_extraction": "extract directions beforehand",
+    "ulysses": "use context parallelism",
+}
+
+
+def launch(folder: Path, ranks: int, cases: list[str]) -> dict:
+    """What ``workers/trainer.py`` finds."""
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"),
+            *(str(WORKERS / "trainer.py"), str(folder), *cases),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads((folder / f"{ranks}.json").read_text())
+
+
+def steps(found: dict) -> list[dict]:
+    """Of a run's log, what the steps had."""
+    names = ("loss", "procon/penalty", "procon/alpha")
+    return [{name: row[name] for name in names if name in row} for row in found["log"] if "loss" in row]
+
+
+def drift(found: dict) -> list[float]:
+    return [row["procon/drift_cos"] for row in found["log"] if "procon/drift_cos" in row]
+
+
+def assert_same_run(case: str, found: dict, expected: dict) -> None:
+    assert "error" not in found, f"{case}: {found['error']}"
+    assert (found["kind"], found["parameter"], found["block"]) == SHARDED[case], case
+    assert found["fused"] == [0, 1, 2], case
+    assert found["target"] == ["torch.float32", False], case
+    assert found["recorded"] == 40, case
+    assert found["fingerprint"] == expected["fingerprint"], case
+    wanted = steps(expected)[: 5 if case in SHORT else 20]
+    assert len(steps(found)) == len(wanted), case
+    for ours, theirs in zip(steps(found), wanted, strict=True):
+        # Squared rounding errors, as long as nothing has moved.
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-12), case
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_does(tiny_model, tokenizer, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    zero = find_spec("deepspeed") is not None
+
+    def among(cases: list[str]) -> list[str]:
+        needs_deepspeed = ("zero", "partitioned", "ulysses")
+        return [case for case in cases if zero or not case.startswith(needs_deepspeed)]
+
+    one = launch(tmp_path, 1, ["ddp", "ddp_warm_up"])
+    two = launch(tmp_path, 2, among([*sorted(SHARDED.keys() - {"fsdp2_resumed"}), "extracted_once", *REFUSED]))
+    fewer = launch(tmp_path, 1, among(["ddp_resumed", "fsdp2_resumed", "zero2_resumed"]))
+
+    penalties = [row["procon/penalty"] for row in steps(one["ddp"])]
+    assert penalties[0] < 1e-12 < 1e-6 < penalties[-1]
+    assert [row["procon/alpha"] for row in steps(one["ddp_warm_up"])] == [100.0] * 10 + [0.0] * 10
+
+    for case in among(sorted(SHARDED.keys() - {"fsdp2_resumed", "zero2_bfloat16"})):
+        assert two[case]["ranks"] == 2
+        assert_same_run(case, two[case], one["ddp_warm_up" if case in WARM_UP else "ddp"])
+    assert drift(one["ddp"])[0] == pytest.approx(1)
+    assert drift(one["ddp"])[-1] < 0.99
+    assert drift(two["fsdp2"]) == pytest.approx(drift(one["ddp"]), rel=1e-3)
+    assert two["fsdp2_at_load"]["cosine"] == pytest.approx([1, 1], abs=1e-6)
+
+    for case in ("ddp_resumed", "fsdp2_resumed"):
+        assert fewer[case]["ranks"] == 1
+        assert_same_run(case, fewer[case], one["ddp"])
+
+    assert two["extracted_once"]["hashes"] == [two["extracted_once"]["expected"]] * 2
+    assert two["extracted_once"]["errors"] == ["no refusals"] * 2
+    for case in among(list(REFUSED)):
+        assert len(two[case]["errors"]) == 2
+        assert all(REFUSED[case] in error for error in two[case]["errors"]), two[case]
+
+    if not zero:
+        pytest.skip("all but ZeRO is as it should be: DeepSpeed is not installed")
+    # Its model is another, rounded.
+    bfloat16 = two["zero2_bfloat16"]
+    assert bfloat16["target"] == ["torch.float32", False]
+    assert steps(bfloat16)[0]["procon/penalty"] < 1e-12
+    assert "DP world size of 2 but the current world size is 1" in fewer["zero2_resumed"]["error"]
+
+
+def test_resume_with_steps_of_another_size_is_refused(tiny_model, tokenizer, tmp_path):
+    unit = torch.nn.functional.normalize(torch.ones(3, 32), dim=1)
+    rows = [{"input_ids": [5, 6, 7, number], "labels": [-100, -100, 7, number]} for number in range(10, 18)]
+
+    def trainer(batch_size: int, schedule: str) -> ProConTrainer:
+        return ProConTrainer(
+            tiny_model(),
+            ProConConfig(
+                output_dir=str(tmp_path),
+                procon_schedule=schedule,
+                per_device_train_batch_size=batch_size,
+                max_steps=3,
+                save_steps=2,
+                use_cpu=True,
+                report_to=[],
+                disable_tqdm=True,
+            ),
+            directions=RefusalDirections(unit, *torch.ones(4, 3)),
+            train_dataset=Dataset.from_list(rows),
+            data_collator=padding_collator(tokenizer),
+        )
+
+    trainer(4, "procon_wu:1@1ep").train()
+    with pytest.raises(ProConError, match=r"trained with 2 steps an epoch, not 4, .*: keep ranks times batch size"):
+        trainer(2, "procon_wu:1@1ep").train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -1,0 +1,25 @@
+"""Ranks on a CPU that Accelerate shards a model over, as it does on GPUs."""
+
+import os
+
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+_AS_LAUNCHED = dict(os.environ)
+
+
+def start(*, sharding: bool) -> None:
+    """Begin anew with the launched processes as ranks of gloo, whatever was set up before.
+
+    Args:
+        sharding: say that the ranks are accelerators. Accelerate shards over no others, and leaves CPUs to DDP.
+    """
+    # Training arguments leave plugins' settings there.
+    os.environ.clear()
+    os.environ.update(_AS_LAUNCHED)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if "RANK" not in os.environ:
+        return
+    state = PartialState(cpu=True, backend="gloo")
+    if sharding:
+        state.distributed_type = DistributedType.MULTI_NPU

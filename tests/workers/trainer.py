@@ -1,0 +1,289 @@
+"""``trainer.py FOLDER CASE...``: ProConTrainer in each case, on the launched ranks; rank 0 writes FOLDER/WORLD.json.
+
+FOLDER holds a ``model`` with its tokenizer, and takes the anchors and checkpoints of all cases.
+"""
+
+import json
+import os
+import sys
+import traceback
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import gloo
+import torch
+from datasets import Dataset
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Shard
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainerCallback
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from procon.directions import RefusalDirections
+from procon.errors import ProConError
+from procon.prompts import builtin_prompts
+from procon.training import DriftCallback, ProConConfig, ProConTrainer
+
+FOLDER = Path(sys.argv[1])
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+OTHER = 3 - WORLD
+LAUNCHED = "RANK" in os.environ
+TOKENIZER = AutoTokenizer.from_pretrained(FOLDER / "model")
+PROMPTS = builtin_prompts("extraction").first(4)
+
+#: Alpha 100 for ten steps, then 0 for ten.
+WARM_UP = {"procon_schedule": "procon_wu:100@2ep", "max_steps": 10}
+SAVES = {"save_strategy": "steps", "save_steps": 8}
+#: Tensor parallelism of a tiny model on a CPU is slow, and learning rates are constant.
+SHORT = {"max_steps": 5}
+
+
+def rows() -> list[dict]:
+    """Five optimiser steps of eight."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(40):
+        length = int(torch.randint(4, 30, (), generator=generator))
+        ids = torch.randint(5, 60, (length,), generator=generator).tolist()
+        prompt = length - max(1, length // 3)
+        found.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return found
+
+
+def directions(seed: int = 0) -> RefusalDirections:
+    generator = torch.Generator().manual_seed(seed)
+    unit = torch.nn.functional.normalize(torch.randn(3, 32, generator=generator), dim=1)
+    return RefusalDirections(unit, *torch.ones(4, 3))
+
+
+def load(**settings) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(FOLDER / "model", **settings)
+
+
+def load_on_main() -> torch.nn.Module:
+    """As where RAM is scarce: other ranks hold no weights worth the name until the model is sharded."""
+    model = load()
+    if RANK > 0:
+        for parameter in model.parameters():
+            parameter.data.normal_()
+    return model
+
+
+def load_distributed(**sizes: int) -> torch.nn.Module:
+    from transformers.distributed import DistributedConfig
+
+    return load(distributed_config=DistributedConfig(**sizes))
+
+
+def fsdp2(**settings) -> dict:
+    return {
+        "sharding": True,
+        "fsdp": True,
+        "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], **settings},
+    }
+
+
+def zero(stage: int, **settings) -> dict:
+    import deepspeed
+
+    # Or ranks on one CPU would first compile a way to share memory.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    optimizer = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}}
+    sizes = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    config = {"zero_optimization": {"stage": stage}, "optimizer": optimizer, "bf16": {"enabled": "auto"}}
+    return {"deepspeed": config | dict.fromkeys(sizes, "auto"), **settings}
+
+
+def trainer(
+    name: str, *, model=load, given=directions, replicas: int = WORLD, sharding: bool = False, callbacks=(), **settings
+) -> ProConTrainer:
+    """Two micro-batches make an optimiser step of eight rows, on however many ranks."""
+    gloo.start(sharding=sharding)
+    config = {
+        "procon_schedule": "procon_s:100",
+        "procon_anchors_dir": str(FOLDER / f"anchors-{name}-{WORLD}"),
+        "max_steps": 20,
+        "lr_scheduler_type": "constant",
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 4 // replicas,
+        "gradient_accumulation_steps": 2,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "ddp_backend": "gloo" if LAUNCHED else None,
+        "accelerator_config": {"use_configured_state": sharding},
+    }
+    # With a configuration of ZeRO-3, the model is in parts as it is loaded.
+    args = ProConConfig(output_dir=str(FOLDER / f"{name}-{WORLD}"), **config | settings)
+    return ProConTrainer(
+        model(),
+        args,
+        directions=given and given(),
+        train_dataset=Dataset.from_list(rows()),
+        data_collator=DataCollatorForSeq2Seq(TOKENIZER, pad_to_multiple_of=32),
+        processing_class=TOKENIZER,
+        callbacks=list(callbacks),
+    )
+
+
+def train(name: str, *, resume: str | None = None, drift: bool = False, **settings) -> dict:
+    """What a run logged, how it was set up, and what became of its anchors."""
+    if resume:
+        settings["procon_anchors_dir"] = str(FOLDER / f"anchors-{resume}")
+    ours = trainer(name, **settings)
+    if drift:
+        ours.add_callback(DriftCallback(ours, TOKENIZER, every=10, prompts=PROMPTS))
+    target, seen = ours.constraint.target, {}
+
+    def noted(anchors, mask):
+        seen["fused"] = list(ours.constraint.fused)
+        seen["target"] = [str(anchors.dtype), bool((anchors == anchors.bfloat16()).all())]
+        target(anchors, mask)
+
+    ours.constraint.target = noted
+    ours.train(resume_from_checkpoint=resume and str(FOLDER / resume / "checkpoint-8"))
+    return {
+        **seen,
+        "log": ours.state.log_history,
+        "fingerprint": ours._anchors.fingerprint,
+        "recorded": len(ours._anchors),
+        "kind": ours.accelerator.distributed_type.value,
+        "ranks": ours.accelerator.num_processes,
+        "parameter": type(ours.model.lm_head.weight).__name__,
+        "block": type(ours.model.model.layers[0]).__name__,
+    }
+
+
+def gathering_attention(module, query, key, value, mask, *, scaling, **_) -> tuple:
+    """Causal attention that gathers the keys of a split sequence: CPUs have no ring attention.
+
+    Rank r of two holds the chunks r and 3 - r of four.
+    """
+    here = there = torch.arange(query.shape[2])
+    if query.shape[2] < 32:
+        mesh = init_device_mesh("cpu", (WORLD,))
+        key, value = (
+            DTensor.from_local(part.contiguous(), mesh, [Shard(2)]).full_tensor(grad_placements=[Partial()])
+            for part in (key, value)
+        )
+        chunks = torch.arange(32).chunk(4)
+        order = [torch.cat([chunks[rank], chunks[3 - rank]]) for rank in range(WORLD)]
+        here, there = order[RANK], torch.cat(order)
+    scores = query @ key.transpose(2, 3) * scaling
+    weights = scores.masked_fill(there > here[:, None], -torch.inf).softmax(-1)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+def context_parallel(name: str) -> dict:
+    from accelerate import ParallelismConfig
+
+    with mock.patch.dict(ALL_ATTENTION_FUNCTIONS._global_mapping, {"sdpa": gathering_attention}):
+        return train(name, replicas=1, parallelism_config=ParallelismConfig(cp_size=WORLD), **fsdp2(), **SHORT)
+
+
+def sharded_at_load(name: str) -> dict:
+    gloo.start(sharding=True)
+    load_sharded = partial(load_distributed, fsdp_size=WORLD)
+    whole, sharded = (
+        RefusalDirections.extract(model, TOKENIZER, PROMPTS, held_out=PROMPTS, check_refusal=False, progress=False)
+        for model in (load(), load_sharded())
+    )
+    found = train(name, model=load_sharded, sharding=True, **SHORT)
+    return {**found, "cosine": whole.cosine(sharded)[1:].tolist()}
+
+
+def everywhere(value) -> list:
+    """The value of every rank."""
+    values = [None] * WORLD
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def refusals(call) -> list[str]:
+    """What every rank is told."""
+    try:
+        return everywhere(call())
+    except ProConError as error:
+        return everywhere(str(error))
+
+
+def extracted_once(name: str) -> dict:
+    """Directions of ranks that would extract different ones, or of which one fails."""
+    ours = trainer(name, given=None)
+    with mock.patch.object(RefusalDirections, "extract", return_value=directions(seed=RANK)):
+        hashes = everywhere(ours._extract().hash)
+    with mock.patch.object(RefusalDirections, "extract", side_effect=ProConError("no refusals")):
+        return {"hashes": hashes, "expected": directions(seed=0).hash, "errors": refusals(ours._extract)}
+
+
+def partitioned_extraction(name: str) -> dict:
+    return {"errors": refusals(trainer(name, given=None, **zero(3)).train)}
+
+
+class NotANumber(TrainerCallback):
+    """Leaves NaN in what one rank has summed up."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if RANK == 1:
+            self.trainer._penalty_sum += torch.nan
+
+
+def not_a_number(name: str) -> dict:
+    spoil = NotANumber()
+    spoil.trainer = trainer(name, callbacks=[spoil])
+    return {"errors": refusals(spoil.trainer.train)}
+
+
+def first_version(name: str) -> dict:
+    return {"errors": refusals(partial(trainer, name, **fsdp2(version=1, sync_module_states=False)))}
+
+
+def ulysses(name: str) -> dict:
+    from accelerate import ParallelismConfig
+
+    sequence = ParallelismConfig(sp_backend="deepspeed", sp_size=WORLD)
+    return {"errors": refusals(partial(trainer, name, parallelism_config=sequence, **zero(3)))}
+
+
+CASES = {
+    "ddp": partial(train, drift=True, **SAVES),
+    "ddp_warm_up": partial(train, **WARM_UP),
+    "ddp_resumed": partial(train, resume=f"ddp-{OTHER}"),
+    "fsdp2": partial(train, drift=True, **fsdp2(), **SAVES),
+    "fsdp2_resumed": partial(train, resume=f"fsdp2-{OTHER}", **fsdp2()),
+    "fsdp2_checkpointed": partial(train, **fsdp2(activation_checkpointing=True), **WARM_UP),
+    "fsdp2_main_only": partial(train, model=load_on_main, **fsdp2(cpu_ram_efficient_loading=True), **SHORT),
+    "fsdp2_at_load": sharded_at_load,
+    "tensor_parallel": partial(
+        train, model=partial(load_distributed, tp_size=WORLD), replicas=1, sharding=True, **SHORT
+    ),
+    "context_parallel": context_parallel,
+    "extracted_once": extracted_once,
+    "not_a_number": not_a_number,
+    "first_version": first_version,
+    "zero2": lambda name: train(name, **zero(2), **SAVES),
+    "zero2_resumed": lambda name: train(name, resume=f"zero2-{OTHER}", **zero(2)),
+    "zero2_bfloat16": lambda name: train(name, **zero(2), **SHORT, bf16=True),
+    "zero3": lambda name: train(name, drift=True, **zero(3), **WARM_UP),
+    "partitioned_extraction": partitioned_extraction,
+    "ulysses": ulysses,
+}
+
+
+def main() -> None:
+    found = {}
+    # In the order above: the configuration of DeepSpeed outlives its trainer.
+    for name in sorted(sys.argv[2:], key=list(CASES).index):
+        try:
+            found[name] = CASES[name](name)
+        except Exception as error:
+            traceback.print_exc()
+            found[name] = {"error": f"{type(error).__name__}: {error}"}
+    if RANK == 0:
+        (FOLDER / f"{WORLD}.json").write_text(json.dumps(found))
+
+
+main()
