@@ -21,7 +21,7 @@ from procon.errors import ProConError
 # axolotl goes on without a plugin that raises ImportError, which here would be an unconstrained training.
 try:
     from axolotl.integrations.base import BasePlugin
-    from pydantic import BaseModel, model_validator
+    from pydantic import BaseModel
 
     from procon.training import ProConArguments, ProConMixin
 except ImportError as error:
@@ -54,51 +54,6 @@ class ProConArgs(BaseModel):
     procon_backend: str | None = None
     procon_anchors_dir: str | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def check_procon(cls, data: Any) -> Any:
-        """Stop before the model is loaded, where the constraint could not act or a key is misspelt."""
-        if not isinstance(data, Mapping) or not _is_asked_for(data):
-            return data
-        known = [name for name in cls.model_fields if name.startswith("procon_")]
-        for name in data:
-            if str(name).startswith("procon_") and name not in known:
-                raise ProConError(f"there is no key {name}: the keys are {', '.join(known)}")
-        if not _arguments(data).schedule().active:
-            return data
-        for name, remedy in _REFUSED.items():
-            if data.get(name):
-                raise ProConError(f"{name} is set, under which the constraint cannot act: {remedy}")
-        if (data.get("context_parallel_size") or 1) > 1:
-            raise ProConError(
-                f"context_parallel_size is {data['context_parallel_size']}, which splits samples over ranks after "
-                "anchors were looked up: set it to 1"
-            )
-        if data.get("gradient_checkpointing"):
-            # axolotl's own default is the reentrant kind, in which the constraint would lose its gradient.
-            how = data.get("gradient_checkpointing_kwargs") or {}
-            if how.get("use_reentrant"):
-                raise ProConError(
-                    "gradient_checkpointing_kwargs has use_reentrant: true, under which the constraint would lose its "
-                    "gradient: set it to false"
-                )
-            return {**data, "gradient_checkpointing_kwargs": {**how, "use_reentrant": False}}
-        return data
-
-    @model_validator(mode="after")
-    def check_packing(self) -> ProConArgs:
-        """Samples of a packed row must not see each other: anchors are recorded one sample at a time."""
-        found = self.__dict__
-        if not _is_asked_for(found) or not _arguments(found).schedule().active:
-            return self
-        if found.get("sample_packing") and not self.attn_decontaminates_packing:
-            raise ProConError(
-                f"sample_packing with attn_implementation {found.get('attn_implementation')!r} lets samples see those "
-                "packed before them, and anchors belong to one sample: set attn_implementation to sdpa, or to a "
-                "flash_attention"
-            )
-        return self
-
 
 @dataclass
 class ProConAxolotlArguments(ProConArguments):
@@ -112,12 +67,39 @@ class ProConAxolotlArguments(ProConArguments):
 class ProConPlugin(BasePlugin):
     """Has axolotl train by :class:`procon.integrations.axolotl_trainer.ProConAxolotlTrainer`.
 
-    Where ``procon_schedule`` is 0 throughout, it changes nothing.
+    Where ``procon_schedule`` is 0 throughout, it changes nothing. Gradient checkpointing that the file asks for is made
+    the non-reentrant kind: under axolotl's own choice the constraint would lose its gradient.
 
     Raises:
-        ProConError: from axolotl's check of the YAML file or the making of its trainer, where the constraint could not
-            act.
+        ProConError: before the model is loaded, for a key that is misspelt, and where the constraint could not act; as
+            the trainer is made, if another plugin brought its own.
     """
+
+    def register(self, cfg: dict) -> None:
+        """Check the YAML file as it was written."""
+        if not _is_asked_for(cfg):
+            return
+        for name in cfg:
+            if name.startswith("procon_") and name not in ProConArgs.model_fields:
+                raise ProConError(f"there is no key {name}: the keys are {', '.join(ProConArgs.model_fields)}")
+        if not _arguments(cfg).schedule().active:
+            return
+        for name, remedy in _REFUSED.items():
+            if cfg.get(name):
+                raise ProConError(f"{name} is set, under which the constraint could not act: {remedy}")
+        if (cfg.get("context_parallel_size") or 1) > 1:
+            raise ProConError(
+                f"context_parallel_size is {cfg['context_parallel_size']}, which splits samples over ranks after their "
+                "anchors were looked up: set it to 1"
+            )
+        checkpointing = cfg.get("gradient_checkpointing_kwargs") or {}
+        if cfg.get("gradient_checkpointing"):
+            if checkpointing.get("use_reentrant"):
+                raise ProConError(
+                    "gradient_checkpointing_kwargs has use_reentrant: true, under which the constraint would lose its "
+                    "gradient: set it to false"
+                )
+            cfg["gradient_checkpointing_kwargs"] = {**checkpointing, "use_reentrant": False}
 
     def get_input_args(self) -> str:
         return f"{__name__}.{ProConArgs.__name__}"
@@ -127,6 +109,15 @@ class ProConPlugin(BasePlugin):
 
     def get_training_args(self, cfg: Mapping) -> dict[str, str] | None:
         return _settings(cfg) if _is_asked_for(cfg) else None
+
+    def pre_model_load(self, cfg: Mapping) -> None:
+        """Check the settings that axolotl derived from the YAML file."""
+        if self._constrains(cfg) and cfg.get("sample_packing") and not cfg.get("attn_decontaminates_packing"):
+            raise ProConError(
+                f"sample_packing with attn_implementation {cfg.get('attn_implementation')!r} lets samples see those "
+                "packed before them, and anchors belong to one sample: set attn_implementation to sdpa, or to a "
+                "flash_attention"
+            )
 
     def get_trainer_cls(self, cfg: Mapping) -> type | None:
         if not self._constrains(cfg):
