@@ -1,0 +1,40 @@
+"""The versions that CI tests are those that the package asks for."""
+
+import runpy
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def declared() -> dict[str, Requirement]:
+    """Of setup.py, the extras' too."""
+    with mock.patch("setuptools.setup") as setup:
+        runpy.run_path(str(ROOT / "setup.py"))
+    arguments = setup.call_args.kwargs
+    texts = arguments["install_requires"] + [text for extra in arguments["extras_require"].values() for text in extra]
+    return {requirement.name: requirement for requirement in map(Requirement, texts)}
+
+
+def versions() -> list[tuple[str, ...]]:
+    lines = (ROOT / "requirements" / "versions.txt").read_text().splitlines()
+    return [tuple(line.split()) for line in lines if not line.startswith("#")]
+
+
+@pytest.mark.parametrize(("package", "oldest", "newest"), versions())
+def test_range_begins_at_the_oldest_and_has_the_newest(declared, package, oldest, newest):
+    specifiers = declared[package].specifier
+    (floor,) = [specifier.version for specifier in specifiers if specifier.operator == ">="]
+    assert Version(floor) == Version(oldest)
+    assert newest in specifiers
+
+
+def test_what_the_package_requires_is_tested(declared):
+    untested = {"pytest", "pytest-benchmark", "pytest-xdist", "ruff", "deepspeed", "lightning", "liger-kernel"}
+    untested |= {"tensorboard", "wandb", "flash-attn", "mkdocs-material", "mkdocstrings"}
+    assert declared.keys() == {package for package, *_ in versions()} | untested
