@@ -237,6 +237,7 @@ LLAMA_FACTORY_KEYS = {
     "template",
     "cutoff_len",
     "packing",
+    "use_reentrant_gc",
     "output_dir",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
