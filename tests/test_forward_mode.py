@@ -302,6 +302,7 @@ def test_lora_and_every_forward_that_does_not_train(tiny_model, rows, batch, rec
     assert_as_it_was(model.get_base_model())
 
 
+@pytest.mark.slow
 def test_compiled_model(tiny_model, batch, recorded):
     model = tiny_model()
     constraint, anchors = recorded(model)
@@ -427,6 +428,12 @@ class InEvalMode(Trainer):
         return super().compute_loss(model, *args, **kwargs)
 
 
+def split_by_tensor_parallelism(model, *args, **kwargs):
+    trainer = Trainer(model, *args, **kwargs)
+    model._tp_size = 2
+    return trainer
+
+
 def own_loss(outputs, labels, num_items_in_batch=None):
     return outputs.logits.mean()
 
@@ -436,6 +443,7 @@ def own_loss(outputs, labels, num_items_in_batch=None):
     [
         (OwnLoss, {}, "never went through backward"),
         (InEvalMode, {}, "without a training forward"),
+        (split_by_tensor_parallelism, {}, "tensor parallelism"),
         (Trainer, {"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         (lambda *a, **k: Trainer(*a, compute_loss_func=own_loss, **k), {}, "no labels"),
         (Trainer, {"restore_callback_states_from_checkpoint": True}, "leave it False"),
@@ -531,31 +539,35 @@ def test_resumed_training_is_the_uninterrupted_one(tiny_model, tokenizer, rows, 
     pad = padding_collator(tokenizer)
     saving = {"save_strategy": "steps", "save_steps": 4}
     whole = tiny_model()
-    expected = training(whole, rows, pad, tmp_path / "whole", [callback(whole, "20")])
+    expected = training(whole, rows, pad, tmp_path / "whole", [callback(whole, "20@2ep,5")])
 
     model = tiny_model()
     with pytest.raises(KeyboardInterrupt):
-        training(model, rows, pad, tmp_path, [callback(model, "20"), Interrupt(6)], **saving)
+        training(model, rows, pad, tmp_path, [callback(model, "20@2ep,5"), Interrupt(6)], **saving)
     resuming = {"resume_from_checkpoint": str(tmp_path / "checkpoint-4"), **saving}
     model = tiny_model()
-    found = training(model, rows, pad, tmp_path, [callback(model, "20")], **resuming)
+    found = training(model, rows, pad, tmp_path, [callback(model, "20@2ep,5")], **resuming)
     # fp32 anchors of the same model: the same bits.
     assert [row["loss"] for row in found] == [row["loss"] for row in expected]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
 
     for changed, message in (
-        (callback(model, "10"), "schedule '20', not '10'"),
-        (callback(model, "20", units="gap"), "units 'raw', not 'gap'"),
-        (callback(model, "20", anchors_dir=tmp_path / "elsewhere"), "no anchors in"),
+        (callback(model, "10"), "schedule '20@2ep,5', not '10'"),
+        (callback(model, "20@2ep,5", units="gap"), "units 'raw', not 'gap'"),
+        (callback(model, "20@2ep,5", anchors_dir=tmp_path / "elsewhere"), "no anchors in"),
     ):
         with pytest.raises(ProConError, match=message):
             training(tiny_model(), rows, pad, tmp_path, [changed], **resuming)
+    with pytest.raises(ProConError, match=r"phase_steps \[8\], not \[4\]"):
+        training(
+            tiny_model(), rows, pad, tmp_path, [callback(model, "20@2ep,5")], gradient_accumulation_steps=2, **resuming
+        )
     state = tmp_path / "checkpoint-4" / "trainer_state.json"
     unconstrained = json.loads(state.read_text())
     del unconstrained["stateful_callbacks"]["ProConCallback"]
     state.write_text(json.dumps(unconstrained))
     with pytest.raises(ProConError, match="without a constraint"):
-        training(tiny_model(), rows, pad, tmp_path, [callback(model, "20")], **resuming)
+        training(tiny_model(), rows, pad, tmp_path, [callback(model, "20@2ep,5")], **resuming)
 
 
 def test_llama_factory_example(tiny_model, tokenizer, rows, tmp_path, monkeypatch):

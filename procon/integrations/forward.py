@@ -336,6 +336,10 @@ class ProConCallback(TrainerCallback, ExportableState):
             return
         _refuse(args, model, train_dataloader)
         self._steps_per_epoch = max(1, -(-len(train_dataloader) // args.gradient_accumulation_steps))
+        # Differs on resuming where the schedule counts in epochs and the steps are of another size.
+        self._settings["phase_steps"] = [
+            int(phase.steps(self._steps_per_epoch)) for phase in self._schedule.phases if phase.length is not None
+        ]
         if state.global_step > 0:
             anchors = self._reopen_anchors(args, state)
         elif left_over is not None and left_over is self._forward:
@@ -421,7 +425,7 @@ class ProConCallback(TrainerCallback, ExportableState):
                 "to go on with: start afresh from the model that is to be held"
             )
         for name, expected in self._settings.items():
-            found = saved["attributes"][name]
+            found = saved["attributes"].get(name)
             if found != expected:
                 raise ProConError(
                     f"the checkpoint of step {state.global_step} was trained with {name} {found!r}, not {expected!r}: "
