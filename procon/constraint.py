@@ -98,6 +98,7 @@ class ProjectionConstraint:
         self._adapter_layer = adapter_layer(decoder)
         self._adapters = active_adapters(self._adapter_layer)
         self._directions.check_fits(decoder)
+        self._undo.append(decoder.module.register_forward_pre_hook(self._without_cache, with_kwargs=True).remove)
         fused = []
         for column, index in enumerate(self.blocks):
             block = decoder.blocks[index]
@@ -192,6 +193,11 @@ class ProjectionConstraint:
         if tokens is None:
             tokens = self._mask.sum().clamp_min(1).to(total.device)
         return total / (tokens * len(self.blocks))
+
+    def _without_cache(self, _module: nn.Module, args: tuple, kwargs: dict):
+        """A forward pre-hook for the decoder: beside a cache, transformers does not keep packed sequences apart."""
+        constrained = self.enabled and self._anchors is not None and torch.is_grad_enabled()
+        return (args, {**kwargs, "use_cache": False}) if constrained else None
 
     def _pass_through(self, column: int):
         """A forward pre-hook for a block: its input passes through the op."""
