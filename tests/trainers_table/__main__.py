@@ -7,10 +7,14 @@ import json
 import os
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["ACCELERATE_USE_CPU"] = "true"
+
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import rows
 import setting
@@ -18,6 +22,11 @@ import torch
 from accelerate import DistributedType, PartialState
 
 from procon.errors import ProConError
+
+if find_spec("axolotl"):
+    from axolotl_row import axolotl_trainer
+
+    rows.ROWS["axolotl"] = axolotl_trainer
 
 
 def relative_error(found: dict, expected: dict) -> float:
@@ -47,6 +56,19 @@ def is_identical(row: str, mode: setting.Mode, folder: Path) -> bool:
     return moved and len(losses) == 20 and losses == our_losses and same
 
 
+def shard_on_cpus() -> None:
+    """Accelerate leaves several CPU ranks to DDP and shards on accelerators only: say that these are some."""
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    set_up = PartialState.__init__
+
+    def set_up_as_accelerators(self, *args, **kwargs) -> None:
+        set_up(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_NPU
+
+    PartialState.__init__ = set_up_as_accelerators
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
@@ -55,29 +77,29 @@ def main() -> None:
     parser.add_argument("--columns", nargs="+", choices=list(setting.MODES), default=list(setting.MODES))
     chosen = parser.parse_args()
     if chosen.ranks != "1":
-        state = PartialState(cpu=True, backend="gloo")
+        torch.distributed.init_process_group("gloo")
     if chosen.ranks == "FSDP2":
-        # Accelerate shards on accelerators only, and leaves two CPU ranks to DDP: say that these are of another kind.
-        state.distributed_type = DistributedType.MULTI_NPU
-        os.environ["ACCELERATE_USE_FSDP"] = "true"
+        shard_on_cpus()
     torch.set_num_threads(1)
     modes = {name: setting.MODES[name] for name in chosen.columns if setting.MODES[name].ranks == chosen.ranks}
     shared = Path(os.environ.get("PROCON_TABLE_FOLDER") or tempfile.mkdtemp())
-    cells, by_mode = {}, {}
-    expected = {}
-    for column, mode in modes.items():
-        if mode.parameters not in expected:
-            expected[mode.parameters] = setting.expected_gradients(mode.parameters, shared)
-        for row in chosen.rows:
-            key = (row, mode)
-            if key not in by_mode:
+    # All of them first, and axolotl's row last: it patches transformers' classes.
+    expected = {
+        parameters: setting.expected_gradients(parameters, shared)
+        for parameters in {mode.parameters for mode in modes.values()}
+    }
+    cells = {}
+    for row in chosen.rows:
+        by_mode = {}
+        for column, mode in modes.items():
+            if mode not in by_mode:
                 folder = shared / f"{row}-{column}".replace(" ", "-")
                 folder.mkdir(exist_ok=True)
-                by_mode[key] = run_cell(row, mode, expected[mode.parameters], folder)
+                by_mode[mode] = run_cell(row, mode, expected[mode.parameters], folder)
                 if row in rows.EXTENDED:
-                    by_mode[key]["identical"] = is_identical(row, mode, folder)
-                print(row, column, by_mode[key], file=sys.stderr, flush=True)
-            cells.setdefault(row, {})[column] = by_mode[key]
+                    by_mode[mode]["identical"] = is_identical(row, mode, folder)
+                print(row, column, by_mode[mode], file=sys.stderr, flush=True)
+            cells.setdefault(row, {})[column] = by_mode[mode]
     if rows.RANK == 0:
         chosen.file.write_text(json.dumps(cells, indent=1))
 

@@ -63,6 +63,7 @@ class FirstStep(TrainerCallback):
         self.mode = mode
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        assert args.world_size == WORLD
         assert_wrapped(self.mode, model)
         setting.move(model)
 
@@ -95,7 +96,6 @@ def arguments(mode: Mode, folder: Path) -> dict:
         settings |= {
             "fsdp": "full_shard auto_wrap",
             "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
-            "accelerator_config": {"use_configured_state": True},
         }
     return settings
 
