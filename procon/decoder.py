@@ -162,14 +162,16 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def decoder_forward(model: nn.Module) -> Callable[..., object]:
-    """The least forward that passes all blocks: of the base decoder, without the LM head; of the whole model, one token
-    through the LM head, where parameters are sharded, as FSDP2 gathers what its root holds in no other.
+    """The least forward that passes all blocks as training does.
+
+    That of the base decoder, without the LM head. Or of the whole model, one token through the LM head, where
+    Accelerate has put autocast around it, or parameters are sharded: FSDP2 gathers what its root holds in no other.
 
     Raises:
         ProConError: if DeepSpeed ZeRO-3 has partitioned the model, but nothing gathers it yet.
     """
     refuse_unprepared(model)
-    if not is_sharded(model):
+    if not is_sharded(model) and not hasattr(model, "_original_forward"):
         return partial(find_decoder(model).module, use_cache=False)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
