@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from procon.anchors import AnchoredCollator, Anchors
 from procon.constraint import ProjectionConstraint
-from procon.decoder import find_decoder, weights_hash
+from procon.decoder import weights_hash
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.prompts import ContrastPrompts
@@ -62,9 +62,10 @@ def shake(model, seed: int = 0):
 @both_ways
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_value_and_gradient(tiny_model, batch, assert_penalty, adapter, tied, fuse):
+def test_value_and_gradient(tiny_model, batch, random_directions, assert_penalty, adapter, tied, fuse):
     model = shake(get_peft_model(tiny_model(tie_word_embeddings=tied), copy.deepcopy(ADAPTERS[adapter])))
-    assert len(find_decoder(model).blocks) == 3
+    with ProjectionConstraint(random_directions(model)).attach(model, fuse=fuse) as constraint:
+        assert constraint.fused == ((0, 1, 2) if fuse == "auto" else ())
     assert_penalty(model, batch, still=int(adapter in STILL), fuse=fuse)
 
 

@@ -10,6 +10,7 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 
 from procon.cli import COMMANDS, main, parse
 from procon.directions import RefusalDirections
@@ -377,3 +378,19 @@ def test_warnings_of_the_process_are_shown_as_before(capsys):
     before = warnings.showwarning
     main(["--version"])
     assert warnings.showwarning is before
+
+
+def test_an_adapter_trained_further_trains_all_that_it_has(place):
+    """Not its LoRA alone: what it keeps in full beside it, too."""
+    settings = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    model, _ = load_model("model", dtype=torch.float32)
+    get_peft_model(model, LoraConfig(**settings)).save_pretrained("with-head")
+    config = json.loads(Path("with-head/adapter_config.json").read_text())
+    Path("with-head/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "model"}))
+    argv = [*TRAIN, "--model", "with-head", "--max_steps", "1", "--output_dir", "out", "--drift_steps", "0"]
+    assert main([*argv, "--dtype", "float32", "--flatten", "true", "--attn_implementation", "eager"]) == 0
+    before, after = (load_file(f"{folder}/adapter_model.safetensors") for folder in ("with-head", "out"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("lora_B" in name for name in changed)
+    assert any("lm_head" in name for name in changed)

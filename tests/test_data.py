@@ -8,10 +8,12 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from datasets import Dataset
 
 from procon.data import (
     IGNORE_INDEX,
+    flattening_collator,
     load_conversations,
     mix_safety,
     safety_conversations,
@@ -241,3 +243,18 @@ def test_safety_mix_is_shuffled_by_its_seed(plain):
 def test_negative_safety_samples(plain):
     with pytest.raises(ProConError, match="safety_samples is -1: give 0 or more"):
         mix_safety(plain, safety_conversations(), -1, seed=0)
+
+
+def test_flattened_batches_hand_out_their_bounds():
+    features = [{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in ([5, 6, 7], [8, 9], [3, 4, 5, 6])]
+    plain, with_bounds = (flattening_collator(bounds=bounds)(features) for bounds in (False, True))
+    assert plain.keys() == {"input_ids", "labels", "position_ids"}
+    assert plain["input_ids"].tolist() == [[5, 6, 7, 8, 9, 3, 4, 5, 6]]
+    assert plain["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3]]
+    assert all(torch.equal(value, with_bounds.pop(name)) for name, value in plain.items())
+    assert {name: value.tolist() for name, value in with_bounds.items() if isinstance(value, torch.Tensor)} == {
+        "cu_seq_lens_q": [0, 3, 5, 9],
+        "cu_seq_lens_k": [0, 3, 5, 9],
+        "seq_idx": [[0, 0, 0, 1, 1, 2, 2, 2, 2]],
+    }
+    assert (with_bounds["max_length_q"], with_bounds["max_length_k"]) == (4, 4)

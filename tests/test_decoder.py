@@ -15,7 +15,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from procon.decoder import evaluating, find_decoder, model_device, observe_block_inputs, weights_hash
+from procon.decoder import (
+    evaluating,
+    find_decoder,
+    first_moving_block,
+    model_device,
+    observe_block_inputs,
+    weights_hash,
+)
 from procon.errors import ProConError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox")
@@ -108,6 +115,25 @@ def test_evaluating_restores_every_flag(tiny_model):
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize(
+    ("trained", "first"),
+    [
+        ((), 3),
+        (("lm_head",), 3),
+        (("model.layers.2.mlp",), 3),
+        (("model.layers.1.self_attn.q_proj", "lm_head"), 2),
+        (("model.layers.0.input_layernorm",), 1),
+        (("model.embed_tokens",), 0),
+        (("",), 0),
+    ],
+)
+def test_first_block_whose_input_moves(tiny_model, trained, first):
+    model = tiny_model().requires_grad_(False)
+    for name in trained:
+        model.get_submodule(name).requires_grad_()
+    assert first_moving_block(find_decoder(model)) == first
+
+
 def test_device(tiny_model):
     assert model_device(tiny_model("gpt2")) == torch.device("cpu")
     assert model_device(tiny_model().to("meta")).type == "meta"
@@ -142,6 +168,37 @@ def test_the_weights_hash_follows_order_names_and_shapes():
     others += [hashed(a=weight + 1, b=weight), hashed(c=weight, b=weight + 1)]
     assert len({first, *others}) == 6
     assert hashed(b=weight + 1, a=weight) == first
+
+
+def test_the_weights_hash_follows_buffers():
+    """GPTQ and AWQ keep their weights in some: packed integers and scales."""
+    model = nn.Module()
+    model.register_buffer("qweight", torch.arange(12, dtype=torch.int32) * 2**24)
+    model.register_buffer("scales", torch.ones(3, dtype=torch.float16))
+    model.register_buffer("mask", torch.ones(3), persistent=False)  # made anew, not loaded
+    first = weights_hash(model)
+    model.mask += 1
+    assert weights_hash(model) == first
+    for buffer in (model.qweight, model.scales):
+        buffer[2] += 1
+        assert weights_hash(model) != first
+        buffer[2] -= 1
+    assert weights_hash(model) == first
+
+
+def test_the_weights_hash_under_zero_3(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    deepspeed = pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    model = tiny_model()
+    first = weights_hash(model)
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        deepspeed.zero.Init(module=model)
+        assert next(model.parameters()).numel() == 0
+        assert weights_hash(model) == first
+        assert next(model.parameters()).numel() == 0
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_weights_hash_of_a_sharded_model(tiny_model, tmp_path):
