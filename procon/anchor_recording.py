@@ -46,9 +46,10 @@ def record_projections(
 ) -> Iterator[tuple[Key, np.ndarray]]:
     """Key and projections ``[tokens in scope, len(blocks)]`` fp32 of each sequence that is not ``known``, once each.
 
-    The base decoder runs, without the LM head, on batches that have such a sequence. Where parameters are sharded over
-    the ranks (FSDP2, DeepSpeed ZeRO-3), every rank must take part in every forward: ranks iterate together until none
-    has a batch left, and those that have nothing new run one token.
+    The base decoder runs, without the LM head, on batches that have such a sequence; the whole model, with the LM head
+    on one token, where more than its modules makes the forward. Where parameters are sharded over the ranks (FSDP2,
+    DeepSpeed ZeRO-3), every rank must take part in every forward: ranks iterate together until none has a batch left,
+    and those that have nothing new run one token.
 
     Args:
         model: in eval mode, gradients disabled; not wrapped for data parallelism.

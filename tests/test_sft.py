@@ -249,3 +249,12 @@ def test_mean_over_sequences(tiny_model, tokenizer, tmp_path):
     assert len(means) == 8
     assert ProConConfig(output_dir=str(tmp_path)).procon_reduction == "token"
     assert penalties(run)[0] == pytest.approx(sum(means) / 8, rel=1e-6)
+
+
+def test_anchors_are_recorded_in_the_precision_of_training(tiny_model, tokenizer, tmp_path):
+    """Weights in float32 under bfloat16 autocast, TRL's default: the model starts at its anchors there too."""
+    run = trainer(tiny_model(), tokenizer, tmp_path, bf16=True)
+    run.train()
+    at_start, *_, at_end = penalties(run)
+    assert at_end > 1e-6
+    assert at_start < 1e-6 * at_end

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import extract_model_from_parallel, reduce
 from torch import Tensor, nn
 from torch.autograd import Variable
@@ -402,14 +402,14 @@ class ProConCallback(TrainerCallback, ExportableState):
         """One folder for each starting state, so that a changed model or direction never meets old anchors."""
         blocks = self._constraint.blocks
         state = fingerprint(model, self._directions, blocks, _SCOPE)
-        autocast = _autocast_dtype(model, args)
-        folder = self._anchors_root(args) / (f"{state}-{autocast}".replace("torch.", "") if autocast else state)
-        with _random_state_kept(args.device), torch.autocast(args.device.type, autocast, enabled=autocast is not None):
+        if (precision := AcceleratorState().mixed_precision) != "no":
+            state = f"{state}-{precision}"  # the same weights give other projections
+        with _random_state_kept(args.device):
             return Anchors.record(
                 model,
                 _recording_loader(loader, args),
                 self._directions,
-                folder,
+                self._anchors_root(args) / state,
                 blocks=blocks,
                 scope=_SCOPE,
                 progress=not args.disable_tqdm,
@@ -515,10 +515,3 @@ def _random_state_kept(device: torch.device) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-
-
-def _autocast_dtype(model: nn.Module, args: TrainingArguments) -> torch.dtype | None:
-    """That of the autocast which accelerate puts around the model's forward, and which recording goes around."""
-    if not hasattr(model, "_original_forward"):
-        return None
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None

@@ -286,6 +286,8 @@ class ProConMixin:
         """One folder for each starting state, so that a changed model, scope or direction never meets old anchors."""
         args, blocks = self.args, self.constraint.blocks
         state = fingerprint(self.model, self._directions, blocks, args.procon_scope)
+        if self.accelerator.mixed_precision != "no":
+            state = f"{state}-{self.accelerator.mixed_precision}"  # the same weights give other projections
         with self.compute_loss_context_manager():
             return Anchors.record(
                 self.model,
