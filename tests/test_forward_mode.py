@@ -26,7 +26,8 @@ from procon.data import flattening_collator, padding_collator
 from procon.decoder import find_decoder
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
-from procon.integrations.forward import ConstrainedForward, ProConCallback
+from procon.integrations.callback import ProConCallback
+from procon.integrations.forward import ConstrainedForward
 from procon.training import ProConConfig, ProConTrainer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

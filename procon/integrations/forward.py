@@ -9,36 +9,24 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
-import math
-import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import extract_model_from_parallel, reduce
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.utils.data import DataLoader, Subset
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers import PreTrainedTokenizerBase
 
-from procon.anchors import Anchors, fingerprint
-from procon.constraint import Blocks, Fuse, ProjectionConstraint, Units
-from procon.directions import RefusalDirections
+from procon.anchors import Anchors
+from procon.constraint import Fuse, ProjectionConstraint
 from procon.errors import ProConError
-from procon.schedule import AlphaSchedule
-
-logger = logging.getLogger(__name__)
 
 #: The tokens that the model's own loss counts, so that what divides the one divides the other.
-_SCOPE = "response"
+SCOPE = "response"
 
-_REMEDY = "use ProConTrainer or ProConSFTTrainer, or put ProConMixin before the trainer's class"
+REMEDY = "use ProConTrainer or ProConSFTTrainer, or put ProConMixin before the trainer's class"
 
 
 class ConstrainedForward:
@@ -86,10 +74,10 @@ class ConstrainedForward:
         fuse: Fuse = "auto",
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
-        if anchors.scope != _SCOPE:
+        if anchors.scope != SCOPE:
             raise ProConError(
-                f"anchors are of the scope {anchors.scope!r}, and a forward's loss counts {_SCOPE!r} tokens only: "
-                f"record anchors with scope={_SCOPE!r}, or, to constrain other tokens, {_REMEDY}"
+                f"anchors are of the scope {anchors.scope!r}, and a forward's loss counts {SCOPE!r} tokens only: "
+                f"record anchors with scope={SCOPE!r}, or, to constrain other tokens, {REMEDY}"
             )
         if anchors.blocks != constraint.blocks:
             raise ProConError(
@@ -112,7 +100,7 @@ class ConstrainedForward:
     def attach(self) -> ConstrainedForward:
         """Constrain the model; undone by :meth:`detach` or on leaving ``with``. After ``torch.compile`` it must come
         before the first forward, which is when it is traced."""
-        if _constraining(self._module) is not None:
+        if constraining(self._module) is not None:
             raise ProConError("this model's forward is constrained already: call detach() on what constrains it first")
         self.constraint.attach(self._model, fuse=self._fuse)
         self._replaced = vars(self._module).get("forward")
@@ -159,7 +147,7 @@ class ConstrainedForward:
         if self._unused:
             raise ProConError(
                 "the loss that the last training forward returned never went through backward, so the constraint in "
-                f"it was lost: if the trainer makes a loss of its own, {_REMEDY}; in your own loop, call backward "
+                f"it was lost: if the trainer makes a loss of its own, {REMEDY}; in your own loop, call backward "
                 "after each forward"
             )
 
@@ -195,7 +183,7 @@ class ConstrainedForward:
     def _set_target(self, given: Mapping[str, Any]) -> int:
         """Hold the coming forward to its anchors; returns the number of constrained tokens."""
         if given.get("fused_lm_head"):
-            raise ProConError(f"TRL makes the loss from log-probabilities, not from the forward's: {_REMEDY}")
+            raise ProConError(f"TRL makes the loss from log-probabilities, not from the forward's: {REMEDY}")
         if given.get("shift_labels") is not None:
             raise ProConError(
                 "the batch has shift_labels, so its sequences are split over ranks and anchors cannot be found: switch "
@@ -205,7 +193,7 @@ class ConstrainedForward:
             if not isinstance(given.get(name), Tensor):
                 raise ProConError(
                     f"a training forward has no {name}, so its loss is not the model's own and the constraint would "
-                    f"be lost (label smoothing, say, or a compute_loss_func): {_REMEDY}"
+                    f"be lost (label smoothing, say, or a compute_loss_func): {REMEDY}"
                 )
         batch = self.anchors.annotate(_on_cpu(given), self._decode)
         device = given["input_ids"].device
@@ -219,7 +207,7 @@ class ConstrainedForward:
         if not isinstance(loss, Tensor):
             raise ProConError(
                 f"the model returned a {type(outputs).__name__} without a loss in training, so the constraint would "
-                f"be lost: {_REMEDY}"
+                f"be lost: {REMEDY}"
             )
         tokens = tokens.clamp_min(1)
         share = self.constraint.penalty(tokens)
@@ -237,222 +225,13 @@ class ConstrainedForward:
         Variable._execution_engine.queue_callback(self.constraint.release)
 
 
-class ProConCallback(TrainerCallback, ExportableState):
-    """Constrains the training of any framework that builds on transformers' Trainer and takes callbacks::
-
-        run_exp(args, callbacks=[ProConCallback("refusal-directions.safetensors", schedule="1@2ep,0")])
-
-    As training begins it records anchors from the Trainer's own data and collator, then trains through a
-    :class:`ConstrainedForward`; as training ends the model is as it was. A training that an error ended leaves the
-    model constrained, until it trains again or :meth:`detach` is called. A resumed training is held to the anchors of
-    the one it continues, which must still be where they were recorded.
-
-    A callback cannot lengthen the training, so the extra warm-up of ``"procon_wu"`` is refused: add its epochs to
-    ``num_train_epochs``, and write it out as phases, ``"1@4ep,0"``.
-
-    Logs ``procon/penalty`` (mean over the tokens constrained in the logging window, before alpha) and ``procon/alpha``,
-    in ``state.log_history`` and to the callbacks that come after this one. Trackers named in ``report_to`` come before:
-    give ``report_to="none"`` and their callbacks after this one.
-
-    Args:
-        directions: of the model as training starts, or the file that they were saved in.
-        schedule: of :meth:`procon.schedule.AlphaSchedule.parse`. ``"0"`` switches the constraint off.
-        blocks, penalty, units, backend: of :class:`procon.constraint.ProjectionConstraint`.
-        fuse: of :meth:`procon.constraint.ProjectionConstraint.attach`.
-        anchors_dir: where initial projections are kept; OUTPUT_DIR/_anchors if not given.
-
-    Raises:
-        ProConError: if the settings or the Trainer would lose the constraint.
-    """
-
-    def __init__(
-        self,
-        directions: RefusalDirections | str | Path,
-        *,
-        schedule: str = "procon_s",
-        blocks: Blocks = "all",
-        penalty: str = "squared",
-        units: Units = "raw",
-        backend: str = "auto",
-        fuse: Fuse = "auto",
-        anchors_dir: str | Path | None = None,
-    ):
-        self._schedule = AlphaSchedule.parse(schedule)
-        if self._schedule.extra:
-            written_out = ",".join(map(str, self._schedule.phases))
-            raise ProConError(
-                f"schedule {schedule!r} adds epochs of warm-up before those asked for, which a callback cannot: give "
-                f"schedule={written_out!r} and add them to num_train_epochs"
-            )
-        if not isinstance(directions, RefusalDirections):
-            directions = RefusalDirections.load(directions)
-        self._directions = directions
-        self._constraint = ProjectionConstraint(
-            directions, blocks=blocks, penalty=penalty, units=units, backend=backend
-        )
-        self._settings = {
-            "schedule": str(self._schedule),
-            "blocks": list(self._constraint.blocks),
-            "penalty": penalty,
-            "units": units,
-            "directions": directions.hash,
-        }
-        self._fuse: Fuse = fuse
-        self._anchors_dir = anchors_dir
-        self._steps_per_epoch = 1
-        self._forward: ConstrainedForward | None = None
-
-    def state(self) -> dict:
-        """What a checkpoint keeps, in ``trainer_state.json``: the settings and the anchors' folder."""
-        anchors = self._forward.anchors.path.name if self._forward else None
-        return {"args": {}, "attributes": {**self._settings, "anchors": anchors}}
-
-    def detach(self) -> None:
-        """Leave the model as it was, after a training that an error ended."""
-        if self._forward is not None:
-            self._forward.detach()
-
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        if args.restore_callback_states_from_checkpoint:
-            raise ProConError(
-                "restore_callback_states_from_checkpoint makes callbacks anew, without directions: leave it False; "
-                "ProConCallback reads its own state"
-            )
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        processing_class: Any = None,
-        train_dataloader: DataLoader | None = None,
-        **kwargs,
-    ) -> None:
-        left_over = _constraining(model)
-        if left_over is not None:
-            left_over.detach()
-        if not self._schedule.active:
-            return
-        _refuse(args, model, train_dataloader)
-        self._steps_per_epoch = max(1, -(-len(train_dataloader) // args.gradient_accumulation_steps))
-        # Differs on resuming where the schedule counts in epochs and the steps are of another size.
-        self._settings["phase_steps"] = [
-            int(phase.steps(self._steps_per_epoch)) for phase in self._schedule.phases if phase.length is not None
-        ]
-        if state.global_step > 0:
-            anchors = self._reopen_anchors(args, state)
-        elif left_over is not None and left_over is self._forward:
-            # The Trainer starts over, with a smaller batch say, and the model may have moved meanwhile.
-            anchors = left_over.anchors
-        else:
-            anchors = self._record_anchors(args, model, train_dataloader)
-        self._forward = ConstrainedForward(
-            model, self._constraint, anchors, alpha=0.0, fuse=self._fuse, tokenizer=processing_class
-        ).attach()
-        logger.info(
-            "alpha schedule %s over %d steps of %d epochs, %d steps each",
-            self._schedule,
-            state.max_steps,
-            state.num_train_epochs,
-            self._steps_per_epoch,
-        )
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        if self._forward is not None:
-            self._forward.alpha = self._schedule.alpha(state.global_step, self._steps_per_epoch)
-            self._forward.backwards = 0
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
-    ) -> None:
-        if self._forward is None or self._forward.alpha == 0:
-            return
-        self._forward.check()
-        if self._forward.backwards == 0:
-            raise ProConError(
-                "the gradient of this step came without a training forward of the model that the Trainer named, so the "
-                f"constraint was lost: train it in training mode and through its own forward, or {_REMEDY}"
-            )
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        if self._forward is not None and control.should_save:
-            _check_finite(float(self._forward.penalty_sum), state)
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs
-    ) -> None:
-        if self._forward is None or logs is None or "loss" not in logs:
-            return
-        found = {"procon/alpha": self._forward.alpha}
-        sums = torch.tensor([float(self._forward.penalty_sum), self._forward.tokens], device=PartialState().device)
-        penalty, tokens = reduce(sums, "sum").tolist()
-        _check_finite(penalty, state)
-        if tokens:
-            found["procon/penalty"] = penalty / tokens
-        self._forward.penalty_sum, self._forward.tokens = 0.0, 0
-        logs.update(found)
-        state.log_history[-1].update(found)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self.detach()
-        self._forward = None
-
-    def _record_anchors(self, args: TrainingArguments, model: nn.Module, loader: DataLoader) -> Anchors:
-        """One folder for each starting state, so that a changed model or direction never meets old anchors."""
-        blocks = self._constraint.blocks
-        state = fingerprint(model, self._directions, blocks, _SCOPE)
-        if (precision := AcceleratorState().mixed_precision) != "no":
-            state = f"{state}-{precision}"  # the same weights give other projections
-        with _random_state_kept(args.device):
-            return Anchors.record(
-                model,
-                _recording_loader(loader, args),
-                self._directions,
-                self._anchors_root(args) / state,
-                blocks=blocks,
-                scope=_SCOPE,
-                progress=not args.disable_tqdm,
-                fingerprint=state,
-            )
-
-    def _reopen_anchors(self, args: TrainingArguments, state: TrainerState) -> Anchors:
-        """The anchors of the interrupted training: the model is no longer in the state that they were recorded in."""
-        saved = (state.stateful_callbacks or {}).get(type(self).__name__)
-        if saved is None or saved["attributes"]["anchors"] is None:
-            raise ProConError(
-                f"the checkpoint of step {state.global_step} was trained without a constraint, so there are no anchors "
-                "to go on with: start afresh from the model that is to be held"
-            )
-        for name, expected in self._settings.items():
-            found = saved["attributes"].get(name)
-            if found != expected:
-                raise ProConError(
-                    f"the checkpoint of step {state.global_step} was trained with {name} {found!r}, not {expected!r}: "
-                    "resume with the same settings, or start afresh"
-                )
-        return Anchors(self._anchors_root(args) / saved["attributes"]["anchors"])
-
-    def _anchors_root(self, args: TrainingArguments) -> Path:
-        # Of the output folder, push_to_hub leaves out what begins with an underscore.
-        return Path(self._anchors_dir or Path(args.output_dir) / "_anchors")
-
-
-def _check_finite(penalty: float, state: TrainerState) -> None:
-    if not math.isfinite(penalty):
-        raise ProConError(
-            f"the penalty became {penalty} by step {state.global_step}, so hidden states are NaN or infinite: resume "
-            "from the last checkpoint with a lower learning rate, or train in bfloat16 or float32"
-        )
-
-
 def _causal_lm(model: nn.Module) -> nn.Module:
     """The module whose forward takes the labels: below what wraps it for training, and below PEFT."""
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _constraining(model: nn.Module) -> ConstrainedForward | None:
+def constraining(model: nn.Module) -> ConstrainedForward | None:
     """What constrains the forward of ``model``, if anything does."""
     found = getattr(_causal_lm(model).forward, "constrained_by", None)
     return found if found is not None and found.attached else None
@@ -476,42 +255,3 @@ def _on_cpu(given: Mapping[str, Any]) -> dict[str, Tensor]:
     stacked = torch.stack([value.long() for value in batch.values()]).cpu()
     others = {name: value for name, value in given.items() if isinstance(value, Tensor) and name not in batch}
     return {**others, **dict(zip(batch, stacked, strict=True))}
-
-
-def _refuse(args: TrainingArguments, model: nn.Module, loader: DataLoader) -> None:
-    if args.n_gpu > 1:
-        raise ProConError("nn.DataParallel copies the model without its hooks: start one process a GPU with torchrun")
-    if (getattr(model, "tp_size", None) or 1) > 1:
-        raise ProConError(
-            "the model is split by tensor parallelism, whose ranks share batches: train with DDP, FSDP or DeepSpeed"
-        )
-    if args.label_smoothing_factor:
-        raise ProConError(
-            "label_smoothing_factor makes a loss of its own, in which the model's, and with it the constraint, is "
-            f"lost: set it to 0, or {_REMEDY}"
-        )
-    if not hasattr(loader.dataset, "__len__"):
-        raise ProConError("anchors need a training set with a length: a streamed one cannot be recorded beforehand")
-
-
-def _recording_loader(loader: DataLoader, args: TrainingArguments) -> DataLoader:
-    """This rank's share of what ``loader`` draws from, whole: training may drop other samples in each epoch."""
-    # A generator of its own: without one, iterating would draw from the global random state of training.
-    return DataLoader(
-        Subset(loader.dataset, range(args.process_index, len(loader.dataset), args.world_size)),
-        batch_size=args.per_device_train_batch_size,
-        collate_fn=loader.collate_fn,
-        generator=torch.Generator(),
-    )
-
-
-@contextmanager
-def _random_state_kept(device: torch.device) -> Iterator[None]:
-    """A dataset or a collator may draw from it; the training that follows must not notice."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
