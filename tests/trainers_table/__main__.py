@@ -39,6 +39,7 @@ def run_cell(row: str, mode: setting.Mode, expected: dict, folder: Path) -> dict
     """``{"error": relative error of the penalty's gradient}``, or ``{"refused": why}``."""
     step = rows.ROWS[row]
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     try:
         constrained = step(mode, folder, setting.ALPHA)
     except ProConError as refusal:
