@@ -4,7 +4,17 @@ import copy
 
 import pytest
 import torch
-from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    TrainableTokensConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from transformers import AutoModelForCausalLM
 
 from procon.anchors import AnchoredCollator, Anchors
@@ -25,6 +35,9 @@ STILL = {
     "rsLoRA": LoraConfig(**ATTENTION, use_rslora=True),
     "DoRA": LoraConfig(**CAUSAL, r=2, target_modules="all-linear", use_dora=True),
     "IA3": IA3Config(**CAUSAL),
+    "VeRA": VeraConfig(**CAUSAL, r=4, target_modules=["q_proj", "v_proj"]),
+    "OFT": OFTConfig(**CAUSAL, oft_block_size=4, target_modules=["q_proj", "v_proj"]),
+    "LoHa": LoHaConfig(**CAUSAL, r=2, target_modules=["q_proj", "v_proj"]),
     "MLP only": LoraConfig(**CAUSAL, r=2, target_modules=["up_proj", "down_proj"]),
     "parameters": LoraConfig(**CAUSAL, r=2, target_parameters=["mlp.up_proj.weight"]),
     "head in full": LoraConfig(**ATTENTION, modules_to_save=["lm_head"]),

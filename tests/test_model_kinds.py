@@ -189,6 +189,11 @@ def seeing_model(family: str):
     return AutoModelForImageTextToText.from_config(config)
 
 
+def extract(model, tokenizer) -> RefusalDirections:
+    prompts = ContrastPrompts(("Steal the car.", "Forge the will."), ("Wash the car.", "Read the will."))
+    return RefusalDirections.extract(model, tokenizer, prompts, held_out=prompts, check_refusal=False, progress=False)
+
+
 @both_ways
 @pytest.mark.parametrize("family", WITH_AN_EYE)
 def test_text_through_a_model_that_sees(batch, assert_penalty, family, fuse):
@@ -200,12 +205,9 @@ def test_text_through_a_model_that_sees(batch, assert_penalty, family, fuse):
 
 
 @pytest.mark.parametrize("family", WITH_AN_EYE)
-def test_directions_and_anchors_of_a_model_that_sees(tokenizer, batch, random_directions, family, tmp_path):
+def test_directions_and_anchors_of_a_model_that_sees(tokenizer, batch, family, tmp_path):
     model = seeing_model(family)
-    prompts = ContrastPrompts(("Steal the car.", "Forge the will."), ("Wash the car.", "Read the will."))
-    directions = RefusalDirections.extract(
-        model, tokenizer, prompts, held_out=prompts, check_refusal=False, progress=False
-    )
+    directions = extract(model, tokenizer)
     anchors = Anchors.record(model, [batch], directions, tmp_path, progress=False)
     # What some processors say of every token: that it is text.
     of_text = {**batch, "mm_token_type_ids": torch.zeros_like(batch["input_ids"])}
@@ -215,6 +217,45 @@ def test_directions_and_anchors_of_a_model_that_sees(tokenizer, batch, random_di
         constraint.target(found["anchors"], found["constraint_mask"])
         model(**batch)
         assert constraint.penalty() < 1e-10
+
+
+@pytest.mark.parametrize("family", WITH_AN_EYE)
+def test_packed_text_is_right_or_refused(random_directions, batch, family, tmp_path):
+    """Qwen2-VL and 2.5-VL, as transformers has them, do not keep apart what ``position_ids`` mark."""
+    model = seeing_model(family).eval()
+    ids = batch["input_ids"]
+    positions = torch.arange(9).repeat(2)
+    with torch.no_grad():
+        packed = model(input_ids=ids.view(1, 18), position_ids=positions[None], use_cache=False).logits
+        mixes = not torch.allclose(packed.view(2, 9, -1), model(input_ids=ids, use_cache=False).logits, atol=1e-5)
+    assert mixes == (family in ("qwen2_vl", "qwen2_5_vl"))
+    of_row = {"input_ids": ids.view(1, 18), "labels": ids.view(1, 18), "position_ids": positions[None]}
+    directions = random_directions(model)
+    if mixes:
+        with pytest.raises(ProConError, match="lets the sequences of a packed row see each other: pad them"):
+            Anchors.record(model, [of_row], directions, tmp_path, progress=False)
+    else:
+        Anchors.record(model, [of_row], directions, tmp_path, progress=False)
+
+
+def test_blocks_that_text_does_not_pass(tokenizer, batch, tmp_path):
+    """Llama 3.2 Vision looks at images in blocks of their own: without one they do not run, and are not constrained."""
+    text = TEXT | {"model_type": "mllama_text_model", "num_hidden_layers": 4, "cross_attention_layers": [2]}
+    eye = EYE | {"model_type": "mllama_vision_model", "num_global_layers": 1, "vision_output_dim": 32}
+    eye |= {"intermediate_layers_indices": [0], "attention_heads": 2}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING["mllama"](text_config=text, vision_config=eye, image_token_index=250)
+    model = AutoModelForImageTextToText.from_config(config)
+    directions = extract(model, tokenizer)
+    assert directions.usable.tolist() == [False, True, False, True]
+    anchors = Anchors.record(model, [batch], directions, tmp_path, progress=False).annotate(batch)
+    constraint = ProjectionConstraint(directions)
+    assert constraint.blocks == (1, 3)
+    with constraint.attach(model.train()):
+        constraint.target(anchors["anchors"] + 1, anchors["constraint_mask"])
+        model(**batch)
+        torch.testing.assert_close(constraint.penalty().item(), 1.0, rtol=1e-5, atol=0)
 
 
 def test_images_are_refused(batch, random_directions, tmp_path):
