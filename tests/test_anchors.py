@@ -132,7 +132,7 @@ def test_padded_padding_free_and_packed_batches_of_trl_get_the_same_anchors(
     )
     packed = list(trl.pack_dataset(Dataset.from_list(samples), seq_length=40, strategy="bfd"))
     assert 1 < len(packed) < len(samples)
-    assert "seq_idx" in padding_free(packed)
+    assert "position_ids" in padding_free(packed)
     collators = {"padded": padding, "padding-free": padding_free, "packed": padding_free}
     rows = {"padded": samples, "padding-free": samples, "packed": packed}
     for recorder in collators:

@@ -77,12 +77,13 @@ import os, signal, sys
 
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from procon.directions import RefusalDirections
 from procon.training.sft import ProConSFTConfig, ProConSFTTrainer
 
 source, output, way = sys.argv[1:]
+set_seed(0)  # older TRL draws the adapter before the Trainer sets its seed
 
 
 class Trainer(ProConSFTTrainer):

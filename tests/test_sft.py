@@ -129,7 +129,7 @@ def test_constrained_tokens_are_the_labelled_ones(tiny_model, tokenizer, tmp_pat
     assert found[2] > 1e-6
 
 
-@pytest.mark.parametrize("settings", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}])
+@pytest.mark.parametrize("settings", [{"loss_type": "dft"}, {"loss_type": "nll", "label_smoothing_factor": 0.1}])
 def test_other_losses_are_constrained_too(tiny_model, tokenizer, tmp_path, settings):
     """Beside some losses TRL runs a second forward, without gradients, for its metrics."""
     strong = trainer(tiny_model(), tokenizer, tmp_path, procon_schedule="procon_s:1000", max_steps=8, **settings)
