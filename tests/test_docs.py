@@ -22,8 +22,10 @@ import pytest
 import yaml
 
 import procon
+from procon.arithmetic import arithmetic_problems
 from procon.cli import COMMANDS, parse
 from procon.errors import ProConError
+from procon.prompts import builtin_prompts
 from procon.training import ProConArguments
 
 ROOT = Path(__file__).parent.parent
@@ -92,9 +94,17 @@ def run_python(page: Path, names: dict) -> None:
 
 
 @pytest.fixture
+def tokenizer(tokenizer):
+    """With words for tokens and not bytes, so that the pages' samples are as short as a real model's."""
+    problems = [text for problem in arithmetic_problems(200, seed=0) for text in problem.values()]
+    words = tokenizer.train_new_from_iterator([*builtin_prompts("extraction").malicious, *problems], vocab_size=1000)
+    words.chat_template = CHAT_TEMPLATE
+    return words
+
+
+@pytest.fixture
 def names(tiny_model, tokenizer, tmp_path, monkeypatch) -> dict:
     """What a page's blocks may take for granted."""
-    tokenizer.chat_template = CHAT_TEMPLATE
     tiny_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     rows = [{"prompt": f"count to {n}", "completion": " ".join(map(str, range(n)))} for n in range(1, 17)]
