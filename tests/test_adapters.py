@@ -1,9 +1,11 @@
 """The constraint on adapters: each kind, several at once, one that is trained further, and merged for inference."""
 
 import copy
+from importlib.metadata import version
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import (
     IA3Config,
     LNTuningConfig,
@@ -76,6 +78,8 @@ def shake(model, seed: int = 0):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_value_and_gradient(tiny_model, batch, random_directions, assert_penalty, adapter, tied, fuse):
+    if adapter == "some tokens alone" and Version(version("peft")) < Version("0.21"):
+        pytest.skip("PEFT before 0.21 gives this adapter a tensor that cannot be copied for the reference")
     model = shake(get_peft_model(tiny_model(tie_word_embeddings=tied), copy.deepcopy(ADAPTERS[adapter])))
     with ProjectionConstraint(random_directions(model)).attach(model, fuse=fuse) as constraint:
         assert constraint.fused == ((0, 1, 2) if fuse == "auto" else ())
