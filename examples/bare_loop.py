@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from procon import AlphaSchedule, Anchors, ProjectionConstraint, RefusalDirections
 from procon.anchors import AnchoredCollator
+from procon.constraint import constrained_tokens
 from procon.data import load_conversations, padding_collator, tokenize_conversations
 
 
@@ -64,7 +65,7 @@ def main() -> None:
                 alpha = args.schedule.alpha(step, steps_per_epoch)
                 constraint.enabled = alpha > 0
                 labelled = sum((batch["labels"][:, 1:] != -100).sum() for batch in micro_batches)
-                constrained = sum(batch["constraint_mask"].sum() for batch in micro_batches)
+                constrained = constrained_tokens(micro_batches)
                 step_loss = 0.0
                 for batch in micro_batches:
                     constraint.target(batch.pop("anchors"), batch.pop("constraint_mask"))

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from procon import Anchors, ProjectionConstraint, RefusalDirections
 from procon.anchors import AnchoredCollator
+from procon.constraint import constrained_tokens
 from procon.data import load_conversations, padding_collator, tokenize_conversations
 
 
@@ -37,7 +38,7 @@ class OptimizerSteps:
         batches = iter(self.loader)
         while window := list(islice(batches, self.accumulation)):
             labelled = sum((batch["labels"][:, 1:] != -100).sum() for batch in window)
-            constrained = sum(batch["constraint_mask"].sum() for batch in window)
+            constrained = constrained_tokens(window)
             for batch in window:
                 yield {**batch, "labelled": labelled, "constrained": constrained}
 

@@ -176,15 +176,23 @@ def test_commands_are_ours(page, tmp_path, monkeypatch):
             if path.startswith(("examples/", "benchmarks/", "tests/")):
                 assert (ROOT / path).exists(), f"{where}: there is no {path}"
         if script is not None:
-            text = (ROOT / words[script]).read_text(encoding="utf-8")
-            for word in words[script + 1 :] if words[0] != "pytest" else []:
-                flag = word.partition("=")[0]
-                if flag.startswith("--"):
-                    known = flag.removeprefix("--") in text or flag.removeprefix("--").replace("-", "_") in text
-                    assert known, f"{where}: {words[script]} has no {flag}"
+            flags = [word.partition("=")[0] for word in words[script + 1 :] if word.startswith("--")]
+            known = flags_of(ROOT / words[script]) if words[0] != "pytest" else flags
+            assert set(flags) <= {*known, "--help"}, f"{where}: {words[script]} has {sorted(known)}"
         if "install" in words:
             for extra in re.findall(r"\[([\w,-]+)\]", " ".join(words)):
                 assert set(extra.split(",")) <= declared_extras(), f"{where}: setup.py declares other extras"
+
+
+def flags_of(script: Path) -> set[str]:
+    """What an example takes: its own arguments, and the fields of the configuration that it parses."""
+    text = script.read_text(encoding="utf-8")
+    flags = set(re.findall(r'add_argument\("(--[\w-]+)"', text))
+    if "HfArgumentParser" in text:
+        flags |= {f"--{name}" for name in re.findall(r"^    (\w+): .* = field\(", text, re.MULTILINE)}
+        config = re.search(r"HfArgumentParser\(\(ScriptArguments, (\w+)\)\)", text)[1]
+        flags |= {f"--{field.name}" for field in fields(getattr(procon, config))}
+    return flags
 
 
 def check_procon(words: list[str], where: str) -> None:
