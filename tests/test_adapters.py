@@ -80,10 +80,12 @@ def shake(model, seed: int = 0):
 def test_value_and_gradient(tiny_model, batch, random_directions, assert_penalty, adapter, tied, fuse):
     if adapter == "some tokens alone" and Version(version("peft")) < Version("0.21"):
         pytest.skip("PEFT before 0.21 gives this adapter a tensor that cannot be copied for the reference")
-    model = shake(get_peft_model(tiny_model(tie_word_embeddings=tied), copy.deepcopy(ADAPTERS[adapter])))
+    model, reference = (
+        shake(get_peft_model(tiny_model(tie_word_embeddings=tied), copy.deepcopy(ADAPTERS[adapter]))) for _ in range(2)
+    )
     with ProjectionConstraint(random_directions(model)).attach(model, fuse=fuse) as constraint:
         assert constraint.fused == ((0, 1, 2) if fuse == "auto" else ())
-    assert_penalty(model, batch, still=int(adapter in STILL), fuse=fuse)
+    assert_penalty(model, batch, reference=reference.double(), still=int(adapter in STILL), fuse=fuse)
 
 
 def test_an_adapter_that_transformers_adds(tiny_model, batch, assert_penalty):
