@@ -25,6 +25,7 @@ SHARDED = {
     "fsdp2": ("FSDP", "DTensor", "FSDPLlamaDecoderLayer"),
     "fsdp2_resumed": ("FSDP", "DTensor", "FSDPLlamaDecoderLayer"),
     "fsdp2_checkpointed": ("FSDP", "DTensor", "FSDPCheckpointWrapper"),
+    "fsdp2_lora": ("FSDP", "DTensor", "FSDPLlamaDecoderLayer"),
     "fsdp2_main_only": ("FSDP", "DTensor", "FSDPLlamaDecoderLayer"),
     "fsdp2_at_load": ("MULTI_NPU", "DTensor", "FSDPLlamaDecoderLayer"),
     "tensor_parallel": ("MULTI_NPU", "DTensor", "LlamaDecoderLayer"),
@@ -32,11 +33,12 @@ SHARDED = {
     "zero2": ("DEEPSPEED", "Parameter", "LlamaDecoderLayer"),
     "zero2_bfloat16": ("DEEPSPEED", "Parameter", "LlamaDecoderLayer"),
     "zero3": ("DEEPSPEED", "Parameter", "LlamaDecoderLayer"),
+    "zero3_lora": ("DEEPSPEED", "Parameter", "LlamaDecoderLayer"),
 }
 #: Cases of few steps; the others have all twenty.
-SHORT = {"fsdp2_main_only", "fsdp2_at_load", "tensor_parallel", "context_parallel"}
-#: Cases under ProCon_wu; the others are under ProCon_s.
-WARM_UP = {"fsdp2_checkpointed", "zero3"}
+SHORT = {"fsdp2_lora", "fsdp2_main_only", "fsdp2_at_load", "tensor_parallel", "context_parallel", "zero3_lora"}
+#: The run on one rank that a case is compared with, if not with the one under ProCon_s.
+EXPECTED = {"fsdp2_checkpointed": "ddp_warm_up", "zero3": "ddp_warm_up", "fsdp2_lora": "lora", "zero3_lora": "lora"}
 
 #: By case, a part of what every rank is told.
 REFUSED = {
@@ -97,7 +99,7 @@ def test_two_ranks_train_as_one_does(tiny_model, tokenizer, tmp_path):
         needs_deepspeed = ("zero", "partitioned", "ulysses")
         return [case for case in cases if zero or not case.startswith(needs_deepspeed)]
 
-    one = launch(tmp_path, 1, ["ddp", "ddp_warm_up"])
+    one = launch(tmp_path, 1, ["ddp", "ddp_warm_up", "lora"])
     two = launch(tmp_path, 2, among([*sorted(SHARDED.keys() - {"fsdp2_resumed"}), "extracted_once", *REFUSED]))
     fewer = launch(tmp_path, 1, among(["ddp_resumed", "fsdp2_resumed", "zero2_resumed"]))
 
@@ -107,7 +109,7 @@ def test_two_ranks_train_as_one_does(tiny_model, tokenizer, tmp_path):
 
     for case in among(sorted(SHARDED.keys() - {"fsdp2_resumed", "zero2_bfloat16"})):
         assert two[case]["ranks"] == 2
-        assert_same_run(case, two[case], one["ddp_warm_up" if case in WARM_UP else "ddp"])
+        assert_same_run(case, two[case], one[EXPECTED.get(case, "ddp")])
     assert drift(one["ddp"])[0] == pytest.approx(1)
     assert drift(one["ddp"])[-1] < 0.99
     assert drift(two["fsdp2"]) == pytest.approx(drift(one["ddp"]), rel=1e-3)

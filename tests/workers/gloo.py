@@ -1,6 +1,7 @@
 """Ranks on a CPU that Accelerate shards a model over, as it does on GPUs."""
 
 import os
+from importlib.util import find_spec
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -18,6 +19,11 @@ def start(*, sharding: bool) -> None:
     os.environ.clear()
     os.environ.update(_AS_LAUNCHED)
     AcceleratorState._reset_state(reset_partial_state=True)
+    if find_spec("deepspeed"):
+        import deepspeed
+
+        # Ranks on one CPU would first compile a way to share memory.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ:
         return
     state = PartialState(cpu=True, backend="gloo")

@@ -14,17 +14,20 @@ from unittest import mock
 import gloo
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainerCallback
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from procon.decoder import find_decoder
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.prompts import builtin_prompts
 from procon.training import DriftCallback, ProConConfig, ProConTrainer
 
 FOLDER = Path(sys.argv[1])
+EXAMPLES = Path(__file__).parents[2] / "examples"
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 OTHER = 3 - WORLD
 LAUNCHED = "RANK" in os.environ
@@ -36,6 +39,7 @@ WARM_UP = {"procon_schedule": "procon_wu:100@2ep", "max_steps": 10}
 SAVES = {"save_strategy": "steps", "save_steps": 8}
 #: Tensor parallelism of a tiny model on a CPU is slow, and learning rates are constant.
 SHORT = {"max_steps": 5}
+LORA = {**SHORT, "learning_rate": 1e-2}
 
 
 def rows() -> list[dict]:
@@ -58,6 +62,12 @@ def directions(seed: int = 0) -> RefusalDirections:
 
 def load(**settings) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(FOLDER / "model", **settings)
+
+
+def load_lora() -> torch.nn.Module:
+    model = load()
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
 
 
 def load_on_main() -> torch.nn.Module:
@@ -84,14 +94,7 @@ def fsdp2(**settings) -> dict:
 
 
 def zero(stage: int, **settings) -> dict:
-    import deepspeed
-
-    # Or ranks on one CPU would first compile a way to share memory.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    optimizer = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}}
-    sizes = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    config = {"zero_optimization": {"stage": stage}, "optimizer": optimizer, "bf16": {"enabled": "auto"}}
-    return {"deepspeed": config | dict.fromkeys(sizes, "auto"), **settings}
+    return {"deepspeed": str(EXAMPLES / "deepspeed" / f"zero{stage}.json"), **settings}
 
 
 def trainer(
@@ -152,8 +155,8 @@ def train(name: str, *, resume: str | None = None, drift: bool = False, **settin
         "recorded": len(ours._anchors),
         "kind": ours.accelerator.distributed_type.value,
         "ranks": ours.accelerator.num_processes,
-        "parameter": type(ours.model.lm_head.weight).__name__,
-        "block": type(ours.model.model.layers[0]).__name__,
+        "parameter": type(ours.model.get_output_embeddings().weight).__name__,
+        "block": type(find_decoder(ours.model).blocks[0]).__name__,
     }
 
 
@@ -255,6 +258,8 @@ CASES = {
     "fsdp2": partial(train, drift=True, **fsdp2(), **SAVES),
     "fsdp2_resumed": partial(train, resume=f"fsdp2-{OTHER}", **fsdp2()),
     "fsdp2_checkpointed": partial(train, **fsdp2(activation_checkpointing=True), **WARM_UP),
+    "lora": partial(train, model=load_lora, **LORA),
+    "fsdp2_lora": partial(train, model=load_lora, **fsdp2(), **LORA),
     "fsdp2_main_only": partial(train, model=load_on_main, **fsdp2(cpu_ram_efficient_loading=True), **SHORT),
     "fsdp2_at_load": sharded_at_load,
     "tensor_parallel": partial(
@@ -264,10 +269,11 @@ CASES = {
     "extracted_once": extracted_once,
     "not_a_number": not_a_number,
     "first_version": first_version,
-    "zero2": lambda name: train(name, **zero(2), **SAVES),
-    "zero2_resumed": lambda name: train(name, resume=f"zero2-{OTHER}", **zero(2)),
-    "zero2_bfloat16": lambda name: train(name, **zero(2), **SHORT, bf16=True),
-    "zero3": lambda name: train(name, drift=True, **zero(3), **WARM_UP),
+    "zero2": partial(train, **zero(2), **SAVES),
+    "zero2_resumed": partial(train, resume=f"zero2-{OTHER}", **zero(2)),
+    "zero2_bfloat16": partial(train, **zero(2), **SHORT, bf16=True),
+    "zero3": partial(train, drift=True, **zero(3), **WARM_UP),
+    "zero3_lora": partial(train, model=load_lora, **zero(3), **LORA),
     "partitioned_extraction": partitioned_extraction,
     "ulysses": ulysses,
 }

@@ -1,0 +1,117 @@
+"""A loop under the constraint with Accelerate: DDP, FSDP2, DeepSpeed ZeRO-2 or ZeRO-3, as the configuration says.
+
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/accelerate/train.py \
+        --model MODEL --data data.jsonl --output-dir tuned --schedule procon_wu:1@4ep
+
+Cross-entropy and penalty are both token sums over the count of the whole optimiser step, of all its micro-batches and
+all ranks, so neither the number of ranks nor that of micro-batches changes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed
+from torch.utils.data import DataLoader, Subset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from procon import AlphaSchedule, Anchors, ProjectionConstraint, RefusalDirections
+from procon.anchors import AnchoredCollator
+from procon.constraint import constrained_tokens
+from procon.data import load_conversations, padding_collator, tokenize_conversations
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="chat model: a folder or hub name")
+    parser.add_argument("--data", required=True, help="conversations: .json, .jsonl, .csv or .parquet")
+    parser.add_argument("--directions", help="file of 'procon directions'; extracted if not given, ZeRO-3 needs one")
+    parser.add_argument("--output-dir", type=Path, default="tuned", help="folder for anchors and the tuned model")
+    parser.add_argument("--schedule", type=AlphaSchedule.parse, default="procon_wu:1@4ep", help="alpha over training")
+    parser.add_argument("--epochs", type=int, default=3, help="the schedule's warm-up comes on top")
+    parser.add_argument("--batch-size", type=int, default=2, help="rows of a micro-batch of one rank")
+    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of an optimiser step")
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    args = parser.parse_args()
+
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.accumulation,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),  # one order on any number of ranks
+    )
+    set_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    dataset = tokenize_conversations(load_conversations(args.data), tokenizer)
+    padded = padding_collator(tokenizer)
+    anchored = AnchoredCollator(padded, None)
+
+    if args.directions:
+        directions = RefusalDirections.load(args.directions)
+    else:
+        # Of the main process: FSDP may have loaded the weights there alone.
+        found = [RefusalDirections.extract(model, tokenizer) if accelerator.is_main_process else None]
+        directions = broadcast_object_list(found)[0]
+    constraint = ProjectionConstraint(directions).attach(model)
+    model, optimizer, loader = accelerator.prepare(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=args.learning_rate),
+        DataLoader(dataset, args.batch_size, shuffle=True, collate_fn=anchored),
+    )
+    # Once, before the first step, from the model as it will train: on its device, sharded, in its precision.
+    share = Subset(dataset, range(accelerator.process_index, len(dataset), accelerator.num_processes))
+    anchored.anchors = Anchors.record(
+        model,
+        DataLoader(share, args.batch_size, collate_fn=padded),
+        directions,
+        args.output_dir / "anchors",
+        blocks=constraint.blocks,
+    )
+
+    steps_per_epoch = -(-len(loader) // args.accumulation)
+    total_steps = args.epochs * steps_per_epoch + args.schedule.extra_steps(steps_per_epoch)
+    # Ranks average their gradients, and backward() divides by the number of micro-batches: the counts have both.
+    undo = accelerator.num_processes * accelerator.gradient_accumulation_steps
+    step = 0
+    model.train()
+    while step < total_steps:
+        batches = iter(loader)
+        while step < total_steps and (micro_batches := list(islice(batches, args.accumulation))):
+            alpha = args.schedule.alpha(step, steps_per_epoch)
+            constraint.enabled = alpha > 0
+            constrained = constrained_tokens(micro_batches, accelerator.reduce)
+            labelled = accelerator.reduce(sum((batch["labels"][:, 1:] != -100).sum() for batch in micro_batches))
+            step_loss, step_penalty = torch.zeros(2, device=accelerator.device)
+            for batch in micro_batches:
+                accelerator.sync_gradients = batch is micro_batches[-1]
+                with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
+                    constraint.target(batch.pop("anchors"), batch.pop("constraint_mask"))
+                    loss = model(**batch, num_items_in_batch=labelled).loss
+                    if alpha > 0:
+                        penalty = constraint.penalty(constrained)
+                        loss = loss + alpha * penalty
+                        step_penalty += penalty.detach()
+                    accelerator.backward(loss * undo)
+                    constraint.release()
+                step_loss += loss.detach()
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            loss, penalty = accelerator.reduce(torch.stack([step_loss, step_penalty])).tolist()
+            accelerator.print(f"step {step}/{total_steps}  alpha {alpha:g}  loss {loss:.6g}  penalty {penalty:.6g}")
+    constraint.detach()
+
+    weights = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model).save_pretrained(args.output_dir, state_dict=weights)
+        tokenizer.save_pretrained(args.output_dir)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The Accelerate example does on two ranks, with each of its configurations, what it does on one."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from procon.directions import RefusalDirections
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "accelerate"
+#: And what Accelerate makes of each on two CPU ranks.
+CONFIGURATIONS = {
+    "ddp.yaml": "MULTI_CPU",
+    "fsdp2.yaml": "FSDP",
+    "deepspeed_zero2.yaml": "DEEPSPEED",
+    "deepspeed_zero3.yaml": "DEEPSPEED",
+}
+
+
+@pytest.fixture
+def place(tiny_model, tokenizer, tmp_path, monkeypatch) -> Path:
+    """The current folder, with a model, data and directions in it."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    rows = [{"prompt": f"count to {n}", "completion": " ".join(map(str, range(n)))} for n in range(1, 17)]
+    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    unit = torch.nn.functional.normalize(torch.randn(3, 32, generator=torch.Generator().manual_seed(0)), dim=1)
+    RefusalDirections(unit, *torch.ones(4, 3)).save("directions.safetensors")
+    return tmp_path
+
+
+def steps(printed: str) -> list[dict[str, float]]:
+    """The numbers of the lines that tell of a step."""
+    lines = [line.split() for line in printed.splitlines() if line.startswith("step ")]
+    return [{line[i]: float(line[i + 1]) for i in range(2, len(line), 2)} for line in lines]
+
+
+def test_every_configuration_is_run():
+    assert sorted(CONFIGURATIONS) == sorted(path.name for path in EXAMPLE.glob("*.yaml"))
+
+
+@pytest.mark.slow
+def test_two_ranks_do_what_one_does(place, monkeypatch, capsys):
+    common = ["--model=model", "--data=data.jsonl", "--directions=directions.safetensors", "--output-dir=one"]
+    lengths = ["--batch-size=4", "--epochs=2", "--schedule=100@3steps,0", "--learning-rate=1e-3"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *common, *lengths])
+    runpy.run_path(str(EXAMPLE / "train.py"), run_name="__main__")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    expected = steps(capsys.readouterr().out)
+    assert [step["alpha"] for step in expected] == [100, 100, 100, 0]
+    assert expected[0]["penalty"] < 1e-12 < 1e-6 < expected[1]["penalty"] < expected[2]["penalty"]
+    tuned = load_file("one/model.safetensors")
+
+    configurations = [name for name in CONFIGURATIONS if find_spec("deepspeed") or not name.startswith("deepspeed")]
+    command = [
+        "-m",
+        "accelerate.commands.launch",
+        f"--config_file={EXAMPLE / configurations[0]}",
+        "--main_process_port=0",
+    ]
+    result = subprocess.run(
+        [sys.executable, *command, str(ROOT / "tests" / "workers" / "examples.py"), str(place), *configurations],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    for name, run in json.loads((place / "printed.json").read_text()).items():
+        assert run["kind"] == CONFIGURATIONS[name]
+        found = steps(run["printed"])
+        assert len(found) == 4
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-12), name
+        weights = load_file(place / name / "model.safetensors")
+        assert weights.keys() == tuned.keys()
+        for key, value in weights.items():
+            # Adam divides small gradients' rounding errors by their size.
+            torch.testing.assert_close(value, tuned[key], rtol=0, atol=1e-5)
+    if "deepspeed_zero3.yaml" not in configurations:
+        pytest.skip("all but ZeRO is as it should be: DeepSpeed is not installed")
