@@ -12,6 +12,7 @@ from pathlib import Path
 import setting
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from setting import Mode
 from torch import Tensor, nn
@@ -202,6 +203,7 @@ def accelerate_loop(mode: Mode, folder: Path, alpha: float) -> dict[str, Tensor]
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
         )
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the rows before
     accelerator = Accelerator(
         cpu=True,
         gradient_accumulation_steps=mode.accumulation,
