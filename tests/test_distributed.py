@@ -1,5 +1,6 @@
 """Sharded or not, two gloo ranks train as one process does; what would go wrong is refused on every rank."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -49,13 +50,11 @@ REFUSED = {
 }
 
 
-def launch(folder: Path, ranks: int, cases: list[str]) -> dict:
+def launch(folder: Path, ranks: int, cases: list[str], *, group: bool = True) -> dict:
     """What ``workers/trainer.py`` finds."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if group else []
     result = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"),
-            *(str(WORKERS / "trainer.py"), str(folder), *cases),
-        ],
+        [sys.executable, *torchrun, str(WORKERS / "trainer.py"), str(folder), *cases],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
@@ -89,6 +88,28 @@ def assert_same_run(case: str, found: dict, expected: dict) -> None:
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-12), case
 
 
+def assert_same_gradients(found: dict[tuple, dict]) -> None:
+    """Of ``workers/constraint.py``."""
+
+    def assert_same(case: tuple, expected: tuple) -> None:
+        assert found[case]["fused"] == ((0, 1, 2) if case[1] == "auto" else ()), case
+        gradient, wanted = found[case]["gradient"], found[expected]["gradient"]
+        # The fused norm computes in float64, transformers' own in float32 within a float64 model.
+        assert (gradient - wanted).norm() <= 1e-6 * wanted.norm(), case
+
+    for world, fuse, checkpointed in itertools.product((1, 2), ("auto", "never"), (False, True)):
+        assert_same((f"{world} by fully_shard", fuse, checkpointed), ("1 by fully_shard", "never", False))
+
+    penalty = found["plain", "never"]["penalty"]
+    assert penalty > 0.1
+    for fuse in ("auto", "never"):
+        for placement in ("plain", "replicated", "rows", "tokens"):
+            assert_same((placement, fuse), ("plain", "never"))
+            assert found[placement, fuse]["penalty"] == pytest.approx(penalty, rel=1e-9)
+        for placement, name in (("width", "S(2)"), ("partial", "P(sum)")):
+            assert f"block 0 got hidden states with placement {name}" in found[placement, fuse]["refused"]
+
+
 @pytest.mark.slow
 def test_two_ranks_train_as_one_does(tiny_model, tokenizer, tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
@@ -99,9 +120,11 @@ def test_two_ranks_train_as_one_does(tiny_model, tokenizer, tmp_path):
         needs_deepspeed = ("zero", "partitioned", "ulysses")
         return [case for case in cases if zero or not case.startswith(needs_deepspeed)]
 
-    one = launch(tmp_path, 1, ["ddp", "ddp_warm_up", "lora"])
-    two = launch(tmp_path, 2, among([*sorted(SHARDED.keys() - {"fsdp2_resumed"}), "extracted_once", *REFUSED]))
+    one = launch(tmp_path, 1, ["ddp", "ddp_warm_up", "lora"], group=False)
+    cases = [*(SHARDED.keys() - {"fsdp2_resumed"}), "without_trainer", "extracted_once", *REFUSED]
+    two = launch(tmp_path, 2, among(cases))
     fewer = launch(tmp_path, 1, among(["ddp_resumed", "fsdp2_resumed", "zero2_resumed"]))
+    assert not {case: found["error"] for case, found in {**one, **two}.items() if "error" in found}
 
     penalties = [row["procon/penalty"] for row in steps(one["ddp"])]
     assert penalties[0] < 1e-12 < 1e-6 < penalties[-1]
@@ -118,6 +141,8 @@ def test_two_ranks_train_as_one_does(tiny_model, tokenizer, tmp_path):
     for case in ("ddp_resumed", "fsdp2_resumed"):
         assert fewer[case]["ranks"] == 1
         assert_same_run(case, fewer[case], one["ddp"])
+
+    assert_same_gradients(torch.load(tmp_path / "gradients.pt"))
 
     assert two["extracted_once"]["hashes"] == [two["extracted_once"]["expected"]] * 2
     assert two["extracted_once"]["errors"] == ["no refusals"] * 2

@@ -1,10 +1,9 @@
-"""``constraint.py FILE``: gradients under the constraint, whole or sharded over two ranks; rank 0 writes them down.
+"""Gradients under the constraint without a Trainer, whole or sharded over two ranks.
 
 ``fully_shard`` shards parameters and rows. As DTensors, block inputs are sharded themselves.
 """
 
 import itertools
-import sys
 
 import torch
 import torch.distributed as dist
@@ -57,8 +56,9 @@ def gradient(model: LlamaForCausalLM) -> torch.Tensor:
     return torch.cat([(g.full_tensor() if isinstance(g, DTensor) else g).flatten() for g in gradients])
 
 
-def by_fully_shard(rank: int, world: int, fuse: str, checkpointed: bool) -> dict:
+def by_fully_shard(world: int, fuse: str, checkpointed: bool) -> dict:
     """The whole batch on one rank, or a share of it on each."""
+    rank = dist.get_rank() if world > 1 else 0
     model = make()
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -97,13 +97,12 @@ def by_placement(placement: Placement | None, fuse: str) -> dict:
     return {"fused": fused, "penalty": penalty.item(), "gradient": gradient(model)}
 
 
-dist.init_process_group("gloo")
-found = {
-    (world, fuse, checkpointed): by_fully_shard(dist.get_rank() if world > 1 else 0, world, fuse, checkpointed)
-    for world, fuse, checkpointed in itertools.product((1, 2), ("auto", "never"), (False, True))
-}
-for (name, placement), fuse in itertools.product({"plain": None, **PLACEMENTS}.items(), ("auto", "never")):
-    found[name, fuse] = by_placement(placement, fuse)
-if dist.get_rank() == 0:
-    torch.save(found, sys.argv[1])
-dist.destroy_process_group()
+def gradients() -> dict[tuple, dict]:
+    """By how it was sharded, ``fuse``, and whether blocks were checkpointed."""
+    found = {
+        (f"{world} by fully_shard", fuse, checkpointed): by_fully_shard(world, fuse, checkpointed)
+        for world, fuse, checkpointed in itertools.product((1, 2), ("auto", "never"), (False, True))
+    }
+    for (name, placement), fuse in itertools.product({"plain": None, **PLACEMENTS}.items(), ("auto", "never")):
+        found[name, fuse] = by_placement(placement, fuse)
+    return found

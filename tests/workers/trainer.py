@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import constraint
 import gloo
 import torch
 from datasets import Dataset
@@ -198,6 +199,14 @@ def sharded_at_load(name: str) -> dict:
     return {**found, "cosine": whole.cosine(sharded)[1:].tolist()}
 
 
+def without_trainer(name: str) -> dict:
+    gloo.start(sharding=True)
+    found = constraint.gradients()
+    if RANK == 0:
+        torch.save(found, FOLDER / "gradients.pt")
+    return {}
+
+
 def everywhere(value) -> list:
     """The value of every rank."""
     values = [None] * WORLD
@@ -266,6 +275,7 @@ CASES = {
         train, model=partial(load_distributed, tp_size=WORLD), replicas=1, sharding=True, **SHORT
     ),
     "context_parallel": context_parallel,
+    "without_trainer": without_trainer,
     "extracted_once": extracted_once,
     "not_a_number": not_a_number,
     "first_version": first_version,
