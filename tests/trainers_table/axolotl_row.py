@@ -16,12 +16,9 @@ from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
 from axolotl.train import setup_model_and_trainer
 from axolotl.utils.dict import DictDefault
-from pydantic import ValidationError
 from rows import COMPILER, RANK, WORLD, FirstStep
 from setting import Mode
 from torch import Tensor
-
-from procon.errors import ProConError
 
 # Several ranks are GPUs to axolotl: it asks whether they reach each other, and puts the mesh of FSDP2 on them.
 axolotl.utils.trainer.check_cuda_p2p_ib_support = lambda: True
@@ -139,14 +136,7 @@ def config(mode: Mode, folder: Path, alpha: float) -> dict:
 
 def build(mode: Mode, folder: Path, alpha: float):
     """axolotl's trainer, by what ``axolotl train`` runs: config, data, model, builder, plugins."""
-    try:
-        cfg = load_cfg(DictDefault(config(mode, folder, alpha)))
-    except ValidationError as error:
-        # Ours, in pydantic's wrapping.
-        reason = error.errors()[0]["ctx"]["error"]
-        if isinstance(reason, ProConError):
-            raise reason from error
-        raise
+    cfg = load_cfg(DictDefault(config(mode, folder, alpha)))
     cfg.device_map = {"": "cpu"}
     if mode.batches == "padding-free":
         cfg.attn_implementation = "sdpa"
