@@ -50,6 +50,22 @@ class Anchors:
         self.scope: TokenScope = manifest["scope"]
         self._shards = AnchorShards(self.path)
 
+    @classmethod
+    def reopen(cls, path: str | Path) -> Anchors:
+        """The store that any host of the process group has in ``path``; all ranks must call.
+
+        Hosts that lack it, as one that took another's place in a resumed run does, get a copy. On one host it is opened.
+
+        Raises:
+            ProConError: if no host has it, or it is damaged.
+        """
+        path = Path(path)
+        if any(gather((path / _MANIFEST).exists())):
+            path.mkdir(parents=True, exist_ok=True)
+            for pattern in ("*.safetensors", _MANIFEST):
+                share_files(path, pattern)
+        return cls(path)
+
     def __len__(self) -> int:
         """Number of sequences."""
         return len(self._shards)

@@ -85,6 +85,12 @@ FULLY_SHARD = COMMON + textwrap.dedent(
     record("sharded, adapter", shard(adapted()), share, adapter, root / "adapter" / own)
     record("apart", make(), share, base, root / "apart" / own)
     record("together", make(), share, base, root / "together")
+    # The second rank's host is another one now.
+    if rank == 1:
+        shutil.rmtree(root / "apart" / own)
+    dist.barrier()
+    found["reopened"] = torch.cat(
+        [Anchors.reopen(root / "apart" / own).annotate(batch)["anchors"][0, 2:] for batch in batches])
     wrapped = torch.nn.parallel.DistributedDataParallel(make())
     record("wrapped", wrapped, share, base, root / "wrapped" / own)
 
@@ -186,6 +192,11 @@ def test_every_rank_finds_the_projections_of_all(ranks, case):
         assert found[case]["size"] == 8
         assert found[case]["files"] == ranks[0][case]["files"]
         assert len(found[case]["files"]) == (2 if "without" in case else 3)
+
+
+def test_a_host_that_lacks_the_store_gets_a_copy(ranks):
+    for found in ranks:
+        assert torch.equal(found["reopened"], found["apart"]["anchors"])
 
 
 def test_ranks_of_a_sharded_model_run_as_many_forwards(ranks):

@@ -223,7 +223,7 @@ class ProConCallback(TrainerCallback, ExportableState):
                     f"the checkpoint of step {state.global_step} was trained with {name} {found!r}, not {expected!r}: "
                     "resume with the same settings, or start afresh"
                 )
-        return Anchors(self._anchors_root(args) / saved["attributes"]["anchors"])
+        return Anchors.reopen(self._anchors_root(args) / saved["attributes"]["anchors"])
 
     def _anchors_root(self, args: TrainingArguments) -> Path:
         # Of the output folder, push_to_hub leaves out what begins with an underscore.

@@ -310,7 +310,7 @@ class ProConMixin:
                     "resume with the same settings, or start afresh"
                 )
         self._resumed_steps_per_epoch = found.get("steps_per_epoch")
-        return Anchors(self._anchors_root() / found["anchors"])
+        return Anchors.reopen(self._anchors_root() / found["anchors"])
 
     def _check_resumed_schedule(self) -> None:
         """Another number of ranks goes on as the interrupted run would have, if its steps are as large."""
