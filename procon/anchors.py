@@ -54,7 +54,7 @@ class Anchors:
     def reopen(cls, path: str | Path) -> Anchors:
         """The store that any host of the process group has in ``path``; all ranks must call.
 
-        Hosts that lack it, as one that took another's place in a resumed run does, get a copy. On one host it is opened.
+        Hosts that lack it, as one that took another's place in a resumed run does, get a copy.
 
         Raises:
             ProConError: if no host has it, or it is damaged.
