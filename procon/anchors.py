@@ -235,9 +235,21 @@ class AnchoredCollator:
         return self.anchors.annotate(batch, decode, reduction=self.reduction)
 
 
-def fingerprint(model: nn.Module, directions: RefusalDirections, blocks: Sequence[int], scope: TokenScope) -> str:
-    """A short hash of all that anchors depend on, the data aside: weights and dtype, directions, blocks, scope."""
+def fingerprint(
+    model: nn.Module,
+    directions: RefusalDirections,
+    blocks: Sequence[int],
+    scope: TokenScope,
+    precision: str = "no",
+) -> str:
+    """A short hash of all that anchors depend on, the data aside: weights and dtype, directions, blocks, scope.
+
+    Args:
+        precision: that of Accelerate's autocast, ``"no"`` without: the same weights give other projections under it.
+    """
     parts = [weights_hash(model), str(model.get_input_embeddings().weight.dtype), directions.hash, list(blocks), scope]
+    if precision != "no":
+        parts.append(precision)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

@@ -316,6 +316,15 @@ def constrained_tokens(
     return (tokens if reduce is None else reduce(tokens)).clamp_min(1)
 
 
+def check_finite(penalty: float, step: int) -> None:
+    """Raise ProConError if the penalty up to optimiser step ``step`` says that hidden states went bad."""
+    if not math.isfinite(penalty):
+        raise ProConError(
+            f"the penalty became {penalty} by step {step}, so hidden states are NaN or infinite: resume from the last "
+            "checkpoint with a lower learning rate, or train in bfloat16 or float32"
+        )
+
+
 def select_blocks(directions: RefusalDirections, blocks: Blocks) -> tuple[int, ...]:
     """Indices of the blocks to constrain.
 

@@ -4,10 +4,13 @@ Triton's interpreter where there is no GPU, poisoned allocations, the fp64 oracl
 """
 
 import copy
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from accelerate.state import AcceleratorState
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -41,6 +45,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _no_backend_from_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PROCON_BACKEND", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_another_test() -> Iterator[None]:
+    """Training arguments leave their precision and plugins in the environment and in Accelerate's shared state."""
+    with mock.patch.dict(os.environ):
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
@@ -238,6 +250,29 @@ def make_trainer(tiny_model, tokenizer, tmp_path) -> Callable[..., Trainer]:
         )
 
     return make
+
+
+@pytest.fixture
+def samples() -> list[dict]:
+    """Eight tokenised samples of unequal length, the last third of each labelled."""
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for length in (12, 7, 23, 5, 9, 16, 3, 30):
+        ids = torch.randint(5, 60, (length,), generator=generator).tolist()
+        prompt = length - length // 3
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return rows
+
+
+@pytest.fixture
+def place(tiny_model, tokenizer, tmp_path, monkeypatch) -> Path:
+    """The current folder, with a model and data in it."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    rows = [{"prompt": f"count to {n}", "completion": " ".join(map(str, range(n)))} for n in range(1, 17)]
+    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
 
 
 @pytest.fixture

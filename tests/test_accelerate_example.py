@@ -13,8 +13,6 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from procon.directions import RefusalDirections
-
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "accelerate"
 #: And what Accelerate makes of each on two CPU ranks.
@@ -27,16 +25,10 @@ CONFIGURATIONS = {
 
 
 @pytest.fixture
-def place(tiny_model, tokenizer, tmp_path, monkeypatch) -> Path:
-    """The current folder, with a model, data and directions in it."""
-    monkeypatch.chdir(tmp_path)
-    tiny_model().save_pretrained("model")
-    tokenizer.save_pretrained("model")
-    rows = [{"prompt": f"count to {n}", "completion": " ".join(map(str, range(n)))} for n in range(1, 17)]
-    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    unit = torch.nn.functional.normalize(torch.randn(3, 32, generator=torch.Generator().manual_seed(0)), dim=1)
-    RefusalDirections(unit, *torch.ones(4, 3)).save("directions.safetensors")
-    return tmp_path
+def place(place, tiny_model, random_directions) -> Path:
+    """And directions in it."""
+    random_directions(tiny_model()).save("directions.safetensors")
+    return place
 
 
 def steps(printed: str) -> list[dict[str, float]]:

@@ -39,18 +39,6 @@ def directions(model):
 
 
 @pytest.fixture
-def samples():
-    """Eight samples of unequal length, the last third of each labelled."""
-    generator = torch.Generator().manual_seed(1)
-    rows = []
-    for length in (12, 7, 23, 5, 9, 16, 3, 30):
-        ids = torch.randint(5, 60, (length,), generator=generator).tolist()
-        prompt = length - length // 3
-        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
-    return rows
-
-
-@pytest.fixture
 def anchors(model, directions, samples, tokenizer, tmp_path):
     loader = DataLoader(samples, batch_size=3, collate_fn=padding_collator(tokenizer))
     return Anchors.record(model, loader, directions, tmp_path / "anchors", progress=False)

@@ -1,6 +1,5 @@
 """Every example runs on a CPU with a tiny model, and trains it under the constraint."""
 
-import json
 import runpy
 import sys
 from pathlib import Path
@@ -47,17 +46,6 @@ RUNS = {
 
 #: By the tests of what they show.
 TESTED_ELSEWHERE = {"llama_factory.py", "unsloth.py"}
-
-
-@pytest.fixture
-def place(tiny_model, tokenizer, tmp_path, monkeypatch) -> Path:
-    """The current folder, with a model and data in it."""
-    monkeypatch.chdir(tmp_path)
-    tiny_model().save_pretrained("model")
-    tokenizer.save_pretrained("model")
-    rows = [{"prompt": f"count to {n}", "completion": " ".join(map(str, range(n)))} for n in range(1, 17)]
-    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
 
 
 def test_axolotl_file_is_the_page_s():

@@ -7,7 +7,6 @@ from peft import LoraConfig
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from procon.constraint import ProjectionConstraint
-from procon.decoder import find_decoder
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.sequences import split_batch
@@ -40,37 +39,35 @@ def prompt_completion() -> Dataset:
     return Dataset.from_list([{"prompt": turns[:1], "completion": turns[1:]} for turns in conversations()])
 
 
-def random_directions(model) -> RefusalDirections:
-    decoder = find_decoder(model)
-    generator = torch.Generator().manual_seed(0)
-    unit = torch.nn.functional.normalize(
-        torch.randn(len(decoder.blocks), decoder.hidden_size, generator=generator), dim=1
-    )
-    ones = torch.ones(len(decoder.blocks))
-    return RefusalDirections(unit, ones, ones, ones, ones)
+@pytest.fixture
+def trainer(random_directions):
+    """A ProConSFTTrainer along random directions, of three steps unless told otherwise."""
 
+    def make(
+        model, tokenizer, folder, dataset=None, *, callbacks=(), directions="random", peft_config=None, **settings
+    ):
+        defaults = {
+            "procon_schedule": "procon_s:1",
+            "max_steps": 3,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "bf16": False,
+            "use_cpu": True,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+        }
+        return ProConSFTTrainer(
+            model,
+            ProConSFTConfig(output_dir=str(folder), **{**defaults, **settings}),
+            directions=random_directions(model) if directions == "random" else directions,
+            train_dataset=prompt_completion() if dataset is None else dataset,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            callbacks=list(callbacks),
+        )
 
-def trainer(model, tokenizer, folder, dataset=None, *, callbacks=(), directions="random", peft_config=None, **settings):
-    defaults = {
-        "procon_schedule": "procon_s:1",
-        "max_steps": 3,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "bf16": False,
-        "use_cpu": True,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-    }
-    return ProConSFTTrainer(
-        model,
-        ProConSFTConfig(output_dir=str(folder), **{**defaults, **settings}),
-        directions=random_directions(model) if directions == "random" else directions,
-        train_dataset=prompt_completion() if dataset is None else dataset,
-        processing_class=tokenizer,
-        peft_config=peft_config,
-        callbacks=list(callbacks),
-    )
+    return make
 
 
 def penalties(run) -> list[float]:
@@ -106,7 +103,7 @@ class Seen(TrainerCallback):
     ],
     ids=lambda settings: "-".join(f"{value}" for value in settings.values()) or "default",
 )
-def test_constrained_tokens_are_the_labelled_ones(tiny_model, tokenizer, tmp_path, settings):
+def test_constrained_tokens_are_the_labelled_ones(trainer, tiny_model, tokenizer, tmp_path, settings):
     tokenizer.chat_template = TEMPLATE
     dataset = prompt_completion()
     if settings.get("assistant_only_loss"):
@@ -130,7 +127,7 @@ def test_constrained_tokens_are_the_labelled_ones(tiny_model, tokenizer, tmp_pat
 
 
 @pytest.mark.parametrize("settings", [{"loss_type": "dft"}, {"loss_type": "nll", "label_smoothing_factor": 0.1}])
-def test_other_losses_are_constrained_too(tiny_model, tokenizer, tmp_path, settings):
+def test_other_losses_are_constrained_too(trainer, tiny_model, tokenizer, tmp_path, settings):
     """Beside some losses TRL runs a second forward, without gradients, for its metrics."""
     strong = trainer(tiny_model(), tokenizer, tmp_path, procon_schedule="procon_s:1000", max_steps=8, **settings)
     weak = trainer(tiny_model(), tokenizer, tmp_path, procon_schedule="procon_s:1e-9", max_steps=8, **settings)
@@ -140,7 +137,7 @@ def test_other_losses_are_constrained_too(tiny_model, tokenizer, tmp_path, setti
 
 
 @pytest.mark.gpu
-def test_liger_layers(tiny_model, tokenizer, tmp_path):
+def test_liger_layers(trainer, tiny_model, tokenizer, tmp_path):
     """A norm that Liger replaced is left alone, and the block's input passes through."""
     pytest.importorskip("liger_kernel", reason="the layers of Liger")
     run = trainer(tiny_model().cuda(), tokenizer, tmp_path, use_liger_kernel=True, use_cpu=False)
@@ -149,7 +146,7 @@ def test_liger_layers(tiny_model, tokenizer, tmp_path):
 
 
 @pytest.mark.gpu
-def test_activation_offloading(tiny_model, tokenizer, tmp_path):
+def test_activation_offloading(trainer, tiny_model, tokenizer, tmp_path):
     runs = [
         trainer(tiny_model(), tokenizer, tmp_path, activation_offloading=offloaded, use_cpu=False)
         for offloaded in (False, True)
@@ -186,7 +183,7 @@ def test_one_line_with_lora(tiny_model, tokenizer, tmp_path):
     assert torch.allclose(kept.directions, fresh.directions, atol=1e-5, equal_nan=True)
 
 
-def test_directions_from_a_file(tiny_model, tokenizer, tmp_path):
+def test_directions_from_a_file(random_directions, trainer, tiny_model, tokenizer, tmp_path):
     model = tiny_model()
     random_directions(model).save(tmp_path / "directions.safetensors")
     run = trainer(model, tokenizer, tmp_path / "out", directions=tmp_path / "directions.safetensors")
@@ -194,7 +191,7 @@ def test_directions_from_a_file(tiny_model, tokenizer, tmp_path):
     assert len(penalties(run)) == 3
 
 
-def test_nothing_to_extract_directions_with(tiny_model, tokenizer, tmp_path):
+def test_nothing_to_extract_directions_with(trainer, tiny_model, tokenizer, tmp_path):
     tokenizer.chat_template = None
     rows = Dataset.from_list([{"text": "one two three"}])
     with pytest.raises(ProConError, match="no refusal directions given, and processing_class has no chat template"):
@@ -209,7 +206,7 @@ def test_mixin_wants_its_arguments(tiny_model, tmp_path):
         Mine(tiny_model(), TrainingArguments(output_dir=str(tmp_path)))
 
 
-def test_mean_over_sequences(tiny_model, tokenizer, tmp_path):
+def test_mean_over_sequences(trainer, tiny_model, tokenizer, tmp_path):
     """``reduction="sequence"``: each sequence counts as the mean of its own tokens, over accumulated micro-batches."""
 
     class Move(TrainerCallback):
@@ -251,7 +248,7 @@ def test_mean_over_sequences(tiny_model, tokenizer, tmp_path):
     assert penalties(run)[0] == pytest.approx(sum(means) / 8, rel=1e-6)
 
 
-def test_anchors_are_recorded_in_the_precision_of_training(tiny_model, tokenizer, tmp_path):
+def test_anchors_are_recorded_in_the_precision_of_training(trainer, tiny_model, tokenizer, tmp_path):
     """Weights in float32 under bfloat16 autocast, TRL's default: the model starts at its anchors there too."""
     run = trainer(tiny_model(), tokenizer, tmp_path, bf16=True)
     run.train()

@@ -14,18 +14,10 @@ from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.training import DriftCallback, ProConConfig, ProConTrainer
 
-LENGTHS = (12, 7, 23, 5, 9, 16, 3, 30)
-
 
 @pytest.fixture
-def dataset() -> Dataset:
-    generator = torch.Generator().manual_seed(1)
-    rows = []
-    for length in LENGTHS:
-        ids = torch.randint(5, 60, (length,), generator=generator).tolist()
-        prompt = length - length // 3
-        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
-    return Dataset.from_list(rows)
+def dataset(samples) -> Dataset:
+    return Dataset.from_list(samples)
 
 
 def random_directions(model) -> RefusalDirections:

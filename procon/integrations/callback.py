@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from procon.anchors import Anchors, fingerprint
-from procon.constraint import Blocks, Fuse, ProjectionConstraint, Units
+from procon.constraint import Blocks, Fuse, ProjectionConstraint, Units, check_finite
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.integrations.forward import REMEDY, SCOPE, ConstrainedForward, constraining
@@ -169,7 +168,7 @@ class ProConCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self._forward is not None and control.should_save:
-            _check_finite(float(self._forward.penalty_sum), state)
+            check_finite(float(self._forward.penalty_sum), state.global_step)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs
@@ -179,7 +178,7 @@ class ProConCallback(TrainerCallback, ExportableState):
         found = {"procon/alpha": self._forward.alpha}
         sums = torch.tensor([float(self._forward.penalty_sum), self._forward.tokens], device=PartialState().device)
         penalty, tokens = reduce(sums, "sum").tolist()
-        _check_finite(penalty, state)
+        check_finite(penalty, state.global_step)
         if tokens:
             found["procon/penalty"] = penalty / tokens
         self._forward.penalty_sum, self._forward.tokens = 0.0, 0
@@ -193,9 +192,7 @@ class ProConCallback(TrainerCallback, ExportableState):
     def _record_anchors(self, args: TrainingArguments, model: nn.Module, loader: DataLoader) -> Anchors:
         """One folder for each starting state, so that a changed model or direction never meets old anchors."""
         blocks = self._constraint.blocks
-        state = fingerprint(model, self._directions, blocks, SCOPE)
-        if (precision := AcceleratorState().mixed_precision) != "no":
-            state = f"{state}-{precision}"  # the same weights give other projections
+        state = fingerprint(model, self._directions, blocks, SCOPE, AcceleratorState().mixed_precision)
         with _random_state_kept(args.device):
             return Anchors.record(
                 model,
@@ -228,14 +225,6 @@ class ProConCallback(TrainerCallback, ExportableState):
     def _anchors_root(self, args: TrainingArguments) -> Path:
         # Of the output folder, push_to_hub leaves out what begins with an underscore.
         return Path(self._anchors_dir or Path(args.output_dir) / "_anchors")
-
-
-def _check_finite(penalty: float, state: TrainerState) -> None:
-    if not math.isfinite(penalty):
-        raise ProConError(
-            f"the penalty became {penalty} by step {state.global_step}, so hidden states are NaN or infinite: resume "
-            "from the last checkpoint with a lower learning rate, or train in bfloat16 or float32"
-        )
 
 
 def _refuse(args: TrainingArguments, model: nn.Module, loader: DataLoader) -> None:

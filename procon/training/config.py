@@ -14,10 +14,12 @@ from procon.sequences import REDUCTIONS, TOKEN_SCOPES
 
 @dataclass
 class ProConArguments:
-    """The settings of the constraint, with the prefix ``procon_``, to mix into any TrainingArguments::
+    """The settings of the constraint, to mix into any TrainingArguments::
 
-    @dataclass
-    class MyConfig(ProConArguments, MyTrainingArguments): ...
+        @dataclass
+        class MyConfig(ProConArguments, MyTrainingArguments): ...
+
+    Their names begin with ``procon_``.
     """
 
     procon_schedule: str = field(

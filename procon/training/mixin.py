@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from procon.anchors import AnchoredCollator, Anchors, fingerprint
-from procon.constraint import ProjectionConstraint, constrained_tokens
+from procon.constraint import ProjectionConstraint, check_finite, constrained_tokens
 from procon.directions import DIRECTIONS, RefusalDirections
 from procon.errors import ProConError
 from procon.training.checkpoints import last_complete, read_settings, write_settings
@@ -285,9 +285,8 @@ class ProConMixin:
     def _record_anchors(self) -> Anchors:
         """One folder for each starting state, so that a changed model, scope or direction never meets old anchors."""
         args, blocks = self.args, self.constraint.blocks
-        state = fingerprint(self.model, self._directions, blocks, args.procon_scope)
-        if self.accelerator.mixed_precision != "no":
-            state = f"{state}-{self.accelerator.mixed_precision}"  # the same weights give other projections
+        precision = self.accelerator.mixed_precision
+        state = fingerprint(self.model, self._directions, blocks, args.procon_scope, precision)
         with self.compute_loss_context_manager():
             return Anchors.record(
                 self.model,
@@ -367,11 +366,7 @@ class ProConMixin:
         """The penalty summed over the logging window and the ranks; stops a run whose hidden states went bad."""
         # Each rank of tensor parallelism has the penalty of the whole batch.
         total = self.accelerator.reduce(self._penalty_sum / self.get_tp_size(), "sum").item()
-        if total != total or total == float("inf"):
-            raise ProConError(
-                f"the penalty became {total} by step {self.state.global_step}, so hidden states are NaN or infinite: "
-                "resume from the last checkpoint with a lower learning rate, or train in bfloat16 or float32"
-            )
+        check_finite(total, self.state.global_step)
         return total
 
     @contextmanager
