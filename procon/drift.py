@@ -32,6 +32,12 @@ class Drift:
         """Mean over the blocks that have a direction."""
         return float(torch.nanmean(self.cosine))
 
+    @property
+    def lowest(self) -> tuple[int, float]:
+        """The block whose cosine is lowest, and that cosine."""
+        block = int(self.cosine.nan_to_num(nan=torch.inf).argmin())
+        return block, float(self.cosine[block])
+
 
 def measure_drift(
     model: PreTrainedModel,

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from procon.directions import ContrastMeans, RefusalDirections
-from procon.drift import measure_drift
+from procon.drift import Drift, measure_drift
+from procon.drift_gate import DriftGate
 from procon.errors import ProConError
 from procon.evaluation import evaluate
 from procon.prompts import ContrastPrompts, builtin_prompts
+from procon.training.console import log_with_details, show_beside_bar
+
+logger = logging.getLogger(__name__)
 
 
 class ProbeCallback(TrainerCallback, ABC):
@@ -36,10 +43,14 @@ class ProbeCallback(TrainerCallback, ABC):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             began, should_log = time.monotonic(), control.should_log
-            self.trainer.log(self.measure())
+            self.probe(state, control)
             # Logging cleared it, and with it the Trainer's own log of this step.
             control.should_log = should_log
             self.seconds += time.monotonic() - began
+
+    def probe(self, state: TrainerState, control: TrainerControl) -> None:
+        """Measure and log."""
+        self.trainer.log(self.measure())
 
     @abstractmethod
     def measure(self) -> dict[str, float]:
@@ -47,11 +58,32 @@ class ProbeCallback(TrainerCallback, ABC):
 
 
 class DriftCallback(ProbeCallback):
-    """Logs ``procon/drift_cos``: the mean signed cosine of re-extracted directions to those at the start.
+    """Extracts the directions again, and logs how far they and the prompts have moved since training started.
+
+    - ``procon/drift_cos``: mean signed cosine to the first directions (paper section III-B).
+    - ``procon/drift_cos_block/07``: the same at each block that has a direction; for trackers and files, not printed.
+    - ``procon/drift_shift_malicious``, ``procon/drift_shift_benign``: mean shift of the prompts along the **first**
+      directions, in units of their gap (see :class:`procon.drift.Drift`).
+    - ``procon/drift_gate``: 1 where the mean cosine has just fallen below ``gate``.
+
+    The mean cosine and the lowest block's stand beside the progress bar.
+
+    A measurement costs one forward of the base decoder over each prompt, in batches of 32 and without gradients: four
+    batches with the built-in prompts. Each rank computes it, and the main one's figures count for all.
 
     Args:
+        every: optimiser steps from one measurement to the next.
         prompts: probe prompts, 64 built-in pairs if not given. The reference is extracted from the same prompts when
             training starts, and kept in the output folder: a resumed run is measured against the same start.
+        gate: a floor under the mean cosine, such as 0.9. At the first measurement below it, and again at the first
+            below it after one above it, one warning is logged. A resumed run that is still below tells it anew.
+        on_gate: ``"warn"``, or ``"stop"``: training ends after that step, and saves a checkpoint.
+
+    Attributes:
+        drift: what was measured last; None before training.
+
+    Raises:
+        ProConError: for a gate or an action that cannot be; when a run is resumed that has no reference.
     """
 
     def __init__(
@@ -61,29 +93,93 @@ class DriftCallback(ProbeCallback):
         *,
         every: int = 50,
         prompts: ContrastPrompts | None = None,
+        gate: float | None = None,
+        on_gate: str = "warn",
     ):
         super().__init__(trainer, tokenizer, every)
         self.prompts = prompts or builtin_prompts("extraction").first(64)
+        self.gate = DriftGate.parse(gate, on_gate)
+        self.drift: Drift | None = None
         self._reference: RefusalDirections | None = None
+        self._passed = True
 
     def on_train_begin(self, args, state, control, **kwargs):
         path = Path(args.output_dir) / "drift-reference.safetensors"
+        self._passed = True
         if state.global_step > 0:
-            self._reference = RefusalDirections.load(path)
+            self._reference = self._reopen(path)
             return
         means = ContrastMeans.measure(self.trainer.model, self.tokenizer, self.prompts, progress=False)
-        self._reference = means.directions()
+        found = replace(means.directions(), provenance={"prompts": self.prompts.hash})
+        self._reference = _of_main_process(found)
         if args.should_save:
             self._reference.save(path)
-        self.trainer.log(self._logs(self._reference.cosine(self._reference)))
+        none = torch.where(self._reference.usable, 0.0, torch.nan)
+        self.drift = Drift(cosine=none + 1, malicious_shift=none, benign_shift=none)
+        self._show(_summary(self.drift))
+
+    def probe(self, state: TrainerState, control: TrainerControl) -> None:
+        logs = self.measure()
+        passed = self.gate is None or self.gate.passes(self.drift)
+        crossed = self._passed and not passed
+        self._passed = passed
+        self._show({**logs, "procon/drift_gate": 1.0} if crossed else logs)
+        if not crossed:
+            return
+        if state.is_world_process_zero:
+            logger.warning(self.gate.message(self.drift, state.global_step))
+        if self.gate.action == "stop":
+            control.should_training_stop = control.should_save = True
 
     def measure(self) -> dict[str, float]:
-        drift = measure_drift(self.trainer.model, self.tokenizer, self._reference, self.prompts, progress=False)
-        return self._logs(drift.cosine)
+        found = measure_drift(self.trainer.model, self.tokenizer, self._reference, self.prompts, progress=False)
+        # Ranks round differently, and one that stopped alone would leave the others waiting for it.
+        self.drift = _of_main_process(found)
+        return _summary(self.drift)
 
-    @staticmethod
-    def _logs(cosine: Tensor) -> dict[str, float]:
-        return {"procon/drift_cos": float(torch.nanmean(cosine))}
+    def _reopen(self, path: Path) -> RefusalDirections:
+        """The reference of the run that is resumed: the model that it started from is no longer there to measure."""
+        found = _of_main_process(RefusalDirections.load(path) if path.is_file() else None)
+        if found is None:
+            raise ProConError(
+                f"there is no drift reference {str(path)!r}: the run that is resumed did not measure drift, or had "
+                "another output folder; copy the file from there, or resume without DriftCallback (--drift_steps 0)"
+            )
+        if found.provenance.get("prompts") != self.prompts.hash:
+            raise ProConError(
+                f"drift reference {str(path)!r} was measured on other prompts: resume with the prompts that the run "
+                "began with, or without DriftCallback (--drift_steps 0)"
+            )
+        return found
+
+    def _show(self, logs: dict[str, float]) -> None:
+        log_with_details(self.trainer, logs, _by_block(self.drift))
+        block, lowest = self.drift.lowest
+        show_beside_bar(
+            self.trainer, f"drift cosine {self.drift.mean_cosine:.3f}, lowest {lowest:.3f} at block {block}"
+        )
+
+
+def _summary(drift: Drift) -> dict[str, float]:
+    return {
+        "procon/drift_cos": drift.mean_cosine,
+        "procon/drift_shift_malicious": float(torch.nanmean(drift.malicious_shift)),
+        "procon/drift_shift_benign": float(torch.nanmean(drift.benign_shift)),
+    }
+
+
+def _by_block(drift: Drift) -> dict[str, float]:
+    """The cosine at each block that has one, by names that sort."""
+    # Not below `procon/drift_cos`: MLflow keeps each metric in a file of its name, which cannot be a folder too.
+    digits = max(2, len(str(len(drift.cosine) - 1)))
+    cosines = enumerate(drift.cosine.tolist())
+    return {f"procon/drift_cos_block/{block:0{digits}}": value for block, value in cosines if not math.isnan(value)}
+
+
+def _of_main_process(value):
+    found = [value]
+    broadcast_object_list(found)
+    return found[0]
 
 
 class EvaluationCallback(ProbeCallback):

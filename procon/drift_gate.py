@@ -1,0 +1,59 @@
+"""A floor under the mean cosine: how far refusal may drift in training before that is told, or training stops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from procon.errors import ProConError
+
+if TYPE_CHECKING:  # the command line's arguments are checked here, and import no torch
+    from procon.drift import Drift
+
+_REMEDY = (
+    "the model may be losing its refusals: constrain more (a larger alpha or a longer warm-up), mix in safety samples, "
+    "or lower the learning rate"
+)
+
+
+@dataclass(frozen=True)
+class DriftGate:
+    """The lowest mean cosine that is let pass, and what to do below it.
+
+    Attributes:
+        floor: mean signed cosine of re-extracted directions to the first (paper section III-B), within -1 and 1.
+        action: ``"warn"``, or ``"stop"``.
+    """
+
+    floor: float
+    action: str
+
+    @classmethod
+    def parse(cls, floor: float | None, action: str) -> DriftGate | None:
+        """The gate; None without a floor.
+
+        Raises:
+            ProConError: for a floor that is no cosine, an unknown action, or ``"stop"`` without a floor.
+        """
+        if action not in ("warn", "stop"):
+            raise ProConError(f"the action at the drift gate is {action!r}: choose warn or stop")
+        if floor is None:
+            if action == "stop":
+                raise ProConError("the action at the drift gate is 'stop', but there is no gate: give one, such as 0.9")
+            return None
+        if not -1 < floor < 1:
+            raise ProConError(f"the drift gate is {floor}: give a mean cosine between -1 and 1, such as 0.9")
+        return cls(floor, action)
+
+    def passes(self, drift: Drift) -> bool:
+        """Whether the mean cosine is at the floor or above."""
+        return drift.mean_cosine >= self.floor
+
+    def message(self, drift: Drift, step: int) -> str:
+        """One line: where training is, how far the directions have turned, what that means, and what to do."""
+        block, lowest = drift.lowest
+        stops = "; training stops here, with a checkpoint saved" if self.action == "stop" else ""
+        return (
+            f"step {step}: the mean cosine of refusal directions to those at the start is {drift.mean_cosine:.3f}, "
+            f"below the gate of {self.floor:g} (lowest: {lowest:.3f} at block {block}); {_REMEDY}{stops}"
+        )

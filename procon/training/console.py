@@ -1,0 +1,37 @@
+"""What of a log is shown while training runs: the console has room for a few numbers, trackers and files for all."""
+
+from __future__ import annotations
+
+from transformers import PrinterCallback, ProgressCallback, Trainer
+
+
+def log_with_details(trainer: Trainer, logs: dict[str, float], details: dict[str, float]) -> None:
+    """Log all in one entry, of which the console shows ``logs`` alone.
+
+    The Trainer's console callbacks print every entry whole: one of 30 or 80 blocks would bury the loss under it.
+    """
+    handler = trainer.callback_handler
+    everyone = handler.callbacks
+    printers = [callback for callback in everyone if _prints(callback)]
+    try:
+        handler.callbacks = [callback for callback in everyone if callback not in printers]
+        trainer.log({**logs, **details})
+        # With what trainers have added to it: the epoch, and metrics of TRL's.
+        entry = trainer.state.log_history[-1]
+        handler.callbacks = printers
+        shown = {name: value for name, value in entry.items() if name not in details and name != "step"}
+        trainer.control = handler.on_log(trainer.args, trainer.state, trainer.control, shown)
+    finally:
+        handler.callbacks = everyone
+
+
+def show_beside_bar(trainer: Trainer, text: str) -> None:
+    """Put ``text`` behind the progress bar of training, where there is one: on the main process, with tqdm."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+            callback.training_bar.set_postfix_str(text)
+
+
+def _prints(callback) -> bool:
+    # TRL's bars, by rich, are of another class, and go by the same name.
+    return isinstance(callback, PrinterCallback) or hasattr(callback, "training_bar")
