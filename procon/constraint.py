@@ -326,13 +326,18 @@ def check_finite(penalty: float, step: int) -> None:
 
 
 def select_blocks(directions: RefusalDirections, blocks: Blocks) -> tuple[int, ...]:
-    """Indices of the blocks to constrain.
+    """Indices of the blocks to constrain, of those that have a direction.
 
     Raises:
         ProConError: if the selection is empty, out of range, or names a block without a direction.
     """
-    usable = directions.usable.nonzero().flatten().tolist()
-    count = len(directions.directions)
+    return choose_blocks(directions.usable, blocks)
+
+
+def choose_blocks(usable: Tensor, blocks: Blocks) -> tuple[int, ...]:
+    """As :func:`select_blocks`, of the blocks that ``usable``, ``[L]`` bool, allows."""
+    count = len(usable)
+    usable = usable.nonzero().flatten().tolist()
     if isinstance(blocks, str):
         if blocks != "all":
             raise ProConError(f"blocks is {blocks!r}: give 'all', a fraction such as 0.5, or a list of indices")

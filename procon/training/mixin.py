@@ -21,6 +21,7 @@ from procon.directions import DIRECTIONS, RefusalDirections
 from procon.errors import ProConError
 from procon.training.checkpoints import last_complete, read_settings, write_settings
 from procon.training.config import ProConArguments
+from procon.training.loss_scale import loss_scale
 from procon.training.model_card import describe, write_section
 from procon.version import __version__
 
@@ -226,7 +227,7 @@ class ProConMixin:
         # This micro-batch's share of the mean over the optimiser step; shares of all micro-batches add up to it.
         share = self.constraint.penalty(self._constrained_tokens).to(loss.device)
         self._penalty_sum += share.detach()
-        loss = loss + alpha * self._scale(num_items_in_batch) * share
+        loss = loss + alpha * loss_scale(self, num_items_in_batch) * share
         return (loss, *outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -351,16 +352,6 @@ class ProConMixin:
         count = constrained_tokens(batches, reduce, device=self.args.device)
         # As the Trainer does for CE: ranks that share a batch have each counted it.
         return count / (self.get_tp_size() * self.get_cp_size())
-
-    def _scale(self, num_items_in_batch) -> float:
-        """Undo what the Trainer and the ranks' averaging divide the loss by after ``compute_loss``."""
-        scale = self.accelerator.num_processes // self.get_tp_size()
-        scaled = getattr(self, "loss_is_scaled_for_ga", None)
-        if scaled is None:
-            scaled = self.compute_loss_func is not None or (
-                self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            )
-        return scale if scaled else scale * self.current_gradient_accumulation_steps
 
     def _check_penalty(self) -> float:
         """The penalty summed over the logging window and the ranks; stops a run whose hidden states went bad."""
