@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from procon.drift_gate import DriftGate
 from procon.errors import ProConError
 
 
@@ -58,6 +59,8 @@ class TrainArguments:
         "auto", "FlashAttention where it runs, or one by transformers' name, such as sdpa or flash_attention_2."
     )
     drift_steps: int = _option(50, "Measure drift every so many steps; 0 for never.")
+    drift_gate: float | None = _option(None, "Lowest mean cosine that is let pass, such as 0.9; none if not given.")
+    drift_action: str = _option("warn", "What to do below it: warn, or stop with a checkpoint.")
     resume: bool = _option(False, "Go on from the last checkpoint in the output folder.")
     dtype: str = _option("auto", "auto (full fine-tuning: float32), bfloat16, float16 or float32.")
 
@@ -65,6 +68,8 @@ class TrainArguments:
         if self.method not in ("lora", "full"):
             raise ProConError(f"method is {self.method!r}: choose lora or full")
         _check_positive(self, "lora_r", "lora_alpha", "max_length")
+        if DriftGate.parse(self.drift_gate, self.drift_action) and not self.drift_steps:
+            raise ProConError(f"drift_gate is {self.drift_gate}, but drift_steps is 0: give steps to measure it at")
 
 
 @dataclass

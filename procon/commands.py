@@ -87,7 +87,15 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
     )
     trainer.add_callback(JsonlCallback())
     if arguments.drift_steps:
-        trainer.add_callback(DriftCallback(trainer, tokenizer, every=arguments.drift_steps))
+        trainer.add_callback(
+            DriftCallback(
+                trainer,
+                tokenizer,
+                every=arguments.drift_steps,
+                gate=arguments.drift_gate,
+                on_gate=arguments.drift_action,
+            )
+        )
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     trainer.save_model()
     trainer.save_state()
