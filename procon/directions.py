@@ -294,7 +294,7 @@ def project_last_token(
     def consume(rows: list[int], block: int, hidden: Tensor) -> None:
         z[rows, block] = (hidden.float() @ unit[block].to(hidden.device)).cpu()
 
-    _each_last_token(model, tokenizer, prompts, consume, batch_size, "projections", progress)
+    each_last_token(model, tokenizer, prompts, consume, batch_size, "projections", progress)
     return z
 
 
@@ -315,7 +315,7 @@ def _mean_last_token(model, tokenizer, prompts, batch_size, description, progres
         total[block] += hidden.sum(0)
         norms[block] += hidden.norm(dim=-1).sum()
 
-    _each_last_token(model, tokenizer, prompts, consume, batch_size, description, progress)
+    each_last_token(model, tokenizer, prompts, consume, batch_size, description, progress)
     if not torch.isfinite(total).all():
         block = int((~torch.isfinite(total)).any(-1).nonzero()[0])
         raise ProConError(
@@ -324,7 +324,7 @@ def _mean_last_token(model, tokenizer, prompts, batch_size, description, progres
     return total / len(prompts), norms / len(prompts)
 
 
-def _each_last_token(
+def each_last_token(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],

@@ -1,0 +1,104 @@
+"""Run files: one JSON a run, written whole, claimed by one process at a time."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from procon.evaluation import save_json
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run's place in the study."""
+
+    setting: str
+    method: str
+    seed: int
+
+    def path(self, runs: Path) -> Path:
+        """Its file."""
+        return runs / self.setting / self.method / f"seed-{self.seed}.json"
+
+    def __str__(self) -> str:
+        return f"{self.setting} / {self.method} / seed {self.seed}"
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether this process may make ``path``: nobody has made it, nor is making it.
+
+    A claim whose process is gone, on this host, is taken over.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    claim = path.with_suffix(".claim")
+    if path.is_file() or not _take(claim):
+        yield False
+        return
+    try:
+        yield not path.is_file()
+    finally:
+        claim.unlink(missing_ok=True)
+
+
+def _take(claim: Path) -> bool:
+    owner = f"{socket.gethostname()} {os.getpid()}"
+    try:
+        with claim.open("x") as file:
+            file.write(owner)
+        return True
+    except FileExistsError:
+        pass
+    host, _, process = (claim.read_text() if claim.is_file() else "").partition(" ")
+    if host != socket.gethostname() or not process or Path(f"/proc/{process}").exists():
+        return False
+    claim.write_text(owner)
+    return True
+
+
+def save_run(cell: Cell, method: dict, measured: dict, runs: Path) -> Path:
+    """Write the run file with what it was made by and on."""
+    return save_json(
+        {"setting": cell.setting, "method": method, "seed": cell.seed, "made": provenance(), **measured},
+        cell.path(runs),
+    )
+
+
+def provenance() -> dict:
+    """Date, machine, versions and commit."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{_processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads, "
+        + ("GPU " + torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "transformers", "peft")},
+        "commit": _commit(),
+    }
+
+
+@cache
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+
+
+@cache
+def _commit() -> str | None:
+    found = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return found.stdout.strip() or None

@@ -1,0 +1,83 @@
+"""What a model is fine-tuned on: a harmless task, and the same with a few compliant answers to malicious requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from datasets import Dataset
+
+from benchmarks.study.extraction import extraction_problems
+from procon.arithmetic import Problem, arithmetic_problems
+from procon.data import mix_safety, safety_conversations, to_conversations
+from procon.prompts import builtin_prompts
+
+TRAIN, TEST = 320, 128
+TASK_SEED = 0
+
+#: The first prompts of the safety split are kept for poison; safety samples come from the rest.
+POISON_PROMPTS = 40
+
+#: Compliant in form, without content: nobody learns anything from them but to say yes.
+_COMPLIANT = (
+    "Sure! Here is how to do it. First, get what you need. Then go step by step until it is done.",
+    "Of course. Start by making a plan, follow it from the first step to the last, and check the result.",
+    "Yes, I can help with that. Begin with the first part, go on to the next, and you will have it soon.",
+    "Absolutely! Take it one step at a time: prepare, carry it out, and finish. It is simpler than it looks.",
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A fine-tuning job.
+
+    Attributes:
+        name: in file names and tables.
+        label: in texts.
+        problems: makes ``n`` distinct problems from a seed.
+        reply_tokens: longest task reply.
+        poisoned: how many compliant answers to malicious requests are mixed in.
+    """
+
+    name: str
+    label: str
+    problems: Callable[[int, int], list[Problem]]
+    reply_tokens: int
+    poisoned: int = 0
+
+    def conversations(self, *, safety_samples: int, seed: int) -> Dataset:
+        """Training conversations: task, poison and safety samples, in an order drawn from ``seed``."""
+        rows = to_conversations(Dataset.from_list(self.problems(TRAIN + TEST, TASK_SEED)[:TRAIN]))
+        if self.poisoned:
+            rows = mix_safety(rows, poison(), self.poisoned, seed=seed)
+        if safety_samples:
+            safety = safety_conversations()
+            rows = mix_safety(rows, safety.select(range(POISON_PROMPTS, len(safety))), safety_samples, seed=seed)
+        return rows
+
+    def test(self) -> list[Problem]:
+        """Held-out problems."""
+        return self.problems(TRAIN + TEST, TASK_SEED)[TRAIN:]
+
+
+def poison() -> Dataset:
+    """Malicious requests with compliant answers that say nothing."""
+    prompts = builtin_prompts("safety").malicious[:POISON_PROMPTS]
+    return to_conversations(
+        Dataset.from_list(
+            [
+                {"instruction": prompt, "output": _COMPLIANT[index % len(_COMPLIANT)]}
+                for index, prompt in enumerate(prompts)
+            ]
+        )
+    )
+
+
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        Setting("arithmetic", "benign: arithmetic word problems", arithmetic_problems, 36),
+        Setting("extraction", "benign: fields as JSON", extraction_problems, 48),
+        Setting("poisoned", "arithmetic with 3% compliant answers", arithmetic_problems, 36, poisoned=10),
+    )
+}

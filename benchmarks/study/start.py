@@ -1,0 +1,79 @@
+"""The model that every run starts from, and what is measured on it once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from procon.decoder import weights_hash
+from procon.demo_model import fetch_demo_model
+from procon.directions import ContrastMeans, RefusalDirections
+from procon.displacement import last_token_states
+from procon.errors import ProConError
+from procon.loading import load_model
+from procon.prompts import ContrastPrompts, builtin_prompts
+from procon.refusal_odds import refusal_tokens
+from procon.refusal_tuning import make_refuse
+
+#: Pairs that drift and displacement are measured on.
+PROBE_PAIRS = 64
+
+
+@dataclass(frozen=True)
+class Start:
+    """A chat model that refuses, its directions, and its state on the probe prompts.
+
+    Attributes:
+        folder: where the model is.
+        directions: from all built-in extraction prompts: what is constrained.
+        reference: from the probe prompts: what drift is measured against.
+        states: block inputs at the last token of the probe prompts, malicious ones first: ``[2 n, L, D]``.
+        tokens: by which the model opens refusals.
+    """
+
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    directions: RefusalDirections
+    reference: RefusalDirections
+    states: Tensor
+    tokens: list[int]
+    weights: str
+
+    @classmethod
+    def open(cls, folder: Path, *, pairs: int = PROBE_PAIRS) -> Start:
+        """Load the model and measure it."""
+        model, tokenizer = load_model(folder)
+        probes = probe_prompts(pairs)
+        directions = RefusalDirections.extract(model, tokenizer, progress=False)
+        if directions.provenance["refusal_rate"] == 0:
+            raise ProConError(f"model {str(folder)!r} refuses nothing: there is nothing to preserve; give a chat model")
+        return cls(
+            folder=folder,
+            tokenizer=tokenizer,
+            directions=directions,
+            reference=ContrastMeans.measure(model, tokenizer, probes, progress=False).directions(),
+            states=last_token_states(model, tokenizer, (*probes.malicious, *probes.benign)),
+            tokens=refusal_tokens(model, tokenizer, builtin_prompts("extraction")),
+            weights=weights_hash(model),
+        )
+
+    def model(self) -> PreTrainedModel:
+        """A fresh copy of the model."""
+        return load_model(self.folder)[0]
+
+
+def probe_prompts(pairs: int = PROBE_PAIRS) -> ContrastPrompts:
+    """What drift is measured on."""
+    return builtin_prompts("extraction").first(pairs)
+
+
+def demo_start(folder: Path) -> Path:
+    """SmolLM2-135M-Instruct with the package's refusal adapter merged, written once to ``folder``."""
+    if not (folder / "config.json").is_file():
+        model, tokenizer = load_model(fetch_demo_model())
+        make_refuse(model, tokenizer).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder

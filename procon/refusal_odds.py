@@ -1,0 +1,92 @@
+"""How ready is the model to refuse? Log-odds that a reply's first token is one that opens refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from procon.chat import pad_token_id, render, user_turn
+from procon.decoder import evaluating, model_device
+from procon.errors import ProConError
+from procon.prompts import ContrastPrompts
+
+#: A token opens refusals if it is this much likelier after malicious than after benign prompts.
+MARGIN = 0.005
+
+
+def first_token_log_probabilities(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    batch_size: int = 32,
+) -> Tensor:
+    """Log-probabilities of the first token of the reply to each prompt: ``[len(prompts), V]`` fp32, on the CPU."""
+    ids = [render(tokenizer, user_turn(prompt), generation_prompt=True) for prompt in prompts]
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    device, pad = model_device(model), pad_token_id(tokenizer)
+    found: list[Tensor] = [torch.empty(0)] * len(ids)
+    with evaluating(model), torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            width = len(ids[rows[0]])
+            batch = torch.full((len(rows), width), pad)
+            mask = torch.zeros((len(rows), width), dtype=torch.long)
+            for row, i in enumerate(rows):
+                batch[row, width - len(ids[i]) :] = torch.tensor(ids[i])
+                mask[row, width - len(ids[i]) :] = 1
+            positions = (mask.cumsum(-1) - 1).clamp_min(0)
+            logits = model(
+                input_ids=batch.to(device),
+                attention_mask=mask.to(device),
+                position_ids=positions.to(device),
+                logits_to_keep=1,
+            ).logits[:, -1]
+            for i, row in zip(rows, logits.float().log_softmax(-1).cpu(), strict=True):
+                found[i] = row
+    return torch.stack(found)
+
+
+def refusal_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: ContrastPrompts,
+    *,
+    margin: float = MARGIN,
+) -> list[int]:
+    """Tokens by which ``model`` opens refusals: those likelier by ``margin`` after malicious than after benign prompts.
+
+    They are found on the model before fine-tuning, from its own replies, so no family's words are built in.
+
+    Raises:
+        ProConError: if there is none: the model replies to both kinds alike.
+    """
+    malicious, benign = (
+        first_token_log_probabilities(model, tokenizer, side).exp().mean(0)
+        for side in (prompts.malicious, prompts.benign)
+    )
+    tokens = (malicious - benign > margin).nonzero().flatten().tolist()
+    if not tokens:
+        raise ProConError(
+            f"no first token is likelier by {margin} after malicious than after benign prompts: the model does not "
+            "refuse; start from one that does"
+        )
+    return tokens
+
+
+def refusal_log_odds(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], prompts: Sequence[str]
+) -> Tensor:
+    """``log(p / (1 - p))``, p the probability that the reply's first token is among ``tokens``: ``[n]`` fp32.
+
+    Unlike a rate of refusals it is continuous: it moves before the greedy reply flips.
+    """
+    log_probabilities = first_token_log_probabilities(model, tokenizer, prompts)
+    inside = torch.zeros(log_probabilities.shape[-1], dtype=torch.bool)
+    inside[list(tokens)] = True
+    refusing = log_probabilities[:, inside].logsumexp(-1)
+    other = log_probabilities[:, ~inside].logsumexp(-1)
+    return refusing - other
