@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.study.start import Start
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 
@@ -21,7 +22,7 @@ class Method:
         config: of ProConConfig, beside the recipe that all methods share.
         directions: ``refusal``, or a control: ``random:SEED``, ``within:SEED``, ``shuffled:SEED``; ``k:K`` for several.
         safety: whether safety samples are mixed in.
-        length: the training length, in multiples of the recipe's.
+        length: of training, in multiples of the budget's; 0 leaves the start as it is.
     """
 
     name: str
@@ -34,11 +35,20 @@ class Method:
     length: float = 1.0
 
 
-def choose_directions(method: Method, found: RefusalDirections) -> RefusalDirections:
-    """The directions that ``method`` constrains, given those of the model."""
+def choose_directions(method: Method, start: Start) -> RefusalDirections:
+    """The directions that ``method`` constrains.
+
+    Raises:
+        ProConError: for a name that is none.
+    """
     kind, _, argument = method.directions.partition(":")
+    found = start.directions
     if kind == "refusal":
         return found
     if kind == "random":
         return found.randomized(int(argument))
-    raise ProConError(f"directions is {method.directions!r}: give refusal, or random:SEED")
+    if kind == "within":
+        return found.randomized_within(start.states, int(argument))
+    if kind == "shuffled":
+        return found.shuffled(int(argument))
+    raise ProConError(f"directions is {method.directions!r}: give refusal, or random, within or shuffled with :SEED")

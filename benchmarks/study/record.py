@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from procon.evaluation import save_json
+from procon.evaluation import load_json, save_json
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,17 @@ class Cell:
     method: str
     seed: int
 
+    @property
+    def name(self) -> str:
+        """``SETTING/METHOD/seed-N``."""
+        return f"{self.setting}/{self.method}/seed-{self.seed}"
+
     def path(self, runs: Path) -> Path:
         """Its file."""
-        return runs / self.setting / self.method / f"seed-{self.seed}.json"
+        return runs / f"{self.name}.json"
 
     def __str__(self) -> str:
-        return f"{self.setting} / {self.method} / seed {self.seed}"
+        return self.name
 
 
 @contextmanager
@@ -73,6 +78,15 @@ def save_run(cell: Cell, method: dict, measured: dict, runs: Path) -> Path:
         {"setting": cell.setting, "method": method, "seed": cell.seed, "made": provenance(), **measured},
         cell.path(runs),
     )
+
+
+def load_run(path: Path) -> dict:
+    """Read a run file.
+
+    Raises:
+        ProConError: if it is missing or damaged.
+    """
+    return load_json(path, lambda run: {**run, "replies": dict(run["replies"])}, "run")
 
 
 def provenance() -> dict:

@@ -12,7 +12,6 @@ from procon.arithmetic import Problem, arithmetic_problems
 from procon.data import mix_safety, safety_conversations, to_conversations
 from procon.prompts import builtin_prompts
 
-TRAIN, TEST = 320, 128
 TASK_SEED = 0
 
 #: The first prompts of the safety split are kept for poison; safety samples come from the rest.
@@ -36,28 +35,31 @@ class Setting:
         label: in texts.
         problems: makes ``n`` distinct problems from a seed.
         reply_tokens: longest task reply.
-        poisoned: how many compliant answers to malicious requests are mixed in.
+        poisoned: whether compliant answers to malicious requests are mixed in.
     """
 
     name: str
     label: str
     problems: Callable[[int, int], list[Problem]]
     reply_tokens: int
-    poisoned: int = 0
+    poisoned: bool = False
 
-    def conversations(self, *, safety_samples: int, seed: int) -> Dataset:
-        """Training conversations: task, poison and safety samples, in an order drawn from ``seed``."""
-        rows = to_conversations(Dataset.from_list(self.problems(TRAIN + TEST, TASK_SEED)[:TRAIN]))
+    def conversations(self, *, train: int, poisoned: int, safety: int, seed: int) -> Dataset:
+        """Training conversations: task, poison and safety samples, as many as said, in an order drawn from ``seed``."""
+        rows = to_conversations(Dataset.from_list(self.problems(train, TASK_SEED)))
         if self.poisoned:
-            rows = mix_safety(rows, poison(), self.poisoned, seed=seed)
-        if safety_samples:
-            safety = safety_conversations()
-            rows = mix_safety(rows, safety.select(range(POISON_PROMPTS, len(safety))), safety_samples, seed=seed)
-        return rows
+            rows = mix_safety(rows, poison(), poisoned, seed=seed)
+        return mix_safety(rows, safety_samples(), safety, seed=seed) if safety else rows
 
-    def test(self) -> list[Problem]:
-        """Held-out problems."""
-        return self.problems(TRAIN + TEST, TASK_SEED)[TRAIN:]
+    def test(self, *, train: int, test: int) -> list[Problem]:
+        """``test`` held-out problems, where ``train`` are trained on."""
+        return self.problems(train + test, TASK_SEED)[train:]
+
+
+def safety_samples() -> Dataset:
+    """Malicious requests with refusals, but for those that poison is made of."""
+    safety = safety_conversations()
+    return safety.select(range(POISON_PROMPTS, len(safety)))
 
 
 def poison() -> Dataset:
@@ -78,6 +80,6 @@ SETTINGS = {
     for setting in (
         Setting("arithmetic", "benign: arithmetic word problems", arithmetic_problems, 36),
         Setting("extraction", "benign: fields as JSON", extraction_problems, 48),
-        Setting("poisoned", "arithmetic with 3% compliant answers", arithmetic_problems, 36, poisoned=10),
+        Setting("poisoned", "arithmetic with 3% compliant answers", arithmetic_problems, 36, poisoned=True),
     )
 }

@@ -18,9 +18,6 @@ from procon.prompts import ContrastPrompts, builtin_prompts
 from procon.refusal_odds import refusal_tokens
 from procon.refusal_tuning import make_refuse
 
-#: Pairs that drift and displacement are measured on.
-PROBE_PAIRS = 64
-
 
 @dataclass(frozen=True)
 class Start:
@@ -32,19 +29,26 @@ class Start:
         reference: from the probe prompts: what drift is measured against.
         states: block inputs at the last token of the probe prompts, malicious ones first: ``[2 n, L, D]``.
         tokens: by which the model opens refusals.
+        base: the model before its safety training, or its folder or hub name, if known.
+        weights: hash of the model's weights.
     """
 
-    folder: Path
+    folder: str | Path
     tokenizer: PreTrainedTokenizerBase
     directions: RefusalDirections
     reference: RefusalDirections
     states: Tensor
     tokens: list[int]
     weights: str
+    base: str | Path | None = None
 
     @classmethod
-    def open(cls, folder: Path, *, pairs: int = PROBE_PAIRS) -> Start:
-        """Load the model and measure it."""
+    def open(cls, folder: str | Path, *, pairs: int, base: str | Path | None = None) -> Start:
+        """Load the model, a folder or hub name, and measure it on ``pairs`` probe prompts of each side.
+
+        Raises:
+            ProConError: if the model refuses nothing.
+        """
         model, tokenizer = load_model(folder)
         probes = probe_prompts(pairs)
         directions = RefusalDirections.extract(model, tokenizer, progress=False)
@@ -58,6 +62,7 @@ class Start:
             states=last_token_states(model, tokenizer, (*probes.malicious, *probes.benign)),
             tokens=refusal_tokens(model, tokenizer, builtin_prompts("extraction")),
             weights=weights_hash(model),
+            base=base,
         )
 
     def model(self) -> PreTrainedModel:
@@ -65,13 +70,14 @@ class Start:
         return load_model(self.folder)[0]
 
 
-def probe_prompts(pairs: int = PROBE_PAIRS) -> ContrastPrompts:
+def probe_prompts(pairs: int) -> ContrastPrompts:
     """What drift is measured on."""
     return builtin_prompts("extraction").first(pairs)
 
 
-def demo_start(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct with the package's refusal adapter merged, written once to ``folder``."""
+def demo_start(work: Path) -> Path:
+    """SmolLM2-135M-Instruct with the package's refusal adapter merged, written once to a folder in ``work``."""
+    folder = work / "start"
     if not (folder / "config.json").is_file():
         model, tokenizer = load_model(fetch_demo_model())
         make_refuse(model, tokenizer).save_pretrained(folder)

@@ -11,24 +11,25 @@ from importlib.resources import files
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from benchmarks.study.methods import Method, choose_directions
-from benchmarks.study.settings import Setting
+from benchmarks.study.plan import Size
+from benchmarks.study.settings import Setting, safety_samples
 from benchmarks.study.start import Start, probe_prompts
 from procon.data import padding_collator, tokenize_conversations
+from procon.defences import build_trainer
 from procon.displacement import last_token_states, measure_displacement
 from procon.drift import measure_drift
 from procon.evaluation import Evaluation, evaluate
 from procon.prompts import ContrastPrompts, builtin_prompts
 from procon.refusal_odds import refusal_log_odds
 from procon.refusal_tuning import LORA
-from procon.training import ProConConfig, ProConTrainer
+from procon.training import ProConConfig
 
 #: The same for all methods.
 RECIPE = {
-    "procon_schedule": "0",
     "per_device_train_batch_size": 8,
     "learning_rate": 5e-4,
     "lr_scheduler_type": "cosine",
@@ -39,27 +40,37 @@ RECIPE = {
     "disable_tqdm": True,
 }
 
-#: Safety samples where a method mixes them in: 5% of the training data (paper: 1,000 of 17,659, 6%).
-SAFETY_SAMPLES = 16
 REPLY_TOKENS = 24
 
 
-def run_trial(start: Start, method: Method, setting: Setting, seed: int) -> dict:
+def run_trial(start: Start, method: Method, setting: Setting, seed: int, size: Size) -> dict:
     """Train and measure; what a run file holds."""
-    data = setting.conversations(safety_samples=SAFETY_SAMPLES if method.safety else 0, seed=seed)
-    dataset = tokenize_conversations(data, start.tokenizer, progress=False)
+    model = start.model()
+    trained = _train(start, model, method, setting, seed, size) if method.length else {"train_seconds": 0.0}
+    return {**trained, **measure(start, model, setting, size)}
+
+
+def _train(start: Start, model: PreTrainedModel, method: Method, setting: Setting, seed: int, size: Size) -> dict:
+    """Fine-tune; ``model`` then has an adapter."""
+    tokenizer = start.tokenizer
+    conversations = setting.conversations(
+        train=size.train, poisoned=size.poisoned, safety=size.safety if method.safety else 0, seed=seed
+    )
+    dataset = tokenize_conversations(conversations, tokenizer, progress=False)
     set_seed(seed)
-    model = get_peft_model(start.model(), LoraConfig(**LORA))
+    tuned = get_peft_model(model, adapter(model))
     with tempfile.TemporaryDirectory() as folder:
-        config = ProConConfig(
-            output_dir=folder, seed=seed, **{**RECIPE, "num_train_epochs": method.length, **method.config}
-        )
-        trainer = ProConTrainer(
-            model,
-            config,
-            directions=choose_directions(method, start.directions),
+        config = {**RECIPE, "num_train_epochs": size.epochs * method.length, **method.config}
+        trainer = build_trainer(
+            method.defence,
+            tuned,
+            ProConConfig(output_dir=folder, seed=seed, **config),
+            settings=method.settings,
+            directions=choose_directions(method, start),
+            alignment_dataset=tokenize_conversations(safety_samples(), tokenizer, progress=False),
+            base=start.base,
             train_dataset=dataset,
-            data_collator=padding_collator(start.tokenizer),
+            data_collator=padding_collator(tokenizer),
         )
         began = time.monotonic()
         trainer.train()
@@ -70,19 +81,24 @@ def run_trial(start: Start, method: Method, setting: Setting, seed: int) -> dict
         "train_seconds": round(seconds, 1),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "history": [_rounded(row) for row in trainer.state.log_history if "loss" in row],
-        **measure(start, model, setting),
     }
 
 
-def measure(start: Start, model: nn.Module, setting: Setting) -> dict:
+def adapter(model: PreTrainedModel) -> LoraConfig:
+    """The paper's adapter, on queries, keys, values and outputs; where they have other names, PEFT's for the family."""
+    modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return LoraConfig(**LORA if modules.issuperset(LORA["target_modules"]) else {**LORA, "target_modules": None})
+
+
+def measure(start: Start, model: PreTrainedModel, setting: Setting, size: Size) -> dict:
     """Replies, log-odds, drift, displacement and perplexity of a model that came from ``start``."""
     tokenizer = start.tokenizer
-    held_out, validation = builtin_prompts("held_out"), builtin_prompts("validation")
+    held_out, validation = (builtin_prompts(split).first(size.prompts) for split in ("held_out", "validation"))
     found = evaluate(
         model,
         tokenizer,
         prompts=ContrastPrompts((*held_out.malicious, *validation.malicious), held_out.benign),
-        task=setting.test(),
+        task=setting.test(train=size.train, test=size.test),
         max_new_tokens=REPLY_TOKENS,
         task_max_new_tokens=setting.reply_tokens,
         progress=False,

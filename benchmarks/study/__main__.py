@@ -1,0 +1,134 @@
+"""``python -m benchmarks.study``: make the runs of a budget, in any number of processes, and go on where they left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import HfArgumentParser
+
+from benchmarks.machine import keep_freed_memory
+from benchmarks.study.budgets import BUDGETS
+from benchmarks.study.plan import Budget
+from benchmarks.study.record import Cell, claimed, load_run, save_run
+from benchmarks.study.start import Start, demo_start
+from benchmarks.study.trial import run_trial
+from procon.demo_model import fetch_demo_model
+from procon.errors import ProConError
+
+HERE = Path(__file__).parent
+
+
+@dataclass
+class StudyArguments:
+    """Fine-tune by every method, in every setting, with every seed of a budget; one JSON a run."""
+
+    budget: str = field(default="table", metadata={"help": "smoke (minutes), table (hours on 2 cores) or full (GPUs)."})
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Chat model to start from: a folder or hub name; SmolLM2-135M, taught to refuse, if not given."
+        },
+    )
+    base: str | None = field(
+        default=None, metadata={"help": "The model before its safety training, which SafeLoRA needs; see the docs."}
+    )
+    runs: str | None = field(default=None, metadata={"help": "Folder of run files; benchmarks/study/runs/BUDGET."})
+    work: str = field(default="procon-study", metadata={"help": "Folder for the start model and for checkpoints."})
+    only: str = field(default="", metadata={"help": "Make only runs whose name has this in it: arithmetic/plain."})
+    threads: int = field(default=0, metadata={"help": "CPU threads of this process; torch's choice if 0."})
+    list: bool = field(default=False, metadata={"help": "Say which runs are made and which are missing, and stop."})
+
+
+def main(argv: list[str] | None = None) -> int:
+    (arguments,) = HfArgumentParser(StudyArguments, prog="python -m benchmarks.study").parse_args_into_dataclasses(argv)
+    try:
+        run_study(arguments)
+    except ProConError as error:
+        print(f"study: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_study(arguments: StudyArguments) -> None:
+    """Make every missing run; prints one line a run and how long the rest will take."""
+    budget = BUDGETS.get(arguments.budget)
+    if budget is None:
+        raise ProConError(f"budget is {arguments.budget!r}: choose one of {', '.join(BUDGETS)}")
+    runs = Path(arguments.runs or HERE / "runs" / arguments.budget)
+    cells = [cell for cell in budget.cells() if arguments.only in cell.name]
+    missing = [cell for cell in cells if not cell.path(runs).is_file()]
+    console = Console()
+    console.print(f"{len(cells) - len(missing)} of {len(cells)} runs are in {runs}.")
+    if arguments.list or not missing:
+        for cell in missing:
+            console.print(f"  missing: {cell}")
+        return
+    _quiet(arguments.threads)
+    if arguments.model:
+        start = Start.open(arguments.model, pairs=budget.size.pairs, base=arguments.base)
+    else:
+        start = Start.open(demo_start(Path(arguments.work)), pairs=budget.size.pairs, base=fetch_demo_model())
+    _run_missing(budget, missing, start, runs, console)
+
+
+def _run_missing(budget: Budget, missing: list[Cell], start: Start, runs: Path, console: Console) -> None:
+    """In the plan's order; what another process makes in the meantime is passed over."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    began = time.monotonic()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("runs", total=len(missing), left="")
+        for cell in missing:
+            with claimed(cell.path(runs)) as mine:
+                if mine:
+                    progress.update(task, description=str(cell))
+                    method = budget.method(cell)
+                    run = run_trial(start, method, budget.setting(cell), cell.seed, budget.size)
+                    save_run(cell, asdict(method), run, runs)
+                    console.print(summary(cell, load_run(cell.path(runs))))
+            # From the runs that are there now, whichever process made them.
+            done = sum(other.path(runs).is_file() for other in missing)
+            elapsed = time.monotonic() - began
+            left = (len(missing) - done) * elapsed / max(done, 1)
+            progress.update(
+                task, completed=max(done, number + 1 if done else 0), left=f"about {left / 60:.0f} min left"
+            )
+
+
+def summary(cell: Cell, run: dict) -> str:
+    """One line on a run."""
+    replies = run["replies"]
+
+    def share(kind: str, key: str) -> str:
+        return f"{sum(reply[key] for reply in replies[kind]) / len(replies[kind]):.0%}"
+
+    return (
+        f"{cell}: refuses {share('held_out', 'refused')} of malicious and {share('benign', 'refused')} of benign "
+        f"prompts, task {share('task', 'correct')}, {run['train_seconds']:.0f} s of training"
+    )
+
+
+def _quiet(threads: int) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+    keep_freed_memory()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

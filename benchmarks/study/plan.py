@@ -1,0 +1,77 @@
+"""What is run: the parts of the study, each with its question, and how much of them a budget makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.study.methods import Method
+from benchmarks.study.record import Cell
+from benchmarks.study.settings import SETTINGS, Setting
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything.
+
+    Attributes:
+        train, test: task problems trained on and measured.
+        epochs: over the training data; a method's ``length`` multiplies it.
+        prompts: contrast prompts measured, of each split and side.
+        pairs: probe pairs that drift and displacement are measured on.
+        poisoned, safety: samples mixed in where a setting or method has them.
+    """
+
+    train: int = 320
+    test: int = 128
+    epochs: float = 1.0
+    prompts: int = 64
+    pairs: int = 64
+    poisoned: int = 10
+    safety: int = 16
+
+
+@dataclass(frozen=True)
+class Part:
+    """Methods that are compared with each other, to answer one question."""
+
+    name: str
+    title: str
+    question: str
+    methods: tuple[Method, ...]
+    settings: tuple[str, ...] = ("arithmetic",)
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Parts at a size."""
+
+    parts: tuple[Part, ...]
+    size: Size
+
+    def __post_init__(self):
+        known: dict[str, Method] = {}
+        for part in self.parts:
+            for method in part.methods:
+                if known.setdefault(method.name, method) != method:
+                    raise ValueError(f"two methods are called {method.name!r}")
+
+    def cells(self) -> list[Cell]:
+        """Every run once: part by part, and within it seed by seed, so that an unfinished part has whole seeds."""
+        return list(
+            dict.fromkeys(
+                Cell(setting, method.name, seed)
+                for part in self.parts
+                for seed in part.seeds
+                for setting in part.settings
+                for method in part.methods
+            )
+        )
+
+    def method(self, cell: Cell) -> Method:
+        """The method of a cell."""
+        return next(method for part in self.parts for method in part.methods if method.name == cell.method)
+
+    def setting(self, cell: Cell) -> Setting:
+        """The setting of a cell."""
+        return SETTINGS[cell.setting]
