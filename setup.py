@@ -41,6 +41,7 @@ setup(
     packages=[
         "procon",
         "procon.assets",
+        "procon.defences",
         "procon.eager",
         "procon.integrations",
         "procon.kernels",

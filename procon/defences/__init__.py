@@ -1,0 +1,25 @@
+"""Defences beside ProCon, on transformers' Trainer: each in a file of its own, all of them by name in one registry."""
+
+from procon.defences.constrained_sft import ConstrainedSFTTrainer
+from procon.defences.frozen_layers import FrozenLayersTrainer
+from procon.defences.hidden_states import HiddenStatesTrainer
+from procon.defences.lisa import LisaTrainer
+from procon.defences.registry import DEFENCES, Defence, build_trainer, find_defence
+from procon.defences.safe_lora import SafeLoRATrainer, project_update
+from procon.defences.starting_model import StartingModel
+from procon.defences.steering import SteeringTrainer
+
+__all__ = [
+    "DEFENCES",
+    "ConstrainedSFTTrainer",
+    "Defence",
+    "FrozenLayersTrainer",
+    "HiddenStatesTrainer",
+    "LisaTrainer",
+    "SafeLoRATrainer",
+    "StartingModel",
+    "SteeringTrainer",
+    "build_trainer",
+    "find_defence",
+    "project_update",
+]

@@ -1,0 +1,81 @@
+"""All of the hidden state held to the start: what ProCon's constraint is when it leaves no direction free.
+
+    loss = CE + alpha * mean over tokens t and blocks l of  ||x_l[t] - x0_l[t]||^2 / D
+
+x_l[t] is the input of block l at token t, x0_l[t] the same under the model as training started, D its width. This is
+the upper ablation of the projection constraint (arXiv 2509.06795, section III-C1), which keeps <r_l, x_l[t]> alone; as
+a defence it is feature distillation from the start.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from procon.constraint import Blocks, choose_blocks
+from procon.decoder import find_decoder, first_moving_block, observe_block_inputs
+from procon.defences.starting_model import StartingModel
+from procon.defences.trainer import TokenMeanTrainer, tokens_in_scope
+from procon.errors import ProConError
+from procon.sequences import TOKEN_SCOPES, TokenScope
+
+
+class HiddenStatesTrainer(TokenMeanTrainer):
+    """Adds the distance of the block inputs to those of the start; evaluation reports CE.
+
+    The reference is the model as the trainer is given it, run beside the model in every step.
+
+    Args:
+        alpha: strength.
+        blocks: ``"all"``, a list of indices, or a fraction: the deepest share of them.
+        scope: tokens that are held: ``"response"``, ``"prompt"`` or ``"all"``.
+
+    Raises:
+        ProConError: for settings that are none of these, and if nothing below a held block trains.
+    """
+
+    def __init__(
+        self, *args: Any, alpha: float = 0.1, blocks: Blocks = "all", scope: TokenScope = "response", **kwargs: Any
+    ):
+        super().__init__(*args, **kwargs)
+        if not 0 <= alpha < math.inf:
+            raise ProConError(f"alpha is {alpha:g}: give a finite number, 0 or more")
+        if scope not in TOKEN_SCOPES:
+            raise ProConError(f"scope is {scope!r}: choose one of {', '.join(TOKEN_SCOPES)}")
+        self.alpha, self.scope = alpha, scope
+        self._decoder = find_decoder(self.model)
+        self.blocks = choose_blocks(torch.ones(len(self._decoder.blocks), dtype=torch.bool), blocks)
+        self._moving = [block for block in self.blocks if block >= first_moving_block(self._decoder)]
+        if not self._moving:
+            raise ProConError("nothing below a held block trains, so holding it does nothing: hold deeper blocks")
+        self._start = StartingModel(self.model)
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        # The reference needs its block inputs alone.
+        few = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self._without_head = {"logits_to_keep": 1} if few else {}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not model.training or self.alpha == 0:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        mask = tokens_in_scope(inputs, self.scope)
+        start: dict[int, Tensor] = {}
+        with observe_block_inputs(self._decoder, lambda block, hidden: start.update({block: hidden[mask]})):
+            unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
+            self._start(**unlabelled, **self._without_head)
+        now: dict[int, Tensor] = {}
+        with observe_block_inputs(self._decoder, lambda block, hidden: now.update({block: hidden})):
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        if not all(now[block].requires_grad for block in self._moving):
+            raise ProConError(
+                "gradient checkpointing with use_reentrant=True hides the hidden states' gradients: set "
+                "use_reentrant=False"
+            )
+        loss, *outputs = found if return_outputs else (found,)
+        distance = sum((now[block][mask].float() - start[block].float()).square().sum() for block in self._moving)
+        mean = self.token_mean(distance / (len(self.blocks) * self._decoder.hidden_size), num_items_in_batch)
+        loss = loss + self.alpha * mean
+        return (loss, *outputs) if return_outputs else loss
