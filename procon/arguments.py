@@ -39,7 +39,7 @@ class DirectionsArguments:
 
 @dataclass
 class TrainArguments:
-    """Fine-tune a chat model on your data under the projection constraint."""
+    """Fine-tune a chat model on your data under the projection constraint, or another defence."""
 
     model: str = _required("Chat model to start from: a folder or hub name; a LoRA folder is trained further.")
     data: str = _required(
@@ -47,6 +47,15 @@ class TrainArguments:
         "completion, or instruction + output."
     )
     directions: str | None = _option(None, "Directions file; extracted from the model at the start if not given.")
+    defence: str | None = _option(
+        None,
+        "plain, safe, sppft, constrained_sft, safe_lora, lisa, steering, hidden_states, procon_s, procon_wu, "
+        "procon_s_safe or procon_wu_safe; what the procon_ settings say if not given.",
+    )
+    defence_settings: str | None = _option(
+        None, "The defence's own settings: key=value, joined by commas, with values as in YAML."
+    )
+    base: str | None = _option(None, "For safe_lora: the model before it was aligned, a folder or hub name.")
     safety_samples: int = _option(0, "How many safety samples (malicious prompt, refusal) to mix in; paper: 1000.")
     safety_data: str | None = _option(None, "Where they come from, in the formats of --data; built-in if not given.")
     method: str = _option("lora", "lora, or full for all weights.")

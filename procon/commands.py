@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich import box
 from rich.console import Console
@@ -22,6 +25,7 @@ from procon.data import (
     tokenize_conversations,
 )
 from procon.decoder import find_decoder
+from procon.defences import Defence, build_trainer, find_defence
 from procon.directions import DIRECTIONS, ContrastMeans, RefusalDirections
 from procon.drift import Drift, measure_drift
 from procon.errors import ProConError
@@ -56,12 +60,24 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
         raise ProConError(f"output_dir {str(output)!r} holds checkpoints: pass --resume, or another --output_dir")
     if arguments.resume and not found:
         raise ProConError(f"no complete checkpoint in {str(output)!r} to resume from: leave --resume out")
+    defence = find_defence(arguments.defence) if arguments.defence else None
+    settings = _defence_settings(arguments, defence)
+    if defence:
+        config = defence.configure(config)
+    needs = defence.needs if defence else {"directions"} if config.schedule().active else set()
     conversations = load_conversations(arguments.data)
-    if arguments.safety_samples or arguments.safety_data:
+    aligning = "alignment_dataset" in needs
+    # Safety data that a defence trains on apart are mixed in besides only if a number is given.
+    asked = arguments.safety_data or (defence and defence.safety)
+    mixing = arguments.safety_samples or (asked and not aligning)
+    if mixing or aligning:
         safety = load_conversations(arguments.safety_data) if arguments.safety_data else safety_conversations()
+    if mixing:
         conversations = mix_safety(conversations, safety, arguments.safety_samples or len(safety), seed=config.seed)
-    constrained = config.schedule().active
-    known = RefusalDirections.load(arguments.directions) if constrained and arguments.directions else None
+    directed = "directions" in needs
+    known = RefusalDirections.load(arguments.directions) if directed and arguments.directions else None
+    if directed and arguments.resume and known is None:
+        known = RefusalDirections.load(found if (found / DIRECTIONS).is_file() else output)
 
     dtype = torch.float32 if arguments.method == "full" and arguments.dtype == "auto" else parse_dtype(arguments.dtype)
     model, tokenizer = load_model(arguments.model, dtype=dtype, attn_implementation=arguments.attn_implementation)
@@ -71,20 +87,25 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
     set_seed(config.seed)
     # A new adapter changes nothing yet, and one that does not fit shows before the minutes of extraction.
     model = _trainable(model, arguments)
-    if constrained and known is None and not arguments.resume:
+    if directed and known is None:
         # Before there is a trainer, as that makes the output folder.
         with config.main_process_first(local=False, desc="refusal directions"):
             if config.process_index == 0:
                 RefusalDirections.extract(model, tokenizer).save(output / DIRECTIONS)
             known = RefusalDirections.load(output)
-    trainer = ProConTrainer(
-        model,
-        config,
-        directions=known,
-        train_dataset=dataset,
-        data_collator=_collator(arguments, model, tokenizer),
-        processing_class=tokenizer,
-    )
+    common: dict[str, Any] = {
+        "directions": known,
+        "train_dataset": dataset,
+        "data_collator": _collator(arguments, model, tokenizer),
+        "processing_class": tokenizer,
+    }
+    if defence:
+        if aligning:
+            common["alignment_dataset"] = tokenize_conversations(safety, tokenizer, max_length=arguments.max_length)
+        common |= {"settings": settings, "base": arguments.base}
+        trainer = build_trainer(defence.name, model, config, **common)
+    else:
+        trainer = ProConTrainer(model, config, **common)
     trainer.add_callback(JsonlCallback())
     if arguments.drift_steps:
         trainer.add_callback(
@@ -169,6 +190,27 @@ def _task(path: str) -> list[dict]:
             raise ProConError(f"task {path!r}, row {number}: give it a user turn and an assistant turn")
         rows.append({"instruction": questions[0], "output": answers[-1]})
     return rows
+
+
+def _defence_settings(arguments: TrainArguments, defence: Defence | None) -> dict[str, Any]:
+    """The parsed ``defence_settings``; checked before any work."""
+    for name, taken in {"defence_settings": defence, "base": defence and "base" in defence.needs}.items():
+        if (value := getattr(arguments, name)) and not taken:
+            raise ProConError(f"{name} is {value!r}, but there is no defence to take it: add --defence NAME")
+    text = arguments.defence_settings or ""
+    settings = {}
+    # At commas with a name and = behind them: a value may be a list.
+    for part in re.split(r",(?=\s*\w+\s*=)", text) if text.strip() else []:
+        name, equals, value = part.partition("=")
+        try:
+            settings[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals:
+            raise ProConError(f"defence_settings has {part!r}: give key=value, joined by commas")
+    if defence:
+        defence.check(settings)
+    return settings
 
 
 def _trainable(model: PreTrainedModel, arguments: TrainArguments) -> PreTrainedModel | PeftModel:

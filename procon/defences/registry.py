@@ -58,6 +58,21 @@ class Defence:
         own = inspect.signature(self.trainer.__init__).parameters.values()
         return {p.name: p.default for p in own if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
 
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Raise ProConError for a setting that the defence does not have, or a value of another kind."""
+        known = self.settings
+        for key, value in settings.items():
+            if key not in known:
+                close = get_close_matches(key, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known) or 'none'}"
+                raise ProConError(f"defence {self.name!r} has no setting {key!r}: {hint}")
+            # Those that are no number select blocks, by a share of the depth too, or are a list.
+            expected = (int, float) if isinstance(known[key], (int, float)) else (str, float, list, tuple)
+            if not isinstance(value, expected) or isinstance(value, bool):
+                raise ProConError(
+                    f"setting {key} of defence {self.name!r} is {value!r}: give one like its default, {known[key]!r}"
+                )
+
     @property
     def is_procon(self) -> bool:
         """Whether it is the projection constraint."""
@@ -202,26 +217,10 @@ def build_trainer(
     defence = find_defence(name)
     args = defence.configure(args)
     settings = dict(settings or {})
-    for key, value in settings.items():
-        _check_setting(defence, key, value)
+    defence.check(settings)
     given = {"directions": directions, "alignment_dataset": alignment_dataset, "base": base}
     for need in sorted(defence.needs):
         if given[need] is None:
             raise ProConError(f"defence {name!r} needs {need}: pass {need}")
         settings[need] = given[need]
     return defence.trainer(model, args, **settings, **trainer_arguments)
-
-
-def _check_setting(defence: Defence, key: str, value: object) -> None:
-    known = defence.settings
-    if key not in known:
-        close = get_close_matches(key, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known) or 'none'}"
-        raise ProConError(f"defence {defence.name!r} has no setting {key!r}: {hint}")
-    numeric = isinstance(known[key], (int, float))
-    # A selection of blocks may be a share of the depth.
-    expected = (int, float) if numeric else (str, float, list, tuple)
-    if not isinstance(value, expected) or isinstance(value, bool):
-        raise ProConError(
-            f"setting {key} of defence {defence.name!r} is {value!r}: give one like its default, {known[key]!r}"
-        )
