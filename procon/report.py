@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from html import escape
 from pathlib import Path
 from textwrap import fill
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from procon.errors import ProConError
-from procon.evaluation import Evaluation, Rate, extract_answer, load_json, save_json, write_whole
+from procon.evaluation import Evaluation, Rate, extract_answer, load_json, save_json
+from procon.page import COLOURS, DASHES, INK, legend_above, new_figure, to_svg, whole_numbers, write_page
 
 CAPTION = "Refusal, by keywords: of malicious high is safe, of benign low is useful. Cosine 1 means no drift."
 INTERVAL_CAPTION = "After a rate: its 95% interval."
@@ -35,38 +34,7 @@ _RATE_KEYS = {
     "procon/task": "task accuracy",
 }
 
-# Mid tones with a contrast of at least 3:1 on white and on near-black alike.
-_COLOURS = ("#2f7fd1", "#d9660b", "#1f9d6b", "#a05fc9", "#d1495b", "#7d858c")
-_DASHES = ("-", "--", "-.", ":")
 _MEASURE_COLOURS = ("#1c8c96", "#c4607e", "#8b8a2f")
-# Stand-ins that the page turns into its own text and rule colours, which differ between light and dark.
-_INK, _RULE = "#010203", "#040506"
-_PLOT_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "procon",
-    "text.parse_math": False,
-    "axes.formatter.useoffset": False,
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.edgecolor": _RULE,
-    "axes.labelcolor": _INK,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _RULE,
-    "grid.linewidth": 0.6,
-    "xtick.color": _RULE,
-    "ytick.color": _RULE,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "figure.facecolor": "none",
-    "savefig.facecolor": "none",
-    "legend.frameon": False,
-}
 
 
 @dataclass(frozen=True)
@@ -216,7 +184,7 @@ def _number_cells(run: Run) -> tuple[str, str]:
 
 def plot_rates(runs: Sequence[Run]) -> Figure:
     """Bars of refusal and task accuracy per run, with 95% intervals."""
-    figure = _figure(0.9 + 0.85 * len(runs))
+    figure = new_figure(0.9 + 0.85 * len(runs))
     axes = figure.subplots()
     names = ("refusal of malicious", "refusal of benign", "task accuracy")
     thickness = 0.26
@@ -239,7 +207,7 @@ def plot_rates(runs: Sequence[Run]) -> Figure:
             color=colour,
             label=name,
             xerr=errors,
-            error_kw={"ecolor": _INK, "elinewidth": 1, "capsize": 2},
+            error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2},
         )
         for place, rate in known:
             axes.annotate(
@@ -257,40 +225,40 @@ def plot_rates(runs: Sequence[Run]) -> Figure:
 
 def plot_drift_by_block(runs: Sequence[Run]) -> Figure:
     """Signed cosine to the initial direction, block by block, one line a run."""
-    figure = _figure(3.8)
+    figure = new_figure(3.8)
     axes = figure.subplots()
     for run, style in _styled(runs):
         if run.cosine is not None:
             axes.plot(range(len(run.cosine)), run.cosine, marker="o", markersize=3, **style)
     axes.set_xlabel("decoder block (its input)")
     axes.set_ylabel("cosine to the initial direction")
-    axes.xaxis.set_major_locator(_whole_numbers())
-    _legend(figure)
+    axes.xaxis.set_major_locator(whole_numbers())
+    legend_above(figure)
     return figure
 
 
 def plot_drift_by_step(runs: Sequence[Run]) -> Figure:
     """Mean cosine to the initial direction over training and, where it was logged, alpha beneath."""
     if _logged(runs, "procon/alpha"):
-        figure = _figure(4.6)
+        figure = new_figure(4.6)
         drift, alpha = figure.subplots(2, sharex=True, height_ratios=(3, 1))
         _draw_series(alpha, runs, "procon/alpha", stepped=True)
         alpha.set_ylabel("alpha")
         alpha.set_xlabel("optimiser step")
     else:
-        figure = _figure(3.6)
+        figure = new_figure(3.6)
         drift = figure.subplots()
         drift.set_xlabel("optimiser step")
     _draw_series(drift, runs, "procon/drift_cos")
     drift.set_ylabel("mean cosine")
-    _legend(figure)
+    legend_above(figure)
     return figure
 
 
 def plot_rates_by_step(runs: Sequence[Run]) -> Figure:
     """Refusal and task accuracy over training: one panel a measure, one line a run."""
     keys = [key for key in _RATE_KEYS if _logged(runs, key)]
-    figure = _figure(3.4)
+    figure = new_figure(3.4)
     panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
     for axes, key in zip(panels, keys, strict=True):
         _draw_series(axes, runs, key)
@@ -298,7 +266,7 @@ def plot_rates_by_step(runs: Sequence[Run]) -> Figure:
         axes.set_xlabel("optimiser step")
         axes.set_ylim(-0.03, 1.03)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-    _legend(figure)
+    legend_above(figure)
     return figure
 
 
@@ -306,14 +274,14 @@ def plot_loss_and_penalty(runs: Sequence[Run]) -> Figure:
     """Training loss and constraint penalty over training, side by side; only those that were logged."""
     names = {"loss": "training loss", "procon/penalty": "constraint penalty, before alpha"}
     keys = [key for key in names if _logged(runs, key)]
-    figure = _figure(3.4)
+    figure = new_figure(3.4)
     panels = figure.subplots(1, len(keys), squeeze=False)[0]
     for axes, key in zip(panels, keys, strict=True):
         _draw_series(axes, runs, key)
         axes.set_title(names[key])
         axes.set_xlabel("optimiser step")
         axes.set_ylim(bottom=0)
-    _legend(figure)
+    legend_above(figure)
     return figure
 
 
@@ -328,17 +296,13 @@ def _styled(runs: Sequence[Run]) -> list[tuple[Run, dict]]:
             run,
             {
                 "label": run.label,
-                "color": _COLOURS[place % len(_COLOURS)],
-                "linestyle": _DASHES[place % len(_DASHES)],
+                "color": COLOURS[place % len(COLOURS)],
+                "linestyle": DASHES[place % len(DASHES)],
                 "linewidth": 1.8,
             },
         )
         for place, run in enumerate(runs)
     ]
-
-
-def _figure(height: float) -> Figure:
-    return Figure(figsize=(8.4, height), layout="constrained")
 
 
 def _draw_series(axes: Axes, runs: Sequence[Run], key: str, *, stepped: bool = False) -> None:
@@ -349,20 +313,7 @@ def _draw_series(axes: Axes, runs: Sequence[Run], key: str, *, stepped: bool = F
             axes.plot(steps, values, drawstyle="steps-pre", **style)
         elif steps:
             axes.plot(steps, values, marker="o" if len(steps) < 30 else None, markersize=3, **style)
-    axes.xaxis.set_major_locator(_whole_numbers())
-
-
-def _whole_numbers() -> MaxNLocator:
-    return MaxNLocator(8, integer=True, steps=[1, 2, 5, 10])
-
-
-def _legend(figure: Figure) -> None:
-    """One legend above the panels, each run once."""
-    handles = {
-        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    columns = max(1, 100 // (max(map(len, handles)) + 6))
-    figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=min(columns, len(handles)))
+    axes.xaxis.set_major_locator(whole_numbers())
 
 
 # Page
@@ -391,7 +342,10 @@ def write_html(
     _check_runs(runs)
     sections = [("Results", f"{_html_table(runs)}<p class='caption'>{escape(CAPTION)} {escape(INTERVAL_CAPTION)}</p>")]
     sections += [
-        (heading, f"<figure>{_svg(plot, runs, name, alt)}<figcaption>{escape(text)}</figcaption></figure>")
+        (
+            heading,
+            f"<figure>{to_svg(partial(plot, runs), name, alt)}<figcaption>{escape(text)}</figcaption></figure>",
+        )
         for heading, name, plot, present, alt, text in _plots(runs)
         if present
     ]
@@ -402,7 +356,7 @@ def write_html(
         rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(fact))}</dd>" for name, fact in facts.items())
         sections.append(("How this was made", f"<dl>{rows}</dl>"))
     body = "".join(f"<section><h2>{escape(heading)}</h2>{content}</section>" for heading, content in sections)
-    return write_whole(_PAGE.format(title=escape(title), style=_STYLE, body=body), path)
+    return write_page(title, f"<h1>{escape(title)}</h1>{body}", path)
 
 
 def _plots(runs: Sequence[Run]) -> list[tuple[str, str, Callable, bool, str, str]]:
@@ -465,22 +419,6 @@ def _ends(runs: Sequence[Run], key: str) -> str:
     return "; ".join(f"{label}: from {values[0]:.3g} to {values[-1]:.3g}" for label, values in ends if values) + "."
 
 
-def _svg(plot: Callable[[Sequence[Run]], Figure], runs: Sequence[Run], name: str, alt: str) -> str:
-    """The figure as an ``<svg>`` element that takes its ink from the page and may stand beside others."""
-    buffer = io.StringIO()
-    with mpl.rc_context(_PLOT_STYLE):
-        plot(runs).savefig(buffer, format="svg", metadata={"Date": None})
-    svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor").replace(_RULE, "var(--rule)")
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    return re.sub(
-        r'<svg[^>]*?(viewBox="[^"]*")[^>]*>',
-        lambda tag: f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {tag[1]} role="img" aria-label="{escape(alt)}">',
-        svg,
-        count=1,
-    )
-
-
 def _html_table(runs: Sequence[Run]) -> str:
     headers = ["run", "refusal of malicious", "refusal of benign", "degenerate replies", "task accuracy"]
     head = "".join(f"<th scope='col'>{header}</th>" for header in [*headers, "mean cosine", "seconds per step"])
@@ -531,53 +469,3 @@ def _html_reply(reply: dict | None) -> str:
     if reply["degenerate"]:
         marks.append("degenerate")
     return f"<td><b>{escape(', '.join(marks))}</b><p>{escape(reply['reply'])}</p></td>"
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-<h1>{title}</h1>
-{body}
-</main>
-</body>
-</html>
-"""
-
-_STYLE = """
-:root { color-scheme: light dark; --page: #fff; --ink: #1b1f24; --soft: #57606a; --rule: #c4cad1; --band: #f4f6f8; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #15181c; --ink: #e4e7eb; --soft: #a0a9b3; --rule: #454d57; --band: #1e2329; }
-}
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 2rem 1rem 4rem; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 1.5rem; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top; }
-thead th { vertical-align: bottom; }
-tbody th { font-weight: 600; }
-.numbers { width: 100%; font-variant-numeric: tabular-nums; }
-.numbers td { white-space: nowrap; }
-.numbers td, .numbers thead th:not(:first-child) { text-align: right; }
-.numbers small { display: block; }
-.wide { overflow-x: auto; }
-.replies td, .replies th { min-width: 11rem; font-size: .85rem; }
-.replies p { margin: .2rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; }
-small, figcaption, .caption, .replies b { color: var(--soft); }
-figcaption, .caption, small { font-size: .85rem; }
-figure { margin: 0; }
-svg { display: block; width: 100%; height: auto; }
-svg text { font-family: system-ui, sans-serif !important; }
-details { margin: .5rem 0; border: 1px solid var(--rule); border-radius: 6px; }
-summary { padding: .5rem .8rem; background: var(--band); border-radius: 6px; cursor: pointer; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1rem; font-size: .9rem; }
-dt { color: var(--soft); }
-dd { margin: 0; overflow-wrap: anywhere; }
-"""
