@@ -49,7 +49,13 @@ def measure_drift(
     progress: bool = True,
 ) -> Drift:
     """Drift of ``model`` since ``reference``, which must come from the same ``prompts`` on the starting model."""
-    means = ContrastMeans.measure(model, tokenizer, prompts, batch_size=batch_size, progress=progress)
+    return compare_means(
+        reference, ContrastMeans.measure(model, tokenizer, prompts, batch_size=batch_size, progress=progress)
+    )
+
+
+def compare_means(reference: RefusalDirections, means: ContrastMeans) -> Drift:
+    """Drift from ``reference`` to ``means`` of the same prompts."""
 
     def shift(mean: Tensor, at_start: Tensor) -> Tensor:
         z = (mean * reference.directions.double()).sum(-1).float()

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import HfArgumentParser
 
-from benchmarks.machine import keep_freed_memory
 from benchmarks.study.budgets import BUDGETS
 from benchmarks.study.plan import Budget
 from benchmarks.study.record import Cell, claimed, load_run, save_run
@@ -96,16 +95,14 @@ def _run_missing(budget: Budget, missing: list[Cell], start: Start, runs: Path, 
                 if mine:
                     progress.update(task, description=str(cell))
                     method = budget.method(cell)
-                    run = run_trial(start, method, budget.setting(cell), cell.seed, budget.size)
+                    run = run_trial(start, method, budget.setting(cell), cell.seed, cell.split, budget.size)
                     save_run(cell, asdict(method), run, runs)
                     console.print(summary(cell, load_run(cell.path(runs))))
             # From the runs that are there now, whichever process made them.
             done = sum(other.path(runs).is_file() for other in missing)
             elapsed = time.monotonic() - began
             left = (len(missing) - done) * elapsed / max(done, 1)
-            progress.update(
-                task, completed=max(done, number + 1 if done else 0), left=f"about {left / 60:.0f} min left"
-            )
+            progress.update(task, completed=done, left=f"about {left / 60:.0f} min left" if done else "")
 
 
 def summary(cell: Cell, run: dict) -> str:
@@ -116,7 +113,7 @@ def summary(cell: Cell, run: dict) -> str:
         return f"{sum(reply[key] for reply in replies[kind]) / len(replies[kind]):.0%}"
 
     return (
-        f"{cell}: refuses {share('held_out', 'refused')} of malicious and {share('benign', 'refused')} of benign "
+        f"{cell}: refuses {share('malicious', 'refused')} of malicious and {share('benign', 'refused')} of benign "
         f"prompts, task {share('task', 'correct')}, {run['train_seconds']:.0f} s of training"
     )
 
@@ -124,7 +121,6 @@ def summary(cell: Cell, run: dict) -> str:
 def _quiet(threads: int) -> None:
     if threads:
         torch.set_num_threads(threads)
-    keep_freed_memory()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

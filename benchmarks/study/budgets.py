@@ -1,4 +1,4 @@
-"""The budgets: ``smoke`` for continuous integration, ``table`` for two CPU cores, ``full`` for GPUs and larger models."""
+"""The budgets: ``smoke`` for continuous integration, ``table`` for two CPU cores, ``full`` for GPUs."""
 
 from __future__ import annotations
 

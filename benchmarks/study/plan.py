@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from benchmarks.study.methods import Method
 from benchmarks.study.record import Cell
 from benchmarks.study.settings import SETTINGS, Setting
+from procon.prompts import Split
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,11 @@ class Size:
 
 @dataclass(frozen=True)
 class Part:
-    """Methods that are compared with each other, to answer one question."""
+    """Methods that are compared with each other, to answer one question.
+
+    What is chosen is chosen on the validation prompts, with a seed of its own; what is reported is measured on the
+    held-out ones.
+    """
 
     name: str
     title: str
@@ -40,6 +45,7 @@ class Part:
     methods: tuple[Method, ...]
     settings: tuple[str, ...] = ("arithmetic",)
     seeds: tuple[int, ...] = (0, 1, 2)
+    split: Split = "held_out"
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Budget:
         """Every run once: part by part, and within it seed by seed, so that an unfinished part has whole seeds."""
         return list(
             dict.fromkeys(
-                Cell(setting, method.name, seed)
+                Cell(setting, method.name, seed, part.split)
                 for part in self.parts
                 for seed in part.seeds
                 for setting in part.settings

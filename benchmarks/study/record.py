@@ -17,15 +17,17 @@ from pathlib import Path
 import torch
 
 from procon.evaluation import load_json, save_json
+from procon.prompts import Split
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A run's place in the study."""
+    """A run's place in the study; ``split`` says on which contrast prompts it is measured."""
 
     setting: str
     method: str
     seed: int
+    split: Split = "held_out"
 
     @property
     def name(self) -> str:

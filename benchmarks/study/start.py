@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,7 +15,7 @@ from procon.directions import ContrastMeans, RefusalDirections
 from procon.displacement import last_token_states
 from procon.errors import ProConError
 from procon.loading import load_model
-from procon.prompts import ContrastPrompts, builtin_prompts
+from procon.prompts import builtin_prompts
 from procon.refusal_odds import refusal_tokens
 from procon.refusal_tuning import make_refuse
 
@@ -50,16 +51,16 @@ class Start:
             ProConError: if the model refuses nothing.
         """
         model, tokenizer = load_model(folder)
-        probes = probe_prompts(pairs)
         directions = RefusalDirections.extract(model, tokenizer, progress=False)
         if directions.provenance["refusal_rate"] == 0:
             raise ProConError(f"model {str(folder)!r} refuses nothing: there is nothing to preserve; give a chat model")
+        states = _probe_states(model, tokenizer, pairs)
         return cls(
             folder=folder,
             tokenizer=tokenizer,
             directions=directions,
-            reference=ContrastMeans.measure(model, tokenizer, probes, progress=False).directions(),
-            states=last_token_states(model, tokenizer, (*probes.malicious, *probes.benign)),
+            reference=contrast_means(states).directions(),
+            states=states,
             tokens=refusal_tokens(model, tokenizer, builtin_prompts("extraction")),
             weights=weights_hash(model),
             base=base,
@@ -69,10 +70,21 @@ class Start:
         """A fresh copy of the model."""
         return load_model(self.folder)[0]
 
+    def probe_states(self, model: PreTrainedModel) -> Tensor:
+        """What :attr:`states` is, of a model that came from this one."""
+        return _probe_states(model, self.tokenizer, len(self.states) // 2)
 
-def probe_prompts(pairs: int) -> ContrastPrompts:
-    """What drift is measured on."""
-    return builtin_prompts("extraction").first(pairs)
+
+def _probe_states(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: int) -> Tensor:
+    probes = builtin_prompts("extraction").first(pairs)
+    return last_token_states(model, tokenizer, (*probes.malicious, *probes.benign))
+
+
+def contrast_means(states: Tensor) -> ContrastMeans:
+    """The means that directions come from, of probe states ``[2 n, L, D]``, malicious ones first."""
+    malicious, benign = states.double().chunk(2)
+    norms = (side.norm(dim=-1).mean(0) for side in (malicious, benign))
+    return ContrastMeans(malicious.mean(0), benign.mean(0), torch.maximum(*norms))
 
 
 def demo_start(work: Path) -> Path:

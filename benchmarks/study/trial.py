@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,16 +13,17 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from benchmarks.study.memory import peak_memory
 from benchmarks.study.methods import Method, choose_directions
 from benchmarks.study.plan import Size
 from benchmarks.study.settings import Setting, safety_samples
-from benchmarks.study.start import Start, probe_prompts
+from benchmarks.study.start import Start, contrast_means
 from procon.data import padding_collator, tokenize_conversations
 from procon.defences import build_trainer
-from procon.displacement import last_token_states, measure_displacement
-from procon.drift import measure_drift
+from procon.displacement import measure_displacement
+from procon.drift import compare_means
 from procon.evaluation import Evaluation, evaluate
-from procon.prompts import ContrastPrompts, builtin_prompts
+from procon.prompts import Split, builtin_prompts
 from procon.refusal_odds import refusal_log_odds
 from procon.refusal_tuning import LORA
 from procon.training import ProConConfig
@@ -31,7 +31,7 @@ from procon.training import ProConConfig
 #: The same for all methods.
 RECIPE = {
     "per_device_train_batch_size": 8,
-    "learning_rate": 5e-4,
+    "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 5,
     "logging_steps": 5,
@@ -43,11 +43,11 @@ RECIPE = {
 REPLY_TOKENS = 24
 
 
-def run_trial(start: Start, method: Method, setting: Setting, seed: int, size: Size) -> dict:
-    """Train and measure; what a run file holds."""
+def run_trial(start: Start, method: Method, setting: Setting, seed: int, split: Split, size: Size) -> dict:
+    """Train, and measure on the contrast prompts of ``split``; what a run file holds."""
     model = start.model()
     trained = _train(start, model, method, setting, seed, size) if method.length else {"train_seconds": 0.0}
-    return {**trained, **measure(start, model, setting, size)}
+    return {**trained, **measure(start, model, setting, split, size)}
 
 
 def _train(start: Start, model: PreTrainedModel, method: Method, setting: Setting, seed: int, size: Size) -> dict:
@@ -72,14 +72,15 @@ def _train(start: Start, model: PreTrainedModel, method: Method, setting: Settin
             train_dataset=dataset,
             data_collator=padding_collator(tokenizer),
         )
-        began = time.monotonic()
-        trainer.train()
-        seconds = time.monotonic() - began
+        with peak_memory() as peak:
+            began = time.monotonic()
+            trainer.train()
+            seconds, peak_mb = time.monotonic() - began, peak()
     return {
         "samples": len(dataset),
         "steps": trainer.state.global_step,
         "train_seconds": round(seconds, 1),
-        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_memory_mb": peak_mb,
         "history": [_rounded(row) for row in trainer.state.log_history if "loss" in row],
     }
 
@@ -90,43 +91,28 @@ def adapter(model: PreTrainedModel) -> LoraConfig:
     return LoraConfig(**LORA if modules.issuperset(LORA["target_modules"]) else {**LORA, "target_modules": None})
 
 
-def measure(start: Start, model: PreTrainedModel, setting: Setting, size: Size) -> dict:
+def measure(start: Start, model: PreTrainedModel, setting: Setting, split: Split, size: Size) -> dict:
     """Replies, log-odds, drift, displacement and perplexity of a model that came from ``start``."""
     tokenizer = start.tokenizer
-    held_out, validation = (builtin_prompts(split).first(size.prompts) for split in ("held_out", "validation"))
+    prompts = builtin_prompts(split).first(size.prompts)
     found = evaluate(
         model,
         tokenizer,
-        prompts=ContrastPrompts((*held_out.malicious, *validation.malicious), held_out.benign),
+        prompts=prompts,
         task=setting.test(train=size.train, test=size.test),
         max_new_tokens=REPLY_TOKENS,
         task_max_new_tokens=setting.reply_tokens,
         progress=False,
     )
-    odds = {
-        name: refusal_log_odds(model, tokenizer, start.tokens, prompts).tolist()
-        for name, prompts in (
-            ("held_out", held_out.malicious),
-            ("validation", validation.malicious),
-            ("benign", held_out.benign),
-        )
-    }
     replies = _by_kind(found)
-    n = len(held_out.malicious)
-    replies = {
-        "held_out": replies["malicious"][:n],
-        "validation": replies["malicious"][n:],
-        "benign": replies["benign"],
-        "task": replies["task"],
-    }
-    for name, values in odds.items():
-        for reply, value in zip(replies[name], values, strict=True):
-            reply["log_odds"] = round(value, 3)
-    probes = probe_prompts(len(start.states) // 2)
-    drift = measure_drift(model, tokenizer, start.reference, probes, progress=False)
-    states = last_token_states(model, tokenizer, (*probes.malicious, *probes.benign))
+    odds = refusal_log_odds(model, tokenizer, start.tokens, prompts.malicious).tolist()
+    for reply, value in zip(replies["malicious"], odds, strict=True):
+        reply["log_odds"] = round(value, 3)
+    states = start.probe_states(model)
+    drift = compare_means(start.reference, contrast_means(states))
     displacement = measure_displacement(start.states, states, start.directions)
     return {
+        "split": split,
         "replies": replies,
         "perplexity": round(perplexity(model, tokenizer, neutral_texts()), 3),
         "drift": {name: _list(values) for name, values in vars(drift).items()},
