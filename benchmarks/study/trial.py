@@ -45,9 +45,11 @@ REPLY_TOKENS = 24
 
 def run_trial(start: Start, method: Method, setting: Setting, seed: int, split: Split, size: Size) -> dict:
     """Train, and measure on the contrast prompts of ``split``; what a run file holds."""
+    began = time.monotonic()
     model = start.model()
     trained = _train(start, model, method, setting, seed, size) if method.length else {"train_seconds": 0.0}
-    return {**trained, **measure(start, model, setting, split, size)}
+    measured = measure(start, model, setting, split, size)
+    return {**trained, **measured, "seconds": round(time.monotonic() - began, 1)}
 
 
 def _train(start: Start, model: PreTrainedModel, method: Method, setting: Setting, seed: int, size: Size) -> dict:
@@ -113,6 +115,7 @@ def measure(start: Start, model: PreTrainedModel, setting: Setting, split: Split
     displacement = measure_displacement(start.states, states, start.directions)
     return {
         "split": split,
+        "hidden_size": states.shape[-1],
         "replies": replies,
         "perplexity": round(perplexity(model, tokenizer, neutral_texts()), 3),
         "drift": {name: _list(values) for name, values in vars(drift).items()},
