@@ -71,10 +71,10 @@ def run_study(arguments: StudyArguments) -> None:
             console.print(f"  missing: {cell}")
         return
     _quiet(arguments.threads)
-    if arguments.model:
-        start = Start.open(arguments.model, pairs=budget.size.pairs, base=arguments.base)
-    else:
-        start = Start.open(demo_start(Path(arguments.work)), pairs=budget.size.pairs, base=fetch_demo_model())
+    model, base = arguments.model, arguments.base
+    if model is None:
+        model, base = demo_start(Path(arguments.work)), base or fetch_demo_model()
+    start = Start.open(model, extraction=budget.size.extraction, pairs=budget.size.pairs, base=base)
     _run_missing(budget, missing, start, runs, console)
 
 

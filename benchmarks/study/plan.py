@@ -18,7 +18,7 @@ class Size:
         train, test: task problems trained on and measured.
         epochs: over the training data; a method's ``length`` multiplies it.
         prompts: contrast prompts measured, of each split and side.
-        pairs: probe pairs that drift and displacement are measured on.
+        extraction: contrast pairs that directions come from; ``pairs`` of them are the probes of drift.
         poisoned, safety: samples mixed in where a setting or method has them.
     """
 
@@ -26,6 +26,7 @@ class Size:
     test: int = 128
     epochs: float = 1.0
     prompts: int = 64
+    extraction: int = 192
     pairs: int = 64
     poisoned: int = 10
     safety: int = 16

@@ -26,7 +26,7 @@ class Start:
 
     Attributes:
         folder: where the model is.
-        directions: from all built-in extraction prompts: what is constrained.
+        directions: from the extraction prompts: what is constrained.
         reference: from the probe prompts: what drift is measured against.
         states: block inputs at the last token of the probe prompts, malicious ones first: ``[2 n, L, D]``.
         tokens: by which the model opens refusals.
@@ -44,14 +44,20 @@ class Start:
     base: str | Path | None = None
 
     @classmethod
-    def open(cls, folder: str | Path, *, pairs: int, base: str | Path | None = None) -> Start:
-        """Load the model, a folder or hub name, and measure it on ``pairs`` probe prompts of each side.
+    def open(cls, folder: str | Path, *, extraction: int, pairs: int, base: str | Path | None = None) -> Start:
+        """Load the model, a folder or hub name, and measure it.
+
+        Args:
+            extraction: contrast pairs that the directions come from.
+            pairs: those of them that drift and displacement are measured on.
 
         Raises:
             ProConError: if the model refuses nothing.
         """
         model, tokenizer = load_model(folder)
-        directions = RefusalDirections.extract(model, tokenizer, progress=False)
+        prompts = builtin_prompts("extraction").first(extraction)
+        held_out = builtin_prompts("validation").first(pairs)
+        directions = RefusalDirections.extract(model, tokenizer, prompts, held_out=held_out, progress=False)
         if directions.provenance["refusal_rate"] == 0:
             raise ProConError(f"model {str(folder)!r} refuses nothing: there is nothing to preserve; give a chat model")
         states = _probe_states(model, tokenizer, pairs)
@@ -61,7 +67,7 @@ class Start:
             directions=directions,
             reference=contrast_means(states).directions(),
             states=states,
-            tokens=refusal_tokens(model, tokenizer, builtin_prompts("extraction")),
+            tokens=refusal_tokens(model, tokenizer, prompts.first(pairs)),
             weights=weights_hash(model),
             base=base,
         )
