@@ -65,7 +65,7 @@ def test_another_architecture(family, tiny_model, tokenizer, tmp_path, monkeypat
     prompts = builtin_prompts("safety").first(256)
     rows = [
         {"instruction": prompt, "output": reply}
-        for side, reply in ((prompts.malicious, "I cannot help."), (prompts.benign, "Sure."))
+        for side, reply in ((prompts.malicious, "I cannot help."), (prompts.benign[:64], "Sure."))
         for prompt in side
     ]
     dataset = tokenize_conversations(to_conversations(Dataset.from_list(rows)), tokenizer, progress=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -41,7 +42,9 @@ class StudyArguments:
     )
     runs: str | None = field(default=None, metadata={"help": "Folder of run files; benchmarks/study/runs/BUDGET."})
     work: str = field(default="procon-study", metadata={"help": "Folder for the start model and for checkpoints."})
-    only: str = field(default="", metadata={"help": "Make only runs whose name has this in it: arithmetic/plain."})
+    only: str = field(
+        default="", metadata={"help": "Make only runs whose name this regular expression finds: ^arithmetic/procon"}
+    )
     threads: int = field(default=0, metadata={"help": "CPU threads of this process; torch's choice if 0."})
     list: bool = field(default=False, metadata={"help": "Say which runs are made and which are missing, and stop."})
 
@@ -62,7 +65,7 @@ def run_study(arguments: StudyArguments) -> None:
     if budget is None:
         raise ProConError(f"budget is {arguments.budget!r}: choose one of {', '.join(BUDGETS)}")
     runs = Path(arguments.runs or HERE / "runs" / arguments.budget)
-    cells = [cell for cell in budget.cells() if arguments.only in cell.name]
+    cells = [cell for cell in budget.cells() if re.search(arguments.only, cell.name)]
     missing = [cell for cell in cells if not cell.path(runs).is_file()]
     console = Console()
     console.print(f"{len(cells) - len(missing)} of {len(cells)} runs are in {runs}.")
@@ -97,7 +100,7 @@ def _run_missing(budget: Budget, missing: list[Cell], start: Start, runs: Path, 
                     method = budget.method(cell)
                     run = run_trial(start, method, budget.setting(cell), cell.seed, cell.split, budget.size)
                     save_run(cell, asdict(method), run, runs)
-                    console.print(summary(cell, load_run(cell.path(runs))))
+                    console.print(summary(cell, load_run(cell.path(runs))), soft_wrap=True)
             # From the runs that are there now, whichever process made them.
             done = sum(other.path(runs).is_file() for other in missing)
             elapsed = time.monotonic() - began

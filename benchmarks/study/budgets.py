@@ -11,8 +11,9 @@ from benchmarks.study.plan import Budget, Part, Size
 #: The seed that choices are made with; no reported run has it.
 DEVELOPMENT = 9
 
-#: The strengths of the open question, by powers of ten and one between, for each unit.
-STRENGTHS = {"raw": (0.01, 0.1, 0.3, 1.0), "gap": (0.1, 1.0, 10.0)}
+#: Chosen on the validation prompts: the largest strength at which the task is learned as well as without it.
+ALPHA = 0.2
+BLOCKS = 29  # of SmolLM2-135M's 30: the first one's input does not move
 
 
 def constrained(name: str, label: str, schedule: str, *, directions: str = "refusal", **config: Any) -> Method:
@@ -38,47 +39,70 @@ OTHERS = (
     Method("steering", "preventative steering", "steering", {"strength": 0.3}),
     Method("hidden_states", "hidden states, L2", "hidden_states", {"alpha": 1.0, "scope": "all"}),
 )
-PROCON_S = constrained("procon_s", "ProCon_s", "procon_s:0.3")
+PROCON_S = constrained("procon_s", "ProCon_s", f"procon_s:{ALPHA}")
 PROCON_WU = constrained("procon_wu", "ProCon_wu", "procon_wu:2@20steps")
-PROCON_LIGHT = replace(constrained("procon_light", "ProCon_wu, then light", "2@20steps,0.1"), length=1.5)
-LAST_BLOCK = constrained("last_block", "last block", "procon_s:0.3", procon_blocks="-1")
-DEEP_HALF = constrained("deep_half", "deep half", "procon_s:0.3", procon_blocks="0.5")
-
-
-def _strength(alpha: float, units: str, directions: str = "refusal") -> Method:
-    kind, _, draw = directions.partition(":")
-    name = f"{units}-{alpha:g}-{kind}{draw}"
-    label = f"{kind} {draw}, {units} units, alpha {alpha:g}"
-    return constrained(name, label, f"procon_s:{alpha:g}", directions=directions, procon_units=units)
-
 
 TABLE = Part(
     "table",
     "Refusal and task after fine-tuning",
-    "What does each defence keep, and at what price? (The paper's Tables I, III and IV.)",
+    "What does each defence keep, and at what price? (The paper's Tables I to IV.)",
     (
         START,
         PLAIN,
-        PLAIN_LONG,
         SAFE,
-        *OTHERS,
         PROCON_S,
         PROCON_WU,
-        PROCON_LIGHT,
         with_safety(PROCON_S),
         with_safety(PROCON_WU),
-        with_safety(PROCON_LIGHT),
+        PLAIN_LONG,
+        *OTHERS,
     ),
     ("arithmetic", "poisoned"),
 )
+
+# The paper sums over blocks, and the constraint here takes their mean: the same strength a block is alpha times the
+# share of the blocks.
 LAYERS = Part(
     "layers",
     "Which blocks are constrained",
-    "Does the last block suffice? (The paper's Table V.)",
-    (PLAIN, LAST_BLOCK, DEEP_HALF, PROCON_S),
+    "Does the last block suffice? (The paper's Table V: the same strength a block.)",
+    (
+        PLAIN,
+        constrained("last_block", "last block", f"procon_s:{ALPHA / BLOCKS:.4f}", procon_blocks="-1"),
+        constrained("deep_half", "deep half", f"procon_s:{ALPHA * 15 / BLOCKS:.4f}", procon_blocks="0.5"),
+        PROCON_S,
+        constrained("last_block_strong", "last block, stronger", "procon_s:0.1", procon_blocks="-1"),
+    ),
+)
+
+
+def _strength(alpha: float, directions: str = "refusal", units: str = "raw") -> Method:
+    kind, _, draw = directions.partition(":")
+    name = f"{units}_{alpha:g}_{kind}{draw}"
+    return constrained(name, f"{kind} {draw}".strip(), f"procon_s:{alpha:g}", directions=directions, procon_units=units)
+
+
+STRENGTH = Part(
+    "strength",
+    "The refusal direction against others, by strength",
+    "What is special to the refusal direction?",
+    (
+        PLAIN,
+        *(_strength(alpha, "refusal") for alpha in (0.01, 0.03, 0.1, 0.3, 1.0)),
+        *(_strength(alpha, f"random:{draw}") for alpha in (0.03, 0.1, 0.3, 1.0) for draw in (1, 2)),
+    ),
+    seeds=(DEVELOPMENT,),
+    split="validation",
+)
+
+CONTROL = Part(
+    "control",
+    "The refusal direction against random ones",
+    "Is it the direction, or would any do? At the strength where they differ most on the validation prompts.",
+    (PLAIN, _strength(0.1), *(_strength(0.1, f"random:{draw}") for draw in (1, 2, 3))),
 )
 BUDGETS: dict[str, Budget] = {
-    "table": Budget((TABLE, LAYERS), Size()),
+    "table": Budget((TABLE, LAYERS, STRENGTH, CONTROL), Size()),
     "smoke": Budget(
         (
             Part(

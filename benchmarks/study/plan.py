@@ -65,15 +65,16 @@ class Budget:
 
     def cells(self) -> list[Cell]:
         """Every run once: part by part, and within it seed by seed, so that an unfinished part has whole seeds."""
-        return list(
-            dict.fromkeys(
-                Cell(setting, method.name, seed, part.split)
-                for part in self.parts
-                for seed in part.seeds
-                for setting in part.settings
-                for method in part.methods
-            )
+        cells = (
+            Cell(setting, method.name, seed, part.split)
+            for part in self.parts
+            for seed in part.seeds
+            for setting in part.settings
+            for method in part.methods
+            # Nothing is trained, so there is one run whatever the seed.
+            if method.length or seed == part.seeds[0]
         )
+        return list(dict.fromkeys(cells))
 
     def method(self, cell: Cell) -> Method:
         """The method of a cell."""
