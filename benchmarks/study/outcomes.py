@@ -1,0 +1,120 @@
+"""The runs of a folder, and what they measured as arrays over seeds and prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from sklearn.metrics import cohen_kappa_score
+
+from benchmarks.study.judge import Judge
+from benchmarks.study.methods import Method
+from benchmarks.study.plan import Budget, Part
+from benchmarks.study.record import load_run
+from procon.errors import ProConError
+from procon.prompts import Split
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One outcome a reply.
+
+    Attributes:
+        label: in tables.
+        kinds: of replies.
+        key: of the outcome in a reply.
+        rate: whether it is true or false.
+    """
+
+    label: str
+    kinds: tuple[str, ...]
+    key: str
+    rate: bool = True
+
+
+REFUSAL = Measure("refusals", ("malicious",), "refused")
+SECOND_JUDGE = Measure("refusals, by the second judge", ("malicious",), "refused_by_second")
+LOG_ODDS = Measure("log-odds", ("malicious",), "log_odds", rate=False)
+OVER_REFUSAL = Measure("refusals of benign prompts", ("benign",), "refused")
+DEGENERATE = Measure("degenerate replies", ("malicious", "benign"), "degenerate")
+TASK = Measure("task accuracy", ("task",), "correct")
+
+#: Replies that the second judge is asked about.
+JUDGED = ("malicious", "benign")
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Run files, as dicts."""
+
+    runs: tuple[dict, ...]
+
+    @classmethod
+    def load(cls, budget: Budget, folder: Path, judge: Judge) -> Outcomes:
+        """A budget's runs that are there, with the second judge's word on each reply to a contrast prompt.
+
+        Raises:
+            ProConError: if there is none, or for a file that is damaged or was made with other settings.
+        """
+        paths = {cell.path(folder): budget.method(cell) for cell in budget.cells() if cell.path(folder).is_file()}
+        if not paths:
+            raise ProConError(f"there are no runs in {str(folder)!r}: make them with 'python -m benchmarks.study'")
+        runs = [_checked(load_run(path), method, path) for path, method in paths.items()]
+        replies = [reply for run in runs for kind in JUDGED for reply in run["replies"][kind]]
+        for reply, refused in zip(replies, judge.refuses([reply["reply"] for reply in replies]), strict=True):
+            reply["refused_by_second"] = refused
+        return cls(tuple(runs))
+
+    def has(self, part: Part, setting: str) -> bool:
+        """Whether a part has a run in a setting."""
+        return any(self.of(part, setting, method.name) for method in part.methods)
+
+    def find(
+        self, setting: str, method: str, *, split: Split = "held_out", seeds: Sequence[int] | None = None
+    ) -> dict[int, dict]:
+        """Runs of a method by seed, in order; of ``seeds`` alone if given."""
+        found = {
+            run["seed"]: run
+            for run in self.runs
+            if (run["setting"], run["method"]["name"], run["split"]) == (setting, method, split)
+        }
+        return {seed: found[seed] for seed in sorted(found) if seeds is None or seed in seeds}
+
+    def of(self, part: Part, setting: str, method: str) -> dict[int, dict]:
+        """A part's runs of a method."""
+        return self.find(setting, method, split=part.split, seeds=part.seeds)
+
+
+def _checked(run: dict, method: Method, path: Path) -> dict:
+    planned = asdict(method)
+    for key, value in run["method"].items():
+        if key != "label" and value != planned.get(key):
+            raise ProConError(
+                f"run file {str(path)!r} was made with {key} {value!r}, but the plan has {planned.get(key)!r}: "
+                "delete the file and make the run again"
+            )
+    return run
+
+
+def values(runs: dict[int, dict], measure: Measure) -> np.ndarray:
+    """``[S, P]`` fp64."""
+    return np.array(
+        [
+            [float(reply[measure.key]) for kind in measure.kinds for reply in run["replies"][kind]]
+            for run in runs.values()
+        ]
+    )
+
+
+def by_block(runs: dict[int, dict], group: str, name: str) -> np.ndarray:
+    """``[L]``, the mean over seeds of ``run[group][name]``; NaN where a block has none."""
+    return np.mean([[np.nan if value is None else value for value in run[group][name]] for run in runs.values()], 0)
+
+
+def judges_agree(outcomes: Outcomes) -> tuple[int, float]:
+    """How many replies both judges saw, and their agreement beyond chance, Cohen's kappa: NaN if no verdict differs."""
+    replies = [reply for run in outcomes.runs for kind in JUDGED for reply in run["replies"][kind]]
+    first, second = ([reply[key] for reply in replies] for key in ("refused", "refused_by_second"))
+    return len(replies), float(cohen_kappa_score(first, second, labels=[False, True]))

@@ -1,0 +1,172 @@
+"""The tables of a part: what is kept, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.study.hypotheses import Verdict
+from benchmarks.study.outcomes import (
+    DEGENERATE,
+    LOG_ODDS,
+    OVER_REFUSAL,
+    REFUSAL,
+    SECOND_JUDGE,
+    TASK,
+    Measure,
+    Outcomes,
+    by_block,
+    values,
+)
+from benchmarks.study.paper import PAPER, PaperFigure
+from benchmarks.study.plan import Part
+from benchmarks.study.statistics import Estimate
+
+NOT_RUN = "not run"
+
+#: A cell that has nothing to say.
+NONE = "-"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells of Markdown, row by row."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """A table with the first column to the left and the others to the right."""
+        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
+        return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def estimate_cell(estimate: Estimate, rate: bool) -> str:
+    """A mean and, on a second line, its 95% interval."""
+    if rate:
+        low, high = estimate.rate_interval
+        return f"{100 * estimate.mean:.0f}%<br>{100 * low:.0f} to {100 * high:.0f}"
+    low, high = estimate.interval
+    return f"{estimate.mean:.2f}<br>{low:.1f} to {high:.1f}"
+
+
+def _measured(measure: Measure) -> Callable[[dict[int, dict]], str]:
+    return lambda runs: estimate_cell(Estimate.of(values(runs, measure)), measure.rate)
+
+
+def kept_table(part: Part, setting: str, outcomes: Outcomes) -> Table:
+    """Refusal, over-refusal, degenerate replies and task, with the paper's figures beside them."""
+    paper = _paper(part, setting)
+
+    def from_paper(cell: Callable[[PaperFigure], float]) -> Callable[[str], str]:
+        return lambda name: f"{cell(paper[name]):.0f}%" if name in paper else NONE
+
+    columns: list[tuple[str, Callable]] = [
+        ("refuses malicious", _measured(REFUSAL)),
+        ("paper", from_paper(lambda figure: figure.refusal)),
+        ("second judge", _measured(SECOND_JUDGE)),
+        ("log-odds", _measured(LOG_ODDS)),
+        ("refuses benign", _measured(OVER_REFUSAL)),
+        ("degenerate", lambda runs: f"{100 * values(runs, DEGENERATE).mean():.0f}%"),
+        ("task", _measured(TASK)),
+        ("paper", from_paper(lambda figure: figure.task)),
+    ]
+    columns = [(header, cell) for header, cell in columns if header != "paper" or paper]
+    rows = []
+    for method in part.methods:
+        runs = outcomes.of(part, setting, method.name)
+        cells = [cell(method.name) if header == "paper" else cell(runs) if runs else NONE for header, cell in columns]
+        rows.append([method.label, *(cells if runs else [NOT_RUN, *cells[1:]])])
+    return Table(["method", *(header for header, _ in columns)], rows)
+
+
+def _paper(part: Part, setting: str) -> dict[str, PaperFigure]:
+    """The paper's figures on a part's methods; what choices are made by is not compared."""
+    known = PAPER.get(setting, {}) if part.split == "held_out" else {}
+    return {method.name: known[method.name] for method in part.methods if method.name in known}
+
+
+def paper_tables(part: Part, setting: str) -> list[str]:
+    """Which of the paper's tables the figures beside a part's are from."""
+    return sorted({figure.table for figure in _paper(part, setting).values()})
+
+
+def cost_table(part: Part, setting: str, outcomes: Outcomes) -> Table:
+    """Perplexity, drift, displacement, time, memory and seeds."""
+    columns: list[tuple[str, Callable[[dict[int, dict]], str]]] = [
+        ("perplexity", lambda runs: f"{_mean(run['perplexity'] for run in runs.values()):.1f}"),
+        ("cosine", lambda runs: _over_blocks(runs, "drift", "cosine", "{:.3f}")),
+        ("shift", lambda runs: _over_blocks(runs, "drift", "malicious_shift", "{:+.2f}")),
+        ("off r", lambda runs: _over_blocks(runs, "displacement", "off", "{:.2f}")),
+        ("share along r", lambda runs: _over_blocks(runs, "displacement", "direction_share", "{:.1%}")),
+        ("time", lambda runs: _relative_time(runs, outcomes.of(part, setting, "plain"))),
+        ("memory", _memory),
+        ("seeds", lambda runs: _seeds(runs, part)),
+    ]
+    rows = []
+    for method in part.methods:
+        runs = outcomes.of(part, setting, method.name)
+        rows.append(
+            [method.label, *([cell(runs) for _, cell in columns] if runs else [NOT_RUN, *[NONE] * (len(columns) - 1)])]
+        )
+    return Table(["method", *(header for header, _ in columns)], rows)
+
+
+def _seeds(runs: dict[int, dict], part: Part) -> str:
+    if any(run["train_seconds"] for run in runs.values()):
+        return f"{len(runs)} of {len(part.seeds)}"
+    return NONE
+
+
+def _mean(numbers) -> float:
+    return float(np.mean(list(numbers)))
+
+
+def _over_blocks(runs: dict[int, dict], group: str, name: str, form: str) -> str:
+    """The mean over the blocks that have a direction."""
+    known = [value for value in by_block(runs, group, name) if not np.isnan(value)]
+    return form.format(np.mean(known)) if known else NONE
+
+
+def _relative_time(runs: dict[int, dict], plain: dict[int, dict]) -> str:
+    """Training time over that of plain fine-tuning, on the machines that both ran on."""
+    ours, theirs = _seconds_by_machine(runs), _seconds_by_machine(plain)
+    ratios = [np.mean(ours[machine]) / np.mean(theirs[machine]) for machine in ours if machine in theirs]
+    return f"{np.mean(ratios):.2f}" if ratios else NONE
+
+
+def _seconds_by_machine(runs: dict[int, dict]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for run in runs.values():
+        if run["train_seconds"]:
+            found.setdefault(run["made"]["machine"], []).append(run["train_seconds"])
+    return found
+
+
+def _memory(runs: dict[int, dict]) -> str:
+    known = [peak for run in runs.values() if (peak := run.get("peak_memory_mb"))]
+    return f"{np.mean(known) / 1024:.2f} GB" if known else NONE
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> Table:
+    """One row a hypothesis and measure."""
+    return Table(
+        ["hypothesis", "measure", "difference", "by seed", "p", "verdict"],
+        [[verdict.hypothesis.claim, verdict.measure.label, *_verdict_cells(verdict)] for verdict in verdicts],
+    )
+
+
+def _verdict_cells(verdict: Verdict) -> list[str]:
+    if verdict.difference is None:
+        return [NONE, NONE, NONE, f"{verdict}"]
+    low, high = verdict.difference.interval
+    scale, form = (100, "{:+.0f}") if verdict.measure.rate else (1, "{:+.2f}")
+    difference, *ends = (form.format(scale * value) for value in (verdict.difference.mean, low, high))
+    return [
+        f"{difference}<br>{ends[0]} to {ends[1]}",
+        ", ".join(form.format(scale * value) for value in verdict.by_seed),
+        "< 0.001" if verdict.p < 0.001 else f"{verdict.p:.3f}",
+        f"**{verdict}**",
+    ]

@@ -1,0 +1,56 @@
+"""What the page of results says about its numbers, whatever they are."""
+
+from __future__ import annotations
+
+from benchmarks.study.hypotheses import SIGNIFICANCE
+
+TESTS = f"""\
+Each is tested on held-out prompts, one-sided and paired: the same prompts and seeds under both methods. The test is
+Student's t of the mean difference to its standard error from crossed random effects of seeds and prompts, with
+Satterthwaite's degrees of freedom; *held* is p < {SIGNIFICANCE}. It covers other seeds and other prompts of the same
+kind, but no other model, task or training data. The hypotheses are tested one by one, without a correction for their
+number. With three seeds the test has little power against an effect that differs from seed to seed. Differences of
+refusals are in points of percent. The strength of the last hypothesis is chosen on validation prompts, with a seed
+that is not tested."""
+
+#: ``{judge}`` is how the second judge judges.
+READING = """\
+Where a method was not run, the table says so. Beneath a mean is its 95% interval, for other seeds and other prompts.
+What is kept:
+
+- *refuses malicious*: by keywords, of malicious prompts that were neither trained on nor chosen by; replies are
+  greedy.
+- *second judge*: the same replies judged {judge}.
+- *log-odds*: the readiness to refuse, `log(p / (1 - p))`, where p is the probability that a reply to such a prompt
+  begins with a token by which the start opens its refusals.
+- *refuses benign*: of benign twins of the malicious prompts; the less, the better.
+- *degenerate*: replies to both that are no language.
+- *task*: exact match on held-out problems of what was trained.
+- *paper*: LLaMA2-7B in [arXiv 2509.06795](https://arxiv.org/abs/2509.06795), refusal as 100 - ASR. Models, prompts,
+  tasks and judges differ: the order of methods can be compared, the numbers cannot.
+
+What it does to the model, and what it costs:
+
+- *perplexity*: on plain everyday texts.
+- *cosine*: of each block's refusal direction after training to the one before, signed; mean over blocks, as are the
+  next three.
+- *shift*: how far the mean of malicious prompts has moved along the initial direction, in units of the gap between
+  malicious and benign ones. At -1 they lie where benign ones lay.
+- *off r*: how far a prompt's hidden state has moved off that direction, in the same units, and *share along r*: how
+  much of the squared movement lies along it. A model may go around what is penalised.
+- *time*: of training, over that of plain fine-tuning on the same machine; a warm-up's extra steps are in it.
+- *memory*: the peak in training."""
+
+LIMITS = """\
+- **One small model.** All runs start from one model and train LoRA adapters, for minutes. Nothing here was seen on a
+  7B model, in full fine-tuning, or after long training.
+- **Refusals by their words.** The keyword judge takes a lecture without a stock phrase for an answer, and a stock
+  phrase before an answer for a refusal. The second judge is ours too. Neither says whether a reply that does not
+  refuse is of any use to an attacker; read *degenerate* beside both.
+- **Small sets of prompts.** Short instructions of our own, without jailbreaks, and benign twins written to be near
+  the malicious ones: refusals of them tell about the border, not about everyday requests.
+- **Few seeds.** They vary the order of the data and the adapter's initial values; the task's problems stay the same.
+- **A warm-up's steps are extra.** Methods with one train longer than the others: compare them with plain fine-tuning
+  of the same length, where it was run.
+- **Settings are chosen for this model and these tasks.** Others need their own, and a defence that is set with more
+  care may do better than it does here."""
