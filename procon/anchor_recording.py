@@ -44,7 +44,7 @@ def record_projections(
     scope: TokenScope,
     known: Container[Key],
 ) -> Iterator[tuple[Key, np.ndarray]]:
-    """Key and projections ``[tokens in scope, len(blocks)]`` fp32 of each sequence that is not ``known``, once each.
+    """Key and projections ``[tokens in scope, blocks * K]`` fp32 of each sequence that is not ``known``, once each.
 
     The base decoder runs, without the LM head, on batches that have such a sequence; the whole model, with the LM head
     on one token, where more than its modules makes the forward. Where parameters are sharded over the ranks (FSDP2,
@@ -53,7 +53,7 @@ def record_projections(
 
     Args:
         model: in eval mode, gradients disabled; not wrapped for data parallelism.
-        directions: ``[L, D]`` unit directions of all blocks.
+        directions: ``[L, K, D]`` unit directions of all blocks.
 
     Raises:
         ProConError: on projections that are not finite, inputs that a text decoder does not take, or a decoder that
@@ -123,22 +123,23 @@ def _project_batch(
     blocks: Sequence[int],
     device: torch.device,
 ) -> Tensor:
-    """Projections ``[B, T, blocks]`` fp32 on the CPU."""
+    """Projections ``[B, T, blocks * K]`` fp32 on the CPU."""
     inputs = _to(device, text_inputs(batch))
     place = {block: column for column, block in enumerate(blocks)}
-    z = torch.full((*batch["input_ids"].shape, len(blocks)), torch.nan)  # of a block that does not run, too
+    shape = (*batch["input_ids"].shape, len(blocks), unit.shape[1])
+    z = torch.full(shape, torch.nan)  # of a block that does not run, too
 
     def observe(block: int, hidden: Tensor) -> None:
         if block in place:
-            z[..., place[block]] = project(hidden, unit[block].to(hidden.device)).to("cpu", torch.float32)
+            z[..., place[block], :] = project(hidden, unit[block].to(hidden.device)).to("cpu", torch.float32)
 
     with observe_block_inputs(decoder, observe):
         forward(**inputs)
-    return z
+    return z.flatten(-2)
 
 
 def _check_finite(z: Tensor, blocks: Sequence[int], sequence: TokenSequence) -> None:
-    bad = ~torch.isfinite(z).all(0)
+    bad = ~torch.isfinite(z).unflatten(-1, (len(blocks), -1)).all(-1).all(0)
     if bad.any():
         raise ProConError(
             f"hidden states entering block {blocks[int(bad.nonzero()[0])]} are NaN or infinite on the sample of "

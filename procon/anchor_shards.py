@@ -26,8 +26,8 @@ _ENTRY = np.dtype([("tokens", "u8"), ("labels", "u8"), ("start", "i8"), ("length
 class AnchorShards:
     """The shards of a folder, opened for reading.
 
-    A shard has the tensors ``keys [S, 2]`` uint64, ``offsets [S + 1]`` int64 and ``projections [tokens, blocks]`` fp32;
-    the rows of sequence ``s`` are ``offsets[s]`` to ``offsets[s + 1]``.
+    A shard has the tensors ``keys [S, 2]`` uint64, ``offsets [S + 1]`` int64 and ``projections [tokens, columns]``
+    fp32; the rows of sequence ``s`` are ``offsets[s]`` to ``offsets[s + 1]``.
 
     Only an index of 40 bytes a sequence stays in memory. Projections are read from their place in the file, not mapped:
     the pages of a mapping count as the process's own once they are touched, and an epoch touches all. No file stays
@@ -39,13 +39,13 @@ class AnchorShards:
 
     def __init__(self, folder: Path):
         self._files = sorted(folder.glob("*.safetensors"))
-        self._blocks = 0
+        self._columns = 0
         parts = [np.empty(0, _ENTRY)]
         for number, file in enumerate(self._files):
-            keys, offsets, self._blocks, start = _read_index(file)
+            keys, offsets, self._columns, start = _read_index(file)
             entries = np.empty(len(keys), _ENTRY)
             entries["tokens"], entries["labels"] = keys.T
-            entries["start"] = start + offsets[:-1] * self._blocks * 4
+            entries["start"] = start + offsets[:-1] * self._columns * 4
             entries["length"] = np.diff(offsets)
             entries["file"] = number
             parts.append(entries)
@@ -70,10 +70,10 @@ class AnchorShards:
         return len(self._same_tokens(key)) > 0
 
     def read(self, key: Key) -> np.ndarray | None:
-        """Projections ``[tokens, blocks]`` fp32 of a sequence, from the disk; None if it is not there."""
+        """Projections ``[tokens, columns]`` fp32 of a sequence, from the disk; None if it is not there."""
         for entry in self._same_tokens(key):
             if entry["labels"] == key[1]:
-                shape = int(entry["length"]), self._blocks
+                shape = int(entry["length"]), self._columns
                 file, start = self._files[entry["file"]], int(entry["start"])
                 return np.fromfile(file, "<f4", shape[0] * shape[1], offset=start).reshape(shape)
         return None
@@ -102,7 +102,7 @@ class ShardWriter:
         self._bytes = 0
 
     def add(self, key: Key, rows: np.ndarray) -> None:
-        """Add the projections ``[tokens, blocks]`` fp32 of a sequence."""
+        """Add the projections ``[tokens, columns]`` fp32 of a sequence."""
         self._keys.append(key)
         self._rows.append(rows)
         self._bytes += rows.nbytes
@@ -138,14 +138,14 @@ def whole_file(target: Path, rank: int) -> Iterator[Path]:
 
 
 def _read_index(file: Path) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """Keys, offsets, number of blocks, and the byte of the file where projections start."""
+    """Keys, offsets, number of columns, and the byte of the file where projections start."""
     try:
         with safe_open(file, "numpy") as shard:
             keys, offsets = shard.get_tensor("keys"), shard.get_tensor("offsets")
-            blocks = shard.get_slice("projections").get_shape()[1]
+            columns = shard.get_slice("projections").get_shape()[1]
     except SafetensorError as error:
         raise ProConError(f"anchor file {str(file)!r} is damaged ({error}): delete it to record again") from error
     with file.open("rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
         header = json.loads(raw.read(length))
-    return keys, offsets, blocks, 8 + length + header["projections"]["data_offsets"][0]
+    return keys, offsets, columns, 8 + length + header["projections"]["data_offsets"][0]

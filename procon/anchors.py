@@ -1,6 +1,7 @@
 """Anchors: the projections of every training token at the start, recorded once and looked up by content.
 
-They take ``L`` floats a constrained token, so no reference model stays in memory and no step runs a second forward.
+They take a float for each constrained token, block and direction, so no reference model stays in memory and no step
+runs a second forward.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class Anchors:
     The folder holds safetensors shards (fp32, read lazily) and a manifest. Sequences are found by a hash of their own
     unpadded token ids and label mask, so shuffling, batching, padding and packing may all change.
 
+    Its columns are the recorded blocks, in order; with ``K`` directions a block, ``K`` columns for each of them.
+
     Args:
         path: a folder that :meth:`record` completed.
 
@@ -48,6 +51,7 @@ class Anchors:
         self.fingerprint: str = manifest["fingerprint"]
         self.blocks: tuple[int, ...] = tuple(manifest["blocks"])
         self.scope: TokenScope = manifest["scope"]
+        self.k: int = manifest.get("k", 1)
         self._shards = AnchorShards(self.path)
 
     @classmethod
@@ -86,7 +90,7 @@ class Anchors:
             )
 
     def lookup(self, sequence: TokenSequence, describe: Callable[[Sequence[int]], str] | None = None) -> np.ndarray:
-        """Projections of the constrained tokens of one sequence: ``[tokens in scope, blocks]`` fp32.
+        """Projections of the constrained tokens of one sequence: ``[tokens in scope, blocks * K]`` fp32.
 
         Args:
             describe: makes a text of token ids, for the error.
@@ -113,7 +117,7 @@ class Anchors:
         *,
         reduction: Reduction = "token",
     ) -> dict[str, Any]:
-        """Add ``anchors`` ``[B, T, blocks]`` fp32 and ``constraint_mask`` ``[B, T]`` fp32, above 0 on tokens in scope.
+        """Add ``anchors`` ``[B, T, blocks * K]`` and ``constraint_mask`` ``[B, T]``, fp32, above 0 on tokens in scope.
 
         Args:
             batch: on the CPU, padded, packed or flattened (see :func:`procon.sequences.split_batch`).
@@ -128,7 +132,7 @@ class Anchors:
         _check_reduction(reduction)
         text_inputs(batch)
         shape = batch["input_ids"].shape
-        anchors = torch.zeros(*shape, len(self.blocks))
+        anchors = torch.zeros(*shape, len(self.blocks) * self.k)
         mask = torch.zeros(shape)
         for sequence in split_batch(batch):
             scope = torch.from_numpy(sequence.in_scope(self.scope))
@@ -191,7 +195,7 @@ class Anchors:
         batches = tqdm(dataloader, desc="anchors", unit="batch", disable=not progress or rank != 0)
         with evaluating(model):
             for key, projections in record_projections(
-                model, batches, directions.directions, blocks, scope, known=AnchorShards(path)
+                model, batches, directions.basis, blocks, scope, known=AnchorShards(path)
             ):
                 writer.add(key, projections)
         writer.flush()
@@ -256,11 +260,12 @@ def fingerprint(
 def _manifest(
     model: nn.Module, directions: RefusalDirections, blocks: Sequence[int], scope: TokenScope, known: str | None
 ) -> dict[str, Any]:
-    return {
+    manifest = {
         "fingerprint": known or fingerprint(model, directions, blocks, scope),
         "blocks": list(blocks),
         "scope": scope,
     }
+    return manifest if directions.k == 1 else {**manifest, "k": directions.k}
 
 
 def _claim(path: Path, manifest: dict[str, Any], rank: int, barrier: Callable[[], None]) -> None:

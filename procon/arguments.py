@@ -30,11 +30,12 @@ class DirectionsArguments:
     output: str = _option("directions.safetensors", "File to write.")
     malicious: str | None = _option(None, "Malicious prompts (.txt or .jsonl); the built-in ones if not given.")
     benign: str | None = _option(None, "Benign prompts (.txt or .jsonl); the built-in ones if not given.")
+    k: int = _option(1, "Directions a block, 1 to 8; more than one come from the built-in prompts' categories.")
     batch_size: int = _option(32, "Prompts a batch.")
     dtype: str = _option("auto", "auto, bfloat16, float16 or float32.")
 
     def __post_init__(self):
-        _check_positive(self, "batch_size")
+        _check_positive(self, "k", "batch_size")
 
 
 @dataclass

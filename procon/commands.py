@@ -42,7 +42,7 @@ def directions(arguments: DirectionsArguments) -> None:
     output = _output_file(arguments.output)
     prompts = _prompts(arguments.malicious, arguments.benign, "extraction")
     model, tokenizer = load_model(arguments.model, dtype=parse_dtype(arguments.dtype))
-    found = RefusalDirections.extract(model, tokenizer, prompts, batch_size=arguments.batch_size)
+    found = RefusalDirections.extract(model, tokenizer, prompts, k=arguments.k, batch_size=arguments.batch_size)
     found.save(output)
     table = Table("block", "gap", "held-out AUROC", box=box.SIMPLE_HEAD)
     for block, (gap, auroc) in enumerate(zip(found.gap.tolist(), found.auroc.tolist(), strict=True)):
@@ -174,6 +174,8 @@ def _output_file(path: str | None) -> Path | None:
 
 def _prompts(malicious: str | None, benign: str | None, split: Split) -> ContrastPrompts:
     builtin = builtin_prompts(split)
+    if not malicious and not benign:
+        return builtin
     return ContrastPrompts(
         load_instructions(malicious) if malicious else builtin.malicious,
         load_instructions(benign) if benign else builtin.benign,

@@ -33,6 +33,9 @@ class ProjectionConstraint:
     with a mean for the paper's sum). The op runs at each block, so one gradient of a block input is alive at a time:
     within the block's first norm where that is an RMSNorm that reads the block's input, else on the input itself.
 
+    With ``K`` directions a block, ``phi`` is summed over them. The mean stays one over blocks, so that an alpha means
+    what it means for one direction when the further ones do not move.
+
     Usage, in any training loop::
 
         with ProjectionConstraint(directions).attach(model) as constraint:
@@ -42,15 +45,17 @@ class ProjectionConstraint:
                 loss.backward()
 
     Args:
-        directions: one direction a block.
+        directions: one direction a block, or several.
         blocks: ``"all"`` that have a direction (paper), a list of indices, or a fraction: the deepest share of them.
         penalty: ``"squared"``, ``"absolute"`` (as the paper typesets it) or ``"huber"``.
         units: ``"raw"`` (paper), or ``"gap"``: in units of the distance between the malicious and the benign mean of
-            each block, which weighs blocks alike although the residual stream grows with depth.
+            each block, which weighs blocks alike although the residual stream grows with depth. Further directions
+            are in units of the same distance as the first.
         backend: of :func:`procon.functional.constrain`.
 
     Attributes:
-        blocks: indices of the constrained blocks, in order; the last axis of ``anchors`` follows it.
+        blocks: indices of the constrained blocks, in order; the last axis of ``anchors`` follows it, with ``K`` columns
+            a block.
         fused: those of them whose norm does the work, while attached.
         enabled: set to False, the model's own code runs, at plain speed (alpha 0).
     """
@@ -71,7 +76,7 @@ class ProjectionConstraint:
         self._directions = directions
         gap = directions.gap[list(self.blocks)]
         self._scale = 1.0 / gap if units == "gap" else torch.ones_like(gap)
-        self._vectors = directions.directions[list(self.blocks)] * self._scale[:, None]
+        self._vectors = directions.basis[list(self.blocks)] * self._scale[:, None, None]
         self._penalty = penalty
         self._backend = backend
         self._undo: list[Callable[[], None]] = []
@@ -135,7 +140,7 @@ class ProjectionConstraint:
 
     def release(self) -> None:
         """Drop the target, once backward has run; forwards without a target are then not mistaken for this one's."""
-        self._anchors: Tensor | None = None  # [blocks, B, T]
+        self._anchors: Tensor | None = None  # [blocks, B, T, K]
         self._mask: Tensor | None = None
         self._terms: dict[int, Tensor | None] = {}
 
@@ -143,13 +148,14 @@ class ProjectionConstraint:
         """Set what the next forward is held to.
 
         Args:
-            anchors: ``[B, T, len(blocks)]``, initial projections in raw units.
+            anchors: ``[B, T, len(blocks) * K]``, initial projections in raw units, those of a block side by side.
             mask: ``[B, T]``, weight of each token, 0 where it is not constrained.
         """
-        if anchors.shape != (*mask.shape, len(self.blocks)):
+        expected = (*mask.shape, len(self.blocks) * self._directions.k)
+        if anchors.shape != expected:
             raise ProConError(
-                f"anchors have shape {tuple(anchors.shape)}, expected {(*mask.shape, len(self.blocks))}: record them "
-                "with blocks=constraint.blocks"
+                f"anchors have shape {tuple(anchors.shape)}, expected {expected}: record them with the constraint's "
+                "directions and blocks=constraint.blocks"
             )
         if not self._undo:
             raise ProConError("the constraint is attached to no model: call attach(model) first")
@@ -160,7 +166,8 @@ class ProjectionConstraint:
             )
         self._first_moving = first_moving_block(self._decoder)
         # Blocks first: read with a stride, each number would move a whole sector of memory.
-        self._anchors = (anchors.float() * self._scale.to(anchors.device)).movedim(-1, 0).contiguous()
+        by_block = anchors.float().unflatten(-1, (len(self.blocks), -1)) * self._scale.to(anchors.device)[:, None]
+        self._anchors = by_block.movedim(-2, 0).contiguous()
         self._mask = mask.float()
         self._terms = {}
         self._grad_was_enabled = torch.is_grad_enabled()
@@ -245,7 +252,7 @@ class ProjectionConstraint:
         return hidden
 
     def _given(self, column: int, module: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Direction, anchors and mask for a block's input; None where the constraint rests or cannot move it."""
+        """Directions, anchors and mask for a block's input; None where the constraint rests or cannot move it."""
         if not self.enabled:
             return None
         if self._anchors is None:

@@ -8,7 +8,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
@@ -28,9 +30,11 @@ from procon.decoder import (
     refuse_unprepared,
 )
 from procon.errors import ProConError
+from procon.functional import MAX_DIRECTIONS
 from procon.generation import generate_replies
 from procon.prompts import ContrastPrompts, builtin_prompts
 from procon.refusal import refusal_rate
+from procon.refusal_subspace import further_directions, mean_squared_cosine, orthonormalised
 from procon.version import __version__
 
 #: The file's name where it stands beside a model or an adapter.
@@ -47,7 +51,7 @@ _TENSORS = ("directions", "gap", "auroc", "malicious", "benign")
 
 @dataclass(frozen=True)
 class RefusalDirections:
-    """One unit direction a block, at the block's input (paper section III-A).
+    """One unit direction a block, at the block's input (paper section III-A), or several.
 
     Attributes:
         directions: ``[L, D]`` fp32, unit rows; a zero row where the prompts do not differ (see :attr:`usable`).
@@ -55,6 +59,8 @@ class RefusalDirections:
         auroc: ``[L]`` fp32, how well the projection tells held-out malicious from benign prompts (0.5 is chance).
         malicious, benign: ``[L]`` fp32, projections of the two means, from which drift is told.
         provenance: model id and revision, chat template and prompt-set hashes, counts, versions, refusal rate.
+        further: ``[L, K - 1, D]`` fp32, the other directions of K a block, orthonormal along with the first; None for
+            one. All else is told of the first direction alone. A zero row where the categories do not differ further.
     """
 
     directions: Tensor
@@ -63,6 +69,18 @@ class RefusalDirections:
     malicious: Tensor
     benign: Tensor
     provenance: dict = field(default_factory=dict)
+    further: Tensor | None = None
+
+    @property
+    def k(self) -> int:
+        """Number of directions a block."""
+        return 1 if self.further is None else 1 + self.further.shape[1]
+
+    @property
+    def basis(self) -> Tensor:
+        """``[L, K, D]`` fp32, all directions of each block."""
+        first = self.directions[:, None]
+        return first if self.further is None else torch.cat([first, self.further], 1)
 
     @property
     def usable(self) -> Tensor:
@@ -73,10 +91,16 @@ class RefusalDirections:
     def hash(self) -> str:
         """A short hash of the directions and their gaps."""
         data = self.directions.numpy().tobytes() + self.gap.numpy().tobytes()
+        if self.further is not None:
+            data += self.further.numpy().tobytes()
         return hashlib.sha256(data).hexdigest()[:16]
 
     def cosine(self, other: RefusalDirections) -> Tensor:
-        """Signed cosine to ``other`` (section III-B): ``[L]`` fp32, NaN where either has no direction."""
+        """Signed cosine to ``other`` (section III-B), of the first directions where there are several.
+
+        Returns:
+            ``[L]`` fp32, NaN where either has no direction.
+        """
         if self.directions.shape != other.directions.shape:
             raise ProConError(
                 f"directions of shape {tuple(self.directions.shape)} and {tuple(other.directions.shape)} cannot be "
@@ -85,11 +109,101 @@ class RefusalDirections:
         cosine = (self.directions.double() * other.directions.double()).sum(-1).float()
         return torch.where(self.usable & other.usable, cosine, torch.nan)
 
+    def subspace_cosine(self, other: RefusalDirections) -> Tensor:
+        """Mean squared cosine of the principal angles between the spans of the K directions of each block.
+
+        Returns:
+            ``[L]`` fp32, at most 1; the squared cosine for one direction; NaN where either has none.
+        """
+        one, two = self.basis, other.basis
+        if one.shape != two.shape:
+            raise ProConError(
+                f"directions of shape {tuple(one.shape)} and {tuple(two.shape)} span no subspaces to compare: extract "
+                "as many a block, from the same architecture"
+            )
+        return torch.where(self.usable & other.usable, mean_squared_cosine(one, two).float(), torch.nan)
+
     def randomized(self, seed: int) -> RefusalDirections:
-        """The control: random unit directions at the same blocks, with the same gaps."""
+        """The control for *any* direction: isotropic random unit directions at the same blocks, with the same gaps.
+
+        What protects under it, too, comes from holding hidden states anywhere. As they vary little along most
+        directions, it is held to less than the refusal directions are, at the same alpha.
+        :meth:`randomized_within` is matched in that.
+        """
         generator = torch.Generator().manual_seed(seed)
-        unit = torch.nn.functional.normalize(torch.randn(self.directions.shape, generator=generator), dim=-1)
-        return replace(self, directions=unit * self.usable[:, None], provenance={"random_seed": seed})
+        blocks, width = self.directions.shape
+        draws = [torch.randn(blocks, count, width, generator=generator) for count in (1, self.k - 1)]
+        return self._control(torch.cat(draws, 1), {"random_seed": seed})
+
+    def randomized_within(self, hidden_states: Tensor, seed: int) -> RefusalDirections:
+        """The control for a direction *in which hidden states vary*: random ones drawn with their covariance.
+
+        Each is ``sum_i g_i (x_i - mean)`` for standard normal ``g``, scaled to unit length: a contrast of the given
+        states, as the difference in means is one of the prompts' states, and by the same ``g`` at every block, as that
+        is of the same prompts. What protects under it, too, comes from holding the stream where it moves, whatever that
+        means. What the refusal directions do beyond it is their own.
+
+        Take states of benign text, best of what is trained on: those of malicious and benign prompts vary along the
+        refusal direction itself, and the draws lean to it (see :meth:`cosine`). Where few dimensions hold most of the
+        variance, as the massive ones do at a sequence's first token, draws lean to those, and to each other.
+
+        Args:
+            hidden_states: ``[n, L, D]`` of any floating dtype, inputs of each block at n tokens, n above K.
+
+        Raises:
+            ProConError: if they do not fit, are not finite, or do not vary at a block that has a direction.
+        """
+        blocks, width = self.directions.shape
+        if hidden_states.dim() != 3 or hidden_states.shape[1:] != (blocks, width) or len(hidden_states) <= self.k:
+            raise ProConError(
+                f"hidden_states have shape {tuple(hidden_states.shape)}: give [n, {blocks}, {width}] with n above "
+                f"{self.k}"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        weights = torch.randn(self.k, len(hidden_states), generator=generator, dtype=torch.float64)
+        weights -= weights.mean(1, keepdim=True)
+        # Block by block, as an fp64 copy of all states would be large.
+        drawn = torch.stack([weights @ states.double().cpu() for states in hidden_states.unbind(1)])
+        scale = torch.stack([states.double().norm().cpu() for states in hidden_states.unbind(1)])
+        size = drawn.norm(dim=-1).amin(1)
+        bad = ~torch.isfinite(size) | (self.usable & (size <= DEAD_GAP * scale))
+        if bad.any():
+            raise ProConError(
+                f"hidden_states of block {int(bad.nonzero()[0])} do not vary, or are not finite: give finite states "
+                "of different tokens"
+            )
+        return self._control(drawn, {"random_within_seed": seed})
+
+    def shuffled(self, seed: int) -> RefusalDirections:
+        """The control for the *right block*: each usable block has the directions of another, with its own gap.
+
+        They are true refusal directions, in which the stream varies elsewhere. What protects under it, too, does not
+        depend on the block. Neighbouring blocks have similar directions, so look at :meth:`cosine` first: this
+        control is the weaker the closer it is to 1.
+
+        Raises:
+            ProConError: if fewer than two blocks have a direction.
+        """
+        usable = self.usable.nonzero().flatten()
+        if len(usable) < 2:
+            raise ProConError("only one block has a direction, so blocks cannot be shuffled: use randomized(seed)")
+        generator = torch.Generator().manual_seed(seed)
+        order = usable
+        while (order == usable).any():  # until none keeps its own: e = 2.7 draws on average
+            order = usable[torch.randperm(len(usable), generator=generator)]
+        source = torch.arange(len(self.gap)).index_copy(0, usable, order)
+        return replace(
+            self,
+            directions=self.directions[source],
+            further=None if self.further is None else self.further[source],
+            provenance={"shuffled_seed": seed, "source_blocks": source.tolist()},
+        )
+
+    def _control(self, vectors: Tensor, provenance: dict) -> RefusalDirections:
+        """Directions along ``vectors [L, K, D]``, orthonormalised, for those of the usable blocks."""
+        first = torch.nn.functional.normalize(vectors[:, 0], dim=-1).float()
+        further = None if self.further is None else orthonormalised(vectors)[:, 1:].float() * self.usable[:, None, None]
+        return replace(self, directions=first * self.usable[:, None], further=further, provenance=provenance)
 
     def check_fits(self, decoder: Decoder) -> None:
         """Raise ProConError unless there is one direction of width ``D`` for each block of ``decoder``."""
@@ -105,7 +219,8 @@ class RefusalDirections:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Copies, as safetensors refuses tensors that share memory.
-        tensors = {name: getattr(self, name).clone(memory_format=torch.contiguous_format) for name in _TENSORS}
+        names = _TENSORS if self.further is None else (*_TENSORS, "further")
+        tensors = {name: getattr(self, name).clone(memory_format=torch.contiguous_format) for name in names}
         partial = path.with_name(path.name + ".partial")
         save_file(tensors, partial, {"procon": json.dumps(self.provenance)})
         partial.replace(path)
@@ -124,18 +239,26 @@ class RefusalDirections:
             raise ProConError(f"directions file {str(path)!r} does not exist: make it with 'procon directions'")
         try:
             with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name).float() for name in _TENSORS}
+                names = [*_TENSORS, *({"further"} & set(file.keys()))]
+                tensors = {name: file.get_tensor(name).float() for name in names}
                 provenance = json.loads((file.metadata() or {}).get("procon", "{}"))
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ProConError(
                 f"directions file {str(path)!r} is damaged or not one of ProCon's ({error}): extract it again"
             ) from error
         shape = tuple(tensors["directions"].shape)
-        if len(shape) != 2 or any(tensors[name].shape != shape[:1] for name in _TENSORS[1:]):
+        fits = len(shape) == 2 and all(tensors[name].shape == shape[:1] for name in _TENSORS[1:])
+        if fits and "further" in tensors:
+            further = tensors["further"].shape
+            fits = len(further) == 3 and further[::2] == shape and 1 <= further[1] < MAX_DIRECTIONS
+        if not fits:
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-            raise ProConError(f"directions file {str(path)!r} holds {shapes}, not [L, D] and [L]: extract it again")
+            raise ProConError(
+                f"directions file {str(path)!r} holds {shapes}, not [L, D] and [L], or [L, K - 1, D] of further "
+                f"directions with K at most {MAX_DIRECTIONS}: extract it again"
+            )
         # An AUROC that was not measured is NaN.
-        if not all(torch.isfinite(tensors[name]).all() for name in _TENSORS if name != "auroc"):
+        if not all(torch.isfinite(tensors[name]).all() for name in tensors if name != "auroc"):
             raise ProConError(f"directions file {str(path)!r} holds NaN or infinite values: extract it again")
         return cls(**tensors, provenance=provenance)
 
@@ -146,6 +269,7 @@ class RefusalDirections:
         tokenizer: PreTrainedTokenizerBase,
         prompts: ContrastPrompts | None = None,
         *,
+        k: int = 1,
         held_out: ContrastPrompts | None = None,
         batch_size: int = 32,
         check_refusal: bool = True,
@@ -157,23 +281,29 @@ class RefusalDirections:
             model: a chat model; used in eval mode, without gradients, through its base decoder only.
             tokenizer: its tokenizer, with a chat template.
             prompts: contrast prompts to extract from; the built-in ones if not given.
+            k: directions a block. The first is that of ``k=1``; the further ones are how the prompts' categories depart
+                from it (:mod:`procon.refusal_subspace`).
             held_out: prompts to measure :attr:`auroc` on; the built-in held-out ones if not given.
             check_refusal: generate replies to some malicious prompts first, and warn where none is refused.
 
-        Memory: one block's input at a time, plus ``2 * L * D`` fp64 sums.
+        Memory: one block's input at a time, plus ``2 * L * D`` fp64 sums, those of each category too with ``k > 1``.
 
         Raises:
-            ProConError: on hidden states that are not finite, a tokenizer without chat template, no usable block, or a
-                model that DeepSpeed ZeRO-3 has partitioned and not prepared.
+            ProConError: for a ``k`` that is not 1 to 8, or above the number of categories; on hidden states that are
+                not finite, a tokenizer without chat template, no usable block, or a model that DeepSpeed ZeRO-3 has
+                partitioned and not prepared.
         """
-        refuse_unprepared(model)
         prompts = prompts or builtin_prompts("extraction")
         held_out = held_out or builtin_prompts("held_out")
+        _check_k(k, prompts)
+        refuse_unprepared(model)
         rate = None
         if check_refusal:
             rate = measure_refusal(model, tokenizer, prompts.malicious, batch_size=batch_size, progress=progress)
-        means = ContrastMeans.measure(model, tokenizer, prompts, batch_size=batch_size, progress=progress)
-        found = means.directions()
+        means = ContrastMeans.measure(
+            model, tokenizer, prompts, by_category=k > 1, batch_size=batch_size, progress=progress
+        )
+        found = means.directions(k)
         z_malicious, z_benign = (
             project_last_token(model, tokenizer, found, side, batch_size=batch_size, progress=progress)
             for side in (held_out.malicious, held_out.benign)
@@ -194,6 +324,8 @@ class RefusalDirections:
                 "transformers": transformers.__version__,
             },
         }
+        if k > 1:
+            provenance["directions_a_block"] = k
         return replace(found, auroc=auroc(z_malicious, z_benign), provenance=provenance)
 
 
@@ -204,11 +336,14 @@ class ContrastMeans:
     Attributes:
         malicious, benign: ``[L, D]``.
         scale: ``[L]``, the larger of the two sides' mean norms.
+        differences: ``[C, L, D]``, malicious minus benign mean of each category, in alphabetical order; None where they
+            were not asked for.
     """
 
     malicious: Tensor
     benign: Tensor
     scale: Tensor
+    differences: Tensor | None = None
 
     @classmethod
     def measure(
@@ -217,34 +352,49 @@ class ContrastMeans:
         tokenizer: PreTrainedTokenizerBase,
         prompts: ContrastPrompts,
         *,
+        by_category: bool = False,
         batch_size: int = 32,
         progress: bool = True,
     ) -> ContrastMeans:
         """Run the prompts through the base decoder of ``model``.
 
+        Args:
+            by_category: measure :attr:`differences` on the way; ``prompts`` then have categories.
+
         Raises:
             ProConError: on hidden states that are not finite, or a tokenizer without chat template.
         """
-        (malicious, malicious_norm), (benign, benign_norm) = (
-            _mean_last_token(model, tokenizer, side, batch_size, description, progress)
+        categories = prompts.categories if by_category else ()
+        malicious, benign = (
+            _mean_last_token(model, tokenizer, side, categories, batch_size, description, progress)
             for side, description in ((prompts.malicious, "malicious prompts"), (prompts.benign, "benign prompts"))
         )
-        return cls(malicious, benign, torch.maximum(malicious_norm, benign_norm))
+        differences = malicious.by_category - benign.by_category if by_category else None
+        return cls(malicious.mean, benign.mean, torch.maximum(malicious.norm, benign.norm), differences)
 
-    def directions(self) -> RefusalDirections:
-        """Difference in means, scaled to unit length; without quality figures and provenance."""
+    def directions(self, k: int = 1) -> RefusalDirections:
+        """Difference in means, scaled to unit length; without quality figures and provenance.
+
+        Args:
+            k: directions a block; more than one need :attr:`differences` of at least ``k`` categories.
+        """
         difference = self.malicious - self.benign
         gap = difference.norm(dim=-1)
         usable = gap > DEAD_GAP * self.scale
         if not usable.any():
             raise ProConError("malicious and benign prompts give the same hidden states: pass prompts that differ")
         unit = torch.where(usable[:, None], difference / gap[:, None], 0.0)
+        further = None
+        if k > 1:
+            further = further_directions(unit, self.differences, k - 1, DEAD_GAP * self.scale)
+            further = torch.where(usable[:, None, None], further, 0.0).float()
         return RefusalDirections(
             directions=unit.float(),
             gap=torch.where(usable, gap, 0.0).float(),
             auroc=torch.full_like(gap, torch.nan).float(),
             malicious=(unit * self.malicious).sum(-1).float(),
             benign=(unit * self.benign).sum(-1).float(),
+            further=further,
         )
 
 
@@ -286,7 +436,7 @@ def project_last_token(
     batch_size: int = 32,
     progress: bool = True,
 ) -> Tensor:
-    """Projection of each prompt's last token on each block's direction: ``[len(prompts), L]`` fp32."""
+    """Projection of each prompt's last token on each block's first direction: ``[len(prompts), L]`` fp32."""
     blocks = len(directions.directions)
     z = torch.empty(len(prompts), blocks)
     unit = directions.directions.to(model_device(model))
@@ -304,16 +454,38 @@ def auroc(positive: Tensor, negative: Tensor) -> Tensor:
     return ((difference > 0).float() + 0.5 * (difference == 0).float()).mean((0, 1))
 
 
-def _mean_last_token(model, tokenizer, prompts, batch_size, description, progress) -> tuple[Tensor, Tensor]:
-    """Means ``[L, D]`` and mean norms ``[L]`` over prompts, fp64 on the CPU."""
+def _check_k(k: int, prompts: ContrastPrompts) -> None:
+    if not 1 <= k <= MAX_DIRECTIONS:
+        raise ProConError(f"k is {k}: give 1 to {MAX_DIRECTIONS} directions a block")
+    categories = len(set(prompts.categories))
+    if k > 1 and categories < k:
+        raise ProConError(
+            f"k is {k}, but the prompts have {categories} categories: give prompts with as many at least, as the "
+            "built-in ones, or k=1"
+        )
+
+
+class _Means(NamedTuple):
+    """Over prompts, fp64 on the CPU."""
+
+    mean: Tensor  # [L, D]
+    norm: Tensor  # [L], mean of the norms
+    by_category: Tensor  # [C, L, D], mean of each category
+
+
+def _mean_last_token(model, tokenizer, prompts, categories, batch_size, description, progress) -> _Means:
     decoder = find_decoder(model)
     total = torch.zeros(len(decoder.blocks), decoder.hidden_size, dtype=torch.float64)
     norms = torch.zeros(len(decoder.blocks), dtype=torch.float64)
+    names, category = np.unique(categories, return_inverse=True)
+    by_category = torch.zeros(len(names), *total.shape, dtype=torch.float64)
 
-    def consume(_rows: list[int], block: int, hidden: Tensor) -> None:
+    def consume(rows: list[int], block: int, hidden: Tensor) -> None:
         hidden = hidden.cpu().double()
         total[block] += hidden.sum(0)
         norms[block] += hidden.norm(dim=-1).sum()
+        if len(names):
+            by_category[:, block].index_add_(0, torch.from_numpy(category[rows]), hidden)
 
     each_last_token(model, tokenizer, prompts, consume, batch_size, description, progress)
     if not torch.isfinite(total).all():
@@ -321,7 +493,8 @@ def _mean_last_token(model, tokenizer, prompts, batch_size, description, progres
         raise ProConError(
             f"hidden states entering block {block} are NaN or infinite: load the model in bfloat16 or float32"
         )
-    return total / len(prompts), norms / len(prompts)
+    counts = torch.from_numpy(np.bincount(category, minlength=len(names)))
+    return _Means(total / len(prompts), norms / len(prompts), by_category / counts[:, None, None])
 
 
 def each_last_token(

@@ -33,11 +33,13 @@ from procon.errors import ProConError
 
 __all__ = ["constrain", "project", "projection_penalty", "rms_norm", "rms_norm_constrain"]
 
+#: Directions that one call takes.
+MAX_DIRECTIONS = 8
+
 _PENALTIES = ("squared", "absolute", "huber")
 _REDUCTIONS = ("sum", "mean", "none")
 _CASTINGS = ("llama", "gemma")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_MAX_DIRECTIONS = 8
 
 
 def project(hidden: Tensor, direction: Tensor, *, backend: str = "auto") -> Tensor:
@@ -245,9 +247,9 @@ def _directions(hidden: Tensor, direction: Tensor) -> Tensor:
     size = hidden.shape[-1]
     if direction.dim() not in (1, 2) or direction.shape[-1] != size:
         raise ProConError(f"direction has shape {list(direction.shape)}: give [{size}] or [K, {size}] to match hidden")
-    if direction.dim() == 2 and not 1 <= direction.shape[0] <= _MAX_DIRECTIONS:
+    if direction.dim() == 2 and not 1 <= direction.shape[0] <= MAX_DIRECTIONS:
         raise ProConError(
-            f"direction holds {direction.shape[0]} directions: give 1 to {_MAX_DIRECTIONS}, call again for more"
+            f"direction holds {direction.shape[0]} directions: give 1 to {MAX_DIRECTIONS}, call again for more"
         )
     direction = _as(direction, torch.float64 if hidden.dtype == torch.float64 else torch.float32)
     return (direction if direction.dim() == 2 else direction.unsqueeze(0)).contiguous()

@@ -18,19 +18,30 @@ Split = Literal["extraction", "validation", "held_out", "safety"]
 
 @dataclass(frozen=True)
 class ContrastPrompts:
-    """Malicious and benign instructions, one sentence each; built-in ones are twins, pair by pair."""
+    """Malicious and benign instructions, one sentence each; built-in ones are twins, pair by pair.
+
+    Attributes:
+        categories: what each pair is about, as built-in ones have it; none if not given. Several directions a block
+            come from them.
+    """
 
     malicious: tuple[str, ...]
     benign: tuple[str, ...]
+    categories: tuple[str, ...] = ()
 
     def __post_init__(self):
         for name in ("malicious", "benign"):
             if not getattr(self, name):
                 raise ProConError(f"no {name} prompts given: at least one is needed")
+        if self.categories and not len(self.categories) == len(self.malicious) == len(self.benign):
+            raise ProConError(
+                f"there are {len(self.categories)} categories for {len(self.malicious)} malicious and "
+                f"{len(self.benign)} benign prompts: give pairs, and the category of each"
+            )
 
     def first(self, n: int) -> ContrastPrompts:
         """The first ``n`` of each side."""
-        return ContrastPrompts(self.malicious[:n], self.benign[:n])
+        return ContrastPrompts(self.malicious[:n], self.benign[:n], self.categories[:n])
 
     @property
     def hash(self) -> str:
@@ -59,7 +70,7 @@ def builtin_prompts(split: Split) -> ContrastPrompts:
     if split not in get_args(Split):
         raise ProConError(f"there are no built-in prompts {split!r}: choose one of {', '.join(get_args(Split))}")
     pairs = sorted((p for p in _pairs() if p["split"] == split), key=lambda p: p["id"].rsplit("-", 1)[1])
-    return ContrastPrompts(tuple(p["malicious"] for p in pairs), tuple(p["benign"] for p in pairs))
+    return ContrastPrompts(*(tuple(pair[part] for pair in pairs) for part in ("malicious", "benign", "category")))
 
 
 @cache

@@ -294,3 +294,81 @@ def test_randomized_directions_are_unit_and_leave_dead_blocks_out():
     torch.testing.assert_close(found.directions.norm(dim=-1), torch.tensor([0.0, 1.0, 1.0]))
     assert torch.equal(found.gap, gap)
     assert found.cosine(found.randomized(seed=5))[1:].abs().max() < 0.9
+
+
+def test_a_randomized_seed_stays_what_it_was():
+    gap = torch.ones(3)
+    found = RefusalDirections(torch.eye(3, 16), gap, gap, gap, gap).randomized(seed=4)
+    drawn = torch.randn(3, 16, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(found.directions, torch.nn.functional.normalize(drawn, dim=-1))
+    assert found.provenance == {"random_seed": 4}
+    assert found.hash == "097f63e79dc36f9c"
+
+
+def test_shuffled_directions_are_a_derangement_of_the_usable_ones(tmp_path):
+    gap = torch.tensor([0.0, 1.0, 2.0, 0.0, 3.0, 4.0])
+    found = RefusalDirections(torch.eye(6, 16) * (gap > 0)[:, None], gap, gap + 1, gap + 2, gap + 3)
+    orders = set()
+    for seed in range(100):
+        made = found.shuffled(seed)
+        order = made.provenance["source_blocks"]
+        assert [order[block] for block in (0, 3)] == [0, 3]
+        assert sorted(order) == list(range(6))
+        assert all(order[block] != block for block in (1, 2, 4, 5))
+        assert torch.equal(made.directions, torch.stack([found.directions[block] for block in order]))
+        for name in ("gap", "auroc", "malicious", "benign"):
+            assert torch.equal(getattr(made, name), getattr(found, name))
+        assert made.provenance["shuffled_seed"] == seed
+        assert made.hash == found.shuffled(seed).hash != found.hash
+        orders.add(tuple(order))
+    assert len(orders) == 9  # all that there are of four
+    assert RefusalDirections.load(made.save(tmp_path / "d.safetensors")).provenance == made.provenance
+
+
+def test_one_block_alone_cannot_be_shuffled():
+    gap = torch.tensor([0.0, 1.0])
+    with pytest.raises(ProConError, match="only one block has a direction"):
+        RefusalDirections(torch.eye(2), gap, gap, gap, gap).shuffled(seed=0)
+
+
+def test_random_directions_within_the_states_have_their_covariance():
+    """In a plane with standard deviations a and b, a normal draw's squared cosine to the first axis is a / (a + b)."""
+    gap = torch.tensor([0.0, 1.0, 1.0])
+    found = RefusalDirections(torch.eye(3, 16), gap, gap, gap, gap)
+    plane = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plane = torch.linalg.qr(plane - plane.mean(0)).Q * torch.tensor([3.0, 1.0])  # exactly so in the sample, too
+    states = torch.full((50, 3, 16), 100.0, dtype=torch.float64)  # a mean far away, which is not to be drawn
+    states[..., 4] += plane[:, :1]
+    states[..., 9] += plane[:, 1:]
+    states[:, 2, 12] = states[:, 2, 4]  # at the last block, the first axis is another one, twice as long
+    draws = [found.randomized_within(states, seed) for seed in range(500)]
+    drawn = torch.stack([made.directions for made in draws])
+    assert drawn[:, 0].count_nonzero() == 0
+    torch.testing.assert_close(drawn[:, 1:].norm(dim=-1), torch.ones(500, 2), rtol=0, atol=2**-22)
+    others = [axis for axis in range(16) if axis not in (4, 9, 12)]
+    assert drawn[:, :, others].abs().max() < 1e-6
+    assert drawn[:, 1, 12].abs().max() < 1e-6
+    # The square of a cosine lies in [0, 1], so its standard deviation is at most 1/2.
+    assert drawn[:, 1, 4].square().mean().item() == pytest.approx(3 / 4, abs=4 * 0.5 / 500**0.5)
+    # One combination of the same states at all blocks: coordinates keep their proportions.
+    torch.testing.assert_close(drawn[:, 2, 4] * drawn[:, 1, 9], drawn[:, 2, 9] * drawn[:, 1, 4], rtol=0, atol=1e-6)
+    assert torch.equal(draws[0].gap, gap)
+    assert draws[7].provenance == {"random_within_seed": 7}
+    assert found.randomized_within(states, 7).hash == draws[7].hash
+
+
+@pytest.mark.parametrize(
+    ("states", "message"),
+    [
+        (torch.randn(5, 2, 16), r"hidden_states have shape \(5, 2, 16\): give \[n, 3, 16\] with n above 1"),
+        (torch.randn(3, 16), "hidden_states have shape"),
+        (torch.randn(1, 3, 16), "with n above 1"),
+        (torch.randn(1, 3, 16).expand(5, 3, 16), "hidden_states of block 1 do not vary"),
+        (torch.randn(5, 3, 16).index_fill(1, torch.tensor(2), torch.nan), "block 2 do not vary, or are not finite"),
+        (torch.randn(5, 3, 16).index_fill(1, torch.tensor(0), torch.inf), "block 0 do not vary, or are not finite"),
+    ],
+)
+def test_states_to_draw_from(states, message):
+    gap = torch.tensor([0.0, 1.0, 1.0])
+    with pytest.raises(ProConError, match=message):
+        RefusalDirections(torch.eye(3, 16), gap, gap, gap, gap).randomized_within(states, seed=0)

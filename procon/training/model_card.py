@@ -74,7 +74,7 @@ def describe(settings: dict, directions: RefusalDirections, log_history: Sequenc
         "constrained tokens": settings["scope"],
         "constrained blocks": _blocks(settings["blocks"], len(directions.directions)),
         "penalty": f"{settings['penalty']}, {settings['units']} units, mean over {settings['reduction']}s",
-        "directions": f"`{DIRECTIONS}` (`{settings['directions']}`){_origin(directions.provenance)}",
+        "directions": f"`{DIRECTIONS}` (`{settings['directions']}`){_origin(directions)}",
         "anchors": f"projections of the training tokens before training (`{settings['anchors']}`)",
         "last logged penalty, before alpha": _last(log_history, "procon/penalty", "{:.3g}") or "not logged",
     }
@@ -123,16 +123,27 @@ def _blocks(blocks: Sequence[int], count: int) -> str:
     return f"{which} of {count}, from 0"
 
 
-def _origin(provenance: dict) -> str:
-    """Where directions came from, as far as they tell."""
-    if "random_seed" in provenance:
-        return f", random ones (seed {provenance['random_seed']}): a control"
+#: Controls, by what :class:`RefusalDirections` leaves of their origin.
+_CONTROLS = {
+    "random_seed": "random ones",
+    "random_within_seed": "random ones with the hidden states' covariance",
+    "shuffled_seed": "those of another block each",
+}
+
+
+def _origin(directions: RefusalDirections) -> str:
+    """How many directions a block there are, and where they came from, as far as they tell."""
+    provenance = directions.provenance
+    several = f", {directions.k} a block" if directions.k > 1 else ""
+    for name, control in _CONTROLS.items():
+        if name in provenance:
+            return f"{several}, {control} (seed {provenance[name]}): a control"
     if "counts" not in provenance:
-        return ""
+        return several
     model, counts, rate = provenance.get("model"), provenance["counts"], provenance.get("refusal_rate")
     # A folder's name is enough: the path to it is of no use to others.
     model = Path(model).name if model and Path(model).is_absolute() else model
-    origin = f": of {model or 'the model before training'}, from {counts['malicious']} malicious and "
+    origin = f"{several}: of {model or 'the model before training'}, from {counts['malicious']} malicious and "
     origin += f"{counts['benign']} benign prompts"
     return origin if rate is None else f"{origin}; it then refused {rate:.0%} of malicious ones"
 
