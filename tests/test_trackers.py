@@ -8,18 +8,19 @@ from collections.abc import Iterator
 import pytest
 from transformers import Trainer, TrainerCallback
 
+from procon.prompts import builtin_prompts
 from procon.training import DriftCallback, JsonlCallback
-from procon.training.probes import ProbeCallback
 
+#: What drift is logged as, of a model of three blocks of which the first has no direction.
+DRIFT = {
+    "train/procon/drift_cos",
+    "train/procon/drift_cos_block/01",
+    "train/procon/drift_cos_block/02",
+    "train/procon/drift_shift_malicious",
+    "train/procon/drift_shift_benign",
+}
 #: As trackers show them: transformers puts `train/` before what has no `eval_`.
-NAMES = {"train/loss", "train/procon/alpha", "train/procon/penalty", "train/procon/drift_cos", "eval/loss"}
-
-
-class CountingDrift(ProbeCallback):
-    """What DriftCallback logs, at no cost."""
-
-    def measure(self) -> dict[str, float]:
-        return {"procon/drift_cos": 1 - 0.01 * self.trainer.state.global_step}
+NAMES = {"train/loss", "train/procon/alpha", "train/procon/penalty", "eval/loss", "train/procon/drift_gate"} | DRIFT
 
 
 class Stop(TrainerCallback):
@@ -35,12 +36,17 @@ class Stop(TrainerCallback):
 
 @pytest.fixture
 def make(make_trainer, tokenizer):
-    """``make(base="Trainer", **settings)``: a constrained trainer of six steps that logs, probes and evaluates."""
+    """``make(base="Trainer", **settings)``: a constrained trainer of six steps that logs, probes and evaluates.
 
-    def build(base: str = "Trainer", **settings) -> Trainer:
+    Any drift falls below its gate, and ``first`` are callbacks to come before the probe.
+    """
+    prompts = builtin_prompts("extraction").first(2)
+
+    def build(base: str = "Trainer", *, first=(), gate=0.9999, **settings) -> Trainer:
         six = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 3}
         trainer = make_trainer(base, "1@4steps,0", **{**six, **settings})
-        trainer.add_callback(CountingDrift(trainer, tokenizer, every=2))
+        for callback in (*first, DriftCallback(trainer, tokenizer, every=2, prompts=prompts, gate=gate)):
+            trainer.add_callback(callback)
         return trainer
 
     return build
@@ -59,7 +65,8 @@ def expected(trainer) -> dict[str, dict[int, float]]:
     assert list(found["train/loss"]) == [1, 2, 3, 4, 5, 6]  # those of probed steps, too
     assert list(found["train/procon/alpha"].values()) == [1, 1, 1, 1, 0, 0]
     assert list(found["train/procon/penalty"]) == [1, 2, 3, 4]
-    assert list(found["train/procon/drift_cos"]) == [2, 4, 6]
+    assert all(list(found[name]) == [0, 2, 4, 6] for name in DRIFT)
+    assert found["train/procon/drift_gate"] == {2: 1}
     assert list(found["eval/loss"]) == [3, 6]
     return found
 
@@ -132,11 +139,12 @@ def test_json_lines(make, tmp_path, base):
 
 
 @pytest.mark.parametrize("first", ["probe", "log"])
-def test_json_lines_of_a_resumed_run_have_no_step_twice(make, tmp_path, tokenizer, first):
+def test_json_lines_of_a_resumed_run_have_no_step_twice(make, tmp_path, first):
     def trainer(*callbacks, **settings):
-        made = make(**settings)
-        drift, log = DriftCallback(made, tokenizer, every=10**6), JsonlCallback(tmp_path / "logs" / "run.jsonl")
-        for callback in [*((drift, log) if first == "probe" else (log, drift)), *callbacks]:
+        log = JsonlCallback(tmp_path / "logs" / "run.jsonl")
+        # A resumed run that is below its gate tells it anew.
+        made = make(first=[log] if first == "log" else [], gate=None, **settings)
+        for callback in [*([log] if first == "probe" else []), *callbacks]:
             made.add_callback(callback)
         return made
 
@@ -150,7 +158,8 @@ def test_json_lines_of_a_resumed_run_have_no_step_twice(make, tmp_path, tokenize
     assert steps[0] == 0  # the run's own: the one before is gone
     assert steps[-1] == 4  # past the checkpoint of step 3
     file.write_text(file.read_text()[:-7])  # as a kill in the middle of a line leaves it
-    trainer(save_steps=3).train(resume_from_checkpoint=True)
+    # Not from the last: that is the whole run's.
+    trainer(save_steps=3).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
     resumed = [json.loads(line) for line in file.read_text().splitlines()]
 
     def comparable(rows):  # all but timings, and what the Trainer averages over the resumed part alone
@@ -180,4 +189,4 @@ def test_progress_shows_the_penalty(make, capsys):
     shown = capsys.readouterr().out
     assert shown.count("'procon/penalty'") == 2
     assert "'procon/alpha': '1'" in shown
-    assert "'procon/drift_cos': '0.98'" in shown
+    assert shown.count("'procon/drift_cos'") == 2
