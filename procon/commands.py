@@ -205,7 +205,7 @@ def _defence_settings(arguments: TrainArguments, defence: Defence | None) -> dic
     for part in re.split(r",(?=\s*\w+\s*=)", text) if text.strip() else []:
         name, equals, value = part.partition("=")
         try:
-            settings[name.strip()] = yaml.safe_load(value)
+            settings[name.strip()] = _yaml_value(value)
         except yaml.YAMLError:
             equals = ""
         if not equals:
@@ -213,6 +213,15 @@ def _defence_settings(arguments: TrainArguments, defence: Defence | None) -> dic
     if defence:
         defence.check(settings)
     return settings
+
+
+def _yaml_value(text: str) -> Any:
+    """The value, but for YAML's own reading of 2e-4 as a text."""
+    value = yaml.safe_load(text)
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _trainable(model: PreTrainedModel, arguments: TrainArguments) -> PreTrainedModel | PeftModel:

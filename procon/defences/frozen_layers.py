@@ -58,12 +58,13 @@ def frozen(decoder: Decoder, blocks: Sequence[int]) -> Iterator[int]:
 
 
 def frozen_blocks(blocks: tuple[float, float] | Sequence[int], count: int) -> tuple[int, ...]:
-    """The indices that ``blocks`` says, of ``count`` blocks; shares of the depth are rounded to whole blocks."""
+    """The indices that ``blocks`` says, of ``count`` blocks; shares of the depth are rounded to whole blocks, at least one."""
     if len(blocks) == 2 and any(isinstance(share, float) for share in blocks):
         first, last = blocks
         if not 0 <= first < last <= 1:
             raise ProConError(f"frozen blocks are the shares {first:g} to {last:g}: give two rising ones from 0 to 1")
-        chosen = tuple(range(round(first * count), round(last * count)))
+        begin = min(round(first * count), count - 1)
+        chosen = tuple(range(begin, max(round(last * count), begin + 1)))
     else:
         chosen = tuple(sorted(set(blocks)))
     if not chosen or chosen[0] < 0 or chosen[-1] >= count:
