@@ -17,6 +17,7 @@ TRAIN = [
     *("--drift-steps", "0", "--max-length", "64", "--save-strategy", "no"),
 ]
 DIRECTIONS = ["--directions", "directions.safetensors"]
+SAFETY = ["--safety-data", "safety.jsonl"]
 
 
 @pytest.fixture
@@ -51,12 +52,14 @@ def built(monkeypatch) -> dict:
 
 
 def test_train_by_name_writes_an_adapter(here, built, capsys):
-    code = main([*TRAIN, "--defence", "lisa", "--defence-settings", "alignment_steps=1, user_steps=2,rho=1e-1"])
+    code = main(
+        [*TRAIN, "--defence", "lisa", *SAFETY, "--defence-settings", "alignment_steps=1, user_steps=2,rho=1e-1"]
+    )
     assert code == 0, capsys.readouterr().err
     assert built["settings"] == {"alignment_steps": 1, "user_steps": 2, "rho": 0.1}
     assert built["directions"] is None
     assert len(built["train_dataset"]) == 16  # alignment data stay apart
-    assert len(built["alignment_dataset"]) > 16
+    assert len(built["alignment_dataset"]) == 3
     assert load_file("out/adapter_model.safetensors")
     assert json.loads(Path("out/log.jsonl").read_text().splitlines()[-1])["step"] == 1
 
@@ -70,12 +73,12 @@ def test_values_may_be_lists_with_commas(here, built):
 
 
 def test_safety_samples_are_mixed_in_where_the_name_says_so(here, built):
-    assert main([*TRAIN, "--defence", "safe", "--safety-data", "safety.jsonl"]) == 0
+    assert main([*TRAIN, "--defence", "safe", *SAFETY]) == 0
     assert len(built["train_dataset"]) == 16 + 3
 
 
 def test_a_number_of_safety_samples_wins(here, built):
-    assert main([*TRAIN, "--defence", "procon_s_safe", "--safety-samples", "5", *DIRECTIONS]) == 0
+    assert main([*TRAIN, "--defence", "procon_s_safe", *SAFETY, "--safety-samples", "5", *DIRECTIONS]) == 0
     assert len(built["train_dataset"]) == 16 + 5
     assert built["args"].procon_schedule == "procon_s"
     assert RefusalDirections.load("out").hash == built["directions"].hash

@@ -58,7 +58,7 @@ def frozen(decoder: Decoder, blocks: Sequence[int]) -> Iterator[int]:
 
 
 def frozen_blocks(blocks: tuple[float, float] | Sequence[int], count: int) -> tuple[int, ...]:
-    """The indices that ``blocks`` says, of ``count`` blocks; shares of the depth are rounded to whole blocks, at least one."""
+    """The indices that ``blocks`` says, of ``count``; shares of the depth are rounded to one or more whole blocks."""
     if len(blocks) == 2 and any(isinstance(share, float) for share in blocks):
         first, last = blocks
         if not 0 <= first < last <= 1:
