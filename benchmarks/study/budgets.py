@@ -79,7 +79,8 @@ LAYERS = Part(
 def _strength(alpha: float, directions: str = "refusal", units: str = "raw") -> Method:
     kind, _, draw = directions.partition(":")
     name = f"{units}_{alpha:g}_{kind}{draw}"
-    return constrained(name, f"{kind} {draw}".strip(), f"procon_s:{alpha:g}", directions=directions, procon_units=units)
+    label = f"{kind} {draw}".strip() + f", alpha {alpha:g}"
+    return constrained(name, label, f"procon_s:{alpha:g}", directions=directions, procon_units=units)
 
 
 STRENGTH = Part(
@@ -88,8 +89,10 @@ STRENGTH = Part(
     "What is special to the refusal direction?",
     (
         PLAIN,
-        *(_strength(alpha, "refusal") for alpha in (0.01, 0.03, 0.1, 0.3, 1.0)),
+        *(_strength(alpha) for alpha in (0.01, 0.03, 0.1, 0.3, 1.0)),
         *(_strength(alpha, f"random:{draw}") for alpha in (0.03, 0.1, 0.3, 1.0) for draw in (1, 2)),
+        *(_strength(alpha, control) for alpha in (0.1, 0.3) for control in ("within:1", "shuffled:1")),
+        *(_strength(alpha, kind, "gap") for alpha in (1.0, 10.0, 100.0) for kind in ("refusal", "random:1")),
     ),
     seeds=(DEVELOPMENT,),
     split="validation",
@@ -99,10 +102,90 @@ CONTROL = Part(
     "control",
     "The refusal direction against random ones",
     "Is it the direction, or would any do? At the strength where they differ most on the validation prompts.",
-    (PLAIN, _strength(0.1), *(_strength(0.1, f"random:{draw}") for draw in (1, 2, 3))),
+    (PLAIN, _strength(0.3), *(_strength(0.3, f"random:{draw}") for draw in (1, 2, 3))),
+)
+
+DEPTH = Part(
+    "depth",
+    "By depth",
+    "Where does the direction matter? A third of the blocks each, at the same strength a block as at 0.3 for all.",
+    (
+        PLAIN,
+        *(
+            replace(
+                constrained(
+                    f"{third}_{kind.replace(':', '')}",
+                    f"{third} third, {kind.replace(':', ' ')}",
+                    "procon_s:0.1",
+                    procon_blocks=",".join(map(str, blocks)),
+                ),
+                directions=kind,
+            )
+            for third, blocks in (
+                ("first", range(1, 11)),
+                ("middle", range(11, 20)),
+                ("last", range(20, 30)),
+            )
+            for kind in ("refusal", "random:1")
+        ),
+    ),
+    seeds=(DEVELOPMENT,),
+    split="validation",
+)
+
+SUBSPACE = Part(
+    "subspace",
+    "Several directions a block",
+    "Do directions by category keep more than their mean? At a strength that leaves room.",
+    (_strength(0.1), *(_strength(0.1, f"k:{k}") for k in (2, 4, 8))),
+    seeds=(DEVELOPMENT,),
+    split="validation",
+)
+
+CHOICE = Part(
+    "choice",
+    "Scope, penalty and strength",
+    "Which settings keep at least 90% of the start's refusals, and learn the task within 2 points of plain IFT?",
+    (
+        PLAIN,
+        PROCON_S,
+        constrained("response", "response tokens", f"procon_s:{ALPHA}", procon_scope="response"),
+        constrained("prompt", "prompt tokens", f"procon_s:{ALPHA}", procon_scope="prompt"),
+        constrained("huber", "huber", f"procon_s:{ALPHA}", procon_penalty="huber"),
+        constrained("squared", "squared", f"procon_s:{ALPHA}", procon_penalty="squared"),
+        constrained("squared_weak", "squared, alpha 0.02", "procon_s:0.02", procon_penalty="squared"),
+    ),
+    seeds=(DEVELOPMENT,),
+    split="validation",
+)
+
+WARMUP = Part(
+    "warmup",
+    "Warm-up, and what comes after it",
+    "How long a warm-up, and should a light constraint stay on? (The paper's Table VI.)",
+    (
+        PLAIN,
+        PLAIN_LONG,
+        constrained("wu_10", "10 steps, then none", "procon_wu:2@10steps"),
+        PROCON_WU,
+        constrained("wu_40", "40 steps, then none", "procon_wu:2@40steps"),
+        replace(constrained("wu_20_0.01", "20 steps, then 0.01", "2@20steps,0.01"), length=1.5),
+        replace(constrained("wu_20_0.1", "20 steps, then 0.1", "2@20steps,0.1"), length=1.5),
+        replace(constrained("s_long", "0.2 throughout, as long", f"procon_s:{ALPHA}"), length=1.5),
+    ),
+    seeds=(DEVELOPMENT,),
+    split="validation",
+)
+
+FORMAT = Part(
+    "format",
+    "Another task",
+    "Does it hold for a task of format? (The paper's Table IV has a second task.)",
+    (START, PLAIN, SAFE, PROCON_S, with_safety(PROCON_WU)),
+    ("extraction",),
 )
 BUDGETS: dict[str, Budget] = {
-    "table": Budget((TABLE, LAYERS, STRENGTH, CONTROL), Size()),
+    "table": Budget((TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, WARMUP, DEPTH, SUBSPACE, FORMAT), Size()),
     "smoke": Budget(
         (
             Part(

@@ -48,7 +48,12 @@ def choose_directions(method: Method, start: Start) -> RefusalDirections:
     if kind == "random":
         return found.randomized(int(argument))
     if kind == "within":
-        return found.randomized_within(start.states, int(argument))
+        benign = start.states[len(start.states) // 2 :]  # with the malicious ones, draws would lean towards r
+        return found.randomized_within(benign, int(argument))
     if kind == "shuffled":
         return found.shuffled(int(argument))
-    raise ProConError(f"directions is {method.directions!r}: give refusal, or random, within or shuffled with :SEED")
+    if kind == "k":
+        return start.extract(int(argument))
+    raise ProConError(
+        f"directions is {method.directions!r}: give refusal, k:K, or random, within or shuffled with :SEED"
+    )

@@ -15,7 +15,7 @@ from procon.directions import ContrastMeans, RefusalDirections
 from procon.displacement import last_token_states
 from procon.errors import ProConError
 from procon.loading import load_model
-from procon.prompts import builtin_prompts
+from procon.prompts import ContrastPrompts, builtin_prompts
 from procon.refusal_odds import refusal_tokens
 from procon.refusal_tuning import make_refuse
 
@@ -28,6 +28,7 @@ class Start:
         folder: where the model is.
         directions: from the extraction prompts: what is constrained.
         reference: from the probe prompts: what drift is measured against.
+        prompts: contrast prompts that the directions come from.
         states: block inputs at the last token of the probe prompts, malicious ones first: ``[2 n, L, D]``.
         tokens: by which the model opens refusals.
         base: the model before its safety training, or its folder or hub name, if known.
@@ -38,6 +39,7 @@ class Start:
     tokenizer: PreTrainedTokenizerBase
     directions: RefusalDirections
     reference: RefusalDirections
+    prompts: ContrastPrompts
     states: Tensor
     tokens: list[int]
     weights: str
@@ -56,8 +58,9 @@ class Start:
         """
         model, tokenizer = load_model(folder)
         prompts = builtin_prompts("extraction").first(extraction)
-        held_out = builtin_prompts("validation").first(pairs)
-        directions = RefusalDirections.extract(model, tokenizer, prompts, held_out=held_out, progress=False)
+        directions = RefusalDirections.extract(
+            model, tokenizer, prompts, held_out=builtin_prompts("validation").first(pairs), progress=False
+        )
         if directions.provenance["refusal_rate"] == 0:
             raise ProConError(f"model {str(folder)!r} refuses nothing: there is nothing to preserve; give a chat model")
         states = _probe_states(model, tokenizer, pairs)
@@ -66,6 +69,7 @@ class Start:
             tokenizer=tokenizer,
             directions=directions,
             reference=contrast_means(states).directions(),
+            prompts=prompts,
             states=states,
             tokens=refusal_tokens(model, tokenizer, prompts.first(pairs)),
             weights=weights_hash(model),
@@ -75,6 +79,12 @@ class Start:
     def model(self) -> PreTrainedModel:
         """A fresh copy of the model."""
         return load_model(self.folder)[0]
+
+    def extract(self, k: int) -> RefusalDirections:
+        """``k`` directions a block."""
+        return RefusalDirections.extract(
+            self.model(), self.tokenizer, self.prompts, k=k, check_refusal=False, progress=False
+        )
 
     def probe_states(self, model: PreTrainedModel) -> Tensor:
         """What :attr:`states` is, of a model that came from this one."""
