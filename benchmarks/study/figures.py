@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import NullLocator, PercentFormatter
 
 from benchmarks.study.methods import Method
 from benchmarks.study.outcomes import REFUSAL, TASK, Measure, Outcomes, by_block, values
@@ -120,8 +120,9 @@ def plot_front(points: dict[str, tuple[Estimate, Estimate]]) -> Figure:
     axes.plot(*zip(*front, strict=True), color=INK, linewidth=0.8, linestyle=":", zorder=0)
     axes.set_xlabel("task accuracy")
     axes.set_ylabel("refusal of malicious prompts")
+    axes.set_ylim(-0.03, 1.03)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1))
+        axis.set_major_formatter(PercentFormatter(1, decimals=0))
     legend_above(figure)
     return figure
 
@@ -183,7 +184,7 @@ def drift_place_drawing(runs: _Runs) -> Drawing:
     return Drawing(
         "where-drift-lies",
         "Shares of the squared displacement of hidden states at the last prompt token under plain fine-tuning, mean "
-        "over seeds. The dotted line is the share of one random direction; several have as many times as much.",
+        "over seeds. The dotted line is the share that one random direction would have.",
         f"Line chart by block, logarithmic. {words}; a random direction: {chance:.2%}.",
         partial(_plot_shares, shares, chance),
     )
@@ -244,13 +245,16 @@ def plot_sweeps(sweeps: Sequence[Sweep], runs: dict[str, _Runs], plain: _Runs) -
                     )
             if plain:
                 axes.axhline(values(plain, measure).mean(), color=INK, linewidth=0.8, linestyle=":", label="IFT")
-            _finish(axes, f"{name}, {title}" if title else name)
+            _finish(axes, f"{name}, {title}" if title else name, sweep.alphas)
     legend_above(figure)
     return figure
 
 
-def _finish(axes: Axes, title: str) -> None:
+def _finish(axes: Axes, title: str, alphas: Sequence[float]) -> None:
     axes.set_title(title)
     axes.set_xscale("log")
+    axes.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("alpha")
+    axes.set_ylim(-0.03, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1))

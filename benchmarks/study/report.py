@@ -101,7 +101,7 @@ def compose(budget: Budget, name: str, outcomes: Outcomes, judge: str) -> tuple[
         if settings:
             sections += [f"## {part.title}", _question(part)]
         for setting in settings:
-            sections += [f"### {part.title}: {SETTINGS[setting].label}", kept_table(part, setting, outcomes).markdown()]
+            sections += [f"### {_capital(SETTINGS[setting].label)}", kept_table(part, setting, outcomes).markdown()]
             sections += [_paper_note(part, setting), cost_table(part, setting, outcomes).markdown()]
             sections += map(figure, part_drawings(part, setting, outcomes))
     if plain := outcomes.find("arithmetic", "plain"):
@@ -127,6 +127,10 @@ def _agreement(outcomes: Outcomes) -> str:
     replies, kappa = judges_agree(outcomes)
     agreement = "give one verdict throughout" if math.isnan(kappa) else f"agree with Cohen's kappa {kappa:.2f}"
     return f"On all {replies} replies to malicious and benign prompts the two judges {agreement}."
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _question(part: Part) -> str:

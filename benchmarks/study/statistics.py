@@ -5,9 +5,10 @@ the rest: crossed random effects (Searle, Casella and McCulloch, Variance Compon
 squares of the two-way table without replication, the variance of the grand mean is
 ``(MS_seed + MS_prompt - MS_rest) / (S P)``; its degrees of freedom are Satterthwaite's (Biometrics Bulletin 2, 1946).
 
-Why not resample? Three seeds are too few. Of true null hypotheses with 3 seeds (effects of standard deviation 0.2), 64
-prompts (0.35) and a rest (0.4), a test at 5% rejected 5% this way, 9% by a bootstrap of seeds and prompts, and 22% by
-flipping the signs of whole prompts, which takes the seeds as given.
+Why not resample? Three seeds are too few. With 64 prompts (effects of standard deviation 0.35) and a rest (0.4), a
+test at 5% rejected a true null hypothesis in 3% to 6% of cases this way, whatever the seeds' spread, and 95%
+intervals held the mean in 93% to 97%. At seeds' effects of 0.2, a bootstrap of seeds and prompts rejected 9%, and
+flipping the signs of whole prompts, which takes the seeds as given, 22%.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from benchmarks.study.methods import Method
 from procon.schedule import AlphaSchedule
 
-
 #: All settings but strength and directions, in a fixed order.
 Recipe = tuple[tuple[str, str], ...]
 

@@ -49,7 +49,7 @@ def estimate_cell(estimate: Estimate, rate: bool) -> str:
         low, high = estimate.rate_interval
         return f"{100 * estimate.mean:.0f}%<br>{100 * low:.0f} to {100 * high:.0f}"
     low, high = estimate.interval
-    return f"{estimate.mean:.2f}<br>{low:.1f} to {high:.1f}"
+    return f"{estimate.mean:.1f}<br>{low:.1f} to {high:.1f}"
 
 
 def _measured(measure: Measure) -> Callable[[dict[int, dict]], str]:
@@ -85,7 +85,8 @@ def kept_table(part: Part, setting: str, outcomes: Outcomes) -> Table:
 def _paper(part: Part, setting: str) -> dict[str, PaperFigure]:
     """The paper's figures on a part's methods; what choices are made by is not compared."""
     known = PAPER.get(setting, {}) if part.split == "held_out" else {}
-    return {method.name: known[method.name] for method in part.methods if method.name in known}
+    found = {method.name: known[method.name] for method in part.methods if method.name in known}
+    return found if len(found) > 1 else {}
 
 
 def paper_tables(part: Part, setting: str) -> list[str]:

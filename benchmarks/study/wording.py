@@ -9,9 +9,9 @@ Each is tested on held-out prompts, one-sided and paired: the same prompts and s
 Student's t of the mean difference to its standard error from crossed random effects of seeds and prompts, with
 Satterthwaite's degrees of freedom; *held* is p < {SIGNIFICANCE}. It covers other seeds and other prompts of the same
 kind, but no other model, task or training data. The hypotheses are tested one by one, without a correction for their
-number. With three seeds the test has little power against an effect that differs from seed to seed. Differences of
-refusals are in points of percent. The strength of the last hypothesis is chosen on validation prompts, with a seed
-that is not tested."""
+number. With three seeds the test's level is near 5%, not exact, and it has little power against an effect that
+differs from seed to seed. Differences of refusals are in points of percent. The strength of the last hypothesis is
+chosen on validation prompts, with a seed that is not tested."""
 
 #: ``{judge}`` is how the second judge judges.
 READING = """\
