@@ -79,7 +79,7 @@ LAYERS = Part(
 def _strength(alpha: float, directions: str = "refusal", units: str = "raw") -> Method:
     kind, _, draw = directions.partition(":")
     name = f"{units}_{alpha:g}_{kind}{draw}"
-    label = f"{kind} {draw}".strip() + f", alpha {alpha:g}"
+    label = f"{kind} {draw}".strip() + f", alpha {alpha:g}" + (", gap units" if units == "gap" else "")
     return constrained(name, label, f"procon_s:{alpha:g}", directions=directions, procon_units=units)
 
 
