@@ -1,0 +1,92 @@
+"""``defences.py FOLDER NAME...``: each defence on the launched ranks; rank 0 writes FOLDER/WORLD.pt.
+
+FOLDER holds a ``model``. All data are in every optimiser step, so that no order of theirs matters.
+"""
+
+import copy
+import os
+import sys
+from pathlib import Path
+
+import gloo
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from procon.data import padding_collator
+from procon.defences import build_trainer
+from procon.directions import RefusalDirections
+from procon.training import ProConConfig
+
+FOLDER = Path(sys.argv[1])
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+SETTINGS = {
+    "hidden_states": {"alpha": 1000.0},
+    "lisa": {"alignment_steps": 2, "user_steps": 2, "rho": 3.0},
+    "safe_lora": {"threshold": 1.0},
+    "steering": {"strength": 2.0},
+}
+
+
+def rows(seed: int) -> Dataset:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(4, 30, (8,), generator=generator).tolist()
+    ids = [torch.randint(5, 60, (length,), generator=generator).tolist() for length in lengths]
+    return Dataset.from_list([{"input_ids": row, "labels": [-100] * (len(row) - 3) + row[-3:]} for row in ids])
+
+
+def shifted(model: torch.nn.Module) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return model
+
+
+def trained(name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The trainable parameters before and after three steps, in float64."""
+    gloo.start(sharding=False)
+    model = AutoModelForCausalLM.from_pretrained(FOLDER / "model").double()
+    unit = torch.nn.functional.normalize(torch.randn(3, 32, generator=torch.Generator().manual_seed(0)), dim=1)
+    base = shifted(model)
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).double()
+    trainer = build_trainer(
+        name,
+        model,
+        ProConConfig(
+            output_dir=str(FOLDER / "out"),
+            max_steps=3,
+            optim="sgd",
+            learning_rate=1.0,
+            lr_scheduler_type="constant",
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            per_device_train_batch_size=4 // WORLD,
+            gradient_accumulation_steps=2,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+        ),
+        settings=SETTINGS.get(name),
+        directions=RefusalDirections(unit, *torch.ones(4, 3)),
+        alignment_dataset=rows(2),
+        base=base,
+        train_dataset=rows(1),
+        data_collator=padding_collator(AutoTokenizer.from_pretrained(FOLDER / "model")),
+    )
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    trainer.train()
+    return {n: (before[n], p.detach().clone()) for n, p in model.named_parameters() if n in before}
+
+
+def main() -> None:
+    found = {name: trained(name) for name in sys.argv[2:]}
+    if os.environ.get("RANK", "0") == "0":
+        torch.save(found, FOLDER / f"{WORLD}.pt")
+
+
+if __name__ == "__main__":
+    main()
