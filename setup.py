@@ -15,9 +15,10 @@ EXTRAS = {
     "train": ["tensorboard>=2.16", "wandb>=0.17"],
     "flash": ["flash-attn>=2.7"],
     "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=1"],
+    "study": ["markdown>=3.6", "scikit-learn>=1.6", "scipy>=1.13"],
 }
 EXTRAS["test"] = [
-    *(requirement for name in ("demo", "trl", "train", "docs") for requirement in EXTRAS[name]),
+    *(requirement for name in ("demo", "trl", "train", "docs", "study") for requirement in EXTRAS[name]),
     "bitsandbytes>=0.50.2",
     "deepspeed>=0.19",
     "lightning>=2.6",
