@@ -56,8 +56,8 @@ def measure_displacement(before: Tensor, after: Tensor, directions: RefusalDirec
     """Displacement between two results of :func:`last_token_states` for the same prompts, ``[n, L, D]`` each."""
     change = (after - before).double()
     unit = directions.directions.double()
-    gap = torch.where(directions.usable, directions.gap, torch.nan).double()
-    along = (change * unit).sum(-1)  # [n, L]
+    gap = directions.gap.double()
+    along = torch.where(directions.usable, (change * unit).sum(-1), torch.nan)  # [n, L]
     off = (change - along[..., None] * unit).norm(dim=-1)
     total = change.square().sum((0, 2))  # [L]
     total = torch.where(total > 0, total, torch.nan)
@@ -76,4 +76,5 @@ def measure_displacement(before: Tensor, after: Tensor, directions: RefusalDirec
 
 def _principal_directions(states: Tensor) -> Tensor:
     centred = (states - states.mean(0)).transpose(0, 1)  # [L, n, D]
-    return torch.linalg.svd(centred, full_matrices=False).Vh[:, :PRINCIPAL]
+    # n states vary in n - 1 directions; what the decomposition has beyond them is arbitrary.
+    return torch.linalg.svd(centred, full_matrices=False).Vh[:, : min(PRINCIPAL, len(states) - 1)]
