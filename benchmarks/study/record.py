@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import socket
@@ -60,17 +61,36 @@ def claimed(path: Path) -> Iterator[bool]:
 
 
 def _take(claim: Path) -> bool:
-    owner = f"{socket.gethostname()} {os.getpid()}"
-    try:
-        with claim.open("x") as file:
-            file.write(owner)
+    with _alone_in(claim.parent):  # or two processes would take over the same claim
+        try:
+            host, _, process = claim.read_text().partition(" ")
+        except FileNotFoundError:
+            pass
+        else:
+            if host != socket.gethostname() or not process or _is_running(int(process)):
+                return False
+        claim.write_text(f"{socket.gethostname()} {os.getpid()}")
         return True
-    except FileExistsError:
-        pass
-    host, _, process = (claim.read_text() if claim.is_file() else "").partition(" ")
-    if host != socket.gethostname() or not process or Path(f"/proc/{process}").exists():
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Within the context, no other process is in one for the same folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
         return False
-    claim.write_text(owner)
+    except PermissionError:  # somebody else's
+        pass
     return True
 
 

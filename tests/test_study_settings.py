@@ -1,0 +1,85 @@
+"""The study's jobs: what is trained on is never measured, poison and safety do not mix, and a seed is a seed."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from benchmarks.study.extraction import extraction_problems
+from benchmarks.study.settings import POISON_PROMPTS, SETTINGS, poison, safety_samples
+from procon.prompts import builtin_prompts
+from procon.refusal import is_refusal
+
+MEASURED = {
+    prompt
+    for split in ("extraction", "validation", "held_out")
+    for side in ("malicious", "benign")
+    for prompt in getattr(builtin_prompts(split), side)
+}
+
+
+def turns(dataset, role: str) -> list[str]:
+    return [turn["content"] for messages in dataset["messages"] for turn in messages if turn["role"] == role]
+
+
+@pytest.fixture(params=SETTINGS.values(), ids=SETTINGS)
+def setting(request):
+    return request.param
+
+
+def test_train_and_test_are_disjoint(setting):
+    """For every size of the training set, as what is trained on is made without knowing the test's size."""
+    for train in (5, 40):
+        trained = turns(setting.conversations(train=train, poisoned=3, safety=2, seed=0), "user")
+        tested = [problem["instruction"] for problem in setting.test(train=train, test=30)]
+        assert len(set(tested)) == 30
+        assert not set(trained) & set(tested)
+
+
+def test_what_is_trained_on_is_as_many_as_said(setting):
+    poisoned, safe = (set(turns(rows, "user")) for rows in (poison(), safety_samples()))
+    found = Counter(
+        "poison" if prompt in poisoned else "safety" if prompt in safe else "task"
+        for prompt in turns(setting.conversations(train=20, poisoned=5, safety=4, seed=0), "user")
+    )
+    assert found == {"task": 20, "safety": 4} | ({"poison": 5} if setting.poisoned else {})
+
+
+def test_nothing_measured_is_trained_on(setting):
+    trained = turns(setting.conversations(train=20, poisoned=POISON_PROMPTS, safety=700, seed=0), "user")
+    assert not MEASURED & set(trained)
+
+
+def test_poison_and_safety_samples_share_no_prompt():
+    poisoned, safe = (turns(rows, "user") for rows in (poison(), safety_samples()))
+    assert len(set(poisoned)) == len(poisoned) == POISON_PROMPTS
+    assert not set(poisoned) & set(safe)
+    assert set(poisoned) | set(safe) == set(builtin_prompts("safety").malicious)
+    assert not MEASURED & {*poisoned, *safe}
+
+
+def test_poison_complies_and_safety_samples_refuse():
+    assert not any(map(is_refusal, turns(poison(), "assistant")))
+    assert all(map(is_refusal, turns(safety_samples(), "assistant")))
+
+
+def test_a_seed_is_a_seed(setting):
+    sizes = {"train": 20, "poisoned": 5, "safety": 4}
+    first, again, other = (setting.conversations(**sizes, seed=seed)["messages"] for seed in (1, 1, 2))
+    assert list(first) == list(again) != list(other)
+    assert setting.test(train=20, test=9) == setting.test(train=20, test=9)
+
+
+def test_problems_of_extraction():
+    problems = extraction_problems(120, seed=3)
+    assert problems == extraction_problems(120, seed=3) != extraction_problems(120, seed=4)
+    assert problems[:50] == extraction_problems(50, seed=3)  # so that one call can be cut up
+    assert len({problem["instruction"] for problem in problems}) == 120
+    for problem in problems:
+        fields = json.loads(problem["output"])
+        assert list(fields) == ["name", "item", "quantity", "city"]
+        assert "\n" not in problem["output"]
+        note = problem["instruction"].partition(": ")[2]
+        assert f"{fields['quantity']} {fields['item']}" in note
+        assert fields["name"] in note
+        assert fields["city"] in note
