@@ -143,4 +143,6 @@ def draw_svg(plot: Callable[[], Figure]) -> str:
     with mpl.rc_context(PLOT_STYLE):
         plot().savefig(buffer, format="svg", metadata={"Date": None})
     svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    # A hundredth of a point is finer than can be seen.
+    svg = re.sub(r' (?:d|x|y)="[^"]*"', lambda place: re.sub(r"(\.\d\d)\d+", r"\1", place[0]), svg)
     return svg[svg.index("<svg") :]

@@ -27,6 +27,7 @@ _KINDS = {
     "random": "random directions",
     "within": "random, within the spread of the states",
     "shuffled": "refusal directions of other blocks",
+    "k": "several refusal directions",
 }
 
 _Runs = dict[int, dict]
@@ -73,7 +74,9 @@ def part_drawings(part: Part, setting: str, outcomes: Outcomes) -> list[Drawing]
         return [_sweep_drawing(f"{name}-strength", sweeps, runs, outcomes.of(part, setting, "plain"))]
     if len(methods) < 2:
         return []
-    return [_scatter_drawing(f"{name}-front", methods, runs), _drift_drawing(f"{name}-drift", methods, runs)]
+    drawings = [_scatter_drawing(f"{name}-front", methods, runs)]
+    # What choices are made by is drawn once.
+    return drawings if part.split != "held_out" else [*drawings, _drift_drawing(f"{name}-drift", methods, runs)]
 
 
 def _style(place: int) -> dict:
@@ -122,7 +125,7 @@ def plot_front(points: dict[str, tuple[Estimate, Estimate]]) -> Figure:
     axes.set_ylabel("refusal of malicious prompts")
     axes.set_ylim(-0.03, 1.03)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.set_major_formatter(PercentFormatter(1))
     legend_above(figure)
     return figure
 
@@ -159,7 +162,7 @@ def plot_by_block(lines: dict[str, np.ndarray], label: str, chance: float | None
     figure = new_figure(4.0)
     axes = figure.subplots()
     for place, (name, line) in enumerate(lines.items()):
-        axes.plot(range(len(line)), line, marker="o", markersize=2.5, label=name, **_style(place))
+        axes.plot(range(len(line)), line, label=name, **_style(place))
     if chance is not None:
         axes.axhline(chance, color=INK, linewidth=0.8, linestyle=":", label="a random direction (1/D)")
     axes.set_xlabel("decoder block (its input)")
