@@ -66,7 +66,7 @@ class AlphaSchedule:
             raise ProConError("an extra phase of an alpha schedule needs a length: add @Nep or @Nsteps")
 
     @classmethod
-    def constant(cls, alpha: float = 0.1) -> AlphaSchedule:
+    def constant(cls, alpha: float = 0.2) -> AlphaSchedule:
         """ProCon_s: the same ``alpha`` throughout (paper: 0.1 or 0.2)."""
         return cls((Phase(alpha),))
 

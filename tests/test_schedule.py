@@ -13,7 +13,7 @@ PER_EPOCH = 10
 @pytest.mark.parametrize(
     ("text", "phases", "extra"),
     [
-        ("procon_s", [(0.1, None, "ep")], 0),
+        ("procon_s", [(0.2, None, "ep")], 0),
         ("procon_s:0.2", [(0.2, None, "ep")], 0),
         (" procon_s:2e-1 ", [(0.2, None, "ep")], 0),
         ("procon_wu", [(1, 4, "ep"), (0, None, "ep")], 1),
@@ -116,7 +116,7 @@ def test_the_constrained_steps_of_the_warm_up_are_the_extra_ones():
 
 def test_the_last_phase_goes_on():
     assert AlphaSchedule.parse("1@1ep,0.5@1ep").alpha(10**6, PER_EPOCH) == 0.5
-    assert AlphaSchedule.parse("procon_s").alpha(10**9, PER_EPOCH) == 0.1
+    assert AlphaSchedule.parse("procon_s").alpha(10**9, PER_EPOCH) == 0.2
 
 
 @pytest.mark.parametrize(("text", "active"), [("0", False), ("0@2ep,0", False), ("procon_wu", True), ("0@2ep,1", True)])

@@ -62,7 +62,7 @@ class ProConCallback(TrainerCallback, ExportableState):
         *,
         schedule: str = "procon_s",
         blocks: Blocks = "all",
-        penalty: str = "squared",
+        penalty: str = "absolute",
         units: Units = "raw",
         backend: str = "auto",
         fuse: Fuse = "auto",

@@ -19,25 +19,26 @@ class ProConArguments:
         @dataclass
         class MyConfig(ProConArguments, MyTrainingArguments): ...
 
-    Their names begin with ``procon_``.
+    Their names begin with ``procon_``. Schedule, scope and penalty default to what the study chose on validation prompts and
+    confirmed on held-out ones (``docs/results.md``); the paper constrains response tokens alone.
     """
 
     procon_schedule: str = field(
-        default="procon_wu",
+        default="procon_s",
         metadata={
             "help": "Strength over training: procon_s[:ALPHA], procon_wu[:ALPHA@4ep] (extra warm-up epochs, then 0), "
             "or phases such as 1@2ep,0.1@200steps,0. 0 switches the constraint off."
         },
     )
     procon_scope: str = field(
-        default="response", metadata={"help": "Tokens that are constrained: response (paper), prompt or all."}
+        default="all", metadata={"help": "Tokens that are constrained: response (paper), prompt or all."}
     )
     procon_blocks: str = field(
         default="all",
         metadata={"help": "Blocks: all (paper), the deepest share such as 0.5, or indices such as 8,9,10."},
     )
     procon_penalty: str = field(
-        default="squared", metadata={"help": "squared, absolute (as typeset in the paper) or huber."}
+        default="absolute", metadata={"help": "squared, absolute (as typeset in the paper) or huber."}
     )
     procon_units: str = field(
         default="raw",
