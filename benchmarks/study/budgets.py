@@ -147,6 +147,7 @@ CHOICE = Part(
     "Scope, penalty and strength",
     "Which settings keep at least 90% of the start's refusals, and learn the task within 2 points of plain IFT?",
     (
+        START,
         PLAIN,
         PROCON_S,
         constrained("response", "response tokens", f"procon_s:{ALPHA}", procon_scope="response"),
