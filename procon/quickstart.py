@@ -26,30 +26,29 @@ from procon.loading import load_model
 from procon.prompts import builtin_prompts
 from procon.refusal_tuning import LORA, make_refuse
 from procon.report import Run, print_table, write_html
-from procon.training import DriftCallback, EvaluationCallback, ProConConfig, ProConTrainer
+from procon.training import DriftCallback, EvaluationCallback, ProConArguments, ProConConfig, ProConTrainer
 from procon.version import __version__
 
 #: Below this share of refused malicious prompts there is too little to preserve, and the model is taught first.
 ENOUGH_REFUSAL = 0.5
 
-TASK_TRAIN, TASK_TEST, TASK_PROBE = 240, 64, 16
+TASK_TRAIN, TASK_TEST, TASK_PROBE = 320, 64, 16
 TASK_SEED = 0
 
 #: Optimiser steps between two looks at drift, refusal and task while training.
-PROBE_EVERY = 30
+PROBE_EVERY = 20
 
-#: The same for both runs, but for the schedule. Chosen on validation prompts and another seed than those shown.
+#: The same for all runs. The constraint has its defaults, which validation prompts chose (docs/results.md).
 RECIPE = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": 8,
-    "learning_rate": 4e-4,
+    "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 5,
     "logging_steps": 10,
     "save_strategy": "no",
     "report_to": [],
 }
-PROCON = {"procon_schedule": "procon_wu:2@2ep", "procon_scope": "all", "procon_penalty": "absolute"}
 
 #: Long enough for the refusal in a reply's opening, and for an arithmetic answer.
 REPLY_TOKENS = {"max_new_tokens": 24, "task_max_new_tokens": 36}
@@ -57,8 +56,7 @@ REPLY_TOKENS = {"max_new_tokens": 24, "task_max_new_tokens": 36}
 LIMITS = (
     "One small model, one harmless task, one seed: this shows that the parts work, not how much a larger model gains.",
     "Refusals are counted by keyword in the opening of greedy replies; read the replies below.",
-    "This does not show that the refusal direction is special: with --control a third run is constrained along random "
-    "directions instead, and it keeps refusals about as well.",
+    "What a run along random directions keeps is not owed to the refusal direction: --control adds one.",
     "Benign prompts here are twins of the malicious ones, on the same topics: a small model refuses some of them from "
     "the start. Compare with the start, not with zero.",
 )
@@ -93,18 +91,12 @@ def quickstart(arguments: QuickstartArguments) -> list[Run]:
             cosine=directions.cosine(directions).tolist(),
         )
     ]
-    warmup = PROCON["procon_schedule"]
-    plan = [("plain", "0", directions), ("ProCon", warmup, directions)]
+    plan = [("plain", {"procon_schedule": "0"}, directions), ("ProCon", {}, directions)]
     if arguments.control:
-        plan.append(("random", warmup, directions.randomized(seed=1)))
-    for number, (label, schedule, along) in enumerate(plan, 3):
+        plan.append(("random", {}, directions.randomized(seed=1)))
+    for number, (label, settings, along) in enumerate(plan, 3):
         console.rule(f"{number}/{parts}  {label} fine-tuning")
-        config = ProConConfig(
-            output_dir=str(output / label.lower()),
-            seed=arguments.seed,
-            **RECIPE,
-            **{**PROCON, "procon_schedule": schedule},
-        )
+        config = ProConConfig(output_dir=str(output / label.lower()), seed=arguments.seed, **RECIPE, **settings)
         runs.append(_fine_tune(label, model, tokenizer, directions, along, train, task, probe, config))
     for run in runs:
         run.save(output / "runs" / f"{run.label.lower()}.json")
@@ -182,11 +174,12 @@ def _fine_tune(
 
 
 def _facts(arguments: QuickstartArguments, model: PreTrainedModel, seconds: float) -> dict[str, str]:
+    defaults = ProConArguments()
     return {
         "model": arguments.model or "SmolLM2-135M-Instruct with the package's refusal adapter",
         "command": f"procon quickstart --seed {arguments.seed}" + (" --control" if arguments.control else ""),
         "task": f"{TASK_TRAIN} arithmetic word problems, {RECIPE['num_train_epochs']} epoch",
-        "constraint": ", ".join(f"{name.removeprefix('procon_')} {value}" for name, value in PROCON.items()),
+        "constraint": f"{defaults.schedule()}, {defaults.procon_penalty} penalty, {defaults.procon_scope} tokens",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {model.device}, {model.dtype}",
         "versions": f"procon {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
         "date": date.today().isoformat(),
