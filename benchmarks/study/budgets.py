@@ -185,8 +185,24 @@ FORMAT = Part(
     (START, PLAIN, SAFE, PROCON_S, with_safety(PROCON_WU)),
     ("extraction",),
 )
+# On GPUs: longer training, the paper's warm-up of four epochs, and every choice again at that size.
+_PAPER_WU = constrained("procon_wu", "ProCon_wu", "procon_wu:2@4ep")
+_FULL_TABLE = replace(
+    TABLE,
+    methods=tuple(
+        {"procon_wu": _PAPER_WU, "procon_wu_safe": with_safety(_PAPER_WU)}.get(method.name, method)
+        for method in TABLE.methods
+    ),
+    settings=("arithmetic", "extraction", "poisoned"),
+    seeds=(0, 1, 2, 3, 4),
+)
+
 BUDGETS: dict[str, Budget] = {
     "table": Budget((TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, WARMUP, DEPTH, SUBSPACE, FORMAT), Size()),
+    "full": Budget(
+        (_FULL_TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, SUBSPACE),
+        Size(train=6400, test=512, epochs=10, pairs=192, poisoned=100, safety=1000),
+    ),
     "smoke": Budget(
         (
             Part(
