@@ -113,7 +113,7 @@ def test_steering_finds_its_directions_again(here, built):
         (["--defence", "lisa", "--defence-settings", "rho"], "defence_settings has 'rho': give key=value"),
         (["--defence", "lisa", "--defence-settings", "rho=[1"], "defence_settings has 'rho=[1': give key=value"),
         (["--defence", "safe_lora"], "defence 'safe_lora' needs base: pass base"),
-        (["--defence", "lisa", "--procon-schedule", "procon_s"], "'lisa' has no projection constraint"),
+        (["--defence", "lisa", "--procon-schedule", "procon_s:0.3"], "'lisa' has no projection constraint"),
         (["--defence", "lisa", "--base", "base"], "base is 'base', but there is no defence to take it"),
         (["--defence-settings", "rho=1"], "defence_settings is 'rho=1', but there is no defence to take it"),
     ],

@@ -24,6 +24,7 @@ from procon.defences import (
     project_update,
 )
 from procon.errors import ProConError
+from procon.schedule import AlphaSchedule
 from procon.training import ProConConfig, ProConTrainer
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -110,7 +111,10 @@ def test_schedules_are_those_of_the_name_unless_one_is_given(config):
     configured = DEFENCES["procon_wu"].configure(given)
     assert (configured.procon_schedule, configured.procon_scope) == ("procon_s:0.2", "all")
     assert DEFENCES["lisa"].configure(config()).procon_schedule == "0"
-    assert config().procon_schedule == "procon_wu"  # none of them changed what it was given
+    assert given.procon_schedule == "procon_s:0.2"
+    unchanged = config()
+    DEFENCES["lisa"].configure(unchanged)
+    assert unchanged.procon_schedule == config().procon_schedule
 
 
 @pytest.mark.parametrize(
@@ -266,4 +270,4 @@ def test_procon_by_name_is_procon(tiny_model, random_directions, config, data):
     model = tiny_model()
     trainer = build_trainer("procon_s", model, config(), directions=random_directions(model), **data)
     assert type(trainer) is ProConTrainer
-    assert str(trainer.alpha_schedule) == "0.1"
+    assert trainer.alpha_schedule == AlphaSchedule.constant()
