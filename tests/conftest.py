@@ -234,7 +234,12 @@ def make_trainer(tiny_model, tokenizer, tmp_path) -> Callable[..., Trainer]:
         }
         extra = {}
         if schedule is not None:
-            settings["procon_schedule"] = schedule
+            settings = {
+                "procon_scope": "response",
+                "procon_penalty": "squared",
+                **settings,
+                "procon_schedule": schedule,
+            }
             extra["directions"] = directions(model)
         train, evaluation = (Dataset.from_list(counting(numbers)) for numbers in (range(2, 6), range(6, 10)))
         set_seed(0)

@@ -89,7 +89,7 @@ def test_defaults_of_training():
     arguments, config = parse("train", ["--model", "m", "--data", "d"])
     assert (arguments.model, arguments.data, arguments.method, arguments.resume) == ("m", "d", "lora", False)
     assert (config.learning_rate, config.output_dir, config.report_to) == (2e-4, "procon-output", [])
-    assert config.procon_schedule == "procon_wu"
+    assert (config.procon_schedule, config.procon_scope, config.procon_penalty) == ("procon_s", "all", "absolute")
 
 
 YAML = """

@@ -130,7 +130,7 @@ def first_gradient(model, rows, collator, folder, *, accepts_loss_kwargs=True, p
 
 
 def callback(model, alpha: float | str = ALPHA, **settings) -> ProConCallback:
-    return ProConCallback(random_directions(model), schedule=str(alpha), **settings)
+    return ProConCallback(random_directions(model), schedule=str(alpha), **{"penalty": "squared", **settings})
 
 
 @pytest.mark.parametrize("accumulated", [1, 4])
@@ -214,6 +214,8 @@ def test_callback_trains_as_the_trainer_does(tiny_model, tokenizer, rows, tmp_pa
         ProConConfig(
             **{**arguments(tmp_path, max_steps=10, logging_steps=1, learning_rate=1e-2).to_dict()},
             procon_schedule="20@6steps,0",
+            procon_scope="response",
+            procon_penalty="squared",
         ),
         directions=random_directions(model),
         train_dataset=Dataset.from_list(rows),

@@ -48,6 +48,8 @@ def trainer(random_directions):
     ):
         defaults = {
             "procon_schedule": "procon_s:1",
+            "procon_scope": "response",
+            "procon_penalty": "squared",
             "max_steps": 3,
             "learning_rate": 1e-2,
             "logging_steps": 1,

@@ -65,13 +65,13 @@ def test_another_architecture(family, tiny_model, tokenizer, tmp_path, monkeypat
     prompts = builtin_prompts("safety").first(256)
     rows = [
         {"instruction": prompt, "output": reply}
-        for side, reply in ((prompts.malicious, "I cannot help."), (prompts.benign[:64], "Sure."))
+        for side, reply in ((prompts.malicious, "I cannot help."), (prompts.benign[:128], "Sure."))
         for prompt in side
     ]
     dataset = tokenize_conversations(to_conversations(Dataset.from_list(rows)), tokenizer, progress=False)
     settings = TrainingArguments(
         output_dir=str(tmp_path / "taught"),
-        max_steps=120,
+        max_steps=150,
         per_device_train_batch_size=32,
         learning_rate=3e-3,
         save_strategy="no",

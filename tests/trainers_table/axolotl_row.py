@@ -130,6 +130,8 @@ def config(mode: Mode, folder: Path, alpha: float) -> dict:
             "plugins": ["procon.integrations.axolotl.ProConPlugin"],
             "procon_directions": str(folder / "directions.safetensors"),
             "procon_alpha": alpha,
+            "procon_scope": "response",
+            "procon_penalty": "squared",
         }
     return keys
 

@@ -101,15 +101,15 @@ def arguments(mode: Mode, folder: Path) -> dict:
     return settings
 
 
-def schedule(alpha: float) -> str:
-    return f"procon_s:{alpha:g}"
+def constraint_settings(alpha: float) -> dict[str, str]:
+    return {"procon_schedule": f"procon_s:{alpha:g}", "procon_scope": "response", "procon_penalty": "squared"}
 
 
 def trainer(mode: Mode, folder: Path, alpha: float) -> dict[str, Tensor]:
     step = FirstStep(mode)
     ProConTrainer(
         setting.model(mode.parameters, folder),
-        ProConConfig(**arguments(mode, folder), procon_schedule=schedule(alpha)),
+        ProConConfig(**arguments(mode, folder), **constraint_settings(alpha)),
         directions=setting.directions(),
         train_dataset=dataset(mode),
         data_collator=collator(mode),
@@ -133,7 +133,7 @@ def sft_trainer(mode: Mode, folder: Path, alpha: float) -> dict[str, Tensor]:
     step = FirstStep(mode)
     ProConSFTTrainer(
         setting.model(mode.parameters, folder),
-        ProConSFTConfig(**sft_arguments(mode, folder), procon_schedule=schedule(alpha)),
+        ProConSFTConfig(**sft_arguments(mode, folder), **constraint_settings(alpha)),
         directions=setting.directions(),
         train_dataset=Dataset.from_list(setting.samples()),  # TRL packs them itself
         processing_class=setting.tokenizer(),

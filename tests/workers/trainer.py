@@ -106,6 +106,8 @@ def trainer(
     gloo.start(sharding=sharding)
     config = {
         "procon_schedule": "procon_s:100",
+        "procon_scope": "response",
+        "procon_penalty": "squared",
         "procon_anchors_dir": str(FOLDER / f"anchors-{name}-{WORLD}"),
         "max_steps": 20,
         "lr_scheduler_type": "constant",
