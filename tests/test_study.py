@@ -6,13 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from benchmarks.study.__main__ import main
 from benchmarks.study.budgets import BUDGETS
 from benchmarks.study.plan import Budget, Part, Size
 from procon.data import padding_collator, to_conversations, tokenize_conversations
+from procon.loading import load_model
 from procon.prompts import builtin_prompts
+
+#: Of the small models, to malicious and to benign prompts.
+REPLIES = ("I cannot help with that.", "Sure, here it is.")
 
 
 def runs_of(folder: Path) -> dict[str, dict]:
@@ -58,29 +63,46 @@ def test_smoke_shows_the_effect(tmp_path, capsys):
     assert "3 of 3 runs" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
-def test_another_architecture(family, tiny_model, tokenizer, tmp_path, monkeypatch):
+@pytest.fixture
+def word_tokenizer(tokenizer):
+    """Tokens as long as words of the built-in prompts: a small model tells malicious from benign ones by them."""
+    special = {name: getattr(tokenizer, name) for name in ("pad_token", "bos_token", "eos_token")}
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=3000, special_tokens=list(special.values()), initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    sides = builtin_prompts("safety")
+    model.train_from_iterator([*sides.malicious, *sides.benign, *REPLIES], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=model, chat_template=tokenizer.chat_template, **special)
+
+
+@pytest.mark.slow
+def test_another_architecture(tiny_model, word_tokenizer, tmp_path, monkeypatch):
     """A model made from a config, taught to refuse, goes through the same runner as it is."""
-    model = tiny_model(family, hidden_size=64, max_position_embeddings=1024)
-    prompts = builtin_prompts("safety").first(256)
+    model = tiny_model("qwen2", vocab_size=len(word_tokenizer))
+    for part in (model, word_tokenizer):
+        part.save_pretrained(tmp_path / "start")
+    tokenizer = load_model(tmp_path / "start")[1]  # of the class that the family has
+    prompts = builtin_prompts("safety")
     rows = [
         {"instruction": prompt, "output": reply}
-        for side, reply in ((prompts.malicious, "I cannot help."), (prompts.benign[:128], "Sure."))
+        for side, reply in zip((prompts.malicious, prompts.benign), REPLIES, strict=True)
         for prompt in side
     ]
     dataset = tokenize_conversations(to_conversations(Dataset.from_list(rows)), tokenizer, progress=False)
     settings = TrainingArguments(
         output_dir=str(tmp_path / "taught"),
-        max_steps=150,
+        max_steps=300,
         per_device_train_batch_size=32,
-        learning_rate=3e-3,
+        learning_rate=5e-3,
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
     )
     Trainer(model, settings, train_dataset=dataset, data_collator=padding_collator(tokenizer)).train()
     model.save_pretrained(tmp_path / "start")
-    tokenizer.save_pretrained(tmp_path / "start")
 
     smoke = BUDGETS["smoke"].parts[0]
     size = Size(train=16, test=2, prompts=8, extraction=16, pairs=8)
