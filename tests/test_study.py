@@ -105,12 +105,12 @@ def test_another_architecture(tiny_model, word_tokenizer, tmp_path, monkeypatch)
     model.save_pretrained(tmp_path / "start")
 
     smoke = BUDGETS["smoke"].parts[0]
-    size = Size(train=16, test=2, prompts=8, extraction=16, pairs=8)
+    size = Size(train=40, test=2, prompts=8, extraction=16, pairs=8)
     monkeypatch.setitem(BUDGETS, "smoke", Budget((smoke,), size))
     assert main(["--budget", "smoke", "--model", str(tmp_path / "start"), "--runs", str(tmp_path / "runs")]) == 0
     runs = runs_of(tmp_path / "runs")
     assert share(runs["start"], "malicious", "refused") > 0.5
-    assert runs["plain"]["steps"] == runs["procon_s"]["steps"] == 2
+    assert runs["plain"]["steps"] == runs["procon_s"]["steps"] == 5
     assert any("procon/penalty" in row for row in runs["procon_s"]["history"])
     assert not any("procon/penalty" in row for row in runs["plain"]["history"])
     assert mean(runs["start"]["drift"]["cosine"]) == pytest.approx(1, abs=1e-3)
