@@ -31,13 +31,14 @@ START = Method("start", "start", length=0)
 PLAIN = Method("plain", "IFT")
 PLAIN_LONG = Method("plain_long", "IFT, as long as ProCon_wu", length=1.5)
 SAFE = Method("safe", "IFT_safe", "safe", safety=True)
+# Of the settings in BASELINES, those that keep most at a task accuracy that is worth having.
 OTHERS = (
     Method("sppft", "SPPFT", "sppft"),
     Method("constrained_sft", "constrained SFT", "constrained_sft"),
-    Method("safe_lora", "SafeLoRA", "safe_lora"),
-    Method("lisa", "Lisa", "lisa", {"alignment_steps": 4, "user_steps": 16}),
-    Method("steering", "preventative steering", "steering", {"strength": 0.3}),
-    Method("hidden_states", "hidden states, L2", "hidden_states", {"alpha": 1.0, "scope": "all"}),
+    Method("safe_lora", "SafeLoRA", "safe_lora", {"threshold": 0.1}),
+    Method("lisa", "Lisa", "lisa", {"alignment_steps": 1, "user_steps": 4}),
+    Method("steering", "preventative steering", "steering", {"strength": 1.0}),
+    Method("hidden_states", "hidden states, L2", "hidden_states", {"alpha": 0.1, "scope": "all"}),
 )
 PROCON_S = constrained("procon_s", "ProCon_s", f"procon_s:{ALPHA}")
 PROCON_WU = constrained("procon_wu", "ProCon_wu", "procon_wu:2@20steps")
@@ -178,6 +179,24 @@ WARMUP = Part(
     split="validation",
 )
 
+BASELINES = Part(
+    "baselines",
+    "Settings of the other defences",
+    "Which settings are fair to them on this model?",
+    (
+        START,
+        PLAIN,
+        *OTHERS,
+        Method("safe_lora_0.35", "SafeLoRA, threshold 0.35", "safe_lora", {"threshold": 0.35}),
+        Method("lisa_4_16", "Lisa, 4 and 16 steps", "lisa", {"alignment_steps": 4, "user_steps": 16}),
+        Method("steering_0.3", "preventative steering, 0.3", "steering", {"strength": 0.3}),
+        Method("hidden_states_1", "hidden states, alpha 1", "hidden_states", {"alpha": 1.0, "scope": "all"}),
+        Method("sppft_deep", "SPPFT, the deep half", "sppft", {"blocks": [0.5, 1.0]}),
+    ),
+    seeds=(DEVELOPMENT,),
+    split="validation",
+)
+
 FORMAT = Part(
     "format",
     "Another task",
@@ -198,7 +217,7 @@ _FULL_TABLE = replace(
 )
 
 BUDGETS: dict[str, Budget] = {
-    "table": Budget((TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, WARMUP, DEPTH, SUBSPACE, FORMAT), Size()),
+    "table": Budget((TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, BASELINES, WARMUP, DEPTH, SUBSPACE, FORMAT), Size()),
     "full": Budget(
         (_FULL_TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, SUBSPACE),
         Size(train=6400, test=512, epochs=10, pairs=192, poisoned=100, safety=1000),
