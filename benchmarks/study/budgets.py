@@ -102,8 +102,15 @@ STRENGTH = Part(
 CONTROL = Part(
     "control",
     "The refusal direction against random ones",
-    "Is it the direction, or would any do? At the strength where they differ most on the validation prompts.",
-    (PLAIN, _strength(0.3), *(_strength(0.3, f"random:{draw}") for draw in (1, 2, 3))),
+    "Is it the direction, or would any do? At the strengths where they differ most on the validation prompts.",
+    (
+        PLAIN,
+        *(
+            _strength(alpha, directions)
+            for alpha in (0.1, 0.3)
+            for directions in ("refusal", "random:1", "random:2", "random:3")
+        ),
+    ),
 )
 
 DEPTH = Part(
