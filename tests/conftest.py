@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+# Processes that run tests side by side have a core each, and lose more than they win by more threads than that.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
