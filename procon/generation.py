@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from procon.chat import Message, pad_token_id, render
 from procon.decoder import evaluating, model_device
+
+
+def left_padded_batches(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]], batch_size: int
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Indices, token ids and attention mask ``[B, T]`` int64 of conversations that await a reply, the longest first.
+
+    All end in the last column, where the reply begins.
+    """
+    prompts = [render(tokenizer, conversation, generation_prompt=True) for conversation in conversations]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        width = len(prompts[rows[0]])
+        ids = torch.full((len(rows), width), pad_token_id(tokenizer))
+        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for row, i in enumerate(rows):
+            ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[row, width - len(prompts[i]) :] = 1
+        yield rows, ids, mask
 
 
 def generate_replies(
@@ -26,24 +47,15 @@ def generate_replies(
 
     Prompts are batched by length, padded on the left; the model's mode and the tokenizer are left as they were.
     """
-    prompts = [render(tokenizer, conversation, generation_prompt=True) for conversation in conversations]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     pad = pad_token_id(tokenizer)
     eos = getattr(model.generation_config, "eos_token_id", None) or tokenizer.eos_token_id
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=eos)
-    replies = [""] * len(prompts)
-    with evaluating(model), tqdm(total=len(prompts), desc=description, unit="reply", disable=not progress) as bar:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            width = len(prompts[rows[0]])
-            ids = torch.full((len(rows), width), pad)
-            mask = torch.zeros((len(rows), width), dtype=torch.long)
-            for row, i in enumerate(rows):
-                ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-                mask[row, width - len(prompts[i]) :] = 1
-            device = model_device(model)
+    replies = [""] * len(conversations)
+    device = model_device(model)
+    with evaluating(model), tqdm(total=len(replies), desc=description, unit="reply", disable=not progress) as bar:
+        for rows, ids, mask in left_padded_batches(tokenizer, conversations, batch_size):
             output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
-            texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+            texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
             for i, text in zip(rows, texts, strict=True):
                 replies[i] = text.strip()
             bar.update(len(rows))

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from procon.chat import pad_token_id, render, user_turn
+from procon.chat import user_turn
 from procon.decoder import evaluating, model_device
 from procon.errors import ProConError
+from procon.generation import left_padded_batches
 from procon.prompts import ContrastPrompts
 
 #: A token opens refusals if it is this much likelier after malicious than after benign prompts.
@@ -25,22 +26,13 @@ def first_token_log_probabilities(
     batch_size: int = 32,
 ) -> Tensor:
     """Log-probabilities of the first token of the reply to each prompt: ``[len(prompts), V]`` fp32, on the CPU."""
-    ids = [render(tokenizer, user_turn(prompt), generation_prompt=True) for prompt in prompts]
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    device, pad = model_device(model), pad_token_id(tokenizer)
-    found: list[Tensor] = [torch.empty(0)] * len(ids)
+    device = model_device(model)
+    found: list[Tensor] = [torch.empty(0)] * len(prompts)
     with evaluating(model), torch.no_grad():
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            width = len(ids[rows[0]])
-            batch = torch.full((len(rows), width), pad)
-            mask = torch.zeros((len(rows), width), dtype=torch.long)
-            for row, i in enumerate(rows):
-                batch[row, width - len(ids[i]) :] = torch.tensor(ids[i])
-                mask[row, width - len(ids[i]) :] = 1
+        for rows, ids, mask in left_padded_batches(tokenizer, [user_turn(prompt) for prompt in prompts], batch_size):
             positions = (mask.cumsum(-1) - 1).clamp_min(0)
             logits = model(
-                input_ids=batch.to(device),
+                input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 position_ids=positions.to(device),
                 logits_to_keep=1,
