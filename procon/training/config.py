@@ -19,8 +19,8 @@ class ProConArguments:
         @dataclass
         class MyConfig(ProConArguments, MyTrainingArguments): ...
 
-    Their names begin with ``procon_``. Schedule, scope and penalty default to what the study chose on validation
-    prompts and confirmed on held-out ones (``docs/results.md``); the paper constrains response tokens alone.
+    Their names begin with ``procon_``. Schedule, scope and penalty default to what trials on validation prompts
+    chose and the study confirmed on held-out ones (``docs/results.md``); the paper constrains response tokens alone.
     """
 
     procon_schedule: str = field(
