@@ -335,7 +335,7 @@ def test_sweep_plot_has_means_over_draws(write, load):
     write("arithmetic", RANDOM[2], 9, 0.5, split="validation")
     outcomes = load()
     runs = {method.name: outcomes.of(STRENGTH, "arithmetic", method.name) for method in (*R, *RANDOM)}
-    refusal, task = plot_sweeps(find_sweeps(STRENGTH.methods), runs, {}).axes
+    refusal, task, exchange = plot_sweeps(find_sweeps(STRENGTH.methods), runs, {}).axes
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in refusal.get_lines()}
     assert lines == {
         "refusal direction": ([0.01, 0.1, 1.0], [0.25, 0.75, 1.0]),
@@ -343,6 +343,8 @@ def test_sweep_plot_has_means_over_draws(write, load):
     }
     assert refusal.get_xscale() == "log"
     assert {tuple(line.get_ydata()) for line in task.get_lines()} == {(0.5, 0.5, 0.5)}
+    first, _ = exchange.get_lines()
+    assert (list(first.get_xdata()), list(first.get_ydata())) == ([0.5, 0.5, 0.5], [0.25, 0.75, 1.0])
 
 
 # Tables and figures

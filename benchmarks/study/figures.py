@@ -215,8 +215,9 @@ def _sweep_drawing(name: str, sweeps: Sequence[Sweep], runs: dict[str, _Runs], p
             words.append(f"{sweep.title_among(sweeps)} {_KINDS[kind]}: refuses {ends}".strip())
     return Drawing(
         name,
-        "Refusal of malicious prompts and task accuracy by the strength alpha of the constraint, for the refusal "
-        "direction and its controls (mean over draws and seeds). The dotted line is plain fine-tuning.",
+        "Refusal of malicious prompts and task accuracy by the strength alpha of the constraint, and one against the "
+        "other, for the refusal direction and its controls (mean over draws and seeds). The dotted line is plain "
+        "fine-tuning.",
         f"Line charts by alpha. {'; '.join(words)}.",
         partial(plot_sweeps, sweeps, runs, plain),
     )
@@ -230,34 +231,36 @@ def _curve(sweep: Sweep, kind: str, runs: dict[str, _Runs], measure: Measure) ->
 
 
 def plot_sweeps(sweeps: Sequence[Sweep], runs: dict[str, _Runs], plain: _Runs) -> Figure:
-    """A row of two panels a recipe; one line a kind of directions."""
+    """Both measures by alpha, and one against the other: a row of panels a recipe, a line a kind of directions."""
     figure = new_figure(0.8 + 2.6 * len(sweeps))
-    grid = figure.subplots(len(sweeps), 2, squeeze=False, sharey="col")
+    grid = figure.subplots(len(sweeps), 3, squeeze=False, sharey=True)
     kinds = list(dict.fromkeys(kind for sweep in sweeps for kind in sweep.methods))
-    for row, sweep in zip(grid, sweeps, strict=True):
+    for (refusal, task, exchange), sweep in zip(grid, sweeps, strict=True):
+        for place, kind in enumerate(kinds):
+            if kind in sweep.methods:
+                style = {"marker": "o", "markersize": 3, "label": _KINDS[kind], **_style(place)}
+                alphas, refusals = _curve(sweep, kind, runs, REFUSAL)
+                _, tasks = _curve(sweep, kind, runs, TASK)
+                refusal.plot(alphas, refusals, **style)
+                task.plot(alphas, tasks, **style)
+                exchange.plot(tasks, refusals, **style)
         title = sweep.title_among(sweeps)
-        for axes, measure, name in zip(row, (REFUSAL, TASK), ("refusal of malicious", "task accuracy"), strict=True):
-            for place, kind in enumerate(kinds):
-                if kind in sweep.methods:
-                    axes.plot(
-                        *_curve(sweep, kind, runs, measure),
-                        marker="o",
-                        markersize=3,
-                        label=_KINDS[kind],
-                        **_style(place),
-                    )
+        for axes, measure, name in ((refusal, REFUSAL, "refusal of malicious"), (task, TASK, "task accuracy")):
             if plain:
                 axes.axhline(values(plain, measure).mean(), color=INK, linewidth=0.8, linestyle=":", label="IFT")
-            _finish(axes, f"{name}, {title}" if title else name, sweep.alphas)
+            _by_alpha(axes, f"{name}, {title}" if title else name, sweep.alphas)
+        exchange.set_title("refusal by task accuracy")
+        exchange.set_xlabel("task accuracy")
+        exchange.xaxis.set_major_formatter(PercentFormatter(1))
+        refusal.set_ylim(-0.03, 1.03)
+        refusal.yaxis.set_major_formatter(PercentFormatter(1))
     legend_above(figure)
     return figure
 
 
-def _finish(axes: Axes, title: str, alphas: Sequence[float]) -> None:
+def _by_alpha(axes: Axes, title: str, alphas: Sequence[float]) -> None:
     axes.set_title(title)
     axes.set_xscale("log")
     axes.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("alpha")
-    axes.set_ylim(-0.03, 1.03)
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
