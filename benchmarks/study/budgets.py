@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from benchmarks.study.methods import Method
@@ -10,6 +11,7 @@ from benchmarks.study.plan import Budget, Part, Size
 
 #: The seed that choices are made with; no reported run has it.
 DEVELOPMENT = 9
+_development = partial(Part, seeds=(DEVELOPMENT,), split="validation")
 
 #: Chosen on the validation prompts: the largest strength at which the task is learned as well as without it.
 ALPHA = 0.2
@@ -82,7 +84,7 @@ def _strength(alpha: float, directions: str = "refusal", units: str = "raw") -> 
     return constrained(name, label, f"procon_s:{alpha:g}", directions=directions, procon_units=units)
 
 
-STRENGTH = Part(
+STRENGTH = _development(
     "strength",
     "The refusal direction against others, by strength",
     "What is special to the refusal direction?",
@@ -94,8 +96,6 @@ STRENGTH = Part(
         *(_strength(0.3, control) for control in ("within:1", "shuffled:1")),
         *(_strength(10.0, kind, "gap") for kind in ("refusal", "random:1")),
     ),
-    seeds=(DEVELOPMENT,),
-    split="validation",
 )
 
 CONTROL = Part(
@@ -108,7 +108,7 @@ CONTROL = Part(
     ),
 )
 
-DEPTH = Part(
+DEPTH = _development(
     "depth",
     "By depth",
     "Where does the direction matter? A third of the blocks each, at the same strength a block as at 0.3 for all.",
@@ -133,11 +133,9 @@ DEPTH = Part(
         ),
         constrained("last_block_strong", "last block, as strong as a third", "procon_s:0.1", procon_blocks="-1"),
     ),
-    seeds=(DEVELOPMENT,),
-    split="validation",
 )
 
-CONVERGENCE = Part(
+CONVERGENCE = _development(
     "convergence",
     "Trained for longer",
     "Does a difference between the directions last? Twice the steps.",
@@ -145,20 +143,16 @@ CONVERGENCE = Part(
         replace(method, name=f"{method.name}_twice", label=f"{method.label}, twice as long", length=2.0)
         for method in (PLAIN, _strength(0.3), _strength(0.3, "random:1"))
     ),
-    seeds=(DEVELOPMENT,),
-    split="validation",
 )
 
-SUBSPACE = Part(
+SUBSPACE = _development(
     "subspace",
     "Several directions a block",
     "Do directions by category keep more than their mean? At a strength that leaves room.",
     (_strength(0.1), *(_strength(0.1, f"k:{k}") for k in (2, 8))),
-    seeds=(DEVELOPMENT,),
-    split="validation",
 )
 
-CHOICE = Part(
+CHOICE = _development(
     "choice",
     "Scope, penalty and strength",
     "Which settings keep at least 90% of the start's refusals, and learn the task within 2 points of plain IFT?",
@@ -172,11 +166,9 @@ CHOICE = Part(
         constrained("squared", "squared", f"procon_s:{ALPHA}", procon_penalty="squared"),
         constrained("squared_weak", "squared, alpha 0.02", "procon_s:0.02", procon_penalty="squared"),
     ),
-    seeds=(DEVELOPMENT,),
-    split="validation",
 )
 
-WARMUP = Part(
+WARMUP = _development(
     "warmup",
     "Warm-up, and what comes after it",
     "How long a warm-up, and should a light constraint stay on? (The paper's Table VI.)",
@@ -188,11 +180,9 @@ WARMUP = Part(
         constrained("wu_40", "40 steps, then none", "procon_wu:2@40steps"),
         replace(constrained("wu_20_0.1", "20 steps, then 0.1", "2@20steps,0.1"), length=1.5),
     ),
-    seeds=(DEVELOPMENT,),
-    split="validation",
 )
 
-BASELINES = Part(
+BASELINES = _development(
     "baselines",
     "Settings of the other defences",
     "Which settings are fair to them on this model?",
@@ -206,8 +196,6 @@ BASELINES = Part(
         Method("hidden_states_1", "hidden states, alpha 1", "hidden_states", {"alpha": 1.0, "scope": "all"}),
         Method("sppft_deep", "SPPFT, the deep half", "sppft", {"blocks": [0.5, 1.0]}),
     ),
-    seeds=(DEVELOPMENT,),
-    split="validation",
 )
 
 FORMAT = Part(
