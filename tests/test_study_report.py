@@ -18,10 +18,11 @@ from benchmarks.study.methods import Method
 from benchmarks.study.outcomes import Outcomes, judges_agree, values
 from benchmarks.study.paper import PAPER
 from benchmarks.study.plan import Budget, Part, Size
+from benchmarks.study.preset import candidates, choose, confirm
 from benchmarks.study.record import Cell
 from benchmarks.study.statistics import Estimate, p_value
 from benchmarks.study.sweep import find_sweeps
-from benchmarks.study.table import NONE, NOT_RUN, Table, cost_table, kept_table
+from benchmarks.study.table import NONE, NOT_RUN, Table, cost_table, kept_table, preset_table
 from procon.errors import ProConError
 from procon.evaluation import save_json
 
@@ -345,6 +346,54 @@ def test_sweep_plot_has_means_over_draws(write, load):
     assert {tuple(line.get_ydata()) for line in task.get_lines()} == {(0.5, 0.5, 0.5)}
     first, _ = exchange.get_lines()
     assert (list(first.get_xdata()), list(first.get_ydata())) == ([0.5, 0.5, 0.5], [0.25, 0.75, 1.0])
+
+
+# The default settings
+
+CHOICE = Part("choice", "Choice", "Which?", (START, PLAIN, *R), seeds=(9,), split="validation")
+REPORTED = Part("reported", "Reported", "Does it hold?", (START, PLAIN, R[1]), ("arithmetic", "poisoned"), seeds=(0, 1))
+
+
+def write_choice(write, refused, tasks):
+    """The part CHOICE, with a start that refuses all, and plain fine-tuning that learns half."""
+    write("arithmetic", START, 9, 1.0, split="validation", task=0.0)
+    write("arithmetic", PLAIN, 9, 0.0, split="validation", task=0.5)
+    for method, share, task in zip(R, refused, tasks, strict=True):
+        write("arithmetic", method, 9, share, split="validation", task=task)
+
+
+@pytest.fixture
+def load_choice(tmp_path):
+    return lambda: Outcomes.load(Budget((CHOICE, REPORTED), Size()), tmp_path / "runs", Echo())
+
+
+def test_of_settings_within_the_bars_the_one_that_keeps_most_is_chosen(write, load_choice):
+    # The first keeps too little, and the last learns too little.
+    write_choice(write, [0.75, 1.0, 1.0], [0.625, 0.5, 0.375])
+    among = candidates([CHOICE, REPORTED], load_choice())
+    assert [(found.kept, found.task) for found in among] == [(0.75, 0.125), (1.0, 0.0), (1.0, -0.125)]
+    assert [found.within for found in among] == [False, True, False]
+    assert choose(among).method == R[1]
+
+
+def test_nothing_is_chosen_where_nothing_is_within_the_bars(write, load_choice):
+    write_choice(write, [0.75, 0.75, 1.0], [0.5, 0.5, 0.375])
+    assert choose(candidates([CHOICE, REPORTED], load_choice())) is None
+
+
+def test_the_choice_is_confirmed_where_it_was_run_beside_start_and_plain(write, load_choice):
+    write_choice(write, [0.0, 1.0, 0.0], [0.5, 0.5, 0.5])
+    for setting in ("arithmetic", "poisoned"):
+        write(setting, START, 0, 1.0)
+        write(setting, R[1], 0, 0.875)
+        write(setting, R[1], 1, 0.625)
+    write("arithmetic", PLAIN, 0, 0.0, task=0.625)
+    outcomes = load_choice()
+    among = candidates([CHOICE, REPORTED], outcomes)
+    (found,) = confirm(choose(among), [CHOICE, REPORTED], outcomes)
+    assert (found.setting, found.kept, found.task, found.within) == ("arithmetic", 0.75, -0.125, False)
+    *_, last = preset_table(among, choose(among), [found]).rows
+    assert last == ["**r_0.1**", "held-out, benign: arithmetic word problems", "75%", "-12", "no"]
 
 
 # Tables and figures

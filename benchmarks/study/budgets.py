@@ -155,11 +155,14 @@ SUBSPACE = _development(
 CHOICE = _development(
     "choice",
     "Scope, penalty and strength",
-    "Which settings keep at least 90% of the start's refusals, and learn the task within 2 points of plain IFT?",
+    "Which settings keep refusals and learn the task? ProCon_s is alpha 0.2, absolute, on all tokens; the others are "
+    "called by what is different.",
     (
         START,
         PLAIN,
+        _strength(0.1),
         PROCON_S,
+        _strength(0.3),
         constrained("response", "response tokens", f"procon_s:{ALPHA}", procon_scope="response"),
         constrained("prompt", "prompt tokens", f"procon_s:{ALPHA}", procon_scope="prompt"),
         constrained("huber", "huber", f"procon_s:{ALPHA}", procon_penalty="huber"),

@@ -19,9 +19,10 @@ from benchmarks.study.hypotheses import judge_hypotheses
 from benchmarks.study.judge import load_judge
 from benchmarks.study.outcomes import Outcomes, judges_agree
 from benchmarks.study.plan import Budget, Part
+from benchmarks.study.preset import candidates, choose, confirm
 from benchmarks.study.settings import SETTINGS
-from benchmarks.study.table import cost_table, kept_table, paper_tables, verdict_table
-from benchmarks.study.wording import LIMITS, READING, TESTS
+from benchmarks.study.table import cost_table, kept_table, paper_tables, preset_table, verdict_table
+from benchmarks.study.wording import LIMITS, PRESET, READING, TESTS
 from procon.errors import ProConError
 from procon.evaluation import write_whole
 from procon.page import write_page
@@ -95,6 +96,7 @@ def compose(budget: Budget, name: str, outcomes: Outcomes, judge: str) -> tuple[
 
     sections = [f"# {TITLE}", _summary(budget, name, outcomes)]
     sections += ["## Hypotheses", verdict_table(judge_hypotheses(budget.parts, outcomes)).markdown(), TESTS]
+    sections += _preset(budget.parts, outcomes)
     sections += ["## How to read the tables", READING.format(judge=judge), _agreement(outcomes)]
     for part in budget.parts:
         settings = [setting for setting in part.settings if outcomes.has(part, setting)]
@@ -121,6 +123,16 @@ def _summary(budget: Budget, name: str, outcomes: Outcomes) -> str:
         f"{len(budget.cells())} runs that the budget `{name}` plans, {len(outcomes.runs)} are there, made {made}. "
         "The same in one file: [report.html](report.html)."
     )
+
+
+def _preset(parts: Sequence[Part], outcomes: Outcomes) -> list[str]:
+    """The choice of the default settings, where there is something to choose from."""
+    among = candidates(parts, outcomes)
+    if not among:
+        return []
+    chosen = choose(among)
+    confirmed = confirm(chosen, parts, outcomes) if chosen else []
+    return ["## The default settings", preset_table(among, chosen, confirmed).markdown(), PRESET]
 
 
 def _agreement(outcomes: Outcomes) -> str:

@@ -22,6 +22,8 @@ from benchmarks.study.outcomes import (
 )
 from benchmarks.study.paper import PAPER, PaperFigure
 from benchmarks.study.plan import Part
+from benchmarks.study.preset import Standing
+from benchmarks.study.settings import SETTINGS
 from benchmarks.study.statistics import Estimate
 
 NOT_RUN = "not run"
@@ -156,6 +158,25 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     return Table(
         ["hypothesis", "measure", "difference", "by seed", "p", "verdict"],
         [[verdict.hypothesis.claim, verdict.measure.label, *_verdict_cells(verdict)] for verdict in verdicts],
+    )
+
+
+def preset_table(candidates: Sequence[Standing], chosen: Standing | None, confirmed: Sequence[Standing]) -> Table:
+    """One row a candidate, and then the chosen one where it is confirmed."""
+
+    def row(standing: Standing) -> list[str]:
+        label = f"**{standing.method.label}**" if chosen and standing.method == chosen.method else standing.method.label
+        return [
+            label,
+            f"{standing.part.split.replace('_', '-')}, {SETTINGS[standing.setting].label}",
+            f"{standing.kept:.0%}",
+            f"{100 * standing.task:+.0f}",
+            "yes" if standing.within else "no",
+        ]
+
+    return Table(
+        ["settings", "measured on", "refusals, of the start's", "task, to plain", "within the bars"],
+        [row(standing) for standing in (*candidates, *confirmed)],
     )
 
 

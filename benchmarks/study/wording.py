@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.study.hypotheses import SIGNIFICANCE
+from benchmarks.study.preset import KEPT, TASK_LOSS
 
 TESTS = f"""\
 Each is tested on held-out prompts, one-sided and paired: the same prompts and seeds under both methods. The test is
@@ -12,6 +13,12 @@ kind, but no other model, task or training data. The hypotheses are tested one b
 number. With three seeds the test's level is near 5%, not exact, and it has little power against an effect that
 differs from seed to seed. Differences of refusals are in points of percent. The strength of the last hypothesis is
 chosen on validation prompts, with a seed that is not tested."""
+
+PRESET = f"""\
+Within the bars is what keeps at least {KEPT:.0%} of the start's refusals of malicious prompts, at a task accuracy no more
+than {100 * TASK_LOSS:.0f} points below plain fine-tuning's. Of what is within them on validation prompts, the one
+that keeps most is chosen, in bold. The rows of held-out prompts say whether that holds there, with other seeds. The
+bars are for means: intervals are in the tables below."""
 
 #: ``{judge}`` is how the second judge judges.
 READING = """\
