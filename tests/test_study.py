@@ -127,6 +127,23 @@ def test_a_model_that_refuses_nothing_is_no_start(tiny_model, tokenizer, tmp_pat
     assert "nothing to preserve" in capsys.readouterr().err
 
 
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    def trial(start, method, *rest):
+        if method.name == "plain":
+            raise ValueError("it diverged")
+        kinds = {"malicious": "refused", "benign": "refused", "task": "correct"}
+        return {"train_seconds": 1.0, "replies": {kind: [{key: True}] for kind, key in kinds.items()}}
+
+    monkeypatch.setattr("benchmarks.study.__main__.run_trial", trial)
+    monkeypatch.setattr("benchmarks.study.__main__.Start.open", lambda *args, **kwargs: None)
+    assert main(["--budget", "smoke", "--model", "any", "--runs", str(tmp_path)]) == 2
+    shown = capsys.readouterr()
+    assert "ValueError: it diverged" in shown.out
+    assert "failed, for the reasons above: arithmetic/plain/seed-0;" in shown.err
+    assert set(runs_of(tmp_path)) == {"start", "procon_s"}
+    assert not list(tmp_path.rglob("*.claim"))
+
+
 def test_unknown_budget_is_named(capsys):
     assert main(["--budget", "tables"]) == 2
     assert "budget is 'tables': choose one of" in capsys.readouterr().err

@@ -82,7 +82,11 @@ def run_study(arguments: StudyArguments) -> None:
 
 
 def _run_missing(budget: Budget, missing: list[Cell], start: Start, runs: Path, console: Console) -> None:
-    """In the plan's order; what another process makes in the meantime is passed over."""
+    """In the plan's order; what another process makes in the meantime is passed over.
+
+    Raises:
+        ProConError: at the end, if some failed: hours of others do not wait for one that diverges.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -90,22 +94,35 @@ def _run_missing(budget: Budget, missing: list[Cell], start: Start, runs: Path, 
         TimeElapsedColumn(),
         TextColumn("{task.fields[left]}"),
     )
-    began = time.monotonic()
+    began, failed = time.monotonic(), []
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("runs", total=len(missing), left="")
         for cell in missing:
             with claimed(cell.path(runs)) as mine:
                 if mine:
                     progress.update(task, description=str(cell))
-                    method = budget.method(cell)
-                    run = run_trial(start, method, budget.setting(cell), cell.seed, cell.split, budget.size)
-                    save_run(cell, asdict(method), run, runs)
-                    console.print(summary(cell, load_run(cell.path(runs))), soft_wrap=True)
+                    try:
+                        path = _make(cell, budget, start, runs)
+                    except Exception:
+                        failed.append(cell.name)
+                        console.print_exception()
+                    else:
+                        console.print(summary(cell, load_run(path)), soft_wrap=True)
             # From the runs that are there now, whichever process made them.
             done = sum(other.path(runs).is_file() for other in missing)
             elapsed = time.monotonic() - began
             left = (len(missing) - done) * elapsed / max(done, 1)
             progress.update(task, completed=done, left=f"about {left / 60:.0f} min left" if done else "")
+    if failed:
+        raise ProConError(
+            f"failed, for the reasons above: {', '.join(failed)}; the other runs are there, try these again"
+        )
+
+
+def _make(cell: Cell, budget: Budget, start: Start, runs: Path) -> Path:
+    method = budget.method(cell)
+    run = run_trial(start, method, budget.setting(cell), cell.seed, cell.split, budget.size)
+    return save_run(cell, asdict(method), run, runs)
 
 
 def summary(cell: Cell, run: dict) -> str:
