@@ -390,7 +390,8 @@ def test_the_choice_is_confirmed_where_it_was_run_beside_start_and_plain(write, 
     write("arithmetic", PLAIN, 0, 0.0, task=0.625)
     outcomes = load_choice()
     among = candidates([CHOICE, REPORTED], outcomes)
-    (found,) = confirm(choose(among), [CHOICE, REPORTED], outcomes)
+    again = replace(REPORTED, name="again")
+    (found,) = confirm(choose(among), [CHOICE, REPORTED, again], outcomes)
     assert (found.setting, found.kept, found.task, found.within) == ("arithmetic", 0.75, -0.125, False)
     *_, last = preset_table(among, choose(among), [found]).rows
     assert last == ["**r_0.1**", "held-out, benign: arithmetic word problems", "75%", "-12", "no"]

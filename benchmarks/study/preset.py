@@ -61,16 +61,16 @@ def candidates(parts: Sequence[Part], outcomes: Outcomes) -> list[Standing]:
 
 
 def choose(among: Sequence[Standing]) -> Standing | None:
-    """Of those within the bars the one that keeps most; None if there is none."""
+    """Of those within the bars the one that keeps most, of equals the first; None if there is none."""
     return max((found for found in among if found.within), key=lambda found: found.kept, default=None)
 
 
 def confirm(chosen: Standing, parts: Sequence[Part], outcomes: Outcomes) -> list[Standing]:
-    """The chosen one on held-out prompts, wherever it was run beside the start and plain fine-tuning."""
-    return [
-        found
-        for part in parts
-        if part.split == "held_out" and chosen.method in part.methods
-        for setting in part.settings
-        if (found := stand(chosen.method, part, setting, outcomes))
-    ]
+    """The chosen one on held-out prompts, in every setting where it was run beside the start and plain fine-tuning."""
+    found: dict[str, Standing] = {}
+    for part in parts:
+        if part.split == "held_out" and chosen.method in part.methods:
+            for setting in part.settings:
+                if setting not in found and (standing := stand(chosen.method, part, setting, outcomes)):
+                    found[setting] = standing
+    return list(found.values())

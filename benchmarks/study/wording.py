@@ -17,8 +17,8 @@ chosen on validation prompts, with a seed that is not tested."""
 PRESET = f"""\
 Within the bars is what keeps at least {KEPT:.0%} of the start's refusals of malicious prompts, at a task accuracy
 no more than {100 * TASK_LOSS:.0f} points below plain fine-tuning's. Of what is within them on validation prompts
-the one that keeps most is chosen, in bold. The rows of held-out prompts say whether that holds there, with other seeds.
-The bars are for means: intervals are in the tables below."""
+the one that keeps most is chosen, in bold, and of equals the first. The rows of held-out prompts say whether that holds
+there, with other seeds. The bars are for means: intervals are in the tables below."""
 
 #: ``{judge}`` is how the second judge judges.
 READING = """\
