@@ -37,9 +37,9 @@ SAFE = Method("safe", "IFT_safe", "safe", safety=True)
 OTHERS = (
     Method("sppft", "SPPFT", "sppft"),
     Method("constrained_sft", "constrained SFT", "constrained_sft"),
-    Method("safe_lora", "SafeLoRA", "safe_lora", {"threshold": 0.1}),
+    Method("safe_lora", "SafeLoRA", "safe_lora", {"threshold": 0.07}),
     Method("lisa", "Lisa", "lisa", {"alignment_steps": 1, "user_steps": 4}),
-    Method("steering", "preventative steering", "steering", {"strength": 1.0}),
+    Method("steering", "preventative steering", "steering", {"strength": 0.5}),
     Method("hidden_states", "hidden states, L2", "hidden_states", {"alpha": 0.1, "scope": "all"}),
 )
 PROCON_S = constrained("procon_s", "ProCon_s", f"procon_s:{ALPHA}")
@@ -194,10 +194,11 @@ BASELINES = _development(
         PLAIN,
         *OTHERS,
         Method("safe_lora_0.05", "SafeLoRA, threshold 0.05", "safe_lora", {"threshold": 0.05}),
+        Method("safe_lora_0.1", "SafeLoRA, threshold 0.1", "safe_lora", {"threshold": 0.1}),
         Method("safe_lora_0.35", "SafeLoRA, threshold 0.35", "safe_lora", {"threshold": 0.35}),
         Method("lisa_4_16", "Lisa, 4 and 16 steps", "lisa", {"alignment_steps": 4, "user_steps": 16}),
-        Method("steering_0.5", "preventative steering, 0.5", "steering", {"strength": 0.5}),
         Method("steering_0.3", "preventative steering, 0.3", "steering", {"strength": 0.3}),
+        Method("steering_1", "preventative steering, 1", "steering", {"strength": 1.0}),
         Method("hidden_states_1", "hidden states, alpha 1", "hidden_states", {"alpha": 1.0, "scope": "all"}),
         Method("sppft_deep", "SPPFT, the deep half", "sppft", {"blocks": [0.5, 1.0]}),
     ),
