@@ -210,7 +210,6 @@ FORMAT = Part(
     "Does it hold for a task of format? (The paper's Table IV has a second task.)",
     (START, PLAIN, SAFE, PROCON_S, with_safety(PROCON_WU)),
     ("extraction",),
-    seeds=(0,),
 )
 
 # On GPUs: longer training, the paper's warm-up of four epochs, and every choice again at that size.
