@@ -54,9 +54,7 @@ def pattern(share: float, shift: int = 0) -> list[bool]:
     return [(i - shift) % PROMPTS < round(share * PROMPTS) for i in range(PROMPTS)]
 
 
-def make_run(
-    cell: Cell, method: Method, refused: list[bool], *, task: float = 0.5, machine="box", seconds=100.0
-) -> dict:
+def make_run(cell: Cell, method: Method, refused: list[bool], *, task: float = 0.5, seconds=100.0) -> dict:
     """A run file; log-odds are 1 where refused, else -1, and a little more for each prompt."""
     malicious = [
         {"reply": f"{'no' if r else 'yes'} {i}", "refused": r, "degenerate": i == 0, "log_odds": 2.0 * r - 1 + i / 100}
@@ -71,7 +69,7 @@ def make_run(
         "seed": cell.seed,
         "made": {
             "date": f"2026-01-0{1 + cell.seed % 3}T00:00:00+00:00",
-            "machine": machine,
+            "machine": "box",
             "python": "3.11.7",
             "torch": "2.13.0",
             "transformers": "5.24.0",
@@ -441,13 +439,12 @@ def test_the_paper_stands_beside_held_out_runs_alone(write, load):
 def test_cost_table(write, load):
     write("arithmetic", START, 0, 1.0)
     write("arithmetic", PLAIN, 0, 0.5, seconds=100.0)
-    write("arithmetic", PLAIN, 1, 0.5, seconds=300.0, machine="slow box")
+    write("arithmetic", PLAIN, 1, 0.5, seconds=300.4)
     write("arithmetic", SAFE, 0, 0.5, seconds=150.0)
-    write("arithmetic", SAFE, 1, 0.5, seconds=1000.0, machine="a third box")
+    write("arithmetic", SAFE, 1, 0.5, seconds=150.3)
     cells = rows(cost_table(TABLE, "arithmetic", load()))
-    assert cells["IFT"]["time"] == "1.00"
-    # On the machine that both ran on.
-    assert cells["IFT_safe"]["time"] == "1.50"
+    assert cells["IFT"]["time"] == "100 to 300 s"
+    assert cells["IFT_safe"]["time"] == "150 s"
     assert cells["IFT_safe"]["seeds"] == "2 of 3"
     assert cells["start"]["time"] == cells["start"]["memory"] == cells["start"]["seeds"] == NONE
     assert (

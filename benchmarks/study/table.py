@@ -104,7 +104,7 @@ def cost_table(part: Part, setting: str, outcomes: Outcomes) -> Table:
         ("shift", lambda runs: _over_blocks(runs, "drift", "malicious_shift", "{:+.2f}")),
         ("off r", lambda runs: _over_blocks(runs, "displacement", "off", "{:.2f}")),
         ("share along r", lambda runs: _over_blocks(runs, "displacement", "direction_share", "{:.1%}")),
-        ("time", lambda runs: _relative_time(runs, outcomes.of(part, setting, "plain"))),
+        ("time", _time),
         ("memory", _memory),
         ("seeds", lambda runs: _seeds(runs, part)),
     ]
@@ -133,19 +133,13 @@ def _over_blocks(runs: dict[int, dict], group: str, name: str, form: str) -> str
     return form.format(np.mean(known)) if known else NONE
 
 
-def _relative_time(runs: dict[int, dict], plain: dict[int, dict]) -> str:
-    """Training time over that of plain fine-tuning, on the machines that both ran on."""
-    ours, theirs = _seconds_by_machine(runs), _seconds_by_machine(plain)
-    ratios = [np.mean(ours[machine]) / np.mean(theirs[machine]) for machine in ours if machine in theirs]
-    return f"{np.mean(ratios):.2f}" if ratios else NONE
-
-
-def _seconds_by_machine(runs: dict[int, dict]) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
-    for run in runs.values():
-        if run["train_seconds"]:
-            found.setdefault(run["made"]["machine"], []).append(run["train_seconds"])
-    return found
+def _time(runs: dict[int, dict]) -> str:
+    """From the shortest to the longest: runs are not timed in turns, and what else the machine did shows."""
+    known = [run["train_seconds"] for run in runs.values() if run["train_seconds"]]
+    if not known:
+        return NONE
+    shortest, longest = f"{min(known):.0f}", f"{max(known):.0f}"
+    return f"{shortest} s" if shortest == longest else f"{shortest} to {longest} s"
 
 
 def _memory(runs: dict[int, dict]) -> str:
