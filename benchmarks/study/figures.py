@@ -19,7 +19,7 @@ from benchmarks.study.sweep import Sweep, find_sweeps
 from procon.displacement import MASSIVE, PRINCIPAL
 from procon.page import COLOURS, DASHES, INK, RULE, draw_svg, legend_above, new_figure, to_svg, whole_numbers
 
-_MARKERS = "osD^vP*X<>ph8d"
+_MARKERS = "osD^vP*<>phdX"
 
 #: Kinds of directions in a sweep.
 _KINDS = {
@@ -251,7 +251,7 @@ def plot_sweeps(sweeps: Sequence[Sweep], runs: dict[str, _Runs], plain: _Runs) -
             _by_alpha(axes, f"{name}, {title}" if title else name, sweep.alphas)
         exchange.set_title("refusal by task accuracy")
         exchange.set_xlabel("task accuracy")
-        exchange.xaxis.set_major_formatter(PercentFormatter(1))
+        exchange.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         refusal.set_ylim(-0.03, 1.03)
         refusal.yaxis.set_major_formatter(PercentFormatter(1))
     legend_above(figure)
