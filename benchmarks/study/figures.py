@@ -125,7 +125,7 @@ def plot_front(points: dict[str, tuple[Estimate, Estimate]]) -> Figure:
     axes.set_ylabel("refusal of malicious prompts")
     axes.set_ylim(-0.03, 1.03)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1))
+        axis.set_major_formatter(PercentFormatter(1, decimals=0))
     legend_above(figure)
     return figure
 
