@@ -160,14 +160,14 @@ def test_printed_lines_and_the_progress_bar(trainer, planned, capsys, disable_tq
     assert "'procon/drift_shift_malicious': '-0.375'" in shown.out
     assert "'loss'" in shown.out
     assert "drift_cos_block" not in shown.out + shown.err
-    beside = re.findall(r"drift cosine ([\d.]+), lowest ([\d.]+) at block (\d)", shown.err)
+    beside = re.findall(r"drift cos ([\d.]+), block (\d): ([\d.]+)", shown.err)
     if disable_tqdm:
         assert beside == []
     else:
         assert list(dict.fromkeys(beside)) == [
-            ("1.000", "1.000", "1"),
-            ("0.625", "0.500", "2"),
-            ("0.375", "0.250", "1"),
+            ("1.000", "1", "1.000"),
+            ("0.625", "2", "0.500"),
+            ("0.375", "1", "0.250"),
         ]
 
 

@@ -155,9 +155,8 @@ class DriftCallback(ProbeCallback):
     def _show(self, logs: dict[str, float]) -> None:
         log_with_details(self.trainer, logs, _by_block(self.drift))
         block, lowest = self.drift.lowest
-        show_beside_bar(
-            self.trainer, f"drift cosine {self.drift.mean_cosine:.3f}, lowest {lowest:.3f} at block {block}"
-        )
+        # Short, since tqdm cuts what does not fit into 80 columns beside its own counts.
+        show_beside_bar(self.trainer, f"drift cos {self.drift.mean_cosine:.3f}, block {block}: {lowest:.3f}")
 
 
 def _summary(drift: Drift) -> dict[str, float]:
