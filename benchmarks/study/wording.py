@@ -45,8 +45,8 @@ What it does to the model, and what it costs:
   malicious and benign ones. At -1 they lie where benign ones lay.
 - *off r*: how far a prompt's hidden state has moved off that direction, in the same units, and *share along r*: how
   much of the squared movement lies along it. A model may go around what is penalised.
-- *time*: of training, from the shortest to the longest run, a warm-up's extra steps included, on machines that did
-  other work beside it. It tells a long training from a short one, and no more.
+- *time*: of training, from the shortest to the longest run, a warm-up's extra steps included, as it went on the
+  machines below, busy or not. It tells a long training from a short one, and no more.
 - *memory*: the peak in training."""
 
 LIMITS = """\
