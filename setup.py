@@ -4,7 +4,7 @@ shadow Hugging Face's package of that name, which transformers imports."""
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "procon" / "version.py").read_text(), re.M).group(1)
@@ -39,15 +39,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=[
-        "procon",
-        "procon.assets",
-        "procon.defences",
-        "procon.eager",
-        "procon.integrations",
-        "procon.kernels",
-        "procon.training",
-    ],
+    packages=[*find_packages(include=["procon", "procon.*"]), "procon.kernels"],
     package_dir={"procon": "procon", "procon.kernels": "kernels"},
     package_data={"procon.assets": ["*.jsonl", "refusal-adapters/*/*"], "procon": ["py.typed"]},
     install_requires=[

@@ -26,7 +26,7 @@ from benchmarks.machine import DEVICE, SMOKE
 from benchmarks.shapes import SHAPES, make_batch, make_directions, make_model
 from benchmarks.timers import wall_time
 from procon import ProjectionConstraint
-from procon.functional import constrain, rms_norm_constrain
+from procon.ops import constrain, rms_norm_constrain
 
 _BACKEND = "procon.kernels" if DEVICE == "cuda" else "procon.eager"
 projection_penalty = import_module(f"{_BACKEND}.projection_penalty")

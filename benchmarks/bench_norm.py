@@ -26,7 +26,7 @@ from benchmarks.passes import (
     time_passes,
 )
 from benchmarks.throughput import throughput
-from procon.functional import constrain, rms_norm, rms_norm_constrain
+from procon.ops import constrain, rms_norm, rms_norm_constrain
 
 UNITS = {"forward": 2, "backward": 3, "both": 5}
 #: Per element: square, sum, and two products; in the backward about twice that.

@@ -25,7 +25,7 @@ from benchmarks.passes import (
     time_passes,
 )
 from benchmarks.throughput import throughput
-from procon.functional import constrain
+from procon.ops import constrain
 
 UNITS = {"forward": 1, "backward": 2, "both": 3}
 CONTENDERS = ("eager_fp32", "eager_bf16", "compiled", "pass_through")

@@ -14,10 +14,10 @@ if not Path(__file__).with_name("kernels").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 _HOME = {
-    "project": "functional",
-    "projection_penalty": "functional",
-    "constrain": "functional",
-    "rms_norm_constrain": "functional",
+    "project": "ops",
+    "projection_penalty": "ops",
+    "constrain": "ops",
+    "rms_norm_constrain": "ops",
     "ProConError": "errors",
     "RefusalDirections": "directions",
     "Anchors": "anchors",
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from procon.constraint import ProjectionConstraint as ProjectionConstraint
     from procon.directions import RefusalDirections as RefusalDirections
     from procon.errors import ProConError as ProConError
-    from procon.functional import constrain as constrain
-    from procon.functional import project as project
-    from procon.functional import projection_penalty as projection_penalty
-    from procon.functional import rms_norm_constrain as rms_norm_constrain
+    from procon.ops import constrain as constrain
+    from procon.ops import project as project
+    from procon.ops import projection_penalty as projection_penalty
+    from procon.ops import rms_norm_constrain as rms_norm_constrain
     from procon.schedule import AlphaSchedule as AlphaSchedule
     from procon.training import ProConConfig as ProConConfig
     from procon.training import ProConMixin as ProConMixin

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from procon.decoder import active_adapters, adapter_layer, block_input, find_decoder, first_moving_block
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
-from procon.functional import constrain, rms_norm_constrain
 from procon.input_norm import InputNorm, find_input_norm
+from procon.ops import constrain, rms_norm_constrain
 from procon.sharded_input import check_placements, constrain_sharded
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class ProjectionConstraint:
         units: ``"raw"`` (paper), or ``"gap"``: in units of the distance between the malicious and the benign mean of
             each block, which weighs blocks alike although the residual stream grows with depth. Further directions
             are in units of the same distance as the first.
-        backend: of :func:`procon.functional.constrain`.
+        backend: of :func:`procon.ops.constrain`.
 
     Attributes:
         blocks: indices of the constrained blocks, in order; the last axis of ``anchors`` follows it, with ``K`` columns

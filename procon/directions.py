@@ -30,8 +30,8 @@ from procon.decoder import (
     refuse_unprepared,
 )
 from procon.errors import ProConError
-from procon.functional import MAX_DIRECTIONS
 from procon.generation import generate_replies
+from procon.ops import MAX_DIRECTIONS
 from procon.prompts import ContrastPrompts, builtin_prompts
 from procon.refusal import refusal_rate
 from procon.refusal_subspace import further_directions, mean_squared_cosine, orthonormalised

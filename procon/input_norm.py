@@ -9,7 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from procon.functional import rms_norm
+from procon.ops import rms_norm
 
 #: Share of bfloat16 results that must be bitwise a rule's. Another rule rounds many of them otherwise; the same rule in
 #: another order of summation very few.
@@ -18,7 +18,7 @@ _AGREEMENT = 0.99
 
 @dataclass(frozen=True)
 class InputNorm:
-    """An RMSNorm module and its rule, in the terms of :func:`procon.functional.rms_norm_constrain`."""
+    """An RMSNorm module and its rule, in the terms of :func:`procon.ops.rms_norm_constrain`."""
 
     module: nn.Module
     eps: float

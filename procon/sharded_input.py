@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from procon.errors import ProConError
-from procon.functional import constrain
+from procon.ops import constrain
 
 
 def check_placements(hidden: DTensor, block: int) -> None:
@@ -26,7 +26,7 @@ def check_placements(hidden: DTensor, block: int) -> None:
 def constrain_sharded(
     hidden: DTensor, direction: Tensor, anchor: Tensor, weight: Tensor, *, penalty: str, backend: str
 ) -> tuple[DTensor, Tensor]:
-    """:func:`procon.functional.constrain`, with ``anchor`` and ``weight`` of all tokens, the same on every rank.
+    """:func:`procon.ops.constrain`, with ``anchor`` and ``weight`` of all tokens, the same on every rank.
 
     Returns ``hidden``, placed as before, and the penalty of all tokens on every rank, of which each rank backpropagates
     the part that belongs to its own.

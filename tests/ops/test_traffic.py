@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 #: Units of [N, D] traffic, loaded and stored, over the rows that have to move; rows of weight 0 are not read.
 UNITS = {
     "projection": (1, 0),

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from procon.autograd import HAS_INPUT_GRAD_BUFFERS
-from procon.functional import constrain, project, projection_penalty, rms_norm_constrain
+from procon.ops import constrain, project, projection_penalty, rms_norm_constrain
+from procon.ops.autograd import HAS_INPUT_GRAD_BUFFERS
 
 
 @pytest.fixture(params=["eager", "triton"])

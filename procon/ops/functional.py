@@ -27,9 +27,14 @@ Backends: ``"auto"`` is Triton for tensors on a CUDA or ROCm device and plain Py
 import torch
 from torch import Tensor
 
-from procon.autograd import HAS_INPUT_GRAD_BUFFERS, Constrain, Project, RmsNormConstrain
-from procon.backends import choose_backend
 from procon.errors import ProConError
+from procon.ops.autograd import (
+    HAS_INPUT_GRAD_BUFFERS,
+    Constrain,
+    Project,
+    RmsNormConstrain,
+)
+from procon.ops.backends import choose_backend
 
 __all__ = ["constrain", "project", "projection_penalty", "rms_norm", "rms_norm_constrain"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from procon import operators
 from procon.errors import ProConError
+from procon.ops import operators
 
 #: Since 2.15 the engine lets a backward add to the gradient that it has gathered for an input so far.
 HAS_INPUT_GRAD_BUFFERS = hasattr(FunctionCtx, "input_grad_buffers")

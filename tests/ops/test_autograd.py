@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from procon import operators
-from procon.autograd import HAS_INPUT_GRAD_BUFFERS
 from procon.errors import ProConError
-from procon.functional import constrain, project, projection_penalty
+from procon.ops import constrain, operators, project, projection_penalty
+from procon.ops.autograd import HAS_INPUT_GRAD_BUFFERS
 
 PENALTIES = ("squared", "absolute", "huber")
 

@@ -9,9 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from procon import backends
 from procon.errors import ProConError
-from procon.functional import constrain, project, projection_penalty, rms_norm, rms_norm_constrain
+from procon.ops import (
+    backends,
+    constrain,
+    project,
+    projection_penalty,
+    rms_norm,
+    rms_norm_constrain,
+)
 
 HIDDEN = torch.randn(2, 3, 8)
 ONE = torch.randn(8)
@@ -242,7 +248,7 @@ class TestBackend:
 import sys
 sys.modules["triton"] = None
 import torch
-from procon.functional import constrain
+from procon.ops import constrain
 _, penalty = constrain(torch.ones(3, 4), torch.ones(4))
 assert penalty.item() == 48, penalty
 assert "transformers" not in sys.modules

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SIZES = (576, 1024, 2048, 3584, 4096, 5120, 8192, 16384)
 NORM_FORWARD = {("hidden", "load"), ("normed", "store")}
 NORM_BACKWARD = {("incoming", "load"), ("hidden", "load"), ("gradient", "store")}

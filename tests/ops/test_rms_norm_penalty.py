@@ -18,7 +18,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from procon.errors import ProConError
-from procon.functional import constrain, rms_norm, rms_norm_constrain
+from procon.ops import constrain, rms_norm, rms_norm_constrain
 
 EPS = 1e-5
 #: transformers' class for each rule.

@@ -1,0 +1,17 @@
+"""The fused op of the constraint, with its two backends.
+
+In: hidden states, directions, anchors and token weights, as tensors.
+Out: projections, penalties and normed states, with their gradients.
+May import: ``eager``, ``kernels`` and the leaves. It knows no models.
+"""
+
+from procon.ops.functional import (
+    MAX_DIRECTIONS,
+    constrain,
+    project,
+    projection_penalty,
+    rms_norm,
+    rms_norm_constrain,
+)
+
+__all__ = ["MAX_DIRECTIONS", "constrain", "project", "projection_penalty", "rms_norm", "rms_norm_constrain"]
