@@ -31,7 +31,7 @@ from benchmarks.machine import COMPILED, DEVICE, PAIRS, SMOKE, why_no_liger
 from benchmarks.shapes import make_batch, make_directions, make_model, make_optimizer
 from benchmarks.timers import wall_time
 from procon import ProjectionConstraint
-from procon.decoder import find_decoder
+from procon.models import find_decoder
 
 CONTENDERS = ("plain", "plain_liger", "naive", "pass_through", "fused", "plain_compiled", "fused_compiled")
 BASELINE = "plain"

@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 from procon.anchor_exchange import gather, own_rank, share_files
 from procon.anchor_recording import record_projections, text_inputs
 from procon.anchor_shards import AnchorShards, ShardWriter, whole_file
-from procon.decoder import evaluating, find_decoder, weights_hash
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
+from procon.models import evaluating, find_decoder, weights_hash
 from procon.sequences import REDUCTIONS, TOKEN_SCOPES, Reduction, TokenScope, split_batch
 from procon.sequences import Sequence as TokenSequence
 

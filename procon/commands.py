@@ -24,13 +24,12 @@ from procon.data import (
     safety_conversations,
     tokenize_conversations,
 )
-from procon.decoder import find_decoder
 from procon.defences import Defence, build_trainer, find_defence
 from procon.directions import DIRECTIONS, ContrastMeans, RefusalDirections
 from procon.drift import Drift, measure_drift
 from procon.errors import ProConError
 from procon.evaluation import evaluate
-from procon.loading import load_model, parse_dtype
+from procon.models import find_decoder, load_model, parse_dtype
 from procon.prompts import ContrastPrompts, Split, builtin_prompts, load_instructions
 from procon.report import Run, print_table
 from procon.training import DriftCallback, JsonlCallback, ProConConfig, ProConTrainer

@@ -12,10 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from procon.decoder import active_adapters, adapter_layer, block_input, find_decoder, first_moving_block
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.input_norm import InputNorm, find_input_norm
+from procon.models import (
+    active_adapters,
+    adapter_layer,
+    block_input,
+    find_decoder,
+    first_moving_block,
+)
 from procon.ops import constrain, rms_norm_constrain
 from procon.sharded_input import check_placements, constrain_sharded
 

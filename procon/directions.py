@@ -20,7 +20,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from procon.chat import pad_token_id, render, template_hash, user_turn
-from procon.decoder import (
+from procon.errors import ProConError
+from procon.generation import generate_replies
+from procon.models import (
     Decoder,
     decoder_forward,
     evaluating,
@@ -29,8 +31,6 @@ from procon.decoder import (
     observe_block_inputs,
     refuse_unprepared,
 )
-from procon.errors import ProConError
-from procon.generation import generate_replies
 from procon.ops import MAX_DIRECTIONS
 from procon.prompts import ContrastPrompts, builtin_prompts
 from procon.refusal import refusal_rate

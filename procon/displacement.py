@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from procon.decoder import find_decoder
 from procon.directions import RefusalDirections, each_last_token
+from procon.models import find_decoder
 
 #: Leading principal directions, and dimensions of largest magnitude, whose share is told.
 PRINCIPAL, MASSIVE = 8, 4

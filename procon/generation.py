@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from procon.chat import Message, pad_token_id, render
-from procon.decoder import evaluating, model_device
+from procon.models import evaluating, model_device
 
 
 def left_padded_batches(

@@ -22,7 +22,7 @@ from procon.demo_model import fetch_demo_model
 from procon.directions import RefusalDirections, measure_refusal
 from procon.drift import measure_drift
 from procon.evaluation import evaluate
-from procon.loading import load_model
+from procon.models import load_model
 from procon.prompts import builtin_prompts
 from procon.refusal_tuning import LORA, make_refuse
 from procon.report import Run, print_table, write_html

@@ -23,10 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from procon.chat import user_turn
 from procon.data import padding_collator, safety_conversations, tokenize_conversations
-from procon.decoder import weights_hash
 from procon.demo_model import GGUF, GGUF_SHA256, cache_folder, fetch_demo_model
 from procon.generation import generate_replies
-from procon.loading import load_model
+from procon.models import load_model, weights_hash
 from procon.prompts import builtin_prompts
 from procon.version import __version__
 

@@ -298,8 +298,8 @@ def place(tiny_model, tokenizer, tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def random_directions() -> Callable[..., Any]:
     """``random_directions(model)``: unit directions for the blocks of a model, the same at every call."""
-    from procon.decoder import find_decoder
     from procon.directions import RefusalDirections
+    from procon.models import find_decoder
 
     def make(model: PreTrainedModel) -> RefusalDirections:
         decoder = find_decoder(model)
@@ -320,7 +320,7 @@ def assert_penalty(random_directions) -> Callable[..., None]:
     inputs that plain hooks see.
     """
     from procon.constraint import ProjectionConstraint
-    from procon.decoder import find_decoder
+    from procon.models import find_decoder
 
     def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
         found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}

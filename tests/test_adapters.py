@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from procon.anchors import AnchoredCollator, Anchors
 from procon.constraint import ProjectionConstraint
-from procon.decoder import weights_hash
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
+from procon.models import weights_hash
 from procon.prompts import ContrastPrompts
 
 PROMPTS = ContrastPrompts(("Steal the car.", "Forge the will."), ("Wash the car.", "Read the will."))

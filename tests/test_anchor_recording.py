@@ -21,7 +21,7 @@ COMMON = textwrap.dedent(
     import torch.distributed as dist
     from transformers import LlamaConfig, LlamaForCausalLM
     from procon.anchors import Anchors
-    from procon.decoder import find_decoder
+    from procon.models import find_decoder
     from procon.directions import RefusalDirections
 
     root, rank = Path(sys.argv[1]), int(sys.argv[2])

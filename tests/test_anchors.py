@@ -11,9 +11,9 @@ from transformers.data.data_collator import DataCollatorWithFlattening
 
 from procon.anchors import AnchoredCollator, Anchors, fingerprint
 from procon.data import flattening_collator, padding_collator
-from procon.decoder import find_decoder
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
+from procon.models import find_decoder
 from procon.sequences import split_batch
 
 ADDED = ("anchors", "constraint_mask")

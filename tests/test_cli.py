@@ -16,7 +16,7 @@ from procon.cli import COMMANDS, main, parse
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.evaluation import Evaluation
-from procon.loading import load_model
+from procon.models import load_model
 from procon.version import __version__
 
 #: A progress bar, or a line of the command's own.

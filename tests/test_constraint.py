@@ -8,9 +8,9 @@ from peft import LoraConfig, get_peft_model
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from procon.constraint import ProjectionConstraint, select_blocks
-from procon.decoder import find_decoder
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
+from procon.models import find_decoder
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox")
 WITHOUT_RMS_NORM = ("gpt2", "gpt_neox")

@@ -10,7 +10,6 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import Trainer, TrainerCallback, set_seed
 
 from procon.data import flattening_collator, padding_collator
-from procon.decoder import find_decoder
 from procon.defences import (
     ConstrainedSFTTrainer,
     FrozenLayersTrainer,
@@ -23,6 +22,7 @@ from procon.defences import (
 )
 from procon.defences.constrained_sft import response_positions
 from procon.errors import ProConError
+from procon.models import find_decoder
 from procon.training import ProConConfig
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM")

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from procon import directions as module
 from procon.chat import render, template_hash, user_turn
-from procon.decoder import find_decoder
 from procon.directions import ContrastMeans, RefusalDirections, auroc, measure_refusal, project_last_token
 from procon.errors import ProConError
+from procon.models import find_decoder
 from procon.prompts import ContrastPrompts
 
 #: Unequal lengths and unequal sides, so that padding or a wrong divisor shows.

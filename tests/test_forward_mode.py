@@ -23,11 +23,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from procon.anchors import Anchors
 from procon.constraint import ProjectionConstraint
 from procon.data import flattening_collator, padding_collator
-from procon.decoder import find_decoder
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.integrations.callback import ProConCallback
 from procon.integrations.forward import ConstrainedForward
+from procon.models import find_decoder
 from procon.training import ProConConfig, ProConTrainer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -8,8 +8,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from procon.decoder import find_decoder
 from procon.input_norm import find_input_norm
+from procon.models import find_decoder
 
 LLAMA, GEMMA = ("llama", 0.0), ("gemma", 1.0)
 FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "phi3": LLAMA, "mixtral": LLAMA}

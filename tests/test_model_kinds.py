@@ -8,9 +8,9 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from procon.anchors import AnchoredCollator, Anchors
 from procon.constraint import ProjectionConstraint
-from procon.decoder import find_decoder
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
+from procon.models import find_decoder
 from procon.prompts import ContrastPrompts
 
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from procon.anchors import AnchoredCollator, Anchors
 from procon.constraint import ProjectionConstraint
-from procon.decoder import find_decoder, weights_hash
 from procon.directions import RefusalDirections
+from procon.models import find_decoder, weights_hash
 from procon.prompts import ContrastPrompts
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="4-bit and 8-bit weights are bitsandbytes'")

@@ -13,7 +13,7 @@ from benchmarks.study.__main__ import main
 from benchmarks.study.budgets import BUDGETS
 from benchmarks.study.plan import Budget, Part, Size
 from procon.data import padding_collator, to_conversations, tokenize_conversations
-from procon.loading import load_model
+from procon.models import load_model
 from procon.prompts import builtin_prompts
 
 #: Of the small models, to malicious and to benign prompts.

@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from procon.data import flattening_collator, padding_collator
-from procon.decoder import find_decoder
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
+from procon.models import find_decoder
 from procon.training import DriftCallback, ProConConfig, ProConTrainer
 
 

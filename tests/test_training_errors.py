@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from procon.cli import main
-from procon.decoder import find_decoder
+from procon.models import find_decoder
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from procon.decoder import Decoder, find_decoder
 from procon.defences.trainer import DefenceTrainer
 from procon.errors import ProConError
+from procon.models import Decoder, find_decoder
 
 
 class FrozenLayersTrainer(DefenceTrainer):

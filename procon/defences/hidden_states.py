@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from procon.constraint import Blocks, choose_blocks
-from procon.decoder import find_decoder, first_moving_block, observe_block_inputs
 from procon.defences.starting_model import StartingModel
 from procon.defences.trainer import TokenMeanTrainer, tokens_in_scope
 from procon.errors import ProConError
+from procon.models import find_decoder, first_moving_block, observe_block_inputs
 from procon.sequences import TOKEN_SCOPES, TokenScope
 
 

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from procon.defences.trainer import DefenceTrainer
 from procon.errors import ProConError
-from procon.loading import load_model
+from procon.models import load_model
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from torch.func import functional_call
 
-from procon.decoder import evaluating
 from procon.errors import ProConError
+from procon.models import evaluating
 
 
 class StartingModel:

@@ -18,10 +18,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from procon.constraint import Blocks, select_blocks
-from procon.decoder import block_input, find_decoder
 from procon.defences.trainer import DefenceTrainer
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
+from procon.models import block_input, find_decoder
 
 
 class SteeringTrainer(DefenceTrainer):

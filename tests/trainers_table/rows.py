@@ -26,7 +26,7 @@ from trl import SFTConfig, SFTTrainer
 from procon.anchors import AnchoredCollator, Anchors
 from procon.constraint import ProjectionConstraint
 from procon.data import flattening_collator, padding_collator
-from procon.decoder import find_decoder
+from procon.models import find_decoder
 from procon.training import ProConConfig, ProConTrainer
 from procon.training.sft import ProConSFTConfig, ProConSFTTrainer
 

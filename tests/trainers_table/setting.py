@@ -21,8 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from procon.decoder import find_decoder, observe_block_inputs
 from procon.directions import RefusalDirections
+from procon.models import find_decoder, observe_block_inputs
 
 VOCABULARY, WIDTH, BLOCKS = 64, 64, 3
 

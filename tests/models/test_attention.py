@@ -5,14 +5,11 @@ import copy
 import pytest
 import torch
 
-from procon import attention
 from procon.anchors import Anchors
-from procon.attention import best_attention, use_best_attention
 from procon.constraint import ProjectionConstraint
 from procon.data import flattening_collator, padding_collator
-from procon.decoder import find_decoder, observe_block_inputs
 from procon.errors import ProConError
-from procon.loading import load_model
+from procon.models import attention, best_attention, find_decoder, load_model, observe_block_inputs, use_best_attention
 
 A100, H100, B200, RTX_5090, T4 = (8, 0), (9, 0), (10, 0), (12, 0), (7, 5)
 

@@ -9,8 +9,8 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from procon.attention import use_best_attention
 from procon.errors import ProConError
+from procon.models.attention import use_best_attention
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -39,7 +39,7 @@ def load_model(
 
     Args:
         attn_implementation: by transformers' name, or ``"auto"`` for the best for training on packed sequences
-            (:func:`procon.attention.best_attention`); what transformers chooses if not given.
+            (:func:`procon.models.best_attention`); what transformers chooses if not given.
 
     Raises:
         ProConError: if there is no such model, or it cannot be loaded.

@@ -15,7 +15,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from procon.decoder import (
+from procon.errors import ProConError
+from procon.models import (
     evaluating,
     find_decoder,
     first_moving_block,
@@ -23,7 +24,6 @@ from procon.decoder import (
     observe_block_inputs,
     weights_hash,
 )
-from procon.errors import ProConError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox")
 

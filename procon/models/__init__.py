@@ -1,0 +1,45 @@
+"""What is known of transformers' models: where their blocks are, how they run, which weights they have.
+
+In: a causal LM, bare or wrapped, or its name.
+Out: its decoder, block inputs, attention and weights' hash.
+May import: the leaves. It knows no directions and no anchors.
+"""
+
+from procon.models.attention import best_attention, use_best_attention
+from procon.models.decoder import (
+    Decoder,
+    active_adapters,
+    adapter_layer,
+    block_input,
+    decoder_forward,
+    evaluating,
+    find_decoder,
+    first_moving_block,
+    is_sharded,
+    model_device,
+    observe_block_inputs,
+    refuse_unprepared,
+)
+from procon.models.loading import default_dtype, load_model, parse_dtype
+from procon.models.weights import weights_hash
+
+__all__ = [
+    "Decoder",
+    "active_adapters",
+    "adapter_layer",
+    "best_attention",
+    "block_input",
+    "decoder_forward",
+    "default_dtype",
+    "evaluating",
+    "find_decoder",
+    "first_moving_block",
+    "is_sharded",
+    "load_model",
+    "model_device",
+    "observe_block_inputs",
+    "parse_dtype",
+    "refuse_unprepared",
+    "use_best_attention",
+    "weights_hash",
+]
