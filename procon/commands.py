@@ -16,6 +16,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from procon.arguments import DirectionsArguments, DriftArguments, EvalArguments, TrainArguments
+from procon.chat import ContrastPrompts, Split, builtin_prompts, load_instructions
 from procon.data import (
     flattening_collator,
     load_conversations,
@@ -30,7 +31,6 @@ from procon.drift import Drift, measure_drift
 from procon.errors import ProConError
 from procon.evaluation import evaluate
 from procon.models import find_decoder, load_model, parse_dtype
-from procon.prompts import ContrastPrompts, Split, builtin_prompts, load_instructions
 from procon.report import Run, print_table
 from procon.training import DriftCallback, JsonlCallback, ProConConfig, ProConTrainer
 from procon.training.checkpoints import last_complete

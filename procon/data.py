@@ -12,9 +12,8 @@ import datasets
 from datasets import Dataset, Features, List, Value
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
-from procon.chat import Message, pad_token_id, response_mask
+from procon.chat import Message, builtin_prompts, builtin_refusals, pad_token_id, response_mask
 from procon.errors import ProConError
-from procon.prompts import builtin_prompts, builtin_refusals
 from procon.sequences import IGNORE_INDEX
 
 _FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}

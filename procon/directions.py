@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,9 +18,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from procon.chat import pad_token_id, render, template_hash, user_turn
+from procon.chat import (
+    ContrastPrompts,
+    builtin_prompts,
+    measure_refusal,
+    pad_token_id,
+    render,
+    template_hash,
+    user_turn,
+)
 from procon.errors import ProConError
-from procon.generation import generate_replies
 from procon.models import (
     Decoder,
     decoder_forward,
@@ -32,8 +38,6 @@ from procon.models import (
     refuse_unprepared,
 )
 from procon.ops import MAX_DIRECTIONS
-from procon.prompts import ContrastPrompts, builtin_prompts
-from procon.refusal import refusal_rate
 from procon.refusal_subspace import further_directions, mean_squared_cosine, orthonormalised
 from procon.version import __version__
 
@@ -44,7 +48,6 @@ DIRECTIONS = "refusal-directions.safetensors"
 #: input at the last prompt token is one and the same embedding for every prompt.
 DEAD_GAP = 1e-5
 
-REFUSAL_CHECK_PROMPTS = 32
 
 _TENSORS = ("directions", "gap", "auroc", "malicious", "benign")
 
@@ -396,35 +399,6 @@ class ContrastMeans:
             benign=(unit * self.benign).sum(-1).float(),
             further=further,
         )
-
-
-def measure_refusal(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    malicious: Sequence[str],
-    *,
-    batch_size: int = 32,
-    progress: bool = True,
-) -> float:
-    """Share of malicious prompts that the model refuses (on at most 32); warns where it refuses none."""
-    sample = [user_turn(prompt) for prompt in malicious[:REFUSAL_CHECK_PROMPTS]]
-    replies = generate_replies(
-        model,
-        tokenizer,
-        sample,
-        max_new_tokens=24,
-        batch_size=batch_size,
-        description="refusal check",
-        progress=progress,
-    )
-    rate = refusal_rate(replies)
-    if rate == 0:
-        warnings.warn(
-            f"the model refuses 0 of {len(sample)} malicious prompts (0%): its directions separate topics, not "
-            "refusal, and there is nothing to preserve; start from a model that refuses",
-            stacklevel=2,
-        )
-    return rate
 
 
 def project_last_token(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from procon.chat import ContrastPrompts
 from procon.directions import ContrastMeans, RefusalDirections
-from procon.prompts import ContrastPrompts
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,8 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from procon.chat import user_turn
+from procon.chat import ContrastPrompts, builtin_prompts, generate_replies, is_degenerate, is_refusal, user_turn
 from procon.errors import ProConError
-from procon.generation import generate_replies
-from procon.prompts import ContrastPrompts, builtin_prompts
-from procon.refusal import is_degenerate, is_refusal
 
 T = TypeVar("T")
 

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from procon.arguments import QuickstartArguments
 from procon.arithmetic import arithmetic_problems
+from procon.chat import builtin_prompts, measure_refusal
 from procon.data import padding_collator, to_conversations, tokenize_conversations
 from procon.demo_model import fetch_demo_model
-from procon.directions import RefusalDirections, measure_refusal
+from procon.directions import RefusalDirections
 from procon.drift import measure_drift
 from procon.evaluation import evaluate
 from procon.models import load_model
-from procon.prompts import builtin_prompts
 from procon.refusal_tuning import LORA, make_refuse
 from procon.report import Run, print_table, write_html
 from procon.training import DriftCallback, EvaluationCallback, ProConArguments, ProConConfig, ProConTrainer

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from procon.chat import user_turn
+from procon.chat import ContrastPrompts, left_padded_batches, user_turn
 from procon.errors import ProConError
-from procon.generation import left_padded_batches
 from procon.models import evaluating, model_device
-from procon.prompts import ContrastPrompts
 
 #: A token opens refusals if it is this much likelier after malicious than after benign prompts.
 MARGIN = 0.005

@@ -21,12 +21,10 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
-from procon.chat import user_turn
+from procon.chat import builtin_prompts, generate_replies, user_turn
 from procon.data import padding_collator, safety_conversations, tokenize_conversations
 from procon.demo_model import GGUF, GGUF_SHA256, cache_folder, fetch_demo_model
-from procon.generation import generate_replies
 from procon.models import load_model, weights_hash
-from procon.prompts import builtin_prompts
 from procon.version import __version__
 
 #: Rank and targets of the paper's adapters (section IV-A2).

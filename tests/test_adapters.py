@@ -18,11 +18,11 @@ from peft import (
 from transformers import AutoModelForCausalLM
 
 from procon.anchors import AnchoredCollator, Anchors
+from procon.chat import ContrastPrompts
 from procon.constraint import ProjectionConstraint
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.models import weights_hash
-from procon.prompts import ContrastPrompts
 
 PROMPTS = ContrastPrompts(("Steal the car.", "Forge the will."), ("Wash the car.", "Read the will."))
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from procon.chat import builtin_prompts, builtin_refusals
 from procon.data import (
     IGNORE_INDEX,
     flattening_collator,
@@ -21,7 +22,6 @@ from procon.data import (
     tokenize_conversations,
 )
 from procon.errors import ProConError
-from procon.prompts import builtin_prompts, builtin_refusals
 
 
 @pytest.fixture(autouse=True)

@@ -8,11 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from procon import directions as module
-from procon.chat import render, template_hash, user_turn
-from procon.directions import ContrastMeans, RefusalDirections, auroc, measure_refusal, project_last_token
+from procon.chat import ContrastPrompts, render, template_hash, user_turn
+from procon.directions import ContrastMeans, RefusalDirections, auroc, project_last_token
 from procon.errors import ProConError
 from procon.models import find_decoder
-from procon.prompts import ContrastPrompts
 
 #: Unequal lengths and unequal sides, so that padding or a wrong divisor shows.
 PROMPTS = ContrastPrompts(
@@ -179,20 +178,6 @@ def test_a_model_that_refuses_nothing_is_warned_of(tiny_model, tokenizer):
     with pytest.warns(UserWarning, match=r"refuses 0 of 5 malicious prompts \(0%\)"):
         found = extract(tiny_model(), tokenizer, check_refusal=True)
     assert found.provenance["refusal_rate"] == 0
-
-
-@pytest.mark.filterwarnings("error")
-def test_refusal_rate_of_at_most_32_prompts(monkeypatch):
-    asked = []
-
-    def reply(_model, _tokenizer, conversations, **_):
-        asked.extend(turns[0]["content"] for turns in conversations)
-        return ["I cannot help with that."] * 8 + ["Sure."] * (len(conversations) - 8)
-
-    monkeypatch.setattr(module, "generate_replies", reply)
-    prompts = [f"p{number}" for number in range(40)]
-    assert measure_refusal(None, None, prompts) == 8 / 32
-    assert asked == prompts[:32]
 
 
 @pytest.fixture

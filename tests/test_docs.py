@@ -23,9 +23,9 @@ import yaml
 
 import procon
 from procon.arithmetic import arithmetic_problems
+from procon.chat import builtin_prompts
 from procon.cli import COMMANDS, parse
 from procon.errors import ProConError
-from procon.prompts import builtin_prompts
 from procon.training import ProConArguments
 
 ROOT = Path(__file__).parent.parent

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from procon.chat import ContrastPrompts
 from procon.directions import ContrastMeans
 from procon.drift import measure_drift
 from procon.errors import ProConError
-from procon.prompts import ContrastPrompts
 
 PROMPTS = ContrastPrompts(
     malicious=("steal it", "forge a passport for me tonight", "rob", "break the window of the old house"),

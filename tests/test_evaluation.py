@@ -7,11 +7,9 @@ import pytest
 from transformers import PreTrainedModel
 
 from procon import evaluation
-from procon.chat import user_turn
+from procon.chat import ContrastPrompts, builtin_prompts, generate_replies, user_turn
 from procon.errors import ProConError
 from procon.evaluation import Evaluation, Rate, evaluate, exact_match, extract_answer
-from procon.generation import generate_replies
-from procon.prompts import ContrastPrompts, builtin_prompts
 
 PROMPTS = ContrastPrompts(
     malicious=("steal the car", "forge", "break the old window of the house tonight"),

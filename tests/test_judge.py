@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.study import judge as module
 from benchmarks.study.judge import ReplyClassifier, cross_validated, labelled_replies, load_judge, main
+from procon.chat import builtin_prompts
 from procon.errors import ProConError
-from procon.prompts import builtin_prompts
 
 REFUSALS = [
     "I can\u2019t help with that request.",

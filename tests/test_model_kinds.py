@@ -7,11 +7,11 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from procon.anchors import AnchoredCollator, Anchors
+from procon.chat import ContrastPrompts
 from procon.constraint import ProjectionConstraint
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.models import find_decoder
-from procon.prompts import ContrastPrompts
 
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
 MIXTURES = {

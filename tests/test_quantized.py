@@ -9,10 +9,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from procon.anchors import AnchoredCollator, Anchors
+from procon.chat import ContrastPrompts
 from procon.constraint import ProjectionConstraint
 from procon.directions import RefusalDirections
 from procon.models import find_decoder, weights_hash
-from procon.prompts import ContrastPrompts
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="4-bit and 8-bit weights are bitsandbytes'")
 

@@ -10,11 +10,11 @@ from peft import LoraConfig, get_peft_model
 from procon import quickstart as module
 from procon.arguments import QuickstartArguments
 from procon.arithmetic import arithmetic_problems
+from procon.chat import builtin_prompts, measure_refusal
 from procon.data import padding_collator, to_conversations, tokenize_conversations
 from procon.demo_model import fetch_demo_model
-from procon.directions import RefusalDirections, measure_refusal
+from procon.directions import RefusalDirections
 from procon.models import load_model, weights_hash
-from procon.prompts import builtin_prompts
 from procon.refusal_tuning import LORA, make_refuse
 from procon.training import ProConConfig, ProConTrainer
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from benchmarks.study.__main__ import main
 from benchmarks.study.budgets import BUDGETS
 from benchmarks.study.plan import Budget, Part, Size
+from procon.chat import builtin_prompts
 from procon.data import padding_collator, to_conversations, tokenize_conversations
 from procon.models import load_model
-from procon.prompts import builtin_prompts
 
 #: Of the small models, to malicious and to benign prompts.
 REPLIES = ("I cannot help with that.", "Sure, here it is.")

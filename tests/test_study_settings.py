@@ -7,8 +7,7 @@ import pytest
 
 from benchmarks.study.extraction import extraction_problems
 from benchmarks.study.settings import POISON_PROMPTS, SETTINGS, poison, safety_samples
-from procon.prompts import builtin_prompts
-from procon.refusal import is_refusal
+from procon.chat import builtin_prompts, is_refusal
 
 MEASURED = {
     prompt

@@ -9,13 +9,12 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from procon.anchors import AnchoredCollator, Anchors
-from procon.chat import render, user_turn
+from procon.chat import ContrastPrompts, builtin_prompts, render, user_turn
 from procon.cli import main
 from procon.constraint import ProjectionConstraint
 from procon.data import flattening_collator, padding_collator
 from procon.directions import ContrastMeans, RefusalDirections
 from procon.errors import ProConError
-from procon.prompts import ContrastPrompts, builtin_prompts
 from procon.refusal_subspace import further_directions, orthonormalised
 from procon.training.model_card import describe
 

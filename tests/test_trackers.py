@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from transformers import Trainer, TrainerCallback
 
-from procon.prompts import builtin_prompts
+from procon.chat import builtin_prompts
 from procon.training import DriftCallback, JsonlCallback
 
 #: What drift is logged as, of a model of three blocks of which the first has no direction.

@@ -28,8 +28,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline, make_union
 
+from procon.chat import is_refusal
 from procon.errors import ProConError
-from procon.refusal import is_refusal
 
 #: How often an endpoint is asked, and how long it rests after a failure, doubled each time.
 ATTEMPTS, WAIT_SECONDS = 3, 1.0

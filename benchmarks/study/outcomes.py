@@ -13,8 +13,8 @@ from benchmarks.study.judge import Judge
 from benchmarks.study.methods import Method
 from benchmarks.study.plan import Budget, Part
 from benchmarks.study.record import load_run
+from procon.chat import Split
 from procon.errors import ProConError
-from procon.prompts import Split
 
 
 @dataclass(frozen=True)

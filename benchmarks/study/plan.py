@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from benchmarks.study.methods import Method
 from benchmarks.study.record import Cell
 from benchmarks.study.settings import SETTINGS, Setting
-from procon.prompts import Split
+from procon.chat import Split
 
 
 @dataclass(frozen=True)

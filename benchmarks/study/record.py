@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
+from procon.chat import Split
 from procon.evaluation import load_json, save_json
-from procon.prompts import Split
 
 
 @dataclass(frozen=True)

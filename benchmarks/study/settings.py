@@ -9,8 +9,8 @@ from datasets import Dataset
 
 from benchmarks.study.extraction import extraction_problems
 from procon.arithmetic import Problem, arithmetic_problems
+from procon.chat import builtin_prompts
 from procon.data import mix_safety, safety_conversations, to_conversations
-from procon.prompts import builtin_prompts
 
 TASK_SEED = 0
 

@@ -18,12 +18,12 @@ from benchmarks.study.methods import Method, choose_directions
 from benchmarks.study.plan import Size
 from benchmarks.study.settings import Setting, safety_samples
 from benchmarks.study.start import Start, contrast_means
+from procon.chat import Split, builtin_prompts
 from procon.data import padding_collator, tokenize_conversations
 from procon.defences import build_trainer
 from procon.displacement import measure_displacement
 from procon.drift import compare_means
 from procon.evaluation import Evaluation, evaluate
-from procon.prompts import Split, builtin_prompts
 from procon.refusal_odds import refusal_log_odds
 from procon.refusal_tuning import LORA
 from procon.training import ProConConfig

@@ -14,12 +14,12 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainerState
 
+from procon.chat import ContrastPrompts, builtin_prompts
 from procon.directions import ContrastMeans, RefusalDirections
 from procon.drift import Drift, measure_drift
 from procon.drift_gate import DriftGate
 from procon.errors import ProConError
 from procon.evaluation import evaluate
-from procon.prompts import ContrastPrompts, builtin_prompts
 from procon.training.console import log_with_details, show_beside_bar
 
 logger = logging.getLogger(__name__)

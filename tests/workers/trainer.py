@@ -22,10 +22,10 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainerCallback
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from procon.chat import builtin_prompts
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.models import find_decoder
-from procon.prompts import builtin_prompts
 from procon.training import DriftCallback, ProConConfig, ProConTrainer, probes
 
 FOLDER = Path(sys.argv[1])

@@ -2,8 +2,9 @@
 
 import pytest
 
-from procon.prompts import builtin_refusals
-from procon.refusal import OPENING_CHARACTERS, is_degenerate, is_refusal, refusal_rate
+from procon.chat import builtin_refusals, is_degenerate, is_refusal, measure_refusal, refusal_rate
+from procon.chat import refusal as module
+from procon.chat.refusal import OPENING_CHARACTERS
 
 REFUSALS = [
     "I can't help with that.",
@@ -121,3 +122,17 @@ def test_a_degenerate_reply_is_a_refusal_only_with_a_phrase():
 
 def test_refusal_rate_is_the_share_of_refusals():
     assert refusal_rate(["I can't do that.", "Sure!", "", "Here you are."]) == 0.25
+
+
+@pytest.mark.filterwarnings("error")
+def test_refusal_rate_of_at_most_32_prompts(monkeypatch):
+    asked = []
+
+    def reply(_model, _tokenizer, conversations, **_):
+        asked.extend(turns[0]["content"] for turns in conversations)
+        return ["I cannot help with that."] * 8 + ["Sure."] * (len(conversations) - 8)
+
+    monkeypatch.setattr(module, "generate_replies", reply)
+    prompts = [f"p{number}" for number in range(40)]
+    assert measure_refusal(None, None, prompts) == 8 / 32
+    assert asked == prompts[:32]

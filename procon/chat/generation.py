@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from procon.chat import Message, pad_token_id, render
+from procon.chat.template import Message, pad_token_id, render
 from procon.models import evaluating, model_device
 
 

@@ -9,10 +9,16 @@ from typing import get_args
 
 import pytest
 
+from procon.chat import (
+    ContrastPrompts,
+    Split,
+    builtin_prompts,
+    builtin_refusals,
+    is_refusal,
+    load_instructions,
+)
+from procon.chat.prompts import _pairs as pairs
 from procon.errors import ProConError
-from procon.prompts import ContrastPrompts, Split, builtin_prompts, builtin_refusals, load_instructions
-from procon.prompts import _pairs as pairs
-from procon.refusal import is_refusal
 
 
 def normalised(text: str) -> str:

@@ -1,0 +1,31 @@
+"""What a chat model is asked, what it answers, and whether that was a refusal.
+
+In: instructions and conversations, a tokenizer, a model.
+Out: token ids, response masks, replies and refusal rates.
+May import: ``models`` and the leaves.
+"""
+
+from procon.chat.generation import generate_replies, left_padded_batches
+from procon.chat.prompts import ContrastPrompts, Split, builtin_prompts, builtin_refusals, load_instructions
+from procon.chat.refusal import is_degenerate, is_refusal, measure_refusal, refusal_rate
+from procon.chat.template import Message, pad_token_id, render, response_mask, template_hash, user_turn
+
+__all__ = [
+    "ContrastPrompts",
+    "Message",
+    "Split",
+    "builtin_prompts",
+    "builtin_refusals",
+    "generate_replies",
+    "is_degenerate",
+    "is_refusal",
+    "left_padded_batches",
+    "load_instructions",
+    "measure_refusal",
+    "pad_token_id",
+    "refusal_rate",
+    "render",
+    "response_mask",
+    "template_hash",
+    "user_turn",
+]
