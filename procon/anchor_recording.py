@@ -13,14 +13,7 @@ from procon.anchor_exchange import gather
 from procon.anchor_packing import check_packing
 from procon.anchor_shards import Key
 from procon.errors import ProConError
-from procon.models import (
-    Decoder,
-    decoder_forward,
-    find_decoder,
-    is_sharded,
-    model_device,
-    observe_block_inputs,
-)
+from procon.models import Decoder, decoder_forward, find_decoder, is_sharded, model_device, observe_block_inputs
 from procon.ops import project
 from procon.sequences import Sequence as TokenSequence
 from procon.sequences import TokenScope, split_batch

@@ -129,7 +129,8 @@ def drift(arguments: DriftArguments) -> None:
     prompts = _prompts(arguments.malicious, arguments.benign, "extraction")
     dtype = parse_dtype(arguments.dtype)
     model, tokenizer = load_model(arguments.start, dtype=dtype)
-    reference = ContrastMeans.measure(model, tokenizer, prompts, batch_size=arguments.batch_size).directions()
+    means = ContrastMeans.measure(model, tokenizer, prompts, batch_size=arguments.batch_size)
+    reference = RefusalDirections.from_means(means)
     del model
     model, _ = load_model(arguments.tuned, dtype=dtype)
     found = measure_drift(model, tokenizer, reference, prompts, batch_size=arguments.batch_size)

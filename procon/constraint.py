@@ -15,13 +15,7 @@ from torch.distributed.tensor import DTensor
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.input_norm import InputNorm, find_input_norm
-from procon.models import (
-    active_adapters,
-    adapter_layer,
-    block_input,
-    find_decoder,
-    first_moving_block,
-)
+from procon.models import active_adapters, adapter_layer, block_input, find_decoder, first_moving_block
 from procon.ops import constrain, rms_norm_constrain
 from procon.sharded_input import check_placements, constrain_sharded
 

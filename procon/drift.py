@@ -62,7 +62,7 @@ def compare_means(reference: RefusalDirections, means: ContrastMeans) -> Drift:
         return torch.where(reference.usable, (z - at_start) / reference.gap, torch.nan)
 
     return Drift(
-        cosine=reference.cosine(means.directions()),
+        cosine=reference.cosine(RefusalDirections.from_means(means)),
         malicious_shift=shift(means.malicious, reference.malicious),
         benign_shift=shift(means.benign, reference.benign),
     )

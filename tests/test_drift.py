@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from procon.chat import ContrastPrompts
-from procon.directions import ContrastMeans
+from procon.directions import ContrastMeans, RefusalDirections
 from procon.drift import measure_drift
 from procon.errors import ProConError
 
@@ -27,7 +27,7 @@ def model(tiny_model):
 
 @pytest.fixture
 def reference(model, tokenizer):
-    return ContrastMeans.measure(model, tokenizer, PROMPTS, progress=False).directions()
+    return RefusalDirections.from_means(ContrastMeans.measure(model, tokenizer, PROMPTS, progress=False))
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ class Start:
             folder=folder,
             tokenizer=tokenizer,
             directions=directions,
-            reference=contrast_means(states).directions(),
+            reference=RefusalDirections.from_means(contrast_means(states)),
             prompts=prompts,
             states=states,
             tokens=refusal_tokens(model, tokenizer, prompts.first(pairs)),

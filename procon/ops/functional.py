@@ -28,12 +28,7 @@ import torch
 from torch import Tensor
 
 from procon.errors import ProConError
-from procon.ops.autograd import (
-    HAS_INPUT_GRAD_BUFFERS,
-    Constrain,
-    Project,
-    RmsNormConstrain,
-)
+from procon.ops.autograd import HAS_INPUT_GRAD_BUFFERS, Constrain, Project, RmsNormConstrain
 from procon.ops.backends import choose_backend
 
 __all__ = ["constrain", "project", "projection_penalty", "rms_norm", "rms_norm_constrain"]

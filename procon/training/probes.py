@@ -110,7 +110,7 @@ class DriftCallback(ProbeCallback):
             self._reference = self._reopen(path)
             return
         means = ContrastMeans.measure(self.trainer.model, self.tokenizer, self.prompts, progress=False)
-        found = replace(means.directions(), provenance={"prompts": self.prompts.hash})
+        found = replace(RefusalDirections.from_means(means), provenance={"prompts": self.prompts.hash})
         self._reference = _of_main_process(found)
         if args.should_save:
             self._reference.save(path)

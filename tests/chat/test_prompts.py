@@ -9,14 +9,7 @@ from typing import get_args
 
 import pytest
 
-from procon.chat import (
-    ContrastPrompts,
-    Split,
-    builtin_prompts,
-    builtin_refusals,
-    is_refusal,
-    load_instructions,
-)
+from procon.chat import ContrastPrompts, Split, builtin_prompts, builtin_refusals, is_refusal, load_instructions
 from procon.chat.prompts import _pairs as pairs
 from procon.errors import ProConError
 

@@ -4,13 +4,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from procon.chat import (
-    pad_token_id,
-    render,
-    response_mask,
-    template_hash,
-    user_turn,
-)
+from procon.chat import pad_token_id, render, response_mask, template_hash, user_turn
 from procon.errors import ProConError
 
 CONVERSATION = [

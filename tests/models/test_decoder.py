@@ -16,14 +16,7 @@ from transformers import (
 )
 
 from procon.errors import ProConError
-from procon.models import (
-    evaluating,
-    find_decoder,
-    first_moving_block,
-    model_device,
-    observe_block_inputs,
-    weights_hash,
-)
+from procon.models import evaluating, find_decoder, first_moving_block, model_device, observe_block_inputs, weights_hash
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox")
 

@@ -10,14 +10,7 @@ import torch
 import torch.distributed as dist
 
 from procon.errors import ProConError
-from procon.ops import (
-    backends,
-    constrain,
-    project,
-    projection_penalty,
-    rms_norm,
-    rms_norm_constrain,
-)
+from procon.ops import backends, constrain, project, projection_penalty, rms_norm, rms_norm_constrain
 
 HIDDEN = torch.randn(2, 3, 8)
 ONE = torch.randn(8)

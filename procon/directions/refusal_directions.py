@@ -4,49 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from procon.chat import (
-    ContrastPrompts,
-    builtin_prompts,
-    measure_refusal,
-    pad_token_id,
-    render,
-    template_hash,
-    user_turn,
-)
+from procon.chat import ContrastPrompts, builtin_prompts, measure_refusal, template_hash
+from procon.directions.contrast_means import DEAD_GAP, ContrastMeans, each_last_token
+from procon.directions.subspace import further_directions, mean_squared_cosine, orthonormalised
 from procon.errors import ProConError
-from procon.models import (
-    Decoder,
-    decoder_forward,
-    evaluating,
-    find_decoder,
-    model_device,
-    observe_block_inputs,
-    refuse_unprepared,
-)
+from procon.models import Decoder, model_device, refuse_unprepared
 from procon.ops import MAX_DIRECTIONS
-from procon.refusal_subspace import further_directions, mean_squared_cosine, orthonormalised
 from procon.version import __version__
 
 #: The file's name where it stands beside a model or an adapter.
 DIRECTIONS = "refusal-directions.safetensors"
-
-#: A mean difference this small beside the hidden states themselves is rounding, not a direction: the first block's
-#: input at the last prompt token is one and the same embedding for every prompt.
-DEAD_GAP = 1e-5
 
 
 _TENSORS = ("directions", "gap", "auroc", "malicious", "benign")
@@ -266,6 +244,35 @@ class RefusalDirections:
         return cls(**tensors, provenance=provenance)
 
     @classmethod
+    def from_means(cls, means: ContrastMeans, k: int = 1) -> RefusalDirections:
+        """Difference in means, scaled to unit length; without quality figures and provenance.
+
+        Args:
+            k: directions per block; more than one need :attr:`ContrastMeans.differences` of at least ``k`` categories.
+
+        Raises:
+            ProConError: if the two sides' means are the same at every block.
+        """
+        difference = means.malicious - means.benign
+        gap = difference.norm(dim=-1)
+        usable = gap > DEAD_GAP * means.scale
+        if not usable.any():
+            raise ProConError("malicious and benign prompts give the same hidden states: pass prompts that differ")
+        unit = torch.where(usable[:, None], difference / gap[:, None], 0.0)
+        further = None
+        if k > 1:
+            further = further_directions(unit, means.differences, k - 1, DEAD_GAP * means.scale)
+            further = torch.where(usable[:, None, None], further, 0.0).float()
+        return cls(
+            directions=unit.float(),
+            gap=torch.where(usable, gap, 0.0).float(),
+            auroc=torch.full_like(gap, torch.nan).float(),
+            malicious=(unit * means.malicious).sum(-1).float(),
+            benign=(unit * means.benign).sum(-1).float(),
+            further=further,
+        )
+
+    @classmethod
     def extract(
         cls,
         model: PreTrainedModel,
@@ -285,7 +292,7 @@ class RefusalDirections:
             tokenizer: its tokenizer, with a chat template.
             prompts: contrast prompts to extract from; the built-in ones if not given.
             k: directions a block. The first is that of ``k=1``; the further ones are how the prompts' categories depart
-                from it (:mod:`procon.refusal_subspace`).
+                from it (:mod:`procon.directions.subspace`).
             held_out: prompts to measure :attr:`auroc` on; the built-in held-out ones if not given.
             check_refusal: generate replies to some malicious prompts first, and warn where none is refused.
 
@@ -306,7 +313,7 @@ class RefusalDirections:
         means = ContrastMeans.measure(
             model, tokenizer, prompts, by_category=k > 1, batch_size=batch_size, progress=progress
         )
-        found = means.directions(k)
+        found = cls.from_means(means, k)
         z_malicious, z_benign = (
             project_last_token(model, tokenizer, found, side, batch_size=batch_size, progress=progress)
             for side in (held_out.malicious, held_out.benign)
@@ -330,75 +337,6 @@ class RefusalDirections:
         if k > 1:
             provenance["directions_a_block"] = k
         return replace(found, auroc=auroc(z_malicious, z_benign), provenance=provenance)
-
-
-@dataclass(frozen=True)
-class ContrastMeans:
-    """Means over each side's prompts of the block inputs at the last prompt token, fp64 on the CPU.
-
-    Attributes:
-        malicious, benign: ``[L, D]``.
-        scale: ``[L]``, the larger of the two sides' mean norms.
-        differences: ``[C, L, D]``, malicious minus benign mean of each category, in alphabetical order; None where they
-            were not asked for.
-    """
-
-    malicious: Tensor
-    benign: Tensor
-    scale: Tensor
-    differences: Tensor | None = None
-
-    @classmethod
-    def measure(
-        cls,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: ContrastPrompts,
-        *,
-        by_category: bool = False,
-        batch_size: int = 32,
-        progress: bool = True,
-    ) -> ContrastMeans:
-        """Run the prompts through the base decoder of ``model``.
-
-        Args:
-            by_category: measure :attr:`differences` on the way; ``prompts`` then have categories.
-
-        Raises:
-            ProConError: on hidden states that are not finite, or a tokenizer without chat template.
-        """
-        categories = prompts.categories if by_category else ()
-        malicious, benign = (
-            _mean_last_token(model, tokenizer, side, categories, batch_size, description, progress)
-            for side, description in ((prompts.malicious, "malicious prompts"), (prompts.benign, "benign prompts"))
-        )
-        differences = malicious.by_category - benign.by_category if by_category else None
-        return cls(malicious.mean, benign.mean, torch.maximum(malicious.norm, benign.norm), differences)
-
-    def directions(self, k: int = 1) -> RefusalDirections:
-        """Difference in means, scaled to unit length; without quality figures and provenance.
-
-        Args:
-            k: directions a block; more than one need :attr:`differences` of at least ``k`` categories.
-        """
-        difference = self.malicious - self.benign
-        gap = difference.norm(dim=-1)
-        usable = gap > DEAD_GAP * self.scale
-        if not usable.any():
-            raise ProConError("malicious and benign prompts give the same hidden states: pass prompts that differ")
-        unit = torch.where(usable[:, None], difference / gap[:, None], 0.0)
-        further = None
-        if k > 1:
-            further = further_directions(unit, self.differences, k - 1, DEAD_GAP * self.scale)
-            further = torch.where(usable[:, None, None], further, 0.0).float()
-        return RefusalDirections(
-            directions=unit.float(),
-            gap=torch.where(usable, gap, 0.0).float(),
-            auroc=torch.full_like(gap, torch.nan).float(),
-            malicious=(unit * self.malicious).sum(-1).float(),
-            benign=(unit * self.benign).sum(-1).float(),
-            further=further,
-        )
 
 
 def project_last_token(
@@ -437,64 +375,3 @@ def _check_k(k: int, prompts: ContrastPrompts) -> None:
             f"k is {k}, but the prompts have {categories} categories: give prompts with as many at least, as the "
             "built-in ones, or k=1"
         )
-
-
-class _Means(NamedTuple):
-    """Over prompts, fp64 on the CPU."""
-
-    mean: Tensor  # [L, D]
-    norm: Tensor  # [L], mean of the norms
-    by_category: Tensor  # [C, L, D], mean of each category
-
-
-def _mean_last_token(model, tokenizer, prompts, categories, batch_size, description, progress) -> _Means:
-    decoder = find_decoder(model)
-    total = torch.zeros(len(decoder.blocks), decoder.hidden_size, dtype=torch.float64)
-    norms = torch.zeros(len(decoder.blocks), dtype=torch.float64)
-    names, category = np.unique(categories, return_inverse=True)
-    by_category = torch.zeros(len(names), *total.shape, dtype=torch.float64)
-
-    def consume(rows: list[int], block: int, hidden: Tensor) -> None:
-        hidden = hidden.cpu().double()
-        total[block] += hidden.sum(0)
-        norms[block] += hidden.norm(dim=-1).sum()
-        if len(names):
-            by_category[:, block].index_add_(0, torch.from_numpy(category[rows]), hidden)
-
-    each_last_token(model, tokenizer, prompts, consume, batch_size, description, progress)
-    if not torch.isfinite(total).all():
-        block = int((~torch.isfinite(total)).any(-1).nonzero()[0])
-        raise ProConError(
-            f"hidden states entering block {block} are NaN or infinite: load the model in bfloat16 or float32"
-        )
-    counts = torch.from_numpy(np.bincount(category, minlength=len(names)))
-    return _Means(total / len(prompts), norms / len(prompts), by_category / counts[:, None, None])
-
-
-def each_last_token(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    consume: Callable[[list[int], int, Tensor], None],
-    batch_size: int,
-    description: str,
-    progress: bool,
-) -> None:
-    """Call ``consume(rows, block, hidden [len(rows), D])`` for every batch of prompts and every block input."""
-    decoder = find_decoder(model)
-    forward = decoder_forward(model)
-    ids = [render(tokenizer, user_turn(prompt), generation_prompt=True) for prompt in prompts]
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    device = model_device(model)
-    with evaluating(model), tqdm(total=len(ids), desc=description, unit="prompt", disable=not progress) as bar:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            lengths = torch.tensor([len(ids[i]) for i in rows])
-            batch = torch.full((len(rows), int(lengths.max())), pad_token_id(tokenizer))
-            for row, i in enumerate(rows):
-                batch[row, : len(ids[i])] = torch.tensor(ids[i])
-            mask = (torch.arange(batch.shape[1]) < lengths[:, None]).long()
-            last = (torch.arange(len(rows)), lengths - 1)
-            with observe_block_inputs(decoder, lambda block, h: consume(rows, block, h[last])):  # noqa: B023
-                forward(input_ids=batch.to(device), attention_mask=mask.to(device))
-            bar.update(len(rows))

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from procon import directions as module
 from procon.chat import ContrastPrompts, render, template_hash, user_turn
 from procon.directions import ContrastMeans, RefusalDirections, auroc, project_last_token
+from procon.directions import refusal_directions as module
 from procon.errors import ProConError
 from procon.models import find_decoder
 
@@ -52,7 +52,7 @@ def test_difference_in_means_by_definition(tiny_model, tokenizer, family):
     difference = malicious.mean(0) - benign.mean(0)
     gap = difference.norm(dim=-1)
     first = 0 if family == "gpt2" else 1
-    directions = found.directions()
+    directions = RefusalDirections.from_means(found)
     assert directions.usable.tolist() == [block >= first for block in range(3)]
     assert directions.directions.dtype == directions.gap.dtype == torch.float32
     unit = difference[first:] / gap[first:, None]
@@ -82,7 +82,7 @@ def test_batches_and_padding_change_nothing(tiny_model, tokenizer, family):
     one, eight = (ContrastMeans.measure(model, tokenizer, PROMPTS, batch_size=n, progress=False) for n in (1, 8))
     for name in ("malicious", "benign", "scale"):
         torch.testing.assert_close(getattr(one, name), getattr(eight, name), rtol=1e-12, atol=1e-14)
-    directions = one.directions()
+    directions = RefusalDirections.from_means(one)
     z = [project_last_token(model, tokenizer, directions, PROMPTS.benign, batch_size=n, progress=False) for n in (1, 8)]
     torch.testing.assert_close(*z, rtol=2**-22, atol=1e-8)
 
@@ -123,10 +123,10 @@ def test_dead_blocks_are_told_from_weak_ones(tiny_model, tokenizer):
     for ratio, usable in ((0.9 * module.DEAD_GAP, False), (1.1 * module.DEAD_GAP, True)):
         shifted = replace(means, malicious=means.benign + ratio * unit)
         if usable:
-            assert shifted.directions().usable.all()
+            assert RefusalDirections.from_means(shifted).usable.all()
         else:
             with pytest.raises(ProConError, match="give the same hidden states: pass prompts that differ"):
-                shifted.directions()
+                RefusalDirections.from_means(shifted)
 
 
 def test_auroc_against_counting():

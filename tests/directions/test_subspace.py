@@ -14,8 +14,8 @@ from procon.cli import main
 from procon.constraint import ProjectionConstraint
 from procon.data import flattening_collator, padding_collator
 from procon.directions import ContrastMeans, RefusalDirections
+from procon.directions.subspace import further_directions, orthonormalised
 from procon.errors import ProConError
-from procon.refusal_subspace import further_directions, orthonormalised
 from procon.training.model_card import describe
 
 #: Unequal categories, not in order.
@@ -93,7 +93,7 @@ def last_token(model, tokenizer, prompt: str) -> torch.Tensor:
 def test_extracted_from_the_categories_of_the_prompts(tiny_model, tokenizer, family):
     model = tiny_model(family).double().eval()
     means = ContrastMeans.measure(model, tokenizer, PROMPTS, by_category=True, batch_size=4, progress=False)
-    found = means.directions(3)
+    found = RefusalDirections.from_means(means, 3)
     pairs = torch.stack(
         [
             last_token(model, tokenizer, malicious) - last_token(model, tokenizer, benign)

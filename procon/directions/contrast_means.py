@@ -1,0 +1,126 @@
+"""Means over contrast prompts of the block inputs at the last prompt token: what directions are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from procon.chat import ContrastPrompts, pad_token_id, render, user_turn
+from procon.errors import ProConError
+from procon.models import decoder_forward, evaluating, find_decoder, model_device, observe_block_inputs
+
+#: A mean difference this small beside the hidden states themselves is rounding, not a direction: the first block's
+#: input at the last prompt token is one and the same embedding for every prompt.
+DEAD_GAP = 1e-5
+
+
+@dataclass(frozen=True)
+class ContrastMeans:
+    """Means over each side's prompts of the block inputs at the last prompt token, fp64 on the CPU.
+
+    Attributes:
+        malicious, benign: ``[L, D]``.
+        scale: ``[L]``, the larger of the two sides' mean norms.
+        differences: ``[C, L, D]``, malicious minus benign mean of each category, in alphabetical order; None where they
+            were not asked for.
+    """
+
+    malicious: Tensor
+    benign: Tensor
+    scale: Tensor
+    differences: Tensor | None = None
+
+    @classmethod
+    def measure(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: ContrastPrompts,
+        *,
+        by_category: bool = False,
+        batch_size: int = 32,
+        progress: bool = True,
+    ) -> ContrastMeans:
+        """Run the prompts through the base decoder of ``model``.
+
+        Args:
+            by_category: measure :attr:`differences` on the way; ``prompts`` then have categories.
+
+        Raises:
+            ProConError: on hidden states that are not finite, or a tokenizer without chat template.
+        """
+        categories = prompts.categories if by_category else ()
+        malicious, benign = (
+            _mean_last_token(model, tokenizer, side, categories, batch_size, description, progress)
+            for side, description in ((prompts.malicious, "malicious prompts"), (prompts.benign, "benign prompts"))
+        )
+        differences = malicious.by_category - benign.by_category if by_category else None
+        return cls(malicious.mean, benign.mean, torch.maximum(malicious.norm, benign.norm), differences)
+
+
+class _Means(NamedTuple):
+    """Over prompts, fp64 on the CPU."""
+
+    mean: Tensor  # [L, D]
+    norm: Tensor  # [L], mean of the norms
+    by_category: Tensor  # [C, L, D], mean of each category
+
+
+def _mean_last_token(model, tokenizer, prompts, categories, batch_size, description, progress) -> _Means:
+    decoder = find_decoder(model)
+    total = torch.zeros(len(decoder.blocks), decoder.hidden_size, dtype=torch.float64)
+    norms = torch.zeros(len(decoder.blocks), dtype=torch.float64)
+    names, category = np.unique(categories, return_inverse=True)
+    by_category = torch.zeros(len(names), *total.shape, dtype=torch.float64)
+
+    def consume(rows: list[int], block: int, hidden: Tensor) -> None:
+        hidden = hidden.cpu().double()
+        total[block] += hidden.sum(0)
+        norms[block] += hidden.norm(dim=-1).sum()
+        if len(names):
+            by_category[:, block].index_add_(0, torch.from_numpy(category[rows]), hidden)
+
+    each_last_token(model, tokenizer, prompts, consume, batch_size, description, progress)
+    if not torch.isfinite(total).all():
+        block = int((~torch.isfinite(total)).any(-1).nonzero()[0])
+        raise ProConError(
+            f"hidden states entering block {block} are NaN or infinite: load the model in bfloat16 or float32"
+        )
+    counts = torch.from_numpy(np.bincount(category, minlength=len(names)))
+    return _Means(total / len(prompts), norms / len(prompts), by_category / counts[:, None, None])
+
+
+def each_last_token(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    consume: Callable[[list[int], int, Tensor], None],
+    batch_size: int,
+    description: str,
+    progress: bool,
+) -> None:
+    """Call ``consume(rows, block, hidden [len(rows), D])`` for every batch of prompts and every block input."""
+    decoder = find_decoder(model)
+    forward = decoder_forward(model)
+    ids = [render(tokenizer, user_turn(prompt), generation_prompt=True) for prompt in prompts]
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    device = model_device(model)
+    with evaluating(model), tqdm(total=len(ids), desc=description, unit="prompt", disable=not progress) as bar:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            lengths = torch.tensor([len(ids[i]) for i in rows])
+            batch = torch.full((len(rows), int(lengths.max())), pad_token_id(tokenizer))
+            for row, i in enumerate(rows):
+                batch[row, : len(ids[i])] = torch.tensor(ids[i])
+            mask = (torch.arange(batch.shape[1]) < lengths[:, None]).long()
+            last = (torch.arange(len(rows)), lengths - 1)
+            with observe_block_inputs(decoder, lambda block, h: consume(rows, block, h[last])):  # noqa: B023
+                forward(input_ids=batch.to(device), attention_mask=mask.to(device))
+            bar.update(len(rows))
