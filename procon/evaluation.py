@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from procon.chat import ContrastPrompts, builtin_prompts, generate_replies, is_degenerate, is_refusal, user_turn
 from procon.errors import ProConError
-
-T = TypeVar("T")
+from procon.files import load_json, save_json
 
 #: Two-sided 95% quantile of the standard normal distribution.
 Z_95 = 1.959963984540054
@@ -211,34 +208,3 @@ def extract_answer(text: str) -> str:
 def exact_match(reply: str, reference: str) -> bool:
     """Whether ``reply`` and ``reference`` come to the same final answer."""
     return extract_answer(reply) == extract_answer(reference)
-
-
-def write_whole(text: str, path: str | Path) -> Path:
-    """Write ``text`` to ``path`` so that a reader finds the old file or the whole new one; returns the path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-    return path
-
-
-def save_json(data: dict, path: str | Path) -> Path:
-    """Write ``data`` as standard JSON (NaN is an error) in one step; returns the path."""
-    return write_whole(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", path)
-
-
-def load_json(path: str | Path, build: Callable[[Any], T], what: str) -> T:
-    """``build`` what :func:`save_json` wrote; ``what`` names it in messages.
-
-    Raises:
-        ProConError: if the file is missing or damaged, or ``build`` does not recognise its content.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ProConError(f"{what} file {str(path)!r} does not exist")
-    try:
-        return build(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = f"no key {error}" if isinstance(error, KeyError) else error
-        raise ProConError(f"{what} file {str(path)!r} is damaged or holds something else ({reason})") from error

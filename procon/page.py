@@ -12,7 +12,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from procon.evaluation import write_whole
+from procon.files import write_text
 
 # Mid tones with a contrast of at least 3:1 on white and on near-black alike.
 COLOURS = ("#2f7fd1", "#d9660b", "#1f9d6b", "#a05fc9", "#d1495b", "#7d858c")
@@ -97,7 +97,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
 
 def write_page(title: str, body: str, path: str | Path) -> Path:
     """Write the HTML ``body``, headings included, as a page that needs no other file; returns the path."""
-    return write_whole(_PAGE.format(title=escape(title), style=_STYLE, body=body), path)
+    return write_text(_PAGE.format(title=escape(title), style=_STYLE, body=body), path)
 
 
 def new_figure(height: float) -> Figure:

@@ -19,7 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from procon.errors import ProConError
-from procon.evaluation import Evaluation, Rate, extract_answer, load_json, save_json
+from procon.evaluation import Evaluation, Rate, extract_answer
+from procon.files import load_json, save_json
 from procon.page import COLOURS, DASHES, INK, legend_above, new_figure, to_svg, whole_numbers, write_page
 
 CAPTION = "Refusal, by keywords: of malicious high is safe, of benign low is useful. Cosine 1 means no drift."

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -25,8 +25,23 @@ Reduction = Literal["token", "sequence"]
 REDUCTIONS: tuple[Reduction, ...] = ("token", "sequence")
 
 
+#: What a collator may hand to a decoder; anything else, such as images, would be lost on the way to the anchors.
+DECODER_INPUTS = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+    "seq_idx",
+}
+_NOT_DECODER_INPUTS = {"labels", "shift_labels", "num_items_in_batch"}
+_MODALITY = "mm_token_type_ids"  # 0 on text
+
+
 @dataclass(frozen=True)
-class Sequence:
+class TokenSequence:
     """One unpadded sequence of a batch: tokens ``batch[row, start:stop]``.
 
     Attributes:
@@ -55,7 +70,19 @@ class Sequence:
         return _hash(self.input_ids), _hash(self.is_response)
 
 
-def split_batch(batch: Mapping[str, Tensor]) -> Iterator[Sequence]:
+def check_text_only(batch: Mapping[str, Any]) -> None:
+    """Raise ProConError if a batch has more than a text decoder takes: anchors would know nothing of images."""
+    foreign = set(batch) - DECODER_INPUTS - _NOT_DECODER_INPUTS
+    if _MODALITY in foreign and not batch[_MODALITY].any():
+        foreign.remove(_MODALITY)
+    if foreign:
+        raise ProConError(
+            f"the batch has {sorted(foreign)}, which a text decoder does not take: leave it, and samples that need it, "
+            "out of the training data"
+        )
+
+
+def split_batch(batch: Mapping[str, Tensor]) -> Iterator[TokenSequence]:
     """The sequences of a collated batch, by ``attention_mask``, and by ``position_ids`` or ``cu_seq_lens_q`` if packed.
 
     Those of one token are left out: they predict nothing, and a flattened row is padded with them. So are those of one
@@ -89,7 +116,7 @@ def split_batch(batch: Mapping[str, Tensor]) -> Iterator[Sequence]:
             is_response[0] = False
             if not is_response.any() and (ids[row, start:stop] == ids[row, start]).all():
                 continue
-            yield Sequence(row, start, ids[row, start:stop], is_response)
+            yield TokenSequence(row, start, ids[row, start:stop], is_response)
 
 
 def _bounds(batch: Mapping[str, Tensor], row: int, first: int, last: int) -> list[int]:

@@ -24,7 +24,7 @@ from benchmarks.study.statistics import Estimate, p_value
 from benchmarks.study.sweep import find_sweeps
 from benchmarks.study.table import NONE, NOT_RUN, Table, cost_table, kept_table, preset_table
 from procon.errors import ProConError
-from procon.evaluation import save_json
+from procon.files import save_json
 
 PROMPTS = 8
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from procon.chat import Split
-from procon.evaluation import load_json, save_json
+from procon.files import load_json, save_json
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from benchmarks.study.settings import SETTINGS
 from benchmarks.study.table import cost_table, kept_table, paper_tables, preset_table, verdict_table
 from benchmarks.study.wording import LIMITS, PRESET, READING, TESTS
 from procon.errors import ProConError
-from procon.evaluation import write_whole
+from procon.files import write_text
 from procon.page import write_page
 
 HERE = Path(__file__).parent
@@ -81,8 +81,8 @@ def write_report(budget: Budget, name: str, outcomes: Outcomes, folder: Path, ju
     for old in figures.glob("*.svg"):
         old.unlink()
     for drawing in drawings:
-        write_whole(drawing.file(), figures / f"{drawing.name}.svg")
-    page = write_whole(text, folder / "results.md")
+        write_text(drawing.file(), figures / f"{drawing.name}.svg")
+    page = write_text(text, folder / "results.md")
     return [page, write_page(TITLE, to_html(text, drawings), folder / "report.html")]
 
 

@@ -19,6 +19,7 @@ from procon.chat import ContrastPrompts, builtin_prompts, measure_refusal, templ
 from procon.directions.contrast_means import DEAD_GAP, ContrastMeans, each_last_token
 from procon.directions.subspace import further_directions, mean_squared_cosine, orthonormalised
 from procon.errors import ProConError
+from procon.files import whole_file
 from procon.models import Decoder, model_device, refuse_unprepared
 from procon.ops import MAX_DIRECTIONS
 from procon.version import __version__
@@ -198,13 +199,11 @@ class RefusalDirections:
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file with the provenance in its header; returns its path."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         # Copies, as safetensors refuses tensors that share memory.
         names = _TENSORS if self.further is None else (*_TENSORS, "further")
         tensors = {name: getattr(self, name).clone(memory_format=torch.contiguous_format) for name in names}
-        partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, {"procon": json.dumps(self.provenance)})
-        partial.replace(path)
+        with whole_file(path) as partial:
+            save_file(tensors, partial, {"procon": json.dumps(self.provenance)})
         return path
 
     @classmethod

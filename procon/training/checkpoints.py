@@ -9,6 +9,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from procon.directions import DIRECTIONS, RefusalDirections
 from procon.errors import ProConError
+from procon.files import save_json
 
 _SETTINGS = "procon.json"
 _TRAINER_STATE = "trainer_state.json"
@@ -17,7 +18,7 @@ _TRAINER_STATE = "trainer_state.json"
 def write_settings(folder: Path, settings: dict, directions: RefusalDirections) -> None:
     """Put the constraint's settings and directions beside a model."""
     directions.save(folder / DIRECTIONS)
-    (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    save_json(settings, folder / _SETTINGS)
 
 
 def read_settings(checkpoint: Path) -> dict:

@@ -9,6 +9,8 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.integrations import rewrite_logs
 
+from procon.files import write_text
+
 
 class JsonlCallback(TrainerCallback):
     """Writes one line a log call: the step, and the values under the names that trackers show, such as ``train/loss``.
@@ -36,10 +38,7 @@ class JsonlCallback(TrainerCallback):
                 file.write(_line(state.log_history[-1]))
             return
         # All that this run and those it goes on from have logged, in place of what a killed one may have left.
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(map(_line, state.log_history)))
-        partial.replace(path)
+        write_text("".join(map(_line, state.log_history)), path)
         self._begun = True
 
 

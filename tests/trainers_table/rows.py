@@ -152,7 +152,6 @@ def bare_loop(mode: Mode, folder: Path, alpha: float) -> dict[str, Tensor]:
     model = prepared_for_checkpointing(setting.model(mode.parameters, folder), mode)
     data, collate, size = dataset(mode), collator(mode), batch_size(mode)
     share = DistributedSampler(data, WORLD, RANK, shuffle=False)
-    barrier = torch.distributed.barrier if WORLD > 1 else lambda: None
     constraint = ProjectionConstraint(setting.directions()).attach(model)
     wrapped = model
     if mode.ranks == "DDP":
@@ -165,9 +164,7 @@ def bare_loop(mode: Mode, folder: Path, alpha: float) -> dict[str, Tensor]:
         wrapped = torch.compile(model, backend=COMPILER)
     if alpha:
         recording = DataLoader(data, size, sampler=share, collate_fn=collate)
-        anchors = Anchors.record(
-            model, recording, setting.directions(), folder / "anchors", rank=RANK, barrier=barrier, progress=False
-        )
+        anchors = Anchors.record(model, recording, setting.directions(), folder / "anchors", progress=False)
         collate = AnchoredCollator(collate, anchors)
     assert_wrapped(mode, model)
     setting.move(model)
@@ -223,8 +220,6 @@ def accelerate_loop(mode: Mode, folder: Path, alpha: float) -> dict[str, Tensor]
             loader,
             setting.directions(),
             folder / "anchors",
-            rank=accelerator.process_index,
-            barrier=accelerator.wait_for_everyone,
             progress=False,
         )
     assert_wrapped(mode, wrapped)

@@ -9,8 +9,8 @@ from uuid import uuid4
 
 import torch.distributed as dist
 
-from procon.anchor_shards import whole_file
 from procon.errors import ProConError
+from procon.files import whole_file
 
 #: Bytes that are broadcast at a time; the exchange takes a few times as much memory.
 PIECE_BYTES = 16 * 2**20

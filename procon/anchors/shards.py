@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from procon.errors import ProConError
+from procon.files import whole_file
 
 #: Bytes of projections that make a file.
 SHARD_BYTES = 64 * 2**20
@@ -66,7 +65,7 @@ class AnchorShards:
         return bool((self._same_tokens(key)["labels"] == key[1]).any())
 
     def has_tokens(self, key: Key) -> bool:
-        """Whether the sequence is there, be it with other labels."""
+        """Whether the sequence is there, possibly with other labels."""
         return len(self._same_tokens(key)) > 0
 
     def read(self, key: Key) -> np.ndarray | None:
@@ -123,18 +122,6 @@ class ShardWriter:
         with whole_file(self._folder / f"{name}.safetensors", self._rank) as partial:
             save_file(tensors, partial)
         self._keys, self._rows, self._bytes = [], [], 0
-
-
-@contextmanager
-def whole_file(target: Path, rank: int) -> Iterator[Path]:
-    """Within the context, write to the path that it gives; after it, that is ``target``, which is whole or not there.
-
-    Args:
-        rank: which process writes; no two of one file system have the same.
-    """
-    partial = target.with_name(f"rank{rank:05d}.partial")
-    yield partial
-    partial.replace(target)
 
 
 def _read_index(file: Path) -> tuple[np.ndarray, np.ndarray, int, int]:

@@ -9,28 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from procon.anchor_exchange import gather
-from procon.anchor_packing import check_packing
-from procon.anchor_shards import Key
+from procon.anchors.exchange import gather
+from procon.anchors.packing import check_packing
+from procon.anchors.shards import Key
 from procon.errors import ProConError
 from procon.models import Decoder, decoder_forward, find_decoder, is_sharded, model_device, observe_block_inputs
 from procon.ops import project
-from procon.sequences import Sequence as TokenSequence
-from procon.sequences import TokenScope, split_batch
-
-#: What a collator may hand to a decoder; anything else (images, say) would be lost on the way to the anchors.
-_DECODER_INPUTS = {
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "max_length_q",
-    "max_length_k",
-    "seq_idx",
-}
-_NOT_DECODER_INPUTS = {"labels", "shift_labels", "num_items_in_batch"}
-_MODALITY = "mm_token_type_ids"  # 0 on text
+from procon.sequences import DECODER_INPUTS, TokenScope, TokenSequence, check_text_only, split_batch
 
 #: What a rank without new sequences runs while others need its part of the parameters.
 _ONE_TOKEN = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
@@ -82,7 +67,7 @@ def record_projections(
         if not states:
             return
         if not checked and any(packed for _, packed in states):
-            inputs = _to(device, text_inputs(batch or _ONE_TOKEN))
+            inputs = _decoder_inputs(batch or _ONE_TOKEN, device)
             check_packing(forward, decoder, inputs, sequences)
             checked = True
         if not any(new for new, _ in states):
@@ -94,25 +79,11 @@ def record_projections(
             yield key, rows.numpy()
 
 
-def text_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What a decoder takes of a batch.
-
-    Raises:
-        ProConError: if it has more, images say, of which the anchors would know nothing.
-    """
-    foreign = set(batch) - _DECODER_INPUTS - _NOT_DECODER_INPUTS
-    if _MODALITY in foreign and not batch[_MODALITY].any():
-        foreign.remove(_MODALITY)
-    if foreign:
-        raise ProConError(
-            f"the batch has {sorted(foreign)}, which a text decoder does not take: leave it, and samples that need it, "
-            "out of the training data"
-        )
-    return {name: value for name, value in batch.items() if name in _DECODER_INPUTS}
-
-
-def _to(device: torch.device, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+def _decoder_inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """What a decoder takes of a batch, on its device; ProConError if there is more."""
+    check_text_only(batch)
+    taken = {name: value for name, value in batch.items() if name in DECODER_INPUTS}
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in taken.items()}
 
 
 def _project_batch(
@@ -124,7 +95,7 @@ def _project_batch(
     device: torch.device,
 ) -> Tensor:
     """Projections ``[B, T, blocks * K]`` fp32 on the CPU."""
-    inputs = _to(device, text_inputs(batch))
+    inputs = _decoder_inputs(batch, device)
     place = {block: column for column, block in enumerate(blocks)}
     shape = (*batch["input_ids"].shape, len(blocks), unit.shape[1])
     z = torch.full(shape, torch.nan)  # of a block that does not run, too

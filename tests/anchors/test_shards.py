@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from procon.anchor_shards import AnchorShards, ShardWriter, whole_file
+from procon.anchors.shards import AnchorShards, ShardWriter
 from procon.errors import ProConError
+from procon.files import whole_file
 
 BLOCKS = 3
 
@@ -38,7 +39,7 @@ def sequences():
 
 @pytest.fixture
 def folder(sequences, tmp_path, monkeypatch):
-    monkeypatch.setattr("procon.anchor_shards.SHARD_BYTES", 1000)
+    monkeypatch.setattr("procon.anchors.shards.SHARD_BYTES", 1000)
     writer = ShardWriter(tmp_path)
     for key, rows in sequences.items():
         writer.add(key, rows)
@@ -134,8 +135,8 @@ SCALE = textwrap.dedent(
     import numpy as np
     import torch
     from torch.utils.data import DataLoader, get_worker_info
-    from procon import anchor_shards
-    from procon.anchor_shards import AnchorShards, ShardWriter
+    from procon.anchors import shards as module
+    from procon.anchors.shards import AnchorShards, ShardWriter
 
     TOKENS, BLOCKS = 200, 32
     task, folder, samples = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
@@ -193,7 +194,7 @@ SCALE = textwrap.dedent(
         peak, start = Peak(), time.perf_counter()
         if task == "record":
             # Smaller files for fewer samples, so that what the writer gathers shrinks alike.
-            anchor_shards.SHARD_BYTES = anchor_shards.SHARD_BYTES * samples // 100_000
+            module.SHARD_BYTES = module.SHARD_BYTES * samples // 100_000
             writer = ShardWriter(folder)
             for number in range(samples):
                 writer.add(key(number), rows + np.float32(number))

@@ -18,14 +18,22 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from procon.anchor_exchange import gather, own_rank, share_files
-from procon.anchor_recording import record_projections, text_inputs
-from procon.anchor_shards import AnchorShards, ShardWriter, whole_file
+from procon.anchors.exchange import gather, own_rank, share_files
+from procon.anchors.recording import record_projections
+from procon.anchors.shards import AnchorShards, ShardWriter
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
+from procon.files import whole_file
 from procon.models import evaluating, find_decoder, weights_hash
-from procon.sequences import REDUCTIONS, TOKEN_SCOPES, Reduction, TokenScope, split_batch
-from procon.sequences import Sequence as TokenSequence
+from procon.sequences import (
+    REDUCTIONS,
+    TOKEN_SCOPES,
+    Reduction,
+    TokenScope,
+    TokenSequence,
+    check_text_only,
+    split_batch,
+)
 
 _MANIFEST = "anchors.json"
 
@@ -129,8 +137,8 @@ class Anchors:
         Raises:
             ProConError: for a sequence that is not in the store, naming it, and for a batch that is not of text alone.
         """
-        _check_reduction(reduction)
-        text_inputs(batch)
+        check_reduction(reduction)
+        check_text_only(batch)
         shape = batch["input_ids"].shape
         anchors = torch.zeros(*shape, len(self.blocks) * self.k)
         mask = torch.zeros(shape)
@@ -153,8 +161,6 @@ class Anchors:
         *,
         blocks: Sequence[int] | None = None,
         scope: TokenScope = "response",
-        rank: int | None = None,
-        barrier: Callable[[], None] = lambda: None,
         progress: bool = True,
         fingerprint: str | None = None,
     ) -> Anchors:
@@ -173,8 +179,6 @@ class Anchors:
                 pass the same.
             path: a folder; it may be another one on each host.
             blocks: indices of the blocks to record; all that have a direction if not given.
-            rank, barrier: this process, and a function that waits for all of them; needed only for several processes
-                without ``torch.distributed``.
             fingerprint: that of :func:`fingerprint`, where it is known: it takes a pass over all weights.
 
         Raises:
@@ -188,8 +192,8 @@ class Anchors:
         if blocks is None:
             blocks = directions.usable.nonzero().flatten().tolist()
         path = Path(path)
-        rank = own_rank() if rank is None else rank
-        _claim(path, _manifest(model, directions, blocks, scope, fingerprint), rank, barrier)
+        rank = own_rank()
+        _claim(path, _manifest(model, directions, blocks, scope, fingerprint), rank)
         share_files(path, "*.safetensors")  # of a recording that was interrupted
         writer = ShardWriter(path, rank)
         batches = tqdm(dataloader, desc="anchors", unit="batch", disable=not progress or rank != 0)
@@ -199,44 +203,8 @@ class Anchors:
             ):
                 writer.add(key, projections)
         writer.flush()
-        barrier()
         share_files(path, "*.safetensors")
         return cls(path)
-
-
-class AnchoredCollator:
-    """A data collator that adds anchors to what another one makes; runs in the loader's workers.
-
-    Args:
-        collator: any collator that gives ``input_ids`` and ``labels``.
-        anchors: an opened store. None until there is one: batches then pass as they are.
-        reduction: of :meth:`Anchors.annotate`.
-        tokenizer: names samples in errors; the collator's own if not given.
-
-    Raises:
-        ProConError: for another reduction, and as :meth:`Anchors.annotate` does.
-    """
-
-    def __init__(
-        self,
-        collator: Callable[[list], dict[str, Any]],
-        anchors: Anchors | None,
-        *,
-        reduction: Reduction = "token",
-        tokenizer: Any = None,
-    ):
-        _check_reduction(reduction)
-        self.collator = collator
-        self.anchors = anchors
-        self.reduction = reduction
-        self.tokenizer = tokenizer
-
-    def __call__(self, features: list) -> dict[str, Any]:
-        batch = dict(self.collator(features))
-        if self.anchors is None:
-            return batch
-        decode = getattr(self.tokenizer or getattr(self.collator, "tokenizer", None), "decode", None)
-        return self.anchors.annotate(batch, decode, reduction=self.reduction)
 
 
 def fingerprint(
@@ -268,15 +236,14 @@ def _manifest(
     return manifest if directions.k == 1 else {**manifest, "k": directions.k}
 
 
-def _claim(path: Path, manifest: dict[str, Any], rank: int, barrier: Callable[[], None]) -> None:
+def _claim(path: Path, manifest: dict[str, Any], rank: int) -> None:
     """Write the manifest, or check that the folder's own says the same: on every rank, and with one outcome."""
     if any(other != manifest for other in gather(manifest)):
         raise ProConError("the ranks' models differ in weights, or in what is to be recorded: load the same on each")
     if not (path / _MANIFEST).exists():
-        path.mkdir(parents=True, exist_ok=True)
         with whole_file(path / _MANIFEST, rank) as partial:
             partial.write_text(json.dumps(manifest, indent=2))
-    barrier()
+    gather(None)  # until the folder is claimed on every host
     if not all(gather(_read_manifest(path) == manifest)):
         raise ProConError(
             f"anchors in {str(path)!r} were recorded for another model state, directions, blocks or scope: give "
@@ -293,6 +260,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise ProConError(f"anchors manifest in {str(path)!r} is damaged: delete the folder to record again") from error
 
 
-def _check_reduction(reduction: str) -> None:
+def check_reduction(reduction: str) -> None:
     if reduction not in REDUCTIONS:
         raise ProConError(f"reduction is {reduction!r}: choose one of {', '.join(REDUCTIONS)}")

@@ -257,7 +257,7 @@ def test_recording_again_runs_nothing_and_a_grown_set_only_what_is_new(
 
 
 def test_interrupted_recording_goes_on(model, directions, samples, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("procon.anchor_shards.SHARD_BYTES", 1)  # one sequence a shard
+    monkeypatch.setattr("procon.anchors.shards.SHARD_BYTES", 1)  # one sequence a shard
     loader = DataLoader(samples, 1, collate_fn=padding_collator(tokenizer))
 
     class Stopped(Exception):
@@ -324,7 +324,7 @@ def test_given_fingerprint_saves_the_pass_over_the_weights(
     model, directions, samples, tokenizer, tmp_path, monkeypatch
 ):
     state = fingerprint(model, directions, [0, 2], "all")
-    monkeypatch.setattr("procon.anchors.weights_hash", lambda model: pytest.fail("hashed again"))
+    monkeypatch.setattr("procon.anchors.store.weights_hash", lambda model: pytest.fail("hashed again"))
     loader = DataLoader(samples, 3, collate_fn=padding_collator(tokenizer))
     anchors = Anchors.record(
         model, loader, directions, tmp_path, blocks=[0, 2], scope="all", progress=False, fingerprint=state
@@ -344,9 +344,9 @@ def test_collator_works_in_loader_workers(samples, tokenizer, anchors):
         assert torch.equal(a["anchors"], b["anchors"])
 
 
-def test_ranks_share_one_store(model, directions, samples, tokenizer, tmp_path):
-    for rank in (0, 1):
-        loader = DataLoader(samples[rank::2], 2, collate_fn=padding_collator(tokenizer))
-        anchors = Anchors.record(model, loader, directions, tmp_path / "a", rank=rank, progress=False)
+def test_runs_share_one_store(model, directions, samples, tokenizer, tmp_path):
+    for part in (0, 1):
+        loader = DataLoader(samples[part::2], 2, collate_fn=padding_collator(tokenizer))
+        anchors = Anchors.record(model, loader, directions, tmp_path / "a", progress=False)
     assert len(anchors) == len(samples)
     assert len(list(anchors.path.glob("*.safetensors"))) == 2

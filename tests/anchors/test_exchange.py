@@ -12,20 +12,20 @@ from pathlib import Path
 
 import pytest
 
-from procon.anchor_exchange import gather, own_rank, share_files
+from procon.anchors.exchange import gather, own_rank, share_files
 
 WORKER = textwrap.dedent(
     """
     import json, sys
     from pathlib import Path
     import torch.distributed as dist
-    from procon import anchor_exchange
-    from procon.anchor_exchange import share_files
+    from procon.anchors import exchange
+    from procon.anchors.exchange import share_files
     from procon.errors import ProConError
 
     root, rank = Path(sys.argv[1]), int(sys.argv[2])
     dist.init_process_group("gloo", init_method=f"file://{root}/rendezvous", rank=rank, world_size=3)
-    anchor_exchange.PIECE_BYTES = 64
+    exchange.PIECE_BYTES = 64
     sent = []
     broadcast = dist.broadcast_object_list
 

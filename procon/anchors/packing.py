@@ -10,7 +10,7 @@ from torch import Tensor
 
 from procon.errors import ProConError
 from procon.models import Decoder, observe_block_inputs
-from procon.sequences import Sequence as TokenSequence
+from procon.sequences import TokenSequence
 
 #: Relative change of a hidden state that counts as rounding, at least, and in units of the dtype's resolution: where
 #: tokens are routed to experts, the other tokens of a row change the shapes, and with them the order, of sums.

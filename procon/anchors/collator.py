@@ -1,0 +1,44 @@
+"""The data collator that brings a batch its anchors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from procon.anchors.store import Anchors, check_reduction
+from procon.sequences import Reduction
+
+
+class AnchoredCollator:
+    """A data collator that adds anchors to what another one makes; runs in the loader's workers.
+
+    Args:
+        collator: any collator that gives ``input_ids`` and ``labels``.
+        anchors: an opened store. None until there is one: batches then pass as they are.
+        reduction: of :meth:`Anchors.annotate`.
+        tokenizer: names samples in errors; the collator's own if not given.
+
+    Raises:
+        ProConError: for another reduction, and as :meth:`Anchors.annotate` does.
+    """
+
+    def __init__(
+        self,
+        collator: Callable[[list], dict[str, Any]],
+        anchors: Anchors | None,
+        *,
+        reduction: Reduction = "token",
+        tokenizer: Any = None,
+    ):
+        check_reduction(reduction)
+        self.collator = collator
+        self.anchors = anchors
+        self.reduction = reduction
+        self.tokenizer = tokenizer
+
+    def __call__(self, features: list) -> dict[str, Any]:
+        batch = dict(self.collator(features))
+        if self.anchors is None:
+            return batch
+        decode = getattr(self.tokenizer or getattr(self.collator, "tokenizer", None), "decode", None)
+        return self.anchors.annotate(batch, decode, reduction=self.reduction)
