@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from procon.input_norm import find_input_norm
+from procon.constraint.input_norm import find_input_norm
 from procon.models import find_decoder
 
 LLAMA, GEMMA = ("llama", 0.0), ("gemma", 1.0)

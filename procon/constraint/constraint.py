@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from types import MethodType
 from typing import Literal
 
@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from procon.constraint.blocks import Blocks, select_blocks
+from procon.constraint.input_norm import InputNorm, find_input_norm
+from procon.constraint.sharded_input import check_placements, constrain_sharded
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
-from procon.input_norm import InputNorm, find_input_norm
 from procon.models import active_adapters, adapter_layer, block_input, find_decoder, first_moving_block
 from procon.ops import constrain, rms_norm_constrain
-from procon.sharded_input import check_placements, constrain_sharded
 
 logger = logging.getLogger(__name__)
 
 Fuse = Literal["auto", "never"]
 Units = Literal["raw", "gap"]
-Blocks = Literal["all"] | float | Sequence[int]
 
 
 class ProjectionConstraint:
@@ -330,36 +330,3 @@ def check_finite(penalty: float, step: int) -> None:
             f"the penalty became {penalty} by step {step}, so hidden states are NaN or infinite: resume from the last "
             "checkpoint with a lower learning rate, or train in bfloat16 or float32"
         )
-
-
-def select_blocks(directions: RefusalDirections, blocks: Blocks) -> tuple[int, ...]:
-    """Indices of the blocks to constrain, of those that have a direction.
-
-    Raises:
-        ProConError: if the selection is empty, out of range, or names a block without a direction.
-    """
-    return choose_blocks(directions.usable, blocks)
-
-
-def choose_blocks(usable: Tensor, blocks: Blocks) -> tuple[int, ...]:
-    """As :func:`select_blocks`, of the blocks that ``usable``, ``[L]`` bool, allows."""
-    count = len(usable)
-    usable = usable.nonzero().flatten().tolist()
-    if isinstance(blocks, str):
-        if blocks != "all":
-            raise ProConError(f"blocks is {blocks!r}: give 'all', a fraction such as 0.5, or a list of indices")
-        chosen = usable
-    elif isinstance(blocks, float):
-        if not 0 < blocks <= 1:
-            raise ProConError(f"blocks is the fraction {blocks:g}: give one above 0 and at most 1")
-        chosen = [block for block in usable if block >= count - math.ceil(blocks * count)]
-    else:
-        chosen = sorted({block + count if block < 0 else block for block in blocks})
-        for block in chosen:
-            if not 0 <= block < count:
-                raise ProConError(f"blocks names block {block}, but the model has {count}: give indices below {count}")
-            if block not in usable:
-                raise ProConError(f"blocks names block {block}, which has no direction: leave it out")
-    if not chosen:
-        raise ProConError("no block is selected: give at least one block that has a direction")
-    return tuple(chosen)
