@@ -27,9 +27,8 @@ from procon.data import (
 )
 from procon.defences import Defence, build_trainer, find_defence
 from procon.directions import DIRECTIONS, ContrastMeans, RefusalDirections
-from procon.drift import Drift, measure_drift
 from procon.errors import ProConError
-from procon.evaluation import evaluate
+from procon.evaluation import Drift, evaluate, measure_drift
 from procon.models import find_decoder, load_model, parse_dtype
 from procon.report import Run, print_table
 from procon.training import DriftCallback, JsonlCallback, ProConConfig, ProConTrainer

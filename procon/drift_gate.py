@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from procon.errors import ProConError
 
 if TYPE_CHECKING:  # the command line's arguments are checked here, and import no torch
-    from procon.drift import Drift
+    from procon.evaluation import Drift
 
 _REMEDY = (
     "the model may be losing its refusals: constrain more (a larger alpha or a longer warm-up), mix in safety samples, "

@@ -21,8 +21,7 @@ from procon.chat import builtin_prompts, measure_refusal
 from procon.data import padding_collator, to_conversations, tokenize_conversations
 from procon.demo_model import fetch_demo_model
 from procon.directions import RefusalDirections
-from procon.drift import measure_drift
-from procon.evaluation import evaluate
+from procon.evaluation import evaluate, measure_drift
 from procon.models import load_model
 from procon.refusal_tuning import LORA, make_refuse
 from procon.report import Run, print_table, write_html

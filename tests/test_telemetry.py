@@ -11,9 +11,9 @@ from transformers import PrinterCallback, TrainerCallback
 
 from procon.chat import ContrastPrompts, builtin_prompts, render, user_turn
 from procon.cli import main
-from procon.drift import Drift
 from procon.drift_gate import DriftGate
 from procon.errors import ProConError
+from procon.evaluation import Drift
 from procon.training import DriftCallback, probes
 from procon.training.console import log_with_details
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.study.displacement import last_token_states
 from procon.chat import ContrastPrompts, builtin_prompts
 from procon.demo_model import fetch_demo_model
 from procon.directions import ContrastMeans, RefusalDirections
-from procon.displacement import last_token_states
 from procon.errors import ProConError
+from procon.evaluation import refusal_tokens
 from procon.models import load_model, weights_hash
-from procon.refusal_odds import refusal_tokens
 from procon.refusal_tuning import make_refuse
 
 

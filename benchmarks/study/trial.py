@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from benchmarks.study.displacement import measure_displacement
 from benchmarks.study.memory import peak_memory
 from benchmarks.study.methods import Method, choose_directions
 from benchmarks.study.plan import Size
@@ -21,10 +22,7 @@ from benchmarks.study.start import Start, contrast_means
 from procon.chat import Split, builtin_prompts
 from procon.data import padding_collator, tokenize_conversations
 from procon.defences import build_trainer
-from procon.displacement import measure_displacement
-from procon.drift import compare_means
-from procon.evaluation import Evaluation, evaluate
-from procon.refusal_odds import refusal_log_odds
+from procon.evaluation import Evaluation, compare_means, evaluate, refusal_log_odds
 from procon.refusal_tuning import LORA
 from procon.training import ProConConfig
 

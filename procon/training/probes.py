@@ -16,10 +16,9 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 
 from procon.chat import ContrastPrompts, builtin_prompts
 from procon.directions import ContrastMeans, RefusalDirections
-from procon.drift import Drift, measure_drift
 from procon.drift_gate import DriftGate
 from procon.errors import ProConError
-from procon.evaluation import evaluate
+from procon.evaluation import Drift, evaluate, measure_drift
 from procon.training.console import log_with_details, show_beside_bar
 
 logger = logging.getLogger(__name__)
@@ -63,7 +62,7 @@ class DriftCallback(ProbeCallback):
     - ``procon/drift_cos``: mean signed cosine to the first directions (paper section III-B).
     - ``procon/drift_cos_block/07``: the same at each block that has a direction; for trackers and files, not printed.
     - ``procon/drift_shift_malicious``, ``procon/drift_shift_benign``: mean shift of the prompts along the **first**
-      directions, in units of their gap (see :class:`procon.drift.Drift`).
+      directions, in units of their gap (see :class:`procon.evaluation.Drift`).
     - ``procon/drift_gate``: 1 where the mean cosine has just fallen below ``gate``.
 
     The mean cosine and the lowest block's stand beside the progress bar.
@@ -187,7 +186,7 @@ class EvaluationCallback(ProbeCallback):
     Args:
         prompts: contrast prompts, 24 built-in validation pairs if not given: keep held-out ones for the end.
         task: rows ``{"instruction", "output"}`` that are not trained on.
-        max_new_tokens, task_max_new_tokens: lengths of the replies, as in :func:`procon.evaluation.evaluate`.
+        max_new_tokens, task_max_new_tokens: lengths of the replies, as in :func:`procon.evaluation.evaluation`.
     """
 
     def __init__(

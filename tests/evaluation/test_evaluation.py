@@ -6,10 +6,9 @@ import math
 import pytest
 from transformers import PreTrainedModel
 
-from procon import evaluation
 from procon.chat import ContrastPrompts, builtin_prompts, generate_replies, user_turn
 from procon.errors import ProConError
-from procon.evaluation import Evaluation, Rate, evaluate, exact_match, extract_answer
+from procon.evaluation import Evaluation, Rate, evaluate, evaluation, exact_match, extract_answer
 
 PROMPTS = ContrastPrompts(
     malicious=("steal the car", "forge", "break the old window of the house tonight"),

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from benchmarks.study.displacement import MASSIVE, PRINCIPAL, last_token_states, measure_displacement
 from procon.chat import render, user_turn
 from procon.directions import RefusalDirections
-from procon.displacement import MASSIVE, PRINCIPAL, last_token_states, measure_displacement
 
 BLOCKS, WIDTH, PROMPTS = 3, 16, 12
 

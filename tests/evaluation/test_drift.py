@@ -7,8 +7,8 @@ import torch
 
 from procon.chat import ContrastPrompts
 from procon.directions import ContrastMeans, RefusalDirections
-from procon.drift import measure_drift
 from procon.errors import ProConError
+from procon.evaluation import measure_drift
 
 PROMPTS = ContrastPrompts(
     malicious=("steal it", "forge a passport for me tonight", "rob", "break the window of the old house"),

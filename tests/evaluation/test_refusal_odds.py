@@ -5,7 +5,7 @@ import torch
 
 from procon.chat import ContrastPrompts, render, user_turn
 from procon.errors import ProConError
-from procon.refusal_odds import first_token_log_probabilities, refusal_log_odds, refusal_tokens
+from procon.evaluation import first_token_log_probabilities, refusal_log_odds, refusal_tokens
 
 #: Unequal lengths, out of order, so that padding or a lost order shows.
 PROMPTS = ContrastPrompts(
