@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from procon.drift_gate import DriftGate
 from procon.errors import ProConError
 
 
@@ -78,6 +77,9 @@ class TrainArguments:
         if self.method not in ("lora", "full"):
             raise ProConError(f"method is {self.method!r}: choose lora or full")
         _check_positive(self, "lora_r", "lora_alpha", "max_length")
+        # Here, as it brings transformers along, which `procon --help` does without.
+        from procon.training.drift_gate import DriftGate
+
         if DriftGate.parse(self.drift_gate, self.drift_action) and not self.drift_steps:
             raise ProConError(f"drift_gate is {self.drift_gate}, but drift_steps is 0: give steps to measure it at")
 

@@ -1,9 +1,14 @@
-"""Constrained fine-tuning over transformers' Trainer and what extends it; TRL's is in ``procon.training.sft``."""
+"""Constrained fine-tuning over transformers' Trainer and what extends it; TRL's is in ``procon.training.sft``.
 
+In: a Trainer's model, arguments and data, and refusal directions.
+Out: the fine-tuned model, with what it was trained under beside it, and a log.
+May import: ``evaluation``, ``anchors``, ``constraint``, ``data`` and the rooms below them.
+"""
+
+from procon.training.callbacks import DriftCallback, EvaluationCallback
 from procon.training.config import ProConArguments, ProConConfig
-from procon.training.jsonl import JsonlCallback
+from procon.training.json_log import JsonlCallback
 from procon.training.mixin import ProConMixin
-from procon.training.probes import DriftCallback, EvaluationCallback
 from procon.training.trainer import ProConTrainer
 
 __all__ = [

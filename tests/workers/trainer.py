@@ -26,7 +26,7 @@ from procon.chat import builtin_prompts
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.models import find_decoder
-from procon.training import DriftCallback, ProConConfig, ProConTrainer, probes
+from procon.training import DriftCallback, ProConConfig, ProConTrainer, callbacks
 
 FOLDER = Path(sys.argv[1])
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -257,11 +257,11 @@ def gated(name: str, **settings) -> dict:
     ours = trainer(name, **settings)
     ours.add_callback(DriftCallback(ours, TOKENIZER, every=2, prompts=PROMPTS, gate=0.5, on_gate="stop"))
 
-    def measured(*args, measure=probes.measure_drift, **kwargs):
+    def measured(*args, measure=callbacks.measure_drift, **kwargs):
         found = measure(*args, **kwargs)
         return replace(found, cosine=0 * found.cosine + (0.6 if RANK else 0.4))
 
-    with mock.patch.object(probes, "measure_drift", measured):
+    with mock.patch.object(callbacks, "measure_drift", measured):
         ours.train()
     saved = [folder.name for folder in Path(ours.args.output_dir).glob("checkpoint-*")]
     return {"steps": everywhere(ours.state.global_step), "saved": saved}

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from procon.errors import ProConError
-
-if TYPE_CHECKING:  # the command line's arguments are checked here, and import no torch
-    from procon.evaluation import Drift
+from procon.evaluation import Drift
 
 _REMEDY = (
     "the model may be losing its refusals: constrain more (a larger alpha or a longer warm-up), mix in safety samples, "

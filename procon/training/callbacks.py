@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 
 from procon.chat import ContrastPrompts, builtin_prompts
 from procon.directions import ContrastMeans, RefusalDirections
-from procon.drift_gate import DriftGate
 from procon.errors import ProConError
 from procon.evaluation import Drift, evaluate, measure_drift
 from procon.training.console import log_with_details, show_beside_bar
+from procon.training.drift_gate import DriftGate
 
 logger = logging.getLogger(__name__)
 

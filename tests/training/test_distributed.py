@@ -17,7 +17,7 @@ from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.training import ProConConfig, ProConTrainer
 
-WORKERS = Path(__file__).parent / "workers"
+WORKERS = Path(__file__).parents[1] / "workers"
 
 #: By case, what shows that it ran as it says: Accelerate's kind of set-up, the classes of a parameter and of a block.
 SHARDED = {

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from procon.directions import DIRECTIONS, RefusalDirections
 from procon.errors import ProConError
+from procon.training.callbacks import ProbeCallback
 from procon.training.model_card import describe, write_section
-from procon.training.probes import ProbeCallback
 from procon.version import __version__
 
 HEADING = "## Refusal anchored with ProCon"

@@ -11,11 +11,11 @@ from transformers import PrinterCallback, TrainerCallback
 
 from procon.chat import ContrastPrompts, builtin_prompts, render, user_turn
 from procon.cli import main
-from procon.drift_gate import DriftGate
 from procon.errors import ProConError
 from procon.evaluation import Drift
-from procon.training import DriftCallback, probes
+from procon.training import DriftCallback, callbacks
 from procon.training.console import log_with_details
+from procon.training.drift_gate import DriftGate
 
 PROMPTS = ContrastPrompts(
     malicious=("steal it", "forge a passport for me tonight", "rob"),
@@ -50,7 +50,7 @@ def planned(monkeypatch):
 
     def plan(drifts: list[Drift]) -> None:
         left = iter(drifts)
-        monkeypatch.setattr(probes, "measure_drift", lambda *args, **kwargs: next(left))
+        monkeypatch.setattr(callbacks, "measure_drift", lambda *args, **kwargs: next(left))
 
     return plan
 
@@ -261,7 +261,7 @@ def test_all_ranks_decide_by_the_main_processs_figures(trainer, planned, monkeyp
         if isinstance(objects[0], Drift):
             objects[0] = drift_of(0.89, 0.89)
 
-    monkeypatch.setattr(probes, "broadcast_object_list", receive)
+    monkeypatch.setattr(callbacks, "broadcast_object_list", receive)
     made, _ = trainer(gate=0.9, on_gate="stop")
     made.train()
     assert made.state.global_step == 1
