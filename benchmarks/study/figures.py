@@ -17,7 +17,7 @@ from benchmarks.study.outcomes import REFUSAL, TASK, Measure, Outcomes, by_block
 from benchmarks.study.plan import Part
 from benchmarks.study.statistics import Estimate
 from benchmarks.study.sweep import Sweep, find_sweeps
-from procon.page import COLOURS, DASHES, INK, RULE, draw_svg, legend_above, new_figure, to_svg, whole_numbers
+from procon.report.page import COLOURS, DASHES, INK, RULE, draw_svg, legend_above, new_figure, to_svg, whole_numbers
 
 _MARKERS = "osD^vP*<>phdX"
 
@@ -55,7 +55,7 @@ class Drawing:
         return f'<?xml version="1.0" encoding="utf-8"?>\n{svg.replace(INK, "#1b1f24").replace(RULE, "#c4cad1")}'
 
     def element(self) -> str:
-        """An ``<svg>`` element for a page of :mod:`procon.page`."""
+        """An ``<svg>`` element for a page of :mod:`procon.report.page`."""
         return to_svg(self.plot, self.name, self.alt)
 
 

@@ -25,7 +25,7 @@ from benchmarks.study.table import cost_table, kept_table, paper_tables, preset_
 from benchmarks.study.wording import LIMITS, PRESET, READING, TESTS
 from procon.errors import ProConError
 from procon.files import write_text
-from procon.page import write_page
+from procon.report.page import write_page
 
 HERE = Path(__file__).parent
 

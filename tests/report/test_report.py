@@ -12,7 +12,6 @@ from rich.console import Console
 from procon.errors import ProConError
 from procon.evaluation import Evaluation, Rate
 from procon.report import (
-    SAMPLE_PROMPTS,
     Run,
     plot_drift_by_block,
     plot_drift_by_step,
@@ -22,6 +21,7 @@ from procon.report import (
     print_table,
     write_html,
 )
+from procon.report.html import SAMPLE_PROMPTS
 
 HOSTILE = "<script>alert('x')</script> & \"done\"\n<b>bold</b>"
 

@@ -1,0 +1,177 @@
+"""Runs side by side, on one self-contained HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from html import escape
+from pathlib import Path
+
+from procon.evaluation import extract_answer
+from procon.report.cells import CAPTION, INTERVAL_CAPTION, check_runs, number_cells, rate_cells
+from procon.report.page import to_svg, write_page
+from procon.report.plots import (
+    RATE_KEYS,
+    logged,
+    plot_drift_by_block,
+    plot_drift_by_step,
+    plot_loss_and_penalty,
+    plot_rates,
+    plot_rates_by_step,
+)
+from procon.report.run import Run
+
+#: Prompts of each kind whose replies the page shows, the first ones in their order.
+SAMPLE_PROMPTS = 6
+
+
+def write_html(
+    runs: Sequence[Run],
+    path: str | Path,
+    *,
+    title: str,
+    notes: Sequence[str] = (),
+    facts: Mapping[str, str] | None = None,
+) -> Path:
+    """Write one self-contained page: table, plots and sample replies. Sections without data are left out.
+
+    Args:
+        runs: the runs to compare, in the order shown; the first is usually the model before fine-tuning.
+        path: the file to write; returned.
+        title: heading of the page.
+        notes: limits of the comparison, one sentence or paragraph each.
+        facts: machine, versions, date, command and the like.
+
+    Raises:
+        ProConError: without runs.
+    """
+    check_runs(runs)
+    sections = [("Results", f"{_html_table(runs)}<p class='caption'>{escape(CAPTION)} {escape(INTERVAL_CAPTION)}</p>")]
+    sections += [
+        (
+            heading,
+            f"<figure>{to_svg(partial(plot, runs), name, alt)}<figcaption>{escape(text)}</figcaption></figure>",
+        )
+        for heading, name, plot, present, alt, text in _plots(runs)
+        if present
+    ]
+    sections.append(("Sample replies", _html_replies(runs)))
+    if notes:
+        sections.append(("Limits", "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"))
+    if facts:
+        rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(fact))}</dd>" for name, fact in facts.items())
+        sections.append(("How this was made", f"<dl>{rows}</dl>"))
+    body = "".join(f"<section><h2>{escape(heading)}</h2>{content}</section>" for heading, content in sections)
+    return write_page(title, f"<h1>{escape(title)}</h1>{body}", path)
+
+
+def _plots(runs: Sequence[Run]) -> list[tuple[str, str, Callable, bool, str, str]]:
+    """Heading, name, figure, whether there are data, alternative text and caption of every plot."""
+    rates = "; ".join(
+        f"{run.label}: refuses {run.evaluation.refusal_malicious} of malicious and {run.evaluation.refusal_benign} of "
+        "benign prompts" + ("" if run.evaluation.task is None else f", solves {run.evaluation.task} of the task")
+        for run in runs
+    )
+    cosines = "; ".join(f"{run.label}: mean {run.mean_cosine:.3f}" for run in runs if run.mean_cosine is not None)
+    return [
+        (
+            "Refusal and task",
+            "rates",
+            plot_rates,
+            True,
+            f"Bar chart. {rates}.",
+            "A good run keeps the first bar long, the second short and the third long. Whiskers: 95% intervals.",
+        ),
+        (
+            "Drift by block",
+            "blocks",
+            plot_drift_by_block,
+            bool(cosines),
+            f"Line chart of the cosine to the initial refusal direction by decoder block. {cosines}.",
+            "The refusal direction is extracted again after training and compared with the initial one: 1 is no drift.",
+        ),
+        (
+            "Drift by step",
+            "drift",
+            plot_drift_by_step,
+            logged(runs, "procon/drift_cos"),
+            "Line chart of the mean cosine to the initial refusal direction over training, "
+            + _ends(runs, "procon/drift_cos"),
+            "Mean cosine over the blocks as training goes on; beneath, the strength alpha of the constraint.",
+        ),
+        (
+            "Refusal and task by step",
+            "steps",
+            plot_rates_by_step,
+            logged(runs, *RATE_KEYS),
+            "Line charts over training. "
+            + " ".join(f"{name}, {_ends(runs, key)}" for key, name in RATE_KEYS.items() if logged(runs, key)),
+            "Measured on fewer prompts than the table, so it is rougher.",
+        ),
+        (
+            "Loss and penalty",
+            "loss",
+            plot_loss_and_penalty,
+            logged(runs, "loss", "procon/penalty"),
+            f"Line charts. Training loss, {_ends(runs, 'loss')} Constraint penalty, {_ends(runs, 'procon/penalty')}",
+            "The loss on the training data, and how far the response tokens have moved along the initial directions.",
+        ),
+    ]
+
+
+def _ends(runs: Sequence[Run], key: str) -> str:
+    """First and last value of each run's series, as a sentence's end."""
+    ends = [(run.label, run.series(key)[1]) for run in runs]
+    return "; ".join(f"{label}: from {values[0]:.3g} to {values[-1]:.3g}" for label, values in ends if values) + "."
+
+
+def _html_table(runs: Sequence[Run]) -> str:
+    headers = ["run", "refusal of malicious", "refusal of benign", "degenerate replies", "task accuracy"]
+    head = "".join(f"<th scope='col'>{header}</th>" for header in [*headers, "mean cosine", "seconds per step"])
+    rows = ""
+    for run in runs:
+        cells = [f"{text} <small>{interval}</small>" for text, interval in rate_cells(run)] + list(number_cells(run))
+        rows += (
+            f"<tr><th scope='row'>{escape(run.label)}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+        )
+    return f"<div class='wide'><table class='numbers'><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+
+
+def _html_replies(runs: Sequence[Run]) -> str:
+    """A foldable table of replies a kind of prompt: one row a prompt, one column a run."""
+    replies = {
+        (reply["kind"], reply["prompt"], place): reply
+        for place, run in enumerate(runs)
+        for reply in run.evaluation.replies
+    }
+    prompts = dict.fromkeys((kind, prompt) for kind, prompt, _ in replies)
+    head = "".join(f"<th scope='col'>{escape(run.label)}</th>" for run in runs)
+    parts = []
+    for kind in ("malicious", "benign", "task"):
+        shown = [prompt for other, prompt in prompts if other == kind][:SAMPLE_PROMPTS]
+        if not shown:
+            continue
+        rows = "".join(
+            f"<tr><th scope='row'>{escape(prompt)}</th>"
+            + "".join(_html_reply(replies.get((kind, prompt, place))) for place in range(len(runs)))
+            + "</tr>"
+            for prompt in shown
+        )
+        parts.append(
+            f"<details><summary>{kind} prompts: the first {len(shown)}</summary>"
+            "<div class='wide'><table class='replies'>"
+            f"<thead><tr><th scope='col'>prompt</th>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>"
+        )
+    return "".join(parts)
+
+
+def _html_reply(reply: dict | None) -> str:
+    if reply is None:
+        return "<td>-</td>"
+    if reply["kind"] == "task":
+        marks = ["correct" if reply["correct"] else f"wrong, should be {extract_answer(reply['reference'])}"]
+    else:
+        marks = ["refused" if reply["refused"] else "no refusal phrase"]
+    if reply["degenerate"]:
+        marks.append("degenerate")
+    return f"<td><b>{escape(', '.join(marks))}</b><p>{escape(reply['reply'])}</p></td>"

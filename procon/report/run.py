@@ -1,0 +1,80 @@
+"""One run of fine-tuning, as reports take it, and its file."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from procon.evaluation import Evaluation
+from procon.files import load_json, save_json
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way of fine-tuning, or the model before it.
+
+    Attributes:
+        label: what the run is called.
+        evaluation: refusal, over-refusal and task accuracy at the end.
+        cosine: signed cosine to the initial refusal direction, block by block; NaN where a block has none (paper
+            section III-B). None if it was not measured.
+        seconds_per_step: mean wall-clock time of an optimiser step; None if the run did not train.
+        history: rows of ``trainer.state.log_history``, whose keys ``step``, ``loss``, ``procon/penalty``,
+            ``procon/alpha``, ``procon/drift_cos``, ``procon/refusal_malicious``, ``procon/refusal_benign`` and
+            ``procon/task`` are plotted where they occur. Numbers that are not finite become None in JSON.
+    """
+
+    label: str
+    evaluation: Evaluation
+    cosine: list[float] | None = None
+    seconds_per_step: float | None = None
+    history: list[dict] = field(default_factory=list)
+
+    @property
+    def mean_cosine(self) -> float | None:
+        """Mean of :attr:`cosine` over the blocks that have a direction; None without any."""
+        known = [cosine for cosine in self.cosine or () if not math.isnan(cosine)]
+        return sum(known) / len(known) if known else None
+
+    def to_dict(self) -> dict:
+        """Plain dicts, lists, strings and numbers, for JSON; NaN becomes None."""
+        data = asdict(self)
+        if self.cosine is not None:
+            data["cosine"] = [_finite_or_none(cosine) for cosine in self.cosine]
+        data["history"] = [{key: _finite_or_none(value) for key, value in row.items()} for row in self.history]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict) -> Run:
+        """The run that :meth:`to_dict` was called on."""
+        cosine = data["cosine"]
+        return cls(
+            label=data["label"],
+            evaluation=Evaluation.from_dict(data["evaluation"]),
+            cosine=None if cosine is None else [math.nan if value is None else float(value) for value in cosine],
+            seconds_per_step=data["seconds_per_step"],
+            history=[dict(row) for row in data["history"]],
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write a JSON file; returns its path."""
+        return save_json(self.to_dict(), path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Run:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ProConError: if the file is missing, damaged, or holds something else.
+        """
+        return load_json(path, cls.from_dict, "run")
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and finite values of ``key`` in the history."""
+        rows = [row for row in self.history if row.get("step") is not None and _finite_or_none(row.get(key)) is not None]
+        return [row["step"] for row in rows], [float(row[key]) for row in rows]
+
+
+def _finite_or_none(value):
+    return None if isinstance(value, float) and not math.isfinite(value) else value
