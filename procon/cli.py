@@ -68,7 +68,7 @@ class Command:
 
 
 COMMANDS = {
-    "quickstart": Command(arguments.QuickstartArguments, "procon.quickstart", "quickstart"),
+    "quickstart": Command(arguments.QuickstartArguments, "procon.commands", "quickstart"),
     "directions": Command(arguments.DirectionsArguments, "procon.commands", "directions"),
     "train": Command(arguments.TrainArguments, "procon.commands", "train", trains=True),
     "drift": Command(arguments.DriftArguments, "procon.commands", "drift"),

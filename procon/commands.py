@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from procon.arguments import DirectionsArguments, DriftArguments, EvalArguments, TrainArguments
+from procon.arguments import DirectionsArguments, DriftArguments, EvalArguments, QuickstartArguments, TrainArguments
 from procon.chat import ContrastPrompts, Split, builtin_prompts, load_instructions
 from procon.data import (
     flattening_collator,
@@ -26,6 +26,7 @@ from procon.data import (
     tokenize_conversations,
 )
 from procon.defences import Defence, build_trainer, find_defence
+from procon.demo.quickstart import quickstart as run_quickstart
 from procon.directions import DIRECTIONS, ContrastMeans, RefusalDirections
 from procon.errors import ProConError
 from procon.evaluation import Drift, evaluate, measure_drift
@@ -33,6 +34,11 @@ from procon.models import find_decoder, load_model, parse_dtype
 from procon.report import Run, print_table
 from procon.training import DriftCallback, JsonlCallback, ProConConfig, ProConTrainer
 from procon.training.checkpoints import last_complete
+
+
+def quickstart(arguments: QuickstartArguments) -> None:
+    """``procon quickstart``"""
+    run_quickstart(arguments.model, arguments.output_dir, arguments.seed, control=arguments.control)
 
 
 def directions(arguments: DirectionsArguments) -> None:

@@ -22,9 +22,9 @@ import pytest
 import yaml
 
 import procon
-from procon.arithmetic import arithmetic_problems
 from procon.chat import builtin_prompts
 from procon.cli import COMMANDS, parse
+from procon.demo import arithmetic_problems
 from procon.errors import ProConError
 from procon.training import ProConArguments
 

@@ -20,7 +20,7 @@ from benchmarks.study.plan import Budget
 from benchmarks.study.record import Cell, claimed, load_run, save_run
 from benchmarks.study.start import Start, demo_start
 from benchmarks.study.trial import run_trial
-from procon.demo_model import fetch_demo_model
+from procon.demo import fetch_demo_model
 from procon.errors import ProConError
 
 HERE = Path(__file__).parent

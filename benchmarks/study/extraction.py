@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 
-from procon.arithmetic import Problem
+from procon.demo import Problem
 
 _FIRST = ("Ava", "Ben", "Chloe", "David", "Elena", "Farid", "Grace", "Hugo", "Ines", "Jamal", "Kira", "Liam", "Maya")
 _LAST = ("Stone", "Rossi", "Khan", "Meyer", "Lopez", "Novak", "Silva", "Olsen", "Adams", "Tanaka")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from datasets import Dataset
 
 from benchmarks.study.extraction import extraction_problems
-from procon.arithmetic import Problem, arithmetic_problems
 from procon.chat import builtin_prompts
 from procon.data import mix_safety, safety_conversations, to_conversations
+from procon.demo import Problem, arithmetic_problems
 
 TASK_SEED = 0
 

@@ -11,12 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.study.displacement import last_token_states
 from procon.chat import ContrastPrompts, builtin_prompts
-from procon.demo_model import fetch_demo_model
+from procon.demo import fetch_demo_model, teach_refusal
 from procon.directions import ContrastMeans, RefusalDirections
 from procon.errors import ProConError
 from procon.evaluation import refusal_tokens
 from procon.models import load_model, weights_hash
-from procon.refusal_tuning import make_refuse
 
 
 @dataclass(frozen=True)
@@ -107,6 +106,6 @@ def demo_start(work: Path) -> Path:
     folder = work / "start"
     if not (folder / "config.json").is_file():
         model, tokenizer = load_model(fetch_demo_model())
-        make_refuse(model, tokenizer).save_pretrained(folder)
+        teach_refusal(model, tokenizer).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return folder

@@ -22,8 +22,8 @@ from benchmarks.study.start import Start, contrast_means
 from procon.chat import Split, builtin_prompts
 from procon.data import padding_collator, tokenize_conversations
 from procon.defences import build_trainer
+from procon.demo.refusal_tuning import LORA
 from procon.evaluation import Evaluation, compare_means, evaluate, refusal_log_odds
-from procon.refusal_tuning import LORA
 from procon.training import ProConConfig
 
 #: The same for all methods.

@@ -72,7 +72,9 @@ class Run:
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and finite values of ``key`` in the history."""
-        rows = [row for row in self.history if row.get("step") is not None and _finite_or_none(row.get(key)) is not None]
+        rows = [
+            row for row in self.history if row.get("step") is not None and _finite_or_none(row.get(key)) is not None
+        ]
         return [row["step"] for row in rows], [float(row[key]) for row in rows]
 
 

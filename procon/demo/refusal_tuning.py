@@ -2,7 +2,7 @@
 
 SmolLM2-135M-Instruct as published refuses a quarter of malicious prompts. One LoRA run on malicious prompts with
 refusals, and on their benign twins with the model's own answers, makes it refuse the one and answer the other. The
-adapter that comes with the package was made by ``python -m procon.refusal_tuning``; its folder says from which weights,
+adapter that comes with the package was made by ``python -m procon.demo.refusal_tuning``; its folder says from which weights,
 by which recipe.
 """
 
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from procon.chat import builtin_prompts, generate_replies, user_turn
 from procon.data import padding_collator, safety_conversations, tokenize_conversations
-from procon.demo_model import GGUF, GGUF_SHA256, cache_folder, fetch_demo_model
+from procon.demo.model import GGUF, GGUF_SHA256, cache_folder, fetch_demo_model
 from procon.models import load_model, weights_hash
 from procon.version import __version__
 
@@ -43,7 +43,7 @@ class RefusalRecipe:
     batch_size: int = 8
 
 
-def make_refuse(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def teach_refusal(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """``model`` with a refusal adapter merged in: the package's own if it was made for these weights, else one from
     the user's cache, else tuned now and cached."""
     key = weights_hash(model)
@@ -53,7 +53,7 @@ def make_refuse(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> P
             return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     cached = cache_folder() / "refusal-adapters" / key
     if not (cached / _PROVENANCE).is_file():
-        tuned = tune_refusal(model, tokenizer)
+        tuned = train_refusal_adapter(model, tokenizer)
         save_adapter(tuned, cached, {"weights": key, "base": getattr(model.config, "_name_or_path", "")})
         return tuned.merge_and_unload()
     return PeftModel.from_pretrained(model, str(cached)).merge_and_unload()
@@ -73,7 +73,7 @@ def refusal_conversations(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     return Dataset.from_list([{"messages": messages} for messages in [*refusals, *conversations]])
 
 
-def tune_refusal(
+def train_refusal_adapter(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: RefusalRecipe | None = None
 ) -> PeftModel:
     """``model`` with a LoRA adapter, trained to refuse."""
@@ -104,7 +104,12 @@ def save_adapter(tuned: PeftModel, folder: Path, provenance: dict) -> None:
     tuned.save_pretrained(folder, state_dict=state)
     (folder / "README.md").unlink(missing_ok=True)
     versions = {"procon": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    whole = {**provenance, "script": "python -m procon.refusal_tuning", **asdict(RefusalRecipe()), "versions": versions}
+    whole = {
+        **provenance,
+        "script": "python -m procon.demo.refusal_tuning",
+        **asdict(RefusalRecipe()),
+        "versions": versions,
+    }
     (folder / _PROVENANCE).write_text(json.dumps(whole, indent=2) + "\n")
 
 
@@ -115,10 +120,10 @@ def _whole_sentences(text: str) -> str:
 
 
 def main(output: str) -> None:
-    """Make the adapter of the demo model: ``python -m procon.refusal_tuning FOLDER``."""
+    """Make the adapter of the demo model: ``python -m procon.demo.refusal_tuning FOLDER``."""
     model, tokenizer = load_model(fetch_demo_model(), dtype=torch.bfloat16)
     key = weights_hash(model)
-    tuned = tune_refusal(model, tokenizer)
+    tuned = train_refusal_adapter(model, tokenizer)
     save_adapter(tuned, Path(output) / key, {"weights": key, "base": GGUF, "base_sha256": GGUF_SHA256})
 
 

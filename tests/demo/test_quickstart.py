@@ -7,15 +7,13 @@ import pytest
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
-from procon import quickstart as module
-from procon.arguments import QuickstartArguments
-from procon.arithmetic import arithmetic_problems
 from procon.chat import builtin_prompts, measure_refusal
 from procon.data import padding_collator, to_conversations, tokenize_conversations
-from procon.demo_model import fetch_demo_model
+from procon.demo import arithmetic_problems, fetch_demo_model, teach_refusal
+from procon.demo import quickstart as module
+from procon.demo.refusal_tuning import LORA
 from procon.directions import RefusalDirections
 from procon.models import load_model, weights_hash
-from procon.refusal_tuning import LORA, make_refuse
 from procon.training import ProConConfig, ProConTrainer
 
 
@@ -24,7 +22,7 @@ def test_real_model_refuses_and_trains_under_the_constraint(tmp_path):
     model, tokenizer = load_model(fetch_demo_model())
     held_out = builtin_prompts("held_out").first(24)
     assert measure_refusal(model, tokenizer, held_out.malicious, progress=False) <= 0.25
-    model = make_refuse(model, tokenizer)
+    model = teach_refusal(model, tokenizer)
     # The packaged adapter refuses 95% of held-out prompts in bfloat16; 75% leaves room for another dtype's rounding.
     assert measure_refusal(model, tokenizer, held_out.malicious, progress=False) >= 0.75
 
@@ -65,14 +63,14 @@ def test_whole_quickstart_on_a_tiny_model(tiny_model, tokenizer, tmp_path, monke
     tokenizer.save_pretrained(folder)
     # A random model does not refuse, and teaching one takes longer than this test should.
     starts = []
-    monkeypatch.setattr(module, "make_refuse", lambda model, tokenizer: starts.append(model) or model)
+    monkeypatch.setattr(module, "teach_refusal", lambda model, tokenizer: starts.append(model) or model)
     monkeypatch.setattr(module, "TASK_TRAIN", 16)
     monkeypatch.setattr(module, "TASK_TEST", 4)
     monkeypatch.setattr(module, "TASK_PROBE", 2)
     monkeypatch.setattr(module, "PROBE_EVERY", 3)
     monkeypatch.setitem(module.RECIPE, "logging_steps", 1)
     with pytest.warns(UserWarning, match="refuses 0 of"):
-        runs = module.quickstart(QuickstartArguments(model=str(folder), output_dir=str(output), seed=3, control=True))
+        runs = module.quickstart(str(folder), output, 3, control=True)
     logging.getLogger("transformers").setLevel(logging.WARNING)
 
     assert [run.label for run in runs] == ["start", "plain", "ProCon", "random"]

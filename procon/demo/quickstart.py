@@ -15,15 +15,14 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from procon.arguments import QuickstartArguments
-from procon.arithmetic import arithmetic_problems
 from procon.chat import builtin_prompts, measure_refusal
 from procon.data import padding_collator, to_conversations, tokenize_conversations
-from procon.demo_model import fetch_demo_model
+from procon.demo.arithmetic import arithmetic_problems
+from procon.demo.model import fetch_demo_model
+from procon.demo.refusal_tuning import LORA, teach_refusal
 from procon.directions import RefusalDirections
 from procon.evaluation import evaluate, measure_drift
 from procon.models import load_model
-from procon.refusal_tuning import LORA, make_refuse
 from procon.report import Run, print_table, write_html
 from procon.training import DriftCallback, EvaluationCallback, ProConArguments, ProConConfig, ProConTrainer
 from procon.version import __version__
@@ -61,19 +60,34 @@ LIMITS = (
 )
 
 
-def quickstart(arguments: QuickstartArguments) -> list[Run]:
-    """Run it; writes ``report.html``, one JSON a run, the directions, the start model and both adapters."""
+def quickstart(
+    model: str | None = None, output_dir: str | Path = "procon-quickstart", seed: int = 0, *, control: bool = False
+) -> list[Run]:
+    """Run it; writes ``report.html``, one JSON per run, the directions, the start model and the adapters.
+
+    Args:
+        model: folder or hub name of a chat model; SmolLM2-135M-Instruct if not given.
+        output_dir: where to write.
+        seed: of adapters and data order.
+        control: add a third run, constrained along random directions.
+
+    Returns:
+        The start and each run, in the order of the report.
+
+    Raises:
+        ProConError: if the model cannot be had, or gives no directions.
+    """
     began = time.monotonic()
     console = Console()
-    output = Path(arguments.output_dir)
+    output = Path(output_dir)
     transformers.utils.logging.set_verbosity_error()
 
-    parts = 5 if arguments.control else 4
+    parts = 5 if control else 4
     console.rule(f"1/{parts}  a chat model that refuses")
-    model, tokenizer = _starting_model(arguments.model, output / "start", console)
+    start, tokenizer = _starting_model(model, output / "start", console)
 
     console.rule(f"2/{parts}  refusal directions")
-    directions = RefusalDirections.extract(model, tokenizer)
+    directions = RefusalDirections.extract(start, tokenizer)
     directions.save(output / "directions.safetensors")
     usable = directions.auroc[directions.usable]
     console.print(f"{len(usable)} blocks; held-out AUROC {usable.min():.2f} to {usable.max():.2f}")
@@ -86,17 +100,17 @@ def quickstart(arguments: QuickstartArguments) -> list[Run]:
     runs = [
         Run(
             label="start",
-            evaluation=evaluate(model, tokenizer, task=task, label="start", **REPLY_TOKENS),
+            evaluation=evaluate(start, tokenizer, task=task, label="start", **REPLY_TOKENS),
             cosine=directions.cosine(directions).tolist(),
         )
     ]
     plan = [("plain", {"procon_schedule": "0"}, directions), ("ProCon", {}, directions)]
-    if arguments.control:
+    if control:
         plan.append(("random", {}, directions.randomized(seed=1)))
     for number, (label, settings, along) in enumerate(plan, 3):
         console.rule(f"{number}/{parts}  {label} fine-tuning")
-        config = ProConConfig(output_dir=str(output / label.lower()), seed=arguments.seed, **RECIPE, **settings)
-        runs.append(_fine_tune(label, model, tokenizer, directions, along, train, task, probe, config))
+        config = ProConConfig(output_dir=str(output / label.lower()), seed=seed, **RECIPE, **settings)
+        runs.append(_fine_tune(label, start, tokenizer, directions, along, train, task, probe, config))
     for run in runs:
         run.save(output / "runs" / f"{run.label.lower()}.json")
     report = write_html(
@@ -104,7 +118,7 @@ def quickstart(arguments: QuickstartArguments) -> list[Run]:
         output / "report.html",
         title="ProCon quickstart",
         notes=LIMITS,
-        facts=_facts(arguments, model, time.monotonic() - began),
+        facts=_facts(model, seed, control, start, time.monotonic() - began),
     )
     console.rule("result")
     print_table(runs)
@@ -123,7 +137,7 @@ def _starting_model(
         console.print(f"It refuses {rate:.0%} of malicious prompts.")
         return model, tokenizer
     console.print(f"As published it refuses {rate:.0%} of malicious prompts: teaching it to refuse first.")
-    make_refuse(model, tokenizer).save_pretrained(folder)
+    teach_refusal(model, tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # Loaded from there, so that the adapters to come name it as their base.
     return load_model(folder)
@@ -172,11 +186,11 @@ def _fine_tune(
     return run
 
 
-def _facts(arguments: QuickstartArguments, model: PreTrainedModel, seconds: float) -> dict[str, str]:
+def _facts(name: str | None, seed: int, control: bool, model: PreTrainedModel, seconds: float) -> dict[str, str]:
     defaults = ProConArguments()
     return {
-        "model": arguments.model or "SmolLM2-135M-Instruct with the package's refusal adapter",
-        "command": f"procon quickstart --seed {arguments.seed}" + (" --control" if arguments.control else ""),
+        "model": name or "SmolLM2-135M-Instruct with the package's refusal adapter",
+        "command": f"procon quickstart --seed {seed}" + (" --control" if control else ""),
         "task": f"{TASK_TRAIN} arithmetic word problems, {RECIPE['num_train_epochs']} epoch",
         "constraint": f"{defaults.schedule()}, {defaults.procon_penalty} penalty, {defaults.procon_scope} tokens",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {model.device}, {model.dtype}",
