@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from procon.arguments import TrainArguments
+from procon.cli.arguments import TrainArguments
 from procon.data import padding_collator
 from procon.defences import (
     DEFENCES,

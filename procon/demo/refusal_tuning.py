@@ -2,8 +2,8 @@
 
 SmolLM2-135M-Instruct as published refuses a quarter of malicious prompts. One LoRA run on malicious prompts with
 refusals, and on their benign twins with the model's own answers, makes it refuse the one and answer the other. The
-adapter that comes with the package was made by ``python -m procon.demo.refusal_tuning``; its folder says from which weights,
-by which recipe.
+adapter that comes with the package was made by ``python -m procon.demo.refusal_tuning``; its folder says from which
+weights, by which recipe.
 """
 
 from __future__ import annotations

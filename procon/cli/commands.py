@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from procon.arguments import DirectionsArguments, DriftArguments, EvalArguments, QuickstartArguments, TrainArguments
 from procon.chat import ContrastPrompts, Split, builtin_prompts, load_instructions
+from procon.cli.arguments import DirectionsArguments, DriftArguments, EvalArguments, QuickstartArguments, TrainArguments
 from procon.data import (
     flattening_collator,
     load_conversations,

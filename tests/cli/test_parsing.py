@@ -12,7 +12,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from procon.cli import COMMANDS, main, parse
+from procon.cli import main
+from procon.cli.parsing import COMMANDS, parse
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.evaluation import Evaluation
@@ -55,7 +56,7 @@ TRAIN = ["train", "--model", "model", "--data", "data.jsonl", "--directions", "d
 def test_help_and_version_come_without_torch(argv):
     script = (
         "import sys, procon.cli\n"
-        f"code = procon.cli.main({argv})\n"
+        f"code = procon.cli.parsing.main({argv})\n"
         "heavy = [name for name in ('torch', 'transformers', 'datasets') if name in sys.modules]\n"
         "print('loaded', heavy, code)"
     )
@@ -364,7 +365,7 @@ def test_train_extracts_directions_where_none_are_given(place, capsys):
 
 
 def test_task_rows_are_first_question_and_last_answer(place):
-    from procon.commands import _task
+    from procon.cli.commands import _task
 
     turns = ["system", "user", "assistant", "user", "assistant", "user"]
     rows = [{"messages": [{"role": role, "content": f"{role} {number}"} for number, role in enumerate(turns)]}]

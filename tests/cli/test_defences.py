@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from procon import commands
-from procon.cli import main
+from procon.cli import commands, main
 from procon.defences import DEFENCES
 from procon.directions import RefusalDirections
 
@@ -127,7 +126,7 @@ def test_bad_settings_are_one_line_and_leave_nothing(here, capsys, argv, message
 
 
 def test_every_defence_is_on_the_page():
-    page = (Path(__file__).parent.parent / "docs" / "how-to" / "defences.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "defences.md").read_text()
     for name, defence in DEFENCES.items():
         assert f"`{name}`" in page
         for setting in defence.settings:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from procon import arguments
+from procon.cli import arguments
 from procon.errors import ProConError
 from procon.version import __version__
 
@@ -68,11 +68,11 @@ class Command:
 
 
 COMMANDS = {
-    "quickstart": Command(arguments.QuickstartArguments, "procon.commands", "quickstart"),
-    "directions": Command(arguments.DirectionsArguments, "procon.commands", "directions"),
-    "train": Command(arguments.TrainArguments, "procon.commands", "train", trains=True),
-    "drift": Command(arguments.DriftArguments, "procon.commands", "drift"),
-    "eval": Command(arguments.EvalArguments, "procon.commands", "evaluation"),
+    "quickstart": Command(arguments.QuickstartArguments, "procon.cli.commands", "quickstart"),
+    "directions": Command(arguments.DirectionsArguments, "procon.cli.commands", "directions"),
+    "train": Command(arguments.TrainArguments, "procon.cli.commands", "train", trains=True),
+    "drift": Command(arguments.DriftArguments, "procon.cli.commands", "drift"),
+    "eval": Command(arguments.EvalArguments, "procon.cli.commands", "evaluation"),
 }
 
 
@@ -223,7 +223,3 @@ def _overview() -> str:
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     if issubclass(category, UserWarning) and not issubclass(category, (FutureWarning, DeprecationWarning)):
         print(f"procon: warning: {' '.join(str(message).split())}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,7 @@
+"""``python -m procon.cli``"""
+
+import sys
+
+from procon.cli.parsing import main
+
+sys.exit(main())
