@@ -14,10 +14,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from benchmarks.interleaved import Samples, interleave
-from benchmarks.machine import DEVICE, SMOKE
-from benchmarks.shapes import make_batch, make_directions, make_model, make_optimizer
-from benchmarks.timers import wall_time
+from benchmarks.harness.interleaved import Samples, interleave
+from benchmarks.harness.machine import DEVICE, SMOKE
+from benchmarks.harness.shapes import make_batch, make_directions, make_model, make_optimizer
+from benchmarks.harness.timers import wall_time
 from procon import Anchors
 from procon.anchors import fingerprint
 

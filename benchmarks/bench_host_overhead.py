@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from benchmarks.agreement import check_agreement
-from benchmarks.interleaved import Samples, interleave
-from benchmarks.machine import DEVICE, SMOKE
-from benchmarks.shapes import SHAPES, make_batch, make_directions, make_model
-from benchmarks.timers import wall_time
+from benchmarks.harness.agreement import check_agreement
+from benchmarks.harness.interleaved import Samples, interleave
+from benchmarks.harness.machine import DEVICE, SMOKE
+from benchmarks.harness.shapes import SHAPES, make_batch, make_directions, make_model
+from benchmarks.harness.timers import wall_time
 from procon import ProjectionConstraint
 from procon.ops import constrain, rms_norm_constrain
 

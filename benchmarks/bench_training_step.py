@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from benchmarks.agreement import check_agreement
-from benchmarks.interleaved import Samples, interleave
-from benchmarks.machine import COMPILED, DEVICE, PAIRS, SMOKE, why_no_liger
-from benchmarks.shapes import make_batch, make_directions, make_model, make_optimizer
-from benchmarks.timers import wall_time
+from benchmarks.harness.agreement import check_agreement
+from benchmarks.harness.interleaved import Samples, interleave
+from benchmarks.harness.machine import COMPILED, DEVICE, PAIRS, SMOKE, why_no_liger
+from benchmarks.harness.shapes import make_batch, make_directions, make_model, make_optimizer
+from benchmarks.harness.timers import wall_time
 from procon import ProjectionConstraint
 from procon.models import find_decoder
 

@@ -1,13 +1,14 @@
 """Interleaved samples in pytest-benchmark's tables and files; the machine they are from; the ratios at the end.
 
-pytest-benchmark times one test after another. Contenders are timed in turn instead (:mod:`benchmarks.interleaved`), and
-each test then replays its samples: a clock given as pytest-benchmark's ``timer`` goes forward by one sample a round.
+pytest-benchmark times one test after another. Contenders are timed in turn instead
+(:mod:`benchmarks.harness.interleaved`), and each test then replays its samples: a clock given as pytest-benchmark's
+``timer`` goes forward by one sample per round.
 """
 
 import pytest
 
-from benchmarks import machine
-from benchmarks.interleaved import Samples
+from benchmarks.harness import machine
+from benchmarks.harness.interleaved import Samples
 
 
 class _Clock:

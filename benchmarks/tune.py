@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.interleaved import interleave
-from benchmarks.machine import DEVICE, last_level_cache
-from benchmarks.timers import gpu_time
+from benchmarks.harness.interleaved import interleave
+from benchmarks.harness.machine import DEVICE, last_level_cache
+from benchmarks.harness.timers import gpu_time
 
 SIZES = (576, 1024, 2048, 3584, 4096, 5120, 8192, 16384)
 ROWS = 8192

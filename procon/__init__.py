@@ -3,15 +3,27 @@
 Names are imported on first use, so ``from procon import constrain`` loads neither transformers nor Triton.
 """
 
+import sys
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from procon.version import __version__
 
-# In a source tree that is not installed, `kernels/` lies beside this package and not in it.
-if not Path(__file__).with_name("kernels").is_dir():
-    __path__.append(str(Path(__file__).parent.parent))
+
+def _mount_kernels() -> None:
+    """In a source tree ``kernels/`` lies beside this package, not in it; that one folder becomes ``procon.kernels``."""
+    file = Path(__file__).resolve().parents[1] / "kernels" / "__init__.py"
+    if "procon.kernels" in sys.modules or Path(__file__).with_name("kernels").is_dir() or not file.is_file():
+        return
+    spec = spec_from_file_location("procon.kernels", file, submodule_search_locations=[str(file.parent)])
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules["procon.kernels"] = module
+
+
+_mount_kernels()
 
 _HOME = {
     "project": "ops",

@@ -22,9 +22,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-# The benchmarks are not installed. At the end, so that what is installed comes first: the folder also holds `kernels`.
-sys.path.append(str(Path(__file__).parent.parent))
-
 # Triton reads it when a kernel is declared, its own ones included, so it has to be there before anything imports
 # triton; transformers does.
 if not torch.cuda.is_available():

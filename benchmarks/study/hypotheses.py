@@ -8,9 +8,9 @@ from operator import itemgetter
 
 import numpy as np
 
+from benchmarks.study.intervals import Estimate, p_value
 from benchmarks.study.outcomes import LOG_ODDS, REFUSAL, Measure, Outcomes, values
 from benchmarks.study.plan import Part
-from benchmarks.study.statistics import Estimate, p_value
 from benchmarks.study.sweep import Place, find_sweeps
 
 #: The part that the strength of the last hypothesis is chosen from; measured on validation prompts.

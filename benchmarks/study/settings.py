@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from datasets import Dataset
 
-from benchmarks.study.extraction import extraction_problems
+from benchmarks.study.order_notes import extraction_problems
 from procon.chat import builtin_prompts
 from procon.data import mix_safety, safety_conversations, to_conversations
 from procon.demo import Problem, arithmetic_problems

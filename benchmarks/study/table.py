@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.study.hypotheses import Verdict
+from benchmarks.study.intervals import Estimate
 from benchmarks.study.outcomes import (
     DEGENERATE,
     LOG_ODDS,
@@ -24,7 +25,6 @@ from benchmarks.study.paper import PAPER, PaperFigure
 from benchmarks.study.plan import Part
 from benchmarks.study.preset import Standing
 from benchmarks.study.settings import SETTINGS
-from benchmarks.study.statistics import Estimate
 
 NOT_RUN = "not run"
 

@@ -7,24 +7,33 @@ operators, which a graph can hold, because the dispatcher would cost an eager ca
 
 from collections.abc import Callable
 from functools import cache
-from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-_PACKAGES = {"eager": "procon.eager", "triton": "procon.kernels"}
 _library = torch.library.Library("procon", "DEF")
+
+
+# Imported on first use: the kernels bring Triton along, which may be missing where they are not called.
 
 
 @cache
 def _projection_penalty(backend: str) -> ModuleType:
-    return import_module(f"{_PACKAGES[backend]}.projection_penalty")
+    if backend == "triton":
+        from procon.kernels import projection_penalty
+    else:
+        from procon.eager import projection_penalty
+    return projection_penalty
 
 
 @cache
 def _rms_norm_penalty(backend: str) -> ModuleType:
-    return import_module(f"{_PACKAGES[backend]}.rms_norm_penalty")
+    if backend == "triton":
+        from procon.kernels import rms_norm_penalty
+    else:
+        from procon.eager import rms_norm_penalty
+    return rms_norm_penalty
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.machine import DEVICE, installed
+from benchmarks.harness.machine import DEVICE, installed
 from procon.directions import RefusalDirections
 
 

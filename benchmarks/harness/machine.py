@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.timers import wall_time
+from benchmarks.harness.timers import wall_time
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -13,12 +13,12 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 #: What each suite promises besides contender, baseline and ratios.
 FIELDS = {
-    "bench_op": {"bytes", "bytes_formula", "flops", "gigabytes_per_second", "percent_of_copy"},
-    "bench_norm": {"bytes", "bytes_formula", "flops", "gigabytes_per_second", "percent_of_copy"},
+    "bench_projection_penalty": {"bytes", "bytes_formula", "flops", "gigabytes_per_second", "percent_of_copy"},
+    "bench_rms_norm_penalty": {"bytes", "bytes_formula", "flops", "gigabytes_per_second", "percent_of_copy"},
     "bench_training_step": {"tokens_per_second"},
     "bench_host_overhead": set(),
     "bench_anchors": set(),

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from benchmarks.agreement import check_agreement
-from benchmarks.machine import COMPILED, DEVICE, SMOKE, why_no_liger
-from benchmarks.passes import (
+from benchmarks.harness.agreement import check_agreement
+from benchmarks.harness.machine import COMPILED, DEVICE, SMOKE, why_no_liger
+from benchmarks.harness.passes import (
     PASSES,
     Function,
     Shape,
@@ -25,7 +25,7 @@ from benchmarks.passes import (
     run_forward,
     time_passes,
 )
-from benchmarks.throughput import throughput
+from benchmarks.harness.throughput import throughput
 from procon.ops import constrain, rms_norm, rms_norm_constrain
 
 UNITS = {"forward": 2, "backward": 3, "both": 5}

@@ -49,7 +49,7 @@ def interleave(
 
     Args:
         contenders: functions to call, by name.
-        timer: seconds a call, from the function and a number of calls (see :mod:`benchmarks.timers`).
+        timer: seconds a call, from the function and a number of calls (see :mod:`benchmarks.harness.timers`).
         warmup: samples of each contender that are thrown away.
         sample_seconds: how long a sample should take at least; a short function is called several times in a sample.
         most_calls: the most calls in a sample.

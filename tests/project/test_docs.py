@@ -28,10 +28,10 @@ from procon.demo import arithmetic_problems
 from procon.errors import ProConError
 from procon.training import ProConArguments
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
 
-#: The README's blocks leave more names to the reader; tests/test_readme.py sets them.
+#: The README's blocks leave more names to the reader; tests/project/test_readme.py sets them.
 TESTED_ELSEWHERE = frozenset({ROOT / "README.md"})
 
 #: Pages whose Python takes more than ten seconds.

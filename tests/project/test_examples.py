@@ -13,7 +13,7 @@ from procon import Anchors, ProjectionConstraint, RefusalDirections
 from procon.anchors import AnchoredCollator
 from procon.data import padding_collator
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 #: Flags beside --model and --data that make a run last a few steps, of which the constraint acts on some.
 RUNS = {

@@ -30,7 +30,7 @@ from procon.integrations.forward import ConstrainedForward
 from procon.models import find_decoder
 from procon.training import ProConConfig, ProConTrainer
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 #: At which the constraint makes up a good part of the gradient.
 ALPHA = 100.0

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.agreement import check_agreement
-from benchmarks.machine import COMPILED, DEVICE, SMOKE
-from benchmarks.passes import (
+from benchmarks.harness.agreement import check_agreement
+from benchmarks.harness.machine import COMPILED, DEVICE, SMOKE
+from benchmarks.harness.passes import (
     PASSES,
     Function,
     Shape,
@@ -24,7 +24,7 @@ from benchmarks.passes import (
     run_forward,
     time_passes,
 )
-from benchmarks.throughput import throughput
+from benchmarks.harness.throughput import throughput
 from procon.ops import constrain
 
 UNITS = {"forward": 1, "backward": 2, "both": 3}

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from benchmarks.study.extraction import extraction_problems
+from benchmarks.study.order_notes import extraction_problems
 from benchmarks.study.settings import POISON_PROMPTS, SETTINGS, poison, safety_samples
 from procon.chat import builtin_prompts, is_refusal
 

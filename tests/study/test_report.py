@@ -14,13 +14,13 @@ from scipy import stats
 from benchmarks.study import report
 from benchmarks.study.figures import pareto_front, plot_front, plot_sweeps
 from benchmarks.study.hypotheses import CONTROL, LOG_ODDS, REFUSAL, Hypothesis, at_chosen_strength, judge
+from benchmarks.study.intervals import Estimate, p_value
 from benchmarks.study.methods import Method
 from benchmarks.study.outcomes import Outcomes, judges_agree, values
 from benchmarks.study.paper import PAPER
 from benchmarks.study.plan import Budget, Part, Size
 from benchmarks.study.preset import candidates, choose, confirm
 from benchmarks.study.record import Cell
-from benchmarks.study.statistics import Estimate, p_value
 from benchmarks.study.sweep import find_sweeps
 from benchmarks.study.table import NONE, NOT_RUN, Table, cost_table, kept_table, preset_table
 from procon.errors import ProConError

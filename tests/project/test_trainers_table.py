@@ -1,6 +1,6 @@
 """Every trainer in every mode: the penalty's gradient is the one by definition, or the set-up is refused.
 
-``PROCON_RECORD_TABLE=1 pytest tests/test_trainers_table.py`` also records what it found, in
+``PROCON_RECORD_TABLE=1 pytest tests/project/test_trainers_table.py`` also records what it found, in
 ``trainers_table/recorded.json`` and in the page ``docs/compatibility.md`` that is made of it. Rows whose trainer is not
 installed keep their last record.
 """
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-WORKER = Path(__file__).parent / "trainers_table"
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).parents[1] / "trainers_table"
 RECORD = WORKER / "recorded.json"
 PAGE = ROOT / "docs" / "compatibility.md"
 

@@ -11,7 +11,7 @@ from procon import RefusalDirections
 from procon.chat import response_mask, user_turn
 from procon.data import padding_collator
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 

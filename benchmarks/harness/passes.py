@@ -9,9 +9,9 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from benchmarks.interleaved import Samples, interleave
-from benchmarks.machine import DEVICE, SMOKE, last_level_cache
-from benchmarks.timers import gpu_time, wall_time
+from benchmarks.harness.interleaved import Samples, interleave
+from benchmarks.harness.machine import DEVICE, SMOKE, last_level_cache
+from benchmarks.harness.timers import gpu_time, wall_time
 
 PASSES = ("forward", "backward", "both")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-WORKER = Path(__file__).parent / "workers" / "defences.py"
+WORKER = Path(__file__).parents[1] / "workers" / "defences.py"
 NAMES = ["plain", "sppft", "constrained_sft", "safe_lora", "lisa", "steering", "hidden_states"]
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from statistics import median
 
-from benchmarks.machine import copy_bandwidth
+from benchmarks.harness.machine import copy_bandwidth
 
 
 def throughput(seconds: Sequence[float], *, formula: str, moved: int, flops: int) -> dict[str, object]:

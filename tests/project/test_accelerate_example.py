@@ -13,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "accelerate"
 #: And what Accelerate makes of each on two CPU ranks.
 CONFIGURATIONS = {
