@@ -36,6 +36,8 @@ setup(
     description="Fine-tune a chat model without it forgetting how to refuse: a fused projection constraint.",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
+    author="The ProCon developers",
+    project_urls={"Paper": "https://arxiv.org/abs/2509.06795"},
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
