@@ -38,7 +38,7 @@ def _measure() -> _Result:
     model = make_model(SHAPE, dtype, "lora")
     optimizer = make_optimizer(model.parameters())
     directions = make_directions(SHAPE)
-    blocks = range(len(directions.directions))
+    blocks = range(len(directions.first))
     large = make_batch(SHAPE, BATCHES * ROWS, LENGTH, packed=False)
     batches = [
         {name: value[start : start + ROWS] for name, value in large.items()} for start in range(0, BATCHES * ROWS, ROWS)
@@ -58,7 +58,14 @@ def _measure() -> _Result:
 
         def record() -> Anchors:
             return Anchors.record(
-                model, batches, directions, next(fresh), blocks=blocks, progress=False, fingerprint=state
+                model,
+                batches,
+                directions,
+                next(fresh),
+                blocks=blocks,
+                progress=False,
+                fingerprint=state,
+                scope="response",
             )
 
         epoch = interleave(

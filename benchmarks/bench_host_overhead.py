@@ -173,7 +173,7 @@ def _measure_attach() -> Samples:
 
     def step(fuse: str | None) -> Callable[[], None]:
         model = make_model("smoke", torch.float32, "full")
-        constraint = ProjectionConstraint(make_directions("smoke"))
+        constraint = ProjectionConstraint(make_directions("smoke"), penalty="squared")
         if fuse is not None:
             constraint.attach(model, fuse=fuse)
 
@@ -181,7 +181,7 @@ def _measure_attach() -> Samples:
             if fuse is None:
                 model(**batch).loss.backward()
                 return
-            constraint.target(anchors, mask)
+            constraint.set_target(anchors, mask)
             (model(**batch).loss + constraint.penalty()).backward()
             constraint.release()
 

@@ -113,7 +113,7 @@ class _Training:
         self._inputs = {name: value for name, value in self._batch.items() if name != "labels"}
         self._mask = (self._batch["labels"] != -100).float()
         self._directions = make_directions(case.shape)
-        self._vectors = self._directions.directions.to(DEVICE)
+        self._vectors = self._directions.first.to(DEVICE)
         inputs = zip(_block_inputs(self._model, self._inputs), self._vectors, strict=True)
         self._anchors = torch.stack([hidden.float() @ direction for hidden, direction in inputs], dim=-1)
         self._constraints: dict[str, ProjectionConstraint] = {}
@@ -136,13 +136,15 @@ class _Training:
         self, name: str, fuse: str, wrap: Callable[[nn.Module], nn.Module] = lambda model: model
     ) -> Callable[[], Loss]:
         model = _sharing_tensors(self._model)
-        constraint = self._constraints[name] = ProjectionConstraint(self._directions).attach(model, fuse=fuse)
+        constraint = self._constraints[name] = ProjectionConstraint(self._directions, penalty="squared").attach(
+            model, fuse=fuse
+        )
         if len(constraint.fused) != (len(constraint.blocks) if fuse == "auto" else 0):
             raise AssertionError(f"{name} is not what it says: only blocks {constraint.fused} are fused")
         model = wrap(model)
 
         def loss() -> Loss:
-            constraint.target(self._anchors, self._mask)
+            constraint.set_target(self._anchors, self._mask)
             return Loss(model(**self._batch).loss, constraint.penalty())
 
         return loss

@@ -68,7 +68,7 @@ def main() -> None:
                 constrained = constrained_tokens(micro_batches)
                 step_loss = 0.0
                 for batch in micro_batches:
-                    constraint.target(batch.pop("anchors"), batch.pop("constraint_mask"))
+                    constraint.set_target(batch.pop("anchors"), batch.pop("constraint_mask"))
                     loss = model(**batch, num_items_in_batch=labelled).loss
                     if alpha > 0:
                         loss = loss + alpha * constraint.penalty(constrained)

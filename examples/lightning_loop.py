@@ -61,7 +61,7 @@ class ConstrainedModule(lightning.LightningModule):
         labelled, constrained = (
             self.trainer.strategy.reduce(batch.pop(name), reduce_op="sum") for name in ("labelled", "constrained")
         )
-        self.constraint.target(batch.pop("anchors"), batch.pop("constraint_mask"))
+        self.constraint.set_target(batch.pop("anchors"), batch.pop("constraint_mask"))
         loss = self.model(**batch, num_items_in_batch=labelled).loss + self.alpha * self.constraint.penalty(constrained)
         self.log("loss", loss, prog_bar=True, reduce_fx="sum")
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size

@@ -12,6 +12,9 @@ weights, penalties and coefficients, of which the backward reads a coefficient o
 Accumulation is in the dtype of r: float32, or float64 for float64 hidden states.
 """
 
+# What @triton.jit compiles is not what Python would run: unrolled loops, and names bound under compile-time conditions.
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+
 import torch
 import triton
 import triton.language as tl
@@ -126,6 +129,7 @@ def _launch_forward(
 ) -> None:
     rows, size = hidden.shape
     tile = row_tile("forward", size, hidden.element_size(), target_of(hidden))
+    anchor_stride, anchor_step = (0, 0) if anchor is None else anchor.stride()
     if rows:
         with on_device(hidden):
             _forward[(triton.cdiv(rows, tile.rows),)](
@@ -137,14 +141,15 @@ def _launch_forward(
                 per_direction,
                 rows,
                 hidden.stride(0),
-                *((0, 0) if anchor is None else anchor.stride()),
+                anchor_stride,
+                anchor_step,
                 0 if weight is None else weight.stride(0),
                 D=size,
                 K=len(direction),
                 PENALTY=penalty,
                 ROWS=tile.rows,
                 COLUMNS=tile.columns,
-                num_warps=tile.warps,
+                num_warps=tile.warps,  # pyright: ignore[reportCallIssue]  # a launch option
             )
 
 
@@ -209,5 +214,5 @@ def _launch_backward(
                 ROWS=tile.rows,
                 COLUMNS=tile.columns,
                 IN_PLACE=incoming is gradient,
-                num_warps=tile.warps,
+                num_warps=tile.warps,  # pyright: ignore[reportCallIssue]  # a launch option
             )

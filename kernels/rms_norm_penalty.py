@@ -17,6 +17,9 @@ gradient each program keeps a float32 sum of its rows and writes it once, and th
 Accumulation is in float32, or float64 for float64 hidden states.
 """
 
+# What @triton.jit compiles is not what Python would run: unrolled loops, and names bound under compile-time conditions.
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportOperatorIssue=false
+
 import torch
 import triton
 import triton.language as tl
@@ -174,6 +177,7 @@ def rms_norm_penalize(
     token_penalty = torch.empty(rows if directions else 0, dtype=computed, device=hidden.device)
     coefficient = torch.empty((rows, directions), dtype=computed, device=hidden.device)
     tile = row_tile("forward", size, hidden.element_size(), target_of(hidden))
+    anchor_stride, anchor_step = (0, 0) if anchor is None else anchor.stride()
     if rows:
         with on_device(hidden):
             _forward[(triton.cdiv(rows, tile.rows),)](
@@ -188,7 +192,8 @@ def rms_norm_penalize(
                 coefficient,
                 rows,
                 hidden.stride(0),
-                *((0, 0) if anchor is None else anchor.stride()),
+                anchor_stride,
+                anchor_step,
                 0 if weight is None else weight.stride(0),
                 EPS=eps,
                 OFFSET=offset,
@@ -198,7 +203,7 @@ def rms_norm_penalize(
                 K=directions,
                 ROWS=tile.rows,
                 COLUMNS=tile.columns,
-                num_warps=tile.warps,
+                num_warps=tile.warps,  # pyright: ignore[reportCallIssue]  # a launch option
             )
     return normed, inverse_rms, token_penalty, coefficient
 
@@ -225,10 +230,8 @@ def rms_norm_gradient(
     held = tile.columns <= HELD_COLUMNS
     gradient = torch.empty((rows, size), dtype=hidden.dtype, device=hidden.device)
     tiles = triton.cdiv(rows, tile.rows)
-    partial = None
-    if needs_weight:
-        sums = programs(tiles, target)
-        partial = torch.empty((sums, size), dtype=inverse_rms.dtype, device=hidden.device)
+    sums = programs(tiles, target)
+    partial = torch.empty((sums, size), dtype=inverse_rms.dtype, device=hidden.device) if needs_weight else None
 
     def launch(grid: int, gradient: Tensor | None, partial: Tensor | None) -> None:
         _backward[(grid,)](
@@ -246,11 +249,11 @@ def rms_norm_gradient(
             hidden.stride(0),
             OFFSET=offset,
             D=size,
-            K=0 if upstream is None else len(direction),
+            K=0 if upstream is None else coefficient.shape[1],
             ROWS=tile.rows,
             COLUMNS=tile.columns,
             HELD=held,
-            num_warps=tile.warps,
+            num_warps=tile.warps,  # pyright: ignore[reportCallIssue]  # a launch option
         )
 
     if rows:

@@ -6,24 +6,16 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from procon.errors import ProConError
+from procon.settings import TokenScope
 
 #: Label of a token that is no target.
 IGNORE_INDEX = -100
-
-#: Which tokens of a sample are constrained; the paper's choice is ``response`` (section III-C1).
-TokenScope = Literal["response", "prompt", "all"]
-TOKEN_SCOPES: tuple[TokenScope, ...] = ("response", "prompt", "all")
-
-#: What the penalty is a mean over: all constrained tokens, or sequences, each one counting as its own tokens' mean.
-Reduction = Literal["token", "sequence"]
-REDUCTIONS: tuple[Reduction, ...] = ("token", "sequence")
-
 
 #: What a collator may hand to a decoder; anything else, such as images, would be lost on the way to the anchors.
 DECODER_INPUTS = {
@@ -60,7 +52,7 @@ class TokenSequence:
         return slice(self.start, self.start + len(self.input_ids))
 
     def in_scope(self, scope: TokenScope) -> np.ndarray:
-        """``[T]`` bool: the constrained tokens."""
+        """``[T]`` bool: the constrained tokens; the paper's choice is ``response`` (section III-C1)."""
         if scope == "response":
             return self.is_response
         return ~self.is_response if scope == "prompt" else np.ones_like(self.is_response)

@@ -345,13 +345,13 @@ def assert_penalty(random_directions) -> Callable[..., None]:
         random = torch.Generator().manual_seed(0)
         mask = (torch.rand(batch["input_ids"].shape, generator=random) < 0.6).float()
 
-        z = projections(reference, batch, directions.directions)
+        z = projections(reference, batch, directions.first)
         anchors = z.detach().float() + torch.randn(z.shape, generator=random) * (torch.arange(z.shape[-1]) >= still)
         expected = ((z - anchors.double()).square() * mask[..., None]).sum() / (mask.sum() * z.shape[-1])
         expected.backward()
 
-        with ProjectionConstraint(directions).attach(model, fuse=fuse) as constraint:
-            constraint.target(anchors, mask)
+        with ProjectionConstraint(directions, penalty="squared").attach(model, fuse=fuse) as constraint:
+            constraint.set_target(anchors, mask)
             model(**batch)
             found = constraint.penalty()
             found.backward()

@@ -139,9 +139,11 @@ def _naive(model: LlamaForCausalLM, reference: LlamaForCausalLM, unit: Tensor, i
 
 def _constrained(model: LlamaForCausalLM, unit: Tensor, ids: Tensor, fuse: str) -> None:
     ones = torch.ones(BLOCKS)
-    with ProjectionConstraint(RefusalDirections(unit, ones, ones, ones, ones)).attach(model, fuse) as constraint:
+    with ProjectionConstraint(RefusalDirections(unit, ones, ones, ones, ones), penalty="squared").attach(
+        model, fuse
+    ) as constraint:
         assert len(constraint.fused) == (BLOCKS if fuse == "auto" else 0)
-        constraint.target(torch.randn(*ids.shape, BLOCKS), torch.ones(ids.shape))
+        constraint.set_target(torch.randn(*ids.shape, BLOCKS), torch.ones(ids.shape))
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         (loss + constraint.penalty()).backward()
 

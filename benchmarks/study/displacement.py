@@ -55,7 +55,7 @@ class Displacement:
 def measure_displacement(before: Tensor, after: Tensor, directions: RefusalDirections) -> Displacement:
     """Displacement between two results of :func:`last_token_states` for the same prompts, ``[n, L, D]`` each."""
     change = (after - before).double()
-    unit = directions.directions.double()
+    unit = directions.first.double()
     gap = directions.gap.double()
     along = torch.where(directions.usable, (change * unit).sum(-1), torch.nan)  # [n, L]
     off = (change - along[..., None] * unit).norm(dim=-1)

@@ -22,8 +22,8 @@ from benchmarks.study.start import Start, contrast_means
 from procon.chat import Split, builtin_prompts
 from procon.data import padding_collator, tokenize_conversations
 from procon.defences import build_trainer
-from procon.demo.refusal_tuning import LORA
 from procon.evaluation import Evaluation, compare_means, evaluate, refusal_log_odds
+from procon.settings import PAPER_RECIPE
 from procon.training import ProConConfig
 
 #: The same for all methods.
@@ -88,7 +88,8 @@ def _train(start: Start, model: PreTrainedModel, method: Method, setting: Settin
 def adapter(model: PreTrainedModel) -> LoraConfig:
     """The paper's adapter, on queries, keys, values and outputs; where they have other names, PEFT's for the family."""
     modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    return LoraConfig(**LORA if modules.issuperset(LORA["target_modules"]) else {**LORA, "target_modules": None})
+    lora = PAPER_RECIPE.lora()
+    return LoraConfig(**lora if modules.issuperset(PAPER_RECIPE.lora_targets) else {**lora, "target_modules": None})
 
 
 def measure(start: Start, model: PreTrainedModel, setting: Setting, split: Split, size: Size) -> dict:

@@ -89,7 +89,7 @@ def main() -> None:
             for batch in micro_batches:
                 accelerator.sync_gradients = batch is micro_batches[-1]
                 with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
-                    constraint.target(batch.pop("anchors"), batch.pop("constraint_mask"))
+                    constraint.set_target(batch.pop("anchors"), batch.pop("constraint_mask"))
                     loss = model(**batch, num_items_in_batch=labelled).loss
                     if alpha > 0:
                         penalty = constraint.penalty(constrained)

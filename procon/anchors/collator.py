@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from procon.anchors.store import Anchors, check_reduction
-from procon.sequences import Reduction
+from procon.anchors.store import Anchors
+from procon.settings import DEFAULTS, Reduction, check_setting
 
 
 class AnchoredCollator:
@@ -27,10 +27,10 @@ class AnchoredCollator:
         collator: Callable[[list], dict[str, Any]],
         anchors: Anchors | None,
         *,
-        reduction: Reduction = "token",
+        reduction: Reduction = DEFAULTS.reduction,
         tokenizer: Any = None,
     ):
-        check_reduction(reduction)
+        check_setting("reduction", reduction)
         self.collator = collator
         self.anchors = anchors
         self.reduction = reduction

@@ -15,7 +15,8 @@ from procon.anchors.shards import Key
 from procon.errors import ProConError
 from procon.models import Decoder, decoder_forward, find_decoder, is_sharded, model_device, observe_block_inputs
 from procon.ops import project
-from procon.sequences import DECODER_INPUTS, TokenScope, TokenSequence, check_text_only, split_batch
+from procon.sequences import DECODER_INPUTS, TokenSequence, check_text_only, split_batch
+from procon.settings import Backend, TokenScope
 
 #: What a rank without new sequences runs while others need its part of the parameters.
 _ONE_TOKEN = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
@@ -27,6 +28,7 @@ def record_projections(
     directions: Tensor,
     blocks: Sequence[int],
     scope: TokenScope,
+    backend: Backend,
     known: Container[Key],
 ) -> Iterator[tuple[Key, np.ndarray]]:
     """Key and projections ``[tokens in scope, blocks * K]`` fp32 of each sequence that is not ``known``, once each.
@@ -72,7 +74,7 @@ def record_projections(
             checked = True
         if not any(new for new, _ in states):
             continue
-        z = _project_batch(forward, decoder, batch if new else _ONE_TOKEN, unit, blocks, device)
+        z = _project_batch(forward, decoder, batch if new else _ONE_TOKEN, unit, blocks, backend, device)
         for key, sequence in new.items():
             rows = z[sequence.row, sequence.span][torch.from_numpy(sequence.in_scope(scope))]
             _check_finite(rows, blocks, sequence)
@@ -92,6 +94,7 @@ def _project_batch(
     batch: Mapping[str, Tensor],
     unit: Tensor,
     blocks: Sequence[int],
+    backend: Backend,
     device: torch.device,
 ) -> Tensor:
     """Projections ``[B, T, blocks * K]`` fp32 on the CPU."""
@@ -102,7 +105,9 @@ def _project_batch(
 
     def observe(block: int, hidden: Tensor) -> None:
         if block in place:
-            z[..., place[block], :] = project(hidden, unit[block].to(hidden.device)).to("cpu", torch.float32)
+            z[..., place[block], :] = project(hidden, unit[block].to(hidden.device), backend=backend).to(
+                "cpu", torch.float32
+            )
 
     with observe_block_inputs(decoder, observe):
         forward(**inputs)

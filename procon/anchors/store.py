@@ -25,15 +25,8 @@ from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.files import whole_file
 from procon.models import evaluating, find_decoder, weights_hash
-from procon.sequences import (
-    REDUCTIONS,
-    TOKEN_SCOPES,
-    Reduction,
-    TokenScope,
-    TokenSequence,
-    check_text_only,
-    split_batch,
-)
+from procon.sequences import TokenSequence, check_text_only, split_batch
+from procon.settings import DEFAULTS, Backend, Reduction, TokenScope, check_setting
 
 _MANIFEST = "anchors.json"
 
@@ -123,7 +116,7 @@ class Anchors:
         batch: dict[str, Any],
         describe: Callable[[Sequence[int]], str] | None = None,
         *,
-        reduction: Reduction = "token",
+        reduction: Reduction = DEFAULTS.reduction,
     ) -> dict[str, Any]:
         """Add ``anchors`` ``[B, T, blocks * K]`` and ``constraint_mask`` ``[B, T]``, fp32, above 0 on tokens in scope.
 
@@ -137,7 +130,7 @@ class Anchors:
         Raises:
             ProConError: for a sequence that is not in the store, naming it, and for a batch that is not of text alone.
         """
-        check_reduction(reduction)
+        check_setting("reduction", reduction)
         check_text_only(batch)
         shape = batch["input_ids"].shape
         anchors = torch.zeros(*shape, len(self.blocks) * self.k)
@@ -160,7 +153,8 @@ class Anchors:
         path: str | Path,
         *,
         blocks: Sequence[int] | None = None,
-        scope: TokenScope = "response",
+        scope: TokenScope = DEFAULTS.scope,
+        backend: Backend = DEFAULTS.backend,
         progress: bool = True,
         fingerprint: str | None = None,
     ) -> Anchors:
@@ -179,14 +173,16 @@ class Anchors:
                 pass the same.
             path: a folder; it may be another one on each host.
             blocks: indices of the blocks to record; all that have a direction if not given.
+            scope: which tokens of a sequence; a constraint acts on those that were recorded.
+            backend: of :func:`procon.ops.project`.
             fingerprint: that of :func:`fingerprint`, where it is known: it takes a pass over all weights.
 
         Raises:
             ProConError: if the folder belongs to another model, directions, blocks or scope; on projections that are
                 not finite; or on inputs that a text decoder does not take.
         """
-        if scope not in TOKEN_SCOPES:
-            raise ProConError(f"scope is {scope!r}: choose one of {', '.join(TOKEN_SCOPES)}")
+        check_setting("scope", scope)
+        check_setting("backend", backend)
         model = extract_model_from_parallel(model)
         directions.check_fits(find_decoder(model))
         if blocks is None:
@@ -199,7 +195,7 @@ class Anchors:
         batches = tqdm(dataloader, desc="anchors", unit="batch", disable=not progress or rank != 0)
         with evaluating(model):
             for key, projections in record_projections(
-                model, batches, directions.basis, blocks, scope, known=AnchorShards(path)
+                model, batches, directions.basis, blocks, scope, backend, known=AnchorShards(path)
             ):
                 writer.add(key, projections)
         writer.flush()
@@ -258,8 +254,3 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise ProConError(f"no anchors in {str(path)!r}: record them with Anchors.record before training") from error
     except json.JSONDecodeError as error:
         raise ProConError(f"anchors manifest in {str(path)!r} is damaged: delete the folder to record again") from error
-
-
-def check_reduction(reduction: str) -> None:
-    if reduction not in REDUCTIONS:
-        raise ProConError(f"reduction is {reduction!r}: choose one of {', '.join(REDUCTIONS)}")

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from procon.errors import ProConError
+from procon.settings import MAX_DIRECTIONS, PAPER_RECIPE, check_choice
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Method = Literal["lora", "full"]
+GateAction = Literal["warn", "stop"]
 
 
 def _option(default, text: str):
@@ -15,10 +21,14 @@ def _required(text: str):
     return field(metadata={"help": text})
 
 
-def _check_positive(arguments: object, *names: str) -> None:
+def _check_least(least: int, arguments: object, *names: str) -> None:
     for name in names:
-        if getattr(arguments, name) < 1:
-            raise ProConError(f"{name} is {getattr(arguments, name)}: give 1 or more")
+        if getattr(arguments, name) < least:
+            raise ProConError(f"{name} is {getattr(arguments, name)}: give {least} or more")
+
+
+def _check_dtype(dtype: str) -> None:
+    check_choice("dtype", dtype, get_args(Dtype))
 
 
 @dataclass
@@ -31,10 +41,13 @@ class DirectionsArguments:
     benign: str | None = _option(None, "Benign prompts (.txt or .jsonl); the built-in ones if not given.")
     k: int = _option(1, "Directions a block, 1 to 8; more than one come from the built-in prompts' categories.")
     batch_size: int = _option(32, "Prompts a batch.")
-    dtype: str = _option("auto", "auto, bfloat16, float16 or float32.")
+    dtype: Dtype = _option("auto", "auto, bfloat16, float16 or float32.")
 
     def __post_init__(self):
-        _check_positive(self, "k", "batch_size")
+        _check_least(1, self, "batch_size")
+        _check_dtype(self.dtype)
+        if not 1 <= self.k <= MAX_DIRECTIONS:
+            raise ProConError(f"k is {self.k}: give 1 to {MAX_DIRECTIONS} directions per block")
 
 
 @dataclass
@@ -58,29 +71,30 @@ class TrainArguments:
     base: str | None = _option(None, "For safe_lora: the model before it was aligned, a folder or hub name.")
     safety_samples: int = _option(0, "How many safety samples (malicious prompt, refusal) to mix in; paper: 1000.")
     safety_data: str | None = _option(None, "Where they come from, in the formats of --data; built-in if not given.")
-    method: str = _option("lora", "lora, or full for all weights.")
-    lora_r: int = _option(8, "Rank of the LoRA adapter.")
-    lora_alpha: int = _option(16, "Scale of the LoRA adapter.")
-    lora_targets: str = _option("q_proj,k_proj,v_proj,o_proj", "Modules with an adapter, or all-linear.")
+    method: Method = _option("lora", "lora, or full for all weights.")
+    lora_r: int = _option(PAPER_RECIPE.lora_r, "Rank of the LoRA adapter.")
+    lora_alpha: int = _option(PAPER_RECIPE.lora_alpha, "Scale of the LoRA adapter.")
+    lora_targets: str = _option(",".join(PAPER_RECIPE.lora_targets), "Modules with an adapter, or all-linear.")
     max_length: int = _option(1024, "Tokens a sample is cut to.")
     flatten: bool = _option(False, "Join each batch into one row without padding instead of padding it.")
     attn_implementation: str = _option(
         "auto", "FlashAttention where it runs, or one by transformers' name, such as sdpa or flash_attention_2."
     )
     drift_steps: int = _option(50, "Measure drift every so many steps; 0 for never.")
-    drift_gate: float | None = _option(None, "Lowest mean cosine that is let pass, such as 0.9; none if not given.")
-    drift_action: str = _option("warn", "What to do below it: warn, or stop with a checkpoint.")
+    drift_gate: float | None = _option(None, "Lowest mean cosine allowed, such as 0.9; none if not given.")
+    drift_gate_action: GateAction = _option("warn", "What to do below it: warn, or stop with a checkpoint.")
     resume: bool = _option(False, "Go on from the last checkpoint in the output folder.")
-    dtype: str = _option("auto", "auto (full fine-tuning: float32), bfloat16, float16 or float32.")
+    dtype: Dtype = _option("auto", "auto (full fine-tuning: float32), bfloat16, float16 or float32.")
 
     def __post_init__(self):
-        if self.method not in ("lora", "full"):
-            raise ProConError(f"method is {self.method!r}: choose lora or full")
-        _check_positive(self, "lora_r", "lora_alpha", "max_length")
+        check_choice("method", self.method, get_args(Method))
+        _check_dtype(self.dtype)
+        _check_least(1, self, "lora_r", "lora_alpha", "max_length")
+        _check_least(0, self, "safety_samples", "drift_steps")
         # Here, as it brings transformers along, which `procon --help` does without.
         from procon.training.drift_gate import DriftGate
 
-        if DriftGate.parse(self.drift_gate, self.drift_action) and not self.drift_steps:
+        if DriftGate.parse(self.drift_gate, self.drift_gate_action) and not self.drift_steps:
             raise ProConError(f"drift_gate is {self.drift_gate}, but drift_steps is 0: give steps to measure it at")
 
 
@@ -94,10 +108,11 @@ class DriftArguments:
     malicious: str | None = _option(None, "Malicious prompts (.txt or .jsonl); the built-in ones if not given.")
     benign: str | None = _option(None, "Benign prompts (.txt or .jsonl); the built-in ones if not given.")
     batch_size: int = _option(32, "Prompts a batch.")
-    dtype: str = _option("auto", "auto, bfloat16, float16 or float32.")
+    dtype: Dtype = _option("auto", "auto, bfloat16, float16 or float32.")
 
     def __post_init__(self):
-        _check_positive(self, "batch_size")
+        _check_least(1, self, "batch_size")
+        _check_dtype(self.dtype)
 
 
 @dataclass
@@ -112,10 +127,11 @@ class EvalArguments:
     max_new_tokens: int = _option(32, "Length of a reply to a malicious or benign prompt.")
     task_max_new_tokens: int = _option(128, "Length of a task reply.")
     batch_size: int = _option(32, "Prompts a batch.")
-    dtype: str = _option("auto", "auto, bfloat16, float16 or float32.")
+    dtype: Dtype = _option("auto", "auto, bfloat16, float16 or float32.")
 
     def __post_init__(self):
-        _check_positive(self, "max_new_tokens", "task_max_new_tokens", "batch_size")
+        _check_least(1, self, "max_new_tokens", "task_max_new_tokens", "batch_size")
+        _check_dtype(self.dtype)
 
 
 @dataclass

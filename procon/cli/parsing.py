@@ -15,6 +15,7 @@ import yaml
 
 from procon.cli import arguments
 from procon.errors import ProConError
+from procon.settings import PAPER_RECIPE
 from procon.version import __version__
 
 # torch and transformers are imported by the command that runs, not here: `procon --help` must come at once.
@@ -40,7 +41,7 @@ _SHOWN_TRAINING_ARGUMENTS = {
 #: The paper's recipe (section IV-A2) and quiet defaults, where TrainingArguments' own differ.
 _TRAINING_DEFAULTS = {
     "output_dir": "procon-output",
-    "learning_rate": 2e-4,
+    "learning_rate": PAPER_RECIPE.learning_rate,
     "logging_steps": 10,
     "report_to": "none",
 }
@@ -51,7 +52,7 @@ class Command:
     """One subcommand: its own arguments, and where the function that takes them is.
 
     Attributes:
-        trains: whether the function takes a ProConConfig besides.
+        trains: whether the function takes a ProConConfig as well.
     """
 
     arguments: type
@@ -70,14 +71,14 @@ class Command:
 COMMANDS = {
     "quickstart": Command(arguments.QuickstartArguments, "procon.cli.commands", "quickstart"),
     "directions": Command(arguments.DirectionsArguments, "procon.cli.commands", "directions"),
-    "train": Command(arguments.TrainArguments, "procon.cli.commands", "train", trains=True),
+    "train": Command(arguments.TrainArguments, "procon.cli.train", "train", trains=True),
     "drift": Command(arguments.DriftArguments, "procon.cli.commands", "drift"),
     "eval": Command(arguments.EvalArguments, "procon.cli.commands", "evaluation"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 2 for bad input, told in one line on standard error."""
+    """Run the command line; returns the exit code: 0, or 2 for bad input, reported in one line on standard error."""
     argv = list(sys.argv[1:] if argv is None else argv)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
@@ -130,6 +131,7 @@ def parse(name: str, argv: Sequence[str]) -> tuple:
         parser.set_defaults(**_TRAINING_DEFAULTS)
         parser.epilog += " All of transformers' TrainingArguments are accepted, not only those listed."
         _hide_rare_arguments(parser, command.arguments)
+    _leave_choices_to_settings(parser, command.arguments)
     parser.add_argument("--config", metavar="FILE.yaml", help="Settings by name.")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
@@ -137,7 +139,7 @@ def parse(name: str, argv: Sequence[str]) -> tuple:
     def refuse(message: str) -> None:
         raise ProConError(f"{message}; see 'procon {name} --help'")
 
-    parser.error = first.error = refuse  # argparse's own prints the usage besides, and exits
+    parser.error = first.error = refuse  # argparse's own also prints the usage, and exits
     file = first.parse_known_args(argv)[0].config
     if file:
         _apply_yaml(parser, Path(file))
@@ -155,7 +157,7 @@ def parse(name: str, argv: Sequence[str]) -> tuple:
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells defaults, where there is one."""
+    """Shows the default, if any."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
@@ -174,7 +176,7 @@ def _apply_yaml(parser: argparse.ArgumentParser, file: Path) -> None:
     """Make the file's settings the parser's defaults."""
     try:
         text = file.read_text(encoding="utf-8")
-        # Every scalar as it is written, for argparse to read as it reads flags: YAML itself takes 2e-4 for a text and
+        # Every scalar as it is written, for argparse to read as it reads flags: YAML itself reads 2e-4 as a text and
         # `save_strategy: no` for a false.
         settings = yaml.load(text, Loader=yaml.BaseLoader) or {}
         nested = yaml.safe_load(text)
@@ -198,6 +200,15 @@ def _apply_yaml(parser: argparse.ArgumentParser, file: Path) -> None:
             value = ",".join(map(str, value))
         action.default = value
         action.required = False
+
+
+def _leave_choices_to_settings(parser: argparse.ArgumentParser, own: type) -> None:
+    """Of our settings the help lists the choices, and the settings' own check refuses others, as it does in YAML."""
+    ours = {field.name for field in fields(own)}
+    for action in parser._actions:
+        if action.choices is not None and (action.dest in ours or action.dest.startswith("procon_")):
+            action.metavar = "{" + ",".join(map(str, action.choices)) + "}"
+            action.choices, action.type = None, str
 
 
 def _hide_rare_arguments(parser: argparse.ArgumentParser, shown: type) -> None:

@@ -5,16 +5,14 @@ Out: the penalty, whose gradient goes into the block inputs.
 May import: ``directions``, ``models``, ``ops`` and the leaves.
 """
 
-from procon.constraint.blocks import Blocks, choose_blocks, select_blocks
-from procon.constraint.constraint import Fuse, ProjectionConstraint, Units, check_finite, constrained_tokens
+from procon.constraint.blocks import select_among, select_blocks
+from procon.constraint.constraint import ProjectionConstraint, check_finite, constrained_tokens, refuse_data_parallel
 
 __all__ = [
-    "Blocks",
-    "Fuse",
     "ProjectionConstraint",
-    "Units",
     "check_finite",
-    "choose_blocks",
     "constrained_tokens",
+    "refuse_data_parallel",
+    "select_among",
     "select_blocks",
 ]

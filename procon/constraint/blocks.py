@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from numbers import Real
 
 from torch import Tensor
 
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
-
-Blocks = Literal["all"] | float | Sequence[int]
+from procon.settings import Blocks, check_blocks
 
 
 def select_blocks(directions: RefusalDirections, blocks: Blocks) -> tuple[int, ...]:
@@ -20,27 +18,24 @@ def select_blocks(directions: RefusalDirections, blocks: Blocks) -> tuple[int, .
     Raises:
         ProConError: if the selection is empty, out of range, or names a block without a direction.
     """
-    return choose_blocks(directions.usable, blocks)
+    return select_among(directions.usable, blocks)
 
 
-def choose_blocks(usable: Tensor, blocks: Blocks) -> tuple[int, ...]:
+def select_among(usable: Tensor, blocks: Blocks) -> tuple[int, ...]:
     """As :func:`select_blocks`, of the blocks that ``usable``, ``[L]`` bool, allows."""
+    check_blocks(blocks)
     count = len(usable)
-    usable = usable.nonzero().flatten().tolist()
+    allowed = usable.nonzero().flatten().tolist()
     if isinstance(blocks, str):
-        if blocks != "all":
-            raise ProConError(f"blocks is {blocks!r}: give 'all', a fraction such as 0.5, or a list of indices")
-        chosen = usable
-    elif isinstance(blocks, float):
-        if not 0 < blocks <= 1:
-            raise ProConError(f"blocks is the fraction {blocks:g}: give one above 0 and at most 1")
-        chosen = [block for block in usable if block >= count - math.ceil(blocks * count)]
+        chosen = allowed
+    elif isinstance(blocks, Real):
+        chosen = [block for block in allowed if block >= count - math.ceil(blocks * count)]
     else:
         chosen = sorted({block + count if block < 0 else block for block in blocks})
         for block in chosen:
             if not 0 <= block < count:
                 raise ProConError(f"blocks names block {block}, but the model has {count}: give indices below {count}")
-            if block not in usable:
+            if block not in allowed:
                 raise ProConError(f"blocks names block {block}, which has no direction: leave it out")
     if not chosen:
         raise ProConError("no block is selected: give at least one block that has a direction")

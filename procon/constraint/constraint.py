@@ -5,25 +5,47 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from types import MethodType
-from typing import Literal
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from procon.constraint.blocks import Blocks, select_blocks
+from procon.constraint.blocks import select_blocks
 from procon.constraint.input_norm import InputNorm, find_input_norm
 from procon.constraint.sharded_input import check_placements, constrain_sharded
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
-from procon.models import active_adapters, adapter_layer, block_input, find_decoder, first_moving_block
+from procon.models import Decoder, active_adapters, adapter_layer, block_input, find_decoder, first_moving_block
 from procon.ops import constrain, rms_norm_constrain
+from procon.settings import DEFAULTS, Backend, Blocks, Fuse, Penalty, Units, check_setting
 
 logger = logging.getLogger(__name__)
 
-Fuse = Literal["auto", "never"]
-Units = Literal["raw", "gap"]
+
+@dataclass(frozen=True)
+class _Attachment:
+    """What :meth:`ProjectionConstraint.attach` found in a model, and how it is undone."""
+
+    decoder: Decoder
+    adapter_layer: BaseTunerLayer | None
+    adapters: tuple[str, ...]
+    fused: tuple[int, ...]
+    undo: ExitStack
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What one forward is constrained to, and the penalties that it has come to so far."""
+
+    anchors: Tensor  # [blocks, B, T, K]
+    mask: Tensor  # [B, T]
+    first_moving: int
+    grad_was_enabled: bool
+    terms: dict[int, Tensor | None]  # by column
 
 
 class ProjectionConstraint:
@@ -33,19 +55,20 @@ class ProjectionConstraint:
     with a mean for the paper's sum). The op runs at each block, so one gradient of a block input is alive at a time:
     within the block's first norm where that is an RMSNorm that reads the block's input, else on the input itself.
 
-    With ``K`` directions a block, ``phi`` is summed over them. The mean stays one over blocks, so that an alpha means
+    With ``K`` directions per block, ``phi`` is summed over them. The mean stays one over blocks, so that an alpha means
     what it means for one direction when the further ones do not move.
 
     Usage, in any training loop::
 
         with ProjectionConstraint(directions).attach(model) as constraint:
             for batch in loader:  # through an AnchoredCollator
-                constraint.target(batch.pop("anchors"), batch.pop("constraint_mask"))
+                constraint.set_target(batch.pop("anchors"), batch.pop("constraint_mask"))
                 loss = model(**batch).loss + alpha * constraint.penalty()
                 loss.backward()
+                constraint.release()
 
     Args:
-        directions: one direction a block, or several.
+        directions: one direction per block, or several.
         blocks: ``"all"`` that have a direction (paper), a list of indices, or a fraction: the deepest share of them.
         penalty: ``"squared"``, ``"absolute"`` (as the paper typesets it) or ``"huber"``.
         units: ``"raw"`` (paper), or ``"gap"``: in units of the distance between the malicious and the benign mean of
@@ -55,67 +78,72 @@ class ProjectionConstraint:
 
     Attributes:
         blocks: indices of the constrained blocks, in order; the last axis of ``anchors`` follows it, with ``K`` columns
-            a block.
-        fused: those of them whose norm does the work, while attached.
+            per block.
         enabled: set to False, the model's own code runs, at plain speed (alpha 0).
+
+    Raises:
+        ProConError: for a wrong setting, or blocks that have no direction.
     """
 
     def __init__(
         self,
         directions: RefusalDirections,
         *,
-        blocks: Blocks = "all",
-        penalty: str = "squared",
-        units: Units = "raw",
-        backend: str = "auto",
+        blocks: Blocks = DEFAULTS.blocks,
+        penalty: Penalty = DEFAULTS.penalty,
+        units: Units = DEFAULTS.units,
+        backend: Backend = DEFAULTS.backend,
     ):
-        if units not in ("raw", "gap"):
-            raise ProConError(f"units is {units!r}: choose 'raw' or 'gap'")
+        for setting, value in {"penalty": penalty, "units": units, "backend": backend}.items():
+            check_setting(setting, value)
         self.blocks = select_blocks(directions, blocks)
         self.enabled = True
         self._directions = directions
         gap = directions.gap[list(self.blocks)]
         self._scale = 1.0 / gap if units == "gap" else torch.ones_like(gap)
         self._vectors = directions.basis[list(self.blocks)] * self._scale[:, None, None]
-        self._penalty = penalty
-        self._backend = backend
-        self._undo: list[Callable[[], None]] = []
-        self.fused: tuple[int, ...] = ()
+        self._penalty: Penalty = penalty
+        self._backend: Backend = backend
         self._on_device: dict[tuple[int, torch.device], Tensor] = {}
-        self.release()
+        self._attachment: _Attachment | None = None
+        self._target: _Target | None = None
 
-    def attach(self, model: nn.Module, fuse: Fuse = "auto") -> ProjectionConstraint:
+    @property
+    def fused(self) -> tuple[int, ...]:
+        """Indices of the constrained blocks whose norm does the work; empty while attached to no model."""
+        return () if self._attachment is None else self._attachment.fused
+
+    def attach(self, model: nn.Module, fuse: Fuse = DEFAULTS.fuse) -> ProjectionConstraint:
         """Hook the inputs of the constrained blocks of ``model``; undone by :meth:`detach` or on leaving ``with``.
 
         Args:
             model: a causal LM, bare or wrapped; before ``torch.compile`` traces it.
-            fuse: ``"auto"`` lets a block's first RMSNorm do the work where it reads the block's input, which then costs
+            fuse: ``"auto"`` lets a block's first RMSNorm do the work if it reads the block's input, which then costs
                 no memory traffic; ``"never"`` leaves the norms alone.
 
         Raises:
             ProConError: if the directions do not fit the model, or this constraint is attached already.
         """
-        if fuse not in ("auto", "never"):
-            raise ProConError(f"fuse is {fuse!r}: choose 'auto' or 'never'")
-        if self._undo:
+        check_setting("fuse", fuse)
+        if self._attachment is not None:
             raise ProConError("this constraint is attached already: call detach() first")
-        self._decoder = decoder = find_decoder(model)
-        self._adapter_layer = adapter_layer(decoder)
-        self._adapters = active_adapters(self._adapter_layer)
+        decoder = find_decoder(model)
         self._directions.check_fits(decoder)
-        self._undo.append(decoder.module.register_forward_pre_hook(self._without_cache, with_kwargs=True).remove)
         fused = []
-        for column, index in enumerate(self.blocks):
-            block = decoder.blocks[index]
-            norm = find_input_norm(block, decoder.hidden_size) if fuse == "auto" else None
-            if norm is None:
-                hook = block.register_forward_pre_hook(self._pass_through(column), with_kwargs=True)
-                self._undo.append(hook.remove)
-            else:
-                norm.module.forward = MethodType(self._within_norm(column, norm), norm.module)
-                self._undo.append(lambda module=norm.module: delattr(module, "forward"))
-                fused.append(index)
-        self.fused = tuple(fused)
+        with ExitStack() as undo:
+            undo.callback(decoder.module.register_forward_pre_hook(self._without_cache, with_kwargs=True).remove)
+            for column, index in enumerate(self.blocks):
+                block = decoder.blocks[index]
+                norm = find_input_norm(block, decoder.hidden_size) if fuse == "auto" else None
+                if norm is None:
+                    hook = block.register_forward_pre_hook(self._pass_through(column), with_kwargs=True)
+                    undo.callback(hook.remove)
+                else:
+                    norm.module.forward = MethodType(self._within_norm(column, norm), norm.module)
+                    undo.callback(delattr, norm.module, "forward")
+                    fused.append(index)
+            layer = adapter_layer(decoder)
+            self._attachment = _Attachment(decoder, layer, active_adapters(layer), tuple(fused), undo.pop_all())
         logger.info(
             "projection constraint on the inputs of %d of %d blocks, in %d of them within the block's RMSNorm",
             len(self.blocks),
@@ -126,30 +154,27 @@ class ProjectionConstraint:
 
     def detach(self) -> None:
         """The model is as it was."""
-        for undo in self._undo:
-            undo()
-        self._undo = []
-        self.fused = ()
+        if self._attachment is not None:
+            self._attachment.undo.close()
+        self._attachment = None
         self.release()
 
     def __enter__(self) -> ProjectionConstraint:
         return self
 
-    def __exit__(self, *_exception) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self.detach()
 
-    def release(self) -> None:
-        """Drop the target, once backward has run; forwards without a target are then not mistaken for this one's."""
-        self._anchors: Tensor | None = None  # [blocks, B, T, K]
-        self._mask: Tensor | None = None
-        self._terms: dict[int, Tensor | None] = {}
-
-    def target(self, anchors: Tensor, mask: Tensor) -> None:
-        """Set what the next forward is held to.
+    def set_target(self, anchors: Tensor, mask: Tensor) -> None:
+        """Set what the next forward is constrained to.
 
         Args:
             anchors: ``[B, T, len(blocks) * K]``, initial projections in raw units, those of a block side by side.
             mask: ``[B, T]``, weight of each token, 0 where it is not constrained.
+
+        Raises:
+            ProConError: if the shapes do not fit, the constraint is attached to no model, or other adapters are on
+                than when it was attached.
         """
         expected = (*mask.shape, len(self.blocks) * self._directions.k)
         if anchors.shape != expected:
@@ -157,20 +182,26 @@ class ProjectionConstraint:
                 f"anchors have shape {tuple(anchors.shape)}, expected {expected}: record them with the constraint's "
                 "directions and blocks=constraint.blocks"
             )
-        if not self._undo:
+        if (attachment := self._attachment) is None:
             raise ProConError("the constraint is attached to no model: call attach(model) first")
-        if (adapters := active_adapters(self._adapter_layer)) != self._adapters:
+        if (adapters := active_adapters(attachment.adapter_layer)) != attachment.adapters:
             raise ProConError(
-                f"the active adapters changed from {self._adapters} to {adapters} while the constraint was attached: "
-                "record anchors with those on that train, then attach"
+                f"the active adapters changed from {attachment.adapters} to {adapters} while the constraint was "
+                "attached: record anchors with those on that train, then attach"
             )
-        self._first_moving = first_moving_block(self._decoder)
         # Blocks first: read with a stride, each number would move a whole sector of memory.
         by_block = anchors.float().unflatten(-1, (len(self.blocks), -1)) * self._scale.to(anchors.device)[:, None]
-        self._anchors = by_block.movedim(-2, 0).contiguous()
-        self._mask = mask.float()
-        self._terms = {}
-        self._grad_was_enabled = torch.is_grad_enabled()
+        self._target = _Target(
+            anchors=by_block.movedim(-2, 0).contiguous(),
+            mask=mask.float(),
+            first_moving=first_moving_block(attachment.decoder),
+            grad_was_enabled=torch.is_grad_enabled(),
+            terms={},
+        )
+
+    def release(self) -> None:
+        """Drop the target, once backward has run; forwards without a target are then not mistaken for this one's."""
+        self._target = None
 
     def penalty(self, tokens: Tensor | float | None = None) -> Tensor:
         """The constraint of the forward that just ran: sum over its tokens and blocks / (``tokens`` * blocks).
@@ -182,15 +213,15 @@ class ProjectionConstraint:
         Raises:
             ProConError: if the forward did not pass every constrained block, or nothing below one of them trains.
         """
-        if self._mask is None:
-            raise ProConError("no target is set: call target(anchors, mask) before the forward")
-        missing = len(self.blocks) - len(self._terms)
+        if (target := self._target) is None:
+            raise ProConError("no target is set: call set_target(anchors, mask) before the forward")
+        missing = len(self.blocks) - len(target.terms)
         if missing:
             raise ProConError(
-                f"the forward passed {len(self._terms)} of {len(self.blocks)} constrained blocks: attach the "
+                f"the forward passed {len(target.terms)} of {len(self.blocks)} constrained blocks: attach the "
                 "constraint before torch.compile, and constrain only blocks that run"
             )
-        terms = [term for term in self._terms.values() if term is not None]
+        terms = [term for term in target.terms.values() if term is not None]
         if not terms:
             raise ProConError(
                 "nothing below a constrained block trains, so the constraint cannot act: train parameters below one, "
@@ -198,43 +229,43 @@ class ProjectionConstraint:
             )
         total = torch.stack([term.to(terms[0].device) for term in terms]).sum()
         if tokens is None:
-            tokens = self._mask.sum().clamp_min(1).to(total.device)
+            tokens = target.mask.sum().clamp_min(1).to(total.device)
         return total / (tokens * len(self.blocks))
 
-    def _without_cache(self, _module: nn.Module, args: tuple, kwargs: dict):
+    def _without_cache(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """A forward pre-hook for the decoder: beside a cache, transformers does not keep packed sequences apart."""
-        constrained = self.enabled and self._anchors is not None and torch.is_grad_enabled()
+        constrained = self.enabled and self._target is not None and torch.is_grad_enabled()
         return (args, {**kwargs, "use_cache": False}) if constrained else None
 
-    def _pass_through(self, column: int):
+    def _pass_through(self, column: int) -> Callable[[nn.Module, tuple, dict], tuple[tuple, dict] | None]:
         """A forward pre-hook for a block: its input passes through the op."""
 
-        def pre_forward(module: nn.Module, args: tuple, kwargs: dict):
+        def pre_forward(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             hidden = block_input(args, kwargs)
-            given = self._given(column, module, hidden)
-            if given is None:
+            operands = self._operands(column, module, hidden)
+            if operands is None:
                 return None
-            hidden = self._constrain(column, hidden, given)
+            hidden = self._constrained(column, hidden, operands)
             if args:
                 return (hidden, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": hidden}
 
         return pre_forward
 
-    def _within_norm(self, column: int, norm: InputNorm):
+    def _within_norm(self, column: int, norm: InputNorm) -> Callable[[nn.Module, Tensor], Tensor]:
         """A forward for a block's first norm, which gives the penalty on the way."""
 
         def forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
-            given = self._given(column, module, hidden_states)
-            if given is None:
+            operands = self._operands(column, module, hidden_states)
+            if operands is None:
                 return type(module).forward(module, hidden_states)
             if isinstance(hidden_states, DTensor):
-                return type(module).forward(module, self._constrain(column, hidden_states, given))
+                return type(module).forward(module, self._constrained(column, hidden_states, operands))
             normed, term = rms_norm_constrain(
                 hidden_states,
                 module.weight,
                 norm.eps,
-                *given,
+                *operands,
                 casting=norm.casting,
                 offset=norm.offset,
                 penalty=self._penalty,
@@ -245,58 +276,65 @@ class ProjectionConstraint:
 
         return forward
 
-    def _constrain(self, column: int, hidden: Tensor, given: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def _constrained(self, column: int, hidden: Tensor, operands: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """The block input passed through the op, whose penalty is kept."""
         op = constrain_sharded if isinstance(hidden, DTensor) else constrain
-        hidden, term = op(hidden, *given, penalty=self._penalty, backend=self._backend)
+        hidden, term = op(hidden, *operands, penalty=self._penalty, backend=self._backend)
         self._keep(column, term)
         return hidden
 
-    def _given(self, column: int, module: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Directions, anchors and mask for a block's input; None where the constraint rests or cannot move it."""
+    def _operands(self, column: int, module: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Directions, anchors and mask for a block's input; None if the constraint rests or cannot move it."""
         if not self.enabled:
             return None
-        if self._anchors is None:
+        if (target := self._target) is None:
             if module.training and torch.is_grad_enabled():
                 raise ProConError(
                     "a training forward ran without anchors while the constraint is attached: call "
-                    "target(anchors, mask) before it, set enabled = False, or detach()"
+                    "set_target(anchors, mask) before it, set enabled = False, or detach()"
                 )
             return None
-        if self._grad_was_enabled and not torch.is_grad_enabled():
-            if not module.training or column in self._terms:
+        if target.grad_was_enabled and not torch.is_grad_enabled():
+            if not module.training or column in target.terms:
                 return None  # a forward for metrics, such as TRL adds to the one that trains
             raise ProConError(
                 "gradient checkpointing with use_reentrant=True runs the blocks without gradients, and the "
                 "constraint would lose its own: set use_reentrant=False"
             )
-        if column in self._terms and torch._C._current_graph_task_id() == -1:
+        if column in target.terms and not _in_backward():
             raise ProConError(
-                f"block {self.blocks[column]} ran twice for one target: call target(anchors, mask) before each forward"
+                f"block {self.blocks[column]} ran twice for one target: call set_target(anchors, mask) before each "
+                "forward"
             )
-        if hidden.shape[:-1] != self._mask.shape:
+        if hidden.shape[:-1] != target.mask.shape:
             raise ProConError(
                 f"block {self.blocks[column]} got hidden states of shape {tuple(hidden.shape)} for a mask of shape "
-                f"{tuple(self._mask.shape)}: where ranks share a sequence, shard anchors and mask as its tokens are"
+                f"{tuple(target.mask.shape)}: where ranks share a sequence, shard anchors and mask as its tokens are"
             )
         if isinstance(hidden, DTensor):
             check_placements(hidden, self.blocks[column])
-        if not hidden.requires_grad or self.blocks[column] < self._first_moving:
+        if not hidden.requires_grad or self.blocks[column] < target.first_moving:
             # Nothing below this block trains, so its input, and with it the penalty's gradient, cannot move.
             self._keep(column, None)
             return None
         device = hidden.device
-        return self._vector(column, device), self._anchors[column].to(device), self._mask.to(device)
+        return self._vector(column, device), target.anchors[column].to(device), target.mask.to(device)
 
     def _keep(self, column: int, term: Tensor | None) -> None:
         # A checkpointed block runs again within backward: the op is repeated there, its value is not.
-        if column not in self._terms:
-            self._terms[column] = term
+        if self._target is not None and column not in self._target.terms:
+            self._target.terms[column] = term
 
     def _vector(self, column: int, device: torch.device) -> Tensor:
         key = (column, device)
         if key not in self._on_device:
             self._on_device[key] = self._vectors[column].to(device)
         return self._on_device[key]
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running a backward now, as it is when a checkpointed block runs again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def constrained_tokens(
@@ -321,6 +359,12 @@ def constrained_tokens(
             raise ProConError("the batch has no anchors: make batches with an AnchoredCollator that has been given any")
         tokens = tokens + batch["constraint_mask"].sum().to(device)
     return (tokens if reduce is None else reduce(tokens)).clamp_min(1)
+
+
+def refuse_data_parallel(n_gpu: int) -> None:
+    """Raise ProConError if a Trainer would wrap the model in ``nn.DataParallel``: one process sees several GPUs."""
+    if n_gpu > 1:
+        raise ProConError("nn.DataParallel copies the model without its hooks: start one process a GPU with torchrun")
 
 
 def check_finite(penalty: float, step: int) -> None:

@@ -10,18 +10,17 @@ a defence it is feature distillation from the start.
 from __future__ import annotations
 
 import inspect
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from procon.constraint import Blocks, choose_blocks
+from procon.constraint import select_among
 from procon.defences.starting_model import StartingModel
 from procon.defences.trainer import TokenMeanTrainer, tokens_in_scope
 from procon.errors import ProConError
 from procon.models import find_decoder, first_moving_block, observe_block_inputs
-from procon.sequences import TOKEN_SCOPES, TokenScope
+from procon.settings import Blocks, TokenScope, check_alpha, check_setting
 
 
 class HiddenStatesTrainer(TokenMeanTrainer):
@@ -42,13 +41,11 @@ class HiddenStatesTrainer(TokenMeanTrainer):
         self, *args: Any, alpha: float = 0.1, blocks: Blocks = "all", scope: TokenScope = "response", **kwargs: Any
     ):
         super().__init__(*args, **kwargs)
-        if not 0 <= alpha < math.inf:
-            raise ProConError(f"alpha is {alpha:g}: give a finite number, 0 or more")
-        if scope not in TOKEN_SCOPES:
-            raise ProConError(f"scope is {scope!r}: choose one of {', '.join(TOKEN_SCOPES)}")
+        check_alpha(alpha)
+        check_setting("scope", scope)
         self.alpha, self.scope = alpha, scope
         self._decoder = find_decoder(self.model)
-        self.blocks = choose_blocks(torch.ones(len(self._decoder.blocks), dtype=torch.bool), blocks)
+        self.blocks = select_among(torch.ones(len(self._decoder.blocks), dtype=torch.bool), blocks)
         self._moving = [block for block in self.blocks if block >= first_moving_block(self._decoder)]
         if not self._moving:
             raise ProConError("nothing below a held block trains, so holding it does nothing: hold deeper blocks")

@@ -17,11 +17,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from procon.constraint import Blocks, select_blocks
+from procon.constraint import select_blocks
 from procon.defences.trainer import DefenceTrainer
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.models import block_input, find_decoder
+from procon.settings import Blocks
 
 
 class SteeringTrainer(DefenceTrainer):
@@ -49,7 +50,7 @@ class SteeringTrainer(DefenceTrainer):
             raise ProConError(f"strength is {strength:g}: give a finite number above 0")
         directions.check_fits(find_decoder(self.model))
         self.blocks = select_blocks(directions, blocks)
-        compliance = -strength * (directions.gap[:, None] * directions.directions)[list(self.blocks)]
+        compliance = -strength * (directions.gap[:, None] * directions.first)[list(self.blocks)]
         self._steps = compliance.clone()
         self._steps[1:] -= compliance[:-1]
 

@@ -19,11 +19,12 @@ from procon.chat import builtin_prompts, measure_refusal
 from procon.data import padding_collator, to_conversations, tokenize_conversations
 from procon.demo.arithmetic import arithmetic_problems
 from procon.demo.model import fetch_demo_model
-from procon.demo.refusal_tuning import LORA, teach_refusal
+from procon.demo.refusal_tuning import teach_refusal
 from procon.directions import RefusalDirections
 from procon.evaluation import evaluate, measure_drift
 from procon.models import load_model
 from procon.report import Run, print_table, write_html
+from procon.settings import PAPER_RECIPE
 from procon.training import DriftCallback, EvaluationCallback, ProConArguments, ProConConfig, ProConTrainer
 from procon.version import __version__
 
@@ -156,16 +157,16 @@ def _fine_tune(
 ) -> Run:
     """Train a fresh adapter along ``constrained``, measure the drift of ``reference``; ``model`` is left as it was."""
     set_seed(config.seed)
-    tuned = get_peft_model(model, LoraConfig(**LORA))
+    tuned = get_peft_model(model, LoraConfig(**PAPER_RECIPE.lora()))
     trainer = ProConTrainer(
         tuned, config, directions=constrained, train_dataset=train, data_collator=padding_collator(tokenizer)
     )
     probes = (
-        DriftCallback(trainer, tokenizer, every=PROBE_EVERY),
+        DriftCallback(trainer, tokenizer, steps=PROBE_EVERY),
         EvaluationCallback(
             trainer,
             tokenizer,
-            every=PROBE_EVERY,
+            steps=PROBE_EVERY,
             prompts=builtin_prompts("validation").first(TASK_PROBE),
             task=probe_task,
             **REPLY_TOKENS,

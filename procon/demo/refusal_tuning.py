@@ -25,10 +25,8 @@ from procon.chat import builtin_prompts, generate_replies, user_turn
 from procon.data import padding_collator, safety_conversations, tokenize_conversations
 from procon.demo.model import GGUF, GGUF_SHA256, cache_folder, fetch_demo_model
 from procon.models import load_model, weights_hash
+from procon.settings import PAPER_RECIPE
 from procon.version import __version__
-
-#: Rank and targets of the paper's adapters (section IV-A2).
-LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "task_type": "CAUSAL_LM"}
 
 _PROVENANCE = "provenance.json"
 
@@ -80,7 +78,7 @@ def train_refusal_adapter(
     recipe = recipe or RefusalRecipe()
     dataset = tokenize_conversations(refusal_conversations(model, tokenizer), tokenizer, max_length=256)
     set_seed(recipe.seed)
-    tuned = get_peft_model(model, LoraConfig(**LORA))
+    tuned = get_peft_model(model, LoraConfig(**PAPER_RECIPE.lora()))
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,

@@ -21,31 +21,32 @@ from procon.directions.subspace import further_directions, mean_squared_cosine, 
 from procon.errors import ProConError
 from procon.files import whole_file
 from procon.models import Decoder, model_device, refuse_unprepared
-from procon.ops import MAX_DIRECTIONS
+from procon.settings import MAX_DIRECTIONS
 from procon.version import __version__
 
 #: The file's name where it stands beside a model or an adapter.
 DIRECTIONS = "refusal-directions.safetensors"
 
 
-_TENSORS = ("directions", "gap", "auroc", "malicious", "benign")
+#: Tensors of the file, and the attributes that hold them.
+_TENSORS = {"directions": "first", **{name: name for name in ("gap", "auroc", "malicious", "benign")}}
 
 
 @dataclass(frozen=True)
 class RefusalDirections:
-    """One unit direction a block, at the block's input (paper section III-A), or several.
+    """One unit direction per block, at the block's input (paper section III-A), or several.
 
     Attributes:
-        directions: ``[L, D]`` fp32, unit rows; a zero row where the prompts do not differ (see :attr:`usable`).
+        first: ``[L, D]`` fp32, unit rows; a zero row where the prompts do not differ (see :attr:`usable`).
         gap: ``[L]`` fp32, distance between the malicious and the benign mean, in units of the hidden states.
         auroc: ``[L]`` fp32, how well the projection tells held-out malicious from benign prompts (0.5 is chance).
-        malicious, benign: ``[L]`` fp32, projections of the two means, from which drift is told.
+        malicious, benign: ``[L]`` fp32, projections of the two means, from which drift is measured.
         provenance: model id and revision, chat template and prompt-set hashes, counts, versions, refusal rate.
-        further: ``[L, K - 1, D]`` fp32, the other directions of K a block, orthonormal along with the first; None for
-            one. All else is told of the first direction alone. A zero row where the categories do not differ further.
+        further: ``[L, K - 1, D]`` fp32, the other directions of K per block, orthonormal along with the first; None for
+            one. All other fields describe the first direction only. A zero row if the categories do not differ further.
     """
 
-    directions: Tensor
+    first: Tensor
     gap: Tensor
     auroc: Tensor
     malicious: Tensor
@@ -61,7 +62,7 @@ class RefusalDirections:
     @property
     def basis(self) -> Tensor:
         """``[L, K, D]`` fp32, all directions of each block."""
-        first = self.directions[:, None]
+        first = self.first[:, None]
         return first if self.further is None else torch.cat([first, self.further], 1)
 
     @property
@@ -72,7 +73,7 @@ class RefusalDirections:
     @property
     def hash(self) -> str:
         """A short hash of the directions and their gaps."""
-        data = self.directions.numpy().tobytes() + self.gap.numpy().tobytes()
+        data = self.first.numpy().tobytes() + self.gap.numpy().tobytes()
         if self.further is not None:
             data += self.further.numpy().tobytes()
         return hashlib.sha256(data).hexdigest()[:16]
@@ -83,12 +84,12 @@ class RefusalDirections:
         Returns:
             ``[L]`` fp32, NaN where either has no direction.
         """
-        if self.directions.shape != other.directions.shape:
+        if self.first.shape != other.first.shape:
             raise ProConError(
-                f"directions of shape {tuple(self.directions.shape)} and {tuple(other.directions.shape)} cannot be "
+                f"directions of shape {tuple(self.first.shape)} and {tuple(other.first.shape)} cannot be "
                 "compared: extract both from the same architecture"
             )
-        cosine = (self.directions.double() * other.directions.double()).sum(-1).float()
+        cosine = (self.first.double() * other.first.double()).sum(-1).float()
         return torch.where(self.usable & other.usable, cosine, torch.nan)
 
     def subspace_cosine(self, other: RefusalDirections) -> Tensor:
@@ -113,7 +114,7 @@ class RefusalDirections:
         :meth:`randomized_within` is matched in that.
         """
         generator = torch.Generator().manual_seed(seed)
-        blocks, width = self.directions.shape
+        blocks, width = self.first.shape
         draws = [torch.randn(blocks, count, width, generator=generator) for count in (1, self.k - 1)]
         return self._control(torch.cat(draws, 1), {"random_seed": seed})
 
@@ -135,7 +136,7 @@ class RefusalDirections:
         Raises:
             ProConError: if they do not fit, are not finite, or do not vary at a block that has a direction.
         """
-        blocks, width = self.directions.shape
+        blocks, width = self.first.shape
         if hidden_states.dim() != 3 or hidden_states.shape[1:] != (blocks, width) or len(hidden_states) <= self.k:
             raise ProConError(
                 f"hidden_states have shape {tuple(hidden_states.shape)}: give [n, {blocks}, {width}] with n above "
@@ -176,7 +177,7 @@ class RefusalDirections:
         source = torch.arange(len(self.gap)).index_copy(0, usable, order)
         return replace(
             self,
-            directions=self.directions[source],
+            first=self.first[source],
             further=None if self.further is None else self.further[source],
             provenance={"shuffled_seed": seed, "source_blocks": source.tolist()},
         )
@@ -185,11 +186,11 @@ class RefusalDirections:
         """Directions along ``vectors [L, K, D]``, orthonormalised, for those of the usable blocks."""
         first = torch.nn.functional.normalize(vectors[:, 0], dim=-1).float()
         further = None if self.further is None else orthonormalised(vectors)[:, 1:].float() * self.usable[:, None, None]
-        return replace(self, directions=first * self.usable[:, None], further=further, provenance=provenance)
+        return replace(self, first=first * self.usable[:, None], further=further, provenance=provenance)
 
     def check_fits(self, decoder: Decoder) -> None:
         """Raise ProConError unless there is one direction of width ``D`` for each block of ``decoder``."""
-        blocks, width = self.directions.shape
+        blocks, width = self.first.shape
         if (blocks, width) != (len(decoder.blocks), decoder.hidden_size):
             raise ProConError(
                 f"directions are for {blocks} blocks of width {width}, but the model has {len(decoder.blocks)} blocks "
@@ -200,8 +201,11 @@ class RefusalDirections:
         """Write a safetensors file with the provenance in its header; returns its path."""
         path = Path(path)
         # Copies, as safetensors refuses tensors that share memory.
-        names = _TENSORS if self.further is None else (*_TENSORS, "further")
-        tensors = {name: getattr(self, name).clone(memory_format=torch.contiguous_format) for name in names}
+        names = _TENSORS if self.further is None else {**_TENSORS, "further": "further"}
+        tensors = {
+            name: getattr(self, attribute).clone(memory_format=torch.contiguous_format)
+            for name, attribute in names.items()
+        }
         with whole_file(path) as partial:
             save_file(tensors, partial, {"procon": json.dumps(self.provenance)})
         return path
@@ -227,7 +231,7 @@ class RefusalDirections:
                 f"directions file {str(path)!r} is damaged or not one of ProCon's ({error}): extract it again"
             ) from error
         shape = tuple(tensors["directions"].shape)
-        fits = len(shape) == 2 and all(tensors[name].shape == shape[:1] for name in _TENSORS[1:])
+        fits = len(shape) == 2 and all(tensors[name].shape == shape[:1] for name in _TENSORS if name != "directions")
         if fits and "further" in tensors:
             further = tensors["further"].shape
             fits = len(further) == 3 and further[::2] == shape and 1 <= further[1] < MAX_DIRECTIONS
@@ -240,7 +244,7 @@ class RefusalDirections:
         # An AUROC that was not measured is NaN.
         if not all(torch.isfinite(tensors[name]).all() for name in tensors if name != "auroc"):
             raise ProConError(f"directions file {str(path)!r} holds NaN or infinite values: extract it again")
-        return cls(**tensors, provenance=provenance)
+        return cls(first=tensors.pop("directions"), **tensors, provenance=provenance)
 
     @classmethod
     def from_means(cls, means: ContrastMeans, k: int = 1) -> RefusalDirections:
@@ -263,7 +267,7 @@ class RefusalDirections:
             further = further_directions(unit, means.differences, k - 1, DEAD_GAP * means.scale)
             further = torch.where(usable[:, None, None], further, 0.0).float()
         return cls(
-            directions=unit.float(),
+            first=unit.float(),
             gap=torch.where(usable, gap, 0.0).float(),
             auroc=torch.full_like(gap, torch.nan).float(),
             malicious=(unit * means.malicious).sum(-1).float(),
@@ -304,7 +308,7 @@ class RefusalDirections:
         """
         prompts = prompts or builtin_prompts("extraction")
         held_out = held_out or builtin_prompts("held_out")
-        _check_k(k, prompts)
+        check_k(k, prompts)
         refuse_unprepared(model)
         rate = None
         if check_refusal:
@@ -348,9 +352,9 @@ def project_last_token(
     progress: bool = True,
 ) -> Tensor:
     """Projection of each prompt's last token on each block's first direction: ``[len(prompts), L]`` fp32."""
-    blocks = len(directions.directions)
+    blocks = len(directions.first)
     z = torch.empty(len(prompts), blocks)
-    unit = directions.directions.to(model_device(model))
+    unit = directions.first.to(model_device(model))
 
     def consume(rows: list[int], block: int, hidden: Tensor) -> None:
         z[rows, block] = (hidden.float() @ unit[block].to(hidden.device)).cpu()
@@ -365,7 +369,8 @@ def auroc(positive: Tensor, negative: Tensor) -> Tensor:
     return ((difference > 0).float() + 0.5 * (difference == 0).float()).mean((0, 1))
 
 
-def _check_k(k: int, prompts: ContrastPrompts) -> None:
+def check_k(k: int, prompts: ContrastPrompts) -> None:
+    """Raise ProConError unless ``k`` directions per block can be found from the prompts' categories."""
     if not 1 <= k <= MAX_DIRECTIONS:
         raise ProConError(f"k is {k}: give 1 to {MAX_DIRECTIONS} directions a block")
     categories = len(set(prompts.categories))

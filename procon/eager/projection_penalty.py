@@ -55,12 +55,12 @@ def accumulate_gradient(
     gradient = direction.new_empty((rows, columns), dtype=dtype)
     height = tile_height(direction, columns)
     buffer = direction.new_empty((min(height, rows), columns)) if dtype != direction.dtype else None
-    for arrived, c, target in tiled(height, incoming, coefficient, gradient):
+    for c, target, *arrived in tiled(height, coefficient, gradient, *([] if incoming is None else [incoming])):
         tile = target if buffer is None else buffer[: len(target)]
-        if arrived is None:
-            torch.mul(c[:, :1], direction[0], out=tile)
+        if arrived:
+            torch.addr(converted(arrived[0], buffer), c[:, 0], direction[0], out=tile)
         else:
-            torch.addr(converted(arrived, buffer), c[:, 0], direction[0], out=tile)
+            torch.mul(c[:, :1], direction[0], out=tile)
         add_outer_products(tile, c, direction, first=1)
         if buffer is not None:
             target.copy_(tile)

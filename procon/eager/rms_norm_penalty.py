@@ -40,7 +40,9 @@ def rms_norm_penalize(
     normed_dtype = hidden.dtype if casting == "gemma" else torch.promote_types(hidden.dtype, norm_weight.dtype)
     normed = hidden.new_empty((rows, columns), dtype=normed_dtype)
     inverse_rms = hidden.new_empty(rows, dtype=computed)
-    projection = None if direction is None else direction.new_empty((rows, len(direction)))
+    # Without a direction there are none to project on, and a projection of no columns.
+    directions = inverse_rms.new_empty((0, columns)) if direction is None else direction
+    projection = directions.new_empty((rows, len(directions)))
     v = _scale(norm_weight, offset, norm_weight.dtype if casting == "llama" else computed)
 
     height = tile_height(inverse_rms, columns)
@@ -52,8 +54,7 @@ def rms_norm_penalize(
         h = converted(tile, buffer)
         torch.linalg.vector_norm(h, dim=1, out=s)
         s.square_().div_(columns).add_(eps).rsqrt_()
-        if direction is not None:
-            project_tile(h, direction, z)
+        project_tile(h, directions, z)
         n = torch.mul(h, s.unsqueeze(1), out=y if scratch is None else scratch[: len(h)])
         if casting == "llama":
             torch.mul(converted(n, rounded), v, out=y)
@@ -62,7 +63,7 @@ def rms_norm_penalize(
         else:
             y.copy_(n.mul_(v))
     if direction is None:
-        return normed, inverse_rms, inverse_rms.new_empty(0), inverse_rms.new_empty((rows, 0))
+        return normed, inverse_rms, inverse_rms.new_empty(0), projection
     return normed, inverse_rms, *penalize_projection(projection, anchor, weight, penalty)
 
 
@@ -101,13 +102,13 @@ def rms_norm_gradient(
         work = torch.mul(g, h, out=scratch[: len(h)])
         # What s_t n_t mean_d(m_t n_t) multiplies h_t with, negated: n is s h, three times over.
         shrink = torch.mv(work, v, out=mean[: len(h)]).mul_(s).mul_(s).mul_(s).div_(-columns)
-        if needs_weight:
+        if total is not None:
             torch.addmv(total, work.t(), s, out=total)
         dh = target if h_buffer is None else work
         torch.mul(g, v, out=dh)
         dh.mul_(s.unsqueeze(1))
         torch.addcmul(dh, h, shrink.unsqueeze(1), out=dh)
-        if upstream is not None:
+        if upstream is not None and direction is not None:
             add_outer_products(dh, c, direction)
         if h_buffer is not None:
             target.copy_(dh)

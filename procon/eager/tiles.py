@@ -15,15 +15,15 @@ def tile_height(like: Tensor, columns: int) -> int:
     return max(1, budget // (columns * like.element_size()))
 
 
-def tiled(height: int, *tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
-    """The tensors, which have the same number of rows, at most ``height`` rows at a time; None stays None."""
-    rows = next(len(tensor) for tensor in tensors if tensor is not None)
+def tiled(height: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors, which have the same number of rows, at most ``height`` rows at a time."""
+    rows = len(tensors[0])
     if rows <= height:
         # A slice that takes all costs as much as an operation on few rows.
         yield tensors
         return
     for start in range(0, rows, height):
-        yield tuple(None if tensor is None else tensor[start : start + height] for tensor in tensors)
+        yield tuple(tensor[start : start + height] for tensor in tensors)
 
 
 def converted(tile: Tensor, buffer: Tensor | None) -> Tensor:

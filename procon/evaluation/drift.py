@@ -58,7 +58,7 @@ def compare_means(reference: RefusalDirections, means: ContrastMeans) -> Drift:
     """Drift from ``reference`` to ``means`` of the same prompts."""
 
     def shift(mean: Tensor, at_start: Tensor) -> Tensor:
-        z = (mean * reference.directions.double()).sum(-1).float()
+        z = (mean * reference.first.double()).sum(-1).float()
         return torch.where(reference.usable, (z - at_start) / reference.gap, torch.nan)
 
     return Drift(

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from procon.errors import ProConError
+from procon.settings import check_alpha
 
 # axolotl goes on without a plugin that raises ImportError, which here would be an unconstrained training.
 try:
@@ -39,7 +40,7 @@ _REFUSED = {
 }
 
 
-class ProConArgs(BaseModel):
+class AxolotlKeys(BaseModel):
     """The keys that the plugin adds to axolotl's YAML file."""
 
     procon_directions: str | None = None
@@ -80,8 +81,8 @@ class ProConPlugin(BasePlugin):
         if not _is_asked_for(cfg):
             return
         for name in cfg:
-            if name.startswith("procon_") and name not in ProConArgs.model_fields:
-                raise ProConError(f"there is no key {name}: the keys are {', '.join(ProConArgs.model_fields)}")
+            if name.startswith("procon_") and name not in AxolotlKeys.model_fields:
+                raise ProConError(f"there is no key {name}: the keys are {', '.join(AxolotlKeys.model_fields)}")
         if not _arguments(cfg).schedule().active:
             return
         for name, remedy in _REFUSED.items():
@@ -102,7 +103,7 @@ class ProConPlugin(BasePlugin):
             cfg["gradient_checkpointing_kwargs"] = {**checkpointing, "use_reentrant": False}
 
     def get_input_args(self) -> str:
-        return f"{__name__}.{ProConArgs.__name__}"
+        return f"{__name__}.{AxolotlKeys.__name__}"
 
     def get_training_args_mixin(self) -> str:
         return f"{__name__}.{ProConAxolotlArguments.__name__}"
@@ -154,6 +155,7 @@ def _settings(cfg: Mapping) -> dict[str, str]:
     if cfg.get("procon_alpha") is not None:
         if "procon_schedule" in settings:
             raise ProConError("procon_alpha and procon_schedule both say how strong the constraint is: give one")
+        check_alpha(cfg["procon_alpha"], "procon_alpha")
         settings["procon_schedule"] = f"procon_s:{cfg['procon_alpha']}"
     return settings
 

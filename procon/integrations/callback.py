@@ -18,12 +18,13 @@ from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from procon.anchors import Anchors, fingerprint
-from procon.constraint import Blocks, Fuse, ProjectionConstraint, Units, check_finite
+from procon.anchors import Anchors, StartingState, check_resumed, require_length
+from procon.constraint import ProjectionConstraint, check_finite, refuse_data_parallel
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
-from procon.integrations.forward import REMEDY, SCOPE, ConstrainedForward, constraining
+from procon.integrations.forward import REMEDY, SCOPE, ConstrainedForward, constrained_by
 from procon.schedule import AlphaSchedule
+from procon.settings import DEFAULTS, Backend, Blocks, Fuse, Penalty, Units, check_setting
 
 logger = logging.getLogger(__name__)
 
@@ -60,14 +61,17 @@ class ProConCallback(TrainerCallback, ExportableState):
         self,
         directions: RefusalDirections | str | Path,
         *,
-        schedule: str = "procon_s",
-        blocks: Blocks = "all",
-        penalty: str = "absolute",
-        units: Units = "raw",
-        backend: str = "auto",
-        fuse: Fuse = "auto",
+        schedule: str = DEFAULTS.schedule,
+        blocks: Blocks = DEFAULTS.blocks,
+        penalty: Penalty = DEFAULTS.penalty,
+        units: Units = DEFAULTS.units,
+        backend: Backend = DEFAULTS.backend,
+        fuse: Fuse = DEFAULTS.fuse,
         anchors_dir: str | Path | None = None,
     ):
+        settings = {"schedule": schedule, "blocks": blocks, "penalty": penalty, "units": units}
+        for setting, value in {**settings, "backend": backend, "fuse": fuse}.items():
+            check_setting(setting, value)
         self._schedule = AlphaSchedule.parse(schedule)
         if self._schedule.extra:
             written_out = ",".join(map(str, self._schedule.phases))
@@ -82,12 +86,12 @@ class ProConCallback(TrainerCallback, ExportableState):
             directions, blocks=blocks, penalty=penalty, units=units, backend=backend
         )
         self._settings = {
+            **settings,
             "schedule": str(self._schedule),
             "blocks": list(self._constraint.blocks),
-            "penalty": penalty,
-            "units": units,
             "directions": directions.hash,
         }
+        self._backend: Backend = backend
         self._fuse: Fuse = fuse
         self._anchors_dir = anchors_dir
         self._steps_per_epoch = 1
@@ -120,7 +124,7 @@ class ProConCallback(TrainerCallback, ExportableState):
         train_dataloader: DataLoader | None = None,
         **kwargs,
     ) -> None:
-        left_over = constraining(model)
+        left_over = constrained_by(model)
         if left_over is not None:
             left_over.detach()
         if not self._schedule.active:
@@ -190,46 +194,31 @@ class ProConCallback(TrainerCallback, ExportableState):
         self._forward = None
 
     def _record_anchors(self, args: TrainingArguments, model: nn.Module, loader: DataLoader) -> Anchors:
-        """One folder for each starting state, so that a changed model or direction never meets old anchors."""
-        blocks = self._constraint.blocks
-        state = fingerprint(model, self._directions, blocks, SCOPE, AcceleratorState().mixed_precision)
         with _random_state_kept(args.device):
-            return Anchors.record(
+            return StartingState(self._anchors_dir, args.output_dir).record(
                 model,
                 _recording_loader(loader, args),
                 self._directions,
-                self._anchors_root(args) / state,
-                blocks=blocks,
+                blocks=self._constraint.blocks,
                 scope=SCOPE,
+                backend=self._backend,
+                precision=AcceleratorState().mixed_precision,
                 progress=not args.disable_tqdm,
-                fingerprint=state,
             )
 
     def _reopen_anchors(self, args: TrainingArguments, state: TrainerState) -> Anchors:
-        """The anchors of the interrupted training: the model is no longer in the state that they were recorded in."""
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
         if saved is None or saved["attributes"]["anchors"] is None:
             raise ProConError(
                 f"the checkpoint of step {state.global_step} was trained without a constraint, so there are no anchors "
                 "to go on with: start afresh from the model that is to be held"
             )
-        for name, expected in self._settings.items():
-            found = saved["attributes"].get(name)
-            if found != expected:
-                raise ProConError(
-                    f"the checkpoint of step {state.global_step} was trained with {name} {found!r}, not {expected!r}: "
-                    "resume with the same settings, or start afresh"
-                )
-        return Anchors.reopen(self._anchors_root(args) / saved["attributes"]["anchors"])
-
-    def _anchors_root(self, args: TrainingArguments) -> Path:
-        # Of the output folder, push_to_hub leaves out what begins with an underscore.
-        return Path(self._anchors_dir or Path(args.output_dir) / "_anchors")
+        check_resumed(saved["attributes"], self._settings, f"the checkpoint of step {state.global_step}")
+        return StartingState(self._anchors_dir, args.output_dir).reopen(saved["attributes"]["anchors"])
 
 
 def _refuse(args: TrainingArguments, model: nn.Module, loader: DataLoader) -> None:
-    if args.n_gpu > 1:
-        raise ProConError("nn.DataParallel copies the model without its hooks: start one process a GPU with torchrun")
+    refuse_data_parallel(args.n_gpu)
     if (getattr(model, "tp_size", None) or 1) > 1:
         raise ProConError(
             "the model is split by tensor parallelism, whose ranks share batches: train with DDP, FSDP or DeepSpeed"
@@ -239,8 +228,7 @@ def _refuse(args: TrainingArguments, model: nn.Module, loader: DataLoader) -> No
             "label_smoothing_factor makes a loss of its own, in which the model's, and with it the constraint, is "
             f"lost: set it to 0, or {REMEDY}"
         )
-    if not hasattr(loader.dataset, "__len__"):
-        raise ProConError("anchors need a training set with a length: a streamed one cannot be recorded beforehand")
+    require_length(loader.dataset, "training set")
 
 
 def _recording_loader(loader: DataLoader, args: TrainingArguments) -> DataLoader:

@@ -20,11 +20,13 @@ from torch.autograd import Variable
 from transformers import PreTrainedTokenizerBase
 
 from procon.anchors import Anchors
-from procon.constraint import Fuse, ProjectionConstraint
+from procon.constraint import ProjectionConstraint
 from procon.errors import ProConError
+from procon.settings import DEFAULTS, Fuse, TokenScope, check_alpha, check_setting
 
-#: The tokens that the model's own loss counts, so that what divides the one divides the other.
-SCOPE = "response"
+#: The tokens that the model's own loss counts, so that what divides the one divides the other: the trainer hands over
+#: their number alone. Hence no other scope here, whatever the default of the settings is.
+SCOPE: TokenScope = "response"
 
 REMEDY = "use ProConTrainer or ProConSFTTrainer, or put ProConMixin before the trainer's class"
 
@@ -71,9 +73,11 @@ class ConstrainedForward:
         anchors: Anchors,
         *,
         alpha: float,
-        fuse: Fuse = "auto",
+        fuse: Fuse = DEFAULTS.fuse,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
+        check_setting("fuse", fuse)
+        check_alpha(alpha)
         if anchors.scope != SCOPE:
             raise ProConError(
                 f"anchors are of the scope {anchors.scope!r}, and a forward's loss counts {SCOPE!r} tokens only: "
@@ -100,7 +104,7 @@ class ConstrainedForward:
     def attach(self) -> ConstrainedForward:
         """Constrain the model; undone by :meth:`detach` or on leaving ``with``. After ``torch.compile`` it must come
         before the first forward, which is when it is traced."""
-        if constraining(self._module) is not None:
+        if constrained_by(self._module) is not None:
             raise ProConError("this model's forward is constrained already: call detach() on what constrains it first")
         self.constraint.attach(self._model, fuse=self._fuse)
         self._replaced = vars(self._module).get("forward")
@@ -198,7 +202,7 @@ class ConstrainedForward:
         batch = self.anchors.annotate(_on_cpu(given), self._decode)
         device = given["input_ids"].device
         anchors, mask = batch["anchors"], batch["constraint_mask"]
-        self.constraint.target(anchors.to(device, non_blocking=True), mask.to(device, non_blocking=True))
+        self.constraint.set_target(anchors.to(device, non_blocking=True), mask.to(device, non_blocking=True))
         return int(mask.sum())
 
     @torch.compiler.disable
@@ -231,7 +235,7 @@ def _causal_lm(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def constraining(model: nn.Module) -> ConstrainedForward | None:
+def constrained_by(model: nn.Module) -> ConstrainedForward | None:
     """What constrains the forward of ``model``, if anything does."""
     found = getattr(_causal_lm(model).forward, "constrained_by", None)
     return found if found is not None and found.attached else None

@@ -6,7 +6,6 @@ May import: ``eager``, ``kernels`` and the leaves. It knows no models.
 """
 
 from procon.ops.functional import (
-    MAX_DIRECTIONS,
     constrain,
     project,
     projection_penalty,
@@ -14,4 +13,4 @@ from procon.ops.functional import (
     rms_norm_constrain,
 )
 
-__all__ = ["MAX_DIRECTIONS", "constrain", "project", "projection_penalty", "rms_norm", "rms_norm_constrain"]
+__all__ = ["constrain", "project", "projection_penalty", "rms_norm", "rms_norm_constrain"]

@@ -5,6 +5,7 @@ copy of the hidden states.
 """
 
 from collections.abc import Callable
+from typing import NoReturn, Protocol, TypeVarTuple, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +17,26 @@ from procon.ops import operators
 #: Since 2.15 the engine lets a backward add to the gradient that it has gathered for an input so far.
 HAS_INPUT_GRAD_BUFFERS = hasattr(FunctionCtx, "input_grad_buffers")
 
+Arguments = TypeVarTuple("Arguments")
+
+
+class _Context(Protocol):
+    """A ``FunctionCtx`` as these functions use it: the stubs leave out what the C++ side adds, and what a user sets."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    #: Where HAS_INPUT_GRAD_BUFFERS.
+    input_grad_buffers: tuple[Tensor | None, ...]
+
+    shape: torch.Size
+    dtype: torch.dtype
+    offset: float
+    backend: str
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+    def set_materialize_grads(self, value: bool) -> None: ...
+
 
 class _DifferentiableOnce(torch.autograd.Function):
     """Identity on a gradient; taking its derivative is an error, where a plain tensor would count as a constant."""
@@ -25,13 +46,21 @@ class _DifferentiableOnce(torch.autograd.Function):
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_gradient: Tensor):
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> NoReturn:
         raise ProConError(
             "the projection penalty has no second derivative: leave it out of what create_graph=True covers"
         )
 
 
-def _differentiable_once(operation: Callable, *arguments):
+@overload
+def _differentiable_once(operation: Callable[[*Arguments], Tensor], *arguments: *Arguments) -> Tensor: ...
+@overload
+def _differentiable_once(
+    operation: Callable[[*Arguments], tuple[Tensor, Tensor]], *arguments: *Arguments
+) -> tuple[Tensor, Tensor]: ...
+def _differentiable_once(
+    operation: Callable[[*Arguments], Tensor | tuple[Tensor, Tensor]], *arguments: *Arguments
+) -> Tensor | tuple[Tensor, ...]:
     """A backward's result: one tensor, or several."""
     if not torch.is_grad_enabled():
         return operation(*arguments)
@@ -48,13 +77,14 @@ class Project(torch.autograd.Function):
     """``hidden [..., D]``, ``direction [K, D]`` -> projection ``[N, K]``."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, direction: Tensor, backend: str) -> Tensor:
+    def forward(ctx: _Context, hidden: Tensor, direction: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(direction)
         ctx.shape, ctx.dtype, ctx.backend = hidden.shape, hidden.dtype, backend
         return operators.project(hidden, direction, backend)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_projection: Tensor):
+    def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (grad_projection,) = gradients
         (direction,) = ctx.saved_tensors
         arguments = (None, None, grad_projection, direction, ctx.shape, ctx.dtype, ctx.backend)
         return _differentiable_once(operators.accumulate_gradient, *arguments), None, None
@@ -70,7 +100,7 @@ class Constrain(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: _Context,
         hidden: Tensor,
         direction: Tensor,
         anchor: Tensor | None,
@@ -86,7 +116,8 @@ class Constrain(torch.autograd.Function):
         return hidden, tokens if per_token else tokens.sum()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_hidden: Tensor | None, grad_penalty: Tensor | None):
+    def backward(ctx: _Context, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_penalty = gradients
         if grad_penalty is not None:
             coefficient, direction = ctx.saved_tensors
             buffer = None if grad_hidden is not None else _writable_buffer(ctx)
@@ -98,7 +129,7 @@ class Constrain(torch.autograd.Function):
         return grad_hidden, None, None, None, None, None, None
 
 
-def _writable_buffer(ctx: FunctionCtx) -> Tensor | None:
+def _writable_buffer(ctx: _Context) -> Tensor | None:
     """The gradient gathered for the hidden states so far, if the engine says that it may be added to in place."""
     if not HAS_INPUT_GRAD_BUFFERS or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
@@ -116,7 +147,7 @@ class RmsNormConstrain(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: _Context,
         hidden: Tensor,
         norm_weight: Tensor,
         eps: float,
@@ -137,7 +168,8 @@ class RmsNormConstrain(torch.autograd.Function):
         return normed, tokens.sum()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_normed: Tensor | None, grad_penalty: Tensor | None):
+    def backward(ctx: _Context, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_normed, grad_penalty = gradients
         hidden, norm_weight, inverse_rms, coefficient, direction = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = grad_weight = None

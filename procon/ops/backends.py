@@ -1,6 +1,5 @@
 """Which backend runs an op: the Triton kernels or plain PyTorch."""
 
-import os
 import warnings
 from functools import cache
 from importlib.util import find_spec
@@ -8,17 +7,15 @@ from importlib.util import find_spec
 import torch
 
 from procon.errors import ProConError
-
-BACKENDS = ("auto", "triton", "eager")
+from procon.settings import backend_variable, check_setting
 
 
 @torch.compiler.assume_constant_result
 def choose_backend(backend: str, device: str) -> str:
     """``"triton"`` or ``"eager"`` for tensors on this type of device."""
-    _check(backend, "backend")
+    check_setting("backend", backend)
     if backend == "auto":
-        backend = os.environ.get("PROCON_BACKEND", "auto")
-        _check(backend, "the environment variable PROCON_BACKEND")
+        backend = backend_variable()
     if backend == "auto":
         if device != "cuda":
             return "eager"
@@ -29,11 +26,6 @@ def choose_backend(backend: str, device: str) -> str:
     if backend == "triton":
         _require_triton(device)
     return backend
-
-
-def _check(backend: str, name: str) -> None:
-    if backend not in BACKENDS:
-        raise ProConError(f"{name} is {backend!r}: give one of {', '.join(map(repr, BACKENDS))}")
 
 
 @cache

@@ -30,19 +30,16 @@ from torch import Tensor
 from procon.errors import ProConError
 from procon.ops.autograd import HAS_INPUT_GRAD_BUFFERS, Constrain, Project, RmsNormConstrain
 from procon.ops.backends import choose_backend
+from procon.settings import CHOICES, MAX_DIRECTIONS, Backend, Penalty, check_choice
 
 __all__ = ["constrain", "project", "projection_penalty", "rms_norm", "rms_norm_constrain"]
 
-#: Directions that one call takes.
-MAX_DIRECTIONS = 8
-
-_PENALTIES = ("squared", "absolute", "huber")
 _REDUCTIONS = ("sum", "mean", "none")
 _CASTINGS = ("llama", "gemma")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def project(hidden: Tensor, direction: Tensor, *, backend: str = "auto") -> Tensor:
+def project(hidden: Tensor, direction: Tensor, *, backend: Backend = "auto") -> Tensor:
     """Projection of every hidden state on one or several directions, differentiable with respect to ``hidden``.
 
     Args:
@@ -67,9 +64,9 @@ def projection_penalty(
     anchor: Tensor | None = None,
     weight: Tensor | None = None,
     *,
-    penalty: str = "squared",
+    penalty: Penalty = "squared",
     reduction: str = "sum",
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Penalty on the distance of the projections from their anchors, as a loss of its own.
 
@@ -92,7 +89,7 @@ def projection_penalty(
     Raises:
         ProConError: for a wrong shape, dtype, device, option or backend.
     """
-    _one_of("reduction", reduction, _REDUCTIONS)
+    check_choice("reduction", reduction, _REDUCTIONS)
     _, loss = _constrain(hidden, direction, anchor, weight, penalty, reduction == "none", backend)
     if reduction == "none":
         return loss.view(hidden.shape[:-1])
@@ -110,8 +107,8 @@ def constrain(
     anchor: Tensor | None = None,
     weight: Tensor | None = None,
     *,
-    penalty: str = "squared",
-    backend: str = "auto",
+    penalty: Penalty = "squared",
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Penalty on the distance of the projections from their anchors, with the hidden states passed through.
 
@@ -153,8 +150,8 @@ def rms_norm_constrain(
     *,
     casting: str = "llama",
     offset: float = 0.0,
-    penalty: str = "squared",
-    backend: str = "auto",
+    penalty: Penalty = "squared",
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm of the hidden states, and the penalty that :func:`constrain` gives, from the same reads and writes.
 
@@ -192,7 +189,7 @@ def rms_norm(
     *,
     casting: str = "llama",
     offset: float = 0.0,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """The RMSNorm of :func:`rms_norm_constrain` without the penalty: what the constraint's cost is measured against.
 
@@ -210,9 +207,9 @@ def _constrain(
     direction: Tensor,
     anchor: Tensor | None,
     weight: Tensor | None,
-    penalty: str,
+    penalty: Penalty,
     per_token: bool,
-    backend: str,
+    backend: Backend,
 ) -> tuple[Tensor, Tensor]:
     directions, anchor, weight = _penalty_arguments(hidden, direction, anchor, weight, penalty)
     backend = choose_backend(backend, hidden.device.type)
@@ -220,11 +217,11 @@ def _constrain(
 
 
 def _penalty_arguments(
-    hidden: Tensor, direction: Tensor, anchor: Tensor | None, weight: Tensor | None, penalty: str
+    hidden: Tensor, direction: Tensor, anchor: Tensor | None, weight: Tensor | None, penalty: Penalty
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Directions ``[K, D]``, anchors ``[N, K]`` and weights ``[N]`` in the dtype of the computation, found good."""
     directions = _directions(hidden, direction)
-    _one_of("penalty", penalty, _PENALTIES)
+    check_choice("penalty", penalty, CHOICES["penalty"])
     tokens = hidden.shape[:-1]
     if anchor is not None:
         _check_companion("anchor", anchor, hidden)
@@ -278,7 +275,7 @@ def _check_norm(hidden: Tensor, norm_weight: Tensor, casting: str) -> None:
         raise ProConError(
             f"norm_weight is on {norm_weight.device} but hidden is on {hidden.device}: move norm_weight there"
         )
-    _one_of("casting", casting, _CASTINGS)
+    check_choice("casting", casting, _CASTINGS)
 
 
 def _check_companion(name: str, tensor: Tensor, hidden: Tensor) -> None:
@@ -299,8 +296,3 @@ def _check_tensor(name: str, value: object) -> None:
         raise ProConError(
             f"{name} is a DTensor, not supported yet: pass {name}.to_local() of a tensor sharded on tokens"
         )
-
-
-def _one_of(name: str, value: str, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise ProConError(f"{name} is {value!r}: give one of {', '.join(map(repr, options))}")

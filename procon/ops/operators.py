@@ -5,14 +5,18 @@ Both backends offer the same functions on two-dimensional tensors, in files of t
 operators, which a graph can hold, because the dispatcher would cost an eager call as much again as the op's own launch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
+from typing import TypeVar, TypeVarTuple
 
 import torch
 from torch import Tensor
 
 _library = torch.library.Library("procon", "DEF")
+
+Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
 
 
 # Imported on first use: the kernels bring Triton along, which may be missing where they are not called.
@@ -42,17 +46,19 @@ def _rows(tensor: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
+def _operator(
+    schema: str, fake: Callable[[*Arguments], Result]
+) -> Callable[[Callable[[*Arguments], Result]], Callable[[*Arguments], Result]]:
     """Register an implementation as ``procon::<name>``; the result calls the operator only while compiling."""
     name = schema.partition("(")[0]
 
-    def register(implementation: Callable) -> Callable:
+    def register(implementation: Callable[[*Arguments], Result]) -> Callable[[*Arguments], Result]:
         _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
         _library.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"procon::{name}", fake, lib=_library)
         operator = getattr(torch.ops.procon, name).default
 
-        def call(*arguments):
+        def call(*arguments: *Arguments) -> Result:
             return operator(*arguments) if torch.compiler.is_compiling() else implementation(*arguments)
 
         return call
@@ -69,7 +75,9 @@ def project(hidden: Tensor, direction: Tensor, backend: str) -> Tensor:
     return _projection_penalty(backend).project(_rows(hidden), direction)
 
 
-def _fake_penalize(hidden, direction, anchor, weight, penalty, backend) -> tuple[Tensor, Tensor]:
+def _fake_penalize(
+    hidden: Tensor, direction: Tensor, anchor: Tensor | None, weight: Tensor | None, penalty: str, backend: str
+) -> tuple[Tensor, Tensor]:
     rows = hidden.numel() // hidden.shape[-1]
     return direction.new_empty((rows,)), direction.new_empty((rows, direction.shape[0]))
 
@@ -85,7 +93,15 @@ def penalize(
     return _projection_penalty(backend).penalize(_rows(hidden), direction, anchor, weight, penalty)
 
 
-def _fake_accumulate_gradient(incoming, upstream, coefficient, direction, shape, dtype, backend) -> Tensor:
+def _fake_accumulate_gradient(
+    incoming: Tensor | None,
+    upstream: Tensor | None,
+    coefficient: Tensor,
+    direction: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
     return direction.new_empty(shape, dtype=dtype)
 
 
@@ -99,7 +115,7 @@ def accumulate_gradient(
     upstream: Tensor | None,
     coefficient: Tensor,
     direction: Tensor,
-    shape: list[int],
+    shape: Sequence[int],
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
@@ -114,7 +130,16 @@ def add_gradient(buffer: Tensor, upstream: Tensor, coefficient: Tensor, directio
 
 
 def _fake_rms_norm(
-    hidden, norm_weight, eps, casting, offset, direction, anchor, weight, penalty, backend
+    hidden: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    casting: str,
+    offset: float,
+    direction: Tensor | None,
+    anchor: Tensor | None,
+    weight: Tensor | None,
+    penalty: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = hidden.numel() // hidden.shape[-1]
     computed = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -152,7 +177,16 @@ def rms_norm_penalize(
 
 
 def _fake_rms_norm_gradient(
-    incoming, upstream, hidden, norm_weight, inverse_rms, coefficient, direction, offset, needs_weight, backend
+    incoming: Tensor,
+    upstream: Tensor | None,
+    hidden: Tensor,
+    norm_weight: Tensor,
+    inverse_rms: Tensor,
+    coefficient: Tensor,
+    direction: Tensor | None,
+    offset: float,
+    needs_weight: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     return hidden.new_empty(hidden.shape), norm_weight.new_empty((norm_weight.shape[0] if needs_weight else 0,))
 

@@ -19,28 +19,28 @@ from procon.directions import ContrastMeans, RefusalDirections
 from procon.errors import ProConError
 from procon.evaluation import Drift, evaluate, measure_drift
 from procon.training.console import log_with_details, show_beside_bar
-from procon.training.drift_gate import DriftGate
+from procon.training.drift_gate import DriftGate, GateAction
 
 logger = logging.getLogger(__name__)
 
 
 class ProbeCallback(TrainerCallback, ABC):
-    """Logs :meth:`measure` through ``trainer`` every ``every`` optimiser steps, and after the last one.
+    """Logs :meth:`measure` through ``trainer`` every ``steps`` optimiser steps, and after the last one.
 
     Attributes:
         seconds: wall-clock time spent on measuring so far, to be told from the time spent on training.
     """
 
-    def __init__(self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, every: int):
-        if every < 1:
-            raise ProConError(f"every is {every}: give a number of optimiser steps, 1 or more")
+    def __init__(self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, steps: int):
+        if steps < 1:
+            raise ProConError(f"steps is {steps}: give a number of optimiser steps, 1 or more")
         self.trainer = trainer
         self.tokenizer = tokenizer
-        self.every = every
+        self.steps = steps
         self.seconds = 0.0
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+        if state.global_step % self.steps == 0 or state.global_step == state.max_steps:
             began, should_log = time.monotonic(), control.should_log
             self.probe(state, control)
             # Logging cleared it, and with it the Trainer's own log of this step.
@@ -71,12 +71,12 @@ class DriftCallback(ProbeCallback):
     batches with the built-in prompts. Each rank computes it, and the main one's figures count for all.
 
     Args:
-        every: optimiser steps from one measurement to the next.
+        steps: optimiser steps from one measurement to the next.
         prompts: probe prompts, 64 built-in pairs if not given. The reference is extracted from the same prompts when
             training starts, and kept in the output folder: a resumed run is measured against the same start.
         gate: a floor under the mean cosine, such as 0.9. At the first measurement below it, and again at the first
             below it after one above it, one warning is logged. A resumed run that is still below tells it anew.
-        on_gate: ``"warn"``, or ``"stop"``: training ends after that step, and saves a checkpoint.
+        gate_action: ``"warn"``, or ``"stop"``: training ends after that step, and saves a checkpoint.
 
     Attributes:
         drift: what was measured last; None before training.
@@ -90,14 +90,14 @@ class DriftCallback(ProbeCallback):
         trainer: Trainer,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        every: int = 50,
+        steps: int = 50,
         prompts: ContrastPrompts | None = None,
         gate: float | None = None,
-        on_gate: str = "warn",
+        gate_action: GateAction = "warn",
     ):
-        super().__init__(trainer, tokenizer, every)
+        super().__init__(trainer, tokenizer, steps)
         self.prompts = prompts or builtin_prompts("extraction").first(64)
-        self.gate = DriftGate.parse(gate, on_gate)
+        self.gate = DriftGate.parse(gate, gate_action)
         self.drift: Drift | None = None
         self._reference: RefusalDirections | None = None
         self._passed = True
@@ -194,13 +194,13 @@ class EvaluationCallback(ProbeCallback):
         trainer: Trainer,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        every: int = 50,
+        steps: int = 50,
         prompts: ContrastPrompts | None = None,
         task: Sequence[dict] | None = None,
         max_new_tokens: int = 24,
         task_max_new_tokens: int = 64,
     ):
-        super().__init__(trainer, tokenizer, every)
+        super().__init__(trainer, tokenizer, steps)
         self.prompts = prompts or builtin_prompts("validation").first(24)
         self.task = task
         self.max_new_tokens = max_new_tokens

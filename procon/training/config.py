@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from transformers import TrainingArguments
 
-from procon.constraint import Blocks
-from procon.errors import ProConError
 from procon.schedule import AlphaSchedule
-from procon.sequences import REDUCTIONS, TOKEN_SCOPES
+from procon.settings import (
+    DEFAULTS,
+    Backend,
+    Blocks,
+    ConstraintSettings,
+    Fuse,
+    Penalty,
+    Reduction,
+    TokenScope,
+    Units,
+    check_setting,
+    parse_blocks,
+    sentences,
+)
+
+#: What the names of the constraint's settings begin with among training arguments.
+PREFIX = "procon_"
+
+_SENTENCES = sentences(ConstraintSettings)
+
+
+def _help(setting: str) -> dict[str, str]:
+    """What ``--help`` shows: the sentence beneath the constraint's own setting."""
+    return {"help": _SENTENCES.get(setting, "")}
 
 
 @dataclass
@@ -19,40 +41,21 @@ class ProConArguments:
         @dataclass
         class MyConfig(ProConArguments, MyTrainingArguments): ...
 
-    Their names begin with ``procon_``. Schedule, scope and penalty default to what trials on validation prompts
-    chose and the study confirmed on held-out ones (``docs/results.md``); the paper constrains response tokens alone.
+    They are those of :class:`procon.settings.ConstraintSettings`, with its defaults, and names that begin with
+    ``procon_``. ``procon_blocks`` is a text, as command lines give it.
+
+    Raises:
+        ProConError: for a value that a setting cannot have.
     """
 
-    procon_schedule: str = field(
-        default="procon_s",
-        metadata={
-            "help": "Strength over training: procon_s[:ALPHA], procon_wu[:ALPHA@4ep] (extra warm-up epochs, then 0), "
-            "or phases such as 1@2ep,0.1@200steps,0. 0 switches the constraint off."
-        },
-    )
-    procon_scope: str = field(
-        default="all", metadata={"help": "Tokens that are constrained: response (paper), prompt or all."}
-    )
-    procon_blocks: str = field(
-        default="all",
-        metadata={"help": "Blocks: all (paper), the deepest share such as 0.5, or indices such as 8,9,10."},
-    )
-    procon_penalty: str = field(
-        default="absolute", metadata={"help": "squared, absolute (as typeset in the paper) or huber."}
-    )
-    procon_units: str = field(
-        default="raw",
-        metadata={"help": "raw (paper), or gap: each block in units of its malicious-benign distance."},
-    )
-    procon_reduction: str = field(
-        default="token",
-        metadata={"help": "token: mean over constrained tokens; sequence: mean over sequences of each one's mean."},
-    )
-    procon_fuse: str = field(
-        default="auto",
-        metadata={"help": "auto: inside the blocks' own RMSNorm where possible; never: ahead of the block."},
-    )
-    procon_backend: str = field(default="auto", metadata={"help": "auto, triton or eager."})
+    procon_schedule: str = field(default=DEFAULTS.schedule, metadata=_help("schedule"))
+    procon_scope: TokenScope = field(default=DEFAULTS.scope, metadata=_help("scope"))
+    procon_blocks: str = field(default=str(DEFAULTS.blocks), metadata=_help("blocks"))
+    procon_penalty: Penalty = field(default=DEFAULTS.penalty, metadata=_help("penalty"))
+    procon_units: Units = field(default=DEFAULTS.units, metadata=_help("units"))
+    procon_reduction: Reduction = field(default=DEFAULTS.reduction, metadata=_help("reduction"))
+    procon_fuse: Fuse = field(default=DEFAULTS.fuse, metadata=_help("fuse"))
+    procon_backend: Backend = field(default=DEFAULTS.backend, metadata=_help("backend"))
     procon_anchors_dir: str | None = field(
         default=None, metadata={"help": "Where initial projections are kept; OUTPUT_DIR/_anchors if not given."}
     )
@@ -60,14 +63,15 @@ class ProConArguments:
     def __post_init__(self):
         if hasattr(super(), "__post_init__"):
             super().__post_init__()
-        if self.procon_scope not in TOKEN_SCOPES:
-            raise ProConError(f"procon_scope is {self.procon_scope!r}: choose one of {', '.join(TOKEN_SCOPES)}")
-        if self.procon_reduction not in REDUCTIONS:
-            raise ProConError(f"procon_reduction is {self.procon_reduction!r}: choose one of {', '.join(REDUCTIONS)}")
-        if self.procon_fuse not in ("auto", "never"):
-            raise ProConError(f"procon_fuse is {self.procon_fuse!r}: choose auto or never")
-        self.schedule()
-        self.blocks()
+        self.constraint_settings()
+
+    def constraint_settings(self) -> ConstraintSettings:
+        """The settings without their prefix, checked; a wrong one is named as it stands here."""
+        values: dict[str, Any] = {item.name: getattr(self, PREFIX + item.name) for item in fields(ConstraintSettings)}
+        values["blocks"] = self.blocks()
+        for setting, value in values.items():
+            check_setting(setting, value, PREFIX + setting)
+        return ConstraintSettings(**values)
 
     def schedule(self) -> AlphaSchedule:
         """The parsed ``procon_schedule``."""
@@ -75,17 +79,7 @@ class ProConArguments:
 
     def blocks(self) -> Blocks:
         """The parsed ``procon_blocks``."""
-        text = self.procon_blocks.strip()
-        try:
-            if text == "all":
-                return "all"
-            if "." in text or text == "1":
-                return float(text)
-            return [int(part) for part in text.split(",")]
-        except ValueError:
-            raise ProConError(
-                f"procon_blocks is {self.procon_blocks!r}: give all, a share such as 0.5, or indices such as 8,9,10"
-            ) from None
+        return parse_blocks(self.procon_blocks, f"{PREFIX}blocks")
 
 
 @dataclass

@@ -1,11 +1,15 @@
-"""A floor under the mean cosine: how far refusal may drift in training before that is told, or training stops."""
+"""A floor under the mean cosine: how far refusal may drift before training warns or stops."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from procon.errors import ProConError
 from procon.evaluation import Drift
+from procon.settings import check_choice
+
+GateAction = Literal["warn", "stop"]
 
 _REMEDY = (
     "the model may be losing its refusals: constrain more (a larger alpha or a longer warm-up), mix in safety samples, "
@@ -15,7 +19,7 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class DriftGate:
-    """The lowest mean cosine that is let pass, and what to do below it.
+    """The lowest mean cosine allowed, and what to do below it.
 
     Attributes:
         floor: mean signed cosine of re-extracted directions to the first (paper section III-B), within -1 and 1.
@@ -23,20 +27,19 @@ class DriftGate:
     """
 
     floor: float
-    action: str
+    action: GateAction
 
     @classmethod
-    def parse(cls, floor: float | None, action: str) -> DriftGate | None:
+    def parse(cls, floor: float | None, action: GateAction) -> DriftGate | None:
         """The gate; None without a floor.
 
         Raises:
             ProConError: for a floor that is no cosine, an unknown action, or ``"stop"`` without a floor.
         """
-        if action not in ("warn", "stop"):
-            raise ProConError(f"the action at the drift gate is {action!r}: choose warn or stop")
+        check_choice("gate_action", action, get_args(GateAction))
         if floor is None:
             if action == "stop":
-                raise ProConError("the action at the drift gate is 'stop', but there is no gate: give one, such as 0.9")
+                raise ProConError("gate_action is 'stop', but there is no gate: give one, such as 0.9")
             return None
         if not -1 < floor < 1:
             raise ProConError(f"the drift gate is {floor}: give a mean cosine between -1 and 1, such as 0.9")

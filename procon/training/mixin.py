@@ -15,8 +15,8 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from procon.anchors import AnchoredCollator, Anchors, fingerprint
-from procon.constraint import ProjectionConstraint, check_finite, constrained_tokens
+from procon.anchors import AnchoredCollator, Anchors, StartingState, check_resumed, require_length
+from procon.constraint import ProjectionConstraint, check_finite, constrained_tokens, refuse_data_parallel
 from procon.directions import DIRECTIONS, RefusalDirections
 from procon.errors import ProConError
 from procon.training.checkpoints import last_complete, read_settings, write_settings
@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 #: What the anchored collator adds to a batch; never handed to the model.
 _TARGET = ("anchors", "constraint_mask")
+
+#: Settings that a resumed training shares with the one that it goes on from.
+_SAME_WHEN_RESUMED = ("schedule", "scope", "penalty", "units", "reduction", "blocks", "directions")
 
 
 class ProConMixin:
@@ -66,6 +69,7 @@ class ProConMixin:
             )
         if self.model_init is not None:
             raise ProConError("anchors belong to one model: pass model, not model_init")
+        args.constraint_settings()  # once more, as they may have been set since args was made
         self.alpha_schedule = args.schedule()
         self.constraint: ProjectionConstraint | None = None
         self._directions: RefusalDirections | None = None
@@ -77,10 +81,7 @@ class ProConMixin:
         self._penalty_steps = 0
         if not self.alpha_schedule.active:
             return
-        if args.n_gpu > 1:
-            raise ProConError(
-                "nn.DataParallel copies the model without its hooks: start one process a GPU with torchrun"
-            )
+        refuse_data_parallel(args.n_gpu)
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ProConError("FSDP 1 flattens the parameters that anchors are told by: set version 2 in fsdp_config")
         if self.get_sp_size() > 1:
@@ -89,7 +90,7 @@ class ProConMixin:
                 "out: use context parallelism (cp_size)"
             )
         if directions is not None:
-            self._constrain(
+            self._make_constraint(
                 directions if isinstance(directions, RefusalDirections) else RefusalDirections.load(directions)
             )
         elif getattr(self.processing_class, "chat_template", None) is None:
@@ -113,21 +114,23 @@ class ProConMixin:
         if not self.alpha_schedule.active:
             return super().train(checkpoint, *args, **kwargs)
         if self.constraint is None:
-            self._constrain(RefusalDirections.load(Path(checkpoint) / DIRECTIONS) if checkpoint else self._extract())
+            self._make_constraint(
+                RefusalDirections.load(Path(checkpoint) / DIRECTIONS) if checkpoint else self._extract()
+            )
         self._resumed_steps_per_epoch = None
         self._anchors = self._reopen_anchors(Path(checkpoint)) if checkpoint else None
         with self.constraint.attach(self.model, fuse=self.args.procon_fuse):
             return super().train(checkpoint, *args, **kwargs)
 
-    def _constrain(self, directions: RefusalDirections) -> None:
-        args = self.args
+    def _make_constraint(self, directions: RefusalDirections) -> None:
+        settings = self.args.constraint_settings()
         self._directions = directions
         self.constraint = ProjectionConstraint(
             directions,
-            blocks=args.blocks(),
-            penalty=args.procon_penalty,
-            units=args.procon_units,
-            backend=args.procon_backend,
+            blocks=settings.blocks,
+            penalty=settings.penalty,
+            units=settings.units,
+            backend=settings.backend,
         )
 
     def _extract(self) -> RefusalDirections:
@@ -220,7 +223,7 @@ class ProConMixin:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         if anchors is None or mask is None:
             raise ProConError("the batch has no anchors: leave get_train_dataloader and the collator to ProConMixin")
-        self.constraint.target(anchors, mask)
+        self.constraint.set_target(anchors, mask)
         # Outputs only if they are asked for: some trainers run a second forward to make them.
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         loss, *outputs = found if return_outputs else (found,)
@@ -279,38 +282,29 @@ class ProConMixin:
             "steps_per_epoch": self._steps_per_epoch,
         }
 
-    def _anchors_root(self) -> Path:
-        # Of the output folder, push_to_hub leaves out what begins with an underscore.
-        return Path(self.args.procon_anchors_dir or Path(self.args.output_dir) / "_anchors")
+    def _starting_state(self) -> StartingState:
+        return StartingState(self.args.procon_anchors_dir, self.args.output_dir)
 
     def _record_anchors(self) -> Anchors:
-        """One folder for each starting state, so that a changed model, scope or direction never meets old anchors."""
-        args, blocks = self.args, self.constraint.blocks
-        precision = self.accelerator.mixed_precision
-        state = fingerprint(self.model, self._directions, blocks, args.procon_scope, precision)
+        args = self.args
         with self.compute_loss_context_manager():
-            return Anchors.record(
+            return self._starting_state().record(
                 self.model,
                 self._recording_dataloader(),
                 self._directions,
-                self._anchors_root() / state,
-                blocks=blocks,
+                blocks=self.constraint.blocks,
                 scope=args.procon_scope,
+                backend=args.procon_backend,
+                precision=self.accelerator.mixed_precision,
                 progress=not args.disable_tqdm,
-                fingerprint=state,
             )
 
     def _reopen_anchors(self, checkpoint: Path) -> Anchors:
-        """The anchors of the interrupted run: the model is no longer in the state that they were recorded in."""
-        found, expected = read_settings(checkpoint), self._settings()
-        for name in ("schedule", "scope", "penalty", "units", "reduction", "blocks", "directions"):
-            if found[name] != expected[name]:
-                raise ProConError(
-                    f"checkpoint {str(checkpoint)!r} was trained with {name} {found[name]!r}, not {expected[name]!r}: "
-                    "resume with the same settings, or start afresh"
-                )
+        found, settings = read_settings(checkpoint), self._settings()
+        expected = {name: settings[name] for name in _SAME_WHEN_RESUMED}
+        check_resumed(found, expected, f"checkpoint {str(checkpoint)!r}")
         self._resumed_steps_per_epoch = found.get("steps_per_epoch")
-        return Anchors.reopen(self._anchors_root() / found["anchors"])
+        return self._starting_state().reopen(found["anchors"])
 
     def _check_resumed_schedule(self) -> None:
         """Another number of ranks goes on as the interrupted run would have, if its steps are as large."""
@@ -325,10 +319,7 @@ class ProConMixin:
     def _recording_dataloader(self) -> DataLoader:
         """This rank's share of the training set, longest samples first, through the training collator."""
         dataset = self.train_dataset
-        if dataset is None or not hasattr(dataset, "__len__"):
-            raise ProConError(
-                "anchors need a train_dataset with a length: a streamed one cannot be recorded beforehand"
-            )
+        require_length(dataset, "train_dataset")
         collator = self.data_collator
         if isinstance(dataset, Dataset):
             dataset = self._remove_unused_columns(dataset, description="anchors")

@@ -72,7 +72,7 @@ def describe(settings: dict, directions: RefusalDirections, log_history: Sequenc
     rows = {
         "strength (alpha)": _strength(AlphaSchedule.parse(settings["schedule"])),
         "constrained tokens": settings["scope"],
-        "constrained blocks": _blocks(settings["blocks"], len(directions.directions)),
+        "constrained blocks": _blocks(settings["blocks"], len(directions.first)),
         "penalty": f"{settings['penalty']}, {settings['units']} units, mean over {settings['reduction']}s",
         "directions": f"`{DIRECTIONS}` (`{settings['directions']}`){_origin(directions)}",
         "anchors": f"projections of the training tokens before training (`{settings['anchors']}`)",

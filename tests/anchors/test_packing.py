@@ -62,9 +62,9 @@ def test_a_cache_is_kept_out_of_the_constrained_forward(tiny_model, features, ra
     """Beside one, transformers lets packed sequences see each other; a bare loop has one unless it is told not to."""
     model = tiny_model()
     directions, batch = random_directions(model), flattening_collator()(features)
-    anchors = Anchors.record(model, [batch], directions, tmp_path, progress=False).annotate(batch)
-    constraint = ProjectionConstraint(directions).attach(model, fuse=fuse)
-    constraint.target(anchors["anchors"], anchors["constraint_mask"])
+    anchors = Anchors.record(model, [batch], directions, tmp_path, progress=False, scope="response").annotate(batch)
+    constraint = ProjectionConstraint(directions, penalty="squared").attach(model, fuse=fuse)
+    constraint.set_target(anchors["anchors"], anchors["constraint_mask"])
     output = model(**batch)
     assert output.past_key_values is None
     assert constraint.penalty() < 1e-10
@@ -86,10 +86,10 @@ def test_refused_just_where_sequences_mix(tiny_model, tokenizer, features, rando
     directions = random_directions(model)
     if mixes:
         with pytest.raises(ProConError, match=r"Model with .* lets the sequences of a packed row see each other: pad"):
-            Anchors.record(model, [flattened], directions, tmp_path / "flattened", progress=False)
+            Anchors.record(model, [flattened], directions, tmp_path / "flattened", progress=False, scope="response")
     else:
-        Anchors.record(model, [flattened], directions, tmp_path / "flattened", progress=False)
-    Anchors.record(model, [padded], directions, tmp_path / "padded", progress=False)
+        Anchors.record(model, [flattened], directions, tmp_path / "flattened", progress=False, scope="response")
+    Anchors.record(model, [padded], directions, tmp_path / "padded", progress=False, scope="response")
 
 
 def test_packing_that_the_attention_is_not_told(tiny_model, features, random_directions, tmp_path):
@@ -98,7 +98,7 @@ def test_packing_that_the_attention_is_not_told(tiny_model, features, random_dir
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     model = tiny_model()
     with pytest.raises(ProConError, match="LlamaModel with attn_implementation 'sdpa' lets the sequences of a packed"):
-        Anchors.record(model, [batch], random_directions(model), tmp_path, progress=False)
+        Anchors.record(model, [batch], random_directions(model), tmp_path, progress=False, scope="response")
 
 
 def test_the_check_costs_two_forwards_once_and_only_where_rows_are_packed(
@@ -107,13 +107,13 @@ def test_the_check_costs_two_forwards_once_and_only_where_rows_are_packed(
     model, forwards = tiny_model(), []
     model.model.register_forward_pre_hook(lambda *_: forwards.append(1))
     flattened = [flattening_collator()(features[:2]), flattening_collator()(features[2:])]
-    Anchors.record(model, flattened, random_directions(model), tmp_path / "flattened", progress=False)
+    Anchors.record(model, flattened, random_directions(model), tmp_path / "flattened", progress=False, scope="response")
     assert len(forwards) == 4
     # Also where nothing is left to record: the loader may be another one now.
-    Anchors.record(model, flattened, random_directions(model), tmp_path / "flattened", progress=False)
+    Anchors.record(model, flattened, random_directions(model), tmp_path / "flattened", progress=False, scope="response")
     assert len(forwards) == 6
     padded = padding_collator(tokenizer)(features)
-    Anchors.record(model, [padded], random_directions(model), tmp_path / "padded", progress=False)
+    Anchors.record(model, [padded], random_directions(model), tmp_path / "padded", progress=False, scope="response")
     assert len(forwards) == 7
 
 
@@ -134,12 +134,14 @@ def test_flash_attention(tiny_model, tokenizer, features, random_directions, tmp
         model = tiny_model(hidden_size=64, head_dim=32).to("cuda", dtype).train()
         model.set_attn_implementation(implementation)
         directions = random_directions(model)
-        anchors = Anchors.record(model, [batch], directions, tmp_path / f"{implementation} {dtype}", progress=False)
+        anchors = Anchors.record(
+            model, [batch], directions, tmp_path / f"{implementation} {dtype}", progress=False, scope="response"
+        )
         batch = anchors.annotate(batch)
         batch = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
         target = batch.pop("anchors") + 1, batch.pop("constraint_mask")
-        with ProjectionConstraint(directions).attach(model, fuse=fuse) as constraint:
-            constraint.target(*target)
+        with ProjectionConstraint(directions, penalty="squared").attach(model, fuse=fuse) as constraint:
+            constraint.set_target(*target)
             model(**batch)
             constraint.penalty().backward()
         return torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])

@@ -41,7 +41,7 @@ def directions(model):
 @pytest.fixture
 def anchors(model, directions, samples, tokenizer, tmp_path):
     loader = DataLoader(samples, batch_size=3, collate_fn=padding_collator(tokenizer))
-    return Anchors.record(model, loader, directions, tmp_path / "anchors", progress=False)
+    return Anchors.record(model, loader, directions, tmp_path / "anchors", progress=False, scope="response")
 
 
 def projections(model, directions, sample) -> torch.Tensor:
@@ -49,7 +49,7 @@ def projections(model, directions, sample) -> torch.Tensor:
     ids = torch.tensor([sample["input_ids"]])
     with torch.no_grad():
         states = model(input_ids=ids, output_hidden_states=True).hidden_states
-    return torch.stack([(states[block][0] @ directions.directions[block]) for block in range(len(states) - 1)], -1)
+    return torch.stack([(states[block][0] @ directions.first[block]) for block in range(len(states) - 1)], -1)
 
 
 def test_recorded_projections_are_those_of_the_single_samples(model, directions, samples, tokenizer, anchors):
@@ -159,7 +159,7 @@ def test_scope_selects_the_tokens(model, directions, samples, tokenizer, tmp_pat
 def test_first_token_counts_as_prompt_even_if_labelled(model, directions, tokenizer, tmp_path):
     sample = {"input_ids": [7, 8, 9], "labels": [7, 8, 9]}
     loader = DataLoader([sample], collate_fn=padding_collator(tokenizer))
-    anchors = Anchors.record(model, loader, directions, tmp_path / "a", progress=False)
+    anchors = Anchors.record(model, loader, directions, tmp_path / "a", progress=False, scope="response")
     for collator in (padding_collator(tokenizer), flattening_collator()):
         assert AnchoredCollator(collator, anchors)([sample])["constraint_mask"].tolist() == [[0, 1, 1]]
 
@@ -245,11 +245,18 @@ def test_recording_again_runs_nothing_and_a_grown_set_only_what_is_new(
         "forward",
         lambda **inputs: rows.append(len(inputs["input_ids"])) or forward(**inputs),
     )
-    Anchors.record(model, DataLoader(samples, 3, collate_fn=collator), directions, anchors.path, progress=False)
+    Anchors.record(
+        model, DataLoader(samples, 3, collate_fn=collator), directions, anchors.path, progress=False, scope="response"
+    )
     assert rows == []
     extra = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}]
     grown = Anchors.record(
-        model, DataLoader(samples + extra, 1, collate_fn=collator), directions, anchors.path, progress=False
+        model,
+        DataLoader(samples + extra, 1, collate_fn=collator),
+        directions,
+        anchors.path,
+        progress=False,
+        scope="response",
     )
     assert rows == [1]
     assert len(grown) == len(samples) + 1
@@ -270,9 +277,9 @@ def test_interrupted_recording_goes_on(model, directions, samples, tokenizer, tm
             yield batch
 
     with pytest.raises(Stopped):
-        Anchors.record(model, stopping(), directions, tmp_path / "a", progress=False)
+        Anchors.record(model, stopping(), directions, tmp_path / "a", progress=False, scope="response")
     assert len(list((tmp_path / "a").glob("*.safetensors"))) == 5
-    anchors = Anchors.record(model, loader, directions, tmp_path / "a", progress=False)
+    anchors = Anchors.record(model, loader, directions, tmp_path / "a", progress=False, scope="response")
     assert len(anchors) == len(samples)
     assert len(list((tmp_path / "a").glob("*.safetensors"))) == len(samples)
 
@@ -283,7 +290,7 @@ def test_other_model_state_is_refused(tiny_model, directions, samples, tokenizer
         model.get_input_embeddings().weight[0, 0] += 1
     loader = DataLoader(samples, 3, collate_fn=padding_collator(tokenizer))
     with pytest.raises(ProConError, match="another model state"):
-        Anchors.record(model, loader, directions, anchors.path, progress=False)
+        Anchors.record(model, loader, directions, anchors.path, progress=False, scope="response")
 
 
 def test_damaged_shard_is_named(anchors):
@@ -303,14 +310,14 @@ def test_hidden_states_that_are_not_finite_stop_the_recording(model, directions,
         find_decoder(model).blocks[0].mlp.down_proj.weight.fill_(float("nan"))
     loader = DataLoader(samples, 3, collate_fn=padding_collator(tokenizer))
     with pytest.raises(ProConError, match="entering block 1 are NaN or infinite on the sample of"):
-        Anchors.record(model, loader, directions, tmp_path / "a", progress=False)
+        Anchors.record(model, loader, directions, tmp_path / "a", progress=False, scope="response")
     assert not list((tmp_path / "a").glob("*.safetensors"))
 
 
 def test_foreign_inputs_are_refused(model, directions, samples, tokenizer, tmp_path):
     batch = {**padding_collator(tokenizer)(samples), "pixel_values": torch.zeros(8, 3)}
     with pytest.raises(ProConError, match="pixel_values"):
-        Anchors.record(model, [batch], directions, tmp_path / "a", progress=False)
+        Anchors.record(model, [batch], directions, tmp_path / "a", progress=False, scope="response")
 
 
 def test_gap_in_attention_mask_is_refused(samples, tokenizer, anchors):
@@ -347,6 +354,6 @@ def test_collator_works_in_loader_workers(samples, tokenizer, anchors):
 def test_runs_share_one_store(model, directions, samples, tokenizer, tmp_path):
     for part in (0, 1):
         loader = DataLoader(samples[part::2], 2, collate_fn=padding_collator(tokenizer))
-        anchors = Anchors.record(model, loader, directions, tmp_path / "a", progress=False)
+        anchors = Anchors.record(model, loader, directions, tmp_path / "a", progress=False, scope="response")
     assert len(anchors) == len(samples)
     assert len(list(anchors.path.glob("*.safetensors"))) == 2

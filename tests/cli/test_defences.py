@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from procon.cli import commands, main
+from procon.cli import main
+from procon.cli import train as command
 from procon.defences import DEFENCES
 from procon.directions import RefusalDirections
 
@@ -40,13 +41,13 @@ def here(place, random_directions, tiny_model):
 def built(monkeypatch) -> dict:
     """What the command hands to ``build_trainer``."""
     seen: dict = {}
-    original = commands.build_trainer
+    original = command.build_trainer
 
     def build(name, model, args, **given):
         seen.update(given, name=name, args=args)
         return original(name, model, args, **given)
 
-    monkeypatch.setattr(commands, "build_trainer", build)
+    monkeypatch.setattr(command, "build_trainer", build)
     return seen
 
 

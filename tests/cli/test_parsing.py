@@ -216,7 +216,7 @@ def assert_one_line(place: Path, argv: list[str], message: str, capsys) -> None:
         ([*TRAIN, "--safety_data", "none.jsonl"], "data file 'none.jsonl' does not exist"),
         ([*TRAIN, "--safety_samples", "-1"], "safety_samples is -1: give 0 or more"),
         ([*TRAIN, "--directions", "none.safetensors"], "'none.safetensors' does not exist: make it with"),
-        ([*TRAIN, "--method", "qlora"], "method is 'qlora': choose lora or full"),
+        ([*TRAIN, "--method", "qlora"], "method is 'qlora': choose one of lora, full"),
         ([*TRAIN, "--method", "full", "--model", "adapter"], "'adapter' is a LoRA folder: merge it"),
         ([*TRAIN, "--dtype", "fp16"], "dtype is 'fp16': choose one of"),
         ([*TRAIN, "--lora_targets", "nope"], "lora_targets 'nope' do not fit the model .*: try all-linear"),

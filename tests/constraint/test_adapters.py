@@ -79,7 +79,7 @@ def test_value_and_gradient(tiny_model, batch, random_directions, assert_penalty
     model, reference = (
         shake(get_peft_model(tiny_model(tie_word_embeddings=tied), copy.deepcopy(ADAPTERS[adapter]))) for _ in range(2)
     )
-    with ProjectionConstraint(random_directions(model)).attach(model, fuse=fuse) as constraint:
+    with ProjectionConstraint(random_directions(model), penalty="squared").attach(model, fuse=fuse) as constraint:
         assert constraint.fused == ((0, 1, 2) if fuse == "auto" else ())
     assert_penalty(model, batch, reference=reference.double(), still=int(adapter in STILL), fuse=fuse)
 
@@ -111,9 +111,9 @@ def test_an_adapter_above_the_constraint_is_refused(
     model = get_peft_model(tiny_model(), LoraConfig(**ATTENTION, layers_to_transform=adapted))
     if input_gradients:
         model.enable_input_require_grads()
-    constraint = ProjectionConstraint(random_directions(model), blocks=constrained)
+    constraint = ProjectionConstraint(random_directions(model), blocks=constrained, penalty="squared")
     with constraint.attach(model, fuse=fuse):
-        constraint.target(torch.zeros(2, 9, len(constraint.blocks)), torch.ones(2, 9))
+        constraint.set_target(torch.zeros(2, 9, len(constraint.blocks)), torch.ones(2, 9))
         model(**batch)
         with pytest.raises(ProConError, match="nothing below a constrained block trains, so the constraint cannot act"):
             constraint.penalty()
@@ -121,11 +121,11 @@ def test_an_adapter_above_the_constraint_is_refused(
 
 def start(model, batch, directions, folder):
     """Anchors of the batch, and the constraint's value as training starts."""
-    anchors = Anchors.record(model, [batch], directions, folder, progress=False)
+    anchors = Anchors.record(model, [batch], directions, folder, progress=False, scope="response")
     found = AnchoredCollator(lambda _: batch, anchors)([])
-    constraint = ProjectionConstraint(directions, blocks=anchors.blocks)
+    constraint = ProjectionConstraint(directions, blocks=anchors.blocks, penalty="squared")
     with constraint.attach(model.train()):
-        constraint.target(found["anchors"], found["constraint_mask"])
+        constraint.set_target(found["anchors"], found["constraint_mask"])
         model(**batch)
         return found["anchors"], constraint.penalty().item()
 
@@ -143,8 +143,8 @@ def test_an_adapter_that_is_trained_further(tiny_model, tokenizer, batch, tmp_pa
     model = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter", is_trainable=True)
     merged = copy.deepcopy(model).merge_and_unload()
     directions = extract(model)
-    torch.testing.assert_close(directions.directions, extract(merged).directions, rtol=1e-4, atol=1e-4)
-    assert (directions.directions - extract(tiny_model()).directions).abs().max() > 0.02
+    torch.testing.assert_close(directions.first, extract(merged).first, rtol=1e-4, atol=1e-4)
+    assert (directions.first - extract(tiny_model()).first).abs().max() > 0.02
 
     anchors, penalty = start(model, batch, directions, tmp_path / "anchors")
     assert penalty < 1e-10
@@ -174,11 +174,11 @@ def test_the_active_adapter_alone_is_trained(two_adapters, batch, assert_penalty
 
 def test_anchors_belong_to_the_adapter_that_was_on(two_adapters, batch, random_directions, tmp_path):
     model, directions = two_adapters, random_directions(two_adapters)
-    anchors = Anchors.record(model, [batch], directions, tmp_path, progress=False)
+    anchors = Anchors.record(model, [batch], directions, tmp_path, progress=False, scope="response")
     anchors.check_fits(model, directions)
     model.set_adapter("second")
     with pytest.raises(ProConError, match="recorded for another model state"):
-        Anchors.record(model, [batch], directions, tmp_path, progress=False)
+        Anchors.record(model, [batch], directions, tmp_path, progress=False, scope="response")
     with pytest.raises(ProConError, match="another model state, other adapters or directions"):
         anchors.check_fits(model, directions)
     with model.disable_adapter(), pytest.raises(ProConError, match="other adapters"):
@@ -188,16 +188,16 @@ def test_anchors_belong_to_the_adapter_that_was_on(two_adapters, batch, random_d
 
 
 def test_adapters_switched_under_the_constraint_are_refused(two_adapters, random_directions):
-    with ProjectionConstraint(random_directions(two_adapters)).attach(two_adapters) as constraint:
+    with ProjectionConstraint(random_directions(two_adapters), penalty="squared").attach(two_adapters) as constraint:
         target = torch.zeros(2, 9, 3), torch.ones(2, 9)
-        constraint.target(*target)
+        constraint.set_target(*target)
         two_adapters.set_adapter("second")
         with pytest.raises(ProConError, match=r"changed from \('first',\) to \('second',\)"):
-            constraint.target(*target)
+            constraint.set_target(*target)
         two_adapters.set_adapter("first")
-        constraint.target(*target)
+        constraint.set_target(*target)
         with two_adapters.disable_adapter(), pytest.raises(ProConError, match=r"from \('first',\) to \(\)"):
-            constraint.target(*target)
+            constraint.set_target(*target)
 
 
 def test_the_model_hash_follows_the_strength_of_an_adapter(tiny_model):

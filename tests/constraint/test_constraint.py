@@ -45,7 +45,7 @@ def by_definition(model, directions, batch, anchors, mask, units="raw"):
     model.zero_grad()
     output = model(**batch, output_hidden_states=True)
     error = torch.stack(
-        [h @ r for h, r in zip(output.hidden_states, directions.directions.to(model.dtype), strict=False)], -1
+        [h @ r for h, r in zip(output.hidden_states, directions.first.to(model.dtype), strict=False)], -1
     ) - anchors.to(model.dtype)
     if units == "gap":
         error = error / directions.gap
@@ -56,8 +56,8 @@ def by_definition(model, directions, batch, anchors, mask, units="raw"):
 
 def constrained(model, directions, batch, anchors, mask, *, fuse="auto", **settings):
     model.zero_grad()
-    with ProjectionConstraint(directions, **settings).attach(model, fuse=fuse) as constraint:
-        constraint.target(anchors, mask)
+    with ProjectionConstraint(directions, **{"penalty": "squared", **settings}).attach(model, fuse=fuse) as constraint:
+        constraint.set_target(anchors, mask)
         loss = model(**batch).loss
         penalty = constraint.penalty()
         (loss + 3 * penalty).backward()
@@ -87,12 +87,15 @@ def test_value_and_gradient_by_definition(tiny_model, family, fuse):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_norms_that_carry_the_constraint(tiny_model, family, caplog):
     model = tiny_model(family)
-    with caplog.at_level("INFO", "procon"), ProjectionConstraint(random_directions(model)).attach(model) as constraint:
+    with (
+        caplog.at_level("INFO", "procon"),
+        ProjectionConstraint(random_directions(model), penalty="squared").attach(model) as constraint,
+    ):
         assert constraint.fused == (() if family in WITHOUT_RMS_NORM else (0, 1, 2))
         (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("procon")]
         assert f"in {len(constraint.fused)} of them within the block's RMSNorm" in line
     assert constraint.fused == ()
-    assert ProjectionConstraint(random_directions(model)).attach(model, fuse="never").fused == ()
+    assert ProjectionConstraint(random_directions(model), penalty="squared").attach(model, fuse="never").fused == ()
 
 
 @both_ways
@@ -142,11 +145,11 @@ def test_hooks_inside_a_checkpoint(tiny_model, reentrant, fuse):
             run = lambda h: self.block(h, **kwargs)  # noqa: E731
             return torch.utils.checkpoint.checkpoint(run, hidden_states, use_reentrant=reentrant)
 
-    constraint = ProjectionConstraint(directions).attach(model, fuse=fuse)
+    constraint = ProjectionConstraint(directions, penalty="squared").attach(model, fuse=fuse)
     for index, block in enumerate(list(decoder.blocks)):
         decoder.blocks[index] = Checkpointed(block)
     model.zero_grad()
-    constraint.target(anchors, mask)
+    constraint.set_target(anchors, mask)
     if reentrant:
         with pytest.raises(ProConError, match="use_reentrant=False"):
             model(**batch)
@@ -167,7 +170,7 @@ def test_lora_leaves_the_first_block_out(tiny_model, fuse):
     with torch.no_grad():
         first = model(**batch, output_hidden_states=True).hidden_states[0]
     # The first block's input cannot move under LoRA, so its anchors always match.
-    anchors[..., 0] = first @ directions.directions[0]
+    anchors[..., 0] = first @ directions.first[0]
     assert_same(
         by_definition(model, directions, batch, anchors, mask),
         constrained(model, directions, batch, anchors, mask, fuse=fuse),
@@ -178,8 +181,8 @@ def test_tokens_of_the_whole_step_divide(tiny_model):
     model = tiny_model()
     directions = random_directions(model)
     batch, anchors, mask = random_batch(3)
-    with ProjectionConstraint(directions).attach(model) as constraint:
-        constraint.target(anchors, mask)
+    with ProjectionConstraint(directions, penalty="squared").attach(model) as constraint:
+        constraint.set_target(anchors, mask)
         model(**batch)
         half = constraint.penalty(tokens=2 * mask.sum()).item()
         assert half == pytest.approx(0.5 * constraint.penalty().item())
@@ -194,7 +197,7 @@ def test_attach_and_detach_leave_no_trace(tiny_model, fuse):
         return [(name, set(vars(module)), list(module._forward_pre_hooks)) for name, module in model.named_modules()]
 
     before, loss = state(), model(**batch).loss
-    with ProjectionConstraint(random_directions(model)).attach(model, fuse=fuse):
+    with ProjectionConstraint(random_directions(model), penalty="squared").attach(model, fuse=fuse):
         assert state() != before
     assert state() == before
     assert torch.equal(model(**batch).loss, loss)
@@ -205,14 +208,14 @@ def test_disabled_constraint_runs_plainly(tiny_model, fuse):
     model = tiny_model().train()
     batch, _, _ = random_batch(3)
     expected = model(**batch).loss
-    with ProjectionConstraint(random_directions(model)).attach(model, fuse=fuse) as constraint:
+    with ProjectionConstraint(random_directions(model), penalty="squared").attach(model, fuse=fuse) as constraint:
         constraint.enabled = False
         assert torch.equal(model(**batch).loss, expected)
 
 
 def test_a_copy_of_an_attached_model_has_norms_of_its_own(tiny_model):
     model = tiny_model().train()
-    with ProjectionConstraint(random_directions(model)).attach(model) as constraint:
+    with ProjectionConstraint(random_directions(model), penalty="squared").attach(model) as constraint:
         twin = copy.deepcopy(model)
         constraint.enabled = False
         with torch.no_grad():
@@ -225,7 +228,7 @@ def test_a_norm_that_someone_else_has_patched_is_left_alone(tiny_model):
     model = tiny_model()
     norm = find_decoder(model).blocks[1].input_layernorm
     norm.forward = lambda hidden_states: type(norm).forward(norm, hidden_states)
-    with ProjectionConstraint(random_directions(model)).attach(model) as constraint:
+    with ProjectionConstraint(random_directions(model), penalty="squared").attach(model) as constraint:
         assert constraint.fused == (0, 2)
 
 
@@ -233,8 +236,8 @@ def test_a_norm_that_someone_else_has_patched_is_left_alone(tiny_model):
 def test_evaluation_between_target_and_backward_is_left_alone(tiny_model, fuse):
     model = tiny_model().train()
     batch, anchors, mask = random_batch(3)
-    with ProjectionConstraint(random_directions(model)).attach(model, fuse=fuse) as constraint:
-        constraint.target(anchors, mask)
+    with ProjectionConstraint(random_directions(model), penalty="squared").attach(model, fuse=fuse) as constraint:
+        constraint.set_target(anchors, mask)
         loss = model(**batch).loss + constraint.penalty()
         model.eval()
         with torch.no_grad():
@@ -247,9 +250,9 @@ def test_evaluation_between_target_and_backward_is_left_alone(tiny_model, fuse):
 def test_never_silently_unconstrained(tiny_model, fuse):
     model = tiny_model().train()
     batch, anchors, mask = random_batch(3)
-    constraint = ProjectionConstraint(random_directions(model))
+    constraint = ProjectionConstraint(random_directions(model), penalty="squared")
     with pytest.raises(ProConError, match="attached to no model"):
-        constraint.target(anchors, mask)
+        constraint.set_target(anchors, mask)
     with constraint.attach(model, fuse=fuse):
         with pytest.raises(ProConError, match="attached already"):
             constraint.attach(model)
@@ -257,17 +260,17 @@ def test_never_silently_unconstrained(tiny_model, fuse):
             model(**batch)
         with pytest.raises(ProConError, match="no target is set"):
             constraint.penalty()
-        constraint.target(anchors, mask)
+        constraint.set_target(anchors, mask)
         with pytest.raises(ProConError, match="0 of 3 constrained blocks"):
             constraint.penalty()
         model(**batch)
         with pytest.raises(ProConError, match="ran twice for one target"):
             model(**batch)
-        constraint.target(anchors[:, :-1], mask[:, :-1])
+        constraint.set_target(anchors[:, :-1], mask[:, :-1])
         with pytest.raises(ProConError, match="hidden states of shape"):
             model(**batch)
         with pytest.raises(ProConError, match="anchors have shape"):
-            constraint.target(anchors[..., :2], mask)
+            constraint.set_target(anchors[..., :2], mask)
 
 
 @both_ways
@@ -275,8 +278,8 @@ def test_frozen_model_is_refused(tiny_model, fuse):
     model = tiny_model().train().requires_grad_(False)
     model.lm_head.weight.requires_grad_()
     batch, anchors, mask = random_batch(3)
-    with ProjectionConstraint(random_directions(model)).attach(model, fuse=fuse) as constraint:
-        constraint.target(anchors, mask)
+    with ProjectionConstraint(random_directions(model), penalty="squared").attach(model, fuse=fuse) as constraint:
+        constraint.set_target(anchors, mask)
         model(**batch)
         with pytest.raises(ProConError, match="cannot act"):
             constraint.penalty()
@@ -285,7 +288,7 @@ def test_frozen_model_is_refused(tiny_model, fuse):
 def test_directions_of_another_model_are_refused(tiny_model):
     directions = random_directions(tiny_model())
     with pytest.raises(ProConError, match="directions are for 3 blocks of width 32, but the model has 2 blocks"):
-        ProjectionConstraint(directions).attach(tiny_model(num_hidden_layers=2))
+        ProjectionConstraint(directions, penalty="squared").attach(tiny_model(num_hidden_layers=2))
 
 
 @pytest.mark.parametrize(
@@ -311,9 +314,9 @@ def test_compiled_model(tiny_model, fuse):
     batch, anchors, mask = random_batch(3)
     expected = constrained(model, directions, batch, anchors, mask)
     model.zero_grad()
-    with ProjectionConstraint(directions).attach(model, fuse=fuse) as constraint:
+    with ProjectionConstraint(directions, penalty="squared").attach(model, fuse=fuse) as constraint:
         compiled = torch.compile(model, backend="aot_eager")
-        constraint.target(anchors, mask)
+        constraint.set_target(anchors, mask)
         loss = compiled(**batch).loss
         penalty = constraint.penalty()
         (loss + 3 * penalty).backward()
@@ -330,7 +333,7 @@ def test_autocast(tiny_model, fuse):
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad():
             states = model(**batch, output_hidden_states=True).hidden_states
-        error = torch.stack([h.float() @ r for h, r in zip(states, directions.directions, strict=False)], -1) - anchors
+        error = torch.stack([h.float() @ r for h, r in zip(states, directions.first, strict=False)], -1) - anchors
         penalty, _ = constrained(model, directions, batch, anchors, mask, fuse=fuse)
     expected = (error.square().mean(-1) * mask).sum() / mask.sum()
     torch.testing.assert_close(penalty, expected, rtol=1e-5, atol=0)

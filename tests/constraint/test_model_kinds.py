@@ -75,13 +75,13 @@ def test_beside_the_routers_loss(tiny_model, batch, random_directions, family):
     reference = in_float64(model)
     output = reference(**batch, output_router_logits=True, output_hidden_states=True)
     states = torch.stack(output.hidden_states[:3], -2)  # [B, T, 3, D], inputs of the blocks
-    error = (states * directions.directions.double()).sum(-1) - anchors
+    error = (states * directions.first.double()).sum(-1) - anchors
     expected = output.loss + 3 * (error.square().mean(-1) * mask).sum() / mask.sum()
     expected.backward()
     assert abs(output.loss - reference(**batch).loss) > 0.1
 
-    with ProjectionConstraint(directions).attach(model) as constraint:
-        constraint.target(anchors, mask)
+    with ProjectionConstraint(directions, penalty="squared").attach(model) as constraint:
+        constraint.set_target(anchors, mask)
         loss = model(**batch, output_router_logits=True).loss + 3 * constraint.penalty()
         loss.backward()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
@@ -102,7 +102,7 @@ def test_tied_embeddings(tiny_model, batch, assert_penalty, random_directions, f
     assert model.lm_head.weight is model.model.embed_tokens.weight
     state = copy.deepcopy(model.state_dict())
     assert_penalty(model, batch, fuse=fuse)
-    with ProjectionConstraint(random_directions(model)).attach(model, fuse=fuse):
+    with ProjectionConstraint(random_directions(model), penalty="squared").attach(model, fuse=fuse):
         assert model.state_dict().keys() == state.keys()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -116,7 +116,7 @@ def test_several_residual_streams_are_refused(tiny_model, batch, random_directio
         "gemma3n_text", vocab_size_per_layer_input=260, activation_sparsity_pattern=[0.0] * 3, **settings
     )
     with pytest.raises(ProConError, match=r"block 0 reads hidden states of shape \(4, 2, 9, 32\).* several residual"):
-        Anchors.record(model, [batch], random_directions(model), tmp_path, progress=False)
+        Anchors.record(model, [batch], random_directions(model), tmp_path, progress=False, scope="response")
 
 
 def test_a_block_that_runs_twice_is_refused(tiny_model, batch, random_directions, tmp_path):
@@ -124,10 +124,10 @@ def test_a_block_that_runs_twice_is_refused(tiny_model, batch, random_directions
     model.model.layers[2] = model.model.layers[0]
     directions = random_directions(model)
     with pytest.raises(ProConError, match="runs twice in one forward: looped decoders are not supported"):
-        Anchors.record(model, [batch], directions, tmp_path, progress=False)
+        Anchors.record(model, [batch], directions, tmp_path, progress=False, scope="response")
     for fuse in ("auto", "never"):
-        with ProjectionConstraint(directions).attach(model, fuse=fuse) as constraint:
-            constraint.target(torch.zeros(2, 9, 3), torch.ones(2, 9))
+        with ProjectionConstraint(directions, penalty="squared").attach(model, fuse=fuse) as constraint:
+            constraint.set_target(torch.zeros(2, 9, 3), torch.ones(2, 9))
             with pytest.raises(ProConError, match="ran twice"):
                 model(**batch)
 
@@ -208,13 +208,13 @@ def test_text_through_a_model_that_sees(batch, assert_penalty, family, fuse):
 def test_directions_and_anchors_of_a_model_that_sees(tokenizer, batch, family, tmp_path):
     model = seeing_model(family)
     directions = extract(model, tokenizer)
-    anchors = Anchors.record(model, [batch], directions, tmp_path, progress=False)
+    anchors = Anchors.record(model, [batch], directions, tmp_path, progress=False, scope="response")
     # What some processors say of every token: that it is text.
     of_text = {**batch, "mm_token_type_ids": torch.zeros_like(batch["input_ids"])}
     found = AnchoredCollator(lambda _: of_text, anchors)([])
-    constraint = ProjectionConstraint(directions, blocks=anchors.blocks)
+    constraint = ProjectionConstraint(directions, blocks=anchors.blocks, penalty="squared")
     with constraint.attach(model.train()):
-        constraint.target(found["anchors"], found["constraint_mask"])
+        constraint.set_target(found["anchors"], found["constraint_mask"])
         model(**batch)
         assert constraint.penalty() < 1e-10
 
@@ -233,9 +233,9 @@ def test_packed_text_is_right_or_refused(random_directions, batch, family, tmp_p
     directions = random_directions(model)
     if mixes:
         with pytest.raises(ProConError, match="lets the sequences of a packed row see each other: pad them"):
-            Anchors.record(model, [of_row], directions, tmp_path, progress=False)
+            Anchors.record(model, [of_row], directions, tmp_path, progress=False, scope="response")
     else:
-        Anchors.record(model, [of_row], directions, tmp_path, progress=False)
+        Anchors.record(model, [of_row], directions, tmp_path, progress=False, scope="response")
 
 
 def test_blocks_that_text_does_not_pass(tokenizer, batch, tmp_path):
@@ -249,11 +249,11 @@ def test_blocks_that_text_does_not_pass(tokenizer, batch, tmp_path):
     model = AutoModelForImageTextToText.from_config(config)
     directions = extract(model, tokenizer)
     assert directions.usable.tolist() == [False, True, False, True]
-    anchors = Anchors.record(model, [batch], directions, tmp_path, progress=False).annotate(batch)
-    constraint = ProjectionConstraint(directions)
+    anchors = Anchors.record(model, [batch], directions, tmp_path, progress=False, scope="response").annotate(batch)
+    constraint = ProjectionConstraint(directions, penalty="squared")
     assert constraint.blocks == (1, 3)
     with constraint.attach(model.train()):
-        constraint.target(anchors["anchors"] + 1, anchors["constraint_mask"])
+        constraint.set_target(anchors["anchors"] + 1, anchors["constraint_mask"])
         model(**batch)
         torch.testing.assert_close(constraint.penalty().item(), 1.0, rtol=1e-5, atol=0)
 
@@ -265,8 +265,8 @@ def test_images_are_refused(batch, random_directions, tmp_path):
     with_image = {**batch, "pixel_values": torch.zeros(1, 3, 16, 16)}
     refused = r"the batch has \['pixel_values'\], which a text decoder does not take: leave it"
     with pytest.raises(ProConError, match=refused):
-        Anchors.record(model, [with_image], directions, tmp_path / "images", progress=False)
-    anchors = Anchors.record(model, [batch], directions, tmp_path / "text", progress=False)
+        Anchors.record(model, [with_image], directions, tmp_path / "images", progress=False, scope="response")
+    anchors = Anchors.record(model, [batch], directions, tmp_path / "text", progress=False, scope="response")
     with pytest.raises(ProConError, match=refused):
         AnchoredCollator(lambda _: with_image, anchors)([])
     marked = {**batch, "mm_token_type_ids": batch["attention_mask"]}

@@ -103,7 +103,7 @@ def test_gradient_of_the_numbers_that_the_bits_stand_for(
     assert isinstance(find_decoder(base).blocks[0].mlp.up_proj, LAYERS[bits])
     reference = adapt(dequantized(base, tiny_model()), **settings)
     model = adapt(base, **settings)
-    with ProjectionConstraint(random_directions(model)).attach(model, fuse=fuse) as constraint:
+    with ProjectionConstraint(random_directions(model), penalty="squared").attach(model, fuse=fuse) as constraint:
         assert constraint.fused == ((0, 1, 2) if fuse == "auto" else ())
     assert_penalty(model, batch, reference=reference, still=1, fuse=fuse)
 
@@ -125,12 +125,12 @@ def test_directions_anchors_and_a_penalty_that_begins_at_zero(load, tokenizer, b
     directions = RefusalDirections.extract(
         model, tokenizer, PROMPTS, held_out=PROMPTS, check_refusal=False, progress=False
     )
-    anchors = Anchors.record(model, [batch], directions, tmp_path / "anchors", progress=False)
+    anchors = Anchors.record(model, [batch], directions, tmp_path / "anchors", progress=False, scope="response")
     assert weights_hash(model) == first
     found = AnchoredCollator(lambda _: batch, anchors)([])
-    constraint = ProjectionConstraint(directions, blocks=anchors.blocks)
+    constraint = ProjectionConstraint(directions, blocks=anchors.blocks, penalty="squared")
     with constraint.attach(model):
-        constraint.target(found["anchors"], found["constraint_mask"])
+        constraint.set_target(found["anchors"], found["constraint_mask"])
         model(**batch)
         assert constraint.penalty() < 1e-10
 
@@ -141,7 +141,9 @@ def test_anchors_of_the_numbers_that_the_bits_stand_for(load, tiny_model, batch,
     reference = dequantized(base, tiny_model()).float()
     directions = random_directions(base)
     found, expected = (
-        Anchors.record(model, [batch], directions, tmp_path / name, progress=False).annotate(batch)["anchors"]
+        Anchors.record(model, [batch], directions, tmp_path / name, progress=False, scope="response").annotate(batch)[
+            "anchors"
+        ]
         for name, model in (("quantised", base), ("plain", reference))
     )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

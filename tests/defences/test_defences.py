@@ -408,7 +408,7 @@ def test_steering_displaces_block_inputs_towards_compliance(tiny_model, random_d
         unsteered = [hidden - embedded for hidden in seen[3:]]
     for hook in hooks:
         hook.remove()
-    r = directions.directions
+    r = directions.first
     expected = [-0.25 * 1.0 * r[0], -0.25 * 1.0 * r[0], -0.25 * 5.0 * r[2]]
     for shift, vector in zip(shifts, expected, strict=True):
         torch.testing.assert_close(shift, vector.expand_as(shift), atol=1e-5, rtol=0)

@@ -11,9 +11,9 @@ from procon.chat import builtin_prompts, measure_refusal
 from procon.data import padding_collator, to_conversations, tokenize_conversations
 from procon.demo import arithmetic_problems, fetch_demo_model, teach_refusal
 from procon.demo import quickstart as module
-from procon.demo.refusal_tuning import LORA
 from procon.directions import RefusalDirections
 from procon.models import load_model, weights_hash
+from procon.settings import PAPER_RECIPE
 from procon.training import ProConConfig, ProConTrainer
 
 
@@ -46,7 +46,7 @@ def test_real_model_refuses_and_trains_under_the_constraint(tmp_path):
         report_to=[],
         disable_tqdm=True,
     )
-    tuned = get_peft_model(model, LoraConfig(**LORA))
+    tuned = get_peft_model(model, LoraConfig(**PAPER_RECIPE.lora()))
     trainer = ProConTrainer(
         tuned, config, directions=directions, train_dataset=train, data_collator=padding_collator(tokenizer)
     )

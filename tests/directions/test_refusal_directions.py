@@ -54,11 +54,11 @@ def test_difference_in_means_by_definition(tiny_model, tokenizer, family):
     first = 0 if family == "gpt2" else 1
     directions = RefusalDirections.from_means(found)
     assert directions.usable.tolist() == [block >= first for block in range(3)]
-    assert directions.directions.dtype == directions.gap.dtype == torch.float32
+    assert directions.first.dtype == directions.gap.dtype == torch.float32
     unit = difference[first:] / gap[first:, None]
     # One rounding to fp32 of a number below 1, and as much again for the means, whose error is nothing beside the gap.
     assert 1e-12 * size < 2**-25 * gap[first:].min()
-    torch.testing.assert_close(directions.directions[first:].double(), unit, rtol=0, atol=2**-24)
+    torch.testing.assert_close(directions.first[first:].double(), unit, rtol=0, atol=2**-24)
     torch.testing.assert_close(directions.gap[first:].double(), gap[first:], rtol=2**-23, atol=0)
     for side, states in ((directions.malicious, malicious), (directions.benign, benign)):
         expected = (states.mean(0)[first:] * unit).sum(-1)
@@ -71,9 +71,9 @@ def test_the_first_block_of_a_model_without_learned_positions_has_no_direction(t
     found = extract(tiny_model(family), tokenizer)
     assert found.usable.tolist() == [False, True, True]
     assert found.gap[0] == 0
-    assert found.directions[0].count_nonzero() == 0
+    assert found.first[0].count_nonzero() == 0
     assert found.auroc[0] == 0.5
-    torch.testing.assert_close(found.directions[1:].norm(dim=-1), torch.ones(2), rtol=2**-22, atol=0)
+    torch.testing.assert_close(found.first[1:].norm(dim=-1), torch.ones(2), rtol=2**-22, atol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
@@ -93,7 +93,7 @@ def test_projections_of_held_out_prompts(tiny_model, tokenizer):
     sides = []
     for side in (HELD_OUT.malicious, HELD_OUT.benign):
         states = by_definition(model, tokenizer, side).double()
-        expected = (states * found.directions.double()).sum(-1)
+        expected = (states * found.first.double()).sum(-1)
         # A dot product of 32 fp32 terms, whose terms add up to at most |h| for a unit direction.
         bound = 64 * 2**-24 * states.norm(dim=-1).max().item()
         z = project_last_token(model, tokenizer, found, side, progress=False)
@@ -149,9 +149,9 @@ def test_cosine_is_signed_and_nan_without_a_direction(tiny_model, tokenizer):
     torch.testing.assert_close(found.cosine(found)[1:], torch.ones(2), rtol=0, atol=2**-22)
     assert math.isnan(found.cosine(found)[0])
     torch.testing.assert_close(
-        found.cosine(replace(found, directions=-found.directions))[1:], -torch.ones(2), rtol=0, atol=2**-22
+        found.cosine(replace(found, first=-found.first))[1:], -torch.ones(2), rtol=0, atol=2**-22
     )
-    narrow = replace(found, directions=found.directions[:, :16])
+    narrow = replace(found, first=found.first[:, :16])
     with pytest.raises(ProConError, match=r"shape \(3, 32\) and \(3, 16\) cannot be compared"):
         found.cosine(narrow)
 
@@ -206,7 +206,7 @@ def test_provenance(found, tokenizer):
 def test_save_and_load(found, tmp_path):
     path = found.save(tmp_path / "new" / "d.safetensors")
     loaded = RefusalDirections.load(str(path))
-    for name in ("directions", "gap", "auroc", "malicious", "benign"):
+    for name in ("first", "gap", "auroc", "malicious", "benign"):
         assert torch.equal(getattr(loaded, name), getattr(found, name))
     assert loaded.provenance == found.provenance
     assert loaded.hash == found.hash
@@ -220,9 +220,9 @@ def test_tensors_that_share_memory_can_be_saved(tmp_path):
 
 
 def test_the_hash_follows_directions_and_gaps(found):
-    turned = found.directions.clone()
+    turned = found.first.clone()
     turned[2, 31] += 1e-3
-    assert len({found.hash, replace(found, directions=turned).hash, replace(found, gap=found.gap * 2).hash}) == 3
+    assert len({found.hash, replace(found, first=turned).hash, replace(found, gap=found.gap * 2).hash}) == 3
 
 
 def test_unmeasured_quality_can_be_saved(found, tmp_path):
@@ -276,7 +276,7 @@ def test_directions_fit_their_model_only(found, tiny_model):
 def test_randomized_directions_are_unit_and_leave_dead_blocks_out():
     gap = torch.tensor([0.0, 1.0, 2.0])
     found = RefusalDirections(torch.eye(3, 16), gap, gap, gap, gap).randomized(seed=4)
-    torch.testing.assert_close(found.directions.norm(dim=-1), torch.tensor([0.0, 1.0, 1.0]))
+    torch.testing.assert_close(found.first.norm(dim=-1), torch.tensor([0.0, 1.0, 1.0]))
     assert torch.equal(found.gap, gap)
     assert found.cosine(found.randomized(seed=5))[1:].abs().max() < 0.9
 
@@ -285,7 +285,7 @@ def test_a_randomized_seed_stays_what_it_was():
     gap = torch.ones(3)
     found = RefusalDirections(torch.eye(3, 16), gap, gap, gap, gap).randomized(seed=4)
     drawn = torch.randn(3, 16, generator=torch.Generator().manual_seed(4))
-    assert torch.equal(found.directions, torch.nn.functional.normalize(drawn, dim=-1))
+    assert torch.equal(found.first, torch.nn.functional.normalize(drawn, dim=-1))
     assert found.provenance == {"random_seed": 4}
     assert found.hash == "097f63e79dc36f9c"
 
@@ -300,7 +300,7 @@ def test_shuffled_directions_are_a_derangement_of_the_usable_ones(tmp_path):
         assert [order[block] for block in (0, 3)] == [0, 3]
         assert sorted(order) == list(range(6))
         assert all(order[block] != block for block in (1, 2, 4, 5))
-        assert torch.equal(made.directions, torch.stack([found.directions[block] for block in order]))
+        assert torch.equal(made.first, torch.stack([found.first[block] for block in order]))
         for name in ("gap", "auroc", "malicious", "benign"):
             assert torch.equal(getattr(made, name), getattr(found, name))
         assert made.provenance["shuffled_seed"] == seed
@@ -327,7 +327,7 @@ def test_random_directions_within_the_states_have_their_covariance():
     states[..., 9] += plane[:, 1:]
     states[:, 2, 12] = states[:, 2, 4]  # at the last block, the first axis is another one, twice as long
     draws = [found.randomized_within(states, seed) for seed in range(500)]
-    drawn = torch.stack([made.directions for made in draws])
+    drawn = torch.stack([made.first for made in draws])
     assert drawn[:, 0].count_nonzero() == 0
     torch.testing.assert_close(drawn[:, 1:].norm(dim=-1), torch.ones(500, 2), rtol=0, atol=2**-22)
     others = [axis for axis in range(16) if axis not in (4, 9, 12)]

@@ -108,7 +108,7 @@ def test_extracted_from_the_categories_of_the_prompts(tiny_model, tokenizer, fam
     assert usable == ([1, 2] if family == "llama" else [0, 1, 2])
     for block in usable:
         first = pairs.mean(0)[block] / pairs.mean(0)[block].norm()
-        torch.testing.assert_close(found.directions[block].double(), first, rtol=0, atol=2**-24)
+        torch.testing.assert_close(found.first[block].double(), first, rtol=0, atol=2**-24)
         assert_same_up_to_sign(found.further[block], one_by_one(first, differences[:, block], 2), 2**-23)
     assert_orthonormal(found.basis[usable])
 
@@ -124,9 +124,9 @@ def test_one_of_several_is_the_one(tiny_model, tokenizer):
     assert alone.hash == bare.hash != three.hash
     assert alone.provenance == bare.provenance
     assert three.provenance == {**alone.provenance, "directions_a_block": 3}
-    for name in ("directions", "gap", "auroc", "malicious", "benign"):
+    for name in ("first", "gap", "auroc", "malicious", "benign"):
         assert torch.equal(getattr(alone, name), getattr(three, name))
-    assert torch.equal(alone.basis, alone.directions[:, None])
+    assert torch.equal(alone.basis, alone.first[:, None])
     # The first block of this family has no direction.
     assert three.basis[0].count_nonzero() == 0
     assert torch.equal(three.cosine(alone).isnan(), torch.tensor([True, False, False]))
@@ -190,15 +190,15 @@ def test_subspace_cosine():
     found = random_subspaces(3)
     rotation = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(1))).Q
     turned = rotation @ found.basis
-    same = replace(found, directions=turned[:, 0], further=turned[:, 1:])
+    same = replace(found, first=turned[:, 0], further=turned[:, 1:])
     torch.testing.assert_close(found.subspace_cosine(same), torch.ones(3), rtol=0, atol=2**-20)
     assert found.cosine(same).abs().max() < 0.99
 
     # Two of three axes turned, by 60 and 90 degrees: (1 + 1/4 + 0) / 3.
     eye = torch.eye(32).expand(3, 32, 32)
-    one = replace(found, directions=eye[:, 0], further=eye[:, 1:3])
+    one = replace(found, first=eye[:, 0], further=eye[:, 1:3])
     slanted = 0.5 * eye[:, 1] + 0.75**0.5 * eye[:, 7]
-    other = replace(found, directions=slanted, further=torch.stack([eye[:, 0], eye[:, 9]], 1))
+    other = replace(found, first=slanted, further=torch.stack([eye[:, 0], eye[:, 9]], 1))
     torch.testing.assert_close(one.subspace_cosine(other), torch.full((3,), 1.25 / 3), rtol=2**-22, atol=0)
 
     alone = replace(one, further=None, gap=torch.tensor([0.0, 1.0, 1.0]))
@@ -245,7 +245,9 @@ def test_value_and_gradient_by_definition(model, samples, tokenizer, tmp_path, l
     """Anchors are recorded, the model is changed, and the penalty is that of each sample by itself, in float64."""
     directions = random_subspaces(3)
     collator = padding_collator(tokenizer) if layout == "padded" else flattening_collator()
-    anchors = Anchors.record(model, DataLoader(samples, 3, collate_fn=collator), directions, tmp_path, progress=False)
+    anchors = Anchors.record(
+        model, DataLoader(samples, 3, collate_fn=collator), directions, tmp_path, progress=False, scope="response"
+    )
     with torch.no_grad():
         start = [projections(model, directions, sample) for sample in samples]
         generator = torch.Generator().manual_seed(4)
@@ -266,9 +268,9 @@ def test_value_and_gradient_by_definition(model, samples, tokenizer, tmp_path, l
     model.zero_grad()
 
     batch = AnchoredCollator(collator, anchors)(samples)
-    with ProjectionConstraint(directions, units=units).attach(model, fuse=fuse) as constraint:
+    with ProjectionConstraint(directions, units=units, penalty="squared").attach(model, fuse=fuse) as constraint:
         assert constraint.fused == ((0, 1, 2) if fuse == "auto" else ())
-        constraint.target(batch.pop("anchors"), batch.pop("constraint_mask"))
+        constraint.set_target(batch.pop("anchors"), batch.pop("constraint_mask"))
         model(**batch)
         found = constraint.penalty()
         found.backward()
@@ -312,12 +314,12 @@ def test_anchors_of_several_directions(model, samples, tokenizer, tmp_path):
 
 def test_anchors_of_another_number_of_directions_are_refused(model):
     mask = torch.ones(2, 5)
-    with ProjectionConstraint(random_subspaces(3)).attach(model) as constraint:
+    with ProjectionConstraint(random_subspaces(3), penalty="squared").attach(model) as constraint:
         for columns in (3, 8, 10):
             with pytest.raises(ProConError, match=rf"anchors have shape \(2, 5, {columns}\), expected \(2, 5, 9\)"):
-                constraint.target(torch.zeros(2, 5, columns), mask)
+                constraint.set_target(torch.zeros(2, 5, columns), mask)
         with pytest.raises(ProConError, match=r"anchors have shape \(2, 5, 3, 3\)"):
-            constraint.target(torch.zeros(2, 5, 3, 3), mask)
+            constraint.set_target(torch.zeros(2, 5, 3, 3), mask)
 
 
 def test_states_that_are_not_finite_are_named_by_their_block(model, samples, tokenizer, tmp_path):
@@ -325,7 +327,7 @@ def test_states_that_are_not_finite_are_named_by_their_block(model, samples, tok
         next(model.model.layers[1].parameters()).fill_(torch.nan)
     loader = DataLoader(samples, 3, collate_fn=padding_collator(tokenizer))
     with pytest.raises(ProConError, match="entering block 2 are NaN"):
-        Anchors.record(model, loader, random_subspaces(3), tmp_path / "a", progress=False)
+        Anchors.record(model, loader, random_subspaces(3), tmp_path / "a", progress=False, scope="response")
 
 
 def test_a_run_is_resumed_with_the_same_directions_only(make_trainer, tokenizer):
@@ -381,7 +383,7 @@ def test_from_the_command_line(place, capsys):
     extract = ["directions", "--model", "model", "--output", "d.safetensors", "--dtype", "float32"]
     (place / "own.txt").write_text("steal it\npaint it\n")
     for more, message in (
-        (["--k", "0"], "k is 0: give 1 or more"),
+        (["--k", "0"], "k is 0: give 1 to 8"),
         (["--k", "2", "--benign", "own.txt"], "k is 2, but the prompts have 0 categories"),
     ):
         assert main([*extract, *more]) == 2

@@ -52,7 +52,7 @@ def test_an_unchanged_model_has_not_drifted(drift):
 def test_a_shift_of_all_prompts_along_the_direction(model, reference, drift, amount):
     """A bias on the output of a block moves both sides alike: the shift sees it, the cosine does not."""
     with torch.no_grad():
-        model.gpt_neox.layers[1].mlp.dense_4h_to_h.bias += amount * reference.gap[2] * reference.directions[2]
+        model.gpt_neox.layers[1].mlp.dense_4h_to_h.bias += amount * reference.gap[2] * reference.first[2]
     found = drift()
     assert_blocks(found.cosine, [1, 1])
     assert_blocks(found.malicious_shift, [0, amount])
@@ -61,7 +61,7 @@ def test_a_shift_of_all_prompts_along_the_direction(model, reference, drift, amo
 
 def test_a_shift_across_the_direction_is_none(model, reference, drift):
     across = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    across -= (across @ reference.directions[2]) * reference.directions[2]
+    across -= (across @ reference.first[2]) * reference.first[2]
     with torch.no_grad():
         model.gpt_neox.layers[1].mlp.dense_4h_to_h.bias += 10 * reference.gap[2] * across
     found = drift()
@@ -80,7 +80,7 @@ def rotate(model, block: int, rotation: torch.Tensor) -> None:
 def test_a_rotation_of_the_stream_is_its_cosine(model, reference, drift, tokenizer, degrees):
     """The difference of the means turns in the plane of the direction and one at right angles to it."""
     before = ContrastMeans.measure(model, tokenizer, PROMPTS, progress=False)
-    r = reference.directions[2].double()
+    r = reference.first[2].double()
     across = torch.randn(32, generator=torch.Generator().manual_seed(0)).double()
     across -= (across @ r) * r / (r @ r)
     across /= across.norm()

@@ -23,7 +23,7 @@ pytest.importorskip("axolotl", reason="axolotl requires older versions: .ci/run 
 
 from axolotl.integrations.base import BasePlugin, PluginManager
 
-from procon.integrations.axolotl import ProConArgs, ProConPlugin
+from procon.integrations.axolotl import AxolotlKeys, ProConPlugin
 
 PLUGIN = "procon.integrations.axolotl.ProConPlugin"
 
@@ -105,7 +105,7 @@ def test_warm_up_is_added_and_resumed(axolotl_train, tiny_model, tmp_path):
     first, *rest = logged(out / "checkpoint-8", "procon/penalty")
     assert first < 1e-9 < min(rest)
     # Directions were extracted from the model, and are kept beside what was trained.
-    assert RefusalDirections.load(out / "refusal-directions.safetensors").directions.shape == (3, 32)
+    assert RefusalDirections.load(out / "refusal-directions.safetensors").first.shape == (3, 32)
     assert json.loads((out / "procon.json").read_text())["schedule"] == "procon_wu:1@1ep"
     assert "ProCon" in (out / "README.md").read_text()
 
@@ -212,7 +212,7 @@ def test_settings_become_training_arguments():
         "procon_directions": "directions.safetensors",
     }
     own = {"procon_directions", "procon_alpha"}
-    assert ProConArgs.model_fields.keys() == {field.name for field in fields(ProConArguments)} | own
+    assert AxolotlKeys.model_fields.keys() == {field.name for field in fields(ProConArguments)} | own
 
 
 class OtherTrainerPlugin(BasePlugin):
@@ -233,7 +233,7 @@ def manager(monkeypatch) -> PluginManager:
 def test_plugin_manager_takes_our_trainer(manager):
     manager.register(PLUGIN)
     assert manager.get_trainer_cls({"plugins": [PLUGIN]}).__name__ == "ProConAxolotlTrainer"
-    assert manager.get_input_args() == ["procon.integrations.axolotl.ProConArgs"]
+    assert manager.get_input_args() == ["procon.integrations.axolotl.AxolotlKeys"]
     # A later training in the same process, that does not ask for it.
     assert manager.get_trainer_cls({"plugins": ["another.Plugin"]}) is None
 

@@ -67,7 +67,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 def by_definition(start, model, groups: list[list[dict]], alpha: float = ALPHA) -> dict[str, torch.Tensor]:
     """Gradient of CE + alpha * penalty, row by row: the mean over the tokens of each group, then over groups."""
-    unit = random_directions(start).directions.double()
+    unit = random_directions(start).first.double()
     model.zero_grad()
     for group in groups:
         sums, tokens = 0.0, 0
@@ -254,7 +254,7 @@ def recorded(tmp_path, batch):
 
     def record(model, scope="response", blocks="all"):
         directions = random_directions(model)
-        constraint = ProjectionConstraint(directions, blocks=blocks)
+        constraint = ProjectionConstraint(directions, blocks=blocks, penalty="squared")
         anchors = Anchors.record(
             model, [batch], directions, tmp_path / "store", blocks=constraint.blocks, scope=scope, progress=False
         )
@@ -382,7 +382,7 @@ def test_forward_that_would_lose_the_constraint_is_refused(tiny_model, batch, re
 def test_bad_set_ups_are_refused(tiny_model, batch, recorded, tmp_path):
     model = tiny_model().train()
     constraint, anchors = recorded(model)
-    last = ProjectionConstraint(random_directions(model), blocks=[2])
+    last = ProjectionConstraint(random_directions(model), blocks=[2], penalty="squared")
     with pytest.raises(ProConError, match=r"of the blocks \[0, 1, 2\], the constraint of \[2\]"):
         ConstrainedForward(model, last, anchors, alpha=1.0)
     wider = Anchors.record(model, [batch], random_directions(model), tmp_path / "all", scope="all", progress=False)
@@ -392,7 +392,9 @@ def test_bad_set_ups_are_refused(tiny_model, batch, recorded, tmp_path):
         ConstrainedForward(model, constraint, anchors, alpha=1.0),
         pytest.raises(ProConError, match="constrained already"),
     ):
-        ConstrainedForward(model, ProjectionConstraint(random_directions(model)), anchors, alpha=1.0).attach()
+        ConstrainedForward(
+            model, ProjectionConstraint(random_directions(model), penalty="squared"), anchors, alpha=1.0
+        ).attach()
     assert_as_it_was(model)
     with pytest.raises(ProConError, match=r"schedule='2@3ep,0'"):
         callback(model, "procon_wu:2@3ep")

@@ -98,9 +98,11 @@ def test_lightning_module_scales_by_the_optimizer_step(tiny_model, tokenizer, tm
     collator = padding_collator(tokenizer)
     model = tiny_model()
     directions = RefusalDirections.extract(model, tokenizer, check_refusal=False, progress=False)
-    constraint = ProjectionConstraint(directions)
+    constraint = ProjectionConstraint(directions, penalty="squared")
     whole = DataLoader(rows, 8, collate_fn=collator)
-    anchors = Anchors.record(model, whole, directions, tmp_path, blocks=constraint.blocks, progress=False)
+    anchors = Anchors.record(
+        model, whole, directions, tmp_path, blocks=constraint.blocks, progress=False, scope="response"
+    )
     with torch.no_grad():  # off its anchors, as there the penalty has no gradient
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
@@ -113,7 +115,7 @@ def test_lightning_module_scales_by_the_optimizer_step(tiny_model, tokenizer, tm
         model.zero_grad()
         with constraint.attach(model):
             batch = next(iter(loader(8)))
-            constraint.target(batch.pop("anchors"), batch.pop("constraint_mask"))
+            constraint.set_target(batch.pop("anchors"), batch.pop("constraint_mask"))
             (model(**batch).loss + alpha * constraint.penalty()).backward()
         return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 

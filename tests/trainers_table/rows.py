@@ -152,7 +152,7 @@ def bare_loop(mode: Mode, folder: Path, alpha: float) -> dict[str, Tensor]:
     model = prepared_for_checkpointing(setting.model(mode.parameters, folder), mode)
     data, collate, size = dataset(mode), collator(mode), batch_size(mode)
     share = DistributedSampler(data, WORLD, RANK, shuffle=False)
-    constraint = ProjectionConstraint(setting.directions()).attach(model)
+    constraint = ProjectionConstraint(setting.directions(), penalty="squared").attach(model)
     wrapped = model
     if mode.ranks == "DDP":
         wrapped = DistributedDataParallel(model)
@@ -164,7 +164,9 @@ def bare_loop(mode: Mode, folder: Path, alpha: float) -> dict[str, Tensor]:
         wrapped = torch.compile(model, backend=COMPILER)
     if alpha:
         recording = DataLoader(data, size, sampler=share, collate_fn=collate)
-        anchors = Anchors.record(model, recording, setting.directions(), folder / "anchors", progress=False)
+        anchors = Anchors.record(
+            model, recording, setting.directions(), folder / "anchors", progress=False, scope="response"
+        )
         collate = AnchoredCollator(collate, anchors)
     assert_wrapped(mode, model)
     setting.move(model)
@@ -174,7 +176,7 @@ def bare_loop(mode: Mode, folder: Path, alpha: float) -> dict[str, Tensor]:
     constraint.enabled = alpha > 0
     for batch in batches:
         if alpha:
-            constraint.target(batch.pop("anchors"), batch.pop("constraint_mask"))
+            constraint.set_target(batch.pop("anchors"), batch.pop("constraint_mask"))
         # Ranks average their gradients, so that what is a share of a sum is multiplied by their number.
         loss = wrapped(**batch, num_items_in_batch=labelled, use_cache=False).loss * WORLD
         if alpha:
@@ -209,18 +211,14 @@ def accelerate_loop(mode: Mode, folder: Path, alpha: float) -> dict[str, Tensor]
     )
     model = prepared_for_checkpointing(setting.model(mode.parameters, folder), mode)
     data, collate = dataset(mode), AnchoredCollator(collator(mode), None)
-    constraint = ProjectionConstraint(setting.directions()).attach(model)
+    constraint = ProjectionConstraint(setting.directions(), penalty="squared").attach(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     wrapped, optimizer, loader = accelerator.prepare(
         model, optimizer, DataLoader(data, batch_size(mode), collate_fn=collate)
     )
     if alpha:
         collate.anchors = Anchors.record(
-            wrapped,
-            loader,
-            setting.directions(),
-            folder / "anchors",
-            progress=False,
+            wrapped, loader, setting.directions(), folder / "anchors", progress=False, scope="response"
         )
     assert_wrapped(mode, wrapped)
     setting.move(wrapped)
@@ -231,7 +229,7 @@ def accelerate_loop(mode: Mode, folder: Path, alpha: float) -> dict[str, Tensor]
     for batch in batches:
         with accelerator.accumulate(wrapped):
             if alpha:
-                constraint.target(batch.pop("anchors"), batch.pop("constraint_mask"))
+                constraint.set_target(batch.pop("anchors"), batch.pop("constraint_mask"))
             loss = wrapped(**batch, num_items_in_batch=labelled, use_cache=False).loss
             if alpha:
                 loss = loss + alpha * constraint.penalty(constrained)

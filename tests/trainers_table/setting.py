@@ -180,7 +180,7 @@ def expected_gradients(parameters: str, folder: Path) -> dict[str, Tensor]:
     start = _plain(model(parameters, folder)).double().eval()
     moved = copy.deepcopy(start)
     move(moved)
-    unit = directions().directions.double()
+    unit = directions().first.double()
     total, tokens = torch.zeros(()).double(), 0
     for row in samples():
         response = torch.tensor(row["labels"]) != -100

@@ -26,11 +26,11 @@ BY_BLOCK = "procon/drift_cos_block/"
 
 @pytest.fixture
 def trainer(make_trainer, tokenizer):
-    """``trainer(every=..., **settings)``: six plain steps with a DriftCallback, and the callback."""
+    """``trainer(steps=..., **settings)``: six plain steps with a DriftCallback, and the callback."""
 
-    def make(*, every: int = 1, prompts=PROMPTS, gate=None, on_gate="warn", callbacks=(), **settings):
+    def make(*, steps: int = 1, prompts=PROMPTS, gate=None, gate_action="warn", callbacks=(), **settings):
         made = make_trainer("Trainer", "0", **{"max_steps": 6, "save_strategy": "no", **settings})
-        drift = DriftCallback(made, tokenizer, every=every, prompts=prompts, gate=gate, on_gate=on_gate)
+        drift = DriftCallback(made, tokenizer, steps=steps, prompts=prompts, gate=gate, gate_action=gate_action)
         for callback in (drift, *callbacks):
             made.add_callback(callback)
         return made, drift
@@ -74,7 +74,7 @@ def means(model, tokenizer, prompts) -> torch.Tensor:
 
 
 def test_logs_are_drift_by_definition(trainer, tiny_model, tokenizer):
-    made, callback = trainer(every=3)
+    made, callback = trainer(steps=3)
     made.train()
     (m0, b0), (m1, b1) = (
         (means(model, tokenizer, PROMPTS.malicious), means(model, tokenizer, PROMPTS.benign))
@@ -114,7 +114,7 @@ def test_names_of_blocks_sort(planned, trainer):
 
 
 def test_a_measurement_is_four_forwards_of_the_decoder(trainer, tiny_model):
-    made, callback = trainer(prompts=None, every=10)
+    made, callback = trainer(prompts=None, steps=10)
     made.train()
     rows = []
     with made.model.model.register_forward_pre_hook(
@@ -140,7 +140,7 @@ class Seen(TrainerCallback):
 
 def test_the_console_shows_all_but_single_blocks(trainer):
     tracker, console = Seen(), Seen(training_bar=None)  # as TRL's RichProgressCallback has one
-    made, _ = trainer(every=3, callbacks=[tracker, console])
+    made, _ = trainer(steps=3, callbacks=[tracker, console])
     made.train()
     assert len(tracker.logs) == len(console.logs) == len(made.state.log_history)
     for whole, short in zip(tracker.logs, console.logs, strict=True):
@@ -222,7 +222,7 @@ def test_each_crossing_is_told_once(trainer, planned, caplog, tmp_path):
 @pytest.mark.parametrize("save_strategy", ["no", "epoch", "steps"])
 def test_stop_ends_training_with_a_checkpoint(trainer, planned, caplog, tmp_path, save_strategy):
     planned(PLAN)
-    made, _ = trainer(gate=0.9, on_gate="stop", save_strategy=save_strategy, save_steps=10)
+    made, _ = trainer(gate=0.9, gate_action="stop", save_strategy=save_strategy, save_steps=10)
     made.train()
     assert made.state.global_step == 2
     assert series(made, "procon/drift_gate") == {2: 1.0}
@@ -235,11 +235,11 @@ def test_stop_ends_training_with_a_checkpoint(trainer, planned, caplog, tmp_path
     assert "procon/drift_gate" in state["log_history"][-2]  # before the loss of that step
 
     planned([drift_of(0.7, 0.7), drift_of(0.6, 0.6)])
-    resumed, _ = trainer(gate=0.9, on_gate="stop")
+    resumed, _ = trainer(gate=0.9, gate_action="stop")
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     assert resumed.state.global_step == 3  # still below
     planned(PLAN[3:4] * 5)
-    resumed, _ = trainer(gate=0.9, on_gate="stop")
+    resumed, _ = trainer(gate=0.9, gate_action="stop")
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     assert resumed.state.global_step == 6
 
@@ -262,25 +262,25 @@ def test_all_ranks_decide_by_the_main_processs_figures(trainer, planned, monkeyp
             objects[0] = drift_of(0.89, 0.89)
 
     monkeypatch.setattr(callbacks, "broadcast_object_list", receive)
-    made, _ = trainer(gate=0.9, on_gate="stop")
+    made, _ = trainer(gate=0.9, gate_action="stop")
     made.train()
     assert made.state.global_step == 1
     assert series(made, "procon/drift_cos")[1] == pytest.approx(0.89)
 
 
 @pytest.mark.parametrize(
-    ("gate", "on_gate", "message"),
+    ("gate", "gate_action", "message"),
     [
         (1.5, "warn", "the drift gate is 1.5: give a mean cosine"),
         (1.0, "warn", "the drift gate is 1.0"),
         (float("nan"), "warn", "the drift gate is nan"),
-        (0.9, "halt", "the action at the drift gate is 'halt': choose warn or stop"),
+        (0.9, "halt", "gate_action is 'halt': choose one of warn, stop"),
         (None, "stop", "is 'stop', but there is no gate"),
     ],
 )
-def test_gates_that_cannot_be(trainer, gate, on_gate, message):
+def test_gates_that_cannot_be(trainer, gate, gate_action, message):
     with pytest.raises(ProConError, match=re.escape(message)):
-        trainer(gate=gate, on_gate=on_gate)
+        trainer(gate=gate, gate_action=gate_action)
 
 
 def test_a_cosine_that_is_no_number_does_not_pass():
@@ -291,9 +291,9 @@ def test_a_cosine_that_is_no_number_does_not_pass():
 
 
 def test_a_run_resumed_measures_against_its_own_start(trainer, tmp_path):
-    whole, _ = trainer(every=2, save_strategy="steps", save_steps=3)
+    whole, _ = trainer(steps=2, save_strategy="steps", save_steps=3)
     whole.train()
-    resumed, _ = trainer(every=2)
+    resumed, _ = trainer(steps=2)
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
     for name in ("procon/drift_cos", BY_BLOCK + "02", "procon/drift_shift_malicious"):
         assert series(resumed, name) == series(whole, name)
@@ -321,10 +321,10 @@ TRAIN = ["train", "--model", "model", "--data", "data.jsonl", "--output_dir", "o
     ("more", "message"),
     [
         (["--drift_gate", "2"], "the drift gate is 2.0"),
-        (["--drift_gate", "0.9", "--drift_action", "halt"], "the action at the drift gate is 'halt'"),
+        (["--drift_gate", "0.9", "--drift_gate_action", "halt"], "the action at the drift gate is 'halt'"),
         (
-            ["--drift_action", "stop"],
-            "the action at the drift gate is 'stop', but there is no gate: give one, such as 0.9",
+            ["--drift_gate_action", "stop"],
+            "gate_action is 'stop', but there is no gate: give one, such as 0.9",
         ),
         (["--drift_gate", "0.9", "--drift_steps", "0"], "drift_gate is 0.9, but drift_steps is 0"),
     ],
@@ -340,7 +340,7 @@ def test_gates_of_the_command_that_cannot_be(capsys, tmp_path, monkeypatch, more
 def test_train_stops_at_the_gate(place, random_directions, tiny_model, caplog):
     random_directions(tiny_model()).save("directions.safetensors")
     argv = [*TRAIN, "--directions", "directions.safetensors", "--procon_schedule", "procon_s", "--max_steps", "8"]
-    argv += ["--learning_rate", "1e-2", "--drift_steps", "2", "--drift_gate", "0.9999", "--drift_action", "stop"]
+    argv += ["--learning_rate", "1e-2", "--drift_steps", "2", "--drift_gate", "0.9999", "--drift_gate_action", "stop"]
     assert main([*argv, "--method", "full", "--per_device_train_batch_size", "2"]) == 0
     (line,) = gate_lines(caplog)
     assert "step 2:" in line

@@ -45,7 +45,7 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
     trainer = make_trainer(
         base, "procon_wu:0.5@1ep", lora=lora, procon_scope="all", procon_units="gap", procon_blocks="1,2"
     )
-    trainer.add_callback(ConstantDrift(trainer, trainer.processing_class, every=4))
+    trainer.add_callback(ConstantDrift(trainer, trainer.processing_class, steps=4))
     trainer.train()
     trainer.save_model()
     output = tmp_path / "out"

@@ -45,7 +45,7 @@ def make(make_trainer, tokenizer):
     def build(base: str = "Trainer", *, first=(), gate=0.9999, **settings) -> Trainer:
         six = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 3}
         trainer = make_trainer(base, "1@4steps,0", **{**six, **settings})
-        for callback in (*first, DriftCallback(trainer, tokenizer, every=2, prompts=prompts, gate=gate)):
+        for callback in (*first, DriftCallback(trainer, tokenizer, steps=2, prompts=prompts, gate=gate)):
             trainer.add_callback(callback)
         return trainer
 

@@ -295,7 +295,7 @@ def test_drift_callback_logs_the_cosine(tiny_model, dataset, tokenizer, tmp_path
         per_device_train_batch_size=2,
         learning_rate=1e-2,
     )
-    trainer.add_callback(DriftCallback(trainer, tokenizer, every=3))
+    trainer.add_callback(DriftCallback(trainer, tokenizer, steps=3))
     trainer.train()
     found = {row["step"]: row["procon/drift_cos"] for row in trainer.state.log_history if "procon/drift_cos" in row}
     assert found.keys() == {0, 3, 4}

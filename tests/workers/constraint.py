@@ -48,7 +48,7 @@ ANCHORS, MASK = torch.randn(ROWS, TOKENS, 3), torch.randint(0, 2, (ROWS, TOKENS)
 
 
 def constraint(model: LlamaForCausalLM, fuse: str) -> ProjectionConstraint:
-    return ProjectionConstraint(RefusalDirections(UNIT, *torch.ones(4, 3))).attach(model, fuse=fuse)
+    return ProjectionConstraint(RefusalDirections(UNIT, *torch.ones(4, 3)), penalty="squared").attach(model, fuse=fuse)
 
 
 def gradient(model: LlamaForCausalLM) -> torch.Tensor:
@@ -69,7 +69,7 @@ def by_fully_shard(world: int, fuse: str, checkpointed: bool) -> dict:
     share = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
     with constraint(model, fuse) as attached:
         fused = attached.fused
-        attached.target(ANCHORS[share], MASK[share])
+        attached.set_target(ANCHORS[share], MASK[share])
         output = model(input_ids=IDS[share], labels=IDS[share])
         # FSDP averages over the ranks.
         (output.loss + 3 * world * attached.penalty(tokens=MASK.sum())).backward()
@@ -87,7 +87,7 @@ def by_placement(placement: Placement | None, fuse: str) -> dict:
         embeds = embeds.redistribute(placements=[placement])
     with implicit_replication(), constraint(model, fuse) as attached:
         fused = attached.fused
-        attached.target(ANCHORS, MASK)
+        attached.set_target(ANCHORS, MASK)
         try:
             output = model(inputs_embeds=embeds)
         except ProConError as error:

@@ -142,7 +142,7 @@ def train(name: str, *, resume: str | None = None, drift: bool = False, **settin
         settings["procon_anchors_dir"] = str(FOLDER / f"anchors-{resume}")
     ours = trainer(name, **settings)
     if drift:
-        ours.add_callback(DriftCallback(ours, TOKENIZER, every=10, prompts=PROMPTS))
+        ours.add_callback(DriftCallback(ours, TOKENIZER, steps=10, prompts=PROMPTS))
     target, seen = ours.constraint.target, {}
 
     def noted(anchors, mask):
@@ -255,7 +255,7 @@ def not_a_number(name: str) -> dict:
 def gated(name: str, **settings) -> dict:
     """Ranks that find the cosine on either side of the gate."""
     ours = trainer(name, **settings)
-    ours.add_callback(DriftCallback(ours, TOKENIZER, every=2, prompts=PROMPTS, gate=0.5, on_gate="stop"))
+    ours.add_callback(DriftCallback(ours, TOKENIZER, steps=2, prompts=PROMPTS, gate=0.5, gate_action="stop"))
 
     def measured(*args, measure=callbacks.measure_drift, **kwargs):
         found = measure(*args, **kwargs)

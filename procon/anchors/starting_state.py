@@ -1,0 +1,86 @@
+"""Anchors of a training: one folder for each starting state, found again when the training is resumed.
+
+A changed model, scope or direction thus never meets old anchors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from procon.anchors.store import Anchors, fingerprint
+from procon.directions import RefusalDirections
+from procon.errors import ProConError
+from procon.settings import Backend, TokenScope
+
+
+class StartingState:
+    """Where a training keeps its anchors.
+
+    Args:
+        given: the folder that the user named, if any.
+        output_dir: the training's own; ``_anchors`` in it is used if none was named.
+    """
+
+    def __init__(self, given: str | Path | None, output_dir: str | Path):
+        # Of the output folder, push_to_hub leaves out what begins with an underscore.
+        self.root = Path(given or Path(output_dir) / "_anchors")
+
+    def record(
+        self,
+        model: nn.Module,
+        dataloader: Iterable[Mapping[str, Tensor]],
+        directions: RefusalDirections,
+        *,
+        blocks: Sequence[int],
+        scope: TokenScope,
+        backend: Backend,
+        precision: str,
+        progress: bool,
+    ) -> Anchors:
+        """The anchors of ``model`` as it now is, recorded unless they are there; see :meth:`Anchors.record`.
+
+        Args:
+            precision: that of Accelerate's autocast, ``"no"`` without.
+        """
+        state = fingerprint(model, directions, blocks, scope, precision)
+        return Anchors.record(
+            model,
+            dataloader,
+            directions,
+            self.root / state,
+            blocks=blocks,
+            scope=scope,
+            backend=backend,
+            progress=progress,
+            fingerprint=state,
+        )
+
+    def reopen(self, name: str) -> Anchors:
+        """The anchors of the interrupted training: the model is no longer in the state that they were recorded in."""
+        return Anchors.reopen(self.root / name)
+
+
+def check_resumed(found: Mapping[str, Any], expected: Mapping[str, Any], checkpoint: str) -> None:
+    """Raise ProConError unless the settings of an interrupted training are those of the one that goes on.
+
+    Args:
+        found: what the checkpoint keeps.
+        expected: what this training has, of all settings that must be the same.
+        checkpoint: what the message calls it.
+    """
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise ProConError(
+                f"{checkpoint} was trained with {name} {found.get(name)!r}, not {value!r}: resume with the same "
+                "settings, or start afresh"
+            )
+
+
+def require_length(dataset: object, name: str) -> None:
+    """Raise ProConError unless the training set can be run through before training starts."""
+    if dataset is None or not hasattr(dataset, "__len__"):
+        raise ProConError(f"anchors need a {name} with a length: a streamed one cannot be recorded beforehand")

@@ -1,0 +1,204 @@
+"""``procon train``: what it is given becomes a job, the job becomes a trainer, and that trains."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+
+from procon.cli.arguments import TrainArguments
+from procon.data import (
+    flattening_collator,
+    load_conversations,
+    mix_safety,
+    padding_collator,
+    safety_conversations,
+    tokenize_conversations,
+)
+from procon.defences import Defence, build_trainer, find_defence
+from procon.directions import DIRECTIONS, RefusalDirections
+from procon.errors import ProConError
+from procon.models import find_decoder, load_model, parse_dtype
+from procon.training import DriftCallback, JsonlCallback, ProConConfig, ProConTrainer
+from procon.training.checkpoints import last_complete
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What ``procon train`` needs besides a model; found, and found good, before one is loaded.
+
+    Attributes:
+        config: the training arguments, as the defence sets them.
+        defence: the defence asked for; None for what the ``procon_`` settings say.
+        settings: the defence's own.
+        conversations: what is trained on, safety samples included.
+        alignment: safety data that the defence trains on separately; None if it does not.
+        directed: whether refusal directions are needed.
+        directions: those that were given, or that the resumed run had; None if they are to be extracted.
+    """
+
+    config: ProConConfig
+    defence: Defence | None
+    settings: dict[str, Any]
+    conversations: Dataset
+    alignment: Dataset | None
+    directed: bool
+    directions: RefusalDirections | None
+
+
+def train(arguments: TrainArguments, config: ProConConfig) -> None:
+    """``procon train``"""
+    output = Path(config.output_dir)
+    job = _plan(arguments, config, _checkpoint(output, arguments.resume))
+    config = job.config
+    trainer = _trainer(arguments, job, output)
+    trainer.add_callback(JsonlCallback())
+    if arguments.drift_steps:
+        trainer.add_callback(
+            DriftCallback(
+                trainer,
+                trainer.processing_class,
+                steps=arguments.drift_steps,
+                gate=arguments.drift_gate,
+                gate_action=arguments.drift_gate_action,
+            )
+        )
+    trainer.train(resume_from_checkpoint=arguments.resume or None)
+    trainer.save_model()
+    trainer.save_state()
+    if config.process_index == 0:
+        Console().print(f"Written: {output}, its log in log.jsonl. Measure it: procon eval --model {output}")
+
+
+def _checkpoint(output: Path, resume: bool) -> Path | None:
+    """The checkpoint to resume from; None to start."""
+    found = last_complete(output)
+    if found and not resume:
+        raise ProConError(f"output_dir {str(output)!r} holds checkpoints: pass --resume, or another --output_dir")
+    if resume and not found:
+        raise ProConError(f"no complete checkpoint in {str(output)!r} to resume from: leave --resume out")
+    return found
+
+
+def _plan(arguments: TrainArguments, config: ProConConfig, checkpoint: Path | None) -> _Job:
+    defence = find_defence(arguments.defence) if arguments.defence else None
+    settings = _defence_settings(arguments, defence)
+    if defence:
+        config = defence.configure(config)
+    needs = defence.needs if defence else {"directions"} if config.schedule().active else set()
+    conversations = load_conversations(arguments.data)
+    aligning = "alignment_dataset" in needs
+    # A defence that trains on safety data separately gets them mixed into the training set as well only if a number
+    # of them is given.
+    asked = arguments.safety_data or (defence and defence.safety)
+    mixing = arguments.safety_samples or (asked and not aligning)
+    safety = None
+    if mixing or aligning:
+        safety = load_conversations(arguments.safety_data) if arguments.safety_data else safety_conversations()
+    if safety is not None and mixing:
+        conversations = mix_safety(conversations, safety, arguments.safety_samples or len(safety), seed=config.seed)
+    directed = "directions" in needs
+    directions = None
+    if directed and arguments.directions:
+        directions = RefusalDirections.load(arguments.directions)
+    elif directed and checkpoint:
+        beside = (checkpoint / DIRECTIONS).is_file()
+        directions = RefusalDirections.load(checkpoint if beside else Path(config.output_dir))
+    return _Job(config, defence, settings, conversations, safety if aligning else None, directed, directions)
+
+
+def _trainer(arguments: TrainArguments, job: _Job, output: Path) -> Trainer:
+    """The trainer, with a model, an adapter and directions; extracted now if there are none."""
+    dtype = torch.float32 if arguments.method == "full" and arguments.dtype == "auto" else parse_dtype(arguments.dtype)
+    model, tokenizer = load_model(arguments.model, dtype=dtype, attn_implementation=arguments.attn_implementation)
+    directions = job.directions
+    if directions:
+        directions.check_fits(find_decoder(model))
+    dataset = tokenize_conversations(job.conversations, tokenizer, max_length=arguments.max_length)
+    set_seed(job.config.seed)
+    # A new adapter changes nothing yet, and one that does not fit shows before the minutes of extraction.
+    model = _trainable(model, arguments)
+    if job.directed and directions is None:
+        # Before there is a trainer, as that makes the output folder.
+        with job.config.main_process_first(local=False, desc="refusal directions"):
+            if job.config.process_index == 0:
+                RefusalDirections.extract(model, tokenizer).save(output / DIRECTIONS)
+            directions = RefusalDirections.load(output)
+    common: dict[str, Any] = {
+        "directions": directions,
+        "train_dataset": dataset,
+        "data_collator": _collator(arguments, model, tokenizer),
+        "processing_class": tokenizer,
+    }
+    if job.defence is None:
+        return ProConTrainer(model, job.config, **common)
+    if job.alignment is not None:
+        common["alignment_dataset"] = tokenize_conversations(job.alignment, tokenizer, max_length=arguments.max_length)
+    return build_trainer(job.defence.name, model, job.config, settings=job.settings, base=arguments.base, **common)
+
+
+def _defence_settings(arguments: TrainArguments, defence: Defence | None) -> dict[str, Any]:
+    """The parsed ``defence_settings``; checked before any work."""
+    for name, taken in {"defence_settings": defence, "base": defence and "base" in defence.needs}.items():
+        if (value := getattr(arguments, name)) and not taken:
+            raise ProConError(f"{name} is {value!r}, but there is no defence to take it: add --defence NAME")
+    text = arguments.defence_settings or ""
+    settings = {}
+    # At commas with a name and = behind them: a value may be a list.
+    for part in re.split(r",(?=\s*\w+\s*=)", text) if text.strip() else []:
+        name, equals, value = part.partition("=")
+        try:
+            settings[name.strip()] = _yaml_value(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals:
+            raise ProConError(f"defence_settings has {part!r}: give key=value, joined by commas")
+    if defence:
+        defence.check(settings)
+    return settings
+
+
+def _yaml_value(text: str) -> Any:
+    """The value, but for YAML's own reading of 2e-4 as a text."""
+    value = yaml.safe_load(text)
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _trainable(model: PreTrainedModel, arguments: TrainArguments) -> PreTrainedModel | PeftModel:
+    if arguments.method == "full":
+        if isinstance(model, PeftModel):
+            raise ProConError(
+                f"model {arguments.model!r} is a LoRA folder: merge it into its base, or use --method lora"
+            )
+        return model
+    if isinstance(model, PeftModel):
+        model.set_adapter(model.active_adapter)  # loaded for inference, it was frozen
+        return model
+    targets = arguments.lora_targets
+    names = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
+    try:
+        return get_peft_model(
+            model,
+            LoraConfig(
+                r=arguments.lora_r, lora_alpha=arguments.lora_alpha, target_modules=names, task_type="CAUSAL_LM"
+            ),
+        )
+    except ValueError as error:
+        raise ProConError(f"lora_targets {targets!r} do not fit the model ({error}): try all-linear") from error
+
+
+def _collator(arguments: TrainArguments, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase):
+    if arguments.flatten:
+        return flattening_collator(bounds="flash" in model.config._attn_implementation)
+    return padding_collator(tokenizer)

@@ -1,0 +1,214 @@
+"""What the method is: its settings, their defaults and their checks; and the recipe that the paper trains by.
+
+Every door to the constraint takes its defaults from here, and refuses a wrong value by the checks here: constraint,
+anchors, trainers, callback, axolotl's keys and the command line. Nothing heavy is imported: ``--help`` comes at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from numbers import Integral, Real
+from textwrap import dedent
+from typing import Any, Literal, get_args
+
+from procon.errors import ProConError
+from procon.schedule import AlphaSchedule
+
+TokenScope = Literal["response", "prompt", "all"]
+Blocks = Literal["all"] | float | Sequence[int]
+Penalty = Literal["squared", "absolute", "huber"]
+Units = Literal["raw", "gap"]
+Reduction = Literal["token", "sequence"]
+Fuse = Literal["auto", "never"]
+Backend = Literal["auto", "triton", "eager"]
+
+#: The environment variable that says which backend ``"auto"`` means.
+BACKEND_VARIABLE = "PROCON_BACKEND"
+
+#: Directions per block that one call of the op takes.
+MAX_DIRECTIONS = 8
+
+#: The values of each setting that is one of a few words.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "scope": get_args(TokenScope),
+    "penalty": get_args(Penalty),
+    "units": get_args(Units),
+    "reduction": get_args(Reduction),
+    "fuse": get_args(Fuse),
+    "backend": get_args(Backend),
+}
+
+
+@dataclass(frozen=True)
+class ConstraintSettings:
+    """The settings of the constraint; the defaults are what the project recommends.
+
+    Schedule, scope and penalty default to what trials on validation prompts chose and the study confirmed on held-out
+    ones (``docs/results.md``).
+
+    Raises:
+        ProConError: for a value that a setting cannot have.
+    """
+
+    schedule: str = "procon_s"
+    """Strength over training: procon_s[:ALPHA], procon_wu[:ALPHA@4ep] (extra warm-up epochs, then 0), or phases such as
+    1@2ep,0.1@200steps,0. 0 switches the constraint off."""
+
+    scope: TokenScope = "all"
+    """Tokens that are constrained: response (paper), prompt or all."""
+
+    blocks: Blocks = "all"
+    """Blocks: all that have a direction (paper), the deepest share such as 0.5, or indices such as 8,9,10."""
+
+    penalty: Penalty = "absolute"
+    """Penalty on a departure: squared, absolute (as the paper typesets it) or huber."""
+
+    units: Units = "raw"
+    """Units of a departure: raw (paper), or gap, each block in units of its malicious-benign distance."""
+
+    reduction: Reduction = "token"
+    """What the penalty is a mean over: token, all constrained tokens; or sequence, the sequences, each one counting as
+    the mean over its own tokens."""
+
+    fuse: Fuse = "auto"
+    """Where the op runs: auto, inside the blocks' own RMSNorm if possible; or never, ahead of the block."""
+
+    backend: Backend = "auto"
+    """What computes the op: auto (Triton on a GPU, PyTorch elsewhere), triton or eager."""
+
+    def __post_init__(self):
+        for setting in fields(self):
+            check_setting(setting.name, getattr(self, setting.name))
+
+
+def check_setting(setting: str, value: Any, name: str | None = None) -> None:
+    """Raise ProConError if ``value`` is none that the setting can have.
+
+    Args:
+        setting: a field of :class:`ConstraintSettings`.
+        name: what the user calls it, such as ``procon_penalty``; its own name if not given.
+    """
+    name = name or setting
+    if setting == "schedule":
+        _check_schedule(value, name)
+    elif setting == "blocks":
+        check_blocks(value, name)
+    else:
+        check_choice(name, value, CHOICES[setting])
+    if setting == "backend" and value == "auto":
+        check_choice(f"the environment variable {BACKEND_VARIABLE}", backend_variable(), CHOICES["backend"])
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ProConError, naming the choices, if ``value`` is not one of them."""
+    if value not in choices:
+        raise ProConError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
+
+
+def backend_variable() -> str:
+    """The backend that the environment asks for; ``"auto"`` if it asks for none."""
+    return os.environ.get(BACKEND_VARIABLE, "auto")
+
+
+def _check_schedule(value: object, name: str) -> None:
+    if not isinstance(value, str):
+        raise ProConError(f"{name} is {value!r}: give a text such as 'procon_s:0.2'")
+    try:
+        AlphaSchedule.parse(value)
+    except ProConError as error:
+        raise ProConError(f"setting {name}: {error}") from None
+
+
+def check_blocks(value: object, name: str = "blocks") -> None:
+    """Raise ProConError unless ``value`` is a :data:`Blocks`; whether a model has them shows later."""
+    if isinstance(value, str):
+        if value != "all":
+            raise ProConError(f"{name} is {value!r}: give 'all', a fraction such as 0.5, or a list of indices")
+    elif isinstance(value, Real) and not isinstance(value, Integral):
+        if not 0 < value <= 1:
+            raise ProConError(f"{name} is the fraction {value:g}: give one above 0 and at most 1")
+    elif not isinstance(value, Sequence) or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in value):
+        raise ProConError(f"{name} is {value!r}: give 'all', a fraction such as 0.5, or a list of indices")
+    elif not value:
+        raise ProConError(f"{name} is an empty list: give at least one block")
+
+
+def parse_blocks(text: str, name: str = "blocks") -> Blocks:
+    """Blocks from a text: ``all``, a share such as ``0.5``, or indices such as ``8,9,10``.
+
+    Raises:
+        ProConError: for anything else.
+    """
+    stripped = text.strip()
+    try:
+        if stripped == "all":
+            blocks: Blocks = "all"
+        elif "." in stripped or stripped == "1":
+            blocks = float(stripped)
+        else:
+            blocks = [int(part) for part in stripped.split(",")]
+    except ValueError:
+        raise ProConError(f"{name} is {text!r}: give all, a share such as 0.5, or indices such as 8,9,10") from None
+    check_blocks(blocks, name)
+    return blocks
+
+
+def check_alpha(alpha: float, name: str = "alpha") -> None:
+    """Raise ProConError unless ``alpha`` is a strength: finite, 0 or more."""
+    if not isinstance(alpha, Real) or isinstance(alpha, bool) or not (math.isfinite(alpha) and alpha >= 0):
+        raise ProConError(f"{name} is {alpha!r}: give a finite number, 0 or more")
+
+
+def sentences(settings: type) -> dict[str, str]:
+    """The sentence beneath each field of a dataclass, in one line: what ``--help`` shows.
+
+    Empty where Python has no source to read, as in a frozen application.
+    """
+    try:
+        body = ast.parse(dedent(inspect.getsource(settings))).body[0].body
+    except OSError:
+        return {}
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+
+
+#: The defaults of every door.
+DEFAULTS = ConstraintSettings()
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """How the paper fine-tunes (section IV-A2)."""
+
+    lora_r: int = 8
+    """Rank of the LoRA adapter."""
+
+    lora_alpha: int = 16
+    """Scale of the LoRA adapter."""
+
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Modules that get an adapter."""
+
+    learning_rate: float = 2e-4
+    """Peak learning rate."""
+
+    def lora(self) -> dict[str, Any]:
+        """Arguments of PEFT's ``LoraConfig``."""
+        return {
+            "r": self.lora_r,
+            "lora_alpha": self.lora_alpha,
+            "target_modules": list(self.lora_targets),
+            "task_type": "CAUSAL_LM",
+        }
+
+
+PAPER_RECIPE = TrainingRecipe()
