@@ -10,6 +10,7 @@ from procon.models.decoder import (
     Decoder,
     active_adapters,
     adapter_layer,
+    base_model,
     block_input,
     decoder_forward,
     evaluating,
@@ -19,6 +20,8 @@ from procon.models.decoder import (
     model_device,
     observe_block_inputs,
     refuse_unprepared,
+    token_embedding,
+    unwrapped,
 )
 from procon.models.loading import default_dtype, load_model, parse_dtype
 from procon.models.weights import weights_hash
@@ -27,6 +30,7 @@ __all__ = [
     "Decoder",
     "active_adapters",
     "adapter_layer",
+    "base_model",
     "best_attention",
     "block_input",
     "decoder_forward",
@@ -40,6 +44,8 @@ __all__ = [
     "observe_block_inputs",
     "parse_dtype",
     "refuse_unprepared",
+    "token_embedding",
+    "unwrapped",
     "use_best_attention",
     "weights_hash",
 ]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
-from procon.models.decoder import find_decoder
+from procon.models.decoder import base_model, find_decoder, token_embedding
 
 
 def best_attention(dtype: torch.dtype, *, device: torch.device | str = "cuda", head_dim: int = 128) -> str:
@@ -48,8 +48,8 @@ def use_best_attention(model: nn.Module) -> str:
     It keeps what it has where FlashAttention does not run, or its class does not take it.
     """
     decoder = find_decoder(model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    weight = base.get_input_embeddings().weight
+    base = base_model(model)
+    weight = token_embedding(base).weight
     widths = [
         getattr(module, name, None) for module in decoder.blocks.modules() for name in ("head_dim", "qk_head_dim")
     ]
@@ -58,4 +58,4 @@ def use_best_attention(model: nn.Module) -> str:
     takes = getattr(base, "_compatible_flash_implementations", None)
     if best != "sdpa" and base._supports_flash_attn and (takes is None or best in takes):
         base.set_attn_implementation(best)
-    return decoder.module.config._attn_implementation
+    return decoder.attn_implementation

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from procon.errors import ProConError
 
@@ -31,6 +33,26 @@ class Decoder:
     blocks: nn.ModuleList
     hidden_size: int
 
+    @property
+    def attn_implementation(self) -> str:
+        """What its attention runs on, by transformers' name."""
+        return self.module.config._attn_implementation  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """``model`` without what runs it on several devices; an adapter's wrapper stays."""
+    return extract_model_from_parallel(model)  # pyright: ignore[reportReturnType]  # accelerate does not annotate it
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model that an adapter wraps; ``model`` itself without one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def token_embedding(model: nn.Module) -> nn.Embedding:
+    """Where tokens become hidden states; its weight is on the device that inputs go to."""
+    return model.get_input_embeddings()
+
 
 def find_decoder(model: nn.Module) -> Decoder:
     """Return the decoder of ``model``: the module that directly owns the token embedding and the block list.
@@ -41,7 +63,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     Raises:
         ProConError: for encoder-decoders, prompt-learning adapters, and models without such a module.
     """
-    model = extract_model_from_parallel(model)
+    model = unwrapped(model)
     _refuse_prompt_learning(model)
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_input_embeddings"):
@@ -51,7 +73,7 @@ def find_decoder(model: nn.Module) -> Decoder:
             f"{type(model).__name__} is an encoder-decoder: the constraint is defined for decoder-only LMs"
         )
     text_config = config.get_text_config(decoder=True)
-    embedding = model.get_input_embeddings()
+    embedding = token_embedding(model)
     for module in model.modules():
         children = list(module.children())
         if not any(child is embedding for child in children):
@@ -74,7 +96,7 @@ def _refuse_prompt_learning(model: nn.Module) -> None:
         )
 
 
-def block_input(args: tuple, kwargs: dict) -> Tensor:
+def block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The residual stream ``[..., D]`` that a decoder block was called with."""
     return args[0] if args else kwargs["hidden_states"]
 
@@ -112,8 +134,8 @@ def observe_block_inputs(decoder: Decoder, observe: Callable[[int, Tensor], None
     """
     seen: set[int] = set()
 
-    def hook(index: int):
-        def pre_forward(_module, args, kwargs):
+    def hook(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def pre_forward(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = block_input(args, kwargs)
             if hidden.dim() != 3 or hidden.shape[-1] != decoder.hidden_size:
                 raise ProConError(
@@ -172,14 +194,14 @@ def decoder_forward(model: nn.Module) -> Callable[..., object]:
     refuse_unprepared(model)
     if not is_sharded(model) and not hasattr(model, "_original_forward"):
         return partial(find_decoder(model).module, use_cache=False)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
     return partial(model, use_cache=False, **few)
 
 
 def refuse_unprepared(model: nn.Module) -> None:
     """Raise ProConError if DeepSpeed ZeRO-3 has partitioned the model, but nothing gathers it yet."""
-    embedding = model.get_input_embeddings()
+    embedding = token_embedding(model)
     if hasattr(embedding.weight, "ds_id") and not embedding._forward_pre_hooks:
         raise ProConError(
             "DeepSpeed ZeRO-3 holds this model in parts and has not prepared it, so it cannot run: prepare it first; "
@@ -189,4 +211,4 @@ def refuse_unprepared(model: nn.Module) -> None:
 
 def model_device(model: nn.Module) -> torch.device:
     """The device that inputs of ``model`` go to."""
-    return model.get_input_embeddings().weight.device
+    return token_embedding(model).weight.device

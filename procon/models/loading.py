@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig
@@ -45,7 +46,7 @@ def load_model(
         ProConError: if there is no such model, or it cannot be loaded.
     """
     dtype = dtype or default_dtype()
-    chosen = {} if attn_implementation in (None, "auto") else {"attn_implementation": attn_implementation}
+    chosen: dict[str, Any] = {} if attn_implementation in (None, "auto") else {"attn_implementation": attn_implementation}
     is_adapter = (Path(name) / "adapter_config.json").is_file()
     loader = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
     try:

@@ -175,10 +175,10 @@ def rms_norm_constrain(
         ProConError: for a wrong shape, dtype, device, option or backend.
     """
     directions, anchor, weight = _penalty_arguments(hidden, direction, anchor, weight, penalty)
-    backend = choose_backend(backend, hidden.device.type)
+    chosen = choose_backend(backend, hidden.device.type)
     _check_norm(hidden, norm_weight, casting)
     return RmsNormConstrain.apply(
-        hidden, norm_weight, eps, casting, offset, directions, anchor, weight, penalty, backend
+        hidden, norm_weight, eps, casting, offset, directions, anchor, weight, penalty, chosen
     )
 
 
@@ -197,8 +197,8 @@ def rms_norm(
     """
     _check_hidden(hidden)
     _check_norm(hidden, norm_weight, casting)
-    backend = choose_backend(backend, hidden.device.type)
-    normed, _ = RmsNormConstrain.apply(hidden, norm_weight, eps, casting, offset, None, None, None, "squared", backend)
+    chosen = choose_backend(backend, hidden.device.type)
+    normed, _ = RmsNormConstrain.apply(hidden, norm_weight, eps, casting, offset, None, None, None, "squared", chosen)
     return normed
 
 
@@ -212,8 +212,8 @@ def _constrain(
     backend: Backend,
 ) -> tuple[Tensor, Tensor]:
     directions, anchor, weight = _penalty_arguments(hidden, direction, anchor, weight, penalty)
-    backend = choose_backend(backend, hidden.device.type)
-    return Constrain.apply(hidden, directions, anchor, weight, penalty, per_token, backend)
+    chosen = choose_backend(backend, hidden.device.type)
+    return Constrain.apply(hidden, directions, anchor, weight, penalty, per_token, chosen)
 
 
 def _penalty_arguments(

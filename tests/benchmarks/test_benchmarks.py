@@ -1,6 +1,5 @@
 """The harness finds a ratio that is known, every suite runs in a small size, and its results can be drawn."""
 
-import importlib.util
 import json
 import os
 import re
@@ -9,9 +8,10 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from benchmarks.harness import agreement, interleaved
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,13 +25,6 @@ FIELDS = {
 }
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def host_clock(call, calls: int) -> float:
     start = time.perf_counter()
     for _ in range(calls):
@@ -41,7 +34,7 @@ def host_clock(call, calls: int) -> float:
 
 def test_known_ratio():
     contenders = {"short": partial(time.sleep, 0.002), "long": partial(time.sleep, 0.003)}
-    samples = load("interleaved").interleave(contenders, host_clock, rounds=15)
+    samples = interleaved.interleave(contenders, host_clock, rounds=15)
     ratio = samples.ratio("long", "short")
     # A sleep takes at least its time, and on a busy machine up to a few tenths of a millisecond more.
     assert 1.2 < ratio.median < 1.6
@@ -52,7 +45,7 @@ def test_known_ratio():
 def test_every_contender_once_a_round_in_rotating_order():
     order = []
     contenders = {name: partial(order.append, name) for name in "abc"}
-    samples = load("interleaved").interleave(contenders, host_clock, rounds=3, warmup=1)
+    samples = interleaved.interleave(contenders, host_clock, rounds=3, warmup=1)
     assert "".join(order[-9:]) == "abcbcacab"
     assert {name: len(seconds) for name, seconds in samples.seconds.items()} == {"a": 3, "b": 3, "c": 3}
 
@@ -61,7 +54,6 @@ def test_interval_covers_the_truth():
     """Pairs whose ratio is 1.02 but for noise: of 200 intervals for 95%, some 190 hold it."""
     import numpy as np
 
-    interleaved = load("interleaved")
     random = np.random.default_rng(0)
     covered = 0
     for _ in range(200):
@@ -75,7 +67,7 @@ def test_interval_covers_the_truth():
 def test_disagreement_is_named():
     import torch
 
-    check = load("agreement").check_agreement
+    check = agreement.check_agreement
     check({"one": [torch.ones(3)], "two": [torch.full((3,), 1.0001)]}, 1e-3)
     with pytest.raises(AssertionError, match="result 0 of two"):
         check({"one": [torch.ones(3)], "two": [torch.full((3,), 1.1)]}, 1e-3)
@@ -126,7 +118,7 @@ def test_gpu_script():
     files = set(re.findall(r"bench_\w+\.py", text))
     assert files == {f"{suite}.py" for suite in FIELDS}
     assert all((ROOT / "benchmarks" / f"{module}.py").is_file() for module in re.findall(r"-m benchmarks\.(\w+)", text))
-    assert any("mark.gpu" in file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    assert any("mark.gpu" in file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
 
 
 def test_tuning_without_a_gpu():

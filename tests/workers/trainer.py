@@ -143,14 +143,14 @@ def train(name: str, *, resume: str | None = None, drift: bool = False, **settin
     ours = trainer(name, **settings)
     if drift:
         ours.add_callback(DriftCallback(ours, TOKENIZER, steps=10, prompts=PROMPTS))
-    target, seen = ours.constraint.target, {}
+    target, seen = ours.constraint.set_target, {}
 
     def noted(anchors, mask):
         seen["fused"] = list(ours.constraint.fused)
         seen["target"] = [str(anchors.dtype), bool((anchors == anchors.bfloat16()).all())]
         target(anchors, mask)
 
-    ours.constraint.target = noted
+    ours.constraint.set_target = noted
     ours.train(resume_from_checkpoint=resume and str(FOLDER / resume / "checkpoint-8"))
     return {
         **seen,
