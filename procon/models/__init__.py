@@ -10,7 +10,6 @@ from procon.models.decoder import (
     Decoder,
     active_adapters,
     adapter_layer,
-    base_model,
     block_input,
     decoder_forward,
     evaluating,
@@ -21,6 +20,7 @@ from procon.models.decoder import (
     observe_block_inputs,
     refuse_unprepared,
     token_embedding,
+    transformers_model,
     unwrapped,
 )
 from procon.models.loading import default_dtype, load_model, parse_dtype
@@ -30,7 +30,6 @@ __all__ = [
     "Decoder",
     "active_adapters",
     "adapter_layer",
-    "base_model",
     "best_attention",
     "block_input",
     "decoder_forward",
@@ -45,6 +44,7 @@ __all__ = [
     "parse_dtype",
     "refuse_unprepared",
     "token_embedding",
+    "transformers_model",
     "unwrapped",
     "use_best_attention",
     "weights_hash",

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
-from procon.models.decoder import base_model, find_decoder, token_embedding
+from procon.models.decoder import find_decoder, token_embedding, transformers_model
 
 
 def best_attention(dtype: torch.dtype, *, device: torch.device | str = "cuda", head_dim: int = 128) -> str:
@@ -42,13 +42,13 @@ def best_attention(dtype: torch.dtype, *, device: torch.device | str = "cuda", h
     return "sdpa"
 
 
-def use_best_attention(model: nn.Module) -> str:
+def use_best_attention(model: nn.Module) -> str | None:
     """Switch ``model``, loaded to where it trains, to :func:`best_attention`; returns its implementation after that.
 
     It keeps what it has where FlashAttention does not run, or its class does not take it.
     """
     decoder = find_decoder(model)
-    base = base_model(model)
+    base = transformers_model(model)
     weight = token_embedding(base).weight
     widths = [
         getattr(module, name, None) for module in decoder.blocks.modules() for name in ("head_dim", "qk_head_dim")

@@ -34,9 +34,9 @@ class Decoder:
     hidden_size: int
 
     @property
-    def attn_implementation(self) -> str:
+    def attn_implementation(self) -> str | None:
         """What its attention runs on, by transformers' name."""
-        return self.module.config._attn_implementation  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
+        return transformers_model(self.module).config._attn_implementation
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -44,14 +44,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return extract_model_from_parallel(model)  # pyright: ignore[reportReturnType]  # accelerate does not annotate it
 
 
-def base_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model that an adapter wraps; ``model`` itself without one."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def transformers_model(model: nn.Module) -> PreTrainedModel:
+    """``model`` as transformers made it, without the wrapper that an adapter brings."""
+    # To torch's stub, an attribute that nn.Module itself has not is a tensor or a module.
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()  # pyright: ignore[reportCallIssue]
+    return model  # pyright: ignore[reportReturnType]
 
 
 def token_embedding(model: nn.Module) -> nn.Embedding:
     """Where tokens become hidden states; its weight is on the device that inputs go to."""
-    return model.get_input_embeddings()
+    return transformers_model(model).get_input_embeddings()  # pyright: ignore[reportReturnType]  # it has a weight
 
 
 def find_decoder(model: nn.Module) -> Decoder:
@@ -194,7 +197,7 @@ def decoder_forward(model: nn.Module) -> Callable[..., object]:
     refuse_unprepared(model)
     if not is_sharded(model) and not hasattr(model, "_original_forward"):
         return partial(find_decoder(model).module, use_cache=False)
-    base = base_model(model)
+    base = transformers_model(model)
     few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
     return partial(model, use_cache=False, **few)
 

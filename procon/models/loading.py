@@ -46,7 +46,9 @@ def load_model(
         ProConError: if there is no such model, or it cannot be loaded.
     """
     dtype = dtype or default_dtype()
-    chosen: dict[str, Any] = {} if attn_implementation in (None, "auto") else {"attn_implementation": attn_implementation}
+    chosen: dict[str, Any] = (
+        {} if attn_implementation in (None, "auto") else {"attn_implementation": attn_implementation}
+    )
     is_adapter = (Path(name) / "adapter_config.json").is_file()
     loader = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
     try:
@@ -59,7 +61,8 @@ def load_model(
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ProConError(f"model {str(name)!r} cannot be loaded ({reason}): give a folder or a hub name") from error
     if torch.cuda.is_available():
-        model = model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        model = model.to(device)  # pyright: ignore[reportArgumentType]  # transformers' decorator hides its self
     if attn_implementation == "auto":
         use_best_attention(model)
     return model, tokenizer
