@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from procon.version import __version__
 
@@ -18,13 +18,14 @@ def _mount_kernels() -> None:
     if "procon.kernels" in sys.modules or Path(__file__).with_name("kernels").is_dir() or not file.is_file():
         return
     spec = spec_from_file_location("procon.kernels", file, submodule_search_locations=[str(file.parent)])
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules["procon.kernels"] = module
+    if spec is not None and spec.loader is not None:
+        sys.modules["procon.kernels"] = module = module_from_spec(spec)
+        spec.loader.exec_module(module)
 
 
 _mount_kernels()
 
+#: Where each public name is: the door of a room, or a module that a door leaves out for what it needs.
 _HOME = {
     "project": "ops",
     "projection_penalty": "ops",
@@ -33,11 +34,18 @@ _HOME = {
     "ProConError": "errors",
     "RefusalDirections": "directions",
     "Anchors": "anchors",
+    "AnchoredCollator": "anchors",
     "ProjectionConstraint": "constraint",
+    "constrained_tokens": "constraint",
     "AlphaSchedule": "schedule",
+    "ConstraintSettings": "settings",
+    "ProConArguments": "training",
     "ProConConfig": "training",
     "ProConMixin": "training",
     "ProConTrainer": "training",
+    "DriftCallback": "training",
+    "EvaluationCallback": "training",
+    "JsonlCallback": "training",
     "ProConSFTConfig": "training.sft",
     "ProConSFTTrainer": "training.sft",
 }
@@ -45,8 +53,10 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from procon.anchors import AnchoredCollator as AnchoredCollator
     from procon.anchors import Anchors as Anchors
     from procon.constraint import ProjectionConstraint as ProjectionConstraint
+    from procon.constraint import constrained_tokens as constrained_tokens
     from procon.directions import RefusalDirections as RefusalDirections
     from procon.errors import ProConError as ProConError
     from procon.ops import constrain as constrain
@@ -54,6 +64,11 @@ if TYPE_CHECKING:
     from procon.ops import projection_penalty as projection_penalty
     from procon.ops import rms_norm_constrain as rms_norm_constrain
     from procon.schedule import AlphaSchedule as AlphaSchedule
+    from procon.settings import ConstraintSettings as ConstraintSettings
+    from procon.training import DriftCallback as DriftCallback
+    from procon.training import EvaluationCallback as EvaluationCallback
+    from procon.training import JsonlCallback as JsonlCallback
+    from procon.training import ProConArguments as ProConArguments
     from procon.training import ProConConfig as ProConConfig
     from procon.training import ProConMixin as ProConMixin
     from procon.training import ProConTrainer as ProConTrainer
@@ -61,7 +76,7 @@ if TYPE_CHECKING:
     from procon.training.sft import ProConSFTTrainer as ProConSFTTrainer
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'procon' has no attribute {name!r}")
     return getattr(import_module(f"procon.{_HOME[name]}"), name)

@@ -91,11 +91,7 @@ class TrainArguments:
         _check_dtype(self.dtype)
         _check_least(1, self, "lora_r", "lora_alpha", "max_length")
         _check_least(0, self, "safety_samples", "drift_steps")
-        # Here, as it brings transformers along, which `procon --help` does without.
-        from procon.training.drift_gate import DriftGate
-
-        if DriftGate.parse(self.drift_gate, self.drift_gate_action) and not self.drift_steps:
-            raise ProConError(f"drift_gate is {self.drift_gate}, but drift_steps is 0: give steps to measure it at")
+        check_choice("drift_gate_action", self.drift_gate_action, get_args(GateAction))
 
 
 @dataclass

@@ -29,6 +29,7 @@ from procon.errors import ProConError
 from procon.models import find_decoder, load_model, parse_dtype
 from procon.training import DriftCallback, JsonlCallback, ProConConfig, ProConTrainer
 from procon.training.checkpoints import last_complete
+from procon.training.drift_gate import DriftGate
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def _checkpoint(output: Path, resume: bool) -> Path | None:
 
 
 def _plan(arguments: TrainArguments, config: ProConConfig, checkpoint: Path | None) -> _Job:
+    if DriftGate.parse(arguments.drift_gate, arguments.drift_gate_action) and not arguments.drift_steps:
+        raise ProConError(f"drift_gate is {arguments.drift_gate}, but drift_steps is 0: give steps to measure it at")
     defence = find_defence(arguments.defence) if arguments.defence else None
     settings = _defence_settings(arguments, defence)
     if defence:

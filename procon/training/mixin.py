@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -20,7 +20,7 @@ from procon.constraint import ProjectionConstraint, check_finite, constrained_to
 from procon.directions import DIRECTIONS, RefusalDirections
 from procon.errors import ProConError
 from procon.training.checkpoints import last_complete, read_settings, write_settings
-from procon.training.config import ProConArguments
+from procon.training.config import ProConArguments, ProConConfig
 from procon.training.loss_scale import loss_scale
 from procon.training.model_card import describe, write_section
 from procon.version import __version__
@@ -34,7 +34,13 @@ _TARGET = ("anchors", "constraint_mask")
 _SAME_WHEN_RESUMED = ("schedule", "scope", "penalty", "units", "reduction", "blocks", "directions")
 
 
-class ProConMixin:
+if TYPE_CHECKING:  # it extends whatever trainer it stands before
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
+
+class ProConMixin(_Trainer):
     """Makes the loss of a Trainer ``CE + alpha * constraint`` (paper section III-C)::
 
         class MyProConTrainer(ProConMixin, MyTrainer): ...
@@ -56,7 +62,7 @@ class ProConMixin:
         ProConError: if directions are missing or do not fit, or the set-up would lose the constraint.
     """
 
-    args: ProConArguments
+    args: ProConConfig  # or any other class with ProConArguments
 
     def __init__(
         self, *trainer_args: Any, directions: RefusalDirections | str | Path | None = None, **trainer_kwargs: Any

@@ -105,7 +105,7 @@ BAD = {
     "norm_weight missing": (lambda: rms_norm(HIDDEN, None, 1e-6), "norm_weight is a NoneType: give a torch.Tensor"),
     "casting misspelt": (
         lambda: rms_norm_constrain(HIDDEN, torch.ones(8), 1e-6, ONE, casting="lama"),
-        "casting is 'lama': give one of 'llama', 'gemma'",
+        "casting is 'lama': choose one of llama, gemma",
     ),
     "anchor of the norm": (
         lambda: rms_norm_constrain(HIDDEN, torch.ones(8), 1e-6, ONE, torch.zeros(3, 2)),
@@ -166,15 +166,15 @@ BAD = {
     ),
     "unknown penalty": (
         lambda: constrain(HIDDEN, ONE, penalty="l2"),
-        "penalty is 'l2': give one of 'squared', 'absolute', 'huber'",
+        "penalty is 'l2': choose one of squared, absolute, huber",
     ),
     "unknown reduction": (
         lambda: projection_penalty(HIDDEN, ONE, reduction="avg"),
-        "reduction is 'avg': give one of 'sum', 'mean', 'none'",
+        "reduction is 'avg': choose one of sum, mean, none",
     ),
     "unknown backend": (
         lambda: project(HIDDEN, ONE, backend="cuda"),
-        "backend is 'cuda': give one of 'auto', 'triton', 'eager'",
+        "backend is 'cuda': choose one of auto, triton, eager",
     ),
 }
 
@@ -216,7 +216,7 @@ class TestBackend:
         assert chosen("auto", "cuda") == "eager"
         assert chosen("triton", "cuda") == "triton"
         monkeypatch.setenv("PROCON_BACKEND", "fast")
-        with pytest.raises(ProConError, match="the environment variable PROCON_BACKEND is 'fast': give one of"):
+        with pytest.raises(ProConError, match="the environment variable PROCON_BACKEND is 'fast': choose one of"):
             chosen("auto", "cuda")
 
     def test_missing_triton_warns_once_and_falls_back(self, chosen, monkeypatch):
