@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from procon.chat.template import Message, pad_token_id, render
 from procon.models import evaluating, model_device
@@ -34,7 +34,7 @@ def left_padded_batches(
 
 
 def generate_replies(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Sequence[Message]],
     *,
@@ -54,7 +54,9 @@ def generate_replies(
     device = model_device(model)
     with evaluating(model), tqdm(total=len(replies), desc=description, unit="reply", disable=not progress) as bar:
         for rows, ids, mask in left_padded_batches(tokenizer, conversations, batch_size):
-            output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
+            inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+            # To torch's stub, an attribute that nn.Module itself has not is a tensor or a module.
+            output = model.generate(**inputs, generation_config=config)  # pyright: ignore[reportCallIssue]
             texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
             for i, text in zip(rows, texts, strict=True):
                 replies[i] = text.strip()

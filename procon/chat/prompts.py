@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from procon.errors import ProConError
 
@@ -29,7 +29,7 @@ class ContrastPrompts:
     benign: tuple[str, ...]
     categories: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("malicious", "benign"):
             if not getattr(self, name):
                 raise ProConError(f"no {name} prompts given: at least one is needed")
@@ -50,11 +50,11 @@ class ContrastPrompts:
 
 
 @cache
-def _pairs() -> list[dict]:
+def _pairs() -> list[dict[str, str]]:
     return _asset_lines("pairs.jsonl")
 
 
-def _asset_lines(name: str) -> list[dict]:
+def _asset_lines(name: str) -> list[dict[str, str]]:
     text = files("procon.assets").joinpath(name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines() if line]
 
@@ -93,7 +93,7 @@ def load_instructions(path: str | Path) -> tuple[str, ...]:
     try:
         text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the first prompt
         if path.suffix == ".txt":
-            rows: Sequence = text.splitlines()
+            rows: Sequence[Any] = text.splitlines()
         elif path.suffix == ".json":
             rows = json.loads(text)
             if not isinstance(rows, list):

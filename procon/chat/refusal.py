@@ -6,7 +6,8 @@ import re
 import warnings
 from collections.abc import Sequence
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from procon.chat.generation import generate_replies
 from procon.chat.template import user_turn
@@ -135,7 +136,7 @@ def refusal_rate(replies: Sequence[str]) -> float:
 
 
 def measure_refusal(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     malicious: Sequence[str],
     *,

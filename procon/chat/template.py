@@ -33,9 +33,12 @@ def _text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], gener
             "from the model's chat (-Instruct) version"
         )
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
+        rendered = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=generation_prompt
+        )
     except Exception as error:  # templates raise jinja2 errors of their own making
         raise ProConError(f"the chat template of {tokenizer.name_or_path!r} rejects a conversation: {error}") from error
+    return rendered  # pyright: ignore[reportReturnType]  # a text where tokenize is False
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -86,5 +89,5 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The tokenizer's padding id, or its end-of-text id where it has none (padding is masked out everywhere)."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:
-            return token_id
+            return token_id  # pyright: ignore[reportReturnType]  # typed as for tokens, too
     return 0
