@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from procon.chat import ContrastPrompts, pad_token_id, render, user_turn
 from procon.errors import ProConError
@@ -40,7 +40,7 @@ class ContrastMeans:
     @classmethod
     def measure(
         cls,
-        model: PreTrainedModel,
+        model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         prompts: ContrastPrompts,
         *,
@@ -73,7 +73,15 @@ class _Means(NamedTuple):
     by_category: Tensor  # [C, L, D], mean of each category
 
 
-def _mean_last_token(model, tokenizer, prompts, categories, batch_size, description, progress) -> _Means:
+def _mean_last_token(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    categories: Sequence[str],
+    batch_size: int,
+    description: str,
+    progress: bool,
+) -> _Means:
     decoder = find_decoder(model)
     total = torch.zeros(len(decoder.blocks), decoder.hidden_size, dtype=torch.float64)
     norms = torch.zeros(len(decoder.blocks), dtype=torch.float64)
@@ -98,7 +106,7 @@ def _mean_last_token(model, tokenizer, prompts, categories, batch_size, descript
 
 
 def each_last_token(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     consume: Callable[[list[int], int, Tensor], None],

@@ -7,20 +7,21 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from procon.chat import ContrastPrompts, builtin_prompts, measure_refusal, template_hash
 from procon.directions.contrast_means import DEAD_GAP, ContrastMeans, each_last_token
 from procon.directions.subspace import further_directions, mean_squared_cosine, orthonormalised
 from procon.errors import ProConError
 from procon.files import whole_file
-from procon.models import Decoder, model_device, refuse_unprepared
+from procon.models import Decoder, model_device, refuse_unprepared, transformers_model
 from procon.settings import MAX_DIRECTIONS
 from procon.version import __version__
 
@@ -51,7 +52,7 @@ class RefusalDirections:
     auroc: Tensor
     malicious: Tensor
     benign: Tensor
-    provenance: dict = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
     further: Tensor | None = None
 
     @property
@@ -182,7 +183,7 @@ class RefusalDirections:
             provenance={"shuffled_seed": seed, "source_blocks": source.tolist()},
         )
 
-    def _control(self, vectors: Tensor, provenance: dict) -> RefusalDirections:
+    def _control(self, vectors: Tensor, provenance: dict[str, Any]) -> RefusalDirections:
         """Directions along ``vectors [L, K, D]``, orthonormalised, for those of the usable blocks."""
         first = torch.nn.functional.normalize(vectors[:, 0], dim=-1).float()
         further = None if self.further is None else orthonormalised(vectors)[:, 1:].float() * self.usable[:, None, None]
@@ -264,6 +265,7 @@ class RefusalDirections:
         unit = torch.where(usable[:, None], difference / gap[:, None], 0.0)
         further = None
         if k > 1:
+            assert means.differences is not None
             further = further_directions(unit, means.differences, k - 1, DEAD_GAP * means.scale)
             further = torch.where(usable[:, None, None], further, 0.0).float()
         return cls(
@@ -278,7 +280,7 @@ class RefusalDirections:
     @classmethod
     def extract(
         cls,
-        model: PreTrainedModel,
+        model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         prompts: ContrastPrompts | None = None,
         *,
@@ -321,10 +323,11 @@ class RefusalDirections:
             project_last_token(model, tokenizer, found, side, batch_size=batch_size, progress=progress)
             for side in (held_out.malicious, held_out.benign)
         )
+        described = transformers_model(model)
         provenance = {
-            "model": getattr(model.config, "_name_or_path", ""),
-            "revision": getattr(model.config, "_commit_hash", None),
-            "dtype": str(model.dtype),
+            "model": getattr(described.config, "_name_or_path", ""),
+            "revision": getattr(described.config, "_commit_hash", None),
+            "dtype": str(described.dtype),
             "chat_template": template_hash(tokenizer),
             "prompts": prompts.hash,
             "held_out_prompts": held_out.hash,
@@ -343,7 +346,7 @@ class RefusalDirections:
 
 
 def project_last_token(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     directions: RefusalDirections,
     prompts: Sequence[str],

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from procon.chat import ContrastPrompts
 from procon.directions import ContrastMeans, RefusalDirections
@@ -40,7 +40,7 @@ class Drift:
 
 
 def measure_drift(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     reference: RefusalDirections,
     prompts: ContrastPrompts,

@@ -7,8 +7,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from procon.chat import ContrastPrompts, builtin_prompts, generate_replies, is_degenerate, is_refusal, user_turn
 from procon.errors import ProConError
@@ -29,7 +31,7 @@ class Rate:
     hits: int
     total: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.hits <= self.total or self.total == 0:
             raise ProConError(f"{self.hits} hits among {self.total} replies is no rate: at least one reply is needed")
 
@@ -84,14 +86,14 @@ class Evaluation:
     refusal_benign: Rate
     degenerate: Rate
     task: Rate | None
-    replies: list[dict]
+    replies: list[dict[str, Any]]
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, for JSON."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict) -> Evaluation:
+    def from_dict(cls, data: dict[str, Any]) -> Evaluation:
         """The evaluation that :meth:`to_dict` was called on."""
         task = data["task"]
         return cls(
@@ -118,11 +120,11 @@ class Evaluation:
 
 
 def evaluate(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     *,
     prompts: ContrastPrompts | None = None,
-    task: Sequence[dict] | None = None,
+    task: Sequence[dict[str, Any]] | None = None,
     label: str = "",
     max_new_tokens: int = 32,
     task_max_new_tokens: int = 64,
@@ -146,7 +148,7 @@ def evaluate(
     prompts = prompts or builtin_prompts("held_out")
     references = [] if task is None else _task_rows(task)
 
-    def judged(kind: str, instructions: Sequence[str], length: int, description: str) -> list[dict]:
+    def judged(kind: str, instructions: Sequence[str], length: int, description: str) -> list[dict[str, Any]]:
         texts = generate_replies(
             model,
             tokenizer,
@@ -182,7 +184,7 @@ def evaluate(
     )
 
 
-def _task_rows(task: Sequence[dict]) -> list[tuple[str, str]]:
+def _task_rows(task: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     rows = []
     for number, row in enumerate(task, 1):
         if not all(isinstance(row.get(key), str) for key in ("instruction", "output")):

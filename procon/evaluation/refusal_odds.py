@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from procon.chat import ContrastPrompts, left_padded_batches, user_turn
 from procon.errors import ProConError
@@ -17,7 +17,7 @@ MARGIN = 0.005
 
 
 def first_token_log_probabilities(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
@@ -41,7 +41,7 @@ def first_token_log_probabilities(
 
 
 def refusal_tokens(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: ContrastPrompts,
     *,
@@ -68,7 +68,7 @@ def refusal_tokens(
 
 
 def refusal_log_odds(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], prompts: Sequence[str]
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], prompts: Sequence[str]
 ) -> Tensor:
     """``log(p / (1 - p))``, p the probability that the reply's first token is among ``tokens``: ``[n]`` fp32.
 
