@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
 
 from procon.evaluation import extract_answer
 from procon.report.cells import CAPTION, INTERVAL_CAPTION, check_runs, number_cells, rate_cells
@@ -65,7 +68,7 @@ def write_html(
     return write_page(title, f"<h1>{escape(title)}</h1>{body}", path)
 
 
-def _plots(runs: Sequence[Run]) -> list[tuple[str, str, Callable, bool, str, str]]:
+def _plots(runs: Sequence[Run]) -> list[tuple[str, str, Callable[[Sequence[Run]], Figure], bool, str, str]]:
     """Heading, name, figure, whether there are data, alternative text and caption of every plot."""
     rates = "; ".join(
         f"{run.label}: refuses {run.evaluation.refusal_malicious} of malicious and {run.evaluation.refusal_benign} of "
@@ -165,7 +168,7 @@ def _html_replies(runs: Sequence[Run]) -> str:
     return "".join(parts)
 
 
-def _html_reply(reply: dict | None) -> str:
+def _html_reply(reply: dict[str, Any] | None) -> str:
     if reply is None:
         return "<td>-</td>"
     if reply["kind"] == "task":

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -14,12 +15,15 @@ from matplotlib.ticker import MaxNLocator
 
 from procon.files import write_text
 
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType  # since 3.11
+
 # Mid tones with a contrast of at least 3:1 on white and on near-black alike.
 COLOURS = ("#2f7fd1", "#d9660b", "#1f9d6b", "#a05fc9", "#d1495b", "#7d858c")
 DASHES = ("-", "--", "-.", ":")
 # Stand-ins that the page turns into its own text and rule colours, which differ between light and dark.
 INK, RULE = "#010203", "#040506"
-PLOT_STYLE = {
+PLOT_STYLE: dict[RcKeyType, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "procon",
     "text.parse_math": False,

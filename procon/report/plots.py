@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from textwrap import fill
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -128,7 +129,7 @@ def logged(runs: Sequence[Run], *keys: str) -> bool:
     return any(run.series(key)[0] for run in runs for key in keys)
 
 
-def _styled(runs: Sequence[Run]) -> list[tuple[Run, dict]]:
+def _styled(runs: Sequence[Run]) -> list[tuple[Run, dict[str, Any]]]:
     """Each run with the label, colour and dash that it has in every plot."""
     return [
         (

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from procon.evaluation import Evaluation
 from procon.files import load_json, save_json
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Run:
     evaluation: Evaluation
     cosine: list[float] | None = None
     seconds_per_step: float | None = None
-    history: list[dict] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def mean_cosine(self) -> float | None:
@@ -37,7 +40,7 @@ class Run:
         known = [cosine for cosine in self.cosine or () if not math.isnan(cosine)]
         return sum(known) / len(known) if known else None
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, for JSON; NaN becomes None."""
         data = asdict(self)
         if self.cosine is not None:
@@ -46,7 +49,7 @@ class Run:
         return data
 
     @classmethod
-    def from_dict(cls, data: dict) -> Run:
+    def from_dict(cls, data: dict[str, Any]) -> Run:
         """The run that :meth:`to_dict` was called on."""
         cosine = data["cosine"]
         return cls(
@@ -78,5 +81,5 @@ class Run:
         return [row["step"] for row in rows], [float(row[key]) for row in rows]
 
 
-def _finite_or_none(value):
+def _finite_or_none(value: T) -> T | None:
     return None if isinstance(value, float) and not math.isfinite(value) else value
