@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets import Dataset, Features, List, Value
@@ -96,7 +97,7 @@ def to_conversations(dataset: Dataset, *, name: str = "dataset") -> Dataset:
             f"{name!r} has the columns {sorted(columns)}; known formats are {_FORMATS}: rename its columns"
         )
 
-    def checked(row: dict, index: int) -> dict[str, list[Message]]:
+    def checked(row: dict[str, Any], index: int) -> dict[str, list[Message]]:
         try:
             return {"messages": convert(row)}
         except ProConError as error:
@@ -111,15 +112,15 @@ def to_conversations(dataset: Dataset, *, name: str = "dataset") -> Dataset:
     )
 
 
-def _from_messages(row: dict) -> list[Message]:
+def _from_messages(row: dict[str, Any]) -> list[Message]:
     return _turns(row, "messages")
 
 
-def _from_prompt_completion(row: dict) -> list[Message]:
+def _from_prompt_completion(row: dict[str, Any]) -> list[Message]:
     return _turns(row, "prompt", "user") + _turns(row, "completion", "assistant")
 
 
-def _from_instruction(row: dict) -> list[Message]:
+def _from_instruction(row: dict[str, Any]) -> list[Message]:
     texts = _texts(row, "instruction", *(["input"] if row.get("input") else []))
     return [
         {"role": "user", "content": "\n\n".join(texts)},
@@ -127,7 +128,7 @@ def _from_instruction(row: dict) -> list[Message]:
     ]
 
 
-def _turns(row: dict, column: str, role: str | None = None) -> list[Message]:
+def _turns(row: dict[str, Any], column: str, role: str | None = None) -> list[Message]:
     """The messages in a column, or, where a role is given, the one message that a text in it is."""
     value = row[column]
     if role is not None and not isinstance(value, list):
@@ -140,7 +141,7 @@ def _turns(row: dict, column: str, role: str | None = None) -> list[Message]:
     return [{"role": turn["role"], "content": turn["content"]} for turn in value]
 
 
-def _texts(row: dict, *columns: str) -> list[str]:
+def _texts(row: dict[str, Any], *columns: str) -> list[str]:
     for column in columns:
         if not isinstance(row[column], str):
             raise ProConError(f"{column} is {row[column]!r:.60}: give a text")
@@ -185,7 +186,7 @@ def tokenize_conversations(
     if max_length is not None and max_length < 1:
         raise ProConError(f"max_length is {max_length}: give 1 or more")
 
-    def encode(row: dict) -> dict[str, list[int]]:
+    def encode(row: dict[str, Any]) -> dict[str, list[int]]:
         ids, mask = response_mask(tokenizer, row["messages"])
         labels = [token if keep else IGNORE_INDEX for token, keep in zip(ids, mask, strict=True)]
         return {"input_ids": ids[:max_length], "labels": labels[:max_length]}

@@ -35,7 +35,7 @@ def write_text(text: str, path: str | Path) -> Path:
     return path
 
 
-def save_json(data: dict, path: str | Path) -> Path:
+def save_json(data: dict[str, Any], path: str | Path) -> Path:
     """Write ``data`` as standard JSON (NaN is an error) in one step; returns the path."""
     return write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", path)
 

@@ -22,7 +22,7 @@ class Phase:
     length: float | None = None
     unit: Literal["ep", "steps"] = "ep"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
             raise ProConError(f"alpha is {self.alpha:g}: give a finite number, 0 or more")
         if self.length is None:
@@ -57,7 +57,7 @@ class AlphaSchedule:
     phases: tuple[Phase, ...]
     extra: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.phases:
             raise ProConError(f"the alpha schedule is empty: give {_GRAMMAR}")
         if any(phase.length is None for phase in self.phases[:-1]):
@@ -132,4 +132,4 @@ def _parse_phase(text: str) -> Phase:
         length = float(match["length"]) if match["length"] else None
     except ValueError:
         raise ProConError(f"alpha schedule {text!r} is not understood: give {_GRAMMAR}") from None
-    return Phase(alpha, length, match["unit"] or "ep")
+    return Phase(alpha, length, "steps" if match["unit"] == "steps" else "ep")
