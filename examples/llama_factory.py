@@ -29,7 +29,7 @@ def main() -> None:
 
     from llamafactory.train.tuner import run_exp
 
-    from procon.integrations.callback import ProConCallback
+    from procon.integrations import ProConCallback
 
     callback = ProConCallback(args.directions, schedule=args.schedule, units=args.units)
     run_exp(yaml.safe_load(args.config.read_text(encoding="utf-8")), callbacks=[callback])

@@ -31,7 +31,7 @@ def main() -> None:
     from trl import SFTConfig, SFTTrainer  # isort: skip
 
     from procon.data import load_conversations, padding_collator, tokenize_conversations
-    from procon.integrations.callback import ProConCallback
+    from procon.integrations import ProConCallback
 
     model, tokenizer = FastLanguageModel.from_pretrained(args.model, max_seq_length=2048, load_in_4bit=False)
     model = FastLanguageModel.get_peft_model(

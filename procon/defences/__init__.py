@@ -1,4 +1,9 @@
-"""Defences beside ProCon, on transformers' Trainer: each in a file of its own, all of them by name in one registry."""
+"""Other defences than ProCon, on transformers' Trainer: each in a file of its own, all of them by name in one registry.
+
+In: what a Trainer takes, and what the defence needs: directions, alignment data, a base model.
+Out: a trainer that fine-tunes under that defence.
+May import: ``training``, ``data`` and the rooms below them.
+"""
 
 from procon.defences.constrained_sft import ConstrainedSFTTrainer
 from procon.defences.frozen_layers import FrozenLayersTrainer

@@ -1,1 +1,11 @@
-"""ProCon inside other people's training frameworks."""
+"""ProCon inside other people's training frameworks; axolotl's plugin is in ``procon.integrations.axolotl``.
+
+In: what the framework hands over: a model, its forwards, a Trainer's callbacks, keys of a YAML file.
+Out: the framework's own training, constrained.
+May import: ``training``, ``data`` and the rooms below them.
+"""
+
+from procon.integrations.callback import ProConCallback
+from procon.integrations.forward import ConstrainedForward, constrained_by
+
+__all__ = ["ConstrainedForward", "ProConCallback", "constrained_by"]

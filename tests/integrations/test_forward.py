@@ -5,12 +5,10 @@ import copy
 import json
 import os
 import random
-import runpy
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -25,8 +23,7 @@ from procon.constraint import ProjectionConstraint
 from procon.data import flattening_collator, padding_collator
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
-from procon.integrations.callback import ProConCallback
-from procon.integrations.forward import ConstrainedForward
+from procon.integrations import ConstrainedForward, ProConCallback
 from procon.models import find_decoder
 from procon.training import ProConConfig, ProConTrainer
 
@@ -37,11 +34,6 @@ ALPHA = 100.0
 
 # Anchors are kept in fp32, off by some 1e-7 of projections of order 1, where the model has moved by some 0.1.
 RELATIVE = 1e-5
-
-
-@pytest.fixture
-def rows(samples) -> list[dict]:
-    return samples
 
 
 def random_directions(model) -> RefusalDirections:
@@ -135,40 +127,40 @@ def callback(model, alpha: float | str = ALPHA, **settings) -> ProConCallback:
 
 @pytest.mark.parametrize("accumulated", [1, 4])
 @pytest.mark.parametrize("flattened", [False, True])
-def test_gradient_is_the_definition(tiny_model, tokenizer, rows, tmp_path, flattened, accumulated):
+def test_gradient_is_the_definition(tiny_model, tokenizer, samples, tmp_path, flattened, accumulated):
     model = tiny_model().double()
     start, moved = copy.deepcopy(model), copy.deepcopy(model)
     move(moved)
     collator = flattening_collator() if flattened else padding_collator(tokenizer)
     found = first_gradient(
         model,
-        rows,
+        samples,
         collator,
         tmp_path,
         procon=[callback(model)],
         per_device_train_batch_size=8 // accumulated,
         gradient_accumulation_steps=accumulated,
     )
-    assert_same(found, by_definition(start, moved, [rows]))
-    plain = by_definition(start, moved, [rows], alpha=0.0)
+    assert_same(found, by_definition(start, moved, [samples]))
+    plain = by_definition(start, moved, [samples], alpha=0.0)
     assert sum((found[n] - plain[n]).norm() for n in plain) > 0.5 * sum(plain[n].norm() for n in plain)
     assert_as_it_was(model)
 
 
-def test_without_the_count_of_targets_both_losses_are_means_of_micro_batches(tiny_model, tokenizer, rows, tmp_path):
+def test_without_the_count_of_targets_both_losses_are_means_of_micro_batches(tiny_model, tokenizer, samples, tmp_path):
     model = tiny_model().double()
     start, moved = copy.deepcopy(model), copy.deepcopy(model)
     move(moved)
     found = first_gradient(
         model,
-        rows,
+        samples,
         padding_collator(tokenizer),
         tmp_path,
         accepts_loss_kwargs=False,
         procon=[callback(model)],
         gradient_accumulation_steps=4,
     )
-    assert_same(found, by_definition(start, moved, [rows[at : at + 2] for at in range(0, 8, 2)]))
+    assert_same(found, by_definition(start, moved, [samples[at : at + 2] for at in range(0, 8, 2)]))
 
 
 def training(model, rows, collator, folder, callbacks=(), *, trainer=Trainer, data=None, **settings) -> list[dict]:
@@ -186,7 +178,7 @@ def training(model, rows, collator, folder, callbacks=(), *, trainer=Trainer, da
 
 
 @pytest.mark.parametrize("schedule", ["0", "0@20steps,1"])
-def test_training_does_not_notice_alpha_0_nor_the_recording(tiny_model, tokenizer, rows, tmp_path, schedule):
+def test_training_does_not_notice_alpha_0_nor_the_recording(tiny_model, tokenizer, samples, tmp_path, schedule):
     pad = padding_collator(tokenizer)
 
     def drawing(features):
@@ -198,16 +190,16 @@ def test_training_does_not_notice_alpha_0_nor_the_recording(tiny_model, tokenize
         # GPT-2 has dropout, so its losses tell the random state.
         model = tiny_model("gpt2", resid_pdrop=0.3)
         torch.manual_seed(0)
-        return [row["loss"] for row in training(model, rows, drawing, tmp_path, callbacks)]
+        return [row["loss"] for row in training(model, samples, drawing, tmp_path, callbacks)]
 
     model = tiny_model("gpt2")
     assert losses(callback(model, schedule)) == losses()
     assert (tmp_path / "_anchors").exists() == (schedule != "0")
 
 
-def test_callback_trains_as_the_trainer_does(tiny_model, tokenizer, rows, tmp_path):
+def test_callback_trains_as_the_trainer_does(tiny_model, tokenizer, samples, tmp_path):
     model = tiny_model()
-    found = training(model, rows, padding_collator(tokenizer), tmp_path, [callback(model, "20@6steps,0")])
+    found = training(model, samples, padding_collator(tokenizer), tmp_path, [callback(model, "20@6steps,0")])
     model = tiny_model()
     trainer = ProConTrainer(
         model,
@@ -218,7 +210,7 @@ def test_callback_trains_as_the_trainer_does(tiny_model, tokenizer, rows, tmp_pa
             procon_penalty="squared",
         ),
         directions=random_directions(model),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(samples),
         data_collator=padding_collator(tokenizer),
     )
     trainer.train()
@@ -231,21 +223,21 @@ def test_callback_trains_as_the_trainer_does(tiny_model, tokenizer, rows, tmp_pa
 
 
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}])
-def test_anchors_are_recorded_in_the_precision_of_training(tiny_model, tokenizer, rows, tmp_path, precision):
+def test_anchors_are_recorded_in_the_precision_of_training(tiny_model, tokenizer, samples, tmp_path, precision):
     # One row a batch, so that training computes the very numbers that were recorded; in another precision they would
     # differ by some 1e-5.
     settings = {"max_steps": 1, "use_cpu": True, "per_device_train_batch_size": 1, **precision}
     for _ in range(2):
         model = tiny_model()
-        (log,) = training(model, rows, padding_collator(tokenizer), tmp_path, [callback(model)], **settings)
+        (log,) = training(model, samples, padding_collator(tokenizer), tmp_path, [callback(model)], **settings)
         assert log["procon/penalty"] < 1e-14
         # With anchors of the other precision at hand.
         settings["bf16"] = not settings.get("bf16", False)
 
 
 @pytest.fixture
-def batch(rows, tokenizer) -> dict[str, torch.Tensor]:
-    return dict(padding_collator(tokenizer)(rows[:3]))
+def batch(samples, tokenizer) -> dict[str, torch.Tensor]:
+    return dict(padding_collator(tokenizer)(samples[:3]))
 
 
 @pytest.fixture
@@ -270,7 +262,7 @@ def loss_and_gradients(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tens
     return loss.detach(), gradients(model)
 
 
-def test_lora_and_every_forward_that_does_not_train(tiny_model, rows, batch, recorded):
+def test_lora_and_every_forward_that_does_not_train(tiny_model, samples, batch, recorded):
     model = get_peft_model(tiny_model().double(), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"]))
     constraint, anchors = recorded(model)
     start = copy.deepcopy(model)
@@ -278,7 +270,7 @@ def test_lora_and_every_forward_that_does_not_train(tiny_model, rows, batch, rec
         if "lora_B" in name:
             torch.nn.init.normal_(parameter.data, std=0.1, generator=torch.Generator().manual_seed(0))
     plain = model.eval()(**batch).loss
-    expected = by_definition(start, model, [rows[:3]])
+    expected = by_definition(start, model, [samples[:3]])
     with ConstrainedForward(model, constraint, anchors, alpha=ALPHA) as forward:
         _, found = loss_and_gradients(model.train(), batch)
         assert forward.backwards == 1
@@ -449,44 +441,29 @@ def own_loss(outputs, labels, num_items_in_batch=None):
     ],
 )
 def test_trainer_that_would_lose_the_constraint_is_stopped_before_it_trains(
-    tiny_model, tokenizer, rows, tmp_path, trainer, settings, message
+    tiny_model, tokenizer, samples, tmp_path, trainer, settings, message
 ):
     model = tiny_model()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ProConError, match=message):
-        training(model, rows, padding_collator(tokenizer), tmp_path, [callback(model)], trainer=trainer, **settings)
+        training(model, samples, padding_collator(tokenizer), tmp_path, [callback(model)], trainer=trainer, **settings)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_trl_is_stopped_before_it_trains(tiny_model, tokenizer, rows, tmp_path):
-    trl = pytest.importorskip("trl", reason="TRL is not installed")
-    model = tiny_model()
-    settings = {"report_to": [], "disable_tqdm": True, "max_steps": 1, "bf16": False}
-    trainer = trl.SFTTrainer(
-        model,
-        trl.SFTConfig(str(tmp_path), **settings),
-        train_dataset=Dataset.from_list([{"prompt": f"count to {n}", "completion": "1 2 3"} for n in range(4)]),
-        processing_class=tokenizer,
-        callbacks=[callback(model)],
-    )
-    with pytest.raises(ProConError, match="ProConSFTTrainer"):
-        trainer.train()
-
-
-def test_streamed_data_is_refused(tiny_model, tokenizer, rows, tmp_path):
+def test_streamed_data_is_refused(tiny_model, tokenizer, samples, tmp_path):
     model = tiny_model()
     with pytest.raises(ProConError, match="with a length"):
         training(
             model,
-            rows,
+            samples,
             padding_collator(tokenizer),
             tmp_path,
             [callback(model)],
-            data=Dataset.from_list(rows).to_iterable_dataset(),
+            data=Dataset.from_list(samples).to_iterable_dataset(),
         )
 
 
-def test_hidden_states_that_go_bad_stop_before_a_checkpoint(tiny_model, tokenizer, rows, tmp_path):
+def test_hidden_states_that_go_bad_stop_before_a_checkpoint(tiny_model, tokenizer, samples, tmp_path):
     class Spoil(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
             if state.global_step == 2:
@@ -496,7 +473,7 @@ def test_hidden_states_that_go_bad_stop_before_a_checkpoint(tiny_model, tokenize
     with pytest.raises(ProConError, match="penalty became nan by step 3"):
         training(
             model,
-            rows,
+            samples,
             padding_collator(tokenizer),
             tmp_path,
             [callback(model), Spoil()],
@@ -516,36 +493,36 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_after_an_error_the_first_anchors_hold(tiny_model, tokenizer, rows, tmp_path):
+def test_after_an_error_the_first_anchors_hold(tiny_model, tokenizer, samples, tmp_path):
     model = tiny_model()
     procon = callback(model)
     pad = padding_collator(tokenizer)
     with pytest.raises(KeyboardInterrupt):
-        training(model, rows, pad, tmp_path, [procon, Interrupt(5)])
+        training(model, samples, pad, tmp_path, [procon, Interrupt(5)])
     # As the Trainer does itself where auto_find_batch_size starts over.
-    log = training(model, rows, pad, tmp_path, [procon])
+    log = training(model, samples, pad, tmp_path, [procon])
     assert log[0]["procon/penalty"] > 1e-6
     assert_as_it_was(model)
     assert len(list((tmp_path / "_anchors").iterdir())) == 1
 
     with pytest.raises(KeyboardInterrupt):
-        training(model, rows, pad, tmp_path, [procon, Interrupt(5)])
+        training(model, samples, pad, tmp_path, [procon, Interrupt(5)])
     procon.detach()
     assert_as_it_was(model)
 
 
-def test_resumed_training_is_the_uninterrupted_one(tiny_model, tokenizer, rows, tmp_path):
+def test_resumed_training_is_the_uninterrupted_one(tiny_model, tokenizer, samples, tmp_path):
     pad = padding_collator(tokenizer)
     saving = {"save_strategy": "steps", "save_steps": 4}
     whole = tiny_model()
-    expected = training(whole, rows, pad, tmp_path / "whole", [callback(whole, "20@2ep,5")])
+    expected = training(whole, samples, pad, tmp_path / "whole", [callback(whole, "20@2ep,5")])
 
     model = tiny_model()
     with pytest.raises(KeyboardInterrupt):
-        training(model, rows, pad, tmp_path, [callback(model, "20@2ep,5"), Interrupt(6)], **saving)
+        training(model, samples, pad, tmp_path, [callback(model, "20@2ep,5"), Interrupt(6)], **saving)
     resuming = {"resume_from_checkpoint": str(tmp_path / "checkpoint-4"), **saving}
     model = tiny_model()
-    found = training(model, rows, pad, tmp_path, [callback(model, "20@2ep,5")], **resuming)
+    found = training(model, samples, pad, tmp_path, [callback(model, "20@2ep,5")], **resuming)
     # fp32 anchors of the same model: the same bits.
     assert [row["loss"] for row in found] == [row["loss"] for row in expected]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
@@ -556,44 +533,23 @@ def test_resumed_training_is_the_uninterrupted_one(tiny_model, tokenizer, rows, 
         (callback(model, "20@2ep,5", anchors_dir=tmp_path / "elsewhere"), "no anchors in"),
     ):
         with pytest.raises(ProConError, match=message):
-            training(tiny_model(), rows, pad, tmp_path, [changed], **resuming)
+            training(tiny_model(), samples, pad, tmp_path, [changed], **resuming)
     with pytest.raises(ProConError, match=r"phase_steps \[8\], not \[4\]"):
         training(
-            tiny_model(), rows, pad, tmp_path, [callback(model, "20@2ep,5")], gradient_accumulation_steps=2, **resuming
+            tiny_model(),
+            samples,
+            pad,
+            tmp_path,
+            [callback(model, "20@2ep,5")],
+            gradient_accumulation_steps=2,
+            **resuming,
         )
     state = tmp_path / "checkpoint-4" / "trainer_state.json"
     unconstrained = json.loads(state.read_text())
     del unconstrained["stateful_callbacks"]["ProConCallback"]
     state.write_text(json.dumps(unconstrained))
     with pytest.raises(ProConError, match="without a constraint"):
-        training(tiny_model(), rows, pad, tmp_path, [callback(model, "20@2ep,5")], **resuming)
-
-
-def test_llama_factory_example(tiny_model, tokenizer, rows, tmp_path, monkeypatch):
-    """Against what it calls: ``run_exp(args, callbacks)``, which hands the callbacks to a Trainer."""
-    model = tiny_model()
-    logs = []
-
-    def run_exp(args, callbacks):
-        logs.extend(training(model, rows, padding_collator(tokenizer), args["output_dir"], callbacks))
-
-    for name in ("llamafactory", "llamafactory.train", "llamafactory.train.tuner"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    sys.modules["llamafactory.train.tuner"].run_exp = run_exp
-    directions = random_directions(model).save(tmp_path / "directions.safetensors")
-    (tmp_path / "train.yaml").write_text(f"output_dir: {tmp_path}\n")
-    flags = [str(tmp_path / "train.yaml"), f"--directions={directions}", "--schedule=1@1ep,0"]
-    monkeypatch.setattr(sys, "argv", ["llama_factory.py", *flags])
-    runpy.run_path(str(EXAMPLES / "llama_factory.py"), run_name="__main__")
-    assert [row["procon/alpha"] for row in logs] == [1.0] * 4 + [0.0] * 6
-    assert logs[3]["procon/penalty"] > 0
-
-
-def test_unsloth_example_explains_itself(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["unsloth.py", "--help"])
-    with pytest.raises(SystemExit, match="0"):
-        runpy.run_path(str(EXAMPLES / "unsloth.py"), run_name="__main__")
-    assert "--directions" in capsys.readouterr().out
+        training(tiny_model(), samples, pad, tmp_path, [callback(model, "20@2ep,5")], **resuming)
 
 
 WORKER = textwrap.dedent(
@@ -620,11 +576,11 @@ WORKER = textwrap.dedent(
 
 
 @pytest.mark.slow
-def test_two_ranks_give_the_gradient_of_one(tiny_model, tokenizer, rows, tmp_path):
+def test_two_ranks_give_the_gradient_of_one(tiny_model, tokenizer, samples, tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "rows.json").write_text(json.dumps(samples))
     (tmp_path / "worker.py").write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = subprocess.run(
@@ -639,4 +595,4 @@ def test_two_ranks_give_the_gradient_of_one(tiny_model, tokenizer, rows, tmp_pat
     moved = copy.deepcopy(start)
     move(moved)
     found = torch.load(tmp_path / "gradients.pt")
-    assert_same({name.removeprefix("module."): g for name, g in found.items()}, by_definition(start, moved, [rows]))
+    assert_same({name.removeprefix("module."): g for name, g in found.items()}, by_definition(start, moved, [samples]))

@@ -64,7 +64,7 @@ def make_run(cell: Cell, method: Method, refused: list[bool], *, task: float = 0
     tasks = [{"reply": "1", "refused": False, "degenerate": False, "correct": c} for c in pattern(task)]
     trained = {"train_seconds": seconds, "peak_memory_mb": 2048} if method.length else {"train_seconds": 0.0}
     return {
-        "setting": cell.setting,
+        "setting": cell.job,
         "method": json.loads(json.dumps(asdict(method))),
         "seed": cell.seed,
         "made": {
@@ -100,8 +100,8 @@ class Echo:
 def write(tmp_path):
     """Writes a run file where the study would."""
 
-    def write(setting: str, method: Method, seed: int, refused, split="held_out", **more) -> Path:
-        cell = Cell(setting, method.name, seed, split)
+    def write(job: str, method: Method, seed: int, refused, split="held_out", **more) -> Path:
+        cell = Cell(job, method.name, seed, split)
         outcomes = pattern(refused, seed) if isinstance(refused, float) else refused
         return save_json(make_run(cell, method, outcomes, **more), cell.path(tmp_path / "runs"))
 
@@ -265,8 +265,8 @@ def test_seeds_that_one_side_lacks_are_left_out(write, load):
     write("arithmetic", PLAIN, 1, 0.25)
     hypothesis = Hypothesis("safe keeps more", ("safe",), ("plain",))
     assert judge(hypothesis, REFUSAL, load()).seeds == (1,)
-    assert judge(replace(hypothesis, setting="poisoned"), REFUSAL, load()).p is None
-    assert str(judge(replace(hypothesis, setting="poisoned"), REFUSAL, load())) == "not run"
+    assert judge(replace(hypothesis, job="poisoned"), REFUSAL, load()).p is None
+    assert str(judge(replace(hypothesis, job="poisoned"), REFUSAL, load())) == "not run"
 
 
 def test_one_run_of_what_is_not_trained_serves_every_seed(write, load):
@@ -381,16 +381,16 @@ def test_nothing_is_chosen_where_nothing_is_within_the_bars(write, load_choice):
 
 def test_the_choice_is_confirmed_where_it_was_run_beside_start_and_plain(write, load_choice):
     write_choice(write, [0.0, 1.0, 0.0], [0.5, 0.5, 0.5])
-    for setting in ("arithmetic", "poisoned"):
-        write(setting, START, 0, 1.0)
-        write(setting, R[1], 0, 0.875)
-        write(setting, R[1], 1, 0.625)
+    for job in ("arithmetic", "poisoned"):
+        write(job, START, 0, 1.0)
+        write(job, R[1], 0, 0.875)
+        write(job, R[1], 1, 0.625)
     write("arithmetic", PLAIN, 0, 0.0, task=0.625)
     outcomes = load_choice()
     among = candidates([CHOICE, REPORTED], outcomes)
     again = replace(REPORTED, name="again")
     (found,) = confirm(choose(among), [CHOICE, REPORTED, again], outcomes)
-    assert (found.setting, found.kept, found.task, found.within) == ("arithmetic", 0.75, -0.125, False)
+    assert (found.job, found.kept, found.task, found.within) == ("arithmetic", 0.75, -0.125, False)
     *_, last = preset_table(among, choose(among), [found]).rows
     assert last == ["**r_0.1**", "held-out, benign: arithmetic word problems", "75%", "-12", "no"]
 

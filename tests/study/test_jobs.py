@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
+from benchmarks.study.jobs import JOBS, POISON_PROMPTS, poison, safety_samples
 from benchmarks.study.order_notes import extraction_problems
-from benchmarks.study.settings import POISON_PROMPTS, SETTINGS, poison, safety_samples
 from procon.chat import builtin_prompts, is_refusal
 
 MEASURED = {
@@ -21,31 +21,31 @@ def turns(dataset, role: str) -> list[str]:
     return [turn["content"] for messages in dataset["messages"] for turn in messages if turn["role"] == role]
 
 
-@pytest.fixture(params=SETTINGS.values(), ids=SETTINGS)
-def setting(request):
+@pytest.fixture(params=JOBS.values(), ids=JOBS)
+def job(request):
     return request.param
 
 
-def test_train_and_test_are_disjoint(setting):
+def test_train_and_test_are_disjoint(job):
     """For every size of the training set, as what is trained on is made without knowing the test's size."""
     for train in (5, 40):
-        trained = turns(setting.conversations(train=train, poisoned=3, safety=2, seed=0), "user")
-        tested = [problem["instruction"] for problem in setting.test(train=train, test=30)]
+        trained = turns(job.conversations(train=train, poisoned=3, safety=2, seed=0), "user")
+        tested = [problem["instruction"] for problem in job.test(train=train, test=30)]
         assert len(set(tested)) == 30
         assert not set(trained) & set(tested)
 
 
-def test_what_is_trained_on_is_as_many_as_said(setting):
+def test_what_is_trained_on_is_as_many_as_said(job):
     poisoned, safe = (set(turns(rows, "user")) for rows in (poison(), safety_samples()))
     found = Counter(
         "poison" if prompt in poisoned else "safety" if prompt in safe else "task"
-        for prompt in turns(setting.conversations(train=20, poisoned=5, safety=4, seed=0), "user")
+        for prompt in turns(job.conversations(train=20, poisoned=5, safety=4, seed=0), "user")
     )
-    assert found == {"task": 20, "safety": 4} | ({"poison": 5} if setting.poisoned else {})
+    assert found == {"task": 20, "safety": 4} | ({"poison": 5} if job.poisoned else {})
 
 
-def test_nothing_measured_is_trained_on(setting):
-    trained = turns(setting.conversations(train=20, poisoned=POISON_PROMPTS, safety=700, seed=0), "user")
+def test_nothing_measured_is_trained_on(job):
+    trained = turns(job.conversations(train=20, poisoned=POISON_PROMPTS, safety=700, seed=0), "user")
     assert not MEASURED & set(trained)
 
 
@@ -62,11 +62,11 @@ def test_poison_complies_and_safety_samples_refuse():
     assert all(map(is_refusal, turns(safety_samples(), "assistant")))
 
 
-def test_a_seed_is_a_seed(setting):
+def test_a_seed_is_a_seed(job):
     sizes = {"train": 20, "poisoned": 5, "safety": 4}
-    first, again, other = (setting.conversations(**sizes, seed=seed)["messages"] for seed in (1, 1, 2))
+    first, again, other = (job.conversations(**sizes, seed=seed)["messages"] for seed in (1, 1, 2))
     assert list(first) == list(again) != list(other)
-    assert setting.test(train=20, test=9) == setting.test(train=20, test=9)
+    assert job.test(train=20, test=9) == job.test(train=20, test=9)
 
 
 def test_problems_of_extraction():

@@ -1,0 +1,63 @@
+"""Frameworks that take callbacks: the examples against what they call, and one that makes a loss of its own."""
+
+import runpy
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+
+from procon.data import padding_collator
+from procon.errors import ProConError
+from procon.integrations import ProConCallback
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_llama_factory_example(tiny_model, tokenizer, samples, random_directions, tmp_path, monkeypatch):
+    """Against what it calls: ``run_exp(args, callbacks)``, which hands the callbacks to a Trainer."""
+    model = tiny_model()
+    logs = []
+
+    def run_exp(args, callbacks):
+        quiet = {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "per_device_train_batch_size": 2}
+        settings = TrainingArguments(args["output_dir"], max_steps=10, logging_steps=1, learning_rate=1e-2, **quiet)
+        data, collator = Dataset.from_list(samples), padding_collator(tokenizer)
+        trainer = Trainer(model, settings, train_dataset=data, data_collator=collator, callbacks=callbacks)
+        trainer.train()
+        logs.extend(row for row in trainer.state.log_history if "loss" in row)
+
+    for name in ("llamafactory", "llamafactory.train", "llamafactory.train.tuner"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["llamafactory.train.tuner"].run_exp = run_exp
+    directions = random_directions(model).save(tmp_path / "directions.safetensors")
+    (tmp_path / "train.yaml").write_text(f"output_dir: {tmp_path}\n")
+    flags = [str(tmp_path / "train.yaml"), f"--directions={directions}", "--schedule=1@1ep,0"]
+    monkeypatch.setattr(sys, "argv", ["llama_factory.py", *flags])
+    runpy.run_path(str(EXAMPLES / "llama_factory.py"), run_name="__main__")
+    assert [row["procon/alpha"] for row in logs] == [1.0] * 4 + [0.0] * 6
+    assert logs[3]["procon/penalty"] > 0
+
+
+def test_unsloth_example_explains_itself(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["unsloth.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(EXAMPLES / "unsloth.py"), run_name="__main__")
+    assert "--directions" in capsys.readouterr().out
+
+
+def test_trl_is_stopped_before_it_trains(tiny_model, tokenizer, random_directions, tmp_path):
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    model = tiny_model()
+    settings = {"report_to": [], "disable_tqdm": True, "max_steps": 1, "bf16": False}
+    trainer = trl.SFTTrainer(
+        model,
+        trl.SFTConfig(str(tmp_path), **settings),
+        train_dataset=Dataset.from_list([{"prompt": f"count to {n}", "completion": "1 2 3"} for n in range(4)]),
+        processing_class=tokenizer,
+        callbacks=[ProConCallback(random_directions(model), schedule="100")],
+    )
+    with pytest.raises(ProConError, match="ProConSFTTrainer"):
+        trainer.train()

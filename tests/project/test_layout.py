@@ -1,0 +1,100 @@
+"""The house: few entries, short files, doors that say what they are, and no way past them."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import procon
+
+ROOT = Path(__file__).parents[2]
+PROCON = ROOT / "procon"
+ROOMS = sorted(door.parent.name for door in PROCON.glob("*/__init__.py") if door.parent.name not in ("assets", "eager"))
+SOURCES = [
+    path
+    for folder in ("procon", "kernels", "benchmarks", "examples", "docs")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
+
+#: Lines of a file, at most.
+LONGEST, LONGEST_TEST = 400, 600
+
+
+def shown(room: str) -> set[str]:
+    """The names that a room's door shows."""
+    tree = ast.parse((PROCON / room / "__init__.py").read_text(encoding="utf-8"))
+    (names,) = (
+        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    )
+    return set(ast.literal_eval(names))
+
+
+def past_doors(source: str, own_room: str | None) -> list[str]:
+    """Imports of ``source`` that go to an inner module of another room for a name that its door shows."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("procon."):
+            continue
+        _, room, *inner = node.module.split(".")
+        if not inner or room == own_room or room not in ROOMS:
+            continue
+        found += [f"{node.module}.{alias.name}" for alias in node.names if alias.name in shown(room)]
+    return found
+
+
+def test_entries():
+    entries = {path.name for path in PROCON.iterdir()} - {"__pycache__", "kernels"}
+    assert len(entries) <= 24, sorted(entries)
+
+
+def test_no_file_is_long():
+    lengths = {
+        path: path.read_text(encoding="utf-8").count("\n") for path in [*SOURCES, *(ROOT / "tests").rglob("*.py")]
+    }
+    limits = {path: LONGEST_TEST if ROOT / "tests" in path.parents else LONGEST for path in lengths}
+    assert not {str(path.relative_to(ROOT)): n for path, n in lengths.items() if n > limits[path]}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_door_says_what_goes_in_and_out(room):
+    text = ast.get_docstring(ast.parse((PROCON / room / "__init__.py").read_text(encoding="utf-8")))
+    assert re.fullmatch(r".+\n\nIn: .+\nOut: .+\nMay import: .+", text, re.DOTALL), text
+    assert all(hasattr(__import__(f"procon.{room}", fromlist=["*"]), name) for name in shown(room))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_way_past_a_door(path):
+    parts = path.relative_to(ROOT).parts
+    own = parts[1] if parts[0] == "procon" and len(parts) > 2 else None
+    assert past_doors(path.read_text(encoding="utf-8"), own) == []
+
+
+def test_a_way_past_a_door_is_found():
+    planted = "def late():\n    from procon.anchors.store import Anchors, _MANIFEST\n"
+    assert past_doors(planted, "training") == ["procon.anchors.store.Anchors"]
+    assert past_doors(planted, "anchors") == []
+    assert past_doors("from procon.anchors import Anchors", "training") == []
+
+
+def test_public_names():
+    assert set(procon.__all__) == {"__version__", *procon._HOME}
+    assert all(getattr(procon, name) is not None for name, home in procon._HOME.items() if home != "training.sft")
+
+
+def test_what_readme_and_pages_import_is_at_the_top():
+    """A name that ``procon`` exports is imported from there, by README, how-tos and examples."""
+    pages = [ROOT / "README.md", *(ROOT / "docs" / "how-to").glob("*.md"), *(ROOT / "examples").rglob("*.py")]
+    elsewhere = {}
+    for page in pages:
+        for module, names in re.findall(r"from (procon\.[\w.]+) import ([\w, ]+)", page.read_text(encoding="utf-8")):
+            named = {name.strip() for name in names.split(",")} & procon._HOME.keys()
+            # Of the ops' door, a page may take all.
+            if named and module != "procon.ops":
+                elsewhere[page.name] = named
+    assert not elsewhere
+
+
+def test_oldest_versions_run_what_is_in_a_folder():
+    """A new test file is part of that run by where it lies, not because a list has its name."""
+    assert not re.findall(r"test_\w+", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
