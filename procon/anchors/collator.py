@@ -24,19 +24,19 @@ class AnchoredCollator:
 
     def __init__(
         self,
-        collator: Callable[[list], dict[str, Any]],
+        collator: Callable[[list[Any]], dict[str, Any]],
         anchors: Anchors | None,
         *,
         reduction: Reduction = DEFAULTS.reduction,
         tokenizer: Any = None,
-    ):
+    ) -> None:
         check_setting("reduction", reduction)
         self.collator = collator
         self.anchors = anchors
-        self.reduction = reduction
+        self.reduction: Reduction = reduction
         self.tokenizer = tokenizer
 
-    def __call__(self, features: list) -> dict[str, Any]:
+    def __call__(self, features: list[Any]) -> dict[str, Any]:
         batch = dict(self.collator(features))
         if self.anchors is None:
             return batch

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import torch.distributed as dist
 
 from procon.errors import ProConError
 from procon.files import whole_file
+
+T = TypeVar("T")
 
 #: Bytes that are broadcast at a time; the exchange takes a few times as much memory.
 PIECE_BYTES = 16 * 2**20
@@ -21,11 +23,11 @@ def own_rank() -> int:
     return 0 if _one_process() else dist.get_rank()
 
 
-def gather(value: Any) -> list:
+def gather(value: T) -> list[T]:
     """``value`` of every rank, in their order; all ranks must call. One process alone gets its own."""
     if _one_process():
         return [value]
-    values = [None] * dist.get_world_size()
+    values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
@@ -92,7 +94,7 @@ def _send(file: Path) -> None:
 
 
 def _receive(owner: int) -> Iterator[bytes]:
-    piece = [None]
+    piece: list[Any] = [None]
     while piece[0] != b"":
         dist.broadcast_object_list(piece, src=owner)
         yield piece[0]

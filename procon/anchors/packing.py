@@ -62,6 +62,6 @@ def check_packing(
     tolerance = max(_ROUNDING, _ROUNDING_UNITS * torch.finfo(dtype).eps)
     if ((after - before).norm(dim=-1) > tolerance * before.norm(dim=-1)).any():
         raise ProConError(
-            f"{type(decoder.module).__name__} with attn_implementation {decoder.module.config._attn_implementation!r} "
+            f"{type(decoder.module).__name__} with attn_implementation {decoder.attn_implementation!r} "
             "lets the sequences of a packed row see each other: pad them instead of packing or flattening"
         )

@@ -74,7 +74,7 @@ def record_projections(
             checked = True
         if not any(new for new, _ in states):
             continue
-        z = _project_batch(forward, decoder, batch if new else _ONE_TOKEN, unit, blocks, backend, device)
+        z = _project_batch(forward, decoder, batch if batch and new else _ONE_TOKEN, unit, blocks, backend, device)
         for key, sequence in new.items():
             rows = z[sequence.row, sequence.span][torch.from_numpy(sequence.in_scope(scope))]
             _check_finite(rows, blocks, sequence)

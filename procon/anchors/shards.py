@@ -36,7 +36,7 @@ class AnchorShards:
         ProConError: if a file is damaged.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         self._files = sorted(folder.glob("*.safetensors"))
         self._columns = 0
         parts = [np.empty(0, _ENTRY)]
@@ -93,7 +93,7 @@ class ShardWriter:
         rank: which process writes; no two have the same at a time.
     """
 
-    def __init__(self, folder: Path, rank: int = 0):
+    def __init__(self, folder: Path, rank: int = 0) -> None:
         self._folder = folder
         self._rank = rank
         self._keys: list[Key] = []

@@ -25,7 +25,7 @@ class StartingState:
         output_dir: the training's own; ``_anchors`` in it is used if none was named.
     """
 
-    def __init__(self, given: str | Path | None, output_dir: str | Path):
+    def __init__(self, given: str | Path | None, output_dir: str | Path) -> None:
         # Of the output folder, push_to_hub leaves out what begins with an underscore.
         self.root = Path(given or Path(output_dir) / "_anchors")
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -24,7 +23,7 @@ from procon.anchors.shards import AnchorShards, ShardWriter
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.files import whole_file
-from procon.models import evaluating, find_decoder, weights_hash
+from procon.models import evaluating, find_decoder, token_embedding, unwrapped, weights_hash
 from procon.sequences import TokenSequence, check_text_only, split_batch
 from procon.settings import DEFAULTS, Backend, Reduction, TokenScope, check_setting
 
@@ -46,7 +45,7 @@ class Anchors:
         ProConError: if it is missing or damaged.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         manifest = _read_manifest(self.path)
         self.fingerprint: str = manifest["fingerprint"]
@@ -83,7 +82,7 @@ class Anchors:
 
         For a loop that opens anchors instead of recording them; takes a pass over all weights.
         """
-        found = fingerprint(extract_model_from_parallel(model), directions, self.blocks, self.scope)
+        found = fingerprint(unwrapped(model), directions, self.blocks, self.scope)
         if found != self.fingerprint:
             raise ProConError(
                 f"anchors in {str(self.path)!r} were recorded for another model state, other adapters or directions: "
@@ -183,7 +182,7 @@ class Anchors:
         """
         check_setting("scope", scope)
         check_setting("backend", backend)
-        model = extract_model_from_parallel(model)
+        model = unwrapped(model)
         directions.check_fits(find_decoder(model))
         if blocks is None:
             blocks = directions.usable.nonzero().flatten().tolist()
@@ -215,7 +214,7 @@ def fingerprint(
     Args:
         precision: that of Accelerate's autocast, ``"no"`` without: the same weights give other projections under it.
     """
-    parts = [weights_hash(model), str(model.get_input_embeddings().weight.dtype), directions.hash, list(blocks), scope]
+    parts = [weights_hash(model), str(token_embedding(model).weight.dtype), directions.hash, list(blocks), scope]
     if precision != "no":
         parts.append(precision)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
