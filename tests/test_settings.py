@@ -1,0 +1,303 @@
+"""One set of defaults behind every door, and a wrong setting refused at each of them before a model is read."""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import procon
+from procon import (
+    AlphaSchedule,
+    AnchoredCollator,
+    Anchors,
+    ConstraintSettings,
+    ProConArguments,
+    ProConConfig,
+    ProConError,
+    ProConTrainer,
+    ProjectionConstraint,
+    RefusalDirections,
+)
+from procon.cli import main
+from procon.cli.arguments import TrainArguments
+from procon.cli.parsing import parse
+from procon.integrations import ConstrainedForward, ProConCallback
+from procon.settings import CHOICES, DEFAULTS, PAPER_RECIPE, check_setting, parse_blocks, sentences
+
+SETTINGS = [item.name for item in fields(ConstraintSettings)]
+
+#: A value that each setting cannot have, as a text, and what is said of it after its name.
+WRONG = {
+    "schedule": ("strong", "is not understood"),
+    "scope": ("reply", "is 'reply': choose one of response, prompt, all"),
+    "blocks": ("1.5", "is the fraction 1.5: give one above 0"),
+    "penalty": ("l2", "is 'l2': choose one of squared, absolute, huber"),
+    "units": ("metres", "is 'metres': choose one of raw, gap"),
+    "reduction": ("mean", "is 'mean': choose one of token, sequence"),
+    "fuse": ("maybe", "is 'maybe': choose one of auto, never"),
+    "backend": ("cuda", "is 'cuda': choose one of auto, triton, eager"),
+}
+
+#: Doors that are not the constraint's: the op keeps the squared magnitude, and other people's defences their papers'
+#: settings.
+NOT_THE_METHOD = ("procon.ops", "procon.kernels", "procon.eager", "procon.defences")
+
+
+class Untouchable:
+    """A model, data or anchors that must not be looked at."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("__"):
+            return object.__getattribute__(self, name)
+        raise AssertionError(f"{name} was read before the settings were checked")
+
+
+def directions() -> RefusalDirections:
+    return RefusalDirections(torch.eye(3, 8), *torch.ones(4, 3))
+
+
+def callables() -> Iterator[tuple[str, Callable]]:
+    """Every function and method that the library defines, by name."""
+    for module_info in pkgutil.walk_packages(procon.__path__, "procon."):
+        if module_info.name.endswith(("__main__", "axolotl", "axolotl_trainer", ".sft")):
+            continue  # run as a script, or of packages that may be missing
+        module = importlib.import_module(module_info.name)
+        for name, value in vars(module).items():
+            if getattr(value, "__module__", None) != module.__name__:
+                continue
+            if inspect.isfunction(value):
+                yield f"{module.__name__}.{name}", value
+            elif inspect.isclass(value):
+                for method, function in inspect.getmembers(value, callable):
+                    if getattr(function, "__module__", None) == module.__name__:
+                        yield f"{module.__name__}.{name}.{method}", function
+
+
+def default_of(function: Callable, parameter: str) -> Any:
+    return inspect.signature(function).parameters[parameter].default
+
+
+def test_every_door_has_the_defaults():
+    """Doors that are named here, and any other parameter of a setting's name that has a default."""
+    named = {
+        (ProjectionConstraint, ("blocks", "penalty", "units", "backend")),
+        (ProjectionConstraint.attach, ("fuse",)),
+        (Anchors.record, ("scope", "backend")),
+        (Anchors.annotate, ("reduction",)),
+        (AnchoredCollator, ("reduction",)),
+        (ProConCallback, ("schedule", "blocks", "penalty", "units", "backend", "fuse")),
+        (ConstrainedForward, ("fuse",)),
+        (ConstraintSettings, tuple(SETTINGS)),
+    }
+    for door, settings in named:
+        for setting in settings:
+            assert default_of(door, setting) == getattr(DEFAULTS, setting), (door, setting)
+
+    seen = set()
+    for name, function in callables():
+        if name.startswith(NOT_THE_METHOD):
+            continue
+        try:
+            parameters = inspect.signature(function).parameters
+        except (TypeError, ValueError):
+            continue
+        for setting in SETTINGS:
+            if setting in parameters and parameters[setting].default is not inspect.Parameter.empty:
+                seen.add(name)
+                default = parameters[setting].default
+                # None: what is not given is left out, or all that have a direction.
+                assert default is None or default == getattr(DEFAULTS, setting), (name, setting)
+    assert len(seen) >= 6
+
+
+def test_training_arguments_and_the_command_have_the_defaults():
+    for made in (ProConArguments(), ProConConfig("out"), parse("train", ["--model", "m", "--data", "d"])[1]):
+        assert made.constraint_settings() == DEFAULTS
+        assert {setting: getattr(made, f"procon_{setting}") for setting in SETTINGS} == vars(DEFAULTS)
+    assert AlphaSchedule.parse(DEFAULTS.schedule) == AlphaSchedule.constant()
+    trl = pytest.importorskip("trl", reason="SFTConfig is TRL's")
+    from procon.training.sft import ProConSFTConfig
+
+    assert issubclass(ProConSFTConfig, trl.SFTConfig)
+    assert ProConSFTConfig("out", bf16=False).constraint_settings() == DEFAULTS
+
+
+def test_axolotl_s_keys_have_the_defaults():
+    pytest.importorskip("axolotl", reason="axolotl is not installed")
+    from procon.integrations.axolotl import AxolotlKeys, _arguments
+
+    assert all(value is None for value in AxolotlKeys().model_dump().values())
+    assert _arguments({}).constraint_settings() == DEFAULTS
+
+
+def test_the_op_alone_keeps_the_squared_magnitude():
+    assert DEFAULTS.penalty == "absolute"
+    for op in (procon.constrain, procon.projection_penalty, procon.rms_norm_constrain):
+        assert default_of(op, "penalty") == "squared"
+
+
+def test_the_paper_s_recipe_stands_once():
+    lora = PAPER_RECIPE.lora()
+    arguments = TrainArguments(model="m", data="d")
+    assert (arguments.lora_r, arguments.lora_alpha) == (lora["r"], lora["lora_alpha"]) == (8, 16)
+    assert arguments.lora_targets.split(",") == lora["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert parse("train", ["--model", "m", "--data", "d"])[1].learning_rate == PAPER_RECIPE.learning_rate == 2e-4
+
+
+def test_every_setting_has_its_sentence_in_the_help(capsys):
+    text = sentences(ConstraintSettings)
+    assert list(text) == SETTINGS
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for setting, sentence in text.items():
+        assert f"--procon_{setting}" in shown
+        assert sentence in shown
+        assert all(choice in sentence for choice in CHOICES.get(setting, ())), sentence
+
+
+# Wrong values
+
+
+def python_doors() -> dict[str, tuple[str, Callable[[Any], object]]]:
+    """By an id, the setting and a call with one value of it; nothing else that the call is given may be read."""
+    nothing = Untouchable()
+    calls: dict[str, tuple[str, Callable[[Any], object]]] = {
+        "attach-fuse": ("fuse", lambda value: ProjectionConstraint(directions()).attach(nothing, fuse=value)),
+        "forward-fuse": (
+            "fuse",
+            lambda value: ConstrainedForward(nothing, ProjectionConstraint(directions()), nothing, alpha=1, fuse=value),
+        ),
+        "collator-reduction": ("reduction", lambda value: AnchoredCollator(nothing, nothing, reduction=value)),
+        "annotate-reduction": ("reduction", lambda value: Anchors.annotate(nothing, nothing, reduction=value)),
+    }
+
+    def add(door: str, settings: list[str], call: Callable[..., object]) -> None:
+        for setting in settings:
+            calls[f"{door}-{setting}"] = setting, lambda value, setting=setting: call(**{setting: value})
+
+    add("settings", SETTINGS, ConstraintSettings)
+    add("constraint", ["blocks", "penalty", "units", "backend"], lambda **s: ProjectionConstraint(directions(), **s))
+    add("record", ["scope", "backend"], lambda **s: Anchors.record(nothing, nothing, nothing, "nowhere", **s))
+    add(
+        "callback",
+        ["schedule", "blocks", "penalty", "units", "backend", "fuse"],
+        lambda **s: ProConCallback("nowhere.safetensors", **s),
+    )
+    return calls
+
+
+@pytest.mark.parametrize("door", python_doors())
+def test_wrong_values_at_python_s_doors(door, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    setting, call = python_doors()[door]
+    wrong, message = WRONG[setting]
+    for value in (float(wrong), "some", [], [True], 1, 0.0, {1}) if setting == "blocks" else (wrong, 7, None):
+        with pytest.raises(ProConError) as error:
+            call(value)
+        assert setting in str(error.value)
+        assert message in str(error.value) or value != wrong
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_wrong_values_among_training_arguments(setting, tmp_path, tiny_model, random_directions):
+    wrong, message = WRONG[setting]
+    for made in (ProConArguments, lambda **settings: ProConConfig(str(tmp_path), **settings)):
+        with pytest.raises(ProConError, match=f"procon_{setting}") as error:
+            made(**{f"procon_{setting}": wrong})
+        assert message in str(error.value)
+    # Set on the object, they are refused by the trainer, before it records anything.
+    args = ProConConfig(str(tmp_path / "out"), report_to=[])
+    setattr(args, f"procon_{setting}", wrong)
+    model = tiny_model()
+    with pytest.raises(ProConError, match=f"procon_{setting}"):
+        ProConTrainer(model, args, directions=random_directions(model))
+
+
+@pytest.mark.parametrize("by", ["flag", "yaml"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_wrong_values_on_the_command_line(setting, by, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("procon.cli.train.load_model", lambda *args, **kwargs: pytest.fail("a model was read"))
+    wrong, message = WRONG[setting]
+    Path("settings.yaml").write_text(f"procon_{setting}: {wrong}\n")
+    given = [f"--procon_{setting}", wrong] if by == "flag" else ["--config", "settings.yaml"]
+    assert main(["train", "--model", "nowhere", "--data", "nowhere.jsonl", *given]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"procon_{setting}" in line
+    assert message in line
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.yaml"]
+
+
+@pytest.mark.parametrize("setting", [*SETTINGS, "alpha"])
+def test_wrong_values_among_axolotl_s_keys(setting):
+    pytest.importorskip("axolotl", reason="axolotl is not installed")
+    from procon.integrations.axolotl import ProConPlugin
+
+    wrong = "strong" if setting == "alpha" else WRONG[setting][0]
+    keys = {"plugins": ["procon.integrations.axolotl.ProConPlugin"], f"procon_{setting}": wrong}
+    with pytest.raises(ProConError, match=f"procon_{setting}"):
+        ProConPlugin().register(keys)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["directions", "--model", "m", "--k", "9"], "k is 9: give 1 to 8"),
+        (["directions", "--model", "m", "--batch_size", "0"], "batch_size is 0: give 1 or more"),
+        (["directions", "--model", "m", "--dtype", "int8"], "dtype is 'int8': choose one of"),
+        (["eval", "--model", "m", "--dtype", "int8"], "dtype is 'int8': choose one of"),
+        (["drift", "--start", "m", "--tuned", "m", "--dtype", "int8"], "dtype is 'int8': choose one of"),
+        (["train", "--model", "m", "--data", "d", "--safety_samples", "-1"], "safety_samples is -1: give 0 or more"),
+        (["train", "--model", "m", "--data", "d", "--drift_steps", "-1"], "drift_steps is -1: give 0 or more"),
+        (["train", "--model", "m", "--data", "d", "--lora_r", "0"], "lora_r is 0: give 1 or more"),
+        (["train", "--model", "m", "--data", "d", "--method", "qlora"], "method is 'qlora': choose one of lora, full"),
+        (["train", "--model", "m", "--data", "d", "--drift_gate", "7"], "the drift gate is 7.0"),
+        (["train", "--model", "m", "--data", "d", "--drift_gate_action", "halt"], "drift_gate_action is 'halt'"),
+        (["train", "--model", "m", "--data", "d", "--defence", "lissa"], "there is no defence 'lissa'"),
+    ],
+)
+def test_the_commands_own_settings(command, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for module in ("procon.cli.train", "procon.cli.commands"):
+        monkeypatch.setattr(f"{module}.load_model", lambda *args, **kwargs: pytest.fail("a model was read"))
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_backend_in_the_environment(monkeypatch):
+    monkeypatch.setenv("PROCON_BACKEND", "fast")
+    with pytest.raises(ProConError, match="the environment variable PROCON_BACKEND is 'fast': choose one of"):
+        ConstraintSettings()
+    ConstraintSettings(backend="eager")  # which does not ask the environment
+
+
+# Blocks
+
+
+@pytest.mark.parametrize(
+    ("text", "blocks"), [("all", "all"), ("0.5", 0.5), ("1", 1.0), ("8,9, 10", [8, 9, 10]), ("-1", [-1])]
+)
+def test_blocks_from_a_text(text, blocks):
+    assert parse_blocks(text) == blocks
+
+
+@pytest.mark.parametrize("text", ["", "half", "0.5,1", "1.5", "0.0", "8;9", "[8]"])
+def test_texts_that_are_no_blocks(text):
+    with pytest.raises(ProConError, match=r"^procon_blocks is"):
+        parse_blocks(text, "procon_blocks")
+
+
+@pytest.mark.parametrize("blocks", ["all", 0.5, np.float64(0.5), [0, 2], (1,), range(2), [np.int64(1)]])
+def test_blocks_of_other_types(blocks):
+    check_setting("blocks", blocks)
+    assert ProjectionConstraint(directions(), blocks=blocks).blocks
