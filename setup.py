@@ -16,9 +16,18 @@ EXTRAS = {
     "flash": ["flash-attn>=2.7"],
     "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=1"],
     "study": ["markdown>=3.6", "scikit-learn>=1.6", "scipy>=1.13"],
+    # One version of pyright: another one finds other errors.
+    "lint": [
+        "codespell>=2.4",
+        "import-linter>=2.5",
+        "pre-commit>=4",
+        "pre-commit-hooks>=6",
+        "pyright==1.1.414",
+        "ruff>=0.12",
+    ],
 }
 EXTRAS["test"] = [
-    *(requirement for name in ("demo", "trl", "train", "docs", "study") for requirement in EXTRAS[name]),
+    *(requirement for name in ("demo", "trl", "train", "docs", "study", "lint") for requirement in EXTRAS[name]),
     "bitsandbytes>=0.50.2",
     "deepspeed>=0.19",
     "lightning>=2.6",
@@ -26,7 +35,6 @@ EXTRAS["test"] = [
     "pytest>=8",
     "pytest-benchmark>=5",
     "pytest-xdist>=3.6",
-    "ruff>=0.12",
     "triton>=3.6,<4; platform_system == 'Linux'",
 ]
 

@@ -1,5 +1,6 @@
 """The versions that CI tests are those that the package asks for."""
 
+import re
 import runpy
 from pathlib import Path
 from unittest import mock
@@ -7,6 +8,8 @@ from unittest import mock
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+
+from procon.version import __version__
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +38,13 @@ def test_range_begins_at_the_oldest_and_has_the_newest(declared, package, oldest
 
 
 def test_what_the_package_requires_is_tested(declared):
-    untested = {"pytest", "pytest-benchmark", "pytest-xdist", "ruff", "deepspeed", "lightning", "liger-kernel"}
+    untested = {"pytest", "pytest-benchmark", "pytest-xdist", "deepspeed", "lightning", "liger-kernel"}
     untested |= {"tensorboard", "wandb", "flash-attn", "mkdocs-material", "mkdocstrings"}
     untested |= {"markdown", "scikit-learn", "scipy"}
+    untested |= {"codespell", "import-linter", "pre-commit", "pre-commit-hooks", "pyright", "ruff"}
     assert declared.keys() == {package for package, *_ in versions()} | untested
+
+
+def test_the_citation_is_of_this_version():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.search(r'^version: "?([^"\n]+)"?$', citation, re.MULTILINE)[1] == __version__
