@@ -1,4 +1,4 @@
-"""What do anchors cost: the recording beside an epoch of plain training, a batch's lookup, and the disk?
+"""What do anchors cost: the recording, compared with an epoch of plain training, a batch's lookup, and the disk?
 
 The epoch is plain LoRA training with transformers' loss and AdamW, the cheapest that there is. It is short, so the hash
 of the weights, which a recording takes once whatever the epoch's length, is made outside and timed on its own.
@@ -28,7 +28,7 @@ class _Result(NamedTuple):
     epoch: Samples
     lookup: Samples
     fingerprint_seconds: float
-    bytes_a_token: float
+    bytes_per_token: float
     constrained_tokens: int
 
 
@@ -90,7 +90,7 @@ def test_recording(replay, contender: str):
     work = {"tokens_per_second": BATCHES * ROWS * LENGTH / median(result.epoch.seconds[contender])}
     if contender == "record":
         work |= {
-            "bytes_a_constrained_token": result.bytes_a_token,
+            "bytes_per_constrained_token": result.bytes_per_token,
             "constrained_tokens": result.constrained_tokens,
             "fingerprint_seconds": result.fingerprint_seconds,
         }

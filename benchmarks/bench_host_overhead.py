@@ -1,10 +1,10 @@
-"""How many microseconds does a call take on the host, where the tensors are too small to matter?
+"""How many microseconds does a call take on the host, if the tensors are too small to matter?
 
 Forward and backward of each function of the library, and of a small model with and without the constraint attached. The
-functions stand beside three autograd.Functions without a check or a choice:
+functions are compared with three autograd.Functions that check nothing and choose nothing:
 
-- ``bare`` makes the same calls to the same backend, so what ``procon`` takes more is its host overhead;
-- ``by_hand`` does the mathematics in the fewest operations, for one direction in float32 and weights that hide nothing;
+- ``bare`` makes the same calls to the same backend: the time that ``procon`` takes beyond it is its host overhead;
+- ``by_hand`` does the mathematics in the fewest operations, for one direction in float32 and weights that mask nothing;
 - ``no_op`` does nothing.
 
 On a GPU too the time is the host's: the queue of launches is waited for only at the end of a sample.
@@ -12,7 +12,6 @@ On a GPU too the time is the host's: the queue of launches is waited for only at
 
 from collections.abc import Callable
 from functools import cache
-from importlib import import_module
 from statistics import median
 
 import pytest
@@ -28,9 +27,10 @@ from benchmarks.harness.timers import wall_time
 from procon import ProjectionConstraint
 from procon.ops import constrain, rms_norm_constrain
 
-_BACKEND = "procon.kernels" if DEVICE == "cuda" else "procon.eager"
-projection_penalty = import_module(f"{_BACKEND}.projection_penalty")
-rms_norm_penalty = import_module(f"{_BACKEND}.rms_norm_penalty")
+if DEVICE == "cuda":
+    from procon.kernels import projection_penalty, rms_norm_penalty
+else:
+    from procon.eager import projection_penalty, rms_norm_penalty
 
 TOKENS, SIZE, EPS = 4, 64, 1e-5
 
@@ -162,7 +162,7 @@ def _measure_function(function: str) -> Samples:
 def test_call(replay, function: str, contender: str):
     samples = _measure_function(function)
     microseconds = 1e6 * median(samples.seconds[contender])
-    replay(f"host overhead of {function}", samples, contender, "bare", microseconds_a_call=microseconds)
+    replay(f"host overhead of {function}", samples, contender, "bare", microseconds_per_call=microseconds)
 
 
 @cache
@@ -196,4 +196,4 @@ def test_attach(replay, contender: str):
     plain = samples.seconds["plain"]
     added = median(a - b for a, b in zip(samples.seconds[contender], plain, strict=True))
     blocks = SHAPES["smoke"]["num_hidden_layers"]
-    replay("host overhead of attach", samples, contender, "plain", microseconds_a_block=1e6 * added / blocks)
+    replay("host overhead of attach", samples, contender, "plain", microseconds_per_block=1e6 * added / blocks)

@@ -1,4 +1,4 @@
-"""What does the penalty with pass-through cost, beside what one would write instead?
+"""What does the penalty with pass-through cost, compared with what one would write instead?
 
 Each contender maps hidden states ``[N, D]`` to themselves and the penalty; in the backward a gradient arrives for both.
 The bytes are the fewest that do it, with ``U = N * D * itemsize``: forward U, backward 2U. A contender's GB/s are these
@@ -57,7 +57,7 @@ def _functions(case: Case) -> dict[str, Function]:
     direction = torch.nn.functional.normalize(torch.randn(case.directions, size, generator=generator), dim=1).to(DEVICE)
     anchor = torch.randn(rows, case.directions, generator=generator).to(DEVICE)
     weight = (torch.rand(rows, generator=generator) < 0.75).float().to(DEVICE)
-    # For one direction a vector: the matrix product of several is cuBLAS's (on CPU oneDNN's) skinny one.
+    # One direction is a vector: the matrix product of several is cuBLAS's (on CPU oneDNN's) skinny one.
     matrix = direction[0] if case.directions == 1 else direction.T
     anchors = anchor[:, 0] if case.directions == 1 else anchor
     weights = weight if case.directions == 1 else weight[:, None]

@@ -1,7 +1,7 @@
-"""What does the constraint cost inside RMSNorm, beside the norms that one would use without it?
+"""What does the constraint cost inside RMSNorm, compared with the norms that one would use without it?
 
-Each contender maps hidden states ``[N, D]`` to their norm, the constrained ones to the penalty besides. The bytes are
-the fewest that a norm takes, with ``U = N * D * itemsize``: forward 2U, backward 3U; the constraint is to add none.
+Each contender maps hidden states ``[N, D]`` to their norm; the constrained ones also give the penalty. The bytes are
+the fewest that a norm takes, with ``U = N * D * itemsize``: forward 2U, backward 3U. The constraint should add none.
 ``separate`` is the op called before transformers' norm.
 """
 

@@ -9,7 +9,7 @@ on the same batch; each has module objects of its own around them, so that hooks
 - ``pass_through``, ``fused``: ours at the block inputs, and inside the norms that read them; anchors are given.
 - ``plain_compiled``, ``fused_compiled``: the same with the whole model under ``torch.compile``.
 
-Where the penalty has its anchors from the data's one recording (bench_anchors.py), a step only pays for their use.
+Anchors come from one recording of the data (bench_anchors.py). A step pays only for their use.
 """
 
 import copy

@@ -41,7 +41,7 @@ def pytest_benchmark_update_machine_info(machine_info: dict) -> None:
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> None:
-    # Apart from the machine, of which --benchmark-compare says when it is another one.
+    # Not part of the machine: --benchmark-compare warns if that differs.
     output_json["run"] = {
         "command": " ".join(["pytest", *map(str, config.invocation_params.args)]),
         "size": machine.SIZE,

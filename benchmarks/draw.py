@@ -1,6 +1,6 @@
 """Draws result files and prints their tables: ``python -m benchmarks.draw RESULTS.json... --out FOLDER``.
 
-Bars for times, a roofline for kernels, and the Markdown tables that the README shows, each with its machine.
+Bars for times, a roofline for kernels, and Markdown tables, each with its machine.
 """
 
 import argparse
@@ -59,14 +59,14 @@ COLUMNS = {
     "percent_of_copy": ("% of copy", "{:.0f}"),
     "tokens_per_second": ("tokens/s", "{:.0f}"),
     "peak_memory_bytes": ("peak bytes", "{:.4g}"),
-    "microseconds_a_call": ("us a call", "{:.1f}"),
-    "microseconds_a_block": ("us added a block", "{:.1f}"),
-    "bytes_a_constrained_token": ("bytes a constrained token", "{:.1f}"),
+    "microseconds_per_call": ("us per call", "{:.1f}"),
+    "microseconds_per_block": ("us added per block", "{:.1f}"),
+    "bytes_per_constrained_token": ("bytes per constrained token", "{:.1f}"),
 }
 
 
 def markdown_table(name: str, group: Group) -> str:
-    """One row a contender: median time, paired ratio to the baseline with its 95% interval, and what else is known."""
+    """One row per contender: median time, paired ratio to the baseline with its 95% interval, and further columns."""
     fields = [field for field in COLUMNS if any(field in benchmark["extra_info"] for benchmark in group)]
     baseline = group[0]["extra_info"]["baseline"]
     header = [name, "median", f"times {baseline} [95%]", *(COLUMNS[field][0] for field in fields)]
@@ -95,7 +95,7 @@ def draw_bars(axes: Axes, name: str, group: Group) -> None:
 
 
 def draw_roofline(axes: Axes, group: Group, copy_bandwidth: float) -> None:
-    """Operations a second over operations a byte, under the bandwidth of a copy."""
+    """Operations per second over operations per byte, under the bandwidth of a copy."""
     intensities = []
     for benchmark in group:
         info = benchmark["extra_info"]
@@ -104,13 +104,13 @@ def draw_roofline(axes: Axes, group: Group, copy_bandwidth: float) -> None:
         axes.loglog(intensity, info["flops"] / benchmark["stats"]["median"], "o", label=info["contender"])
     edges = [min(intensities) / 2, max(intensities) * 2]
     axes.loglog(edges, [edge * copy_bandwidth for edge in edges], "k--", label="copy")
-    axes.set_xlabel("operations a byte")
-    axes.set_ylabel("operations a second")
+    axes.set_xlabel("operations per byte")
+    axes.set_ylabel("operations per second")
     axes.legend(fontsize="x-small")
 
 
 def draw_group(name: str, group: Group, copy_bandwidth: float, folder: Path) -> Path:
-    """Write ``<group>.png``: bars, and beside them the roofline where bytes are known."""
+    """Write ``<group>.png``: bars, and beside them the roofline if bytes are known."""
     kernels = all("bytes" in benchmark["extra_info"] for benchmark in group)
     figure, axes = pyplot.subplots(1, 2 if kernels else 1, figsize=(11 if kernels else 6, 1.2 + 0.4 * len(group)))
     if kernels:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go: bash benchmarks/gpu.sh FOLDER
 #
-# Into FOLDER go a log of each part and the suites' JSON. A part that fails or runs into its time limit does not stop the
+# FOLDER gets a log of each part and the suites' JSON. A part that fails or runs into its time limit does not stop the
 # others; the last lines name it, and the exit status is then 1. Needs torch, triton, transformers, peft, accelerate,
 # pytest and pytest-benchmark; neither the network nor an installation of this project. PYTHON names the interpreter,
 # PROCON_GPU_SECONDS the limit for the whole (480).

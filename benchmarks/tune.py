@@ -30,7 +30,7 @@ class Choice(NamedTuple):
 
 
 def candidates(columns: int) -> Iterator[Choice]:
-    """Tiles of 2048 to 8192 elements, or one row; 8 to 32 elements a thread."""
+    """Tiles of 2048 to 8192 elements, or one row; 8 to 32 elements per thread."""
     for rows in (1, 2, 4, 8, 16):
         elements = rows * columns
         if rows > 1 and not 2048 <= elements <= 8192:
@@ -41,7 +41,7 @@ def candidates(columns: int) -> Iterator[Choice]:
 
 
 def _calls(size: int) -> dict[str, Callable[[], object]]:
-    """One call a kernel of the table: all launches that its entry decides, with the constraint."""
+    """One call per kernel of the table: all launches that its entry decides, with the constraint."""
     from procon.kernels.projection_penalty import penalize
     from procon.kernels.rms_norm_penalty import rms_norm_gradient, rms_norm_penalize
 

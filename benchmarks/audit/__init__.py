@@ -1,1 +1,1 @@
-"""What the kernels and the constraint cost, counted where no GPU is: traffic, builds and live bytes."""
+"""What the kernels and the constraint cost, counted without a GPU: traffic, builds and live bytes."""

@@ -73,7 +73,7 @@ class Record:
     registers: int
     spilled_bytes: int
     shared_bytes: int
-    occupancy: float  # resident warps over the most that a multiprocessor holds
+    occupancy: float  # resident warps over the most that a multiprocessor has room for
     accesses: list[Access]
 
 
@@ -98,7 +98,7 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def _launched_for(target: str) -> AbstractContextManager:
-    """Makes the library choose tiles for ``target``, from the table's entry for where there is no GPU."""
+    """Makes the library choose tiles for ``target``, from the table's entry for machines without a GPU."""
     warp_size = PROCESSORS[target].target.warp_size
     return patch.object(table, "INTERPRETER", table.INTERPRETER._replace(architecture=target, warp_size=warp_size))
 
@@ -159,7 +159,7 @@ def _records(target: str, shape: Shape) -> Iterator[Record]:
 
 
 def _nvidia_registers(compiled: CompiledKernel) -> tuple[int, int]:
-    """Registers a thread, and bytes of local memory, as the disassembler reports them."""
+    """Registers per thread, and bytes of local memory, as the disassembler reports them."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(compiled.asm["cubin"])
@@ -170,7 +170,7 @@ def _nvidia_registers(compiled: CompiledKernel) -> tuple[int, int]:
 
 
 def _amd_registers(compiled: CompiledKernel) -> tuple[int, int]:
-    """Vector registers a lane (of both kinds, which share one file), and bytes of scratch memory."""
+    """Vector registers per lane (of both kinds, which share one file), and bytes of scratch memory."""
     assembly = compiled.asm["amdgcn"]
     registers = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
     return registers, int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)[1])

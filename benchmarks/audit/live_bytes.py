@@ -1,9 +1,10 @@
 """Live bytes at the peak of one training step of a 16-block Llama: plain, naive, and under the constraint.
 
 Counted are the storages that operations make within the step and that are still alive: activations, gradients and
-temporaries, and the reference model's activations. Weights, those of the reference too, were there before and are told
-apart. The naive way is the paper's loss as one would write it: a frozen copy of the model runs the batch first without
-gradients, ``output_hidden_states=True`` keeps the block inputs, and the loss is ``((h.float() @ r - a) ** 2)``.
+temporaries, and the reference model's activations. Weights, those of the reference too, were there before and are
+reported separately. The naive way is the paper's loss as one would write it: a frozen copy of the model runs the batch
+first without gradients, ``output_hidden_states=True`` keeps the block inputs, and the loss is
+``((h.float() @ r - a) ** 2)``.
 """
 
 import weakref
@@ -97,17 +98,17 @@ def _records(dtype: torch.dtype) -> list[Record]:
         "pass-through": (_peak(model, lambda: _constrained(model, unit, ids, "never")), weights),
         "fused": (_peak(model, lambda: _constrained(model, unit, ids, "auto")), weights),
     }
-    bytes_a_unit = TOKENS * WIDTH * dtype.itemsize
+    unit_bytes = TOKENS * WIDTH * dtype.itemsize
     plain, _ = peaks["plain"]
     return [
         Record(
             way=way,
             dtype=str(dtype).removeprefix("torch."),
             blocks=BLOCKS,
-            unit_bytes=bytes_a_unit,
+            unit_bytes=unit_bytes,
             peak_bytes=peak,
             over_plain=peak / plain,
-            extra_units=(peak - plain) / bytes_a_unit,
+            extra_units=(peak - plain) / unit_bytes,
             weight_bytes=weight_bytes,
         )
         for way, (peak, weight_bytes) in peaks.items()

@@ -1,9 +1,9 @@
 """What limits how many warps reside on a multiprocessor, or wavefronts on a compute unit, of each architecture.
 
-NVIDIA: CUDA C++ Programming Guide, "Compute Capabilities": 65536 registers, 64 warps and 32 blocks a multiprocessor, in
-four parts with a scheduler each; 1 KiB of shared memory is reserved for each block. AMD: CDNA3 instruction set
-reference and LLVM's "User Guide for AMDGPU Backend": 512 vector registers a lane and 8 wavefronts for each of four
-SIMDs, 64 KiB of LDS. All of them allocate registers in units of 8 a lane.
+NVIDIA: CUDA C++ Programming Guide, "Compute Capabilities": 65536 registers, 64 warps and 32 blocks per multiprocessor,
+in four parts with a scheduler each; 1 KiB of shared memory is reserved for each block. AMD: CDNA3 instruction set
+reference and LLVM's "User Guide for AMDGPU Backend": 512 vector registers per lane and 8 wavefronts for each of four
+SIMDs, 64 KiB of LDS. All of them allocate registers in units of 8 per lane.
 """
 
 from typing import NamedTuple
@@ -16,10 +16,10 @@ class Processor(NamedTuple):
 
     target: GPUTarget
     parts: int
-    registers: int  # of one part, a lane of all its warps together
+    registers: int  # of one part, per lane, of all its warps together
     warps: int  # of one part
     shared_bytes: int
-    reserved_bytes: int  # shared memory that a block takes besides its own
+    reserved_bytes: int  # shared memory that a block takes in addition to its own
     blocks: int
 
 
@@ -32,7 +32,7 @@ PROCESSORS = {
 
 
 def occupancy(processor: Processor, registers: int, warps: int, shared_bytes: int) -> float:
-    """Share of the warps that a multiprocessor can hold which blocks of ``warps`` warps fill."""
+    """Share of the warps that a multiprocessor has room for, if it is filled with blocks of ``warps`` warps."""
     allocated = -(-registers // 8) * 8
     by_registers = min(processor.warps, processor.registers // allocated) * processor.parts // warps
     by_shared = processor.shared_bytes // max(1, shared_bytes + processor.reserved_bytes)

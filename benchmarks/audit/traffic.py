@@ -1,12 +1,12 @@
-"""Bytes that each kernel loads and stores, counted in Triton's interpreter, which sends every access by two methods.
+"""Bytes that each kernel loads and stores, counted in Triton's interpreter, which has two methods for all accesses.
 
-A lane whose mask is true moves one element of the tensor whose memory its pointer lies in. Told apart are
+A lane whose mask is true moves one element of the tensor whose memory its pointer lies in. Counted separately are
 
 - hidden states and gradients ``[N, D]``, in units ``U = rows * D * itemsize`` over the rows that have to move;
-- numbers a token (anchors, weights, penalties, coefficients), in bytes a row;
+- numbers per token (anchors, weights, penalties, coefficients), in bytes per row;
 - what all rows share (directions, the norm's weight, the upstream gradient), loaded again for each tile of rows and
-  resident in cache, in bytes a row;
-- other results, such as a program's partial sum of the norm's weight gradient, in bytes a launch.
+  resident in cache, in bytes per row;
+- other results, such as a program's partial sum of the norm's weight gradient, in bytes per launch.
 """
 
 from collections import Counter, defaultdict
@@ -26,7 +26,7 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 from benchmarks.audit.calls import calls
 
 DTYPES = (torch.bfloat16, torch.float32)
-#: D, K and dtype. The longest rows are those that the norm's backward does not hold in registers.
+#: D, K and dtype. The longest rows are those that the norm's backward does not keep in registers.
 SHAPES = (*product((576, 1024, 3584, 4096), (1, 4), DTYPES), *product((16384,), (1,), DTYPES))
 ROWS = 11
 
@@ -50,8 +50,8 @@ class Record:
     rows: int  # U is rows * size * itemsize
     units_loaded: float
     units_stored: float
-    token_bytes_a_row: float  # a row of the N that are passed
-    shared_bytes_a_row: float
+    token_bytes_per_row: float  # per row of the N that are passed
+    shared_bytes_per_row: float
     other_bytes: int
     accesses: list[Access]
 
@@ -134,8 +134,8 @@ def _records(size: int, directions: int, dtype: torch.dtype) -> Iterator[Record]
             rows=call.rows,
             units_loaded=sum(access.loaded for access in states) / unit,
             units_stored=sum(access.stored for access in states) / unit,
-            token_bytes_a_row=sum(access.loaded + access.stored for access in tokens) / ROWS,
-            shared_bytes_a_row=sum(access.loaded for access in others) / ROWS,
+            token_bytes_per_row=sum(access.loaded + access.stored for access in tokens) / ROWS,
+            shared_bytes_per_row=sum(access.loaded for access in others) / ROWS,
             other_bytes=sum(access.stored for access in others),
             accesses=accesses,
         )
@@ -145,7 +145,7 @@ def show(records: list[dict]) -> None:
     table = Table(title="Traffic of the kernels, the most over the sizes listed and both dtypes")
     table.add_column("call")
     table.add_column("D")
-    for heading in ("K", "[N, D] loaded, U", "stored, U", "token bytes a row", "cached bytes a row", "other bytes"):
+    for heading in ("K", "[N, D] loaded, U", "stored, U", "token bytes per row", "cached bytes per row", "other bytes"):
         table.add_column(heading, justify="right")
     groups = defaultdict(list)
     for record in records:
@@ -157,8 +157,8 @@ def show(records: list[dict]) -> None:
             str(directions),
             f"{loaded:.3f}",
             f"{stored:.3f}",
-            f"{max(record['token_bytes_a_row'] for record in group):.1f}",
-            f"{max(record['shared_bytes_a_row'] for record in group):.0f}",
+            f"{max(record['token_bytes_per_row'] for record in group):.1f}",
+            f"{max(record['shared_bytes_per_row'] for record in group):.0f}",
             str(max(record["other_bytes"] for record in group)),
         )
     Console().print(table)

@@ -1,7 +1,7 @@
 """How many bytes a thread moves in each load and store, and for which argument: read from what the compiler made.
 
 Addresses are followed back to the argument that they start from: in PTX for NVIDIA, in the LLVM IR handed to the
-backend for AMD, whose assembly must then hold as many accesses of 16 bytes.
+backend for AMD, whose assembly must then have as many accesses of 16 bytes.
 """
 
 import re
@@ -11,7 +11,7 @@ from triton.compiler import CompiledKernel
 
 
 def widths(compiled: CompiledKernel) -> list[tuple[int, str, int]]:
-    """(number of the argument, ``"load"`` or ``"store"``, bytes a thread) of each access to global memory."""
+    """(number of the argument, ``"load"`` or ``"store"``, bytes per thread) of each access to global memory."""
     if "ptx" in compiled.asm:
         return list(_in_ptx(compiled.asm["ptx"]))
     found = list(_in_llvm(compiled.asm["llir"]))

@@ -1,6 +1,6 @@
 """Contenders timed in turn, and the ratios of their times.
 
-The speed of a machine wanders by more than the differences that are looked for here. So every round times each
+The speed of a machine varies by more than the differences that are looked for here. So every round times each
 contender once, in an order that rotates, and a ratio is taken within its round.
 """
 
@@ -24,7 +24,7 @@ class Ratio(NamedTuple):
 
 @dataclass(frozen=True)
 class Samples:
-    """Seconds a call: one number a contender and round."""
+    """Seconds per call: one number per contender and round."""
 
     seconds: dict[str, list[float]]
 
@@ -49,10 +49,10 @@ def interleave(
 
     Args:
         contenders: functions to call, by name.
-        timer: seconds a call, from the function and a number of calls (see :mod:`benchmarks.harness.timers`).
+        timer: seconds per call, from the function and a number of calls (see :mod:`benchmarks.harness.timers`).
         warmup: samples of each contender that are thrown away.
-        sample_seconds: how long a sample should take at least; a short function is called several times in a sample.
-        most_calls: the most calls in a sample.
+        sample_seconds: how long a sample should take at least; a short function is called several times per sample.
+        most_calls: the most calls per sample.
     """
     calls = {}
     for name, call in contenders.items():

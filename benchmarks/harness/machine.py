@@ -33,10 +33,10 @@ _PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "flash-a
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep the memory that is freed, where it is the C library; True if it does.
+    """Let glibc keep the memory that is freed, if it is the C library; True if it does.
 
-    By default it hands large blocks back to the system and takes them again page by page. On a CPU that costs a step of
-    training a tenth of its time, wanders, and is none of what is measured here.
+    By default it hands large blocks back to the system and takes them again page by page. On a CPU that takes a
+    tenth of a training step, varies, and is not what is measured here.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     most_mapped, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD in malloc.h
@@ -79,7 +79,7 @@ def _processor() -> str:
 
 @cache
 def last_level_cache() -> int:
-    """Bytes; 64 MiB where the system does not say."""
+    """Bytes; 64 MiB if the system does not report it."""
     if DEVICE == "cuda":
         return torch.cuda.get_device_properties(0).L2_cache_size
     try:
@@ -90,7 +90,7 @@ def last_level_cache() -> int:
 
 @cache
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a copy far larger than the last-level cache."""
+    """Bytes per second, read and written, of a copy far larger than the last-level cache."""
     size = (2 if SMOKE else 16) * last_level_cache()
     source = torch.randint(0, 127, (size,), dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)

@@ -1,4 +1,4 @@
-"""Bytes and operations a second of a kernel, beside what a copy reaches on the same machine."""
+"""Bytes and operations of a kernel per second, and what a copy reaches on the same machine."""
 
 from collections.abc import Sequence
 from statistics import median

@@ -15,7 +15,7 @@ def _synchronize() -> None:
 
 
 def wall_time(call: Callable[[], object], calls: int) -> float:
-    """Seconds a call on the host's clock, the GPU's work included."""
+    """Seconds per call on the host's clock, the GPU's work included."""
     _synchronize()
     start = time.perf_counter()
     for _ in range(calls):
@@ -25,7 +25,7 @@ def wall_time(call: Callable[[], object], calls: int) -> float:
 
 
 def gpu_time(call: Callable[[], object], calls: int) -> float:
-    """Seconds a call on the GPU alone.
+    """Seconds per call on the GPU alone.
 
     The GPU sleeps while the host queues all calls, so that it never waits for a launch, as in a training step whose
     kernels are large. A call that itself waits for the GPU cannot be queued; its time includes the launches.

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.study``: make the runs of a budget, in any number of processes, and go on where they left."""
+"""``python -m benchmarks.study``: make the missing runs of a budget, in any number of processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 
 @dataclass
 class StudyArguments:
-    """Fine-tune by every method, in every setting, with every seed of a budget; one JSON a run."""
+    """Fine-tune by every method, on every job, with every seed of a budget; one JSON per run."""
 
     budget: str = field(default="table", metadata={"help": "smoke (minutes), table (hours on 2 cores) or full (GPUs)."})
     model: str | None = field(
@@ -46,7 +46,7 @@ class StudyArguments:
         default="", metadata={"help": "Make only runs whose name this regular expression finds: ^arithmetic/procon"}
     )
     threads: int = field(default=0, metadata={"help": "CPU threads of this process; torch's choice if 0."})
-    list: bool = field(default=False, metadata={"help": "Say which runs are made and which are missing, and stop."})
+    list: bool = field(default=False, metadata={"help": "Show how many runs are made and which are missing, and stop."})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_study(arguments: StudyArguments) -> None:
-    """Make every missing run; prints one line a run and how long the rest will take."""
+    """Make every missing run; prints one line per run and how long the rest will take."""
     budget = BUDGETS.get(arguments.budget)
     if budget is None:
         raise ProConError(f"budget is {arguments.budget!r}: choose one of {', '.join(BUDGETS)}")
@@ -82,7 +82,7 @@ def run_study(arguments: StudyArguments) -> None:
 
 
 def _run_missing(budget: Budget, missing: list[Cell], start: Start, runs: Path, console: Console) -> None:
-    """In the plan's order; what another process makes in the meantime is passed over.
+    """In the plan's order; what another process makes in the meantime is skipped.
 
     Raises:
         ProConError: at the end, if some failed: hours of others do not wait for one that diverges.
@@ -121,7 +121,7 @@ def _run_missing(budget: Budget, missing: list[Cell], start: Start, runs: Path, 
 
 def _make(cell: Cell, budget: Budget, start: Start, runs: Path) -> Path:
     method = budget.method(cell)
-    run = run_trial(start, method, budget.setting(cell), cell.seed, cell.split, budget.size)
+    run = run_trial(start, method, budget.job(cell), cell.seed, cell.split, budget.size)
     return save_run(cell, asdict(method), run, runs)
 
 

@@ -19,7 +19,7 @@ BLOCKS = 29  # of SmolLM2-135M's 30: the first one's input does not move
 
 
 def constrained(name: str, label: str, schedule: str, *, directions: str = "refusal", **config: Any) -> Method:
-    """ProCon as it was chosen on validation prompts, but for ``config``."""
+    """ProCon as it was chosen on validation prompts, except for ``config``."""
     chosen = {"procon_penalty": "absolute", "procon_scope": "all", "procon_schedule": schedule}
     return Method(name, label, "procon_s", config={**chosen, **config}, directions=directions)
 
@@ -62,12 +62,12 @@ TABLE = Part(
     ("arithmetic", "poisoned"),
 )
 
-# The paper sums over blocks, and the constraint here takes their mean: the same strength a block is alpha times the
+# The paper sums over blocks, and the constraint here takes their mean: the same strength per block is alpha times the
 # share of the blocks.
 LAYERS = Part(
     "layers",
     "Which blocks are constrained",
-    "Does the last block suffice? (The paper's Table V: the same strength a block.)",
+    "Does the last block suffice? (The paper's Table V: the same strength per block.)",
     (
         PLAIN,
         constrained("last_block", "last block", f"procon_s:{ALPHA / BLOCKS:.4f}", procon_blocks="-1"),
@@ -111,7 +111,7 @@ CONTROL = Part(
 DEPTH = _development(
     "depth",
     "By depth",
-    "Where does the direction matter? A third of the blocks each, at the same strength a block as at 0.3 for all.",
+    "Where does the direction matter? A third of the blocks at a time, at the strength per block of alpha 0.3 for all.",
     (
         PLAIN,
         *(
@@ -147,7 +147,7 @@ CONVERGENCE = _development(
 
 SUBSPACE = _development(
     "subspace",
-    "Several directions a block",
+    "Several directions per block",
     "Do directions by category keep more than their mean? At a strength that leaves room.",
     (_strength(0.1), *(_strength(0.1, f"k:{k}") for k in (2, 8))),
 )
@@ -156,7 +156,7 @@ CHOICE = _development(
     "choice",
     "Scope, penalty and strength",
     "Which settings keep refusals and learn the task? ProCon_s is alpha 0.2, absolute, on all tokens; the others are "
-    "called by what is different.",
+    "named after what differs.",
     (
         START,
         PLAIN,
@@ -174,7 +174,7 @@ CHOICE = _development(
 WARMUP = _development(
     "warmup",
     "Warm-up, and what comes after it",
-    "How long a warm-up, and should a light constraint stay on? (The paper's Table VI.)",
+    "How long should the warm-up be, and should a light constraint stay on? (The paper's Table VI.)",
     (
         PLAIN,
         PLAIN_LONG,
@@ -207,7 +207,7 @@ BASELINES = _development(
 FORMAT = Part(
     "format",
     "Another task",
-    "Does it hold for a task of format? (The paper's Table IV has a second task.)",
+    "Is it the same for a task of format? (The paper's Table IV has a second task.)",
     (START, PLAIN, SAFE, PROCON_S, with_safety(PROCON_WU)),
     ("extraction",),
 )
@@ -220,7 +220,7 @@ _FULL_TABLE = replace(
         {"procon_wu": _PAPER_WU, "procon_wu_safe": with_safety(_PAPER_WU)}.get(method.name, method)
         for method in TABLE.methods
     ),
-    settings=("arithmetic", "extraction", "poisoned"),
+    jobs=("arithmetic", "extraction", "poisoned"),
     seeds=(0, 1, 2, 3, 4),
 )
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from procon.directions import RefusalDirections, each_last_token
 from procon.models import find_decoder
 
-#: Leading principal directions, and dimensions of largest magnitude, whose share is told.
+#: Leading principal directions, and dimensions of largest magnitude, whose share is reported.
 PRINCIPAL, MASSIVE = 8, 4
 
 
@@ -32,7 +32,7 @@ def last_token_states(
 
 @dataclass(frozen=True)
 class Displacement:
-    """Change of the hidden states of the same prompts, block by block; NaN where a block has no direction.
+    """Change of the hidden states of the same prompts, block by block; NaN if a block has no direction.
 
     Of a displacement ``d`` of one prompt's last token, ``<d, r>`` lies along the direction and the rest off it. A model
     that keeps ``<d, r>`` small and goes far off the direction may be routing around the constraint.

@@ -65,17 +65,17 @@ def _on_white(plot: partial[Figure]) -> Figure:
     return figure
 
 
-def part_drawings(part: Part, setting: str, outcomes: Outcomes) -> list[Drawing]:
-    """What a part has data for in a setting: a sweep by strength, or else its methods against each other."""
-    runs = {method.name: found for method in part.methods if (found := outcomes.of(part, setting, method.name))}
+def part_drawings(part: Part, job: str, outcomes: Outcomes) -> list[Drawing]:
+    """What a part has data for on a job: a sweep by strength, otherwise its methods against each other."""
+    runs = {method.name: found for method in part.methods if (found := outcomes.of(part, job, method.name))}
     methods = [method for method in part.methods if method.name in runs]
-    name = f"{part.name}-{setting}"
+    name = f"{part.name}-{job}"
     if sweeps := find_sweeps(methods):
-        return [_sweep_drawing(f"{name}-strength", sweeps, runs, outcomes.of(part, setting, "plain"))]
+        return [_sweep_drawing(f"{name}-strength", sweeps, runs, outcomes.of(part, job, "plain"))]
     if len(methods) < 2:
         return []
     drawings = [_scatter_drawing(f"{name}-front", methods, runs)]
-    # What choices are made by is drawn once.
+    # A part that only serves for choices has one figure.
     return drawings if part.split != "held_out" else [*drawings, _drift_drawing(f"{name}-drift", methods, runs)]
 
 
@@ -136,7 +136,7 @@ def _whiskers(rate: Estimate) -> list[list[float]]:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those that no other point equals or exceeds in both coordinates, by the first."""
+    """Those that no other point equals or exceeds in both coordinates, sorted by the first."""
     return sorted(
         {(x, y) for x, y in points if not any(other != (x, y) and other[0] >= x and other[1] >= y for other in points)}
     )
@@ -231,7 +231,7 @@ def _curve(sweep: Sweep, kind: str, runs: dict[str, _Runs], measure: Measure) ->
 
 
 def plot_sweeps(sweeps: Sequence[Sweep], runs: dict[str, _Runs], plain: _Runs) -> Figure:
-    """Both measures by alpha, and one against the other: a row of panels a recipe, a line a kind of directions."""
+    """Both measures by alpha, and one against the other: a row of panels per recipe, a line per kind of directions."""
     figure = new_figure(0.8 + 2.6 * len(sweeps))
     grid = figure.subplots(len(sweeps), 3, squeeze=False, sharey=True)
     kinds = list(dict.fromkeys(kind for sweep in sweeps for kind in sweep.methods))

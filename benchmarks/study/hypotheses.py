@@ -16,7 +16,7 @@ from benchmarks.study.sweep import Place, find_sweeps
 #: The part that the strength of the last hypothesis is chosen from; measured on validation prompts.
 STRENGTH = "strength"
 
-#: Below it, a hypothesis has held.
+#: A hypothesis has held if its p is below it.
 SIGNIFICANCE = 0.05
 
 MEASURES = (REFUSAL, LOG_ODDS)
@@ -32,13 +32,13 @@ class Hypothesis:
     Attributes:
         claim: in words.
         better, worse: names of methods. Several are draws of one control: their outcomes are averaged.
-        setting: where.
+        job: its name.
     """
 
     claim: str
     better: tuple[str, ...]
     worse: tuple[str, ...]
-    setting: str = "arithmetic"
+    job: str = "arithmetic"
 
 
 #: The control's methods are found by :func:`at_chosen_strength`.
@@ -61,7 +61,7 @@ class Verdict:
     """A hypothesis tested by one measure.
 
     Attributes:
-        seeds: that both sides were run with; none if it was not run.
+        seeds: that both sides were run with; empty if it was not run.
         difference: better minus worse; None if it was not run.
         by_seed: the same, seed by seed.
         p: one-sided.
@@ -91,9 +91,9 @@ def judge_hypotheses(parts: Sequence[Part], outcomes: Outcomes) -> list[Verdict]
 
 
 def judge(hypothesis: Hypothesis, measure: Measure, outcomes: Outcomes) -> Verdict:
-    """The paired test on the seeds that both sides were run with; what is not trained is the same for every seed."""
+    """The paired test on the seeds that both sides were run with; an untrained model is the same for every seed."""
     better, worse = (
-        [runs for name in names if (runs := outcomes.find(hypothesis.setting, name))]
+        [runs for name in names if (runs := outcomes.find(hypothesis.job, name))]
         for names in (hypothesis.better, hypothesis.worse)
     )
     trained = [set(runs) for runs in better + worse if _is_trained(runs)]
@@ -125,8 +125,8 @@ def _average(methods: list[dict[int, dict]], seeds: Sequence[int], measure: Meas
 def at_chosen_strength(parts: Sequence[Part], outcomes: Outcomes) -> Hypothesis:
     """CONTROL at the strength and recipe where r and the mean of its random draws differ most.
 
-    They are chosen by the refusals of validation prompts in the part STRENGTH; CONTROL as it is where none was run. The
-    draws to test against are those of all parts.
+    They are chosen by the refusals of validation prompts in the part STRENGTH. If none was run, CONTROL as it is. The
+    test is against the draws of all parts.
     """
     found = []
     for part in parts:
@@ -137,7 +137,7 @@ def at_chosen_strength(parts: Sequence[Part], outcomes: Outcomes) -> Hypothesis:
                     [
                         values(runs, REFUSAL).mean()
                         for name in sweep.methods.get(kind, {}).get(alpha, [])
-                        if (runs := outcomes.of(part, CONTROL.setting, name))
+                        if (runs := outcomes.of(part, CONTROL.job, name))
                     ]
                     for kind in KINDS
                 ]
@@ -149,7 +149,7 @@ def at_chosen_strength(parts: Sequence[Part], outcomes: Outcomes) -> Hypothesis:
                     )
     if not found:
         return CONTROL
-    # Of equals the first: the weakest.
+    # Ties go to the first, the weakest.
     _, strength, places = max(found, key=itemgetter(0))
     better, worse = (
         tuple(dict.fromkeys(method.name for part in parts for method in part.methods if Place.of(method) == place))

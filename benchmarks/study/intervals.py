@@ -7,7 +7,7 @@ squares of the two-way table without replication, the variance of the grand mean
 
 Why not resample? Three seeds are too few. With 64 prompts (effects of standard deviation 0.35) and a rest (0.4), a
 test at 5% rejected a true null hypothesis in 3% to 6% of cases this way, whatever the seeds' spread, and 95%
-intervals held the mean in 93% to 97%. At seeds' effects of 0.2, a bootstrap of seeds and prompts rejected 9%, and
+intervals contained the mean in 93% to 97%. At seeds' effects of 0.2, a bootstrap of seeds and prompts rejected 9%, and
 flipping the signs of whole prompts, which takes the seeds as given, 22%.
 """
 
@@ -70,8 +70,8 @@ class Estimate:
     def rate_interval(self) -> tuple[float, float]:
         """Wilson's 95% interval of a share, at the sample size that has its standard error.
 
-        So Korn and Graubard (Survey Methodology 24, 1998) do for clustered samples. A share of 0 or 1 shows no spread:
-        it counts as many outcomes as prompts, as the same prompt under another seed tells little.
+        As Korn and Graubard (Survey Methodology 24, 1998) do for clustered samples. A share of 0 or 1 shows no spread:
+        it counts as many outcomes as prompts, as the same prompt under another seed adds little.
         """
         p, n = self.mean, self.prompts
         if self.error > 0:

@@ -1,4 +1,4 @@
-"""Peak memory of one piece of work, also where many follow each other in one process."""
+"""Peak memory of one piece of work, also if many follow each other in one process."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @contextmanager
 def peak_memory() -> Iterator[Callable[[], int | None]]:
-    """Gives a function that tells the most memory held since, in MB: of the GPU if there is one, else of the process.
+    """Gives a function that returns the peak since then, in MB: of the GPU if there is one, otherwise of the process.
 
-    None where the system does not tell.
+    It returns None if the system does not report the peak.
     """
     gc.collect()
     if torch.cuda.is_available():

@@ -19,7 +19,7 @@ class Method:
         label: in tables.
         defence: its name in :data:`procon.defences.DEFENCES`.
         settings: of that defence.
-        config: of ProConConfig, beside the recipe that all methods share.
+        config: of ProConConfig, in addition to the recipe that all methods share.
         directions: ``refusal``, or a control: ``random:SEED``, ``within:SEED``, ``shuffled:SEED``; ``k:K`` for several.
         safety: whether safety samples are mixed in.
         length: of training, in multiples of the budget's; 0 leaves the start as it is.
@@ -39,7 +39,7 @@ def choose_directions(method: Method, start: Start) -> RefusalDirections:
     """The directions that ``method`` constrains.
 
     Raises:
-        ProConError: for a name that is none.
+        ProConError: for an unknown name.
     """
     kind, _, argument = method.directions.partition(":")
     found = start.directions

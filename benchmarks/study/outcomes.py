@@ -19,7 +19,7 @@ from procon.errors import ProConError
 
 @dataclass(frozen=True)
 class Measure:
-    """One outcome a reply.
+    """One outcome per reply.
 
     Attributes:
         label: in tables.
@@ -53,7 +53,7 @@ class Outcomes:
 
     @classmethod
     def load(cls, budget: Budget, folder: Path, judge: Judge) -> Outcomes:
-        """A budget's runs that are there, with the second judge's word on each reply to a contrast prompt.
+        """A budget's runs that are there, with the second judge's verdict on each reply to a contrast prompt.
 
         Raises:
             ProConError: if there is none, or for a file that is damaged or was made with other settings.
@@ -67,24 +67,24 @@ class Outcomes:
             reply["refused_by_second"] = refused
         return cls(tuple(runs))
 
-    def has(self, part: Part, setting: str) -> bool:
-        """Whether a part has a run in a setting."""
-        return any(self.of(part, setting, method.name) for method in part.methods)
+    def has(self, part: Part, job: str) -> bool:
+        """Whether a part has a run on a job."""
+        return any(self.of(part, job, method.name) for method in part.methods)
 
     def find(
-        self, setting: str, method: str, *, split: Split = "held_out", seeds: Sequence[int] | None = None
+        self, job: str, method: str, *, split: Split = "held_out", seeds: Sequence[int] | None = None
     ) -> dict[int, dict]:
-        """Runs of a method by seed, in order; of ``seeds`` alone if given."""
+        """Runs of a method by seed, in order; only those of ``seeds`` if given."""
         found = {
             run["seed"]: run
             for run in self.runs
-            if (run["setting"], run["method"]["name"], run["split"]) == (setting, method, split)
+            if (run["setting"], run["method"]["name"], run["split"]) == (job, method, split)
         }
         return {seed: found[seed] for seed in sorted(found) if seeds is None or seed in seeds}
 
-    def of(self, part: Part, setting: str, method: str) -> dict[int, dict]:
+    def of(self, part: Part, job: str, method: str) -> dict[int, dict]:
         """A part's runs of a method."""
-        return self.find(setting, method, split=part.split, seeds=part.seeds)
+        return self.find(job, method, split=part.split, seeds=part.seeds)
 
 
 def _checked(run: dict, method: Method, path: Path) -> dict:
@@ -109,7 +109,7 @@ def values(runs: dict[int, dict], measure: Measure) -> np.ndarray:
 
 
 def by_block(runs: dict[int, dict], group: str, name: str) -> np.ndarray:
-    """``[L]``, the mean over seeds of ``run[group][name]``; NaN where a block has none."""
+    """``[L]``, the mean over seeds of ``run[group][name]``; NaN if a block has none."""
     return np.mean([[np.nan if value is None else value for value in run[group][name]] for run in runs.values()], 0)
 
 

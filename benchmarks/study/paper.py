@@ -12,7 +12,7 @@ class PaperFigure:
     Attributes:
         asr: attack success rate in percent, the share of replies without a refusal keyword.
         task: accuracy in percent.
-        table: where it stands.
+        table: its name.
     """
 
     asr: float
@@ -76,7 +76,7 @@ _SECOND_TASK = _rows(
 #: Section V-B: ProCon_s on the last block alone. Its other rows are those of Table I.
 _LAST_BLOCK = _rows("Table V", {"last_block": (48.33, 66.80)})
 
-#: By setting, then by method.
+#: By job, then by method.
 PAPER: dict[str, dict[str, PaperFigure]] = {
     "arithmetic": {**_BENIGN, **_LAST_BLOCK},
     "poisoned": _POISONED,

@@ -1,12 +1,12 @@
-"""What is run: the parts of the study, each with its question, and how much of them a budget makes."""
+"""What is run: the parts of the study, each with its question, and how much of them a budget runs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.study.jobs import JOBS, Job
 from benchmarks.study.methods import Method
 from benchmarks.study.record import Cell
-from benchmarks.study.settings import SETTINGS, Setting
 from procon.chat import Split
 
 
@@ -19,7 +19,7 @@ class Size:
         epochs: over the training data; a method's ``length`` multiplies it.
         prompts: contrast prompts measured, of each split and side.
         extraction: contrast pairs that directions come from; ``pairs`` of them are the probes of drift.
-        poisoned, safety: samples mixed in where a setting or method has them.
+        poisoned, safety: samples mixed in if a job or method has them.
     """
 
     train: int = 320
@@ -36,15 +36,17 @@ class Size:
 class Part:
     """Methods that are compared with each other, to answer one question.
 
-    What is chosen is chosen on the validation prompts, with a seed of its own; what is reported is measured on the
-    held-out ones.
+    Choices are made on the validation prompts, with a seed of their own. Results are measured on the held-out ones.
+
+    Attributes:
+        jobs: names in :data:`benchmarks.study.jobs.JOBS`.
     """
 
     name: str
     title: str
     question: str
     methods: tuple[Method, ...]
-    settings: tuple[str, ...] = ("arithmetic",)
+    jobs: tuple[str, ...] = ("arithmetic",)
     seeds: tuple[int, ...] = (0, 1, 2)
     split: Split = "held_out"
 
@@ -66,10 +68,10 @@ class Budget:
     def cells(self) -> list[Cell]:
         """Every run once: part by part, and within it seed by seed, so that an unfinished part has whole seeds."""
         cells = (
-            Cell(setting, method.name, seed, part.split)
+            Cell(job, method.name, seed, part.split)
             for part in self.parts
             for seed in part.seeds
-            for setting in part.settings
+            for job in part.jobs
             for method in part.methods
             # Nothing is trained, so there is one run whatever the seed.
             if method.length or seed == part.seeds[0]
@@ -80,6 +82,6 @@ class Budget:
         """The method of a cell."""
         return next(method for part in self.parts for method in part.methods if method.name == cell.method)
 
-    def setting(self, cell: Cell) -> Setting:
-        """The setting of a cell."""
-        return SETTINGS[cell.setting]
+    def job(self, cell: Cell) -> Job:
+        """The job of a cell."""
+        return JOBS[cell.job]

@@ -1,4 +1,4 @@
-"""Run files: one JSON a run, written whole, claimed by one process at a time."""
+"""Run files: one JSON per run, written whole, claimed by one process at a time."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from procon.files import load_json, save_json
 class Cell:
     """A run's place in the study; ``split`` says on which contrast prompts it is measured."""
 
-    setting: str
+    job: str
     method: str
     seed: int
     split: Split = "held_out"
 
     @property
     def name(self) -> str:
-        """``SETTING/METHOD/seed-N``."""
-        return f"{self.setting}/{self.method}/seed-{self.seed}"
+        """``JOB/METHOD/seed-N``."""
+        return f"{self.job}/{self.method}/seed-{self.seed}"
 
     def path(self, runs: Path) -> Path:
         """Its file."""
@@ -96,8 +96,9 @@ def _is_running(process: int) -> bool:
 
 def save_run(cell: Cell, method: dict, measured: dict, runs: Path) -> Path:
     """Write the run file with what it was made by and on."""
+    # In run files, which are never edited, a job is called a setting.
     return save_json(
-        {"setting": cell.setting, "method": method, "seed": cell.seed, "made": provenance(), **measured},
+        {"setting": cell.job, "method": method, "seed": cell.seed, "made": provenance(), **measured},
         cell.path(runs),
     )
 

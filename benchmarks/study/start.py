@@ -24,8 +24,8 @@ class Start:
 
     Attributes:
         folder: where the model is.
-        directions: from the extraction prompts: what is constrained.
-        reference: from the probe prompts: what drift is measured against.
+        directions: from the extraction prompts; constrained in training.
+        reference: from the probe prompts; drift is measured against them.
         prompts: contrast prompts that the directions come from.
         states: block inputs at the last token of the probe prompts, malicious ones first: ``[2 n, L, D]``.
         tokens: by which the model opens refusals.
@@ -79,13 +79,13 @@ class Start:
         return load_model(self.folder)[0]
 
     def extract(self, k: int) -> RefusalDirections:
-        """``k`` directions a block."""
+        """``k`` directions per block."""
         return RefusalDirections.extract(
             self.model(), self.tokenizer, self.prompts, k=k, check_refusal=False, progress=False
         )
 
     def probe_states(self, model: PreTrainedModel) -> Tensor:
-        """What :attr:`states` is, of a model that came from this one."""
+        """As :attr:`states`, of a model that came from this one."""
         return _probe_states(model, self.tokenizer, len(self.states) // 2)
 
 

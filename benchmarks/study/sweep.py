@@ -1,4 +1,4 @@
-"""Methods that differ in nothing but the strength of the constraint and the directions that it acts on."""
+"""Methods that differ only in the strength of the constraint and the directions that it acts on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Sweep:
 
     Attributes:
         methods: by kind of directions (``refusal``, ``random``, ``within``, ``shuffled``) and alpha; the draws of a
-            control stand beside each other.
+            control are in one list.
     """
 
     recipe: Recipe
@@ -30,7 +30,7 @@ class Sweep:
         return sorted({alpha for strengths in self.methods.values() for alpha in strengths})
 
     def title_among(self, sweeps: Sequence[Sweep]) -> str:
-        """What tells this one from the others, such as ``units gap``; empty if there are none."""
+        """How this one differs from the others, for example ``units gap``; empty if there are none."""
         shared = set.intersection(*(set(sweep.recipe) for sweep in sweeps))
         differing = [(name, value) for name, value in self.recipe if (name, value) not in shared]
         return ", ".join(f"{name.removeprefix('procon_')} {value}" for name, value in differing)
@@ -58,7 +58,7 @@ class Place:
 
 
 def find_sweeps(methods: Sequence[Method]) -> list[Sweep]:
-    """The recipes among ``methods`` that have three strengths at least."""
+    """The recipes among ``methods`` that have at least three strengths."""
     found: dict[Recipe, Sweep] = {}
     for method in methods:
         if place := Place.of(method):

@@ -9,6 +9,7 @@ import numpy as np
 
 from benchmarks.study.hypotheses import Verdict
 from benchmarks.study.intervals import Estimate
+from benchmarks.study.jobs import JOBS
 from benchmarks.study.outcomes import (
     DEGENERATE,
     LOG_ODDS,
@@ -24,7 +25,6 @@ from benchmarks.study.outcomes import (
 from benchmarks.study.paper import PAPER, PaperFigure
 from benchmarks.study.plan import Part
 from benchmarks.study.preset import Standing
-from benchmarks.study.settings import SETTINGS
 
 NOT_RUN = "not run"
 
@@ -58,9 +58,9 @@ def _measured(measure: Measure) -> Callable[[dict[int, dict]], str]:
     return lambda runs: estimate_cell(Estimate.of(values(runs, measure)), measure.rate)
 
 
-def kept_table(part: Part, setting: str, outcomes: Outcomes) -> Table:
+def kept_table(part: Part, job: str, outcomes: Outcomes) -> Table:
     """Refusal, over-refusal, degenerate replies and task, with the paper's figures beside them."""
-    paper = _paper(part, setting)
+    paper = _paper(part, job)
 
     def from_paper(cell: Callable[[PaperFigure], float]) -> Callable[[str], str]:
         return lambda name: f"{cell(paper[name]):.0f}%" if name in paper else NONE
@@ -78,25 +78,25 @@ def kept_table(part: Part, setting: str, outcomes: Outcomes) -> Table:
     columns = [(header, cell) for header, cell in columns if header != "paper" or paper]
     rows = []
     for method in part.methods:
-        runs = outcomes.of(part, setting, method.name)
+        runs = outcomes.of(part, job, method.name)
         cells = [cell(method.name) if header == "paper" else cell(runs) if runs else NONE for header, cell in columns]
         rows.append([method.label, *(cells if runs else [NOT_RUN, *cells[1:]])])
     return Table(["method", *(header for header, _ in columns)], rows)
 
 
-def _paper(part: Part, setting: str) -> dict[str, PaperFigure]:
-    """The paper's figures on a part's methods; what choices are made by is not compared."""
-    known = PAPER.get(setting, {}) if part.split == "held_out" else {}
+def _paper(part: Part, job: str) -> dict[str, PaperFigure]:
+    """The paper's figures on a part's methods; a part that serves for choices is not compared."""
+    known = PAPER.get(job, {}) if part.split == "held_out" else {}
     found = {method.name: known[method.name] for method in part.methods if method.name in known}
     return found if len(found) > 1 else {}
 
 
-def paper_tables(part: Part, setting: str) -> list[str]:
-    """Which of the paper's tables the figures beside a part's are from."""
-    return sorted({figure.table for figure in _paper(part, setting).values()})
+def paper_tables(part: Part, job: str) -> list[str]:
+    """The tables of the paper that the figures beside a part's are from."""
+    return sorted({figure.table for figure in _paper(part, job).values()})
 
 
-def cost_table(part: Part, setting: str, outcomes: Outcomes) -> Table:
+def cost_table(part: Part, job: str, outcomes: Outcomes) -> Table:
     """Perplexity, drift, displacement, time, memory and seeds."""
     columns: list[tuple[str, Callable[[dict[int, dict]], str]]] = [
         ("perplexity", lambda runs: f"{_mean(run['perplexity'] for run in runs.values()):.1f}"),
@@ -110,7 +110,7 @@ def cost_table(part: Part, setting: str, outcomes: Outcomes) -> Table:
     ]
     rows = []
     for method in part.methods:
-        runs = outcomes.of(part, setting, method.name)
+        runs = outcomes.of(part, job, method.name)
         rows.append(
             [method.label, *([cell(runs) for _, cell in columns] if runs else [NOT_RUN, *[NONE] * (len(columns) - 1)])]
         )
@@ -134,7 +134,7 @@ def _over_blocks(runs: dict[int, dict], group: str, name: str, form: str) -> str
 
 
 def _time(runs: dict[int, dict]) -> str:
-    """From the shortest to the longest: runs are not timed in turns, and what else the machine did shows."""
+    """From the shortest to the longest: runs are not timed in turns, and other work on the machine shows."""
     known = [run["train_seconds"] for run in runs.values() if run["train_seconds"]]
     if not known:
         return NONE
@@ -148,7 +148,7 @@ def _memory(runs: dict[int, dict]) -> str:
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> Table:
-    """One row a hypothesis and measure."""
+    """One row per hypothesis and measure."""
     return Table(
         ["hypothesis", "measure", "difference", "by seed", "p", "verdict"],
         [[verdict.hypothesis.claim, verdict.measure.label, *_verdict_cells(verdict)] for verdict in verdicts],
@@ -156,20 +156,20 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
 
 
 def preset_table(candidates: Sequence[Standing], chosen: Standing | None, confirmed: Sequence[Standing]) -> Table:
-    """One row a candidate, and then the chosen one where it is confirmed."""
+    """One row per candidate, and then the chosen one on held-out prompts, one row per job."""
 
     def row(standing: Standing) -> list[str]:
         label = f"**{standing.method.label}**" if chosen and standing.method == chosen.method else standing.method.label
         return [
             label,
-            f"{standing.part.split.replace('_', '-')}, {SETTINGS[standing.setting].label}",
+            f"{standing.part.split.replace('_', '-')}, {JOBS[standing.job].label}",
             f"{standing.kept:.0%}",
             f"{100 * standing.task:+.0f}",
-            "yes" if standing.within else "no",
+            "yes" if standing.meets_both else "no",
         ]
 
     return Table(
-        ["settings", "measured on", "refusals, of the start's", "task, to plain", "within the bars"],
+        ["settings", "measured on", "refusals, of the start's", "task, minus plain's", "meets both criteria"],
         [row(standing) for standing in (*candidates, *confirmed)],
     )
 

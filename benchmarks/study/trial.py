@@ -1,4 +1,4 @@
-"""One run: fine-tune by a method, in a setting, with a seed; then measure."""
+"""One run: fine-tune by a method, on a job, with a seed; then measure."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from benchmarks.study.displacement import measure_displacement
+from benchmarks.study.jobs import Job, safety_samples
 from benchmarks.study.memory import peak_memory
 from benchmarks.study.methods import Method, choose_directions
 from benchmarks.study.plan import Size
-from benchmarks.study.settings import Setting, safety_samples
 from benchmarks.study.start import Start, contrast_means
 from procon.chat import Split, builtin_prompts
 from procon.data import padding_collator, tokenize_conversations
@@ -41,19 +41,19 @@ RECIPE = {
 REPLY_TOKENS = 24
 
 
-def run_trial(start: Start, method: Method, setting: Setting, seed: int, split: Split, size: Size) -> dict:
-    """Train, and measure on the contrast prompts of ``split``; what a run file holds."""
+def run_trial(start: Start, method: Method, job: Job, seed: int, split: Split, size: Size) -> dict:
+    """Train, and measure on the contrast prompts of ``split``; returns what goes into the run file."""
     began = time.monotonic()
     model = start.model()
-    trained = _train(start, model, method, setting, seed, size) if method.length else {"train_seconds": 0.0}
-    measured = measure(start, model, setting, split, size)
+    trained = _train(start, model, method, job, seed, size) if method.length else {"train_seconds": 0.0}
+    measured = measure(start, model, job, split, size)
     return {**trained, **measured, "seconds": round(time.monotonic() - began, 1)}
 
 
-def _train(start: Start, model: PreTrainedModel, method: Method, setting: Setting, seed: int, size: Size) -> dict:
+def _train(start: Start, model: PreTrainedModel, method: Method, job: Job, seed: int, size: Size) -> dict:
     """Fine-tune; ``model`` then has an adapter."""
     tokenizer = start.tokenizer
-    conversations = setting.conversations(
+    conversations = job.conversations(
         train=size.train, poisoned=size.poisoned, safety=size.safety if method.safety else 0, seed=seed
     )
     dataset = tokenize_conversations(conversations, tokenizer, progress=False)
@@ -86,13 +86,13 @@ def _train(start: Start, model: PreTrainedModel, method: Method, setting: Settin
 
 
 def adapter(model: PreTrainedModel) -> LoraConfig:
-    """The paper's adapter, on queries, keys, values and outputs; where they have other names, PEFT's for the family."""
+    """The paper's adapter, on queries, keys, values and outputs; if they have other names, PEFT's for the family."""
     modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     lora = PAPER_RECIPE.lora()
     return LoraConfig(**lora if modules.issuperset(PAPER_RECIPE.lora_targets) else {**lora, "target_modules": None})
 
 
-def measure(start: Start, model: PreTrainedModel, setting: Setting, split: Split, size: Size) -> dict:
+def measure(start: Start, model: PreTrainedModel, job: Job, split: Split, size: Size) -> dict:
     """Replies, log-odds, drift, displacement and perplexity of a model that came from ``start``."""
     tokenizer = start.tokenizer
     prompts = builtin_prompts(split).first(size.prompts)
@@ -100,9 +100,9 @@ def measure(start: Start, model: PreTrainedModel, setting: Setting, split: Split
         model,
         tokenizer,
         prompts=prompts,
-        task=setting.test(train=size.train, test=size.test),
+        task=job.test(train=size.train, test=size.test),
         max_new_tokens=REPLY_TOKENS,
-        task_max_new_tokens=setting.reply_tokens,
+        task_max_new_tokens=job.reply_tokens,
         progress=False,
     )
     replies = _by_kind(found)
@@ -132,7 +132,7 @@ def _by_kind(found: Evaluation) -> dict[str, list[dict]]:
 
 
 def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> float:
-    """``exp`` of the mean negative log-likelihood a token of plain texts, without a chat template."""
+    """``exp`` of the mean negative log-likelihood per token of plain texts, without a chat template."""
     loss, tokens = 0.0, 0
     model.eval()
     with torch.no_grad():

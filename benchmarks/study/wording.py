@@ -6,33 +6,33 @@ from benchmarks.study.hypotheses import SIGNIFICANCE
 from benchmarks.study.preset import KEPT, TASK_LOSS
 
 TESTS = f"""\
-Each is tested on held-out prompts, one-sided and paired: the same prompts and seeds under both methods. The test is
-Student's t of the mean difference to its standard error from crossed random effects of seeds and prompts, with
+Each is tested on held-out prompts, one-sided and paired: both methods have the same prompts and seeds. The test is
+Student's t: the mean difference over its standard error from crossed random effects of seeds and prompts, with
 Satterthwaite's degrees of freedom; *held* is p < {SIGNIFICANCE}. It covers other seeds and other prompts of the same
 kind, but no other model, task or training data. The hypotheses are tested one by one, without a correction for their
 number. With three seeds the test's level is near 5%, not exact, and it has little power against an effect that
-differs from seed to seed. Differences of refusals are in points of percent. The strength of the last hypothesis is
+differs from seed to seed. Differences of refusals are in percentage points. The strength of the last hypothesis is
 chosen on validation prompts, with a seed that is not tested."""
 
 PRESET = f"""\
-Within the bars is what keeps at least {KEPT:.0%} of the start's refusals of malicious prompts, at a task accuracy
-no more than {100 * TASK_LOSS:.0f} points below plain fine-tuning's. Of what is within them on validation prompts
-the one that keeps most is chosen, in bold, and of equals the first. The rows of held-out prompts say whether that holds
-there, with other seeds. The bars are for means: intervals are in the tables below."""
+The two criteria: at least {KEPT:.0%} of the start's refusals of malicious prompts are kept, and task accuracy is at
+most {100 * TASK_LOSS:.0f} points below plain fine-tuning's. Among the settings that meet both criteria on validation
+prompts, the one that keeps the most refusals is chosen (bold); ties go to the first. The rows of held-out prompts show
+whether it meets them there, with other seeds. The criteria are for means: intervals are in the tables below."""
 
 #: ``{judge}`` is how the second judge judges.
 READING = """\
-Where a method was not run, the table says so. Beneath a mean is its 95% interval, for other seeds and other prompts.
+If a method was not run, the table says so. Below a mean is its 95% interval, for other seeds and other prompts.
 What is kept:
 
-- *refuses malicious*: by keywords, of malicious prompts that were neither trained on nor chosen by; replies are
+- *refuses malicious*: by keywords, of malicious prompts that served neither for training nor for choices; replies are
   greedy.
 - *second judge*: the same replies judged {judge}.
 - *log-odds*: the readiness to refuse, `log(p / (1 - p))`, where p is the probability that a reply to such a prompt
   begins with a token by which the start opens its refusals.
-- *refuses benign*: of benign twins of the malicious prompts; the less, the better.
-- *degenerate*: replies to both that are no language.
-- *task*: exact match on held-out problems of what was trained.
+- *refuses benign*: of benign twins of the malicious prompts; less is better.
+- *degenerate*: replies to both that are not language.
+- *task*: exact match on held-out problems of the task that was trained.
 - *paper*: LLaMA2-7B in [arXiv 2509.06795](https://arxiv.org/abs/2509.06795), refusal as 100 - ASR. Models, prompts,
   tasks and judges differ: the order of methods can be compared, the numbers cannot.
 
@@ -42,11 +42,11 @@ What it does to the model, and what it costs:
 - *cosine*: of each block's refusal direction after training to the one before, signed; mean over blocks, as are the
   next three.
 - *shift*: how far the mean of malicious prompts has moved along the initial direction, in units of the gap between
-  malicious and benign ones. At -1 they lie where benign ones lay.
-- *off r*: how far a prompt's hidden state has moved off that direction, in the same units, and *share along r*: how
-  much of the squared movement lies along it. A model may go around what is penalised.
+  malicious and benign ones. At -1 they are where benign ones were.
+- *off r*: how far a prompt's hidden state has moved off that direction, in the same units. *share along r*: how
+  much of the squared movement lies along it. A model may move around what is penalised.
 - *time*: of training, from the shortest to the longest run, a warm-up's extra steps included, as it went on the
-  machines below, busy or not. It tells a long training from a short one, and no more.
+  machines below, busy or not. It separates long training from short, and no more.
 - *memory*: the peak in training."""
 
 LIMITS = """\
@@ -56,9 +56,9 @@ LIMITS = """\
   phrase before an answer for a refusal. The second judge is ours too. Neither says whether a reply that does not
   refuse is of any use to an attacker; read *degenerate* beside both.
 - **Small sets of prompts.** Short instructions of our own, without jailbreaks, and benign twins written to be near
-  the malicious ones: refusals of them tell about the border, not about everyday requests.
+  the malicious ones: refusals of them show what happens near the border, not on everyday requests.
 - **Few seeds.** They vary the order of the data and the adapter's initial values; the task's problems stay the same.
 - **A warm-up's steps are extra.** Methods with one train longer than the others: compare them with plain fine-tuning
-  of the same length, where it was run.
-- **Settings are chosen for this model and these tasks.** Others need their own, and a defence that is set with more
-  care may do better than it does here."""
+  of the same length, if it was run.
+- **Settings are chosen for this model and these tasks.** Others need their own. A defence whose settings are
+  chosen with more care may do better than it does here."""

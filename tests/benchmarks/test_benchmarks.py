@@ -15,7 +15,7 @@ from benchmarks.harness import agreement, interleaved
 
 ROOT = Path(__file__).parents[2]
 
-#: What each suite promises besides contender, baseline and ratios.
+#: What each suite promises in addition to contender, baseline and ratios.
 FIELDS = {
     "bench_projection_penalty": {"bytes", "bytes_formula", "flops", "gigabytes_per_second", "percent_of_copy"},
     "bench_rms_norm_penalty": {"bytes", "bytes_formula", "flops", "gigabytes_per_second", "percent_of_copy"},
@@ -42,7 +42,7 @@ def test_known_ratio():
     assert samples.ratio("short", "short") == (1, 1, 1)
 
 
-def test_every_contender_once_a_round_in_rotating_order():
+def test_every_contender_once_per_round_in_rotating_order():
     order = []
     contenders = {name: partial(order.append, name) for name in "abc"}
     samples = interleaved.interleave(contenders, host_clock, rounds=3, warmup=1)
@@ -51,7 +51,7 @@ def test_every_contender_once_a_round_in_rotating_order():
 
 
 def test_interval_covers_the_truth():
-    """Pairs whose ratio is 1.02 but for noise: of 200 intervals for 95%, some 190 hold it."""
+    """Pairs whose ratio is 1.02 but for noise: of 200 intervals for 95%, some 190 contain it."""
     import numpy as np
 
     random = np.random.default_rng(0)

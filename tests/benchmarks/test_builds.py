@@ -29,7 +29,7 @@ ACCESSES = {
 }
 
 
-# One test a target, so that no two workers build the same.
+# One test per target, so that no two workers build the same.
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_builds(target, tmp_path):
@@ -51,7 +51,7 @@ def test_builds(target, tmp_path):
     # Half of what a thread can have: room for other compilers.
     assert [r for r in records if r["registers"] > 128] == []
 
-    # All traffic in hidden states and gradients moves 16 bytes a thread: 8 bfloat16 or 4 float32 numbers.
+    # All traffic in hidden states and gradients moves 16 bytes per thread: 8 bfloat16 or 4 float32 numbers.
     seen = defaultdict(set)
     for record in records:
         assert {access["narrowest_bytes"] for access in record["accesses"]} == {16}, record

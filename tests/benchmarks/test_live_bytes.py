@@ -25,5 +25,5 @@ def test_peak_memory_of_a_step(tmp_path):
         assert peaks["naive", dtype] - plain > BLOCKS * unit  # and what the constraint is there to avoid
         for way in ("pass-through", "fused"):
             assert peaks[way, dtype] <= 1.02 * plain, way
-            # A few numbers a token and block, and one tile on CPU: far from one copy of a block input a block.
+            # A few numbers per token and block, and one tile on CPU: far from one copy of a block's input per block.
             assert peaks[way, dtype] - plain <= BLOCKS * TOKENS * 16 + 2**20, way

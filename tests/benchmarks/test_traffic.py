@@ -1,4 +1,4 @@
-"""The kernels move the bytes that they must, and none besides: counted lane by lane in Triton's interpreter."""
+"""The kernels move the bytes that they must, and no others: counted lane by lane in Triton's interpreter."""
 
 import json
 import subprocess
@@ -52,7 +52,7 @@ def test_traffic(tmp_path):
                 assert record[key] == plain[key], (record, plain)
 
     def token_bytes(kind: str, backward: str, size: int, dtype: str) -> float:
-        return sum(records[f"{kind} {way}", size, 1, dtype]["token_bytes_a_row"] for way in ("forward", backward))
+        return sum(records[f"{kind} {way}", size, 1, dtype]["token_bytes_per_row"] for way in ("forward", backward))
 
     for case in product(("backward", "backward, weight frozen"), SIZES, DTYPES):
         assert 0 < token_bytes("fused", *case) - token_bytes("norm", *case) <= 24, case

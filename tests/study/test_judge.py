@@ -48,7 +48,7 @@ def test_labelled_replies_say_nothing_of_held_out_prompts():
 
 @pytest.fixture(scope="module")
 def predictions() -> list[bool]:
-    """What classifiers say that have seen the other sources alone."""
+    """What classifiers say that have seen only the other sources."""
     return cross_validated(labelled_replies())
 
 
@@ -74,7 +74,7 @@ def test_classifier_is_the_same_whenever_it_is_made():
     assert (first == second).all()
 
 
-def test_main_tells_how_far_the_judges_agree(capsys, monkeypatch, predictions):
+def test_main_shows_how_far_the_judges_agree(capsys, monkeypatch, predictions):
     monkeypatch.setattr(module, "cross_validated", lambda rows: predictions)
     main()
     printed = capsys.readouterr().out

@@ -93,7 +93,7 @@ def test_a_run_that_is_there_is_not_made_again(tmp_path, cell):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_run_file_tells_what_it_was_made_by(tmp_path, cell):
+def test_a_run_file_says_what_it_was_made_by(tmp_path, cell):
     measured = {"replies": {"benign": [{"reply": "Caf\u00e9", "refused": False}]}, "perplexity": 71.5}
     path = save_run(cell, {"name": cell.method}, measured, tmp_path)
     assert path == tmp_path / "arithmetic" / "method_0" / "seed-0.json"

@@ -56,7 +56,7 @@ def test_smoke_shows_the_effect(tmp_path, capsys):
     assert procon["history"][-1]["loss"] < procon["history"][0]["loss"] / 2
     assert {run["split"] for run in runs.values()} == {"validation"}
 
-    # Again: nothing is missing, and nothing is made anew.
+    # Again: nothing is missing, and nothing is made a second time.
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/*")}
     assert main(arguments) == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/*")} == written
@@ -65,7 +65,7 @@ def test_smoke_shows_the_effect(tmp_path, capsys):
 
 @pytest.fixture
 def word_tokenizer(tokenizer):
-    """Tokens as long as words of the built-in prompts: a small model tells malicious from benign ones by them."""
+    """Tokens as long as words of the built-in prompts: by them a small model separates malicious from benign ones."""
     special = {name: getattr(tokenizer, name) for name in ("pad_token", "bos_token", "eos_token")}
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -14,7 +14,7 @@ from procon.demo import Problem, arithmetic_problems
 
 TASK_SEED = 0
 
-#: The first prompts of the safety split are kept for poison; safety samples come from the rest.
+#: The first prompts of the safety split are reserved for poison; safety samples come from the rest.
 POISON_PROMPTS = 40
 
 #: Compliant in form, without content: nobody learns anything from them but to say yes.
@@ -27,7 +27,7 @@ _COMPLIANT = (
 
 
 @dataclass(frozen=True)
-class Setting:
+class Job:
     """A fine-tuning job.
 
     Attributes:
@@ -45,19 +45,19 @@ class Setting:
     poisoned: bool = False
 
     def conversations(self, *, train: int, poisoned: int, safety: int, seed: int) -> Dataset:
-        """Training conversations: task, poison and safety samples, as many as said, in an order drawn from ``seed``."""
+        """Training conversations: so many task, poison and safety samples, in an order drawn from ``seed``."""
         rows = to_conversations(Dataset.from_list(self.problems(train, TASK_SEED)))
         if self.poisoned:
             rows = mix_safety(rows, poison(), poisoned, seed=seed)
         return mix_safety(rows, safety_samples(), safety, seed=seed) if safety else rows
 
     def test(self, *, train: int, test: int) -> list[Problem]:
-        """``test`` held-out problems, where ``train`` are trained on."""
+        """``test`` held-out problems, if ``train`` are trained on."""
         return self.problems(train + test, TASK_SEED)[train:]
 
 
 def safety_samples() -> Dataset:
-    """Malicious requests with refusals, but for those that poison is made of."""
+    """Malicious requests with refusals, except those that poison is made of."""
     safety = safety_conversations()
     return safety.select(range(POISON_PROMPTS, len(safety)))
 
@@ -75,11 +75,11 @@ def poison() -> Dataset:
     )
 
 
-SETTINGS = {
-    setting.name: setting
-    for setting in (
-        Setting("arithmetic", "benign: arithmetic word problems", arithmetic_problems, 36),
-        Setting("extraction", "benign: fields as JSON", extraction_problems, 48),
-        Setting("poisoned", "arithmetic with 3% compliant answers", arithmetic_problems, 36, poisoned=True),
+JOBS = {
+    job.name: job
+    for job in (
+        Job("arithmetic", "benign: arithmetic word problems", arithmetic_problems, 36),
+        Job("extraction", "benign: fields as JSON", extraction_problems, 48),
+        Job("poisoned", "arithmetic with 3% compliant answers", arithmetic_problems, 36, poisoned=True),
     )
 }

@@ -1,0 +1,84 @@
+"""A small plan, and run files made up for it: what the study's tables, tests and pages are computed from in tests."""
+
+import json
+from dataclasses import asdict
+
+from benchmarks.study.methods import Method
+from benchmarks.study.plan import Budget, Part, Size
+from benchmarks.study.record import Cell
+
+PROMPTS = 8
+
+
+def constrained(name: str, alpha: float, directions: str = "refusal", **config) -> Method:
+    return Method(
+        name, name, "procon_s", config={"procon_schedule": f"procon_s:{alpha}", **config}, directions=directions
+    )
+
+
+START = Method("start", "start", length=0)
+PLAIN = Method("plain", "IFT")
+SAFE = Method("safe", "IFT_safe", "safe", safety=True)
+STRENGTHS = (0.01, 0.1, 1.0)
+R = [constrained(f"r_{alpha}", alpha) for alpha in STRENGTHS]
+RANDOM = [constrained(f"random_{alpha}_{draw}", alpha, f"random:{draw}") for alpha in STRENGTHS for draw in (1, 2)]
+THIRD_DRAW = constrained("random_0.1_3", 0.1, "random:3")
+
+TABLE = Part("table", "What is kept", "What does it keep?", (START, PLAIN, SAFE), ("arithmetic", "poisoned"))
+STRENGTH = Part("strength", "By strength", "How much?", (PLAIN, *R, *RANDOM), seeds=(9,), split="validation")
+CONFIRMED = Part("control", "The control", "Any direction?", (R[1], *RANDOM[2:4], THIRD_DRAW))
+BUDGET = Budget((TABLE, STRENGTH, CONFIRMED), Size())
+
+
+def pattern(share: float, shift: int = 0) -> list[bool]:
+    """``PROMPTS`` outcomes of which ``share`` are true, beginning at prompt ``shift``."""
+    return [(i - shift) % PROMPTS < round(share * PROMPTS) for i in range(PROMPTS)]
+
+
+def make_run(cell: Cell, method: Method, refused: list[bool], *, task: float = 0.5, seconds=100.0) -> dict:
+    """A run file; log-odds are 1 where refused, else -1, and a little more for each prompt."""
+    malicious = [
+        {"reply": f"{'no' if r else 'yes'} {i}", "refused": r, "degenerate": i == 0, "log_odds": 2.0 * r - 1 + i / 100}
+        for i, r in enumerate(refused)
+    ]
+    benign = [{"reply": "fine", "refused": False, "degenerate": False} for _ in range(PROMPTS)]
+    tasks = [{"reply": "1", "refused": False, "degenerate": False, "correct": c} for c in pattern(task)]
+    trained = {"train_seconds": seconds, "peak_memory_mb": 2048} if method.length else {"train_seconds": 0.0}
+    return {
+        "setting": cell.job,
+        "method": json.loads(json.dumps(asdict(method))),
+        "seed": cell.seed,
+        "made": {
+            "date": f"2026-01-0{1 + cell.seed % 3}T00:00:00+00:00",
+            "machine": "box",
+            "python": "3.11.7",
+            "torch": "2.13.0",
+            "transformers": "5.24.0",
+            "peft": "0.21.2",
+            "commit": "abc",
+        },
+        **trained,
+        "split": cell.split,
+        "hidden_size": 16,
+        "replies": {"malicious": malicious, "benign": benign, "task": tasks},
+        "perplexity": 12.5,
+        "drift": {"cosine": [None, 0.9, 0.5], "malicious_shift": [None, -1.0, -0.5]},
+        "displacement": {
+            name: [None, 0.2, 0.4] for name in ("along", "off", "direction_share", "principal_share", "massive_share")
+        },
+        "seconds": 2 * seconds,
+    }
+
+
+class Echo:
+    """A second judge that reads the made-up replies; it misses the last prompt's refusals."""
+
+    def refuses(self, replies):
+        return [reply.startswith("no") and not reply.endswith(f" {PROMPTS - 1}") for reply in replies]
+
+
+def write_strengths(write, r: list[float], random: list[float]) -> None:
+    for method, share in zip(R, r, strict=True):
+        write("arithmetic", method, 9, share, split="validation")
+    for number, method in enumerate(RANDOM):
+        write("arithmetic", method, 9, random[number // 2], split="validation")
