@@ -82,7 +82,7 @@ class ConstraintSettings:
     backend: Backend = "auto"
     """What computes the op: auto (Triton on a GPU, PyTorch elsewhere), triton or eager."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for setting in fields(self):
             check_setting(setting.name, getattr(self, setting.name))
 
@@ -102,7 +102,7 @@ def check_setting(setting: str, value: Any, name: str | None = None) -> None:
     else:
         check_choice(name, value, CHOICES[setting])
     if setting == "backend" and value == "auto":
-        check_choice(f"the environment variable {BACKEND_VARIABLE}", backend_variable(), CHOICES["backend"])
+        backend_variable()
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -112,8 +112,10 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def backend_variable() -> str:
-    """The backend that the environment asks for; ``"auto"`` if it asks for none."""
-    return os.environ.get(BACKEND_VARIABLE, "auto")
+    """The backend that the environment asks for, ``"auto"`` if it asks for none; ProConError if there is no such."""
+    backend = os.environ.get(BACKEND_VARIABLE, "auto")
+    check_choice(f"the environment variable {BACKEND_VARIABLE}", backend, CHOICES["backend"])
+    return backend
 
 
 def _check_schedule(value: object, name: str) -> None:
@@ -131,7 +133,7 @@ def check_blocks(value: object, name: str = "blocks") -> None:
         if value != "all":
             raise ProConError(f"{name} is {value!r}: give 'all', a fraction such as 0.5, or a list of indices")
     elif isinstance(value, Real) and not isinstance(value, Integral):
-        if not 0 < value <= 1:
+        if not 0 < float(value) <= 1:
             raise ProConError(f"{name} is the fraction {value:g}: give one above 0 and at most 1")
     elif not isinstance(value, Sequence) or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in value):
         raise ProConError(f"{name} is {value!r}: give 'all', a fraction such as 0.5, or a list of indices")
@@ -165,20 +167,21 @@ def check_alpha(alpha: float, name: str = "alpha") -> None:
         raise ProConError(f"{name} is {alpha!r}: give a finite number, 0 or more")
 
 
-def sentences(settings: type) -> dict[str, str]:
+def sentences(settings: type[Any]) -> dict[str, str]:
     """The sentence beneath each field of a dataclass, in one line: what ``--help`` shows.
 
     Empty where Python has no source to read, as in a frozen application.
     """
     try:
-        body = ast.parse(dedent(inspect.getsource(settings))).body[0].body
+        source = ast.parse(dedent(inspect.getsource(settings))).body[0]
     except OSError:
         return {}
-    return {
-        field.target.id: " ".join(text.value.value.split())
-        for field, text in pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-    }
+    found: dict[str, str] = {}
+    for field, text in pairwise(source.body if isinstance(source, ast.ClassDef) else []):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(sentence))):
+                found[name] = " ".join(sentence.split())
+    return found
 
 
 #: The defaults of every door.

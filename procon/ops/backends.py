@@ -7,13 +7,13 @@ from importlib.util import find_spec
 import torch
 
 from procon.errors import ProConError
-from procon.settings import backend_variable, check_setting
+from procon.settings import CHOICES, backend_variable, check_choice
 
 
 @torch.compiler.assume_constant_result
 def choose_backend(backend: str, device: str) -> str:
     """``"triton"`` or ``"eager"`` for tensors on this type of device."""
-    check_setting("backend", backend)
+    check_choice("backend", backend, CHOICES["backend"])
     if backend == "auto":
         backend = backend_variable()
     if backend == "auto":
