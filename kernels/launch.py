@@ -1,7 +1,7 @@
 """How much of an ``[N, D]`` tensor a program takes, by D and architecture, and the device that a launch goes to.
 
 A table takes the place of run-time autotuning: no batch pays for a search, and two runs make the same choice. Its
-entries were chosen from ahead-of-time builds (no spills, 16 bytes a thread and access); ``python -m benchmarks.tune``
+entries were chosen from ahead-of-time builds (no spills, 16 bytes per thread and access); ``python -m benchmarks.tune``
 measures them on a GPU and prints an entry to put here.
 """
 

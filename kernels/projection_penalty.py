@@ -179,7 +179,7 @@ def accumulate_gradient(
 ) -> Tensor:
     """Gradient for the hidden states, ``incoming + upstream * coefficient @ direction``, rounded once to ``dtype``.
 
-    ``incoming [N, D]`` is the gradient that arrives for the hidden states, ``upstream`` (one number, or one a token)
+    ``incoming [N, D]`` is the gradient that arrives for the hidden states, ``upstream`` (one number, or one per token)
     that of the penalty; None stands for 0 and for 1. Neither is written to.
     """
     gradient = torch.empty((len(coefficient), direction.shape[1]), dtype=dtype, device=direction.device)

@@ -11,7 +11,7 @@ Casting ``"llama"`` rounds n to the dtype of h before it meets the weight; ``"ge
 are those of the norm without the rounding.
 
 Bytes moved, with U = N * D * itemsize: forward 2U + 4N, backward 3U + 4N, as without the constraint, which adds
-4N(2K + 2) bytes forward and 4NK backward: 20 bytes a row for one direction. r and v stay in cache. For the weight's
+4N(2K + 2) bytes forward and 4NK backward: 20 bytes per row for one direction. r and v stay in cache. For the weight's
 gradient each program keeps a float32 sum of its rows and writes it once, and the sums are added up in a fixed order.
 
 Accumulation is in float32, or float64 for float64 hidden states.

@@ -50,7 +50,30 @@ _HOME = {
     "ProConSFTTrainer": "training.sft",
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = [
+    "AlphaSchedule",
+    "AnchoredCollator",
+    "Anchors",
+    "ConstraintSettings",
+    "DriftCallback",
+    "EvaluationCallback",
+    "JsonlCallback",
+    "ProConArguments",
+    "ProConConfig",
+    "ProConError",
+    "ProConMixin",
+    "ProConSFTConfig",
+    "ProConSFTTrainer",
+    "ProConTrainer",
+    "ProjectionConstraint",
+    "RefusalDirections",
+    "__version__",
+    "constrain",
+    "constrained_tokens",
+    "project",
+    "projection_penalty",
+    "rms_norm_constrain",
+]
 
 if TYPE_CHECKING:
     from procon.anchors import AnchoredCollator as AnchoredCollator

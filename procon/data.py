@@ -129,7 +129,7 @@ def _from_instruction(row: dict[str, Any]) -> list[Message]:
 
 
 def _turns(row: dict[str, Any], column: str, role: str | None = None) -> list[Message]:
-    """The messages in a column, or, where a role is given, the one message that a text in it is."""
+    """The messages in a column, or, if a role is given, the one message that a text in it is."""
     value = row[column]
     if role is not None and not isinstance(value, list):
         return [{"role": role, "content": _texts(row, column)[0]}]
@@ -161,7 +161,7 @@ def safety_conversations() -> Dataset:
 
 
 def mix_safety(dataset: Dataset, safety: Dataset, samples: int, *, seed: int) -> Dataset:
-    """``dataset`` with ``samples`` rows of ``safety`` shuffled in; rows repeat where there are too few."""
+    """``dataset`` with ``samples`` rows of ``safety`` shuffled in; rows repeat if there are too few."""
     if samples < 0:
         raise ProConError(f"safety_samples is {samples}: give 0 or more")
     rows = [index % len(safety) for index in range(samples)]

@@ -19,7 +19,7 @@ PIECE_BYTES = 16 * 2**20
 
 
 def own_rank() -> int:
-    """This process in the process group; 0 where there is none."""
+    """This process in the process group; 0 if there is none."""
     return 0 if _one_process() else dist.get_rank()
 
 

@@ -27,8 +27,8 @@ def check_packing(
 ) -> None:
     """Raise ProConError if, in a packed row, what comes before a sequence changes its hidden states.
 
-    Then neither are its anchors its own, nor is what it is trained on. Many a decoder mixes the sequences of a row
-    without a word: recurrent and convolutional blocks that are not told the bounds, attention whose mask is made
+    Then neither are its anchors its own, nor is what it is trained on. Many decoders mix the sequences of a row
+    without a word: recurrent and convolutional blocks that do not get the bounds, attention whose mask is made
     without ``position_ids``. So the batch runs twice, the second time with other tokens before the last sequence of
     each row, which that sequence must not notice.
 

@@ -28,9 +28,9 @@ class AnchorShards:
     A shard has the tensors ``keys [S, 2]`` uint64, ``offsets [S + 1]`` int64 and ``projections [tokens, columns]``
     fp32; the rows of sequence ``s`` are ``offsets[s]`` to ``offsets[s + 1]``.
 
-    Only an index of 40 bytes a sequence stays in memory. Projections are read from their place in the file, not mapped:
-    the pages of a mapping count as the process's own once they are touched, and an epoch touches all. No file stays
-    open, so a loader's workers may be forked or spawned.
+    Only an index of 40 bytes per sequence stays in memory. Projections are read from their place in the file, not
+    mapped: the pages of a mapping count as the process's own once they are touched, and an epoch touches all. No file
+    stays open, so a loader's workers may be forked or spawned.
 
     Raises:
         ProConError: if a file is damaged.

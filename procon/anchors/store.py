@@ -36,7 +36,7 @@ class Anchors:
     The folder holds safetensors shards (fp32, read lazily) and a manifest. Sequences are found by a hash of their own
     unpadded token ids and label mask, so shuffling, batching, padding and packing may all change.
 
-    Its columns are the recorded blocks, in order; with ``K`` directions a block, ``K`` columns for each of them.
+    Its columns are the recorded blocks, in order; with ``K`` directions per block, ``K`` columns for each of them.
 
     Args:
         path: a folder that :meth:`record` completed.
@@ -167,14 +167,14 @@ class Anchors:
 
         Args:
             model: a transformers causal LM, also within PEFT, DDP, FSDP2 or DeepSpeed.
-            dataloader: batches with ``input_ids``, ``labels`` and what the decoder needs besides. Under several ranks,
+            dataloader: batches with ``input_ids``, ``labels`` and what else the decoder needs. Under several ranks,
                 each passes its own share, of any length; ranks that compute one batch together (tensor parallelism)
                 pass the same.
             path: a folder; it may be another one on each host.
             blocks: indices of the blocks to record; all that have a direction if not given.
             scope: which tokens of a sequence; a constraint acts on those that were recorded.
             backend: of :func:`procon.ops.project`.
-            fingerprint: that of :func:`fingerprint`, where it is known: it takes a pass over all weights.
+            fingerprint: that of :func:`fingerprint`, if it is known: it takes a pass over all weights.
 
         Raises:
             ProConError: if the folder belongs to another model, directions, blocks or scope; on projections that are

@@ -21,7 +21,7 @@ class ContrastPrompts:
     """Malicious and benign instructions, one sentence each; built-in ones are twins, pair by pair.
 
     Attributes:
-        categories: what each pair is about, as built-in ones have it; none if not given. Several directions a block
+        categories: what each pair is about, as built-in ones have it; none if not given. Several directions per block
             come from them.
     """
 
@@ -80,9 +80,10 @@ def builtin_refusals() -> tuple[str, ...]:
 
 
 def load_instructions(path: str | Path) -> tuple[str, ...]:
-    """Instructions from a file: ``.txt`` (one a line) or ``.jsonl``/``.json`` with a key ``instruction`` or ``prompt``.
+    """Instructions from a file: ``.txt``, one per line, or ``.jsonl``/``.json``.
 
-    A ``.json`` file holds a list; a row of it or a line of a ``.jsonl`` file may be the bare text too.
+    A row has the key ``instruction`` or ``prompt``, or is the bare text. A ``.json`` file holds a list of rows, and a
+    ``.jsonl`` file one per line.
 
     Raises:
         ProConError: if the file is missing, empty, not UTF-8, or a row has neither key.
@@ -114,5 +115,5 @@ def load_instructions(path: str | Path) -> tuple[str, ...]:
         if prompt.strip():
             prompts.append(prompt.strip())
     if not prompts:
-        raise ProConError(f"prompt file {str(path)!r} holds no prompts: give one a line")
+        raise ProConError(f"prompt file {str(path)!r} holds no prompts: give one per line")
     return tuple(prompts)

@@ -116,7 +116,7 @@ def is_refusal(reply: str) -> bool:
 def is_degenerate(reply: str) -> bool:
     """Whether ``reply`` is no language: empty, mostly symbols, or the same few words or characters over and over.
 
-    Fluent nonsense passes: only a reader or a stronger model can tell it.
+    Fluent nonsense passes: only a reader or a stronger model can see it.
     """
     if not re.search(r"[^\W_]", reply):
         return True

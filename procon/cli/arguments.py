@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from procon.errors import ProConError
 from procon.settings import MAX_DIRECTIONS, PAPER_RECIPE, check_choice
@@ -12,12 +12,14 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Method = Literal["lora", "full"]
 GateAction = Literal["warn", "stop"]
 
+_Default = TypeVar("_Default")
 
-def _option(default, text: str):
+
+def _option(default: _Default, text: str) -> _Default:
     return field(default=default, metadata={"help": text})
 
 
-def _required(text: str):
+def _required(text: str) -> Any:
     return field(metadata={"help": text})
 
 
@@ -43,7 +45,7 @@ class DirectionsArguments:
     batch_size: int = _option(32, "Prompts a batch.")
     dtype: Dtype = _option("auto", "auto, bfloat16, float16 or float32.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_least(1, self, "batch_size")
         _check_dtype(self.dtype)
         if not 1 <= self.k <= MAX_DIRECTIONS:
@@ -86,7 +88,7 @@ class TrainArguments:
     resume: bool = _option(False, "Go on from the last checkpoint in the output folder.")
     dtype: Dtype = _option("auto", "auto (full fine-tuning: float32), bfloat16, float16 or float32.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("method", self.method, get_args(Method))
         _check_dtype(self.dtype)
         _check_least(1, self, "lora_r", "lora_alpha", "max_length")
@@ -106,7 +108,7 @@ class DriftArguments:
     batch_size: int = _option(32, "Prompts a batch.")
     dtype: Dtype = _option("auto", "auto, bfloat16, float16 or float32.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_least(1, self, "batch_size")
         _check_dtype(self.dtype)
 
@@ -125,7 +127,7 @@ class EvalArguments:
     batch_size: int = _option(32, "Prompts a batch.")
     dtype: Dtype = _option("auto", "auto, bfloat16, float16 or float32.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_least(1, self, "max_new_tokens", "task_max_new_tokens", "batch_size")
         _check_dtype(self.dtype)
 

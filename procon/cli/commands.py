@@ -43,7 +43,7 @@ def directions(arguments: DirectionsArguments) -> None:
 
 def drift(arguments: DriftArguments) -> None:
     """``procon drift``"""
-    output = _output_file(arguments.output)
+    output = _output_file(arguments.output) if arguments.output else None
     prompts = _prompts(arguments.malicious, arguments.benign, "extraction")
     dtype = parse_dtype(arguments.dtype)
     model, tokenizer = load_model(arguments.start, dtype=dtype)
@@ -64,7 +64,7 @@ def drift(arguments: DriftArguments) -> None:
 
 def evaluation(arguments: EvalArguments) -> None:
     """``procon eval``"""
-    output = _output_file(arguments.output)
+    output = _output_file(arguments.output) if arguments.output else None
     prompts = _prompts(arguments.malicious, arguments.benign, "held_out")
     task = _task(arguments.task) if arguments.task else None
     model, tokenizer = load_model(arguments.model, dtype=parse_dtype(arguments.dtype))
@@ -83,11 +83,11 @@ def evaluation(arguments: EvalArguments) -> None:
     print_table([Run(label=arguments.model, evaluation=found)])
 
 
-def _output_file(path: str | None) -> Path | None:
+def _output_file(path: str) -> Path:
     """The path; refused before any work where it could not be written after it."""
-    if path and Path(path).is_dir():
+    if Path(path).is_dir():
         raise ProConError(f"output {path!r} is a folder: give a file in it")
-    return Path(path) if path else None
+    return Path(path)
 
 
 def _prompts(malicious: str | None, benign: str | None, split: Split) -> ContrastPrompts:
@@ -100,7 +100,7 @@ def _prompts(malicious: str | None, benign: str | None, split: Split) -> Contras
     )
 
 
-def _task(path: str) -> list[dict]:
+def _task(path: str) -> list[dict[str, str]]:
     """Question and reference of each conversation: its first user and its last assistant turn."""
     conversations = load_conversations(path)["messages"]
     rows = []

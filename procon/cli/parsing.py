@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
+from typing import Any, NoReturn, TextIO
 
 import yaml
 
@@ -55,12 +56,12 @@ class Command:
         trains: whether the function takes a ProConConfig as well.
     """
 
-    arguments: type
+    arguments: type[Any]
     module: str
     function: str
     trains: bool = False
 
-    def argument_types(self) -> tuple[type, ...]:
+    def argument_types(self) -> tuple[type[Any], ...]:
         """The dataclasses that the command line is parsed into."""
         return (self.arguments, import_module("procon.training").ProConConfig) if self.trains else (self.arguments,)
 
@@ -108,7 +109,7 @@ def _main(argv: list[str]) -> int:
     return 0
 
 
-def parse(name: str, argv: Sequence[str]) -> tuple:
+def parse(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
     """Instances of the argument dataclasses of command ``name``; flags win over ``--config FILE.yaml``.
 
     Raises:
@@ -118,25 +119,27 @@ def parse(name: str, argv: Sequence[str]) -> tuple:
 
     command = COMMANDS[name]
     types = command.argument_types()
+    epilog = "Settings may also stand in a YAML file, by the same names: --config FILE.yaml. Flags win over it."
+    if command.trains:
+        epilog += " All of transformers' TrainingArguments are accepted, not only those listed."
     parser = HfArgumentParser(
-        types,
+        types,  # pyright: ignore[reportArgumentType]  # it asks for a NewType of Any, which no class is
         prog=f"procon {name}",
         usage=f"procon {name} [settings]",
         description=types[0].__doc__,
-        epilog="Settings may also stand in a YAML file, by the same names: --config FILE.yaml. Flags win over it.",
+        epilog=epilog,
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
     if command.trains:
         parser.set_defaults(**_TRAINING_DEFAULTS)
-        parser.epilog += " All of transformers' TrainingArguments are accepted, not only those listed."
         _hide_rare_arguments(parser, command.arguments)
     _leave_choices_to_settings(parser, command.arguments)
     parser.add_argument("--config", metavar="FILE.yaml", help="Settings by name.")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
 
-    def refuse(message: str) -> None:
+    def refuse(message: str) -> NoReturn:
         raise ProConError(f"{message}; see 'procon {name} --help'")
 
     parser.error = first.error = refuse  # argparse's own also prints the usage, and exits
@@ -185,7 +188,7 @@ def _apply_yaml(parser: argparse.ArgumentParser, file: Path) -> None:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ProConError(f"config file {str(file)!r} cannot be read as YAML: {error}") from error
     if not isinstance(settings, dict):
-        raise ProConError(f"config file {str(file)!r} holds no 'name: value' lines: write one setting a line")
+        raise ProConError(f"config file {str(file)!r} holds no 'name: value' lines: write one setting per line")
     known = _names(parser)
     for name in settings:
         if name not in known:
@@ -202,7 +205,7 @@ def _apply_yaml(parser: argparse.ArgumentParser, file: Path) -> None:
         action.required = False
 
 
-def _leave_choices_to_settings(parser: argparse.ArgumentParser, own: type) -> None:
+def _leave_choices_to_settings(parser: argparse.ArgumentParser, own: type[Any]) -> None:
     """Of our settings the help lists the choices, and the settings' own check refuses others, as it does in YAML."""
     ours = {field.name for field in fields(own)}
     for action in parser._actions:
@@ -211,7 +214,7 @@ def _leave_choices_to_settings(parser: argparse.ArgumentParser, own: type) -> No
             action.choices, action.type = None, str
 
 
-def _hide_rare_arguments(parser: argparse.ArgumentParser, shown: type) -> None:
+def _hide_rare_arguments(parser: argparse.ArgumentParser, shown: type[Any]) -> None:
     listed = {field.name for field in fields(shown)} | _SHOWN_TRAINING_ARGUMENTS
     for action in parser._actions:
         if action.dest not in listed and not action.dest.startswith("procon_") and action.dest != "help":
@@ -231,6 +234,13 @@ def _overview() -> str:
     return "\n".join(lines)
 
 
-def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     if issubclass(category, UserWarning) and not issubclass(category, (FutureWarning, DeprecationWarning)):
         print(f"procon: warning: {' '.join(str(message).split())}", file=sys.stderr)

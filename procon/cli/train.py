@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -28,13 +29,13 @@ from procon.directions import DIRECTIONS, RefusalDirections
 from procon.errors import ProConError
 from procon.models import find_decoder, load_model, parse_dtype
 from procon.training import DriftCallback, JsonlCallback, ProConConfig, ProConTrainer
-from procon.training.checkpoints import last_complete
+from procon.training.checkpoints import last_complete, output_folder
 from procon.training.drift_gate import DriftGate
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What ``procon train`` needs besides a model; found, and found good, before one is loaded.
+    """What ``procon train`` needs in addition to a model; found, and found good, before one is loaded.
 
     Attributes:
         config: the training arguments, as the defence sets them.
@@ -57,16 +58,16 @@ class _Job:
 
 def train(arguments: TrainArguments, config: ProConConfig) -> None:
     """``procon train``"""
-    output = Path(config.output_dir)
+    output = output_folder(config)
     job = _plan(arguments, config, _checkpoint(output, arguments.resume))
     config = job.config
-    trainer = _trainer(arguments, job, output)
+    trainer, tokenizer = _trainer(arguments, job, output)
     trainer.add_callback(JsonlCallback())
     if arguments.drift_steps:
         trainer.add_callback(
             DriftCallback(
                 trainer,
-                trainer.processing_class,
+                tokenizer,
                 steps=arguments.drift_steps,
                 gate=arguments.drift_gate,
                 gate_action=arguments.drift_gate_action,
@@ -114,12 +115,12 @@ def _plan(arguments: TrainArguments, config: ProConConfig, checkpoint: Path | No
         directions = RefusalDirections.load(arguments.directions)
     elif directed and checkpoint:
         beside = (checkpoint / DIRECTIONS).is_file()
-        directions = RefusalDirections.load(checkpoint if beside else Path(config.output_dir))
+        directions = RefusalDirections.load(checkpoint if beside else output_folder(config))
     return _Job(config, defence, settings, conversations, safety if aligning else None, directed, directions)
 
 
-def _trainer(arguments: TrainArguments, job: _Job, output: Path) -> Trainer:
-    """The trainer, with a model, an adapter and directions; extracted now if there are none."""
+def _trainer(arguments: TrainArguments, job: _Job, output: Path) -> tuple[Trainer, PreTrainedTokenizerBase]:
+    """The trainer, with a model, an adapter and directions, extracted now if there are none; and the tokenizer."""
     dtype = torch.float32 if arguments.method == "full" and arguments.dtype == "auto" else parse_dtype(arguments.dtype)
     model, tokenizer = load_model(arguments.model, dtype=dtype, attn_implementation=arguments.attn_implementation)
     directions = job.directions
@@ -142,10 +143,11 @@ def _trainer(arguments: TrainArguments, job: _Job, output: Path) -> Trainer:
         "processing_class": tokenizer,
     }
     if job.defence is None:
-        return ProConTrainer(model, job.config, **common)
+        return ProConTrainer(model, job.config, **common), tokenizer
     if job.alignment is not None:
         common["alignment_dataset"] = tokenize_conversations(job.alignment, tokenizer, max_length=arguments.max_length)
-    return build_trainer(job.defence.name, model, job.config, settings=job.settings, base=arguments.base, **common)
+    settings, base = job.settings, arguments.base
+    return build_trainer(job.defence.name, model, job.config, settings=settings, base=base, **common), tokenizer
 
 
 def _defence_settings(arguments: TrainArguments, defence: Defence | None) -> dict[str, Any]:
@@ -178,7 +180,7 @@ def _yaml_value(text: str) -> Any:
         return value
 
 
-def _trainable(model: PreTrainedModel, arguments: TrainArguments) -> PreTrainedModel | PeftModel:
+def _trainable(model: PreTrainedModel, arguments: TrainArguments) -> PreTrainedModel:
     if arguments.method == "full":
         if isinstance(model, PeftModel):
             raise ProConError(
@@ -186,22 +188,25 @@ def _trainable(model: PreTrainedModel, arguments: TrainArguments) -> PreTrainedM
             )
         return model
     if isinstance(model, PeftModel):
-        model.set_adapter(model.active_adapter)  # loaded for inference, it was frozen
+        model.set_adapter(cast(str, model.active_adapter))  # one, that was loaded for inference and so was frozen
         return model
     targets = arguments.lora_targets
     names = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
     try:
-        return get_peft_model(
+        adapted = get_peft_model(
             model,
             LoraConfig(
                 r=arguments.lora_r, lora_alpha=arguments.lora_alpha, target_modules=names, task_type="CAUSAL_LM"
             ),
         )
+        return cast(PreTrainedModel, adapted)  # it takes from its base what it lacks
     except ValueError as error:
         raise ProConError(f"lora_targets {targets!r} do not fit the model ({error}): try all-linear") from error
 
 
-def _collator(arguments: TrainArguments, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase):
+def _collator(
+    arguments: TrainArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[list[dict[str, Any]]], Any]:
     if arguments.flatten:
-        return flattening_collator(bounds="flash" in model.config._attn_implementation)
+        return flattening_collator(bounds="flash" in (model.config._attn_implementation or ""))
     return padding_collator(tokenizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -28,15 +28,15 @@ def select_among(usable: Tensor, blocks: Blocks) -> tuple[int, ...]:
     allowed = usable.nonzero().flatten().tolist()
     if isinstance(blocks, str):
         chosen = allowed
-    elif isinstance(blocks, Real):
-        chosen = [block for block in allowed if block >= count - math.ceil(blocks * count)]
-    else:
+    elif isinstance(blocks, Sequence):
         chosen = sorted({block + count if block < 0 else block for block in blocks})
         for block in chosen:
             if not 0 <= block < count:
                 raise ProConError(f"blocks names block {block}, but the model has {count}: give indices below {count}")
             if block not in allowed:
                 raise ProConError(f"blocks names block {block}, which has no direction: leave it out")
+    else:
+        chosen = [block for block in allowed if block >= count - math.ceil(blocks * count)]
     if not chosen:
         raise ProConError("no block is selected: give at least one block that has a direction")
     return tuple(chosen)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import MethodType
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -24,6 +25,12 @@ from procon.ops import constrain, rms_norm_constrain
 from procon.settings import DEFAULTS, Backend, Blocks, Fuse, Penalty, Units, check_setting
 
 logger = logging.getLogger(__name__)
+
+#: Of a module's call: positional and named.
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+#: A hook that may change them.
+_PreForward = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], _Arguments | None]
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class ProjectionConstraint:
 
     Mean over constrained tokens and constrained blocks of ``phi(<r_l, x_l[t]> - z0_l[t])`` (paper section III-C1,
     with a mean for the paper's sum). The op runs at each block, so one gradient of a block input is alive at a time:
-    within the block's first norm where that is an RMSNorm that reads the block's input, else on the input itself.
+    within the block's first norm if that is an RMSNorm that reads the block's input, else on the input itself.
 
     With ``K`` directions per block, ``phi`` is summed over them. The mean stays one over blocks, so that an alpha means
     what it means for one direction when the further ones do not move.
@@ -93,7 +100,7 @@ class ProjectionConstraint:
         penalty: Penalty = DEFAULTS.penalty,
         units: Units = DEFAULTS.units,
         backend: Backend = DEFAULTS.backend,
-    ):
+    ) -> None:
         for setting, value in {"penalty": penalty, "units": units, "backend": backend}.items():
             check_setting(setting, value)
         self.blocks = select_blocks(directions, blocks)
@@ -170,13 +177,13 @@ class ProjectionConstraint:
 
         Args:
             anchors: ``[B, T, len(blocks) * K]``, initial projections in raw units, those of a block side by side.
-            mask: ``[B, T]``, weight of each token, 0 where it is not constrained.
+            mask: ``[B, T]``, weight of each token, 0 if it is not constrained.
 
         Raises:
             ProConError: if the shapes do not fit, the constraint is attached to no model, or other adapters are on
                 than when it was attached.
         """
-        expected = (*mask.shape, len(self.blocks) * self._directions.k)
+        expected = (*mask.shape, len(self.blocks) * self._vectors.shape[1])
         if anchors.shape != expected:
             raise ProConError(
                 f"anchors have shape {tuple(anchors.shape)}, expected {expected}: record them with the constraint's "
@@ -232,15 +239,15 @@ class ProjectionConstraint:
             tokens = target.mask.sum().clamp_min(1).to(total.device)
         return total / (tokens * len(self.blocks))
 
-    def _without_cache(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _without_cache(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments | None:
         """A forward pre-hook for the decoder: beside a cache, transformers does not keep packed sequences apart."""
         constrained = self.enabled and self._target is not None and torch.is_grad_enabled()
         return (args, {**kwargs, "use_cache": False}) if constrained else None
 
-    def _pass_through(self, column: int) -> Callable[[nn.Module, tuple, dict], tuple[tuple, dict] | None]:
+    def _pass_through(self, column: int) -> _PreForward:
         """A forward pre-hook for a block: its input passes through the op."""
 
-        def pre_forward(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        def pre_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments | None:
             hidden = block_input(args, kwargs)
             operands = self._operands(column, module, hidden)
             if operands is None:
@@ -263,7 +270,7 @@ class ProjectionConstraint:
                 return type(module).forward(module, self._constrained(column, hidden_states, operands))
             normed, term = rms_norm_constrain(
                 hidden_states,
-                module.weight,
+                module.weight,  # pyright: ignore[reportArgumentType]  # to torch's stub, a tensor or a module
                 norm.eps,
                 *operands,
                 casting=norm.casting,
@@ -278,8 +285,10 @@ class ProjectionConstraint:
 
     def _constrained(self, column: int, hidden: Tensor, operands: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """The block input passed through the op, whose penalty is kept."""
-        op = constrain_sharded if isinstance(hidden, DTensor) else constrain
-        hidden, term = op(hidden, *operands, penalty=self._penalty, backend=self._backend)
+        if isinstance(hidden, DTensor):
+            hidden, term = constrain_sharded(hidden, *operands, penalty=self._penalty, backend=self._backend)
+        else:
+            hidden, term = constrain(hidden, *operands, penalty=self._penalty, backend=self._backend)
         self._keep(column, term)
         return hidden
 
@@ -309,7 +318,7 @@ class ProjectionConstraint:
         if hidden.shape[:-1] != target.mask.shape:
             raise ProConError(
                 f"block {self.blocks[column]} got hidden states of shape {tuple(hidden.shape)} for a mask of shape "
-                f"{tuple(target.mask.shape)}: where ranks share a sequence, shard anchors and mask as its tokens are"
+                f"{tuple(target.mask.shape)}: if ranks share a sequence, shard anchors and mask as its tokens are"
             )
         if isinstance(hidden, DTensor):
             check_placements(hidden, self.blocks[column])
@@ -348,7 +357,7 @@ def constrained_tokens(
     Args:
         batches: the step's micro-batches of this rank, as an AnchoredCollator makes them.
         reduce: gives the sum of a tensor over the ranks, such as ``accelerator.reduce``; not needed on one rank.
-        device: where to count, and reduce; where the batches are if not given.
+        device: where to count, and reduce; on the device of the batches if not given.
 
     Raises:
         ProConError: for a batch without ``constraint_mask``.
@@ -364,7 +373,7 @@ def constrained_tokens(
 def refuse_data_parallel(n_gpu: int) -> None:
     """Raise ProConError if a Trainer would wrap the model in ``nn.DataParallel``: one process sees several GPUs."""
     if n_gpu > 1:
-        raise ProConError("nn.DataParallel copies the model without its hooks: start one process a GPU with torchrun")
+        raise ProConError("nn.DataParallel copies the model without its hooks: start one process per GPU with torchrun")
 
 
 def check_finite(penalty: float, step: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class InputNorm:
 
 
 def find_input_norm(block: nn.Module, hidden_size: int) -> InputNorm | None:
-    """The RMSNorm that ``block`` calls on its own input before it computes anything; None where there is none.
+    """The RMSNorm that ``block`` calls on its own input before it computes anything; None if there is none.
 
     Nothing is computed with the model's weights, so they may be on any device, sharded or without storage.
     """
@@ -53,7 +54,7 @@ def _eps(module: nn.Module) -> float | None:
 
 
 class _Called(Exception):
-    def __init__(self, module: nn.Module | None):
+    def __init__(self, module: nn.Module | None) -> None:
         super().__init__()
         self.module = module
 
@@ -66,7 +67,7 @@ def _first_called(block: nn.Module, norms: list[nn.Module], hidden_size: int) ->
     """
     hidden = torch.empty(1, 1, hidden_size, device="meta")
 
-    def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         alone = len(args) == 1 and not kwargs
         raise _Called(module if alone and args[0] is hidden else None)
 
@@ -88,6 +89,8 @@ def _first_called(block: nn.Module, norms: list[nn.Module], hidden_size: int) ->
 
 def _with_rule(module: nn.Module, hidden_size: int) -> InputNorm | None:
     """The rule whose results, on random numbers and another weight, are the module's own; None if there is none."""
+    if (eps := _eps(module)) is None:
+        return None
     random = torch.Generator().manual_seed(0)
     hidden = torch.randn(16, hidden_size, generator=random).to(torch.bfloat16)
     weight = torch.randn(hidden_size, generator=random)
@@ -102,11 +105,11 @@ def _with_rule(module: nn.Module, hidden_size: int) -> InputNorm | None:
                 return False
         return True
 
-    candidates = (InputNorm(module, _eps(module), *rule) for rule in product(("llama", "gemma"), (0.0, 1.0)))
+    candidates = (InputNorm(module, eps, *rule) for rule in product(("llama", "gemma"), (0.0, 1.0)))
     try:
         return next((norm for norm in candidates if agrees(norm)), None)
     except Exception:
-        # A kernel that runs on a GPU only, say: this norm is left to itself.
+        # For example a kernel that runs on a GPU only: this norm is left to itself.
         return None
 
 

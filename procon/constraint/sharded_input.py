@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from procon.errors import ProConError
 from procon.ops import constrain
+from procon.settings import Backend, Penalty
 
 
 def check_placements(hidden: DTensor, block: int) -> None:
@@ -24,7 +25,7 @@ def check_placements(hidden: DTensor, block: int) -> None:
 
 
 def constrain_sharded(
-    hidden: DTensor, direction: Tensor, anchor: Tensor, weight: Tensor, *, penalty: str, backend: str
+    hidden: DTensor, direction: Tensor, anchor: Tensor, weight: Tensor, *, penalty: Penalty, backend: Backend
 ) -> tuple[DTensor, Tensor]:
     """:func:`procon.ops.constrain`, with ``anchor`` and ``weight`` of all tokens, the same on every rank.
 

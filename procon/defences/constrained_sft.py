@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from procon.defences.starting_model import StartingModel
@@ -38,7 +38,7 @@ class ConstrainedSFTTrainer(TokenMeanTrainer):
         ProConError: for betas that are not positive, and for another loss in the arguments.
     """
 
-    def __init__(self, *args: Any, betas: Sequence[float] = BETAS, **kwargs: Any):
+    def __init__(self, *args: Any, betas: Sequence[float] = BETAS, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not betas or min(betas) <= 0:
             raise ProConError(f"betas are {list(betas)}: give one or more positive numbers")
@@ -49,7 +49,13 @@ class ConstrainedSFTTrainer(TokenMeanTrainer):
         self._betas = torch.tensor(betas, device=self.args.device)
         self._start = StartingModel(self.model)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         labels = inputs["labels"]

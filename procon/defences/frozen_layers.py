@@ -10,11 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from transformers.trainer_utils import TrainOutput
 
 from procon.defences.trainer import DefenceTrainer
 from procon.errors import ProConError
 from procon.models import Decoder, find_decoder
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs  # typing's from Python 3.13 on
 
 
 class FrozenLayersTrainer(DefenceTrainer):
@@ -27,7 +32,7 @@ class FrozenLayersTrainer(DefenceTrainer):
         ProConError: if that is no range, or has no block, or freezing it would change nothing or leave nothing.
     """
 
-    def __init__(self, *args: Any, blocks: tuple[float, float] | Sequence[int] = (0.2, 0.4), **kwargs: Any):
+    def __init__(self, *args: Any, blocks: tuple[float, float] | Sequence[int] = (0.2, 0.4), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         decoder = find_decoder(self.model)
         self.blocks = frozen_blocks(blocks, len(decoder.blocks))
@@ -39,7 +44,7 @@ class FrozenLayersTrainer(DefenceTrainer):
             if not any(parameter.requires_grad for parameter in self.model.parameters()):
                 raise ProConError(f"with blocks {list(self.blocks)} frozen nothing trains: freeze fewer")
 
-    def train(self, *args: Any, **kwargs: Any):
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         with frozen(find_decoder(self.model), self.blocks):
             return super().train(*args, **kwargs)
 
@@ -59,7 +64,7 @@ def frozen(decoder: Decoder, blocks: Sequence[int]) -> Iterator[int]:
 
 def frozen_blocks(blocks: tuple[float, float] | Sequence[int], count: int) -> tuple[int, ...]:
     """The indices that ``blocks`` says, of ``count``; shares of the depth are rounded to one or more whole blocks."""
-    if len(blocks) == 2 and any(isinstance(share, float) for share in blocks):
+    if _are_shares(blocks):
         first, last = blocks
         if not 0 <= first < last <= 1:
             raise ProConError(f"frozen blocks are the shares {first:g} to {last:g}: give two rising ones from 0 to 1")
@@ -70,3 +75,7 @@ def frozen_blocks(blocks: tuple[float, float] | Sequence[int], count: int) -> tu
     if not chosen or chosen[0] < 0 or chosen[-1] >= count:
         raise ProConError(f"frozen blocks are {list(blocks)}, of a model that has {count}: give some from 0 on")
     return chosen
+
+
+def _are_shares(blocks: tuple[float, float] | Sequence[int]) -> TypeIs[tuple[float, float]]:
+    return len(blocks) == 2 and any(isinstance(share, float) for share in blocks)

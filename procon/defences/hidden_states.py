@@ -1,4 +1,4 @@
-"""All of the hidden state held to the start: what ProCon's constraint is when it leaves no direction free.
+"""All of the hidden state kept near the start: what ProCon's constraint is when it leaves no direction free.
 
     loss = CE + alpha * mean over tokens t and blocks l of  ||x_l[t] - x0_l[t]||^2 / D
 
@@ -10,16 +10,17 @@ a defence it is feature distillation from the start.
 from __future__ import annotations
 
 import inspect
+from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from procon.constraint import select_among
 from procon.defences.starting_model import StartingModel
 from procon.defences.trainer import TokenMeanTrainer, tokens_in_scope
 from procon.errors import ProConError
-from procon.models import find_decoder, first_moving_block, observe_block_inputs
+from procon.models import find_decoder, first_moving_block, observe_block_inputs, transformers_model
 from procon.settings import Blocks, TokenScope, check_alpha, check_setting
 
 
@@ -31,7 +32,7 @@ class HiddenStatesTrainer(TokenMeanTrainer):
     Args:
         alpha: strength.
         blocks: ``"all"``, a list of indices, or a fraction: the deepest share of them.
-        scope: tokens that are held: ``"response"``, ``"prompt"`` or ``"all"``.
+        scope: tokens whose hidden states are kept: ``"response"``, ``"prompt"`` or ``"all"``.
 
     Raises:
         ProConError: for settings that are none of these, and if nothing below a held block trains.
@@ -39,7 +40,7 @@ class HiddenStatesTrainer(TokenMeanTrainer):
 
     def __init__(
         self, *args: Any, alpha: float = 0.1, blocks: Blocks = "all", scope: TokenScope = "response", **kwargs: Any
-    ):
+    ) -> None:
         super().__init__(*args, **kwargs)
         check_alpha(alpha)
         check_setting("scope", scope)
@@ -50,12 +51,17 @@ class HiddenStatesTrainer(TokenMeanTrainer):
         if not self._moving:
             raise ProConError("nothing below a held block trains, so holding it does nothing: hold deeper blocks")
         self._start = StartingModel(self.model)
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         # The reference needs its block inputs alone.
-        few = "logits_to_keep" in inspect.signature(base.forward).parameters
+        few = "logits_to_keep" in inspect.signature(transformers_model(self.model).forward).parameters
         self._without_head = {"logits_to_keep": 1} if few else {}
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
         if not model.training or self.alpha == 0:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         mask = tokens_in_scope(inputs, self.scope)
@@ -71,8 +77,9 @@ class HiddenStatesTrainer(TokenMeanTrainer):
                 "gradient checkpointing with use_reentrant=True hides the hidden states' gradients: set "
                 "use_reentrant=False"
             )
-        loss, *outputs = found if return_outputs else (found,)
-        distance = sum((now[block][mask].float() - start[block].float()).square().sum() for block in self._moving)
+        loss, outputs = found if isinstance(found, tuple) else (found, None)
+        distances = ((now[block][mask].float() - start[block].float()).square().sum() for block in self._moving)
+        distance = reduce(torch.add, distances)
         mean = self.token_mean(distance / (len(self.blocks) * self._decoder.hidden_size), num_items_in_batch)
         loss = loss + self.alpha * mean
-        return (loss, *outputs) if return_outputs else loss
+        return (loss, outputs) if return_outputs else loss

@@ -1,5 +1,5 @@
-"""Lisa: steps on alignment data between steps on the user's, each held to where the other left off (Huang et al. 2024,
-"Lisa: Lazy Safety Alignment for Large Language Models against Harmful Fine-tuning Attack", arXiv 2405.18641,
+"""Lisa: steps on alignment data between steps on the user's, each kept near where the other left off (Huang et al.
+2024, "Lisa: Lazy Safety Alignment for Large Language Models against Harmful Fine-tuning Attack", arXiv 2405.18641,
 section 4).
 
     w~_{k+1} = argmin_w  f(w) + rho/2 * ||w - w_k||^2        f: loss on alignment data, ``alignment_steps`` steps
@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers.trainer_utils import TrainOutput
 
 from procon.defences.trainer import DefenceTrainer
 from procon.errors import ProConError
@@ -42,12 +44,12 @@ class LisaTrainer(DefenceTrainer):
     def __init__(
         self,
         *args: Any,
-        alignment_dataset,
+        alignment_dataset: Dataset,
         alignment_steps: int = 10,
         user_steps: int = 90,
         rho: float = 1.0,
         **kwargs: Any,
-    ):
+    ) -> None:
         super().__init__(*args, **kwargs)
         if min(alignment_steps, user_steps) < 1:
             raise ProConError(
@@ -61,27 +63,35 @@ class LisaTrainer(DefenceTrainer):
         self._alignment_batches: Iterator[dict[str, Tensor]] | None = None
         self._alignment_losses: list[Tensor] = []
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         if resume_from_checkpoint:
             raise ProConError("LisaTrainer cannot resume, as checkpoints lack its last switch: start afresh")
         self._alignment_batches = None
         return super().train(None, *args, **kwargs)
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
         # Called once before each optimiser step, and before the user's batches are taken.
         if self.state.global_step % self.user_steps == 0:
             self._align()
-        return super().get_batch_samples(*args, **kwargs)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         if not model.training or self.rho == 0:
             return found
-        loss, *outputs = found if return_outputs else (found,)
+        loss, outputs = found if isinstance(found, tuple) else (found, None)
         # Each micro-batch of each rank adds its part of the one term that an optimiser step has.
         parts = self.current_gradient_accumulation_steps * self.accelerator.num_processes
         loss = loss + self.proximal_term() * loss_scale(self, num_items_in_batch) / parts
-        return (loss, *outputs) if return_outputs else loss
+        return (loss, outputs) if return_outputs else loss
 
     def proximal_term(self) -> Tensor:
         """``rho/2 * ||w - w'||^2`` over the trainable weights, w' being those at the last switch."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from procon.defences.constrained_sft import ConstrainedSFTTrainer
@@ -36,7 +37,7 @@ class Defence:
         summary: one line.
         source: paper and arXiv id.
         trainer: the class that trains.
-        config: training arguments that it sets where they are left at their defaults.
+        config: training arguments that it sets if they are left at their defaults.
         safety: whether safety samples are mixed into its training data (:func:`procon.data.mix_safety`).
         needs: what else its trainer takes: of ``"directions"``, ``"alignment_dataset"``, ``"base"``.
     """
@@ -135,7 +136,7 @@ DEFENCES: dict[str, Defence] = {
         Defence(
             "constrained_sft",
             "Constrained SFT",
-            "A loss that holds the first response tokens to the start.",
+            "A loss that keeps the first response tokens near the start.",
             "Qi et al. 2024, Safety Alignment Should Be Made More Than Just a Few Tokens Deep, arXiv 2406.05946",
             ConstrainedSFTTrainer,
         ),
@@ -166,7 +167,7 @@ DEFENCES: dict[str, Defence] = {
         Defence(
             "hidden_states",
             "Hidden states",
-            "Whole hidden states are held to the start.",
+            "Whole hidden states are kept near the start.",
             "upper ablation of ProCon, arXiv 2509.06795",
             HiddenStatesTrainer,
         ),
@@ -190,7 +191,7 @@ def find_defence(name: str) -> Defence:
 
 def build_trainer(
     name: str,
-    model: PreTrainedModel,
+    model: nn.Module,
     args: ProConConfig,
     *,
     settings: Mapping[str, Any] | None = None,

@@ -22,6 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.trainer_utils import TrainOutput
 
 from procon.defences.trainer import DefenceTrainer
 from procon.errors import ProConError
@@ -46,7 +47,9 @@ class SafeLoRATrainer(DefenceTrainer):
         ProConError: if anything but a LoRA adapter trains, or ``base`` does not fit or is the aligned model itself.
     """
 
-    def __init__(self, *args: Any, base: PreTrainedModel | str | Path, threshold: float = 0.35, **kwargs: Any):
+    model: PeftModel  # pyright: ignore[reportIncompatibleVariableOverride]  # any other is refused
+
+    def __init__(self, *args: Any, base: PreTrainedModel | str | Path, threshold: float = 0.35, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.threshold = threshold
         self.cosines: dict[str, float] = {}
@@ -63,7 +66,7 @@ class SafeLoRATrainer(DefenceTrainer):
         for _ in _alignment(self.model, self.model, self._load_base()):
             pass
 
-    def train(self, *args: Any, **kwargs: Any):
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         output = super().train(*args, **kwargs)
         self.cosines = project_update(self.model, self.model, self._load_base(), self.threshold)
         return output
@@ -78,16 +81,16 @@ class SafeLoRATrainer(DefenceTrainer):
 def project_update(
     peft_model: PeftModel, aligned: nn.Module, base: nn.Module, threshold: float = 0.35
 ) -> dict[str, float]:
-    """Project the active LoRA adapter's update, in place, where it leads away from alignment.
+    """Project the active LoRA adapter's update, in place, if it leads away from alignment.
 
     Args:
         peft_model: with one active LoRA adapter on linear layers.
-        aligned: the aligned model; ``peft_model`` itself where that is what the adapter was trained on.
+        aligned: the aligned model; ``peft_model`` itself if that is what the adapter was trained on.
         base: the same model before alignment.
         threshold: layers with a cosine up to this are projected.
 
     Returns:
-        The cosine of each layer before the projection, by the layer's name; 1 where there is no update.
+        The cosine of each layer before the projection, by the layer's name; 1 if there is no update.
 
     Raises:
         ProConError: for an adapter that is not LoRA on linear layers, and weights that do not fit or are the same.
@@ -95,7 +98,7 @@ def project_update(
     cosines = {}
     for name, layer, difference in _alignment(peft_model, aligned, base):
         adapter = layer.active_adapters[0]
-        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        a, b = (factors[adapter].get_parameter("weight") for factors in (layer.lora_A, layer.lora_B))
         projected = difference @ (difference.T @ b.float()) / difference.norm()
         cosines[name] = _cosine(a, b, projected)
         if cosines[name] <= threshold:
@@ -120,8 +123,8 @@ def _alignment(peft_model: nn.Module, aligned: nn.Module, base: nn.Module) -> It
         raise ProConError(f"SafeLoRA projects a LoRA adapter, and {type(peft_model).__name__} has none: add one")
     for name, layer in layers.items():
         adapters = layer.active_adapters
-        plain = isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), (nn.Linear, Conv1D))
-        if not plain or len(adapters) != 1 or adapters[0] not in layer.lora_A or layer.lora_variant:
+        plain = isinstance(layer.get_base_layer(), (nn.Linear, Conv1D)) and len(adapters) == 1
+        if not isinstance(layer, LoraLayer) or not plain or adapters[0] not in layer.lora_A or layer.lora_variant:
             raise ProConError(f"layer {name} has another adapter than one LoRA on a linear layer: train LoRA alone")
         ours, theirs = (_weight(model, name) for model in (aligned, base))
         if ours.shape != theirs.shape:
@@ -149,6 +152,7 @@ def _weight(model: nn.Module, name: str) -> Tensor:
     except AttributeError:
         raise ProConError(f"the base has no layer {name}: give the model that the aligned one was made from") from None
     layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-    if not layer.weight.is_floating_point():
+    weight = layer.get_parameter("weight")
+    if not weight.is_floating_point():
         raise ProConError(f"layer {name} is quantised: SafeLoRA needs weights in bfloat16, float16 or float32")
-    return (layer.weight.T if isinstance(layer, Conv1D) else layer.weight).detach().float()
+    return (weight.T if isinstance(layer, Conv1D) else weight).detach().float()

@@ -24,7 +24,7 @@ class StartingModel:
         ProConError: if nothing in the model trains.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._parameters = {
             name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad

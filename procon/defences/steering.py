@@ -11,11 +11,12 @@ what v_l has over the v of the steered block before it, as the residual stream c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.trainer_utils import TrainOutput
 
 from procon.constraint import select_blocks
 from procon.defences.trainer import DefenceTrainer
@@ -23,6 +24,9 @@ from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.models import block_input, find_decoder
 from procon.settings import Blocks
+
+#: Positional and keyword arguments.
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class SteeringTrainer(DefenceTrainer):
@@ -44,7 +48,7 @@ class SteeringTrainer(DefenceTrainer):
         strength: float = 0.25,
         blocks: Blocks = "all",
         **kwargs: Any,
-    ):
+    ) -> None:
         super().__init__(*args, **kwargs)
         if not 0 < strength < math.inf:
             raise ProConError(f"strength is {strength:g}: give a finite number above 0")
@@ -54,7 +58,7 @@ class SteeringTrainer(DefenceTrainer):
         self._steps = compliance.clone()
         self._steps[1:] -= compliance[:-1]
 
-    def train(self, *args: Any, **kwargs: Any):
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         with self._steering():
             return super().train(*args, **kwargs)
 
@@ -68,10 +72,10 @@ class SteeringTrainer(DefenceTrainer):
             yield
 
 
-def _add(step: Tensor):
+def _add(step: Tensor) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], _Call | None]:
     """A forward pre-hook for a block: adds ``step``, ``[D]``, to its input in training."""
 
-    def pre_forward(module: nn.Module, args: tuple, kwargs: dict):
+    def pre_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
         if not module.training:
             return None
         hidden = block_input(args, kwargs)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer
 
 from procon.errors import ProConError
@@ -23,7 +24,12 @@ class DefenceTrainer(Trainer):
         ProConError: for ``model_init``, a sharded model, ``nn.DataParallel`` and ``torch_compile``.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    # The Trainer's are None without a model, and before it trains.
+    model: nn.Module  # pyright: ignore[reportIncompatibleVariableOverride]
+    model_wrapped: nn.Module  # pyright: ignore[reportIncompatibleVariableOverride]
+    optimizer: torch.optim.Optimizer  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         unsupported = {
             "model_init": self.model_init is not None,
@@ -46,14 +52,16 @@ class TokenMeanTrainer(DefenceTrainer):
     #: Which tokens the mean is over.
     scope: TokenScope = "response"
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any):
-        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         tokens = torch.zeros((), device=self.args.device)
         for batch in batches:
             tokens += tokens_in_scope(batch, self.scope).sum().to(tokens.device)
         if self.args.world_size > 1:
             tokens = self.accelerator.reduce(tokens)
-        self._step_tokens = tokens.clamp_min(1)
+        self._step_tokens = tokens.clamp_min(1)  # pyright: ignore[reportAttributeAccessIssue]  # a tensor gives one
         return batches, num_items_in_batch
 
     def token_mean(self, token_sum: Tensor, num_items_in_batch: object | None) -> Tensor:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 import transformers
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from procon.chat import builtin_prompts, measure_refusal
 from procon.data import padding_collator, to_conversations, tokenize_conversations
-from procon.demo.arithmetic import arithmetic_problems
+from procon.demo.arithmetic import Problem, arithmetic_problems
 from procon.demo.model import fetch_demo_model
 from procon.demo.refusal_tuning import teach_refusal
 from procon.directions import RefusalDirections
@@ -49,8 +50,14 @@ RECIPE = {
     "report_to": [],
 }
 
+
+class _ReplyTokens(TypedDict):
+    max_new_tokens: int
+    task_max_new_tokens: int
+
+
 #: Long enough for the refusal in a reply's opening, and for an arithmetic answer.
-REPLY_TOKENS = {"max_new_tokens": 24, "task_max_new_tokens": 36}
+REPLY_TOKENS: _ReplyTokens = {"max_new_tokens": 24, "task_max_new_tokens": 36}
 
 LIMITS = (
     "One small model, one harmless task, one seed: this shows that the parts work, not how much a larger model gains.",
@@ -151,8 +158,8 @@ def _fine_tune(
     reference: RefusalDirections,
     constrained: RefusalDirections,
     train: Dataset,
-    task: Sequence[dict],
-    probe_task: Sequence[dict],
+    task: Sequence[Problem],
+    probe_task: Sequence[Problem],
     config: ProConConfig,
 ) -> Run:
     """Train a fresh adapter along ``constrained``, measure the drift of ``reference``; ``model`` is left as it was."""

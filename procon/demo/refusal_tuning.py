@@ -14,6 +14,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -95,11 +96,11 @@ def train_refusal_adapter(
     return tuned
 
 
-def save_adapter(tuned: PeftModel, folder: Path, provenance: dict) -> None:
+def save_adapter(tuned: PeftModel, folder: Path, provenance: dict[str, Any]) -> None:
     """Write a PEFT folder with the adapter in fp16, and where it comes from; the provenance last."""
     tuned.peft_config["default"].base_model_name_or_path = provenance["base"]  # not where the base lay on this disk
     state = {name: value.half() for name, value in tuned.state_dict().items() if "lora_" in name}
-    tuned.save_pretrained(folder, state_dict=state)
+    tuned.save_pretrained(str(folder), state_dict=state)
     (folder / "README.md").unlink(missing_ok=True)
     versions = {"procon": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     whole = {

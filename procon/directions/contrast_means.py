@@ -28,7 +28,7 @@ class ContrastMeans:
     Attributes:
         malicious, benign: ``[L, D]``.
         scale: ``[L]``, the larger of the two sides' mean norms.
-        differences: ``[C, L, D]``, malicious minus benign mean of each category, in alphabetical order; None where they
+        differences: ``[C, L, D]``, malicious minus benign mean of each category, in alphabetical order; None if they
             were not asked for.
     """
 

@@ -40,7 +40,7 @@ class RefusalDirections:
     Attributes:
         first: ``[L, D]`` fp32, unit rows; a zero row where the prompts do not differ (see :attr:`usable`).
         gap: ``[L]`` fp32, distance between the malicious and the benign mean, in units of the hidden states.
-        auroc: ``[L]`` fp32, how well the projection tells held-out malicious from benign prompts (0.5 is chance).
+        auroc: ``[L]`` fp32, how well the projection separates held-out malicious from benign prompts (0.5 is chance).
         malicious, benign: ``[L]`` fp32, projections of the two means, from which drift is measured.
         provenance: model id and revision, chat template and prompt-set hashes, counts, versions, refusal rate.
         further: ``[L, K - 1, D]`` fp32, the other directions of K per block, orthonormal along with the first; None for
@@ -57,7 +57,7 @@ class RefusalDirections:
 
     @property
     def k(self) -> int:
-        """Number of directions a block."""
+        """Number of directions per block."""
         return 1 if self.further is None else 1 + self.further.shape[1]
 
     @property
@@ -80,7 +80,7 @@ class RefusalDirections:
         return hashlib.sha256(data).hexdigest()[:16]
 
     def cosine(self, other: RefusalDirections) -> Tensor:
-        """Signed cosine to ``other`` (section III-B), of the first directions where there are several.
+        """Signed cosine to ``other`` (section III-B), of the first directions if there are several.
 
         Returns:
             ``[L]`` fp32, NaN where either has no direction.
@@ -103,16 +103,16 @@ class RefusalDirections:
         if one.shape != two.shape:
             raise ProConError(
                 f"directions of shape {tuple(one.shape)} and {tuple(two.shape)} span no subspaces to compare: extract "
-                "as many a block, from the same architecture"
+                "as many per block, from the same architecture"
             )
         return torch.where(self.usable & other.usable, mean_squared_cosine(one, two).float(), torch.nan)
 
     def randomized(self, seed: int) -> RefusalDirections:
         """The control for *any* direction: isotropic random unit directions at the same blocks, with the same gaps.
 
-        What protects under it, too, comes from holding hidden states anywhere. As they vary little along most
-        directions, it is held to less than the refusal directions are, at the same alpha.
-        :meth:`randomized_within` is matched in that.
+        If this control preserves refusals too, the protection comes from anchoring hidden states along *any* direction.
+        Hidden states vary little along most directions, so at the same alpha this control constrains the model less
+        than the refusal directions do; :meth:`randomized_within` corrects for that.
         """
         generator = torch.Generator().manual_seed(seed)
         blocks, width = self.first.shape
@@ -122,13 +122,12 @@ class RefusalDirections:
     def randomized_within(self, hidden_states: Tensor, seed: int) -> RefusalDirections:
         """The control for a direction *in which hidden states vary*: random ones drawn with their covariance.
 
-        Each is ``sum_i g_i (x_i - mean)`` for standard normal ``g``, scaled to unit length: a contrast of the given
-        states, as the difference in means is one of the prompts' states, and by the same ``g`` at every block, as that
-        is of the same prompts. What protects under it, too, comes from holding the stream where it moves, whatever that
-        means. What the refusal directions do beyond it is their own.
+        Each is ``sum_i g_i (x_i - mean)`` for standard normal ``g``, scaled to unit length: a random contrast of the
+        given states, just as the refusal direction is a contrast of prompt states. The same ``g`` is used at every
+        block. Whatever the refusal directions preserve beyond this control is specific to them.
 
         Take states of benign text, best of what is trained on: those of malicious and benign prompts vary along the
-        refusal direction itself, and the draws lean to it (see :meth:`cosine`). Where few dimensions hold most of the
+        refusal direction itself, and the draws lean to it (see :meth:`cosine`). If few dimensions hold most of the
         variance, as the massive ones do at a sequence's first token, draws lean to those, and to each other.
 
         Args:
@@ -161,9 +160,9 @@ class RefusalDirections:
     def shuffled(self, seed: int) -> RefusalDirections:
         """The control for the *right block*: each usable block has the directions of another, with its own gap.
 
-        They are true refusal directions, in which the stream varies elsewhere. What protects under it, too, does not
-        depend on the block. Neighbouring blocks have similar directions, so look at :meth:`cosine` first: this
-        control is the weaker the closer it is to 1.
+        They are true refusal directions, but of other blocks. If this control preserves refusals too, the protection
+        does not depend on the block. Neighbouring blocks have similar directions, so look at :meth:`cosine` first:
+        this control is the weaker the closer it is to 1.
 
         Raises:
             ProConError: if fewer than two blocks have a direction.
@@ -296,10 +295,10 @@ class RefusalDirections:
             model: a chat model; used in eval mode, without gradients, through its base decoder only.
             tokenizer: its tokenizer, with a chat template.
             prompts: contrast prompts to extract from; the built-in ones if not given.
-            k: directions a block. The first is that of ``k=1``; the further ones are how the prompts' categories depart
-                from it (:mod:`procon.directions.subspace`).
+            k: directions per block. The first is that of ``k=1``; the further ones are how the prompts' categories
+                depart from it (:mod:`procon.directions.subspace`).
             held_out: prompts to measure :attr:`auroc` on; the built-in held-out ones if not given.
-            check_refusal: generate replies to some malicious prompts first, and warn where none is refused.
+            check_refusal: generate replies to some malicious prompts first, and warn if none is refused.
 
         Memory: one block's input at a time, plus ``2 * L * D`` fp64 sums, those of each category too with ``k > 1``.
 
@@ -375,7 +374,7 @@ def auroc(positive: Tensor, negative: Tensor) -> Tensor:
 def check_k(k: int, prompts: ContrastPrompts) -> None:
     """Raise ProConError unless ``k`` directions per block can be found from the prompts' categories."""
     if not 1 <= k <= MAX_DIRECTIONS:
-        raise ProConError(f"k is {k}: give 1 to {MAX_DIRECTIONS} directions a block")
+        raise ProConError(f"k is {k}: give 1 to {MAX_DIRECTIONS} directions per block")
     categories = len(set(prompts.categories))
     if k > 1 and categories < k:
         raise ProConError(

@@ -1,6 +1,6 @@
-"""Several directions a block: the difference in means first, then the main ways in which categories depart from it.
+"""Several directions per block: the difference in means first, then the main ways in which categories depart from it.
 
-The paper (section III-A) takes one direction a block. With prompt categories ``c``, their differences in means
+The paper (section III-A) takes one direction per block. With prompt categories ``c``, their differences in means
 ``d_c = mean(malicious of c) - mean(benign of c)`` and the first direction ``r``, the further ones are the leading right
 singular vectors of the matrix with the rows ``d_c - <d_c, r> r``: each takes up as much as one direction can of what
 those before it leave of the categories' differences. Together they are orthonormal.
@@ -41,7 +41,7 @@ def orthonormalised(vectors: Tensor) -> Tensor:
 def mean_squared_cosine(one: Tensor, other: Tensor) -> Tensor:
     """``[L]``: mean of the squared cosines of the principal angles between the spans of orthonormal ``[L, K, D]``.
 
-    1 where the spans are the same, 0 where they are at right angles, ``K / D`` on average over random ones. The signed
+    1 if the spans are the same, 0 if they are at right angles, ``K / D`` on average over random ones. The signed
     cosine of single directions would not do for spans, within which the directions may turn.
     """
     return (one.double() @ other.double().mT).square().sum((1, 2)) / one.shape[1]

@@ -47,7 +47,7 @@ def accumulate_gradient(
 ) -> Tensor:
     """Gradient for the hidden states, ``incoming + upstream * coefficient @ direction``, rounded once to ``dtype``.
 
-    ``incoming [N, D]`` is the gradient that arrives for the hidden states, ``upstream`` (one number, or one a token)
+    ``incoming [N, D]`` is the gradient that arrives for the hidden states, ``upstream`` (one number, or one per token)
     that of the penalty; None stands for 0 and for 1. Neither is written to.
     """
     rows, columns = len(coefficient), direction.shape[1]
@@ -80,7 +80,7 @@ def add_gradient(buffer: Tensor, upstream: Tensor, coefficient: Tensor, directio
 
 
 def scaled(coefficient: Tensor, upstream: Tensor | None) -> Tensor:
-    """``coefficient [N, K]`` times one number, or one a token; None stands for 1."""
+    """``coefficient [N, K]`` times one number, or one per token; None stands for 1."""
     if upstream is None:
         return coefficient
     return coefficient * (upstream if upstream.dim() == 0 else upstream.unsqueeze(1))

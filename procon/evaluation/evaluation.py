@@ -77,7 +77,7 @@ class Evaluation:
         degenerate: share of replies, to malicious and benign prompts together, that are no language. Counted apart:
             such a reply is a refusal only if a refusal phrase occurs in it.
         task: share of task replies whose final answer matches the reference exactly; None if no task was given.
-        replies: one dict a reply: ``kind`` ("malicious", "benign" or "task"), ``prompt``, ``reply``, ``refused``,
+        replies: one dict per reply: ``kind`` ("malicious", "benign" or "task"), ``prompt``, ``reply``, ``refused``,
             ``degenerate``, and for a task ``reference`` and ``correct``.
     """
 

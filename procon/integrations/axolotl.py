@@ -36,7 +36,7 @@ _REFUSED = {
     "process_reward_model": "remove process_reward_model: its loss is not constrained",
     "trainer_cls": "remove trainer_cls, or put ProConMixin before that class and drop the plugin",
     "pretraining_dataset": "use datasets: a streamed one has no anchors recorded beforehand",
-    "use_pose": "remove use_pose: positions with gaps do not tell samples apart",
+    "use_pose": "remove use_pose: positions with gaps do not separate samples",
 }
 
 
@@ -76,7 +76,7 @@ class ProConPlugin(BasePlugin):
             the trainer is made, if another plugin brought its own.
     """
 
-    def register(self, cfg: dict) -> None:
+    def register(self, cfg: dict[str, Any]) -> None:
         """Check the YAML file as it was written."""
         if not _is_asked_for(cfg):
             return
@@ -108,10 +108,10 @@ class ProConPlugin(BasePlugin):
     def get_training_args_mixin(self) -> str:
         return f"{__name__}.{ProConAxolotlArguments.__name__}"
 
-    def get_training_args(self, cfg: Mapping) -> dict[str, str] | None:
+    def get_training_args(self, cfg: Mapping[str, Any]) -> dict[str, Any] | None:
         return _settings(cfg) if _is_asked_for(cfg) else None
 
-    def pre_model_load(self, cfg: Mapping) -> None:
+    def pre_model_load(self, cfg: Mapping[str, Any]) -> None:
         """Check the settings that axolotl derived from the YAML file."""
         if self._constrains(cfg) and cfg.get("sample_packing") and not cfg.get("attn_decontaminates_packing"):
             raise ProConError(
@@ -120,7 +120,7 @@ class ProConPlugin(BasePlugin):
                 "flash_attention"
             )
 
-    def get_trainer_cls(self, cfg: Mapping) -> type | None:
+    def get_trainer_cls(self, cfg: Mapping[str, Any]) -> type[ProConMixin] | None:
         if not self._constrains(cfg):
             return None
         # Here, as axolotl has by now patched transformers for this training.
@@ -128,30 +128,30 @@ class ProConPlugin(BasePlugin):
 
         return ProConAxolotlTrainer
 
-    def post_trainer_create(self, cfg: Mapping, trainer: Any) -> None:
+    def post_trainer_create(self, cfg: Mapping[str, Any], trainer: Any) -> None:
         if self._constrains(cfg) and not isinstance(trainer, ProConMixin):
             raise ProConError(
                 f"axolotl made a {type(trainer).__name__}, which has no constraint: put {__name__}.ProConPlugin first "
                 "in plugins, and none that brings a trainer of its own"
             )
 
-    def _constrains(self, cfg: Mapping) -> bool:
+    def _constrains(self, cfg: Mapping[str, Any]) -> bool:
         return _is_asked_for(cfg) and _arguments(cfg).schedule().active
 
 
-def _is_asked_for(cfg: Mapping) -> bool:
+def _is_asked_for(cfg: Mapping[str, Any]) -> bool:
     """axolotl keeps the plugins of an earlier training in the same process."""
     return f"{__name__}.ProConPlugin" in (cfg.get("plugins") or [])
 
 
-def _settings(cfg: Mapping) -> dict[str, str]:
+def _settings(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that are given, as training arguments.
 
     Raises:
         ProConError: if strength is given twice.
     """
     names = [item.name for item in fields(ProConAxolotlArguments)]
-    settings = {name: _text(cfg[name]) for name in names if cfg.get(name) is not None}
+    settings: dict[str, Any] = {name: _text(cfg[name]) for name in names if cfg.get(name) is not None}
     if cfg.get("procon_alpha") is not None:
         if "procon_schedule" in settings:
             raise ProConError("procon_alpha and procon_schedule both say how strong the constraint is: give one")
@@ -160,7 +160,7 @@ def _settings(cfg: Mapping) -> dict[str, str]:
     return settings
 
 
-def _arguments(cfg: Mapping) -> ProConAxolotlArguments:
+def _arguments(cfg: Mapping[str, Any]) -> ProConAxolotlArguments:
     return ProConAxolotlArguments(**_settings(cfg))
 
 

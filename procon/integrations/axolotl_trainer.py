@@ -14,7 +14,9 @@ from procon.training import ProConMixin
 class ProConAxolotlTrainer(ProConMixin, AxolotlTrainer):
     """axolotl's trainer with the constraint in its loss; refusal directions come from ``args.procon_directions``."""
 
-    def __init__(self, *trainer_args: Any, **trainer_kwargs: Any):
+    args: Any  # axolotl's, with ProConAxolotlArguments among its classes
+
+    def __init__(self, *trainer_args: Any, **trainer_kwargs: Any) -> None:
         super().__init__(*trainer_args, directions=trainer_kwargs["args"].procon_directions, **trainer_kwargs)
 
     def _recording_dataloader(self) -> DataLoader:
@@ -24,7 +26,7 @@ class ProConAxolotlTrainer(ProConMixin, AxolotlTrainer):
         # an attention mask that does not keep samples apart.
         pad = padding_collator(self.processing_class)
 
-        def one_sample_a_row(features: list[dict]) -> dict[str, Any]:
+        def one_sample_a_row(features: list[dict[str, Any]]) -> dict[str, Any]:
             return pad([{name: row[name] for name in ("input_ids", "labels")} for row in features])
 
         with self._collating(one_sample_a_row):

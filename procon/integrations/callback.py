@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ class ProConCallback(TrainerCallback, ExportableState):
 
     As training begins it records anchors from the Trainer's own data and collator, then trains through a
     :class:`ConstrainedForward`; as training ends the model is as it was. A training that an error ended leaves the
-    model constrained, until it trains again or :meth:`detach` is called. A resumed training is held to the anchors of
+    model constrained, until it trains again or :meth:`detach` is called. A resumed training keeps the anchors of
     the one it continues, which must still be where they were recorded.
 
     A callback cannot lengthen the training, so the extra warm-up of ``"procon_wu"`` is refused: add its epochs to
@@ -68,7 +68,7 @@ class ProConCallback(TrainerCallback, ExportableState):
         backend: Backend = DEFAULTS.backend,
         fuse: Fuse = DEFAULTS.fuse,
         anchors_dir: str | Path | None = None,
-    ):
+    ) -> None:
         settings = {"schedule": schedule, "blocks": blocks, "penalty": penalty, "units": units}
         for setting, value in {**settings, "backend": backend, "fuse": fuse}.items():
             check_setting(setting, value)
@@ -97,7 +97,7 @@ class ProConCallback(TrainerCallback, ExportableState):
         self._steps_per_epoch = 1
         self._forward: ConstrainedForward | None = None
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, in ``trainer_state.json``: the settings and the anchors' folder."""
         anchors = self._forward.anchors.path.name if self._forward else None
         return {"args": {}, "attributes": {**self._settings, "anchors": anchors}}
@@ -107,10 +107,10 @@ class ProConCallback(TrainerCallback, ExportableState):
         if self._forward is not None:
             self._forward.detach()
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.restore_callback_states_from_checkpoint:
             raise ProConError(
-                "restore_callback_states_from_checkpoint makes callbacks anew, without directions: leave it False; "
+                "restore_callback_states_from_checkpoint makes new callbacks, without directions: leave it False; "
                 "ProConCallback reads its own state"
             )
 
@@ -119,10 +119,11 @@ class ProConCallback(TrainerCallback, ExportableState):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module | None = None,
+        *,
+        model: nn.Module,
+        train_dataloader: DataLoader,
         processing_class: Any = None,
-        train_dataloader: DataLoader | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         left_over = constrained_by(model)
         if left_over is not None:
@@ -138,7 +139,7 @@ class ProConCallback(TrainerCallback, ExportableState):
         if state.global_step > 0:
             anchors = self._reopen_anchors(args, state)
         elif left_over is not None and left_over is self._forward:
-            # The Trainer starts over, with a smaller batch say, and the model may have moved meanwhile.
+            # The Trainer starts over, for example with a smaller batch, and the model may have moved meanwhile.
             anchors = left_over.anchors
         else:
             anchors = self._record_anchors(args, model, train_dataloader)
@@ -153,13 +154,15 @@ class ProConCallback(TrainerCallback, ExportableState):
             self._steps_per_epoch,
         )
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._forward is not None:
             self._forward.alpha = self._schedule.alpha(state.global_step, self._steps_per_epoch)
             self._forward.backwards = 0
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._forward is None or self._forward.alpha == 0:
             return
@@ -170,18 +173,24 @@ class ProConCallback(TrainerCallback, ExportableState):
                 f"constraint was lost: train it in training mode and through its own forward, or {REMEDY}"
             )
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._forward is not None and control.should_save:
             check_finite(float(self._forward.penalty_sum), state.global_step)
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
     ) -> None:
         if self._forward is None or logs is None or "loss" not in logs:
             return
         found = {"procon/alpha": self._forward.alpha}
         sums = torch.tensor([float(self._forward.penalty_sum), self._forward.tokens], device=PartialState().device)
-        penalty, tokens = reduce(sums, "sum").tolist()
+        # Of a mapping, accelerate would make a mapping.
+        penalty, tokens = cast(torch.Tensor, reduce(sums, "sum")).tolist()
         check_finite(penalty, state.global_step)
         if tokens:
             found["procon/penalty"] = penalty / tokens
@@ -189,13 +198,19 @@ class ProConCallback(TrainerCallback, ExportableState):
         logs.update(found)
         state.log_history[-1].update(found)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.detach()
         self._forward = None
 
+    def _starting_state(self, args: TrainingArguments) -> StartingState:
+        # None is what the arguments may be made with: they then name a folder themselves.
+        return StartingState(self._anchors_dir, cast(str, args.output_dir))
+
     def _record_anchors(self, args: TrainingArguments, model: nn.Module, loader: DataLoader) -> Anchors:
         with _random_state_kept(args.device):
-            return StartingState(self._anchors_dir, args.output_dir).record(
+            return self._starting_state(args).record(
                 model,
                 _recording_loader(loader, args),
                 self._directions,
@@ -207,14 +222,16 @@ class ProConCallback(TrainerCallback, ExportableState):
             )
 
     def _reopen_anchors(self, args: TrainingArguments, state: TrainerState) -> Anchors:
-        saved = (state.stateful_callbacks or {}).get(type(self).__name__)
+        # Annotated as a list of callbacks, of which TrainerState makes what each of them keeps.
+        kept = cast("dict[str, Any] | None", state.stateful_callbacks)
+        saved = (kept or {}).get(type(self).__name__)
         if saved is None or saved["attributes"]["anchors"] is None:
             raise ProConError(
                 f"the checkpoint of step {state.global_step} was trained without a constraint, so there are no anchors "
-                "to go on with: start afresh from the model that is to be held"
+                "to go on with: start afresh from the model that is to be constrained"
             )
         check_resumed(saved["attributes"], self._settings, f"the checkpoint of step {state.global_step}")
-        return StartingState(self._anchors_dir, args.output_dir).reopen(saved["attributes"]["anchors"])
+        return self._starting_state(args).reopen(saved["attributes"]["anchors"])
 
 
 def _refuse(args: TrainingArguments, model: nn.Module, loader: DataLoader) -> None:
@@ -233,9 +250,10 @@ def _refuse(args: TrainingArguments, model: nn.Module, loader: DataLoader) -> No
 
 def _recording_loader(loader: DataLoader, args: TrainingArguments) -> DataLoader:
     """This rank's share of what ``loader`` draws from, whole: training may drop other samples in each epoch."""
+    samples = len(cast(Sized, loader.dataset))  # _refuse saw to it
     # A generator of its own: without one, iterating would draw from the global random state of training.
     return DataLoader(
-        Subset(loader.dataset, range(args.process_index, len(loader.dataset), args.world_size)),
+        Subset(loader.dataset, range(args.process_index, samples, args.world_size)),
         batch_size=args.per_device_train_batch_size,
         collate_fn=loader.collate_fn,
         generator=torch.Generator(),

@@ -1,8 +1,8 @@
 """The constraint inside the model's own forward, for frameworks that let neither the collator nor the loss be changed.
 
-Whatever trains on ``outputs.loss`` is then constrained: LLaMA-Factory and unsloth, say. Where the Trainer class can be
-chosen, :class:`procon.training.ProConMixin` is the better way: it has all token scopes and reductions, the warm-up that
-is added to the training, and it looks anchors up in the loader's workers.
+Whatever trains on ``outputs.loss`` is then constrained, for example in LLaMA-Factory and unsloth. If the Trainer class
+can be chosen, :class:`procon.training.ProConMixin` is the better way: it has all token scopes and reductions, the
+warm-up that is added to the training, and it looks anchors up in the loader's workers.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from procon.anchors import Anchors
 from procon.constraint import ProjectionConstraint
 from procon.errors import ProConError
+from procon.models import transformers_model
 from procon.settings import DEFAULTS, Fuse, TokenScope, check_alpha, check_setting
 
 #: The tokens that the model's own loss counts, so that what divides the one divides the other: the trainer hands over
@@ -42,7 +43,7 @@ class ConstrainedForward:
     A training forward is one in training mode with gradients enabled. It needs ``input_ids`` and ``labels``, whose
     tokens are taken to the CPU and looked up there: one synchronisation with the device for each micro-batch.
 
-    The penalty scales as the model's own loss does. Where the trainer hands over ``num_items_in_batch``, the count of
+    The penalty scales as the model's own loss does. If the trainer hands over ``num_items_in_batch``, the count of
     target tokens over the optimiser step, its token sum is divided by that; else it is the mean over the micro-batch.
     So only response tokens, each counting alike, are constrained here.
 
@@ -75,7 +76,7 @@ class ConstrainedForward:
         alpha: float,
         fuse: Fuse = DEFAULTS.fuse,
         tokenizer: PreTrainedTokenizerBase | None = None,
-    ):
+    ) -> None:
         check_setting("fuse", fuse)
         check_alpha(alpha)
         if anchors.scope != SCOPE:
@@ -112,10 +113,10 @@ class ConstrainedForward:
         self._parameters = list(inspect.signature(self._original).parameters)
 
         @functools.wraps(self._original)
-        def forward(*args, **kwargs):
+        def forward(*args: Any, **kwargs: Any) -> Any:
             return self._forward(*args, **kwargs)
 
-        forward.constrained_by = self
+        vars(forward)["constrained_by"] = self
         self._module.forward = self._patch = forward
         return self
 
@@ -139,7 +140,7 @@ class ConstrainedForward:
     def __enter__(self) -> ConstrainedForward:
         return self.attach()
 
-    def __exit__(self, exception: type[BaseException] | None, *_rest) -> None:
+    def __exit__(self, exception: type[BaseException] | None, *_rest: object) -> None:
         try:
             if exception is None:
                 self.check()
@@ -156,7 +157,7 @@ class ConstrainedForward:
             )
 
     @torch.compiler.disable(recursive=False)  # what it calls is compiled: the original forward, as without this
-    def _forward(self, *args, **kwargs):
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.attached:
             return self._original(*args, **kwargs)
         if not (self._module.training and torch.is_grad_enabled()):
@@ -183,7 +184,7 @@ class ConstrainedForward:
         finally:
             self.constraint.enabled = enabled
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def _set_target(self, given: Mapping[str, Any]) -> int:
         """Hold the coming forward to its anchors; returns the number of constrained tokens."""
         if given.get("fused_lm_head"):
@@ -197,7 +198,7 @@ class ConstrainedForward:
             if not isinstance(given.get(name), Tensor):
                 raise ProConError(
                     f"a training forward has no {name}, so its loss is not the model's own and the constraint would "
-                    f"be lost (label smoothing, say, or a compute_loss_func): {REMEDY}"
+                    f"be lost (by label smoothing, for example, or a compute_loss_func): {REMEDY}"
                 )
         batch = self.anchors.annotate(_on_cpu(given), self._decode)
         device = given["input_ids"].device
@@ -205,8 +206,8 @@ class ConstrainedForward:
         self.constraint.set_target(anchors.to(device, non_blocking=True), mask.to(device, non_blocking=True))
         return int(mask.sum())
 
-    @torch.compiler.disable
-    def _add_penalty(self, outputs: Any, count: int, tokens: Tensor):
+    @torch.compiler.disable()
+    def _add_penalty(self, outputs: Any, count: int, tokens: Tensor) -> Any:
         loss = getattr(outputs, "loss", None)
         if not isinstance(loss, Tensor):
             raise ProConError(
@@ -231,8 +232,9 @@ class ConstrainedForward:
 
 def _causal_lm(model: nn.Module) -> nn.Module:
     """The module whose forward takes the labels: below what wraps it for training, and below PEFT."""
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    # Unlike `unwrapped`, below torch.compile too.
+    inner: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    return transformers_model(inner)
 
 
 def constrained_by(model: nn.Module) -> ConstrainedForward | None:
@@ -242,7 +244,7 @@ def constrained_by(model: nn.Module) -> ConstrainedForward | None:
 
 
 def _on_cpu(given: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What tells the sequences of a batch apart, on the CPU by one transfer, and all other tensors as they are."""
+    """What separates the sequences of a batch, on the CPU by one transfer, and all other tensors as they are."""
     shape = given["input_ids"].shape
     batch = {"input_ids": given["input_ids"]}
     for name in ("labels", "attention_mask", "position_ids"):

@@ -119,7 +119,7 @@ def first_moving_block(decoder: Decoder) -> int:
 
 
 def adapter_layer(decoder: Decoder) -> BaseTunerLayer | None:
-    """One of the layers that have adapters: PEFT switches them all together. None where none has."""
+    """One of the layers that have adapters: PEFT switches them all together. None if none has."""
     return next((module for module in decoder.module.modules() if isinstance(module, BaseTunerLayer)), None)
 
 

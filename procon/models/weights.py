@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 def weights_hash(model: nn.Module) -> str:
     """A short hash of all that a model computes with: parameters, buffers and the scales of quantised ones, and which
     adapters are on, how strongly. The same on every device, sharded or not, and whatever floating dtype holds the
-    values. Where they are sharded, all ranks must call."""
+    values. If they are sharded, all ranks must call."""
     digest = hashlib.sha256()
     # First: it brings weights that bitsandbytes has repacked for a CPU back to what they were.
     state = model.state_dict(keep_vars=True)

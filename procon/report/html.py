@@ -141,7 +141,7 @@ def _html_table(runs: Sequence[Run]) -> str:
 
 
 def _html_replies(runs: Sequence[Run]) -> str:
-    """A foldable table of replies a kind of prompt: one row a prompt, one column a run."""
+    """A foldable table of replies per kind of prompt: one row per prompt, one column per run."""
     replies = {
         (reply["kind"], reply["prompt"], place): reply
         for place, run in enumerate(runs)

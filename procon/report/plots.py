@@ -64,7 +64,7 @@ def plot_rates(runs: Sequence[Run]) -> Figure:
 
 
 def plot_drift_by_block(runs: Sequence[Run]) -> Figure:
-    """Signed cosine to the initial direction, block by block, one line a run."""
+    """Signed cosine to the initial direction, block by block, one line per run."""
     figure = new_figure(3.8)
     axes = figure.subplots()
     for run, style in _styled(runs):
@@ -78,7 +78,7 @@ def plot_drift_by_block(runs: Sequence[Run]) -> Figure:
 
 
 def plot_drift_by_step(runs: Sequence[Run]) -> Figure:
-    """Mean cosine to the initial direction over training and, where it was logged, alpha beneath."""
+    """Mean cosine to the initial direction over training and, if it was logged, alpha beneath."""
     if logged(runs, "procon/alpha"):
         figure = new_figure(4.6)
         drift, alpha = figure.subplots(2, sharex=True, height_ratios=(3, 1))
@@ -96,7 +96,7 @@ def plot_drift_by_step(runs: Sequence[Run]) -> Figure:
 
 
 def plot_rates_by_step(runs: Sequence[Run]) -> Figure:
-    """Refusal and task accuracy over training: one panel a measure, one line a run."""
+    """Refusal and task accuracy over training: one panel per measure, one line per run."""
     keys = [key for key in RATE_KEYS if logged(runs, key)]
     figure = new_figure(3.4)
     panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
@@ -149,7 +149,7 @@ def _draw_series(axes: Axes, runs: Sequence[Run], key: str, *, stepped: bool = F
     for run, style in _styled(runs):
         steps, values = run.series(key)
         if steps and stepped:
-            # A row tells of the steps that led up to it.
+            # A row is about the steps that led up to it.
             axes.plot(steps, values, drawstyle="steps-pre", **style)
         elif steps:
             axes.plot(steps, values, marker="o" if len(steps) < 30 else None, markersize=3, **style)

@@ -14,7 +14,7 @@ from procon.report.run import Run
 
 
 def print_table(runs: Sequence[Run], console: Console | None = None) -> None:
-    """Print one row a run. Where the 95% intervals fit too, they stand beside the rates.
+    """Print one row per run. If the 95% intervals fit too, they stand beside the rates.
 
     Args:
         console: where to print; the standard output if not given, as wide as the table needs when that is no terminal.

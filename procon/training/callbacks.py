@@ -9,29 +9,41 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from procon.chat import ContrastPrompts, builtin_prompts
 from procon.directions import ContrastMeans, RefusalDirections
 from procon.errors import ProConError
 from procon.evaluation import Drift, evaluate, measure_drift
+from procon.training.checkpoints import output_folder
 from procon.training.console import log_with_details, show_beside_bar
 from procon.training.drift_gate import DriftGate, GateAction
 
 logger = logging.getLogger(__name__)
+
+_Value = TypeVar("_Value")
 
 
 class ProbeCallback(TrainerCallback, ABC):
     """Logs :meth:`measure` through ``trainer`` every ``steps`` optimiser steps, and after the last one.
 
     Attributes:
-        seconds: wall-clock time spent on measuring so far, to be told from the time spent on training.
+        seconds: wall-clock time spent on measuring so far, not counted as time spent on training.
     """
 
-    def __init__(self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, steps: int):
+    def __init__(self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, steps: int) -> None:
         if steps < 1:
             raise ProConError(f"steps is {steps}: give a number of optimiser steps, 1 or more")
         self.trainer = trainer
@@ -39,13 +51,19 @@ class ProbeCallback(TrainerCallback, ABC):
         self.steps = steps
         self.seconds = 0.0
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.steps == 0 or state.global_step == state.max_steps:
             began, should_log = time.monotonic(), control.should_log
             self.probe(state, control)
             # Logging cleared it, and with it the Trainer's own log of this step.
             control.should_log = should_log
             self.seconds += time.monotonic() - began
+
+    @property
+    def _model(self) -> PreTrainedModel:
+        """The model that trains."""
+        # With an adapter it is PEFT's, which takes from its base what it lacks.
+        return cast(PreTrainedModel, self.trainer.model)
 
     def probe(self, state: TrainerState, control: TrainerControl) -> None:
         """Measure and log."""
@@ -75,7 +93,7 @@ class DriftCallback(ProbeCallback):
         prompts: probe prompts, 64 built-in pairs if not given. The reference is extracted from the same prompts when
             training starts, and kept in the output folder: a resumed run is measured against the same start.
         gate: a floor under the mean cosine, such as 0.9. At the first measurement below it, and again at the first
-            below it after one above it, one warning is logged. A resumed run that is still below tells it anew.
+            below it after one above it, one warning is logged. A resumed run that is still below warns again.
         gate_action: ``"warn"``, or ``"stop"``: training ends after that step, and saves a checkpoint.
 
     Attributes:
@@ -84,6 +102,8 @@ class DriftCallback(ProbeCallback):
     Raises:
         ProConError: for a gate or an action that cannot be; when a run is resumed that has no reference.
     """
+
+    _reference: RefusalDirections  # there from the beginning of training on
 
     def __init__(
         self,
@@ -94,47 +114,52 @@ class DriftCallback(ProbeCallback):
         prompts: ContrastPrompts | None = None,
         gate: float | None = None,
         gate_action: GateAction = "warn",
-    ):
+    ) -> None:
         super().__init__(trainer, tokenizer, steps)
         self.prompts = prompts or builtin_prompts("extraction").first(64)
         self.gate = DriftGate.parse(gate, gate_action)
         self.drift: Drift | None = None
-        self._reference: RefusalDirections | None = None
         self._passed = True
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        path = Path(args.output_dir) / "drift-reference.safetensors"
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        path = output_folder(args) / "drift-reference.safetensors"
         self._passed = True
         if state.global_step > 0:
             self._reference = self._reopen(path)
             return
-        means = ContrastMeans.measure(self.trainer.model, self.tokenizer, self.prompts, progress=False)
+        means = ContrastMeans.measure(self._model, self.tokenizer, self.prompts, progress=False)
         found = replace(RefusalDirections.from_means(means), provenance={"prompts": self.prompts.hash})
         self._reference = _of_main_process(found)
         if args.should_save:
             self._reference.save(path)
         none = torch.where(self._reference.usable, 0.0, torch.nan)
         self.drift = Drift(cosine=none + 1, malicious_shift=none, benign_shift=none)
-        self._show(_summary(self.drift))
+        self._show(_summary(self.drift), self.drift)
 
     def probe(self, state: TrainerState, control: TrainerControl) -> None:
-        logs = self.measure()
-        passed = self.gate is None or self.gate.passes(self.drift)
+        drift, gate = self._measure_drift(), self.gate
+        logs = _summary(drift)
+        passed = gate is None or gate.passes(drift)
         crossed = self._passed and not passed
         self._passed = passed
-        self._show({**logs, "procon/drift_gate": 1.0} if crossed else logs)
-        if not crossed:
+        self._show({**logs, "procon/drift_gate": 1.0} if crossed else logs, drift)
+        if gate is None or not crossed:
             return
         if state.is_world_process_zero:
-            logger.warning(self.gate.message(self.drift, state.global_step))
-        if self.gate.action == "stop":
+            logger.warning(gate.message(drift, state.global_step))
+        if gate.action == "stop":
             control.should_training_stop = control.should_save = True
 
     def measure(self) -> dict[str, float]:
-        found = measure_drift(self.trainer.model, self.tokenizer, self._reference, self.prompts, progress=False)
+        return _summary(self._measure_drift())
+
+    def _measure_drift(self) -> Drift:
+        found = measure_drift(self._model, self.tokenizer, self._reference, self.prompts, progress=False)
         # Ranks round differently, and one that stopped alone would leave the others waiting for it.
-        self.drift = _of_main_process(found)
-        return _summary(self.drift)
+        self.drift = drift = _of_main_process(found)
+        return drift
 
     def _reopen(self, path: Path) -> RefusalDirections:
         """The reference of the run that is resumed: the model that it started from is no longer there to measure."""
@@ -151,11 +176,11 @@ class DriftCallback(ProbeCallback):
             )
         return found
 
-    def _show(self, logs: dict[str, float]) -> None:
-        log_with_details(self.trainer, logs, _by_block(self.drift))
-        block, lowest = self.drift.lowest
+    def _show(self, logs: dict[str, float], drift: Drift) -> None:
+        log_with_details(self.trainer, logs, _by_block(drift))
+        block, lowest = drift.lowest
         # Short, since tqdm cuts what does not fit into 80 columns beside its own counts.
-        show_beside_bar(self.trainer, f"drift cos {self.drift.mean_cosine:.3f}, block {block}: {lowest:.3f}")
+        show_beside_bar(self.trainer, f"drift cos {drift.mean_cosine:.3f}, block {block}: {lowest:.3f}")
 
 
 def _summary(drift: Drift) -> dict[str, float]:
@@ -174,7 +199,7 @@ def _by_block(drift: Drift) -> dict[str, float]:
     return {f"procon/drift_cos_block/{block:0{digits}}": value for block, value in cosines if not math.isnan(value)}
 
 
-def _of_main_process(value):
+def _of_main_process(value: _Value) -> _Value:
     found = [value]
     broadcast_object_list(found)
     return found[0]
@@ -196,10 +221,10 @@ class EvaluationCallback(ProbeCallback):
         *,
         steps: int = 50,
         prompts: ContrastPrompts | None = None,
-        task: Sequence[dict] | None = None,
+        task: Sequence[dict[str, Any]] | None = None,
         max_new_tokens: int = 24,
         task_max_new_tokens: int = 64,
-    ):
+    ) -> None:
         super().__init__(trainer, tokenizer, steps)
         self.prompts = prompts or builtin_prompts("validation").first(24)
         self.task = task
@@ -208,7 +233,7 @@ class EvaluationCallback(ProbeCallback):
 
     def measure(self) -> dict[str, float]:
         found = evaluate(
-            self.trainer.model,
+            self._model,
             self.tokenizer,
             prompts=self.prompts,
             task=self.task,

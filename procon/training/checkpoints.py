@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
+from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from procon.directions import DIRECTIONS, RefusalDirections
@@ -15,13 +17,19 @@ _SETTINGS = "procon.json"
 _TRAINER_STATE = "trainer_state.json"
 
 
-def write_settings(folder: Path, settings: dict, directions: RefusalDirections) -> None:
+def output_folder(args: TrainingArguments) -> Path:
+    """The run's own folder."""
+    # None is what they may be made with: they then name one themselves.
+    return Path(cast(str, args.output_dir))
+
+
+def write_settings(folder: Path, settings: dict[str, Any], directions: RefusalDirections) -> None:
     """Put the constraint's settings and directions beside a model."""
     directions.save(folder / DIRECTIONS)
     save_json(settings, folder / _SETTINGS)
 
 
-def read_settings(checkpoint: Path) -> dict:
+def read_settings(checkpoint: Path) -> dict[str, Any]:
     """The settings that a checkpoint was trained with.
 
     Raises:
@@ -47,7 +55,7 @@ def last_complete(output_dir: str | Path) -> Path | None:
 
 def _is_complete(checkpoint: Path) -> bool:
     try:
-        # The Trainer writes its state last, so where that is whole, the rest is too.
+        # The Trainer writes its state last, so if that is whole, the rest is too.
         json.loads((checkpoint / _TRAINER_STATE).read_text())
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return False

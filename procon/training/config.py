@@ -60,9 +60,11 @@ class ProConArguments:
         default=None, metadata={"help": "Where initial projections are kept; OUTPUT_DIR/_anchors if not given."}
     )
 
-    def __post_init__(self):
-        if hasattr(super(), "__post_init__"):
-            super().__post_init__()
+    def __post_init__(self) -> None:
+        # Of the arguments that it is mixed into, if they have one.
+        others = getattr(super(), "__post_init__", None)
+        if others is not None:
+            others()
         self.constraint_settings()
 
     def constraint_settings(self) -> ConstraintSettings:

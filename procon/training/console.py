@@ -1,8 +1,8 @@
-"""What of a log is shown while training runs: the console has room for a few numbers, trackers and files for all."""
+"""Which logged values the console shows: it has room for a few; trackers and files get all."""
 
 from __future__ import annotations
 
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 
 def log_with_details(trainer: Trainer, logs: dict[str, float], details: dict[str, float]) -> None:
@@ -26,12 +26,12 @@ def log_with_details(trainer: Trainer, logs: dict[str, float], details: dict[str
 
 
 def show_beside_bar(trainer: Trainer, text: str) -> None:
-    """Put ``text`` behind the progress bar of training, where there is one: on the main process, with tqdm."""
+    """Put ``text`` behind the progress bar of training, if there is one: on the main process, with tqdm."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
             callback.training_bar.set_postfix_str(text)
 
 
-def _prints(callback) -> bool:
+def _prints(callback: TrainerCallback) -> bool:
     # TRL's bars, by rich, are of another class, and go by the same name.
     return isinstance(callback, PrinterCallback) or hasattr(callback, "training_bar")

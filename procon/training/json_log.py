@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import rewrite_logs
 
 from procon.files import write_text
+from procon.training.checkpoints import output_folder
 
 
 class JsonlCallback(TrainerCallback):
@@ -22,17 +24,19 @@ class JsonlCallback(TrainerCallback):
         path: the file; ``log.jsonl`` in the output folder if not given.
     """
 
-    def __init__(self, path: str | Path | None = None):
+    def __init__(self, path: str | Path | None = None) -> None:
         self.path = Path(path) if path else None
         self._begun = False
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._begun = False
 
-    def on_log(self, args, state, control, **kwargs):
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        path = self.path or Path(args.output_dir) / "log.jsonl"
+        path = self.path or output_folder(args) / "log.jsonl"
         if self._begun:
             with path.open("a") as file:
                 file.write(_line(state.log_history[-1]))
@@ -42,7 +46,7 @@ class JsonlCallback(TrainerCallback):
         self._begun = True
 
 
-def _line(entry: dict) -> str:
+def _line(entry: dict[str, Any]) -> str:
     values = {name: value for name, value in entry.items() if name != "step"}
     values = {"step": entry["step"], **rewrite_logs(values)}
     finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}

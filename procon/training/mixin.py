@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from procon.anchors import AnchoredCollator, Anchors, StartingState, check_resumed, require_length
 from procon.constraint import ProjectionConstraint, check_finite, constrained_tokens, refuse_data_parallel
 from procon.directions import DIRECTIONS, RefusalDirections
 from procon.errors import ProConError
-from procon.training.checkpoints import last_complete, read_settings, write_settings
+from procon.training.checkpoints import last_complete, output_folder, read_settings, write_settings
 from procon.training.config import ProConArguments, ProConConfig
 from procon.training.loss_scale import loss_scale
 from procon.training.model_card import describe, write_section
@@ -34,8 +36,17 @@ _TARGET = ("anchors", "constraint_mask")
 _SAME_WHEN_RESUMED = ("schedule", "scope", "penalty", "units", "reduction", "blocks", "directions")
 
 
-if TYPE_CHECKING:  # it extends whatever trainer it stands before
-    from transformers import Trainer as _Trainer
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    class _Trainer(Trainer):
+        """The trainer that the mixin stands before, with what constrained training makes sure of."""
+
+        args: ProConConfig  # or any other class with ProConArguments
+        model: PreTrainedModel  # or PEFT's, which takes from its base what it lacks
+        processing_class: Any
+        train_dataset: Any
+
 else:
     _Trainer = object
 
@@ -46,7 +57,7 @@ class ProConMixin(_Trainer):
         class MyProConTrainer(ProConMixin, MyTrainer): ...
 
     The penalty scales as CE does: its token sum is divided by the constrained tokens of the whole optimiser step, over
-    micro-batches and ranks. Where alpha is 0, hooks do nothing; a schedule that is 0 throughout records no anchors, and
+    micro-batches and ranks. If alpha is 0, hooks do nothing; a schedule that is 0 throughout records no anchors, and
     the class is the one that it extends.
 
     Args:
@@ -62,11 +73,11 @@ class ProConMixin(_Trainer):
         ProConError: if directions are missing or do not fit, or the set-up would lose the constraint.
     """
 
-    args: ProConConfig  # or any other class with ProConArguments
+    _directions: RefusalDirections  # there once there is a constraint
 
     def __init__(
         self, *trainer_args: Any, directions: RefusalDirections | str | Path | None = None, **trainer_kwargs: Any
-    ):
+    ) -> None:
         super().__init__(*trainer_args, **trainer_kwargs)
         args = self.args
         if not isinstance(args, ProConArguments):
@@ -78,7 +89,6 @@ class ProConMixin(_Trainer):
         args.constraint_settings()  # once more, as they may have been set since args was made
         self.alpha_schedule = args.schedule()
         self.constraint: ProjectionConstraint | None = None
-        self._directions: RefusalDirections | None = None
         self._anchors: Anchors | None = None
         self._steps_per_epoch = 1
         self._resumed_steps_per_epoch: int | None = None
@@ -89,7 +99,7 @@ class ProConMixin(_Trainer):
             return
         refuse_data_parallel(args.n_gpu)
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
-            raise ProConError("FSDP 1 flattens the parameters that anchors are told by: set version 2 in fsdp_config")
+            raise ProConError("FSDP 1 flattens the parameters that identify anchors: set version 2 in fsdp_config")
         if self.get_sp_size() > 1:
             raise ProConError(
                 "DeepSpeed's sequence parallelism has ranks average the model's own loss, which leaves the penalty "
@@ -110,39 +120,40 @@ class ProConMixin(_Trainer):
         """Strength of the constraint at the current optimiser step."""
         return self.alpha_schedule.alpha(self.state.global_step, self._steps_per_epoch)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; records anchors first, in the state that training starts from, unless they are there already."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ProConError(f"no complete checkpoint in {self.args.output_dir!r} to resume from: start afresh")
-        checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        found = last_complete(output_folder(self.args)) if resume_from_checkpoint is True else resume_from_checkpoint
+        if resume_from_checkpoint is True and found is None:
+            raise ProConError(f"no complete checkpoint in {self.args.output_dir!r} to resume from: start afresh")
+        checkpoint = str(found) if found else None
         if not self.alpha_schedule.active:
             return super().train(checkpoint, *args, **kwargs)
-        if self.constraint is None:
-            self._make_constraint(
+        constraint = self.constraint
+        if constraint is None:
+            constraint = self._make_constraint(
                 RefusalDirections.load(Path(checkpoint) / DIRECTIONS) if checkpoint else self._extract()
             )
         self._resumed_steps_per_epoch = None
-        self._anchors = self._reopen_anchors(Path(checkpoint)) if checkpoint else None
-        with self.constraint.attach(self.model, fuse=self.args.procon_fuse):
+        self._anchors = self._reopen_anchors(constraint, Path(checkpoint)) if checkpoint else None
+        with constraint.attach(self.model, fuse=self.args.procon_fuse):
             return super().train(checkpoint, *args, **kwargs)
 
-    def _make_constraint(self, directions: RefusalDirections) -> None:
+    def _make_constraint(self, directions: RefusalDirections) -> ProjectionConstraint:
         settings = self.args.constraint_settings()
         self._directions = directions
-        self.constraint = ProjectionConstraint(
+        self.constraint = constraint = ProjectionConstraint(
             directions,
             blocks=settings.blocks,
             penalty=settings.penalty,
             units=settings.units,
             backend=settings.backend,
         )
+        return constraint
 
     def _extract(self) -> RefusalDirections:
-        """The directions of the model as it is; of the main process where there are several."""
+        """The directions of the model as it is; of the main process if there are several."""
         main = self.is_world_process_zero()
-        found: list[RefusalDirections | ProConError | None] = [None]
+        found: list[Any] = [None]
         # Not yet sharded, the model may be whole on the main process alone. Sharded already, it needs all of them.
         if main or getattr(self, "is_distributed_loading_by_transformers", False):
             progress = main and not self.args.disable_tqdm
@@ -156,14 +167,18 @@ class ProConMixin(_Trainer):
             raise found[0]
         return found[0]
 
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | bool | None
+    ) -> tuple[nn.Module, DataLoader]:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.constraint is not None and self._anchors is None:
             # Now that the model is where it will train: on its device, sharded, in its precision.
-            self._anchors = self._collator.anchors = self._record_anchors()
+            self._anchors = self._collator.anchors = self._record_anchors(self.constraint)
         return prepared
 
-    def set_initial_training_values(self, args, dataloader):
+    def set_initial_training_values(
+        self, args: TrainingArguments, dataloader: DataLoader
+    ) -> tuple[int, int, int, int, int, int | None, int]:
         """The training's length, with the schedule's extra warm-up added before it."""
         epochs, per_epoch, examples, samples, batch_size, steps_in_epoch, max_steps = (
             super().set_initial_training_values(args, dataloader)
@@ -186,14 +201,14 @@ class ProConMixin(_Trainer):
         with self._collating(self._collator):
             return super().get_train_dataloader()
 
-    def get_batch_samples(self, *args, **kwargs):
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Tensor | int | None]:
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         if self.constraint is not None and self.alpha > 0:
             self._constrained_tokens = self._count_constrained(batches)
             self._penalty_steps += 1
         return batches, num_items_in_batch
 
-    def training_step(self, *args, **kwargs) -> Tensor:
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         try:
             return super().training_step(*args, **kwargs)
         finally:
@@ -206,40 +221,50 @@ class ProConMixin(_Trainer):
         prepared = super()._prepare_inputs({name: value for name, value in inputs.items() if name not in target})
         return {**prepared, **target}
 
-    def _prepare_context_parallel_inputs(self, model, inputs):
+    def _prepare_context_parallel_inputs(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[Callable[..., Any], dict[str, Any]]:
         """Anchors and mask are split along the sequence as the inputs are."""
         context, inputs = super()._prepare_context_parallel_inputs(model, inputs)
         target = [inputs[name] for name in _TARGET if name in inputs]
         if self.get_cp_size() > 1 and target:
-            given = context.keywords
+            sharding = cast("partial[Any]", context)  # as it is under context parallelism
+            given = sharding.keywords
             context = partial(
-                context.func,
+                sharding.func,
                 buffers=[*given["buffers"], *target],
                 buffer_seq_dims=[*given["buffer_seq_dims"], *(1 for _ in target)],
                 no_restore_buffers={*given["no_restore_buffers"], *target},
             )
         return context, inputs
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
         anchors, mask = (inputs.pop(name, None) for name in _TARGET)
-        alpha = self.alpha if self.constraint is not None and model.training else 0.0
-        if self.constraint is not None:
-            self.constraint.enabled = alpha > 0
-        if alpha == 0:
+        constraint = self.constraint
+        alpha = self.alpha if constraint is not None and model.training else 0.0
+        if constraint is not None:
+            constraint.enabled = alpha > 0
+        if constraint is None or alpha == 0:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         if anchors is None or mask is None:
             raise ProConError("the batch has no anchors: leave get_train_dataloader and the collator to ProConMixin")
-        self.constraint.set_target(anchors, mask)
+        constraint.set_target(anchors, mask)
         # Outputs only if they are asked for: some trainers run a second forward to make them.
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
-        loss, *outputs = found if return_outputs else (found,)
+        loss, outputs = found if isinstance(found, tuple) else (found, None)
         # This micro-batch's share of the mean over the optimiser step; shares of all micro-batches add up to it.
-        share = self.constraint.penalty(self._constrained_tokens).to(loss.device)
+        share = constraint.penalty(self._constrained_tokens).to(loss.device)
         self._penalty_sum += share.detach()
         loss = loss + alpha * loss_scale(self, num_items_in_batch) * share
-        return (loss, *outputs) if return_outputs else loss
+        return (loss, outputs) if return_outputs else loss
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.constraint is not None and "loss" in logs:
             logs["procon/alpha"] = self.alpha_schedule.alpha(max(self.state.global_step - 1, 0), self._steps_per_epoch)
             if self._penalty_steps:
@@ -248,32 +273,32 @@ class ProConMixin(_Trainer):
                 self._penalty_steps = 0
         super().log(logs, *args, **kwargs)
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.constraint is not None:
             self._check_penalty()
         if self.args.push_to_hub:
             # Of a checkpoint, the Trainer copies to the folder that it uploads only files that it knows.
-            self._describe(self.args.output_dir)
+            self._describe(output_folder(self.args))
         super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model and, beside it, the directions, ``procon.json`` and a section of the model card."""
         super().save_model(output_dir, _internal_call)
-        self._describe(output_dir or self.args.output_dir)
+        self._describe(Path(output_dir) if output_dir else output_folder(self.args))
 
-    def create_model_card(self, *args, **kwargs) -> None:
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
-        self._describe(self.args.output_dir)
+        self._describe(output_folder(self.args))
 
-    def _describe(self, folder: str) -> None:
+    def _describe(self, folder: Path) -> None:
         """Write beside the model how it was constrained; nothing where it was not."""
-        if self._anchors is None or not self.args.should_save:
+        if self.constraint is None or self._anchors is None or not self.args.should_save:
             return
-        settings = self._settings()
-        write_settings(Path(folder), settings, self._directions)
-        write_section(Path(folder) / "README.md", describe(settings, self._directions, self.state.log_history))
+        settings = self._settings(self.constraint)
+        write_settings(folder, settings, self._directions)
+        write_section(folder / "README.md", describe(settings, self._directions, self.state.log_history))
 
-    def _settings(self) -> dict:
+    def _settings(self, constraint: ProjectionConstraint) -> dict[str, Any]:
         args = self.args
         return {
             "version": __version__,
@@ -282,31 +307,31 @@ class ProConMixin(_Trainer):
             "penalty": args.procon_penalty,
             "units": args.procon_units,
             "reduction": args.procon_reduction,
-            "blocks": list(self.constraint.blocks),
+            "blocks": list(constraint.blocks),
             "directions": self._directions.hash,
             "anchors": self._anchors.fingerprint if self._anchors else None,
             "steps_per_epoch": self._steps_per_epoch,
         }
 
     def _starting_state(self) -> StartingState:
-        return StartingState(self.args.procon_anchors_dir, self.args.output_dir)
+        return StartingState(self.args.procon_anchors_dir, output_folder(self.args))
 
-    def _record_anchors(self) -> Anchors:
+    def _record_anchors(self, constraint: ProjectionConstraint) -> Anchors:
         args = self.args
         with self.compute_loss_context_manager():
             return self._starting_state().record(
                 self.model,
                 self._recording_dataloader(),
                 self._directions,
-                blocks=self.constraint.blocks,
+                blocks=constraint.blocks,
                 scope=args.procon_scope,
                 backend=args.procon_backend,
                 precision=self.accelerator.mixed_precision,
                 progress=not args.disable_tqdm,
             )
 
-    def _reopen_anchors(self, checkpoint: Path) -> Anchors:
-        found, settings = read_settings(checkpoint), self._settings()
+    def _reopen_anchors(self, constraint: ProjectionConstraint, checkpoint: Path) -> Anchors:
+        found, settings = read_settings(checkpoint), self._settings(constraint)
         expected = {name: settings[name] for name in _SAME_WHEN_RESUMED}
         check_resumed(found, expected, f"checkpoint {str(checkpoint)!r}")
         self._resumed_steps_per_epoch = found.get("steps_per_epoch")
@@ -318,7 +343,7 @@ class ProConMixin(_Trainer):
         if before is None or all(phase.steps(before) == phase.steps(now) for phase in self.alpha_schedule.phases):
             return
         raise ProConError(
-            f"the checkpoint was trained with {before} steps an epoch, not {now}, and the schedule counts in epochs: "
+            f"the checkpoint was trained with {before} steps per epoch, not {now}, and the schedule counts in epochs: "
             "keep ranks times batch size times gradient accumulation steps as it was"
         )
 
@@ -337,15 +362,19 @@ class ProConMixin(_Trainer):
         share = order[self.args.process_index // together :: self.args.world_size // together]
         # A generator of its own: without one, iterating would draw from the global random state of training.
         return DataLoader(
-            Subset(dataset, share),
+            Subset(dataset, share),  # pyright: ignore[reportArgumentType]  # the datasets' Dataset does as well
             batch_size=self.args.per_device_train_batch_size,
             collate_fn=collator,
             generator=torch.Generator(),
         )
 
-    def _count_constrained(self, batches: list[dict]) -> Tensor:
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        # Of a mapping, accelerate would make a mapping.
+        return cast(Tensor, self.accelerator.reduce(tensor, "sum"))
+
+    def _count_constrained(self, batches: list[dict[str, Any]]) -> Tensor:
         """Constrained tokens of the optimiser step: all its micro-batches and ranks."""
-        reduce = self.accelerator.reduce if self.args.world_size > 1 else None
+        reduce = self._sum_over_ranks if self.args.world_size > 1 else None
         count = constrained_tokens(batches, reduce, device=self.args.device)
         # As the Trainer does for CE: ranks that share a batch have each counted it.
         return count / (self.get_tp_size() * self.get_cp_size())
@@ -353,12 +382,12 @@ class ProConMixin(_Trainer):
     def _check_penalty(self) -> float:
         """The penalty summed over the logging window and the ranks; stops a run whose hidden states went bad."""
         # Each rank of tensor parallelism has the penalty of the whole batch.
-        total = self.accelerator.reduce(self._penalty_sum / self.get_tp_size(), "sum").item()
+        total = self._sum_over_ranks(self._penalty_sum / self.get_tp_size()).item()
         check_finite(total, self.state.global_step)
         return total
 
     @contextmanager
-    def _collating(self, collator) -> Iterator[None]:
+    def _collating(self, collator: Callable[[list[Any]], Any]) -> Iterator[None]:
         original, self.data_collator = self.data_collator, collator
         try:
             yield

@@ -1,10 +1,11 @@
-"""The section of a model card that tells how refusal was anchored."""
+"""The section of a model card on how refusal was anchored."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import metadata_load, metadata_save
 
@@ -37,7 +38,7 @@ Nothing of ProCon is in the model, which loads and runs as any other of its kind
 {rows}
 
 Not measured in this run: {unmeasured}.
-A model can route around one direction a block, so measure what it does: `procon eval --model FOLDER`, and
+A model can route around one direction per block, so measure what it does: `procon eval --model FOLDER`, and
 `procon drift --start MODEL --tuned FOLDER` against the model it started from.
 
 The directions, from a copy of this folder:
@@ -61,13 +62,13 @@ directions = RefusalDirections.load(folder)
 ```"""
 
 
-def describe(settings: dict, directions: RefusalDirections, log_history: Sequence[dict]) -> str:
+def describe(settings: dict[str, Any], directions: RefusalDirections, log_history: Sequence[dict[str, Any]]) -> str:
     """The section, in Markdown.
 
     Args:
         settings: what ``procon.json`` holds.
         directions: those of the run.
-        log_history: the Trainer's, of which the last value of each measure is told.
+        log_history: the Trainer's, of which the last value of each measure is shown.
     """
     rows = {
         "strength (alpha)": _strength(AlphaSchedule.parse(settings["schedule"])),
@@ -107,13 +108,13 @@ def write_section(card: Path, section: str) -> None:
 
 
 def _strength(schedule: AlphaSchedule) -> str:
-    def tell(number: int, phase: Phase) -> str:
+    def describe_phase(number: int, phase: Phase) -> str:
         if phase.length is None:
             return f"{phase.alpha:g} {'throughout' if number == 0 else 'to the end'}"
         unit = {"ep": "epoch", "steps": "step"}[phase.unit] + ("" if phase.length == 1 else "s")
         return f"{phase.alpha:g} for {phase.length:g} {'extra ' if number < schedule.extra else ''}{unit}"
 
-    phases = ", then ".join(tell(number, phase) for number, phase in enumerate(schedule.phases))
+    phases = ", then ".join(describe_phase(number, phase) for number, phase in enumerate(schedule.phases))
     return f"{phases} (`{schedule}`)"
 
 
@@ -132,7 +133,7 @@ _CONTROLS = {
 
 
 def _origin(directions: RefusalDirections) -> str:
-    """How many directions a block there are, and where they came from, as far as they tell."""
+    """How many directions per block there are, and where they came from, as far as their provenance says."""
     provenance = directions.provenance
     several = f", {directions.k} a block" if directions.k > 1 else ""
     for name, control in _CONTROLS.items():
@@ -148,7 +149,7 @@ def _origin(directions: RefusalDirections) -> str:
     return origin if rate is None else f"{origin}; it then refused {rate:.0%} of malicious ones"
 
 
-def _last(log_history: Sequence[dict], name: str, form: str) -> str | None:
+def _last(log_history: Sequence[dict[str, Any]], name: str, form: str) -> str | None:
     for entry in reversed(log_history):
         if name in entry:
             return f"{form.format(entry[name])} at step {entry['step']}"
