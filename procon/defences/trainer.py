@@ -25,9 +25,9 @@ class DefenceTrainer(Trainer):
     """
 
     # The Trainer's are None without a model, and before it trains.
-    model: nn.Module  # pyright: ignore[reportIncompatibleVariableOverride]
-    model_wrapped: nn.Module  # pyright: ignore[reportIncompatibleVariableOverride]
-    optimizer: torch.optim.Optimizer  # pyright: ignore[reportIncompatibleVariableOverride]
+    model: nn.Module
+    model_wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
