@@ -42,7 +42,7 @@ def test_no_sentence_occurs_twice():
 
 
 def test_twins_are_on_one_topic():
-    """Twins share more words with each other than with the average prompt, so topic does not tell the sides apart."""
+    """Twins share more words with each other than with the average prompt, so topic does not separate the sides."""
 
     def overlap(a: str, b: str) -> float:
         first, second = set(normalised(a).split()), set(normalised(b).split())

@@ -1,4 +1,4 @@
-"""The command line: quick help, settings from flags and YAML, and bad input told in one line that leaves nothing."""
+"""The command line: quick help, settings from flags and YAML, and bad input reported in one line that leaves nothing."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The constraint in every kind of decoder: experts, tied embeddings, other norms and blocks, models with an eye."""
+"""The constraint in every kind of decoder: experts, tied embeddings, other norms and blocks, vision-language models."""
 
 import copy
 
@@ -145,7 +145,7 @@ TEXT = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-#: Three blocks too, so that no count tells them from the decoder's.
+#: Three blocks too, so that no count separates them from the decoder's.
 EYE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 EYE |= {"image_size": 16, "patch_size": 4}
 QWEN_EYE = {"depth": 3, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}

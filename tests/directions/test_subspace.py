@@ -1,4 +1,4 @@
-"""Several directions a block: how they are found, kept, recorded and penalised, each by a definition written out."""
+"""Several directions per block: how they are found, kept, recorded and penalised, each by a definition written out."""
 
 import json
 from dataclasses import replace

@@ -102,7 +102,7 @@ def test_a_rotation_of_the_stream_is_its_cosine(model, reference, drift, tokeniz
 
 
 def test_malicious_prompts_that_went_over_to_the_benign_side(model, reference, drift):
-    """What the malicious side loses is told in gaps: -1 where it lies where the benign one lay."""
+    """What the malicious side loses is given in gaps: -1 where it lies where the benign one lay."""
     swapped = drift(ContrastPrompts(PROMPTS.benign, PROMPTS.malicious))
     assert_blocks(swapped.cosine, [-1, -1])
     assert_blocks(swapped.malicious_shift, [-1, -1])

@@ -43,7 +43,7 @@ def log_odds(model, tokenizer, prompt: str, tokens: list[int]) -> float:
 def test_log_odds_by_definition(model, tokenizer):
     found = refusal_log_odds(model, tokenizer, TOKENS, PROMPTS.malicious)
     expected = torch.tensor([log_odds(model, tokenizer, prompt, TOKENS) for prompt in PROMPTS.malicious])
-    assert expected.std() > 0.1  # prompts can be told apart
+    assert expected.std() > 0.1  # prompts differ
     torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
 
 

@@ -100,7 +100,7 @@ def test_warm_up_is_added_and_resumed(axolotl_train, tiny_model, tmp_path):
     result = axolotl_train(procon_schedule="procon_wu:1@1ep", save_steps=2)
     assert result.returncode == 0, result.stderr[-4000:]
     out = tmp_path / "out"
-    # Four steps an epoch: one epoch of warm-up, and the one that was asked for.
+    # Four steps per epoch: one epoch of warm-up, and the one that was asked for.
     assert logged(out / "checkpoint-8", "procon/alpha") == [1, 1, 1, 1, 0, 0, 0, 0]
     first, *rest = logged(out / "checkpoint-8", "procon/penalty")
     assert first < 1e-9 < min(rest)

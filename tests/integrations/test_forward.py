@@ -187,7 +187,7 @@ def test_training_does_not_notice_alpha_0_nor_the_recording(tiny_model, tokenize
         return pad(features)
 
     def losses(*callbacks):
-        # GPT-2 has dropout, so its losses tell the random state.
+        # GPT-2 has dropout, so its losses show the random state.
         model = tiny_model("gpt2", resid_pdrop=0.3)
         torch.manual_seed(0)
         return [row["loss"] for row in training(model, samples, drawing, tmp_path, callbacks)]
@@ -224,7 +224,7 @@ def test_callback_trains_as_the_trainer_does(tiny_model, tokenizer, samples, tmp
 
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}])
 def test_anchors_are_recorded_in_the_precision_of_training(tiny_model, tokenizer, samples, tmp_path, precision):
-    # One row a batch, so that training computes the very numbers that were recorded; in another precision they would
+    # One row per batch, so that training computes the very numbers that were recorded; in another precision they would
     # differ by some 1e-5.
     settings = {"max_steps": 1, "use_cpu": True, "per_device_train_batch_size": 1, **precision}
     for _ in range(2):

@@ -168,7 +168,7 @@ def test_the_weights_hash_follows_buffers():
     model = nn.Module()
     model.register_buffer("qweight", torch.arange(12, dtype=torch.int32) * 2**24)
     model.register_buffer("scales", torch.ones(3, dtype=torch.float16))
-    model.register_buffer("mask", torch.ones(3), persistent=False)  # made anew, not loaded
+    model.register_buffer("mask", torch.ones(3), persistent=False)  # made again, not loaded
     first = weights_hash(model)
     model.mask += 1
     assert weights_hash(model) == first

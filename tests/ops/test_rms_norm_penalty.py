@@ -358,7 +358,7 @@ def test_autocast_changes_nothing(backend, device, dtype):
 
 
 def test_what_stays_alive_until_backward(backend, device):
-    """The hidden states themselves, which the residual stream keeps anyway, and a few numbers a token: no copies."""
+    """The hidden states themselves, which the residual stream keeps anyway, and a few numbers per token: no copies."""
     tokens, size = 512, 64
     given = inputs(tokens, size, 1, (torch.bfloat16,) * 2, device)
     hidden, norm_weight = given["hidden"].requires_grad_(), given["norm_weight"].requires_grad_()

@@ -32,7 +32,7 @@ def place(place, tiny_model, random_directions) -> Path:
 
 
 def steps(printed: str) -> list[dict[str, float]]:
-    """The numbers of the lines that tell of a step."""
+    """The numbers of the lines about a step."""
     lines = [line.split() for line in printed.splitlines() if line.startswith("step ")]
     return [{line[i]: float(line[i + 1]) for i in range(2, len(line), 2)} for line in lines]
 

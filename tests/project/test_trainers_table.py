@@ -41,7 +41,7 @@ COLUMNS = {
     "DDP": ("2 ranks DDP",),
     "FSDP2": ("2 ranks FSDP2",),
 }
-#: As in the issue that asked for the table: by what varies, the plain way first.
+#: By what varies, the plain way first.
 ORDER = (*COLUMNS["1"][:-1], "2 ranks DDP", "2 ranks FSDP2", "compiled")
 
 #: Where alpha is 0, these are the classes that they extend.
@@ -78,7 +78,7 @@ def test_gradients_are_right_or_refused(ranks, tmp_path):
     recorded = json.loads(RECORD.read_text())
     for row, cells in found.items():
         for column, cell in cells.items():
-            assert recorded[row]["cells"][column].get("refused") == cell.get("refused"), f"{row}, {column}: record anew"
+            assert recorded[row]["cells"][column].get("refused") == cell.get("refused"), f"{row}, {column}: record again"
 
 
 def test_no_cell_is_blank():

@@ -26,7 +26,7 @@ from procon.models import find_decoder, observe_block_inputs
 
 VOCABULARY, WIDTH, BLOCKS = 64, 64, 3
 
-#: So much that the penalty's gradient outweighs that of CE, from which it is told by a difference.
+#: So much that the penalty's gradient outweighs that of CE, from which a difference separates it.
 ALPHA = 100.0
 
 #: Two groups of four whose lengths add up alike: a row each where sequences are packed.

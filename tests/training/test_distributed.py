@@ -41,7 +41,7 @@ SHORT = {"fsdp2_lora", "fsdp2_main_only", "fsdp2_at_load", "tensor_parallel", "c
 #: The run on one rank that a case is compared with, if not with the one under ProCon_s.
 EXPECTED = {"fsdp2_checkpointed": "ddp_warm_up", "zero3": "ddp_warm_up", "fsdp2_lora": "lora", "zero3_lora": "lora"}
 
-#: By case, a part of what every rank is told.
+#: By case, a part of what every rank reports.
 REFUSED = {
     "not_a_number": "penalty became nan by step 1",
     "first_version": "set version 2 in fsdp_config",
@@ -185,5 +185,5 @@ def test_resume_with_steps_of_another_size_is_refused(tiny_model, tokenizer, tmp
         )
 
     trainer(4, "procon_wu:1@1ep").train()
-    with pytest.raises(ProConError, match=r"trained with 2 steps an epoch, not 4, .*: keep ranks times batch size"):
+    with pytest.raises(ProConError, match=r"trained with 2 steps per epoch, not 4, .*: keep ranks times batch size"):
         trainer(2, "procon_wu:1@1ep").train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

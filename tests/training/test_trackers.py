@@ -142,7 +142,7 @@ def test_json_lines(make, tmp_path, base):
 def test_json_lines_of_a_resumed_run_have_no_step_twice(make, tmp_path, first):
     def trainer(*callbacks, **settings):
         log = JsonlCallback(tmp_path / "logs" / "run.jsonl")
-        # A resumed run that is below its gate tells it anew.
+        # A resumed run that is below its gate warns again.
         made = make(first=[log] if first == "log" else [], gate=None, **settings)
         for callback in [*([log] if first == "probe" else []), *callbacks]:
             made.add_callback(callback)

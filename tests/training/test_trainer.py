@@ -281,7 +281,7 @@ def test_resume_with_other_settings_is_refused(tiny_model, dataset, tokenizer, t
     state.write_text(state.read_text()[:20])  # as a killed run leaves it
     resumed = trainer()
     resumed.train(resume_from_checkpoint=True)
-    assert json.loads(state.read_text())["global_step"] == 4  # went on from checkpoint-2, and wrote it anew
+    assert json.loads(state.read_text())["global_step"] == 4  # went on from checkpoint-2, and wrote it again
 
 
 def test_drift_callback_logs_the_cosine(tiny_model, dataset, tokenizer, tmp_path):

@@ -10,7 +10,7 @@ _AS_LAUNCHED = dict(os.environ)
 
 
 def start(*, sharding: bool) -> None:
-    """Begin anew with the launched processes as ranks of gloo, whatever was set up before.
+    """Begin again with the launched processes as ranks of gloo, whatever was set up before.
 
     Args:
         sharding: say that the ranks are accelerators. Accelerate shards over no others, and leaves CPUs to DDP.

@@ -218,7 +218,7 @@ def everywhere(value) -> list:
 
 
 def refusals(call) -> list[str]:
-    """What every rank is told."""
+    """What every rank reports."""
     try:
         return everywhere(call())
     except ProConError as error:
