@@ -1,9 +1,9 @@
 """A PyTorch loop under the constraint, with gradient accumulation and the schedule, and no Trainer.
 
-    python examples/bare_loop.py --model MODEL --data data.jsonl --output-dir tuned --schedule procon_wu:1@4ep
+    python examples/bare_loop.py --model MODEL --data data.jsonl --output_dir tuned
 
-Cross-entropy and penalty are both token sums over the count of the whole optimiser step, so the number of micro-batches
-that a step is cut into changes neither.
+The constraint has its default settings. Cross-entropy and penalty are both sums over tokens, divided by the count of
+the whole optimiser step. So the number of micro-batches per step changes neither.
 """
 
 from __future__ import annotations
@@ -16,9 +16,14 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from procon import AlphaSchedule, Anchors, ProjectionConstraint, RefusalDirections
-from procon.anchors import AnchoredCollator
-from procon.constraint import constrained_tokens
+from procon import (
+    AlphaSchedule,
+    AnchoredCollator,
+    Anchors,
+    ProjectionConstraint,
+    RefusalDirections,
+    constrained_tokens,
+)
 from procon.data import load_conversations, padding_collator, tokenize_conversations
 
 
@@ -26,12 +31,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="chat model: a folder or hub name")
     parser.add_argument("--data", required=True, help="conversations: .json, .jsonl, .csv or .parquet")
-    parser.add_argument("--output-dir", type=Path, default="tuned", help="folder for anchors and the tuned model")
-    parser.add_argument("--schedule", type=AlphaSchedule.parse, default="procon_wu:1@4ep", help="alpha over training")
-    parser.add_argument("--epochs", type=int, default=3, help="the schedule's warm-up comes on top")
-    parser.add_argument("--batch-size", type=int, default=4, help="rows of a micro-batch")
-    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of an optimiser step")
-    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--output_dir", "--output-dir", type=Path, default="tuned", help="for anchors and the model")
+    parser.add_argument("--schedule", type=AlphaSchedule.parse, default="procon_s", help="alpha over training")
+    parser.add_argument("--epochs", type=int, default=3, help="a warm-up of the schedule comes on top")
+    parser.add_argument("--batch_size", "--batch-size", type=int, default=4, help="rows of a micro-batch")
+    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches per optimiser step")
+    parser.add_argument("--learning_rate", "--learning-rate", type=float, default=1e-5)
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -40,7 +45,7 @@ def main() -> None:
     dataset = tokenize_conversations(load_conversations(args.data), tokenizer)
     collator = padding_collator(tokenizer)
 
-    # Both once, before the first step, from the model as training starts.
+    # Directions and anchors: once, before the first step, from the model as training starts.
     directions = RefusalDirections.extract(model, tokenizer)
     constraint = ProjectionConstraint(directions)
     anchors = Anchors.record(

@@ -1,9 +1,10 @@
 """A LightningModule under the constraint, with ``accumulate_grad_batches``.
 
-    python examples/lightning_loop.py --model MODEL --data data.jsonl --output-dir tuned --alpha 0.1
+    python examples/lightning_loop.py --model MODEL --data data.jsonl --output_dir tuned
 
-Lightning divides each loss by ``accumulate_grad_batches`` and averages gradients over ranks. Cross-entropy and penalty
-are token sums over the count of the whole optimiser step, so ``training_step`` multiplies by both again.
+The constraint has its default settings. Cross-entropy and penalty are both sums over tokens, divided by the count of
+the whole optimiser step. Lightning then divides each loss by ``accumulate_grad_batches`` and averages gradients over
+ranks, so ``training_step`` multiplies by both.
 """
 
 from __future__ import annotations
@@ -18,14 +19,12 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from procon import Anchors, ProjectionConstraint, RefusalDirections
-from procon.anchors import AnchoredCollator
-from procon.constraint import constrained_tokens
+from procon import AnchoredCollator, Anchors, ProjectionConstraint, RefusalDirections, constrained_tokens
 from procon.data import load_conversations, padding_collator, tokenize_conversations
 
 
 class OptimizerSteps:
-    """A loader whose batches say how many tokens their optimiser step has: it looks that many batches ahead."""
+    """A loader that looks ahead: each batch has the token counts of its whole optimiser step."""
 
     def __init__(self, loader: DataLoader, accumulation: int):
         self.loader = loader
@@ -77,12 +76,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="chat model: a folder or hub name")
     parser.add_argument("--data", required=True, help="conversations: .json, .jsonl, .csv or .parquet")
-    parser.add_argument("--output-dir", type=Path, default="tuned", help="folder for anchors and the tuned model")
-    parser.add_argument("--alpha", type=float, default=0.1, help="strength of the constraint")
+    parser.add_argument("--output_dir", "--output-dir", type=Path, default="tuned", help="for anchors and the model")
+    parser.add_argument("--alpha", type=float, default=0.2, help="strength of the constraint")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=4, help="rows of a micro-batch")
-    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of an optimiser step")
-    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--batch_size", "--batch-size", type=int, default=4, help="rows of a micro-batch")
+    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches per optimiser step")
+    parser.add_argument("--learning_rate", "--learning-rate", type=float, default=1e-5)
     args = parser.parse_args()
 
     lightning.seed_everything(0)
@@ -91,7 +90,7 @@ def main() -> None:
     dataset = tokenize_conversations(load_conversations(args.data), tokenizer)
     collator = padding_collator(tokenizer)
 
-    # Both once, before the first step, from the model as training starts.
+    # Directions and anchors: once, before the first step, from the model as training starts.
     directions = RefusalDirections.extract(model, tokenizer)
     constraint = ProjectionConstraint(directions)
     anchors = Anchors.record(

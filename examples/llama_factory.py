@@ -1,14 +1,15 @@
 """LLaMA-Factory's SFT under the constraint: the file that `llamafactory-cli train` reads, and a callback.
 
     procon directions --model MODEL --output directions.safetensors
-    python examples/llama_factory.py train.yaml --directions directions.safetensors --schedule 1@2ep,0
+    python examples/llama_factory.py train.yaml --directions directions.safetensors
 
 In the file, set `use_reentrant_gc: false` (or `disable_gradient_checkpointing: true`) and `packing: false`; otherwise
-the run stops and says why. DFT, EAFT and ASFT make losses of their own, and are stopped too.
+the run stops and says why. It also stops with DFT, EAFT and ASFT, which make losses of their own. Response tokens are
+constrained; the other settings have their defaults.
 
 Tested on a CPU with LLaMA-Factory 0.9.5 and the newest versions that it takes: transformers 5.6.0, peft 0.18.1,
-accelerate 1.11.0, trl 0.24.0 (LoRA, 5 steps of 2 micro-batches). They are older than ProCon's own lower limits: install
-it beside them with `pip install --no-deps procon-llm`.
+accelerate 1.11.0, trl 0.24.0 (LoRA, 5 steps of 2 micro-batches). They are older than ProCon's own lower limits,
+so install it without its requirements: `pip install --no-deps procon-llm`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path, help="LLaMA-Factory's settings: a YAML file")
     parser.add_argument("--directions", type=Path, required=True, help="refusal directions of the model, as it starts")
-    parser.add_argument("--schedule", default="procon_s", help="alpha over training: procon_s, or phases: 1@2ep,0")
+    parser.add_argument("--schedule", default="procon_s", help="alpha over training: procon_s, or phases (1@2ep,0)")
     parser.add_argument("--units", default="raw", choices=("raw", "gap"), help="of the penalty")
     args = parser.parse_args()
 

@@ -1,9 +1,10 @@
 """TRL's SFTTrainer under the constraint: LoRA on a file of conversations, packed or not.
 
-    python examples/sft.py --model MODEL --data data.jsonl --output_dir tuned --packing --procon_schedule procon_s:0.1
+    python examples/sft.py --model MODEL --data data.jsonl --output_dir tuned --packing
 
-All of TRL's SFTConfig and the constraint's own settings (``procon_...``) are flags. Each conversation is handed to TRL
-as a prompt and a completion, its last turn, so that only the completion has labels: those tokens are constrained.
+All of TRL's SFTConfig and the constraint's own settings (``procon_...``) are flags. TRL gets each conversation as a
+prompt and a completion, its last turn. So the loss is on the completion alone; the constraint is on all tokens, or on
+the completion with ``--procon_scope response``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """transformers' Trainer under the constraint: LoRA on a file of conversations.
 
-    python examples/trainer.py --model MODEL --data data.jsonl --output_dir tuned --procon_schedule procon_wu:1@4ep
+    python examples/trainer.py --model MODEL --data data.jsonl --output_dir tuned
 
 All of transformers' TrainingArguments and the constraint's own (``procon_...``) are flags. The refusal directions are
 extracted from the model as training starts and kept in the checkpoints.

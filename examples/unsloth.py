@@ -1,10 +1,11 @@
 """unsloth's LoRA under the constraint: a callback for the SFTTrainer that unsloth patches.
 
     procon directions --model MODEL --output directions.safetensors
-    python examples/unsloth.py --model MODEL --data data.jsonl --directions directions.safetensors --schedule 1@2ep,0
+    python examples/unsloth.py --model MODEL --data data.jsonl --directions directions.safetensors
 
-unsloth's gradient checkpointing runs the blocks without gradients, where the constraint would lose its own, so it is
-off; with it on the run stops and says why. So it does with the SFTTrainer of TRL 1.16, which makes its own loss.
+unsloth's gradient checkpointing runs the blocks without gradients, and the constraint would lose its own. So it is off
+here; with it, the run stops and says why. It also stops with the SFTTrainer of TRL 1.16, which makes its own loss.
+Response tokens are constrained; the other settings have their defaults.
 
 Not tested with unsloth itself, which needs a GPU. Tested on a CPU with trl 0.24.0, transformers 5.6.0 and peft 0.18.1,
 and a stand-in for unsloth that loads the model with transformers.
@@ -20,10 +21,10 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="chat model: a folder or hub name")
     parser.add_argument("--data", required=True, help="conversations: .json, .jsonl, .csv or .parquet")
     parser.add_argument("--directions", required=True, help="refusal directions of the model, as training starts")
-    parser.add_argument("--schedule", default="procon_s", help="alpha over training: procon_s, or phases: 1@2ep,0")
-    parser.add_argument("--output-dir", default="tuned", help="folder for anchors and the adapter")
+    parser.add_argument("--schedule", default="procon_s", help="alpha over training: procon_s, or phases (1@2ep,0)")
+    parser.add_argument("--output_dir", default="tuned", help="folder for anchors and the adapter")
     parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--learning_rate", type=float, default=2e-4)
     args = parser.parse_args()
 
     from unsloth import FastLanguageModel  # before everything that it patches
@@ -51,7 +52,7 @@ def main() -> None:
             gradient_checkpointing=False,
             dataset_kwargs={"skip_prepare_dataset": True},
         ),
-        # With labels and a collator of its own, so that nothing is packed and the response is what is constrained.
+        # With labels and a collator of its own: so nothing is packed, and labels say which tokens are constrained.
         train_dataset=tokenize_conversations(load_conversations(args.data), tokenizer),
         data_collator=padding_collator(tokenizer),
         processing_class=tokenizer,

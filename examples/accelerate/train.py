@@ -1,10 +1,11 @@
 """A loop under the constraint with Accelerate: DDP, FSDP2, DeepSpeed ZeRO-2 or ZeRO-3, as the configuration says.
 
     accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/accelerate/train.py \
-        --model MODEL --data data.jsonl --output-dir tuned --schedule procon_wu:1@4ep
+        --model MODEL --data data.jsonl --output_dir tuned
 
-Cross-entropy and penalty are both token sums over the count of the whole optimiser step, of all its micro-batches and
-all ranks, so neither the number of ranks nor that of micro-batches changes them.
+The constraint has its default settings. Cross-entropy and penalty are both sums over tokens, divided by the count of
+the whole optimiser step: all its micro-batches, all ranks. So neither the number of ranks nor that of micro-batches
+changes them.
 """
 
 from __future__ import annotations
@@ -20,9 +21,14 @@ from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set
 from torch.utils.data import DataLoader, Subset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from procon import AlphaSchedule, Anchors, ProjectionConstraint, RefusalDirections
-from procon.anchors import AnchoredCollator
-from procon.constraint import constrained_tokens
+from procon import (
+    AlphaSchedule,
+    AnchoredCollator,
+    Anchors,
+    ProjectionConstraint,
+    RefusalDirections,
+    constrained_tokens,
+)
 from procon.data import load_conversations, padding_collator, tokenize_conversations
 
 
@@ -30,13 +36,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="chat model: a folder or hub name")
     parser.add_argument("--data", required=True, help="conversations: .json, .jsonl, .csv or .parquet")
-    parser.add_argument("--directions", help="file of 'procon directions'; extracted if not given, ZeRO-3 needs one")
-    parser.add_argument("--output-dir", type=Path, default="tuned", help="folder for anchors and the tuned model")
-    parser.add_argument("--schedule", type=AlphaSchedule.parse, default="procon_wu:1@4ep", help="alpha over training")
-    parser.add_argument("--epochs", type=int, default=3, help="the schedule's warm-up comes on top")
-    parser.add_argument("--batch-size", type=int, default=2, help="rows of a micro-batch of one rank")
-    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of an optimiser step")
-    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--directions", help="file from 'procon directions'; extracted if not given, ZeRO-3 needs it")
+    parser.add_argument("--output_dir", "--output-dir", type=Path, default="tuned", help="for anchors and the model")
+    parser.add_argument("--schedule", type=AlphaSchedule.parse, default="procon_s", help="alpha over training")
+    parser.add_argument("--epochs", type=int, default=3, help="a warm-up of the schedule comes on top")
+    parser.add_argument("--batch_size", "--batch-size", type=int, default=2, help="rows of a micro-batch, per rank")
+    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches per optimiser step")
+    parser.add_argument("--learning_rate", "--learning-rate", type=float, default=1e-5)
     args = parser.parse_args()
 
     accelerator = Accelerator(
@@ -53,7 +59,7 @@ def main() -> None:
     if args.directions:
         directions = RefusalDirections.load(args.directions)
     else:
-        # Of the main process: FSDP may have loaded the weights there alone.
+        # By the main process: FSDP may have loaded the weights only there.
         found = [RefusalDirections.extract(model, tokenizer) if accelerator.is_main_process else None]
         directions = broadcast_object_list(found)[0]
     constraint = ProjectionConstraint(directions).attach(model)
@@ -74,7 +80,7 @@ def main() -> None:
 
     steps_per_epoch = -(-len(loader) // args.accumulation)
     total_steps = args.epochs * steps_per_epoch + args.schedule.extra_steps(steps_per_epoch)
-    # Ranks average their gradients, and backward() divides by the number of micro-batches: the counts have both.
+    # Ranks average their gradients, and backward() divides by the number of micro-batches: the counts include both.
     undo = accelerator.num_processes * accelerator.gradient_accumulation_steps
     step = 0
     model.train()
