@@ -188,7 +188,7 @@ def _trainable(model: PreTrainedModel, arguments: TrainArguments) -> PreTrainedM
             )
         return model
     if isinstance(model, PeftModel):
-        model.set_adapter(cast(str, model.active_adapter))  # one, that was loaded for inference and so was frozen
+        model.set_adapter(cast(str, model.active_adapter))  # its only one; loaded for inference, it was frozen
         return model
     targets = arguments.lora_targets
     names = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]

@@ -362,7 +362,7 @@ class ProConMixin(_Trainer):
         share = order[self.args.process_index // together :: self.args.world_size // together]
         # A generator of its own: without one, iterating would draw from the global random state of training.
         return DataLoader(
-            Subset(dataset, share),  # pyright: ignore[reportArgumentType]  # the datasets' Dataset does as well
+            Subset(dataset, share),  # pyright: ignore[reportArgumentType]  # a datasets.Dataset serves too
             batch_size=self.args.per_device_train_batch_size,
             collate_fn=collator,
             generator=torch.Generator(),
