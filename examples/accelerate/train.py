@@ -37,12 +37,12 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="chat model: a folder or hub name")
     parser.add_argument("--data", required=True, help="conversations: .json, .jsonl, .csv or .parquet")
     parser.add_argument("--directions", help="file from 'procon directions'; extracted if not given, ZeRO-3 needs it")
-    parser.add_argument("--output_dir", "--output-dir", type=Path, default="tuned", help="for anchors and the model")
+    parser.add_argument("--output_dir", type=Path, default="tuned", help="for anchors and the model")
     parser.add_argument("--schedule", type=AlphaSchedule.parse, default="procon_s", help="alpha over training")
     parser.add_argument("--epochs", type=int, default=3, help="a warm-up of the schedule comes on top")
-    parser.add_argument("--batch_size", "--batch-size", type=int, default=2, help="rows of a micro-batch, per rank")
+    parser.add_argument("--batch_size", type=int, default=2, help="rows of a micro-batch, per rank")
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches per optimiser step")
-    parser.add_argument("--learning_rate", "--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--learning_rate", type=float, default=1e-5)
     args = parser.parse_args()
 
     accelerator = Accelerator(

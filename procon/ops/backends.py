@@ -4,13 +4,10 @@ import warnings
 from functools import cache
 from importlib.util import find_spec
 
-import torch
-
 from procon.errors import ProConError
 from procon.settings import CHOICES, backend_variable, check_choice
 
 
-@torch.compiler.assume_constant_result
 def choose_backend(backend: str, device: str) -> str:
     """``"triton"`` or ``"eager"`` for tensors on this type of device."""
     check_choice("backend", backend, CHOICES["backend"])
@@ -26,6 +23,11 @@ def choose_backend(backend: str, device: str) -> str:
     if backend == "triton":
         _require_triton(device)
     return backend
+
+
+# The mark that torch.compiler.assume_constant_result sets. That function first imports torch._dynamo, and so Triton,
+# which would take most of a second from everyone who imports the op.
+choose_backend._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # a mark that torch reads
 
 
 @cache

@@ -236,15 +236,26 @@ class TestBackend:
         with pytest.raises(ProConError, match="backend is 'triton' but hidden is on cpu: move it to a GPU"):
             chosen("triton", "cpu")
 
-    def test_import_and_use_without_triton_or_transformers(self):
+    @pytest.mark.parametrize("triton", ["installed", "missing"])
+    def test_import_and_use_without_triton_or_transformers(self, triton):
         program = """
 import sys
-sys.modules["triton"] = None
+if sys.argv[1] == "missing":
+    sys.modules["triton"] = None
 import torch
 from procon.ops import constrain
 _, penalty = constrain(torch.ones(3, 4), torch.ones(4))
 assert penalty.item() == 48, penalty
 assert "transformers" not in sys.modules
 assert not any(name.startswith("procon.kernels.") for name in sys.modules)
+assert not sys.modules.get("triton")
+assert "torch._dynamo" not in sys.modules
 """
-        subprocess.run([sys.executable, "-c", program], check=True)
+        subprocess.run([sys.executable, "-c", program, triton], check=True)
+
+    def test_its_mark_is_the_one_that_torch_compile_sets(self):
+        def constant() -> int:
+            return 0
+
+        torch.compiler.assume_constant_result(constant)
+        assert vars(constant) == {"_dynamo_marked_constant": True} == vars(backends.choose_backend)

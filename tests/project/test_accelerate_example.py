@@ -43,14 +43,17 @@ def test_every_configuration_is_run():
 
 @pytest.mark.slow
 def test_two_ranks_do_what_one_does(place, monkeypatch, capsys):
-    common = ["--model=model", "--data=data.jsonl", "--directions=directions.safetensors", "--output-dir=one"]
-    lengths = ["--batch-size=4", "--epochs=2", "--schedule=100@3steps,0", "--learning-rate=1e-3"]
+    common = ["--model=model", "--data=data.jsonl", "--directions=directions.safetensors", "--output_dir=one"]
+    lengths = ["--batch_size=4", "--epochs=2", "--schedule=0@1steps,100@2steps,0", "--learning_rate=1e-3"]
     monkeypatch.setattr(sys, "argv", ["train.py", *common, *lengths])
     runpy.run_path(str(EXAMPLE / "train.py"), run_name="__main__")
     AcceleratorState._reset_state(reset_partial_state=True)
     expected = steps(capsys.readouterr().out)
-    assert [step["alpha"] for step in expected] == [100, 100, 100, 0]
-    assert expected[0]["penalty"] < 1e-12 < 1e-6 < expected[1]["penalty"] < expected[2]["penalty"]
+    # The first step is free: at the anchors, the absolute penalty has the slope of a rounding error.
+    assert [step["alpha"] for step in expected] == [0, 100, 100, 0]
+    assert expected[0]["penalty"] == 0
+    assert 1e-6 < expected[1]["penalty"]
+    assert 1e-6 < expected[2]["penalty"]
     tuned = load_file("one/model.safetensors")
 
     configurations = [name for name in CONFIGURATIONS if find_spec("deepspeed") or not name.startswith("deepspeed")]

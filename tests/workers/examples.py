@@ -48,8 +48,8 @@ def run(config: str) -> dict[str, str]:
     if config != sys.argv[2]:
         set_environment(config)
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
-    arguments = ["--model=model", "--data=data.jsonl", f"--output-dir={config}", "--batch-size=2", "--epochs=2"]
-    arguments += ["--schedule=100@3steps,0", "--learning-rate=1e-3"]
+    arguments = ["--model=model", "--data=data.jsonl", f"--output_dir={config}", "--batch_size=2", "--epochs=2"]
+    arguments += ["--schedule=0@1steps,100@2steps,0", "--learning_rate=1e-3"]
     if config == "deepspeed_zero3.yaml":
         arguments += ["--directions=directions.safetensors"]
     printed = io.StringIO()
