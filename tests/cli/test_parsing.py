@@ -1,4 +1,4 @@
-"""The command line: quick help, settings from flags and YAML, and bad input reported in one line that leaves nothing."""
+"""The command line: quick help, settings from flags and YAML, and bad input: one line that leaves nothing behind."""
 
 import json
 import re

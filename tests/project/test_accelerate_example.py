@@ -52,8 +52,8 @@ def test_two_ranks_do_what_one_does(place, monkeypatch, capsys):
     # The first step is free: at the anchors, the absolute penalty has the slope of a rounding error.
     assert [step["alpha"] for step in expected] == [0, 100, 100, 0]
     assert expected[0]["penalty"] == 0
-    assert 1e-6 < expected[1]["penalty"]
-    assert 1e-6 < expected[2]["penalty"]
+    assert expected[1]["penalty"] > 1e-6
+    assert expected[2]["penalty"] > 1e-6
     tuned = load_file("one/model.safetensors")
 
     configurations = [name for name in CONFIGURATIONS if find_spec("deepspeed") or not name.startswith("deepspeed")]

@@ -78,7 +78,7 @@ def test_gradients_are_right_or_refused(ranks, tmp_path):
     recorded = json.loads(RECORD.read_text())
     for row, cells in found.items():
         for column, cell in cells.items():
-            assert recorded[row]["cells"][column].get("refused") == cell.get("refused"), f"{row}, {column}: record again"
+            assert recorded[row]["cells"][column].get("refused") == cell.get("refused"), f"{row}, {column}: record it"
 
 
 def test_no_cell_is_blank():
