@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_utils import TrainOutput
@@ -71,6 +72,10 @@ def frozen_blocks(blocks: tuple[float, float] | Sequence[int], count: int) -> tu
         begin = min(round(first * count), count - 1)
         chosen = tuple(range(begin, max(round(last * count), begin + 1)))
     else:
+        if not all(isinstance(block, Integral) and not isinstance(block, bool) for block in blocks):
+            raise ProConError(
+                f"frozen blocks are {list(blocks)}: give two shares of the depth, such as 0.2 and 0.4, or indices"
+            )
         chosen = tuple(sorted(set(blocks)))
     if not chosen or chosen[0] < 0 or chosen[-1] >= count:
         raise ProConError(f"frozen blocks are {list(blocks)}, of a model that has {count}: give some from 0 on")
@@ -78,4 +83,4 @@ def frozen_blocks(blocks: tuple[float, float] | Sequence[int], count: int) -> tu
 
 
 def _are_shares(blocks: tuple[float, float] | Sequence[int]) -> TypeIs[tuple[float, float]]:
-    return len(blocks) == 2 and any(isinstance(share, float) for share in blocks)
+    return len(blocks) == 2 and float in map(type, blocks) and all(isinstance(share, float | int) for share in blocks)

@@ -22,6 +22,7 @@ from procon.defences.safe_lora import SafeLoRATrainer
 from procon.defences.steering import SteeringTrainer
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
+from procon.settings import check_setting
 from procon.training import ProConArguments, ProConConfig, ProConTrainer
 
 _PROCON = "ProCon, arXiv 2509.06795"
@@ -67,12 +68,15 @@ class Defence:
                 close = get_close_matches(key, known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known) or 'none'}"
                 raise ProConError(f"defence {self.name!r} has no setting {key!r}: {hint}")
-            # Those that are no number select blocks, by a share of the depth too, or are a list.
-            expected = (int, float) if isinstance(known[key], (int, float)) else (str, float, list, tuple)
-            if not isinstance(value, expected) or isinstance(value, bool):
+            default = known[key]
+            # The texts select blocks, by a share of the depth too or by a list, or tokens.
+            kinds = {str: (str, float, list, tuple), tuple: (list, tuple)}.get(type(default), (int, float))
+            if not isinstance(value, kinds) or isinstance(value, bool):
                 raise ProConError(
-                    f"setting {key} of defence {self.name!r} is {value!r}: give one like its default, {known[key]!r}"
+                    f"setting {key} of defence {self.name!r} is {value!r}: give one like its default, {default!r}"
                 )
+            if isinstance(default, str):
+                check_setting(key, value, f"setting {key}")
 
     @property
     def is_procon(self) -> bool:
