@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,23 @@ def test_a_way_past_a_door_is_found():
 def test_public_names():
     assert set(procon.__all__) == {"__version__", *procon._HOME}
     assert all(getattr(procon, name) is not None for name, home in procon._HOME.items() if home != "training.sft")
+
+
+def test_only_the_kernels_are_mounted_in_a_source_tree(tmp_path):
+    """A checkout that is not installed has ``procon.kernels``, and nothing else of the folder that both lie in."""
+    (tmp_path / "procon").symlink_to(PROCON, target_is_directory=True)
+    program = (
+        "import procon, procon.kernels as kernels, importlib.util as u\n"
+        "assert not u.find_spec('kernels'), 'kernels passes for the package of that name'\n"
+        "assert all(u.find_spec(f'procon.{name}') is None for name in ('tests', 'docs', 'benchmarks', 'setup'))\n"
+        "assert u.find_spec('procon.kernels.launch').origin.endswith('/kernels/launch.py')\n"
+        "print(kernels.__file__)\n"
+    )
+    # Isolated, and without site-packages, where an installed one would be found.
+    search = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    run = subprocess.run([sys.executable, "-ISc", search + program], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == str(ROOT / "kernels" / "__init__.py")
 
 
 def test_what_readme_and_pages_import_is_at_the_top():

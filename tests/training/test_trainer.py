@@ -8,9 +8,11 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from procon.anchors import recording
 from procon.data import flattening_collator, padding_collator
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
+from procon.integrations import ProConCallback
 from procon.models import find_decoder
 from procon.training import DriftCallback, ProConConfig, ProConTrainer
 
@@ -301,3 +303,24 @@ def test_drift_callback_logs_the_cosine(tiny_model, dataset, tokenizer, tmp_path
     assert found.keys() == {0, 3, 4}
     assert found.pop(0) == pytest.approx(1)
     assert all(-1 <= cosine < 0.9999 for cosine in found.values())
+
+
+@pytest.mark.parametrize("door", ["arguments", "callback"])
+def test_the_backend_reaches_the_recording_of_anchors(tiny_model, tokenizer, dataset, tmp_path, monkeypatch, door):
+    asked, original = [], recording.project
+
+    def project(*args, backend, **kwargs):
+        asked.append(backend)
+        return original(*args, backend=backend, **kwargs)
+
+    monkeypatch.setattr(recording, "project", project)
+    model, collator = tiny_model(), padding_collator(tokenizer)
+    settings = {"max_steps": 1, "save_strategy": "no", "report_to": [], "disable_tqdm": True}
+    if door == "arguments":
+        trainer = constrained_trainer(model, dataset, collator, tmp_path, procon_backend="eager", max_steps=1)
+    else:
+        callback = ProConCallback(random_directions(model), backend="eager")
+        args = TrainingArguments(str(tmp_path), **settings)
+        trainer = Trainer(model, args, train_dataset=dataset, data_collator=collator, callbacks=[callback])
+    trainer.train()
+    assert set(asked) == {"eager"}
