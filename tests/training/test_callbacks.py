@@ -321,7 +321,10 @@ TRAIN = ["train", "--model", "model", "--data", "data.jsonl", "--output_dir", "o
     ("more", "message"),
     [
         (["--drift_gate", "2"], "the drift gate is 2.0"),
-        (["--drift_gate", "0.9", "--drift_gate_action", "halt"], "gate_action is 'halt': choose one of warn, stop"),
+        (
+            ["--drift_gate", "0.9", "--drift_gate_action", "halt"],
+            "drift_gate_action is 'halt': choose one of warn, stop",
+        ),
         (
             ["--drift_gate_action", "stop"],
             "gate_action is 'stop', but there is no gate: give one, such as 0.9",
