@@ -1,8 +1,8 @@
 """How much of an ``[N, D]`` tensor a program takes, by D and architecture, and the device that a launch goes to.
 
 A table takes the place of run-time autotuning: no batch pays for a search, and two runs make the same choice. Its
-entries were chosen from ahead-of-time builds (no spills, 16 bytes per thread and access); ``python -m benchmarks.tune``
-measures them on a GPU and prints an entry to put here.
+entries were chosen from ahead-of-time builds: no spills, and every access of hidden states is 16 bytes wide per thread.
+``python -m benchmarks.tune`` measures them on a GPU and prints an entry to put here.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -33,7 +33,7 @@ class Target(NamedTuple):
         return "hip" if self.architecture.startswith("gfx") else "cuda"
 
 
-#: Where there is no GPU, in Triton's interpreter: few programs, but more than one.
+#: Without a GPU, in Triton's interpreter: few programs, but more than one.
 INTERPRETER = Target("sm_80", 32, 2)
 
 #: ``{kernel: {architecture or family: {columns: (rows, threads)}}}`` for elements of two bytes; larger ones get as many

@@ -1,4 +1,4 @@
-"""RMSNorm that gives the projection penalty on the way: its own reads and writes of [N, D] tensors, and none besides.
+"""RMSNorm that gives the projection penalty on the way: no [N, D] traffic beyond the norm's own reads and writes.
 
 For ``h [N, D]``, the norm's weight ``v [D]`` (with the offset added), directions ``r [K, D]``, anchors ``a [N, K]`` and
 token weights ``w [N]``::
@@ -113,7 +113,7 @@ def _backward(
     COLUMNS: tl.constexpr,
     HELD: tl.constexpr,
 ):
-    """``gradient [N, D]`` and ``partial [programs, D]``, a sum over a program's rows; None where not wanted."""
+    """``gradient [N, D]`` and ``partial [programs, D]``, a sum over a program's rows; None if not wanted."""
     dtype = inverse_rms.dtype.element_ty
     column = tl.arange(0, COLUMNS)
     if partial is not None:

@@ -84,7 +84,9 @@ def split_batch(batch: Mapping[str, Tensor]) -> Iterator[TokenSequence]:
         ProConError: if the batch has no labels, or its attention mask is not one run of ones a row.
     """
     if "labels" not in batch:
-        raise ProConError("the batch has no 'labels': the constraint needs them to tell the response from the prompt")
+        raise ProConError(
+            "the batch has no 'labels': the constraint needs them to separate the response from the prompt"
+        )
     ids, labels = batch["input_ids"].numpy(), batch["labels"].numpy()
     attention = batch.get("attention_mask")
     if attention is not None and attention.shape != batch["input_ids"].shape:

@@ -52,7 +52,7 @@ def response_mask(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     are needed. A token that joins the end of a prompt and the start of a reply counts as the reply's.
 
     Raises:
-        ProConError: if the template rewrites earlier turns, so that turns cannot be told apart.
+        ProConError: if the template rewrites earlier turns, so that turns cannot be separated.
     """
     text = _text(tokenizer, messages, False)
     ids = _ids(tokenizer, text)

@@ -72,7 +72,7 @@ class TokenMeanTrainer(DefenceTrainer):
 def tokens_in_scope(batch: dict[str, Tensor], scope: TokenScope) -> Tensor:
     """``[B, T]`` bool: response tokens are those with a label, but for a row's first, which nothing predicts."""
     if "labels" not in batch:
-        raise ProConError("the batch has no labels: a defence needs them to tell the response from the prompt")
+        raise ProConError("the batch has no labels: a defence needs them to separate the response from the prompt")
     response = batch["labels"] != IGNORE_INDEX
     response[:, 0] = False
     if scope == "response":

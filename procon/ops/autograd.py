@@ -39,7 +39,7 @@ class _Context(Protocol):
 
 
 class _DifferentiableOnce(torch.autograd.Function):
-    """Identity on a gradient; taking its derivative is an error, where a plain tensor would count as a constant."""
+    """Identity on a gradient. Taking its derivative is an error; that of a plain tensor would silently be 0."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
 
 
-# Imported on first use: the kernels bring Triton along, which may be missing where they are not called.
+# Imported on first use: the kernels bring Triton along, which may be missing if they are never called.
 
 
 @cache
