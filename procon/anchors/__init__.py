@@ -6,7 +6,6 @@ May import: ``directions``, ``chat``, ``models``, ``ops`` and the leaves; not ``
 """
 
 from procon.anchors.collator import AnchoredCollator
-from procon.anchors.starting_state import StartingState, check_resumed, require_length
 from procon.anchors.store import Anchors, fingerprint
 
-__all__ = ["AnchoredCollator", "Anchors", "StartingState", "check_resumed", "fingerprint", "require_length"]
+__all__ = ["AnchoredCollator", "Anchors", "fingerprint"]

@@ -12,7 +12,8 @@ from procon.chat import ContrastPrompts, Split, builtin_prompts, load_instructio
 from procon.cli.arguments import DirectionsArguments, DriftArguments, EvalArguments, QuickstartArguments
 from procon.data import load_conversations
 from procon.demo.quickstart import quickstart as run_quickstart
-from procon.directions import ContrastMeans, RefusalDirections, check_k
+from procon.directions import ContrastMeans, RefusalDirections
+from procon.directions.refusal_directions import check_k
 from procon.errors import ProConError
 from procon.evaluation import Drift, evaluate, measure_drift
 from procon.files import save_json

@@ -6,13 +6,6 @@ May import: ``directions``, ``models``, ``ops`` and the leaves.
 """
 
 from procon.constraint.blocks import select_among, select_blocks
-from procon.constraint.constraint import ProjectionConstraint, check_finite, constrained_tokens, refuse_data_parallel
+from procon.constraint.constraint import ProjectionConstraint, constrained_tokens
 
-__all__ = [
-    "ProjectionConstraint",
-    "check_finite",
-    "constrained_tokens",
-    "refuse_data_parallel",
-    "select_among",
-    "select_blocks",
-]
+__all__ = ["ProjectionConstraint", "constrained_tokens", "select_among", "select_blocks"]

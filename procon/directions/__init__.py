@@ -6,7 +6,7 @@ May import: ``chat``, ``models``, ``ops`` and the leaves.
 """
 
 from procon.directions.contrast_means import ContrastMeans, each_last_token
-from procon.directions.refusal_directions import DIRECTIONS, RefusalDirections, auroc, check_k, project_last_token
+from procon.directions.refusal_directions import DIRECTIONS, RefusalDirections, auroc, project_last_token
 from procon.directions.subspace import mean_squared_cosine
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "ContrastMeans",
     "RefusalDirections",
     "auroc",
-    "check_k",
     "each_last_token",
     "mean_squared_cosine",
     "project_last_token",

@@ -18,8 +18,10 @@ from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from procon.anchors import Anchors, StartingState, check_resumed, require_length
-from procon.constraint import ProjectionConstraint, check_finite, refuse_data_parallel
+from procon.anchors import Anchors
+from procon.anchors.starting_state import StartingState, check_resumed, require_length
+from procon.constraint import ProjectionConstraint
+from procon.constraint.guards import check_finite, refuse_data_parallel
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.integrations.forward import REMEDY, SCOPE, ConstrainedForward, constrained_by

@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from procon.anchors import AnchoredCollator, Anchors, StartingState, check_resumed, require_length
-from procon.constraint import ProjectionConstraint, check_finite, constrained_tokens, refuse_data_parallel
+from procon.anchors import AnchoredCollator, Anchors
+from procon.anchors.starting_state import StartingState, check_resumed, require_length
+from procon.constraint import ProjectionConstraint, constrained_tokens
+from procon.constraint.guards import check_finite, refuse_data_parallel
 from procon.directions import DIRECTIONS, RefusalDirections
 from procon.errors import ProConError
 from procon.training.checkpoints import last_complete, output_folder, read_settings, write_settings
