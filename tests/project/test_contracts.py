@@ -23,7 +23,7 @@ def package(tmp_path) -> Path:
 
 
 def lint(folder: Path) -> subprocess.CompletedProcess:
-    command = [Path(sys.executable).with_name("lint-imports"), "--config", ROOT / "pyproject.toml", "--no-cache"]
+    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache", ROOT / "pyproject.toml"]
     return subprocess.run(
         command, cwd=folder, env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True, check=False
     )
@@ -34,24 +34,41 @@ def test_contracts_hold(package):
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.mark.parametrize(
-    ("file", "line", "broken", "named"),
-    [
-        ("anchors/store.py", "from procon.training import ProConMixin", "Data flows one way", "procon.anchors.store"),
-        ("settings.py", "def late():\n    from procon.chat import render", "Data flows one way", "procon.settings"),
-        ("kernels/penalty.py", "from procon.ops import constrain", "Data flows one way", "procon.kernels.penalty"),
-        ("ops/autograd.py", "import transformers", "The op knows no models", "procon.ops.autograd"),
-        ("cli/arguments.py", "import torch", "Settings are light", "procon.cli.arguments"),
-        ("anchors/shards.py", "import datasets", "load datasets", "procon.anchors.shards"),
-        ("new_room/__init__.py", '"""No floor of its own."""', "Data flows one way", "new_room"),
-    ],
-)
-def test_a_planted_import_is_found(package, file, line, broken, named):
-    path = package / "procon" / file
-    path.parent.mkdir(exist_ok=True)
-    with path.open("a") as module:
-        module.write(f"\n\n{line}\n")
+#: A file, what is planted in it, and the contract that it breaks.
+PLANTED = [
+    ("anchors/store.py", "from procon.training import ProConMixin", "Data flows one way"),
+    ("settings.py", "def late():\n    from procon.chat import render", "Data flows one way"),
+    ("kernels/penalty.py", "from procon.ops import constrain", "Data flows one way"),
+    ("ops/autograd.py", "import transformers", "The op knows no models"),
+    ("cli/arguments.py", "import torch", "Settings are light"),
+    ("anchors/shards.py", "import datasets", "load datasets"),
+]
+
+
+def plant(package: Path, file: str, lines: str) -> None:
+    with (package / "procon" / file).open("a") as module:
+        module.write(f"\n\n{lines}\n")
+
+
+def test_a_planted_upward_import_is_found(package):
+    plant(package, "files.py", "from procon.chat import render")
     run = lint(package)
     assert run.returncode == 1, run.stdout + run.stderr
-    assert any(broken in row and "BROKEN" in row for row in run.stdout.splitlines()), run.stdout
-    assert named in run.stdout
+    assert "Data flows one way BROKEN" in run.stdout
+    assert "Contracts: 3 kept, 1 broken." in run.stdout
+    assert "procon.files -> procon.chat" in run.stdout
+
+
+def test_each_contract_finds_what_is_planted(package):
+    for file, lines, _ in PLANTED:
+        plant(package, file, lines)
+    (package / "procon" / "new_room.py").write_text('"""On no floor."""\n')
+    run = lint(package)
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "Contracts: 0 kept, 4 broken." in run.stdout
+    sections = run.stdout.split("Broken contracts")[1]
+    for file, _, contract in PLANTED:
+        importer = f"procon.{file.removesuffix('.py').replace('/', '.')}"
+        assert contract in sections
+        assert f"{importer} -> " in sections, importer
+    assert "new_room" in sections
