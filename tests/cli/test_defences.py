@@ -1,6 +1,8 @@
 """``procon train --defence``: the registry from the command line."""
 
 import json
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from safetensors.torch import load_file
 
 from procon.cli import main
 from procon.cli import train as command
+from procon.cli.arguments import TrainArguments
 from procon.defences import DEFENCES
 from procon.directions import RefusalDirections
 
@@ -132,3 +135,8 @@ def test_every_defence_is_on_the_page():
         assert f"`{name}`" in page
         for setting in defence.settings:
             assert f"`{setting}=" in page, f"{name}: {setting}"
+
+
+def test_help_names_every_defence():
+    (text,) = (field.metadata["help"] for field in fields(TrainArguments) if field.name == "defence")
+    assert re.findall(r"[a-z_]+", text.split(";")[0].replace(" or ", " ")) == list(DEFENCES)

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from procon.constraint import ProjectionConstraint, select_blocks
+from procon.constraint.input_norm import find_input_norm
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.models import find_decoder
@@ -337,3 +338,23 @@ def test_autocast(tiny_model, fuse):
         penalty, _ = constrained(model, directions, batch, anchors, mask, fuse=fuse)
     expected = (error.square().mean(-1) * mask).sum() / mask.sum()
     torch.testing.assert_close(penalty, expected, rtol=1e-5, atol=0)
+
+
+def test_an_attach_that_fails_leaves_the_model_as_it_was(tiny_model, random_directions, monkeypatch):
+    model = tiny_model()
+    constraint = ProjectionConstraint(random_directions(model))
+    found = []
+
+    def find(block, hidden_size):
+        if found:
+            raise RuntimeError("the second block cannot be read")
+        found.append(find_input_norm(block, hidden_size))
+        return found[0]
+
+    with monkeypatch.context() as patched:
+        patched.setattr("procon.constraint.constraint.find_input_norm", find)
+        with pytest.raises(RuntimeError, match="second block"):
+            constraint.attach(model)
+    assert found[0] is not None
+    assert not any(module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
+    assert constraint.attach(model).fused == (0, 1, 2)
