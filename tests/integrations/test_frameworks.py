@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 from datasets import Dataset
+from packaging.version import Version
 from transformers import Trainer, TrainingArguments
 
 from procon.data import padding_collator
@@ -48,10 +49,11 @@ def test_unsloth_example_explains_itself(monkeypatch, capsys):
     assert "--directions" in capsys.readouterr().out
 
 
-def test_trl_is_stopped_before_it_trains(tiny_model, tokenizer, random_directions, tmp_path):
+def test_trl_is_constrained_or_stopped_before_it_trains(tiny_model, tokenizer, random_directions, tmp_path):
+    """TRL 1.9 trains on the forward's own loss; later versions make one from log-probabilities."""
     trl = pytest.importorskip("trl", reason="TRL is not installed")
     model = tiny_model()
-    settings = {"report_to": [], "disable_tqdm": True, "max_steps": 1, "bf16": False}
+    settings = {"report_to": [], "disable_tqdm": True, "max_steps": 1, "logging_steps": 1, "bf16": False}
     trainer = trl.SFTTrainer(
         model,
         trl.SFTConfig(str(tmp_path), **settings),
@@ -59,5 +61,11 @@ def test_trl_is_stopped_before_it_trains(tiny_model, tokenizer, random_direction
         processing_class=tokenizer,
         callbacks=[ProConCallback(random_directions(model), schedule="100")],
     )
-    with pytest.raises(ProConError, match="ProConSFTTrainer"):
+    try:
         trainer.train()
+    except ProConError as error:
+        assert "ProConSFTTrainer" in str(error)
+        assert trainer.state.global_step == 0
+    else:
+        assert Version(trl.__version__) < Version("1.16")
+        assert "procon/penalty" in trainer.state.log_history[0]

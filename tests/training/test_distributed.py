@@ -110,6 +110,9 @@ def assert_same_gradients(found: dict[tuple, dict]) -> None:
             assert f"block 0 got hidden states with placement {name}" in found[placement, fuse]["refused"]
 
 
+# The oldest torch restores no optimiser on the numbered CPUs that stand for GPUs here, and its DTensor lacks a rule for
+# the views of tensor parallelism.
+@pytest.mark.newest
 @pytest.mark.slow
 def test_two_ranks_train_as_one_does(tiny_model, tokenizer, tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
