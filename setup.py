@@ -19,7 +19,7 @@ EXTRAS = {
     # One version of pyright: another one finds other errors.
     "lint": [
         "codespell>=2.4",
-        "import-linter>=2.17",
+        "import-linter>=2.5",
         "pre-commit>=4",
         "pre-commit-hooks>=6",
         "pyright==1.1.414",

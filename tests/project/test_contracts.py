@@ -23,7 +23,7 @@ def package(tmp_path) -> Path:
 
 
 def lint(folder: Path) -> subprocess.CompletedProcess:
-    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache", ROOT / "pyproject.toml"]
+    command = [Path(sys.executable).with_name("lint-imports"), "--config", ROOT / "pyproject.toml", "--no-cache"]
     return subprocess.run(
         command, cwd=folder, env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True, check=False
     )
