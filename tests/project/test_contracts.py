@@ -1,6 +1,7 @@
 """The import contracts in ``pyproject.toml`` hold for the package as it is installed, and find what is planted."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,16 +23,18 @@ def package(tmp_path) -> Path:
     return tmp_path
 
 
-def lint(folder: Path) -> subprocess.CompletedProcess:
+def lint(folder: Path) -> subprocess.CompletedProcess[str]:
     command = [Path(sys.executable).with_name("lint-imports"), "--config", ROOT / "pyproject.toml", "--no-cache"]
-    return subprocess.run(
-        command, cwd=folder, env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True, check=False
-    )
+    environment = os.environ | {"COLUMNS": "200"}
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    run.stdout = re.sub(r"\x1b\[[\d;]*m", "", run.stdout)  # older versions colour what no terminal shows
+    return run
 
 
 def test_contracts_hold(package):
     run = lint(package)
     assert run.returncode == 0, run.stdout + run.stderr
+    assert "Contracts: 4 kept, 0 broken." in run.stdout
 
 
 #: A file, what is planted in it, and the contract that it breaks.
