@@ -28,6 +28,9 @@ Reduction = Literal["token", "sequence"]
 Fuse = Literal["auto", "never"]
 Backend = Literal["auto", "triton", "eager"]
 
+#: What to do when refusal has drifted below a gate.
+GateAction = Literal["warn", "stop"]
+
 #: The environment variable that says which backend ``"auto"`` means.
 BACKEND_VARIABLE = "PROCON_BACKEND"
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
 from procon.errors import ProConError
-from procon.settings import MAX_DIRECTIONS, PAPER_RECIPE, check_choice
+from procon.settings import PAPER_RECIPE, GateAction, check_choice
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Method = Literal["lora", "full"]
-GateAction = Literal["warn", "stop"]
 
 _Default = TypeVar("_Default")
 
@@ -48,8 +47,6 @@ class DirectionsArguments:
     def __post_init__(self) -> None:
         _check_least(1, self, "batch_size")
         _check_dtype(self.dtype)
-        if not 1 <= self.k <= MAX_DIRECTIONS:
-            raise ProConError(f"k is {self.k}: give 1 to {MAX_DIRECTIONS} directions per block")
 
 
 @dataclass

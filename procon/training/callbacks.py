@@ -27,9 +27,10 @@ from procon.chat import ContrastPrompts, builtin_prompts
 from procon.directions import ContrastMeans, RefusalDirections
 from procon.errors import ProConError
 from procon.evaluation import Drift, evaluate, measure_drift
+from procon.settings import GateAction
 from procon.training.checkpoints import output_folder
 from procon.training.console import log_with_details, show_beside_bar
-from procon.training.drift_gate import DriftGate, GateAction
+from procon.training.drift_gate import DriftGate
 
 logger = logging.getLogger(__name__)
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from procon.errors import ProConError
 from procon.evaluation import Drift
-from procon.settings import check_choice
-
-GateAction = Literal["warn", "stop"]
+from procon.settings import GateAction, check_choice
 
 _REMEDY = (
     "the model may be losing its refusals: constrain more (a larger alpha or a longer warm-up), mix in safety samples, "
