@@ -571,6 +571,8 @@ WORKER = textwrap.dedent(
         gradient_accumulation_steps=2, use_cpu=True, ddp_backend="gloo")
     if int(__import__("os").environ["RANK"]) == 0:
         torch.save(found, f"{folder}/gradients.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
     """
 )
 

@@ -105,6 +105,10 @@ def main() -> None:
             cells.setdefault(row, {})[column] = by_mode[mode]
     if rows.RANK == 0:
         chosen.file.write_text(json.dumps(cells, indent=1))
+    if torch.distributed.is_initialized():
+        # A rank that leaves while gloo's threads still run may be aborted at exit.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 main()

@@ -86,6 +86,7 @@ def main() -> None:
     found = {name: trained(name) for name in sys.argv[2:]}
     if os.environ.get("RANK", "0") == "0":
         torch.save(found, FOLDER / f"{WORLD}.pt")
+    gloo.stop()
 
 
 if __name__ == "__main__":

@@ -68,3 +68,4 @@ os.chdir(FOLDER)
 found = {config: run(config) for config in sys.argv[2:]}
 if RANK == 0:
     (FOLDER / "printed.json").write_text(json.dumps(found))
+gloo.stop()

@@ -3,6 +3,7 @@
 import os
 from importlib.util import find_spec
 
+import torch.distributed
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
@@ -29,3 +30,14 @@ def start(*, sharding: bool) -> None:
     state = PartialState(cpu=True, backend="gloo")
     if sharding:
         state.distributed_type = DistributedType.MULTI_NPU
+
+
+def stop() -> None:
+    """End the group, once every rank has come here.
+
+    A rank that leaves while gloo's threads still run may be aborted at exit ("terminate called without an active
+    exception"), and takes a run that was done down with it.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -320,6 +320,7 @@ def main() -> None:
             found[name] = {"error": f"{type(error).__name__}: {error}"}
     if RANK == 0:
         (FOLDER / f"{WORLD}.json").write_text(json.dumps(found))
+    gloo.stop()
 
 
 main()
