@@ -5,14 +5,15 @@ import triton.language as tl
 
 
 @triton.jit
-def value_and_slope(e, PENALTY: tl.constexpr):
-    """phi(e) and phi'(e)."""
+def value_and_slope(e, reach, PENALTY: tl.constexpr):
+    """phi(e) and phi'(e); ``reach``, of the shape of ``e``, is that of the rounding, which only "absolute" knows."""
     if PENALTY == "squared":
         value = e * e
         slope = 2 * e
     elif PENALTY == "absolute":
-        value = tl.abs(e)
-        slope = (e > 0).to(e.dtype) - (e < 0).to(e.dtype)
+        # The smallest normal number keeps 0 / 0 away.
+        slope = e / tl.maximum(tl.maximum(tl.abs(e), reach), 1.1754943508222875e-38)
+        value = slope * (e - 0.5 * slope * reach)
     else:
         slope = tl.clamp(e, -1.0, 1.0)
         value = slope * (e - 0.5 * slope)

@@ -5,6 +5,8 @@ For ``h [N, D]``, directions ``r [K, D]``, anchors ``a [N, K]`` and weights ``w 
     forward   z_tk = <h_t, r_k>   e = z - a   penalty_t = w_t sum_k phi(e_tk)   c_tk = w_t phi'(e_tk)
     backward  dh_t = g_h[t] + g_t sum_k c_tk r_k
 
+phi "absolute" is a parabola up to ``rounding |h_t| |r_k|``, and straight beyond.
+
 Bytes moved, with U = N * D * itemsize: forward U (rows of weight 0 are not read), backward 2U, or U when no gradient
 arrives for h; added in place, 2U of the rows whose coefficients are not 0. Beside that 4N(3K + 2) bytes of anchors,
 weights, penalties and coefficients, of which the backward reads a coefficient once for each patch; r stays in cache.
@@ -41,6 +43,7 @@ def _forward(
     D: tl.constexpr,
     K: tl.constexpr,
     PENALTY: tl.constexpr,
+    ROUNDING: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -60,6 +63,7 @@ def _forward(
         other=0,
     ).to(direction.dtype.element_ty)
     total = tl.zeros([ROWS], direction.dtype.element_ty)
+    reach = total
     for k in tl.static_range(K):
         r = tl.load(direction + k * D + column, mask=column < D, other=0, eviction_policy="evict_last")
         z = tl.sum(h * r[None, :], axis=1)
@@ -68,7 +72,9 @@ def _forward(
         else:
             if anchor is not None:
                 z -= tl.load(anchor + row * anchor_stride + k * anchor_step, mask=live, other=0)
-            value, result = value_and_slope(z, PENALTY)
+            if PENALTY == "absolute" and ROUNDING:
+                reach = ROUNDING * tl.sqrt(tl.sum(h * h, axis=1) * tl.sum(r * r, axis=0))
+            value, result = value_and_slope(z, reach, PENALTY)
             total += value
             if weight is not None:
                 result *= w
@@ -126,6 +132,7 @@ def _launch_forward(
     token_penalty: Tensor | None,
     per_direction: Tensor,
     penalty: str | None,
+    rounding: float,
 ) -> None:
     rows, size = hidden.shape
     tile = row_tile("forward", size, hidden.element_size(), target_of(hidden))
@@ -147,6 +154,7 @@ def _launch_forward(
                 D=size,
                 K=len(direction),
                 PENALTY=penalty,
+                ROUNDING=rounding,
                 ROWS=tile.rows,
                 COLUMNS=tile.columns,
                 num_warps=tile.warps,  # pyright: ignore[reportCallIssue]  # a launch option
@@ -156,17 +164,25 @@ def _launch_forward(
 def project(hidden: Tensor, direction: Tensor) -> Tensor:
     """Projection ``z [N, K]`` of ``hidden [N, D]`` on ``direction [K, D]``, in the dtype of ``direction``."""
     projection = torch.empty((len(hidden), len(direction)), dtype=direction.dtype, device=hidden.device)
-    _launch_forward(hidden, direction, None, None, None, projection, None)
+    _launch_forward(hidden, direction, None, None, None, projection, None, 0.0)
     return projection
 
 
 def penalize(
-    hidden: Tensor, direction: Tensor, anchor: Tensor | None, weight: Tensor | None, penalty: str
+    hidden: Tensor,
+    direction: Tensor,
+    anchor: Tensor | None,
+    weight: Tensor | None,
+    penalty: str,
+    rounding: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Penalty of each token ``[N]`` and coefficient ``c [N, K]``, both in the dtype of ``direction``."""
+    """Penalty of each token ``[N]`` and coefficient ``c [N, K]``, both in the dtype of ``direction``.
+
+    ``rounding`` is the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola.
+    """
     token_penalty = torch.empty(len(hidden), dtype=direction.dtype, device=hidden.device)
     coefficient = torch.empty((len(hidden), len(direction)), dtype=direction.dtype, device=hidden.device)
-    _launch_forward(hidden, direction, anchor, weight, token_penalty, coefficient, penalty)
+    _launch_forward(hidden, direction, anchor, weight, token_penalty, coefficient, penalty, rounding)
     return token_penalty, coefficient
 
 

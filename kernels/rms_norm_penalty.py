@@ -7,6 +7,8 @@ token weights ``w [N]``::
               z_tk = <h_t, r_k>   e = z - a   penalty_t = w_t sum_k phi(e_tk)   c_tk = w_t phi'(e_tk)
     backward  m = g_y v    dh_t = s_t (m_t - n_t mean_d(m_t n_t)) + g sum_k c_tk r_k    dv = sum_t g_y[t] n_t
 
+phi "absolute" is a parabola up to ``rounding |h_t| |r_k|``, and straight beyond.
+
 Casting ``"llama"`` rounds n to the dtype of h before it meets the weight; ``"gemma"`` rounds the product. The gradients
 are those of the norm without the rounding.
 
@@ -50,6 +52,7 @@ def _forward(
     OFFSET: tl.constexpr,
     CASTING: tl.constexpr,
     PENALTY: tl.constexpr,
+    ROUNDING: tl.constexpr,
     D: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
@@ -62,7 +65,8 @@ def _forward(
     inside = row < N
     patch = inside[:, None] & (column < D)[None, :]
     h = tl.load(hidden + row[:, None] * hidden_stride + column[None, :], mask=patch, other=0).to(dtype)
-    s = 1 / tl.sqrt(tl.sum(h * h, axis=1) / D + EPS)
+    square = tl.sum(h * h, axis=1)
+    s = 1 / tl.sqrt(square / D + EPS)
     tl.store(inverse_rms + row, s, mask=inside)
     v = tl.load(norm_weight + column, mask=column < D, other=0, eviction_policy="evict_last").to(dtype) + OFFSET
     n = h * s[:, None]
@@ -76,13 +80,16 @@ def _forward(
             w = tl.load(weight + row * weight_stride, mask=inside, other=0)
             live = inside & (w != 0)
         total = tl.zeros([ROWS], dtype)
+        reach = total
         for k in tl.static_range(K):
             r = tl.load(direction + k * D + column, mask=column < D, other=0, eviction_policy="evict_last")
             e = tl.sum(h * r[None, :], axis=1)
             if anchor is not None:
                 e -= tl.load(anchor + row * anchor_stride + k * anchor_step, mask=live, other=0)
+            if PENALTY == "absolute" and ROUNDING:
+                reach = ROUNDING * tl.sqrt(square * tl.sum(r * r, axis=0))
             # Selected, not multiplied: a dead row may hold NaN.
-            value, slope = value_and_slope(tl.where(live, e, 0), PENALTY)
+            value, slope = value_and_slope(tl.where(live, e, 0), tl.where(live, reach, 0), PENALTY)
             total += value
             if weight is not None:
                 slope *= w
@@ -162,8 +169,11 @@ def rms_norm_penalize(
     anchor: Tensor | None,
     weight: Tensor | None,
     penalty: str,
+    rounding: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """RMSNorm of ``hidden [N, D]`` and, when there is a ``direction [K, D]``, the penalty on the way.
+
+    ``rounding`` is the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola.
 
     Returns the normed states ``[N, D]`` and, in the dtype of the computation, the inverse RMS ``[N]``, the penalty of
     each token ``[N]`` and the coefficient ``c [N, K]``; the last two are empty without a direction.
@@ -199,6 +209,7 @@ def rms_norm_penalize(
                 OFFSET=offset,
                 CASTING=casting,
                 PENALTY=penalty,
+                ROUNDING=rounding,
                 D=size,
                 K=directions,
                 ROWS=tile.rows,

@@ -106,7 +106,12 @@ def oracle() -> Callable[..., Expected]:
     """The op by definition in float64, its gradient from autograd, over the live tokens only."""
 
     def compute(
-        hidden: Tensor, direction: Tensor, anchor: Tensor | None, weight: Tensor | None, penalty: str = "squared"
+        hidden: Tensor,
+        direction: Tensor,
+        anchor: Tensor | None,
+        weight: Tensor | None,
+        penalty: str = "squared",
+        rounding: float = 0.0,
     ) -> Expected:
         h, r = hidden.detach().double().cpu(), direction.double().cpu()
         a = torch.zeros(len(h), len(r)).double() if anchor is None else anchor.double().cpu()
@@ -116,9 +121,10 @@ def oracle() -> Callable[..., Expected]:
         z = (x[:, None, :] * r).sum(-1)
         z.retain_grad()
         e = z - a[live]
+        reach = rounding * x.detach().norm(dim=1)[:, None] * r.norm(dim=1)
         phi = {
             "squared": e.square(),
-            "absolute": e.abs(),
+            "absolute": torch.where(e.abs() < reach, e.square() / (2 * reach).clamp(min=1e-300), e.abs() - reach / 2),
             "huber": torch.where(e.abs() <= 1, e.square() / 2, e.abs() - 0.5),
         }[penalty]
         tokens = w[live] * phi.sum(-1)

@@ -1,30 +1,41 @@
 """The penalty and its coefficient from projections."""
 
+import torch
 from torch import Tensor
 
 
 def penalize_projection(
-    projection: Tensor, anchor: Tensor | None, weight: Tensor | None, penalty: str
+    projection: Tensor, anchor: Tensor | None, weight: Tensor | None, penalty: str, reach: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Penalty of each token ``[N]`` and coefficient ``c [N, K]`` for ``projection [N, K]``, in its dtype."""
+    """Penalty of each token ``[N]`` and coefficient ``c [N, K]`` for ``projection [N, K]``, in its dtype.
+
+    ``reach [N, K]`` is that of the rounding of each projection, where "absolute" is a parabola; None stands for 0.
+    """
     # Operations with Python numbers take twice as long on few tokens as those without.
     error = projection.clone() if anchor is None else projection - anchor
     if weight is not None:
         weight = weight.unsqueeze(1)
         # Rows of weight 0 may hold NaN or infinity, which a product with 0 would keep.
-        error.masked_fill_(weight.logical_not(), 0.0)
-    value, slope = value_and_slope(error, penalty, weight)
+        dead = weight.logical_not()
+        error.masked_fill_(dead, 0.0)
+        if reach is not None:
+            reach = reach.masked_fill(dead, 0.0)
+    value, slope = value_and_slope(error, penalty, weight, reach)
     # One direction is one column, which needs no sum.
     return value.squeeze(1) if value.shape[1] == 1 else value.sum(1), slope
 
 
-def value_and_slope(error: Tensor, penalty: str, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+def value_and_slope(error: Tensor, penalty: str, weight: Tensor | None, reach: Tensor | None) -> tuple[Tensor, Tensor]:
     """``w phi(e)`` and ``w phi'(e)``, both of the shape of ``error``."""
     if penalty == "squared":
         weighted = error if weight is None else error * weight
         return error * weighted, weighted + weighted
-    if penalty == "absolute":
+    if penalty == "absolute" and reach is None:
         value, slope = error.abs(), error.sign()
+    elif penalty == "absolute":
+        # The smallest normal number keeps 0 / 0 away.
+        slope = error / torch.maximum(error.abs(), reach).clamp_min_(1.1754943508222875e-38)
+        value = slope * (error - 0.5 * slope * reach)
     else:
         slope = error.clamp(-1, 1)
         value = slope * (error - 0.5 * slope)

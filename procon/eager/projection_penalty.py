@@ -4,6 +4,8 @@ For hidden states ``h [N, D]``, directions ``r [K, D]``, anchors ``a [N, K]`` an
 
     z = h r^T    e = z - a    penalty_t = w_t sum_k phi(e_tk)    c_tk = w_t phi'(e_tk)
     dL/dh_t = g_h[t] + g_t sum_k c_tk r_k
+
+phi "absolute" is a parabola up to ``rounding |h_t| |r_k|``, and straight beyond.
 """
 
 import torch
@@ -15,12 +17,20 @@ from .tiles import converted, tile_height, tiled
 
 def project(hidden: Tensor, direction: Tensor) -> Tensor:
     """Projection ``z [N, K]`` of ``hidden [N, D]`` on ``direction [K, D]``, in the dtype of ``direction``."""
+    return _project(hidden, direction, None)
+
+
+def _project(hidden: Tensor, direction: Tensor, length: Tensor | None) -> Tensor:
+    """The projection; ``length [N]``, if there is one, receives ``|h|`` from the same read."""
     rows, columns = hidden.shape
     projection = direction.new_empty((rows, len(direction)))
     height = tile_height(direction, columns)
     buffer = direction.new_empty((min(height, rows), columns)) if hidden.dtype != direction.dtype else None
-    for tile, z in tiled(height, hidden, projection):
-        project_tile(converted(tile, buffer), direction, z)
+    for tile, z, *lengths in tiled(height, hidden, projection, *([] if length is None else [length])):
+        h = converted(tile, buffer)
+        project_tile(h, direction, z)
+        if lengths:
+            torch.linalg.vector_norm(h, dim=1, out=lengths[0])
     return projection
 
 
@@ -32,10 +42,27 @@ def project_tile(tile: Tensor, direction: Tensor, projection: Tensor) -> None:
 
 
 def penalize(
-    hidden: Tensor, direction: Tensor, anchor: Tensor | None, weight: Tensor | None, penalty: str
+    hidden: Tensor,
+    direction: Tensor,
+    anchor: Tensor | None,
+    weight: Tensor | None,
+    penalty: str,
+    rounding: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Penalty of each token ``[N]`` and coefficient ``c [N, K]``, both in the dtype of ``direction``."""
-    return penalize_projection(project(hidden, direction), anchor, weight, penalty)
+    """Penalty of each token ``[N]`` and coefficient ``c [N, K]``, both in the dtype of ``direction``.
+
+    ``rounding`` is the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola.
+    """
+    length = direction.new_empty(len(hidden)) if penalty == "absolute" and rounding else None
+    projection = _project(hidden, direction, length)
+    return penalize_projection(projection, anchor, weight, penalty, rounding_reach(length, direction, rounding))
+
+
+def rounding_reach(length: Tensor | None, direction: Tensor, rounding: float) -> Tensor | None:
+    """``rounding |h_t| |r_k|``, ``[N, K]``, for lengths ``|h| [N]``; None if there are none."""
+    if length is None:
+        return None
+    return torch.outer(length, torch.linalg.vector_norm(direction, dim=1).mul_(rounding))
 
 
 def accumulate_gradient(

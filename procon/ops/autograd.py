@@ -106,10 +106,11 @@ class Constrain(torch.autograd.Function):
         anchor: Tensor | None,
         weight: Tensor | None,
         penalty: str,
+        rounding: float,
         per_token: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        tokens, coefficient = operators.penalize(hidden, direction, anchor, weight, penalty, backend)
+        tokens, coefficient = operators.penalize(hidden, direction, anchor, weight, penalty, rounding, backend)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(coefficient, direction)
         ctx.shape, ctx.dtype, ctx.backend = hidden.shape, hidden.dtype, backend
@@ -126,7 +127,7 @@ class Constrain(torch.autograd.Function):
             else:
                 arguments = (grad_hidden, grad_penalty, coefficient, direction, ctx.shape, ctx.dtype, ctx.backend)
                 grad_hidden = _differentiable_once(operators.accumulate_gradient, *arguments)
-        return grad_hidden, None, None, None, None, None, None
+        return grad_hidden, *(None,) * 7
 
 
 def _writable_buffer(ctx: _Context) -> Tensor | None:
@@ -157,10 +158,11 @@ class RmsNormConstrain(torch.autograd.Function):
         anchor: Tensor | None,
         weight: Tensor | None,
         penalty: str,
+        rounding: float,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         normed, inverse_rms, tokens, coefficient = operators.rms_norm_penalize(
-            hidden, norm_weight, eps, casting, offset, direction, anchor, weight, penalty, backend
+            hidden, norm_weight, eps, casting, offset, direction, anchor, weight, penalty, rounding, backend
         )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, norm_weight, inverse_rms, coefficient, direction)
@@ -182,5 +184,5 @@ class RmsNormConstrain(torch.autograd.Function):
         elif grad_penalty is not None:
             arguments = (None, grad_penalty, coefficient, direction, hidden.shape, hidden.dtype, ctx.backend)
             grad_hidden = _differentiable_once(operators.accumulate_gradient, *arguments)
-        others = (None,) * 8
+        others = (None,) * 9
         return grad_hidden if needs_hidden else None, grad_weight if needs_weight else None, *others

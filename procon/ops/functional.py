@@ -6,8 +6,10 @@ With hidden states ``h_t``, directions ``r_k``, anchors ``a_tk`` and token weigh
 
     z_tk = <h_t, r_k>        penalty = sum_t w_t sum_k phi(z_tk - a_tk)
 
-``phi`` is ``"squared"`` (``e^2``), ``"absolute"`` (``|e|``, the paper's norm of a scalar; its slope at 0 is 0) or
-``"huber"`` (``e^2 / 2`` up to 1, ``|e| - 1/2`` beyond).
+``phi`` is ``"squared"`` (``e^2``), ``"absolute"`` (``|e|``, the paper's norm of a scalar) or ``"huber"`` (``e^2 / 2``
+up to 1, ``|e| - 1/2`` beyond). Up to ``d = rounding |h_t| |r_k|`` "absolute" is ``e^2 / 2d``, and ``|e| - d/2`` beyond:
+the sign of a departure that may be rounding is noise, and would push at full strength. ``rounding`` is 4 units in the
+last place of the dtype of ``hidden``, or of autocast's if that is on, and at most 1/256.
 
 Shapes: ``hidden [..., D]``; ``direction [D]`` or ``[K, D]`` with K at most 8; ``anchor [...]``, or ``[..., K]`` when
 the directions are ``[K, D]``; ``weight [...]``, numbers at least 0 or booleans (values are not checked: that would wait
@@ -178,7 +180,7 @@ def rms_norm_constrain(
     chosen = choose_backend(backend, hidden.device.type)
     _check_norm(hidden, norm_weight, casting)
     return RmsNormConstrain.apply(
-        hidden, norm_weight, eps, casting, offset, directions, anchor, weight, penalty, chosen
+        hidden, norm_weight, eps, casting, offset, directions, anchor, weight, penalty, _rounding(hidden), chosen
     )
 
 
@@ -198,7 +200,9 @@ def rms_norm(
     _check_hidden(hidden)
     _check_norm(hidden, norm_weight, casting)
     chosen = choose_backend(backend, hidden.device.type)
-    normed, _ = RmsNormConstrain.apply(hidden, norm_weight, eps, casting, offset, None, None, None, "squared", chosen)
+    normed, _ = RmsNormConstrain.apply(
+        hidden, norm_weight, eps, casting, offset, None, None, None, "squared", 0.0, chosen
+    )
     return normed
 
 
@@ -213,7 +217,19 @@ def _constrain(
 ) -> tuple[Tensor, Tensor]:
     directions, anchor, weight = _penalty_arguments(hidden, direction, anchor, weight, penalty)
     chosen = choose_backend(backend, hidden.device.type)
-    return Constrain.apply(hidden, directions, anchor, weight, penalty, per_token, chosen)
+    return Constrain.apply(hidden, directions, anchor, weight, penalty, _rounding(hidden), per_token, chosen)
+
+
+def _rounding(hidden: Tensor) -> float:
+    """The share of ``|h| |r|`` by which a projection may be off because the hidden states are rounded.
+
+    A projection recorded with another batch, kernel or order of summation differs from its anchor by about that: four
+    units in the last place, but at most 1/256, because in bfloat16 true departures are hardly larger than four.
+    """
+    dtype = hidden.dtype
+    if dtype == torch.float32 and torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)  # of the blocks that they come out of
+    return min(4 * torch.finfo(dtype).eps, 1 / 256)
 
 
 def _penalty_arguments(

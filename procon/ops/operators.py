@@ -76,21 +76,33 @@ def project(hidden: Tensor, direction: Tensor, backend: str) -> Tensor:
 
 
 def _fake_penalize(
-    hidden: Tensor, direction: Tensor, anchor: Tensor | None, weight: Tensor | None, penalty: str, backend: str
+    hidden: Tensor,
+    direction: Tensor,
+    anchor: Tensor | None,
+    weight: Tensor | None,
+    penalty: str,
+    rounding: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     rows = hidden.numel() // hidden.shape[-1]
     return direction.new_empty((rows,)), direction.new_empty((rows, direction.shape[0]))
 
 
 @_operator(
-    "penalize(Tensor hidden, Tensor direction, Tensor? anchor, Tensor? weight, str penalty, str backend)"
-    " -> (Tensor, Tensor)",
+    "penalize(Tensor hidden, Tensor direction, Tensor? anchor, Tensor? weight, str penalty, float rounding,"
+    " str backend) -> (Tensor, Tensor)",
     _fake_penalize,
 )
 def penalize(
-    hidden: Tensor, direction: Tensor, anchor: Tensor | None, weight: Tensor | None, penalty: str, backend: str
+    hidden: Tensor,
+    direction: Tensor,
+    anchor: Tensor | None,
+    weight: Tensor | None,
+    penalty: str,
+    rounding: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _projection_penalty(backend).penalize(_rows(hidden), direction, anchor, weight, penalty)
+    return _projection_penalty(backend).penalize(_rows(hidden), direction, anchor, weight, penalty, rounding)
 
 
 def _fake_accumulate_gradient(
@@ -139,6 +151,7 @@ def _fake_rms_norm(
     anchor: Tensor | None,
     weight: Tensor | None,
     penalty: str,
+    rounding: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = hidden.numel() // hidden.shape[-1]
@@ -155,7 +168,7 @@ def _fake_rms_norm(
 
 @_operator(
     "rms_norm_penalize(Tensor hidden, Tensor norm_weight, float eps, str casting, float offset, Tensor? direction,"
-    " Tensor? anchor, Tensor? weight, str penalty, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? anchor, Tensor? weight, str penalty, float rounding, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_rms_norm,
 )
 def rms_norm_penalize(
@@ -168,10 +181,11 @@ def rms_norm_penalize(
     anchor: Tensor | None,
     weight: Tensor | None,
     penalty: str,
+    rounding: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     normed, inverse_rms, tokens, coefficient = _rms_norm_penalty(backend).rms_norm_penalize(
-        _rows(hidden), norm_weight.contiguous(), eps, casting, offset, direction, anchor, weight, penalty
+        _rows(hidden), norm_weight.contiguous(), eps, casting, offset, direction, anchor, weight, penalty, rounding
     )
     return normed.view(hidden.shape), inverse_rms, tokens, coefficient
 
