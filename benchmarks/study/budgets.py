@@ -212,6 +212,17 @@ FORMAT = Part(
     ("extraction",),
 )
 
+# The other runs of ProCon_s were made before the absolute penalty was a parabola within the rounding of the hidden
+# states. The settings are the same.
+ROUNDED = replace(PROCON_S, name="procon_s_rounded", label="ProCon_s, a parabola within rounding")
+ROUNDING = Part(
+    "rounding",
+    "The absolute penalty without noise",
+    "Do the defaults keep what they kept, now that a departure within rounding is not pushed at full strength?",
+    (START, PLAIN, PROCON_S, ROUNDED),
+    ("arithmetic", "poisoned"),
+)
+
 # On GPUs: longer training, the paper's warm-up of four epochs, and every choice again at that size.
 _PAPER_WU = constrained("procon_wu", "ProCon_wu", "procon_wu:2@4ep")
 _FULL_TABLE = replace(
@@ -226,7 +237,8 @@ _FULL_TABLE = replace(
 
 BUDGETS: dict[str, Budget] = {
     "table": Budget(
-        (TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, BASELINES, WARMUP, DEPTH, CONVERGENCE, SUBSPACE, FORMAT), Size()
+        (TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, BASELINES, WARMUP, DEPTH, CONVERGENCE, SUBSPACE, FORMAT, ROUNDING),
+        Size(),
     ),
     "full": Budget(
         (_FULL_TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, SUBSPACE),
