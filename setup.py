@@ -16,6 +16,8 @@ EXTRAS = {
     "flash": ["flash-attn>=2.7"],
     "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=1"],
     "study": ["markdown>=3.6", "scikit-learn>=1.6", "scipy>=1.13"],
+    # One version of mutmut: another one makes other mutants.
+    "mutation": ["coverage>=7.6", "mutmut==3.8.1"],
     # One version of pyright: another one finds other errors.
     "lint": [
         "codespell>=2.4",

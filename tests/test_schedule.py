@@ -1,6 +1,7 @@
 """Alpha over training: the grammar, its errors, and the step at which each phase ends."""
 
 import math
+import re
 
 import pytest
 
@@ -73,6 +74,21 @@ def test_what_is_no_schedule(text, message):
     assert "\n" not in str(caught.value)
 
 
+def test_the_message_shows_schedules_that_are_some():
+    with pytest.raises(ProConError) as caught:
+        AlphaSchedule.parse("?")
+    text, *examples = re.findall("'([^']+)'", str(caught.value).replace("ALPHA", "0.5"))
+    assert text == "?"
+    assert len(examples) == 4
+    for example in examples:
+        AlphaSchedule.parse(example)
+
+
+def test_a_phase_alone_is_of_epochs_and_lasts():
+    assert Phase(0.5) == Phase(0.5, None, "ep")
+    assert AlphaSchedule((Phase(0.5),)) == AlphaSchedule((Phase(0.5),), extra=0)
+
+
 @pytest.mark.parametrize(
     ("phases", "extra"), [((), 0), ((Phase(1.0), Phase(0.0)), 0), ((Phase(1.0),), 1), ((Phase(1.0, 2), Phase(0.0)), 2)]
 )
@@ -116,6 +132,7 @@ def test_the_constrained_steps_of_the_warm_up_are_the_extra_ones():
 
 def test_the_last_phase_goes_on():
     assert AlphaSchedule.parse("1@1ep,0.5@1ep").alpha(10**6, PER_EPOCH) == 0.5
+    assert AlphaSchedule.parse("1@1ep,0.5@1ep,0.25@1ep").alpha(10**6, PER_EPOCH) == 0.25
     assert AlphaSchedule.parse("procon_s").alpha(10**9, PER_EPOCH) == 0.2
 
 
