@@ -5,7 +5,7 @@ is killed. One that survives is a change that no test notices: a test is missing
 with the reason why it changes nothing that a test could see. Tests that are marked slow are left out, and lines count
 as run only if the process of the tests runs them: what ranks in processes of their own do is not seen.
 
-What is done is kept in ``.mutants/``: run it again to go on. A mutant is run again when its file has changed, a
+What is done is kept in ``.mutants/``: run it again to go on. A mutant is run again when its function has changed, a
 survivor also when a test has. Results are written to ``recorded.json``.
 """
 
@@ -101,6 +101,23 @@ def statement_lines(tree: ast.Module, line: int) -> range:
     return range(node.lineno, max(node.lineno + 1, body[0].lineno))
 
 
+def by_function(source: str) -> dict[str, str]:
+    """The text of each function, by the name that a mutant gives; under "", the whole file."""
+    found = {"": source}
+
+    def visit(node: ast.AST, names: tuple[str, ...]) -> None:
+        for child in ast.iter_child_nodes(node):
+            inner = names
+            if isinstance(child, ast.FunctionDef | ast.ClassDef):
+                inner = (*names, child.name)
+                name = ".".join(inner)
+                found[name] = found.get(name, "") + (ast.get_source_segment(source, child) or "")
+            visit(child, inner)
+
+    visit(ast.parse(source), ())
+    return found
+
+
 class Room:
     """One row of the record: files, their tests, and what became of the mutants."""
 
@@ -109,6 +126,7 @@ class Room:
         self.files = python_files(self.root, [name])
         self.sources = {file: (self.root / file).read_text(encoding="utf-8") for file in self.files}
         self.trees = {file: ast.parse(source) for file, source in self.sources.items()}
+        self.functions = {file: by_function(source) for file, source in self.sources.items()}
         tested = [*python_files(self.root, tests), *python_files(self.root, ["tests/conftest.py"])]
         self.tests = [test for test in tests if (self.root / test).exists()]
         self.tests_hash = sha(*((self.root / test).read_text(encoding="utf-8") for test in tested))
@@ -187,7 +205,7 @@ def campaign(room: Room, chosen: argparse.Namespace) -> dict:
             if reason := listed.get((mutant.file, *mutant.key)):
                 reasons[reason["reason"]] += 1
                 continue
-            key = (mutant.file, sha(room.sources[mutant.file]), *mutant.key)
+            key = (mutant.file, sha(room.functions[mutant.file][mutant.function]), *mutant.key)
             entry = done.get(key)
             if entry is None or (entry["outcome"] == "survived" and entry["tests"] != room.tests_hash):
                 outcome, test = room.run(mutant)
