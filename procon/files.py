@@ -1,10 +1,24 @@
-"""Files that are whole or not there, and JSON in and out."""
+"""Files and folders that are whole or not there, also after a power cut, and JSON in and out.
+
+What is being written lies in a private folder beside its target, ``_<machine>-<process>-<token>.partial``. Only its
+owner may enter it, nobody can guess its name, and whatever a library writes on the way lies in it too. Uploads to a
+model hub leave out what begins with an underscore.
+"""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,26 +26,117 @@ from procon.errors import ProConError
 
 T = TypeVar("T")
 
+_PARTIAL = re.compile(r"_([0-9a-f]{8})-([0-9]+)-[0-9a-f]{16}\.partial")
+
+#: Seconds after which what a process of another machine was writing is taken for left behind.
+_ABANDONED = 24 * 60 * 60
+
+#: What the user can do, by the reason for which the system refused to write.
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or give another place",
+    errno.EDQUOT: "free some space, or give another place",
+    errno.EFBIG: "give a place that takes files of this size",
+    errno.EROFS: "give a place that can be written to",
+    errno.EACCES: "give a place that you may write to",
+    errno.EPERM: "give a place that you may write to",
+    errno.ENOTDIR: "a part of the path is a file; give another path",
+    errno.EEXIST: "a file is in the way; move it, or give another path",
+    errno.ENOTEMPTY: "a folder is in the way; move it, or give another path",
+    errno.EISDIR: "a folder is in the way; give the name of a file",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ELOOP: "links lead round in a circle; give another path",
+    errno.EIO: "the disk reports an error; give a place on another one",
+    errno.ESTALE: "the file system was mounted anew; try again",
+    errno.EMFILE: "the process has too many open files; raise the limit with 'ulimit -n'",
+    errno.ENFILE: "the system has too many open files; close some",
+}
+
 
 @contextmanager
-def whole_file(target: Path, writer: int = 0) -> Iterator[Path]:
+def writing(target: str | Path) -> Iterator[None]:
+    """Within the context, what the system refuses to write ends in a ProConError: it names ``target`` and the reason.
+
+    Raises:
+        ProConError: if the disk is full or read-only, a folder is a file, and the like.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REMEDIES:  # a network's, for example
+            raise
+        raise ProConError(
+            f"cannot write {str(target)!r} ({error.strerror or error}): {_REMEDIES[error.errno]}"
+        ) from error
+
+
+def check_writable(target: str | Path) -> None:
+    """Raise ProConError now, rather than after the work, unless the file ``target`` can be written.
+
+    Makes the folder that it lies in. Of a folder, ask for any file in it.
+    """
+    target = Path(target)
+    with writing(target), _private_folder(target.parent):
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+
+
+@contextmanager
+def whole_file(target: str | Path) -> Iterator[Path]:
     """Within the context, write to the path that it gives; after it, that is ``target``, which is whole or not there.
+
+    It is on the disk before it is renamed into place. If the context ends in an error, an older ``target`` stays as it
+    was. Several processes may write one target at a time: it is then that of the last one.
 
     Args:
         target: its folder is made if need be.
-        writer: number of the process that writes; no two that may write ``target`` at a time have the same.
+
+    Raises:
+        ProConError: if the system refuses to write; see :func:`writing`.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{writer}.partial")
-    yield partial
-    partial.replace(target)
+    target = Path(target)
+    with writing(target), _private_folder(target.parent) as private:
+        partial = private / target.name
+        yield partial
+        _sync(partial)
+        partial.replace(target)
+        _sync(target.parent)
+
+
+@contextmanager
+def whole_folder(target: str | Path) -> Iterator[Path]:
+    """Within the context, fill the empty folder that it gives; after it, that is ``target``, whole or not there.
+
+    If ``target`` is there by then and not empty, another process was faster: its folder stays, and this one is dropped.
+
+    Raises:
+        ProConError: if the system refuses to write; see :func:`writing`.
+    """
+    target = Path(target)
+    with writing(target), _private_folder(target.parent) as private:
+        partial = private / target.name
+        partial.mkdir()
+        yield partial
+        for folder, _, files in os.walk(partial, topdown=False):
+            for name in (*files, "."):
+                _sync(Path(folder, name))
+        try:
+            partial.rename(target)
+        except OSError as error:
+            if not (error.errno in (errno.ENOTEMPTY, errno.EEXIST) and target.is_dir()):
+                raise
+        _sync(target.parent)
 
 
 def write_text(text: str, path: str | Path) -> Path:
     """Write ``text`` to ``path`` so that a reader finds the old file or the whole new one; returns the path."""
+    return write_bytes(text.encode(), path)
+
+
+def write_bytes(data: bytes, path: str | Path) -> Path:
+    """Write ``data`` to ``path`` so that a reader finds the old file or the whole new one; returns the path."""
     path = Path(path)
     with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(data)
     return path
 
 
@@ -51,6 +156,79 @@ def load_json(path: str | Path, build: Callable[[Any], T], what: str) -> T:
         raise ProConError(f"{what} file {str(path)!r} does not exist")
     try:
         return build(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = f"no key {error}" if isinstance(error, KeyError) else error
         raise ProConError(f"{what} file {str(path)!r} is damaged or holds something else ({reason})") from error
+
+
+def partial_path(folder: Path) -> Path:
+    """A name in ``folder`` that nobody can guess; what is left of it if the process dies is cleaned later."""
+    return folder / f"_{_machine()}-{os.getpid()}-{secrets.token_hex(8)}.partial"
+
+
+@contextmanager
+def _private_folder(parent: Path) -> Iterator[Path]:
+    """An empty folder in ``parent`` that only this process knows, removed at the end with what is in it."""
+    _make_folder(parent)
+    _clean(parent)
+    private = partial_path(parent)
+    private.mkdir(mode=0o700)
+    try:
+        yield private
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
+
+
+def _make_folder(folder: Path) -> None:
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the list of a folder's files, is on the disk."""
+    if os.name != "posix" and path.is_dir():  # cannot be opened there
+        return
+    # Others than POSIX sync only what is open for writing.
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems, of networks most of all, cannot sync folders.
+        if not (error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EBADF) and path.is_dir()):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _clean(parent: Path) -> None:
+    """Remove what processes that are gone were writing in ``parent``."""
+    for path in parent.glob("_*.partial"):
+        match = _PARTIAL.fullmatch(path.name)
+        # Whatever goes wrong, another process cleans too, or may not.
+        with suppress(OSError):
+            if match and _is_left_behind(path, machine=match[1], process=int(match[2])):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _is_left_behind(path: Path, machine: str, process: int) -> bool:
+    if machine != _machine() or os.name != "posix":  # where the signal 0 would be one
+        return time.time() - path.lstat().st_mtime > _ABANDONED
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:  # another user's
+        pass
+    return False
+
+
+@cache
+def _machine() -> str:
+    """Names where process numbers mean the same: this host since it was started, this container."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.blake2b("".join(parts).encode(), digest_size=4).hexdigest()

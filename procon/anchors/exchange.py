@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
-from uuid import uuid4
 
 import torch.distributed as dist
 
 from procon.errors import ProConError
-from procon.files import whole_file
+from procon.files import partial_path, whole_file
 
 T = TypeVar("T")
 
@@ -63,7 +62,7 @@ def share_files(folder: Path, pattern: str) -> None:
         if rank == owners[0]:
             _send(folder / name)
         elif rank in hosts and rank not in owners:
-            with whole_file(folder / name, rank) as partial, partial.open("wb") as copy:
+            with whole_file(folder / name) as partial, partial.open("wb") as copy:
                 copy.writelines(_receive(owners[0]))
         else:
             for _ in _receive(owners[0]):
@@ -76,13 +75,13 @@ def _one_process() -> bool:
 
 def _first_to_see(folder: Path) -> int:
     """The lowest rank on this rank's file system: each leaves a mark in its ``folder``, and looks for the others'."""
-    mark = folder / f".{uuid4().hex}"
-    mark.touch()
+    mark = partial_path(folder)
+    mark.mkdir()
     try:
         first = next(rank for rank, name in enumerate(gather(mark.name)) if (folder / name).exists())
         gather(None)  # until all have looked
     finally:
-        mark.unlink()
+        mark.rmdir()
     return first
 
 

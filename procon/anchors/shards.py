@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from procon.errors import ProConError
-from procon.files import whole_file
+from procon.files import write_bytes
 
 #: Bytes of projections that make a file.
 SHARD_BYTES = 64 * 2**20
@@ -89,13 +89,11 @@ class ShardWriter:
     A shard is named by a hash of its keys: what several ranks, or runs that were interrupted, write never collides.
 
     Args:
-        folder: where to write.
-        rank: which process writes; no two have the same at a time.
+        folder: where to write; several processes may write to one at a time.
     """
 
-    def __init__(self, folder: Path, rank: int = 0) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._rank = rank
         self._keys: list[Key] = []
         self._rows: list[np.ndarray] = []
         self._bytes = 0
@@ -119,8 +117,7 @@ class ShardWriter:
             "projections": np.concatenate(self._rows, dtype=np.float32),
         }
         name = hashlib.blake2b(keys.tobytes(), digest_size=8).hexdigest()
-        with whole_file(self._folder / f"{name}.safetensors", self._rank) as partial:
-            save_file(tensors, partial)
+        write_bytes(save(tensors), self._folder / f"{name}.safetensors")
         self._keys, self._rows, self._bytes = [], [], 0
 
 

@@ -22,7 +22,7 @@ from procon.anchors.recording import record_projections
 from procon.anchors.shards import AnchorShards, ShardWriter
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
-from procon.files import whole_file
+from procon.files import write_text
 from procon.models import evaluating, find_decoder, token_embedding, unwrapped, weights_hash
 from procon.sequences import TokenSequence, check_text_only, split_batch
 from procon.settings import DEFAULTS, Backend, Reduction, TokenScope, check_setting
@@ -187,11 +187,10 @@ class Anchors:
         if blocks is None:
             blocks = directions.usable.nonzero().flatten().tolist()
         path = Path(path)
-        rank = own_rank()
-        _claim(path, _manifest(model, directions, blocks, scope, fingerprint), rank)
+        _claim(path, _manifest(model, directions, blocks, scope, fingerprint))
         share_files(path, "*.safetensors")  # of a recording that was interrupted
-        writer = ShardWriter(path, rank)
-        batches = tqdm(dataloader, desc="anchors", unit="batch", disable=not progress or rank != 0)
+        writer = ShardWriter(path)
+        batches = tqdm(dataloader, desc="anchors", unit="batch", disable=not progress or own_rank() != 0)
         with evaluating(model):
             for key, projections in record_projections(
                 model, batches, directions.basis, blocks, scope, backend, known=AnchorShards(path)
@@ -231,13 +230,12 @@ def _manifest(
     return manifest if directions.k == 1 else {**manifest, "k": directions.k}
 
 
-def _claim(path: Path, manifest: dict[str, Any], rank: int) -> None:
+def _claim(path: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest, or check that the folder's own says the same: on every rank, and with one outcome."""
     if any(other != manifest for other in gather(manifest)):
         raise ProConError("the ranks' models differ in weights, or in what is to be recorded: load the same on each")
     if not (path / _MANIFEST).exists():
-        with whole_file(path / _MANIFEST, rank) as partial:
-            partial.write_text(json.dumps(manifest, indent=2))
+        write_text(json.dumps(manifest, indent=2), path / _MANIFEST)
     gather(None)  # until the folder is claimed on every host
     if not all(gather(_read_manifest(path) == manifest)):
         raise ProConError(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +20,7 @@ from procon.chat import ContrastPrompts, builtin_prompts, measure_refusal, templ
 from procon.directions.contrast_means import DEAD_GAP, ContrastMeans, each_last_token
 from procon.directions.subspace import further_directions, mean_squared_cosine, orthonormalised
 from procon.errors import ProConError
-from procon.files import whole_file
+from procon.files import write_bytes
 from procon.models import Decoder, model_device, refuse_unprepared, transformers_model
 from procon.settings import MAX_DIRECTIONS
 from procon.version import __version__
@@ -199,16 +199,13 @@ class RefusalDirections:
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file with the provenance in its header; returns its path."""
-        path = Path(path)
         # Copies, as safetensors refuses tensors that share memory.
         names = _TENSORS if self.further is None else {**_TENSORS, "further": "further"}
         tensors = {
             name: getattr(self, attribute).clone(memory_format=torch.contiguous_format)
             for name, attribute in names.items()
         }
-        with whole_file(path) as partial:
-            save_file(tensors, partial, {"procon": json.dumps(self.provenance)})
-        return path
+        return write_bytes(save(tensors, {"procon": json.dumps(self.provenance)}), path)
 
     @classmethod
     def load(cls, path: str | Path) -> RefusalDirections:

@@ -85,7 +85,7 @@ def test_empty_folder(tmp_path):
 
 def test_what_is_written_twice_is_there_once(sequences, folder):
     names = {path.name for path in folder.iterdir()}
-    again = ShardWriter(folder, rank=1)
+    again = ShardWriter(folder)
     for key, rows in sequences.items():
         again.add(key, rows)
     again.flush()
@@ -113,11 +113,11 @@ def test_a_file_that_was_deleted_is_written_anew_and_no_other_is_touched(sequenc
 
 
 def test_an_interrupted_file_is_not_there(tmp_path):
-    with suppress(KeyboardInterrupt), whole_file(tmp_path / "a.safetensors", 0) as partial:
+    with suppress(KeyboardInterrupt), whole_file(tmp_path / "a.safetensors") as partial:
         partial.write_bytes(b"half")
         raise KeyboardInterrupt
     assert len(AnchorShards(tmp_path)) == 0
-    with whole_file(tmp_path / "a.safetensors", 0) as partial:
+    with whole_file(tmp_path / "a.safetensors") as partial:
         partial.write_bytes(b"whole")
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
