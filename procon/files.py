@@ -155,7 +155,7 @@ def load_json(path: str | Path, build: Callable[[Any], T], what: str) -> T:
     if not path.is_file():
         raise ProConError(f"{what} file {str(path)!r} does not exist")
     try:
-        return build(json.loads(path.read_text(encoding="utf-8")))
+        return build(parse_json(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = f"no key {error}" if isinstance(error, KeyError) else error
         raise ProConError(f"{what} file {str(path)!r} is damaged or holds something else ({reason})") from error
@@ -232,3 +232,44 @@ def _machine() -> str:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
         parts.append(os.readlink("/proc/self/ns/pid"))
     return hashlib.blake2b("".join(parts).encode(), digest_size=4).hexdigest()
+
+
+#: Lists and objects within each other, and characters of one text, that a JSON, JSONL or CSV file may have.
+MAX_NESTING = 64
+MAX_TEXT = 1_000_000
+
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_HALF_PAIR = re.compile(r"\\u[dD][89abAB]")
+
+
+def parse_json(text: str) -> Any:
+    """What the JSON ``text`` holds, if it is in order and not made to break its reader.
+
+    Raises:
+        ValueError: if it is no JSON, nested more than :data:`MAX_NESTING` levels deep, or has a number or a text that
+            Python cannot hold.
+    """
+    if text.count("[") + text.count("{") > MAX_NESTING and _nesting(text) > MAX_NESTING:
+        raise ValueError(f"lists and objects are nested more than {MAX_NESTING} levels deep")
+    value = json.loads(text, parse_int=_integer)
+    if _HALF_PAIR.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text has half of a surrogate pair, such as \\ud800") from None
+    return value
+
+
+def _nesting(text: str) -> int:
+    """Levels of lists and objects within each other, up to where ``text`` ceases to be JSON."""
+    level = deepest = 0
+    for bracket in re.sub(r"[^\[\]{}]+", "", _STRING.sub("", text)):
+        level += 1 if bracket in "[{" else -1
+        deepest = max(deepest, level)
+    return deepest
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 4300:  # Python's own limit, whose error speaks of Python's settings
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)

@@ -64,7 +64,7 @@ def test_sample_that_has_no_anchors(place, capsys, workers):
 def test_labels_that_changed_since_the_anchors_were_recorded(place, capsys, monkeypatch):
     assert train("--max_steps", "4") == 0
     # The same tokens, but with the first of each response taken for the prompt's.
-    import procon.data as data
+    import procon.data.tokens as data
 
     original = data.response_mask
 

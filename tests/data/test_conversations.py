@@ -13,7 +13,6 @@ from datasets import Dataset
 
 from procon.chat import builtin_prompts, builtin_refusals
 from procon.data import (
-    IGNORE_INDEX,
     flattening_collator,
     load_conversations,
     mix_safety,
@@ -22,6 +21,7 @@ from procon.data import (
     tokenize_conversations,
 )
 from procon.errors import ProConError
+from procon.sequences import IGNORE_INDEX
 
 
 @pytest.fixture(autouse=True)
