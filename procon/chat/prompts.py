@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from procon.errors import ProConError
+from procon.files import MAX_TEXT, parse_json
 
 Split = Literal["extraction", "validation", "held_out", "safety"]
 
@@ -86,25 +87,14 @@ def load_instructions(path: str | Path) -> tuple[str, ...]:
     ``.jsonl`` file one per line.
 
     Raises:
-        ProConError: if the file is missing, empty, not UTF-8, or a row has neither key.
+        ProConError: if the file is missing, empty, not UTF-8, or a row has neither key; if it is nested more than 64
+            levels deep, or a prompt has more than 1,000,000 characters.
     """
     path = Path(path)
     if not path.is_file():
         raise ProConError(f"prompt file {str(path)!r} does not exist")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the first prompt
-        if path.suffix == ".txt":
-            rows: Sequence[Any] = text.splitlines()
-        elif path.suffix == ".json":
-            rows = json.loads(text)
-            if not isinstance(rows, list):
-                raise ProConError(f"prompt file {str(path)!r} holds no list: give one of texts or of objects")
-        else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ProConError(
-            f"prompt file {str(path)!r} is not valid JSON ({error}): give .txt, .json or .jsonl"
-        ) from error
+        rows = list(_rows(path, path.read_text(encoding="utf-8-sig")))  # a byte order mark is no part of a prompt
     except UnicodeDecodeError as error:
         raise ProConError(f"prompt file {str(path)!r} is not UTF-8 text ({error}): convert it") from error
     prompts = []
@@ -112,8 +102,29 @@ def load_instructions(path: str | Path) -> tuple[str, ...]:
         prompt = row.get("instruction", row.get("prompt")) if isinstance(row, dict) else row
         if not isinstance(prompt, str):
             raise ProConError(f"prompt file {str(path)!r}, row {number}: no key 'instruction' or 'prompt' with a text")
+        if len(prompt) > MAX_TEXT:
+            raise ProConError(f"prompt file {str(path)!r}, row {number}: more than {MAX_TEXT} characters: shorten it")
         if prompt.strip():
             prompts.append(prompt.strip())
     if not prompts:
         raise ProConError(f"prompt file {str(path)!r} holds no prompts: give one per line")
     return tuple(prompts)
+
+
+def _rows(path: Path, text: str) -> Iterator[Any]:
+    if path.suffix.lower() == ".txt":
+        yield from text.splitlines()
+        return
+    try:
+        if path.suffix.lower() != ".json":
+            # At line feeds alone: a JSON text may have U+2028 and its like as they are.
+            yield from (parse_json(line) for line in text.split("\n") if line.strip())
+            return
+        values = parse_json(text)
+    except ValueError as error:
+        raise ProConError(
+            f"prompt file {str(path)!r} is not valid JSON ({error}): give .txt, .json or .jsonl"
+        ) from error
+    if not isinstance(values, list):
+        raise ProConError(f"prompt file {str(path)!r} holds no list: give one of texts or of objects")
+    yield from values

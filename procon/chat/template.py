@@ -7,7 +7,11 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from procon.chat.time_limit import time_limit
 from procon.errors import ProConError
+
+#: Seconds for one conversation: a template is a program that comes with the model, and may have loops.
+LONGEST_RENDERING = 10.0
 
 Message = dict[str, str]
 
@@ -33,9 +37,15 @@ def _text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], gener
             "from the model's chat (-Instruct) version"
         )
     try:
-        rendered = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=generation_prompt
-        )
+        with time_limit(LONGEST_RENDERING):
+            rendered = tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=generation_prompt
+            )
+    except TimeoutError as error:
+        raise ProConError(
+            f"the chat template of {tokenizer.name_or_path!r} needs more than {LONGEST_RENDERING:g} seconds for a "
+            "conversation: set tokenizer.chat_template to one that ends"
+        ) from error
     except Exception as error:  # templates raise jinja2 errors of their own making
         raise ProConError(f"the chat template of {tokenizer.name_or_path!r} rejects a conversation: {error}") from error
     return rendered  # pyright: ignore[reportReturnType]  # a text where tokenize is False

@@ -103,7 +103,7 @@ def _conversations_of_file(path: str, content: str) -> Iterator[dict[str, Any]]:
     convert = None
     for number, row in enumerate(read_rows(Path(path)), 1):
         convert = convert or _converter(row, path)
-        yield _checked(convert, row, f"{path!r}, row {number}")
+        yield _checked(convert, row, path, number)
     if convert is None:
         raise _no_rows(path)
 
@@ -124,7 +124,7 @@ def to_conversations(dataset: Dataset, *, name: str = "dataset") -> Dataset:
     """
     convert = _converter(dataset.column_names, name)
     checked = dataset.map(
-        lambda row, index: _checked(convert, row, f"{name!r}, row {index + 1}"),
+        lambda row, index: _checked(convert, row, name, index + 1),
         with_indices=True,
         remove_columns=dataset.column_names,
         features=_CHECKED,
@@ -144,11 +144,11 @@ def _converter(columns: Iterable[str], name: str) -> _Converter:
     raise ProConError(f"{name!r} has the columns {sorted(there)}; known formats are {_FORMATS}: rename its columns")
 
 
-def _checked(convert: _Converter, row: dict[str, Any], where: str) -> dict[str, Any]:
+def _checked(convert: _Converter, row: dict[str, Any], name: str, number: int) -> dict[str, Any]:
     try:
         messages = convert(row)
     except ProConError as error:
-        raise ProConError(f"{where}: {error}") from None
+        raise ProConError(f"{name!r}, row {number}: {error}") from None
     return {"messages": messages, "doubt": _doubt(messages)}
 
 

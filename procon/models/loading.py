@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from procon.errors import ProConError
 from procon.models.attention import use_best_attention
@@ -34,16 +40,21 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def load_model(
-    name: str | Path, *, dtype: torch.dtype | None = None, attn_implementation: str | None = None
+    name: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM and its tokenizer, on this process's GPU if there is one; a LoRA folder loads with its base.
 
     Args:
         attn_implementation: by transformers' name, or ``"auto"`` for the best for training on packed sequences
             (:func:`procon.models.best_attention`); what transformers chooses if not given.
+        trust_remote_code: run code that comes with the model, with all your rights. Read it first.
 
     Raises:
-        ProConError: if there is no such model, or it cannot be loaded.
+        ProConError: if there is no such model, it cannot be loaded, or it has code of its own that is not trusted.
     """
     dtype = dtype or default_dtype()
     chosen: dict[str, Any] = (
@@ -51,13 +62,20 @@ def load_model(
     )
     is_adapter = (Path(name) / "adapter_config.json").is_file()
     loader = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
+    # Said in so many words: if it is left open, transformers asks in the terminal, and takes a `y` from a pipe.
+    chosen["trust_remote_code"] = trust_remote_code
     try:
-        tokenizer_name = str(name)
-        if is_adapter and not (Path(name) / "tokenizer_config.json").is_file():  # PEFT alone saves none
-            tokenizer_name = PeftConfig.from_pretrained(str(name)).base_model_name_or_path
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
+        base = PeftConfig.from_pretrained(str(name)).base_model_name_or_path if is_adapter else str(name)
+        if not trust_remote_code:
+            _refuse_kernels(name, PreTrainedConfig.get_config_dict(base)[0])
+        own = not is_adapter or (Path(name) / "tokenizer_config.json").is_file()  # PEFT alone saves none
+        tokenizer = AutoTokenizer.from_pretrained(str(name) if own else base, trust_remote_code=trust_remote_code)
         model = loader.from_pretrained(str(name), dtype=dtype, **chosen)
+    except ProConError:
+        raise
     except Exception as error:  # a wrong name shows in a dozen exception types
+        if "trust_remote_code" in str(error):
+            raise _untrusted(name, "code of its own") from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ProConError(f"model {str(name)!r} cannot be loaded ({reason}): give a folder or a hub name") from error
     if torch.cuda.is_available():
@@ -66,3 +84,20 @@ def load_model(
     if attn_implementation == "auto":
         use_best_attention(model)
     return model, tokenizer
+
+
+def _refuse_kernels(name: str | Path, config: dict[str, Any]) -> None:
+    """Raise ProConError if a configuration asks for attention or experts by a hub's name: transformers would fetch
+    them from there and run them."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _refuse_kernels(name, value)
+        if key.strip("_") in ("attn_implementation", "experts_implementation") and "/" in str(value):
+            raise _untrusted(name, f"{key} {value!r:.60}, which is code from a hub")
+
+
+def _untrusted(name: str | Path, what: str) -> ProConError:
+    return ProConError(
+        f"model {str(name)!r} comes with {what}, which is not run: read it and, if you trust it, set "
+        "trust_remote_code=True (--trust_remote_code)"
+    )

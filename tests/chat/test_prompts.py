@@ -135,12 +135,18 @@ PROMPTS = ("Say \u201chi\u201d", "Sing, please")
         ("p.jsonl", '{"instruction": "Say \u201chi\u201d", "prompt": "other"}\n\n{"prompt": "Sing, please", "n": 1}\n'),
         ("p.jsonl", '"Say \\u201chi\\u201d"\n"Sing, please"'),
         ("p.json", json.dumps([{"instruction": PROMPTS[0]}, PROMPTS[1], " "])),
+        ("P.TXT", "Say \u201chi\u201d\nSing, please"),
     ],
 )
 def test_prompt_files(tmp_path, name, text):
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
     assert load_instructions(path) == load_instructions(str(path)) == PROMPTS
+
+
+def test_line_separators_within_json_are_text(tmp_path):
+    (tmp_path / "p.jsonl").write_bytes('"a\u2028b\u0085c"\r\n{"prompt": "d"}'.encode())
+    assert load_instructions(tmp_path / "p.jsonl") == ("a\u2028b\u0085c", "d")
 
 
 @pytest.mark.parametrize(
@@ -156,6 +162,11 @@ def test_prompt_files(tmp_path, name, text):
         ("p.txt", b" \n\n", "holds no prompts"),
         ("p.txt", b"caf\xe9", "not UTF-8"),
         ("p.txt", None, "does not exist"),
+        ("p.json", b"[" * 20_000, "nested more than 64 levels deep"),
+        ("p.jsonl", b"[" * 65 + b"]" * 65, "nested more than 64 levels deep"),
+        ("p.jsonl", b"9" * 5000, "a number of 5000 digits"),
+        ("p.jsonl", b'"a"\n"\\ud800"', "half of a surrogate pair"),
+        ("p.txt", b"a" * 1_000_001, "row 1: more than 1000000 characters"),
     ],
 )
 def test_bad_prompt_files_are_named_in_one_line(tmp_path, name, content, message):
