@@ -43,6 +43,7 @@ class DirectionsArguments:
     k: int = _option(1, "Directions a block, 1 to 8; more than one come from the built-in prompts' categories.")
     batch_size: int = _option(32, "Prompts a batch.")
     dtype: Dtype = _option("auto", "auto, bfloat16, float16 or float32.")
+    trust_remote_code: bool = _option(False, "Run code that comes with the model, with your rights; read it first.")
 
     def __post_init__(self) -> None:
         _check_least(1, self, "batch_size")
@@ -84,6 +85,7 @@ class TrainArguments:
     drift_gate_action: GateAction = _option("warn", "What to do below it: warn, or stop with a checkpoint.")
     resume: bool = _option(False, "Go on from the last checkpoint in the output folder.")
     dtype: Dtype = _option("auto", "auto (full fine-tuning: float32), bfloat16, float16 or float32.")
+    trust_remote_code: bool = _option(False, "Run code that comes with the model, with your rights; read it first.")
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, get_args(Method))
@@ -104,6 +106,7 @@ class DriftArguments:
     benign: str | None = _option(None, "Benign prompts (.txt or .jsonl); the built-in ones if not given.")
     batch_size: int = _option(32, "Prompts a batch.")
     dtype: Dtype = _option("auto", "auto, bfloat16, float16 or float32.")
+    trust_remote_code: bool = _option(False, "Run code that comes with the model, with your rights; read it first.")
 
     def __post_init__(self) -> None:
         _check_least(1, self, "batch_size")
@@ -123,6 +126,7 @@ class EvalArguments:
     task_max_new_tokens: int = _option(128, "Length of a task reply.")
     batch_size: int = _option(32, "Prompts a batch.")
     dtype: Dtype = _option("auto", "auto, bfloat16, float16 or float32.")
+    trust_remote_code: bool = _option(False, "Run code that comes with the model, with your rights; read it first.")
 
     def __post_init__(self) -> None:
         _check_least(1, self, "max_new_tokens", "task_max_new_tokens", "batch_size")
@@ -138,4 +142,5 @@ class QuickstartArguments:
     )
     output_dir: str = _option("procon-quickstart", "Folder for adapters, runs and report.html.")
     seed: int = _option(0, "Seed of adapters and data order.")
+    trust_remote_code: bool = _option(False, "Run code that comes with the model, with your rights; read it first.")
     control: bool = _option(False, "Add a third run, constrained along random directions: about two minutes more.")

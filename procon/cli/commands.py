@@ -7,6 +7,8 @@ from pathlib import Path
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from procon.chat import ContrastPrompts, Split, builtin_prompts, load_instructions
 from procon.cli.arguments import DirectionsArguments, DriftArguments, EvalArguments, QuickstartArguments
@@ -14,7 +16,7 @@ from procon.data import load_conversations
 from procon.demo.quickstart import quickstart as run_quickstart
 from procon.directions import ContrastMeans, RefusalDirections
 from procon.directions.refusal_directions import check_k
-from procon.errors import ProConError
+from procon.errors import ProConError, printable
 from procon.evaluation import Drift, evaluate, measure_drift
 from procon.files import save_json
 from procon.models import load_model, parse_dtype
@@ -23,7 +25,13 @@ from procon.report import Run, print_table
 
 def quickstart(arguments: QuickstartArguments) -> None:
     """``procon quickstart``"""
-    run_quickstart(arguments.model, arguments.output_dir, arguments.seed, control=arguments.control)
+    run_quickstart(
+        arguments.model,
+        arguments.output_dir,
+        arguments.seed,
+        control=arguments.control,
+        trust_remote_code=arguments.trust_remote_code,
+    )
 
 
 def directions(arguments: DirectionsArguments) -> None:
@@ -31,7 +39,7 @@ def directions(arguments: DirectionsArguments) -> None:
     output = _output_file(arguments.output)
     prompts = _prompts(arguments.malicious, arguments.benign, "extraction")
     check_k(arguments.k, prompts)
-    model, tokenizer = load_model(arguments.model, dtype=parse_dtype(arguments.dtype))
+    model, tokenizer = _load(arguments.model, arguments)
     found = RefusalDirections.extract(model, tokenizer, prompts, k=arguments.k, batch_size=arguments.batch_size)
     found.save(output)
     table = Table("block", "gap", "held-out AUROC", box=box.SIMPLE_HEAD)
@@ -39,19 +47,19 @@ def directions(arguments: DirectionsArguments) -> None:
         table.add_row(str(block), f"{gap:.3g}" if gap else "no direction", f"{auroc:.2f}" if gap else "-")
     console = Console()
     console.print(table)
-    console.print(f"The model refuses {found.provenance['refusal_rate']:.0%} of malicious prompts. Written: {output}")
+    console.print(f"The model refuses {found.provenance['refusal_rate']:.0%} of malicious prompts.")
+    console.print(Text(f"Written: {printable(str(output))}"))  # a path may look like markup
 
 
 def drift(arguments: DriftArguments) -> None:
     """``procon drift``"""
     output = _output_file(arguments.output) if arguments.output else None
     prompts = _prompts(arguments.malicious, arguments.benign, "extraction")
-    dtype = parse_dtype(arguments.dtype)
-    model, tokenizer = load_model(arguments.start, dtype=dtype)
+    model, tokenizer = _load(arguments.start, arguments)
     means = ContrastMeans.measure(model, tokenizer, prompts, batch_size=arguments.batch_size)
     reference = RefusalDirections.from_means(means)
     del model
-    model, _ = load_model(arguments.tuned, dtype=dtype)
+    model, _ = _load(arguments.tuned, arguments)
     found = measure_drift(model, tokenizer, reference, prompts, batch_size=arguments.batch_size)
     if output:
         _write_drift(found, output)
@@ -68,7 +76,7 @@ def evaluation(arguments: EvalArguments) -> None:
     output = _output_file(arguments.output) if arguments.output else None
     prompts = _prompts(arguments.malicious, arguments.benign, "held_out")
     task = _task(arguments.task) if arguments.task else None
-    model, tokenizer = load_model(arguments.model, dtype=parse_dtype(arguments.dtype))
+    model, tokenizer = _load(arguments.model, arguments)
     found = evaluate(
         model,
         tokenizer,
@@ -82,6 +90,12 @@ def evaluation(arguments: EvalArguments) -> None:
     if output:
         found.save(output)
     print_table([Run(label=arguments.model, evaluation=found)])
+
+
+def _load(
+    name: str, arguments: DirectionsArguments | DriftArguments | EvalArguments
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return load_model(name, dtype=parse_dtype(arguments.dtype), trust_remote_code=arguments.trust_remote_code)
 
 
 def _output_file(path: str) -> Path:

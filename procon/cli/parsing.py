@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TextIO
 import yaml
 
 from procon.cli import arguments
-from procon.errors import ProConError
+from procon.errors import ProConError, printable
 from procon.settings import PAPER_RECIPE
 from procon.version import __version__
 
@@ -97,7 +97,10 @@ def _main(argv: list[str]) -> int:
         command = COMMANDS.get(argv[0])
         if command is None:
             raise ProConError(f"there is no command {argv[0]!r}: choose one of {', '.join(COMMANDS)}")
-        command.run(*parse(argv[0], argv[1:]))
+        try:
+            command.run(*parse(argv[0], argv[1:]))
+        except OSError as error:
+            raise _from_system(error) from error
     except ProConError as error:
         # From a loader's worker the message comes back behind the worker's own traceback.
         text = str(error).rpartition("ProConError: ")[2]
@@ -107,6 +110,12 @@ def _main(argv: list[str]) -> int:
         print("procon: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _from_system(error: OSError) -> ProConError:
+    """What the system refused, where no other check saw it coming."""
+    what = f"{str(error.filename)!r} cannot be read or written" if error.filename else "the system refuses"
+    return ProConError(f"{what} ({error.strerror or error or type(error).__name__}): change that and run it again")
 
 
 def parse(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
@@ -145,17 +154,19 @@ def parse(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
     parser.error = first.error = refuse  # argparse's own also prints the usage, and exits
     file = first.parse_known_args(argv)[0].config
     if file:
-        _apply_yaml(parser, Path(file))
+        _apply_yaml(parser, Path(file), types)
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
             args=list(argv), look_for_args_file=False, return_remaining_strings=True
         )
     except ProConError:
         raise
-    except (ValueError, ImportError) as error:  # TrainingArguments checks some settings itself
-        raise ProConError(f"{error}; see 'procon {name} --help'") from error
+    except Exception as error:  # TrainingArguments checks some settings itself, and trips over others
+        raise ProConError(f"{error or type(error).__name__}; see 'procon {name} --help'") from error
     if unknown:
         raise ProConError(f"there is no setting {unknown[0]!r}{_hint(unknown[0], _names(parser))}")
+    if command.trains:
+        import_module("procon.cli.training_numbers").check(parsed[1])
     return tuple(parsed[: len(types)])
 
 
@@ -175,32 +186,57 @@ def _hint(unknown: str, known: set[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ": see --help for the names"
 
 
-def _apply_yaml(parser: argparse.ArgumentParser, file: Path) -> None:
-    """Make the file's settings the parser's defaults."""
+class _SettingsLoader(yaml.BaseLoader):
+    """Every scalar as it is written, for argparse to read as it reads flags: YAML itself reads 2e-4 as a text and
+    ``save_strategy: no`` for a false. A key that is given twice is an error: otherwise the last one would win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if names.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r:.60} is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings as they are written, and as YAML reads them."""
     try:
         text = file.read_text(encoding="utf-8")
-        # Every scalar as it is written, for argparse to read as it reads flags: YAML itself reads 2e-4 as a text and
-        # `save_strategy: no` for a false.
-        settings = yaml.load(text, Loader=yaml.BaseLoader) or {}
-        nested = yaml.safe_load(text)
+        written = yaml.load(text, Loader=_SettingsLoader) or {}  # a BaseLoader builds texts alone
+        read = yaml.safe_load(text) or {}
     except FileNotFoundError:
         raise ProConError(f"config file {str(file)!r} does not exist: check the path") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ProConError(f"config file {str(file)!r} cannot be read as YAML: {error}") from error
-    if not isinstance(settings, dict):
+    except Exception as error:  # PyYAML has errors of its own, and lets through those of Python's types
+        raise ProConError(
+            f"config file {str(file)!r} cannot be read as YAML: {error or type(error).__name__}"
+        ) from error
+    if not isinstance(written, dict) or not isinstance(read, dict):
         raise ProConError(f"config file {str(file)!r} holds no 'name: value' lines: write one setting per line")
+    return written, read
+
+
+def _apply_yaml(parser: argparse.ArgumentParser, file: Path, types: tuple[type[Any], ...]) -> None:
+    """Make the file's settings the parser's defaults."""
+    settings, nested = _read_yaml(file)
     known = _names(parser)
     for name in settings:
         if name not in known:
-            raise ProConError(f"config file {str(file)!r} has the unknown setting {name!r}{_hint(name, known)}")
+            raise ProConError(
+                f"config file {str(file)!r} has the unknown setting {name!r:.60}{_hint(str(name), known)}"
+            )
+    declared = {item.name: str(item.type) for own in types for item in fields(own)}
     for action in parser._actions:
         value = settings.get(action.dest)
-        if value is None or nested[action.dest] is None:
+        if value is None or nested.get(action.dest) is None:
             continue
-        if isinstance(value, dict):
+        if isinstance(value, dict) and "dict" in declared[action.dest]:
             value = nested[action.dest]
-        elif isinstance(value, list) and action.nargs != "+":
-            value = ",".join(map(str, value))
+        elif isinstance(value, list) and all(isinstance(item, str) for item in value):
+            value = value if action.nargs == "+" else ",".join(value)
+        elif not isinstance(value, str):
+            raise ProConError(f"config file {str(file)!r} gives {action.dest} a {type(value).__name__}: give one value")
+        elif action.nargs == "+":
+            value = [value]
         action.default = value
         action.required = False
 
@@ -243,4 +279,4 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     if issubclass(category, UserWarning) and not issubclass(category, (FutureWarning, DeprecationWarning)):
-        print(f"procon: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        print(f"procon: warning: {' '.join(printable(str(message)).split())}", file=sys.stderr)

@@ -13,6 +13,7 @@ import yaml
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
+from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from procon.cli.arguments import TrainArguments
@@ -26,7 +27,7 @@ from procon.data import (
 )
 from procon.defences import Defence, build_trainer, find_defence
 from procon.directions import DIRECTIONS, RefusalDirections
-from procon.errors import ProConError
+from procon.errors import ProConError, printable
 from procon.models import find_decoder, load_model, parse_dtype
 from procon.training import DriftCallback, JsonlCallback, ProConConfig, ProConTrainer
 from procon.training.checkpoints import last_complete, output_folder
@@ -77,7 +78,8 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
     trainer.save_model()
     trainer.save_state()
     if config.process_index == 0:
-        Console().print(f"Written: {output}, its log in log.jsonl. Measure it: procon eval --model {output}")
+        name = printable(str(output))
+        Console().print(Text(f"Written: {name}, its log in log.jsonl. Measure it: procon eval --model {name}"))
 
 
 def _checkpoint(output: Path, resume: bool) -> Path | None:
@@ -122,7 +124,10 @@ def _plan(arguments: TrainArguments, config: ProConConfig, checkpoint: Path | No
 def _trainer(arguments: TrainArguments, job: _Job, output: Path) -> tuple[Trainer, PreTrainedTokenizerBase]:
     """The trainer, with a model, an adapter and directions, extracted now if there are none; and the tokenizer."""
     dtype = torch.float32 if arguments.method == "full" and arguments.dtype == "auto" else parse_dtype(arguments.dtype)
-    model, tokenizer = load_model(arguments.model, dtype=dtype, attn_implementation=arguments.attn_implementation)
+    trusted = arguments.trust_remote_code
+    model, tokenizer = load_model(
+        arguments.model, dtype=dtype, attn_implementation=arguments.attn_implementation, trust_remote_code=trusted
+    )
     directions = job.directions
     if directions:
         directions.check_fits(find_decoder(model))
@@ -147,6 +152,8 @@ def _trainer(arguments: TrainArguments, job: _Job, output: Path) -> tuple[Traine
     if job.alignment is not None:
         common["alignment_dataset"] = tokenize_conversations(job.alignment, tokenizer, max_length=arguments.max_length)
     settings, base = job.settings, arguments.base
+    if base and trusted:  # the defence itself would load it without its code
+        base = load_model(base, dtype=model.dtype, trust_remote_code=True)[0]
     return build_trainer(job.defence.name, model, job.config, settings=settings, base=base, **common), tokenizer
 
 

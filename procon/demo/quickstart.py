@@ -14,6 +14,7 @@ import transformers
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
+from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from procon.chat import builtin_prompts, measure_refusal
@@ -22,6 +23,7 @@ from procon.demo.arithmetic import Problem, arithmetic_problems
 from procon.demo.model import fetch_demo_model
 from procon.demo.refusal_tuning import teach_refusal
 from procon.directions import RefusalDirections
+from procon.errors import printable
 from procon.evaluation import evaluate, measure_drift
 from procon.models import load_model
 from procon.report import Run, print_table, write_html
@@ -69,7 +71,12 @@ LIMITS = (
 
 
 def quickstart(
-    model: str | None = None, output_dir: str | Path = "procon-quickstart", seed: int = 0, *, control: bool = False
+    model: str | None = None,
+    output_dir: str | Path = "procon-quickstart",
+    seed: int = 0,
+    *,
+    control: bool = False,
+    trust_remote_code: bool = False,
 ) -> list[Run]:
     """Run it; writes ``report.html``, one JSON per run, the directions, the start model and the adapters.
 
@@ -78,6 +85,7 @@ def quickstart(
         output_dir: where to write.
         seed: of adapters and data order.
         control: add a third run, constrained along random directions.
+        trust_remote_code: run code that comes with ``model``; see :func:`procon.models.load_model`.
 
     Returns:
         The start and each run, in the order of the report.
@@ -92,7 +100,7 @@ def quickstart(
 
     parts = 5 if control else 4
     console.rule(f"1/{parts}  a chat model that refuses")
-    start, tokenizer = _starting_model(model, output / "start", console)
+    start, tokenizer = _starting_model(model, output / "start", console, trust_remote_code)
 
     console.rule(f"2/{parts}  refusal directions")
     directions = RefusalDirections.extract(start, tokenizer)
@@ -130,16 +138,17 @@ def quickstart(
     )
     console.rule("result")
     print_table(runs)
-    console.print(f"Plots and replies: {report}    Adapters: {output / 'plain'}, {output / 'procon'}")
+    places = f"Plots and replies: {report}    Adapters: {output / 'plain'}, {output / 'procon'}"
+    console.print(Text(printable(places)))  # a path may look like markup
     console.print(f"Took {(time.monotonic() - began) / 60:.1f} minutes.")
     return runs
 
 
 def _starting_model(
-    name: str | None, folder: Path, console: Console
+    name: str | None, folder: Path, console: Console, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model that both runs start from; one that had to be taught to refuse is kept in ``folder``."""
-    model, tokenizer = load_model(name or fetch_demo_model())
+    model, tokenizer = load_model(name or fetch_demo_model(), trust_remote_code=trust_remote_code)
     rate = measure_refusal(model, tokenizer, builtin_prompts("validation").malicious)
     if rate >= ENOUGH_REFUSAL:
         console.print(f"It refuses {rate:.0%} of malicious prompts.")
@@ -148,7 +157,7 @@ def _starting_model(
     teach_refusal(model, tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # Loaded from there, so that the adapters to come name it as their base.
-    return load_model(folder)
+    return load_model(folder, trust_remote_code=trust_remote_code)
 
 
 def _fine_tune(

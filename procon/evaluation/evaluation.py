@@ -32,6 +32,8 @@ class Rate:
     total: int
 
     def __post_init__(self) -> None:
+        if any(type(count) is not int for count in (self.hits, self.total)) or self.total >= 2**53:
+            raise ProConError(f"{self.hits!r:.40} hits among {self.total!r:.40} replies is no rate: give whole numbers")
         if not 0 <= self.hits <= self.total or self.total == 0:
             raise ProConError(f"{self.hits} hits among {self.total} replies is no rate: at least one reply is needed")
 
@@ -94,15 +96,19 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Evaluation:
-        """The evaluation that :meth:`to_dict` was called on."""
+        """The evaluation that :meth:`to_dict` was called on.
+
+        Raises:
+            KeyError, TypeError, ValueError: if ``data`` is of something else.
+        """
         task = data["task"]
         return cls(
-            label=data["label"],
+            label=text_of(data, "label"),
             refusal_malicious=Rate(**data["refusal_malicious"]),
             refusal_benign=Rate(**data["refusal_benign"]),
             degenerate=Rate(**data["degenerate"]),
             task=None if task is None else Rate(**task),
-            replies=[dict(reply) for reply in data["replies"]],
+            replies=[_reply(reply) for reply in data["replies"]],
         )
 
     def save(self, path: str | Path) -> Path:
@@ -117,6 +123,25 @@ class Evaluation:
             ProConError: if the file is missing, damaged, or holds something else.
         """
         return load_json(path, cls.from_dict, "evaluation")
+
+
+def text_of(data: dict[str, Any], key: str) -> str:
+    """The text at ``key``; TypeError if it is something else."""
+    if not isinstance(data[key], str):
+        raise TypeError(f"{key} is {data[key]!r:.40}, no text")
+    return data[key]
+
+
+def _reply(data: dict[str, Any]) -> dict[str, Any]:
+    texts, marks = ["kind", "prompt", "reply"], ["refused", "degenerate"]
+    if text_of(data, "kind") == "task":
+        texts, marks = [*texts, "reference"], [*marks, "correct"]
+    for key in texts:
+        text_of(data, key)
+    for key in marks:
+        if not isinstance(data[key], bool):
+            raise TypeError(f"{key} is {data[key]!r:.40}, neither true nor false")
+    return dict(data)
 
 
 def evaluate(

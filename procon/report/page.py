@@ -101,7 +101,8 @@ dd { margin: 0; overflow-wrap: anywhere; }
 
 def write_page(title: str, body: str, path: str | Path) -> Path:
     """Write the HTML ``body``, headings included, as a page that needs no other file; returns the path."""
-    return write_text(_PAGE.format(title=escape(title), style=_STYLE, body=body), path)
+    page = _PAGE.format(title=escape(title), style=_STYLE, body=body)
+    return write_text(page.encode(errors="backslashreplace").decode(), path)  # half a surrogate pair is no character
 
 
 def new_figure(height: float) -> Figure:

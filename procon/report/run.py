@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from procon.evaluation import Evaluation
+from procon.evaluation.evaluation import text_of
 from procon.files import load_json, save_json
 
 T = TypeVar("T")
+
+#: Characters of a run's name, which is drawn; and what a number in a run's file may be, at most.
+_LONGEST_LABEL, _LARGEST = 1_000, 1e38
 
 
 @dataclass(frozen=True)
@@ -50,14 +54,20 @@ class Run:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Run:
-        """The run that :meth:`to_dict` was called on."""
-        cosine = data["cosine"]
+        """The run that :meth:`to_dict` was called on.
+
+        Raises:
+            KeyError, TypeError, ValueError: if ``data`` is of something else.
+        """
+        cosine, seconds = data["cosine"], data["seconds_per_step"]
+        if len(data["label"]) > _LONGEST_LABEL:
+            raise ValueError(f"label has more than {_LONGEST_LABEL} characters")
         return cls(
-            label=data["label"],
+            label=text_of(data, "label"),
             evaluation=Evaluation.from_dict(data["evaluation"]),
-            cosine=None if cosine is None else [math.nan if value is None else float(value) for value in cosine],
-            seconds_per_step=data["seconds_per_step"],
-            history=[dict(row) for row in data["history"]],
+            cosine=None if cosine is None else [math.nan if value is None else _number(value) for value in cosine],
+            seconds_per_step=None if seconds is None else _number(seconds),
+            history=[_row(row) for row in data["history"]],
         )
 
     def save(self, path: str | Path) -> Path:
@@ -79,6 +89,25 @@ class Run:
             row for row in self.history if row.get("step") is not None and _finite_or_none(row.get(key)) is not None
         ]
         return [row["step"] for row in rows], [float(row[key]) for row in rows]
+
+
+def _number(value: object) -> float:
+    """A number that plots can hold: their axes are as wide as twice that, and single precision is what trainers log."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r:.40} is no number")
+    if math.isfinite(value) and abs(value) > _LARGEST:
+        raise ValueError(f"{value!r:.40} is larger than {_LARGEST:g}")
+    return float(value)
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a log: numbers at the names that are plotted, whatever trainers add at others."""
+    for key, value in row.items():
+        if value is not None and (key in ("step", "loss") or key.startswith("procon/")):
+            _number(value)
+    if type(row.get("step", 0)) is not int:
+        raise TypeError(f"step is {row['step']!r:.40}, no whole number")
+    return dict(row)
 
 
 def _finite_or_none(value: T) -> T | None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from procon.errors import printable
 from procon.report.cells import CAPTION, INTERVAL_CAPTION, check_runs, number_cells, rate_cells
 from procon.report.run import Run
 
@@ -49,5 +50,5 @@ def _table(runs: Sequence[Run], *, intervals: bool) -> Table:
         table.add_column(header, justify="right", no_wrap=True)
     for run in runs:
         rates = [Text(text).append(f" {interval}" if intervals else "", "dim") for text, interval in rate_cells(run)]
-        table.add_row(Text(run.label), *rates, *map(Text, number_cells(run)))
+        table.add_row(Text(printable(run.label)), *rates, *map(Text, number_cells(run)))
     return table
