@@ -31,6 +31,13 @@ _PARTIAL = re.compile(r"_([0-9a-f]{8})-([0-9]+)-[0-9a-f]{16}\.partial")
 #: Seconds after which what a process of another machine was writing is taken for left behind.
 _ABANDONED = 24 * 60 * 60
 
+#: Lists and objects within each other, and characters of one text, that a JSON, JSONL or CSV file may have.
+MAX_NESTING = 64
+MAX_TEXT = 1_000_000
+
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_HALF_PAIR = re.compile(r"\\u[dD][89abAB]")
+
 #: What the user can do, by the reason for which the system refused to write.
 _REMEDIES = {
     errno.ENOSPC: "free some space, or give another place",
@@ -64,20 +71,30 @@ def writing(target: str | Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _REMEDIES:  # a network's, for example
             raise
-        raise ProConError(
-            f"cannot write {str(target)!r} ({error.strerror or error}): {_REMEDIES[error.errno]}"
-        ) from error
+        raise _refused(target, error) from error
+
+
+def _refused(target: str | Path, error: OSError) -> ProConError:
+    remedy = _REMEDIES.get(error.errno or 0, "give another place")
+    return ProConError(f"cannot write {str(target)!r} ({error.strerror or error}): {remedy}")
 
 
 def check_writable(target: str | Path) -> None:
     """Raise ProConError now, rather than after the work, unless the file ``target`` can be written.
 
-    Makes the folder that it lies in. Of a folder, ask for any file in it.
+    Leaves nothing behind. Of a folder, ask for any file in it.
     """
     target = Path(target)
-    with writing(target), _private_folder(target.parent):
+    try:
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        there = next(folder for folder in target.parents if folder.exists())
+        if there != target.parent and not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        with _private_folder(there):
+            pass
+    except OSError as error:
+        raise _refused(target, error) from error
 
 
 @contextmanager
@@ -232,14 +249,6 @@ def _machine() -> str:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
         parts.append(os.readlink("/proc/self/ns/pid"))
     return hashlib.blake2b("".join(parts).encode(), digest_size=4).hexdigest()
-
-
-#: Lists and objects within each other, and characters of one text, that a JSON, JSONL or CSV file may have.
-MAX_NESTING = 64
-MAX_TEXT = 1_000_000
-
-_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
-_HALF_PAIR = re.compile(r"\\u[dD][89abAB]")
 
 
 def parse_json(text: str) -> Any:

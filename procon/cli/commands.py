@@ -18,7 +18,7 @@ from procon.directions import ContrastMeans, RefusalDirections
 from procon.directions.refusal_directions import check_k
 from procon.errors import ProConError, printable
 from procon.evaluation import Drift, evaluate, measure_drift
-from procon.files import save_json
+from procon.files import check_writable, save_json
 from procon.models import load_model, parse_dtype
 from procon.report import Run, print_table
 
@@ -102,6 +102,7 @@ def _output_file(path: str) -> Path:
     """The path; refused before any work where it could not be written after it."""
     if Path(path).is_dir():
         raise ProConError(f"output {path!r} is a folder: give a file in it")
+    check_writable(path)
     return Path(path)
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -224,12 +224,14 @@ def _apply_yaml(parser: argparse.ArgumentParser, file: Path, types: tuple[type[A
             raise ProConError(
                 f"config file {str(file)!r} has the unknown setting {name!r:.60}{_hint(str(name), known)}"
             )
-    declared = {item.name: str(item.type) for own in types for item in fields(own)}
+    # Of the classes, as the parser has simplified the types of their fields.
+    classes = [parent for own in types for parent in own.__mro__ if is_dataclass(parent)]
+    mappings = {name for parent in classes for name, kind in parent.__annotations__.items() if "dict" in str(kind)}
     for action in parser._actions:
         value = settings.get(action.dest)
         if value is None or nested.get(action.dest) is None:
             continue
-        if isinstance(value, dict) and "dict" in declared[action.dest]:
+        if isinstance(value, dict) and action.dest in mappings:
             value = nested[action.dest]
         elif isinstance(value, list) and all(isinstance(item, str) for item in value):
             value = value if action.nargs == "+" else ",".join(value)

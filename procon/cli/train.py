@@ -28,6 +28,7 @@ from procon.data import (
 from procon.defences import Defence, build_trainer, find_defence
 from procon.directions import DIRECTIONS, RefusalDirections
 from procon.errors import ProConError, printable
+from procon.files import check_writable
 from procon.models import find_decoder, load_model, parse_dtype
 from procon.training import DriftCallback, JsonlCallback, ProConConfig, ProConTrainer
 from procon.training.checkpoints import last_complete, output_folder
@@ -123,6 +124,8 @@ def _plan(arguments: TrainArguments, config: ProConConfig, checkpoint: Path | No
 
 def _trainer(arguments: TrainArguments, job: _Job, output: Path) -> tuple[Trainer, PreTrainedTokenizerBase]:
     """The trainer, with a model, an adapter and directions, extracted now if there are none; and the tokenizer."""
+    for folder in filter(None, (output, job.config.procon_anchors_dir)):
+        check_writable(Path(folder) / "any")
     dtype = torch.float32 if arguments.method == "full" and arguments.dtype == "auto" else parse_dtype(arguments.dtype)
     trusted = arguments.trust_remote_code
     model, tokenizer = load_model(

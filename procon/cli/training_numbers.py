@@ -39,8 +39,8 @@ def check(config: TrainingArguments) -> None:
     """Raise ProConError if a number is one that no training can have."""
     for field in fields(config):
         value = getattr(config, field.name)
-        if isinstance(value, list) and "dict" in str(field.type) and "list" not in str(field.type):
-            raise ProConError(f"{field.name} is {value!r:.60}: give a mapping, as JSON")
+        if isinstance(value, list | str) and field.name.endswith("_kwargs"):
+            raise ProConError(f"{field.name} is {value!r:.60}: give a mapping, such as {{num_cycles: 2}}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         if not math.isfinite(value):

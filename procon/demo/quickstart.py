@@ -25,6 +25,7 @@ from procon.demo.refusal_tuning import teach_refusal
 from procon.directions import RefusalDirections
 from procon.errors import printable
 from procon.evaluation import evaluate, measure_drift
+from procon.files import check_writable
 from procon.models import load_model
 from procon.report import Run, print_table, write_html
 from procon.settings import PAPER_RECIPE
@@ -96,6 +97,7 @@ def quickstart(
     began = time.monotonic()
     console = Console()
     output = Path(output_dir)
+    check_writable(output / "report.html")
     transformers.utils.logging.set_verbosity_error()
 
     parts = 5 if control else 4

@@ -1,5 +1,6 @@
 """The command line: quick help, settings from flags and YAML, and bad input: one line that leaves nothing behind."""
 
+import io
 import json
 import re
 import subprocess
@@ -77,7 +78,7 @@ def test_help_of_each_command(name, capsys):
     text = capsys.readouterr().out
     assert text.startswith(f"usage: procon {name} [settings]")
     # The settings that most users need, not the hundred that TrainingArguments has.
-    assert len(re.findall(r"^  --", text, flags=re.MULTILINE)) < 45
+    assert len(re.findall(r"^  --", text, flags=re.MULTILINE)) < 50
     if name == "train":
         assert "--procon_schedule" in text
         assert "--learning_rate" in text
@@ -159,6 +160,16 @@ def test_flags_win_over_yaml(tmp_path, config_first):
         ("model: m\ndata: d\nflatten: perhaps", "argument --flatten"),
         ("model: m\ndata: ~", "required: --data"),
         ("", "required: --model, --data"),
+        ("seed: 1\nmodel: m\nseed: 2", "'seed' is given twice"),
+        ("lr_scheduler_kwargs: {a: 1, a: 2}", "'a' is given twice"),
+        ("model: " + "[" * 2000 + "]" * 2000, "cannot be read as YAML"),
+        ("seed: " + "9" * 5000, "cannot be read as YAML"),
+        ("model: 2026-99-99", "cannot be read as YAML: month must be"),
+        ("model: !!python/object/apply:os.system [touch ran]", "cannot be read as YAML"),
+        ("model: \x07", "cannot be read as YAML"),
+        ("seed: {a: 1}", "gives seed a dict: give one value"),
+        ("lora_targets: [[a]]", "gives lora_targets a list: give one value"),
+        ("? [model]\n: m", "cannot be read as YAML"),
     ],
 )
 def test_bad_yaml(tmp_path, text, message):
@@ -229,6 +240,22 @@ def assert_one_line(place: Path, argv: list[str], message: str, capsys) -> None:
         ([*TRAIN, "--procon_scope", "reply"], "procon_scope is 'reply': choose one of"),
         ([*TRAIN, "--procon_blocks", "some"], "procon_blocks is 'some': give all"),
         ([*TRAIN, "--save_strategy", "sometimes"], "save.strategy.*see 'procon train --help'"),
+        ([*TRAIN, "--learning_rate", "nan"], "learning_rate is nan: give a finite number"),
+        ([*TRAIN, "--lr_scheduler_kwargs", "[]"], r"lr_scheduler_kwargs is \[\]: give a mapping"),
+        ([*TRAIN, "--seed", "-1"], "seed is -1: give 0 or more"),
+        ([*TRAIN, "--seed", "4294967296"], "seed is 4294967296: give less than 4294967296"),
+        ([*TRAIN, "--gradient_accumulation_steps", "0"], "gradient_accumulation_steps is 0: give 1 or more"),
+        (
+            [*TRAIN, "--report_to", "nope"],
+            "report_to is 'nope', which is not installed or not known: choose among",
+        ),
+        ([*TRAIN, "--output_dir", "data.jsonl"], "cannot write 'data.jsonl/any' .*: a file is in the way"),
+        ([*TRAIN, "--output_dir", "/proc/none"], "cannot write '/proc/none/any'"),
+        ([*TRAIN, "--procon_anchors_dir", "data.jsonl"], "cannot write 'data.jsonl/any' .*: a file is in the way"),
+        (["eval", "--model", "./none", "--output", "data.jsonl/e.json"], "cannot write 'data.jsonl/e.json'"),
+        (["directions", "--model", "./none", "--output", "/proc/none/d"], "cannot write '/proc/none/d'"),
+        (["quickstart", "--model", "./none", "--output_dir", "data.jsonl"], "cannot write 'data.jsonl/report.html'"),
+        (["eval", "--model", "\x1b[2J./none"], r"model '\\x1b\[2J./none' cannot be loaded"),
         ([*TRAIN, "--resume"], "no complete checkpoint in 'procon-output' to resume from: leave --resume out"),
     ],
 )
@@ -292,6 +319,37 @@ EXTRACT = ["directions", "--model", "model", *PROMPT_FILES]
 def test_bad_files(place, capsys, tokenizer, prepare, argv, message):
     prepare(tokenizer)
     assert_one_line(place, argv, message, capsys)
+
+
+def test_paths_that_look_like_markup(place, capsys):
+    """They are printed as they are, after the work that they are for."""
+    for name in ("out[/x].safetensors", "[red]d.safetensors"):
+        assert main([*EXTRACT, "--output", name, "--dtype", "float32"]) == 0
+        assert f"Written: {name}\n" in capsys.readouterr().out
+        assert Path(name).is_file()
+
+
+def test_what_the_system_refuses_is_one_line(place, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device", "somewhere")
+
+    monkeypatch.setattr("procon.cli.commands.evaluate", refuse)
+    assert_one_line(place, ["eval", "--model", "model"], "'somewhere' cannot be read or written .No space left", capsys)
+
+
+def test_a_model_with_code_is_not_asked_about(place, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    config = json.loads(Path("model/config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    Path("model/config.json").write_text(json.dumps(config))
+    Path("model/code.py").write_text("open('ran', 'w')")
+    for argv in (["eval", "--model", "model"], EXTRACT, TRAIN, ["drift", "--start", "model", "--tuned", "model"]):
+        assert_one_line(place, argv, "'model' comes with code of its own, .*--trust_remote_code", capsys)
+    asked = []
+    monkeypatch.setattr("procon.cli.commands.load_model", lambda *_, **settings: asked.append(settings) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["eval", "--model", "model", "--trust-remote-code"])
+    assert asked[0]["trust_remote_code"] is True
 
 
 def test_models_that_cannot_be_compared(place, capsys, tiny_model, tokenizer):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from transformers import PreTrainedModel
@@ -207,7 +208,7 @@ def test_save_and_load(tmp_path):
 
 def test_a_failed_save_leaves_the_old_file(tmp_path):
     path = EVALUATION.save(tmp_path / "evaluation.json")
-    broken = Evaluation.from_dict(EVALUATION.to_dict() | {"label": math.nan})
+    broken = replace(EVALUATION, label=math.nan)
     with pytest.raises(ValueError, match="JSON"):
         broken.save(path)
     assert Evaluation.load(path) == EVALUATION
