@@ -65,7 +65,7 @@ def load_model(
     # Said in so many words: if it is left open, transformers asks in the terminal, and takes a `y` from a pipe.
     chosen["trust_remote_code"] = trust_remote_code
     try:
-        base = PeftConfig.from_pretrained(str(name)).base_model_name_or_path if is_adapter else str(name)
+        base = str(PeftConfig.from_pretrained(str(name)).base_model_name_or_path if is_adapter else name)
         if not trust_remote_code:
             _refuse_kernels(name, PreTrainedConfig.get_config_dict(base)[0])
         own = not is_adapter or (Path(name) / "tokenizer_config.json").is_file()  # PEFT alone saves none
