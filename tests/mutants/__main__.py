@@ -6,7 +6,7 @@ with the reason why it changes nothing that a test could see. Tests that are mar
 as run only if the process of the tests runs them: what ranks in processes of their own do is not seen.
 
 What is done is kept in ``.mutants/``: run it again to go on. A mutant is run again when its function has changed, a
-survivor also when a test has. Results are written to ``recorded.json``.
+survivor also when a test has, or has more seconds. Results are written to ``recorded.json``.
 """
 
 from __future__ import annotations
@@ -207,9 +207,10 @@ def campaign(room: Room, chosen: argparse.Namespace) -> dict:
                 continue
             key = (mutant.file, sha(room.functions[mutant.file][mutant.function]), *mutant.key)
             entry = done.get(key)
-            if entry is None or (entry["outcome"] == "survived" and entry["tests"] != room.tests_hash):
+            if entry is None or (entry["outcome"] == "survived" and entry["tests"] != [room.tests_hash, room.seconds]):
                 outcome, test = room.run(mutant)
-                entry = {"key": key, "line": mutant.line, "outcome": outcome, "by": test, "tests": room.tests_hash}
+                tried = [room.tests_hash, room.seconds]
+                entry = {"key": key, "line": mutant.line, "outcome": outcome, "by": test, "tests": tried}
                 stream.write(json.dumps(entry) + "\n")
                 stream.flush()
             counts[entry["outcome"]] += 1
