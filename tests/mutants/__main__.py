@@ -134,15 +134,17 @@ class Room:
         self.base = self._baseline()
 
     def _baseline(self) -> dict:
-        cache = self.root / ".mutants" / f"{self.name.replace('/', '-')}.baseline.json"
-        key = sha(self.tests_hash, *self.sources.values())
-        if cache.exists() and (kept := json.loads(cache.read_text()))["key"] == key:
-            return kept
-        found = in_child(lambda: baseline(self.root, self.files, [*self.tests, "-m", "not slow"], self.scratch), 1800)
-        if not found or not found["tests"]:
-            sys.exit(f"{self.name}: no test of {self.tests} passes")
-        cache.parent.mkdir(exist_ok=True)
-        cache.write_text(json.dumps({"key": key, **found}))
+        """Rooms of the same tests share one run of them."""
+        alike = [name for name, tests in ROOMS.items() if tests == self.tests and self.name in ROOMS] or [self.name]
+        files = python_files(self.root, alike)
+        cache = self.root / ".mutants" / f"{sha(*alike)}.baseline.json"
+        key = sha(self.tests_hash, *((self.root / file).read_text(encoding="utf-8") for file in files))
+        if not cache.exists() or json.loads(cache.read_text())["key"] != key:
+            found = in_child(lambda: baseline(self.root, files, [*self.tests, "-m", "not slow"], self.scratch), 3600)
+            if not found or not found["tests"]:
+                sys.exit(f"{self.name}: no test of {self.tests} passes")
+            cache.parent.mkdir(exist_ok=True)
+            cache.write_text(json.dumps({"key": key, **found}))
         return json.loads(cache.read_text())
 
     def tests_of(self, mutant: Mutant) -> list[str]:
@@ -240,7 +242,7 @@ def campaign(room: Room, chosen: argparse.Namespace) -> dict:
 
 
 def branch_coverage(room: Room) -> dict:
-    taken, there = (sum(each[n] for each in room.base["branches"].values()) for n in (0, 1))
+    taken, there = (sum(each[n] for each in map(room.base["branches"].get, room.files)) for n in (0, 1))
     return {"branches": there, "taken": taken, "branch coverage": round(taken / there, 4) if there else 1.0}
 
 
