@@ -1,7 +1,12 @@
 """Gradients of the fused ops.
 
-What is saved for backward are coefficients ``[N, K]``, the directions and, for RMSNorm, what any RMSNorm saves: never a
+What is kept for backward are coefficients ``[N, K]``, the directions and, for RMSNorm, what any RMSNorm saves: never a
 copy of the hidden states.
+
+Coefficients and directions are kept on the context, not among the saved tensors. Gradient checkpointing drops those and
+makes them again by another forward within backward, when other anchors may be due: the coefficients of the forward that
+made the penalty are the ones to use, and are small. :func:`constrain` and :func:`rms_norm_constrain` save the same
+tensors as the identity and :func:`rms_norm`, so that other forward needs no penalty.
 """
 
 from collections.abc import Callable
@@ -30,6 +35,8 @@ class _Context(Protocol):
 
     shape: torch.Size
     dtype: torch.dtype
+    coefficient: Tensor
+    direction: Tensor | None
     offset: float
     backend: str
 
@@ -112,7 +119,7 @@ class Constrain(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         tokens, coefficient = operators.penalize(hidden, direction, anchor, weight, penalty, rounding, backend)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(coefficient, direction)
+        ctx.coefficient, ctx.direction = coefficient, direction
         ctx.shape, ctx.dtype, ctx.backend = hidden.shape, hidden.dtype, backend
         return hidden, tokens if per_token else tokens.sum()
 
@@ -120,7 +127,7 @@ class Constrain(torch.autograd.Function):
     def backward(ctx: _Context, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_penalty = gradients
         if grad_penalty is not None:
-            coefficient, direction = ctx.saved_tensors
+            coefficient, direction = ctx.coefficient, ctx.direction
             buffer = None if grad_hidden is not None else _writable_buffer(ctx)
             if buffer is not None:
                 operators.add_gradient(buffer, grad_penalty, coefficient, direction, ctx.backend)
@@ -165,14 +172,16 @@ class RmsNormConstrain(torch.autograd.Function):
             hidden, norm_weight, eps, casting, offset, direction, anchor, weight, penalty, rounding, backend
         )
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, norm_weight, inverse_rms, coefficient, direction)
+        ctx.save_for_backward(hidden, norm_weight, inverse_rms)
+        ctx.coefficient, ctx.direction = coefficient, direction
         ctx.offset, ctx.backend = offset, backend
         return normed, tokens.sum()
 
     @staticmethod
     def backward(ctx: _Context, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_normed, grad_penalty = gradients
-        hidden, norm_weight, inverse_rms, coefficient, direction = ctx.saved_tensors
+        hidden, norm_weight, inverse_rms = ctx.saved_tensors
+        coefficient, direction = ctx.coefficient, ctx.direction
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = grad_weight = None
         if grad_normed is not None:
