@@ -6,30 +6,24 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from procon.constraint.blocks import select_blocks
-from procon.constraint.input_norm import InputNorm, find_input_norm
-from procon.constraint.sharded_input import check_placements, constrain_sharded
+from procon.constraint.constrained_block import ConstrainedBlock, runs_again
+from procon.constraint.copies import Arguments, PreForwardHook
+from procon.constraint.input_norm import find_input_norm
+from procon.constraint.reach import reaches_a_parameter
+from procon.constraint.target import State, Target, on_device
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
-from procon.models import Decoder, active_adapters, adapter_layer, block_input, find_decoder, first_moving_block
-from procon.ops import constrain, rms_norm_constrain
+from procon.models import Decoder, active_adapters, adapter_layer, find_decoder, first_moving_block
 from procon.settings import DEFAULTS, Backend, Blocks, Fuse, Penalty, Units, check_setting
 
 logger = logging.getLogger(__name__)
-
-#: Of a module's call: positional and named.
-_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-#: A hook that may change them.
-_PreForward = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], _Arguments | None]
 
 
 @dataclass(frozen=True)
@@ -41,17 +35,6 @@ class _Attachment:
     adapters: tuple[str, ...]
     fused: tuple[int, ...]
     undo: ExitStack
-
-
-@dataclass(frozen=True)
-class _Target:
-    """What one forward is constrained to, and the penalties that it has come to so far."""
-
-    anchors: Tensor  # [blocks, B, T, K]
-    mask: Tensor  # [B, T]
-    first_moving: int
-    grad_was_enabled: bool
-    terms: dict[int, Tensor | None]  # by column
 
 
 class ProjectionConstraint:
@@ -85,7 +68,7 @@ class ProjectionConstraint:
     Attributes:
         blocks: indices of the constrained blocks, in order; the last axis of ``anchors`` follows it, with ``K`` columns
             per block.
-        enabled: set to False, the model's own code runs, at plain speed (alpha 0).
+        enabled: True; set to False, the model's own code runs, at plain speed (alpha 0).
 
     Raises:
         ProConError: for a wrong setting, or blocks that have no direction.
@@ -103,16 +86,25 @@ class ProjectionConstraint:
         for setting, value in {"penalty": penalty, "units": units, "backend": backend}.items():
             check_setting(setting, value)
         self.blocks = select_blocks(directions, blocks)
-        self.enabled = True
         self._directions = directions
         gap = directions.gap[list(self.blocks)]
-        self._scale = 1.0 / gap if units == "gap" else torch.ones_like(gap)
-        self._vectors = directions.basis[list(self.blocks)] * self._scale[:, None, None]
-        self._penalty: Penalty = penalty
-        self._backend: Backend = backend
-        self._on_device: dict[tuple[int, torch.device], Tensor] = {}
+        scale = 1.0 / gap if units == "gap" else torch.ones_like(gap)
+        self._vectors = directions.basis[list(self.blocks)] * scale[:, None, None]
+        #: By device; None to leave raw units alone.
+        self._scales = {scale.device: scale} if units == "gap" else None
+        self._state = State(penalty, backend)
+        #: The first moving block with which the penalty's gradient was last seen to arrive at a parameter.
+        self._reached_from: int | None = None
         self._attachment: _Attachment | None = None
-        self._target: _Target | None = None
+
+    @property
+    def enabled(self) -> bool:
+        """Set to False, the model's own code runs, at plain speed (alpha 0)."""
+        return self._state.enabled
+
+    @enabled.setter
+    def enabled(self, enabled: bool) -> None:
+        self._state.enabled = enabled
 
     @property
     def fused(self) -> tuple[int, ...]:
@@ -137,16 +129,13 @@ class ProjectionConstraint:
         self._directions.check_fits(decoder)
         fused = []
         with ExitStack() as undo:
-            undo.callback(decoder.module.register_forward_pre_hook(self._without_cache, with_kwargs=True).remove)
+            hook = PreForwardHook(self._before_decoder)
+            undo.callback(decoder.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             for column, index in enumerate(self.blocks):
                 block = decoder.blocks[index]
                 norm = find_input_norm(block, decoder.hidden_size) if fuse == "auto" else None
-                if norm is None:
-                    hook = block.register_forward_pre_hook(self._pass_through(column), with_kwargs=True)
-                    undo.callback(hook.remove)
-                else:
-                    norm.module.forward = MethodType(self._within_norm(column, norm), norm.module)
-                    undo.callback(delattr, norm.module, "forward")
+                ConstrainedBlock(self._state, column, index, self._vectors[column]).attach(block, norm, undo)
+                if norm is not None:
                     fused.append(index)
             layer = adapter_layer(decoder)
             self._attachment = _Attachment(decoder, layer, active_adapters(layer), tuple(fused), undo.pop_all())
@@ -163,6 +152,7 @@ class ProjectionConstraint:
         if self._attachment is not None:
             self._attachment.undo.close()
         self._attachment = None
+        self._reached_from = None
         self.release()
 
     def __enter__(self) -> ProjectionConstraint:
@@ -195,154 +185,88 @@ class ProjectionConstraint:
                 f"the active adapters changed from {attachment.adapters} to {adapters} while the constraint was "
                 "attached: record anchors with those on that train, then attach"
             )
+        by_block = anchors.float().unflatten(-1, (len(self.blocks), -1))
+        if self._scales is not None:
+            by_block = by_block * on_device(self._scales, anchors.device)[:, None]
+        self._state.first_moving = first_moving_block(attachment.decoder)
         # Blocks first: read with a stride, each number would move a whole sector of memory.
-        by_block = anchors.float().unflatten(-1, (len(self.blocks), -1)) * self._scale.to(anchors.device)[:, None]
-        self._target = _Target(
-            anchors=by_block.movedim(-2, 0).contiguous(),
-            mask=mask.float(),
-            first_moving=first_moving_block(attachment.decoder),
-            grad_was_enabled=torch.is_grad_enabled(),
-            terms={},
-        )
+        self._state.target = Target(by_block.movedim(-2, 0).contiguous(), mask.float(), self._state.first_moving)
 
     def release(self) -> None:
-        """Drop the target, once backward has run; forwards without a target are then not mistaken for this one's."""
-        self._target = None
+        """Drop the target, so that a later forward without one is not taken for this one's; backward needs none."""
+        self._state.target = None
 
     def penalty(self, tokens: Tensor | float | None = None) -> Tensor:
         """The constraint of the forward that just ran: sum over its tokens and blocks / (``tokens`` * blocks).
 
+        Without gradients, as under ``torch.no_grad()`` for validation, it is the value alone.
+
         Args:
             tokens: number of constrained tokens to divide by; with gradient accumulation or several ranks, the count
-                over the whole optimiser step. This forward's own if not given.
+                over the whole optimiser step. This forward's own, the sum of its mask, if not given.
 
         Raises:
-            ProConError: if the forward did not pass every constrained block, or nothing below one of them trains.
+            ProConError: if the forward did not pass every constrained block, passed them without gradients, or nothing
+                below one of them trains.
         """
-        if (target := self._target) is None:
+        if (target := self._state.target) is None:
             raise ProConError("no target is set: call set_target(anchors, mask) before the forward")
-        missing = len(self.blocks) - len(target.terms)
-        if missing:
+        terms = list(self._terms(target))
+        total = torch.stack([term.to(terms[0].device) for term in terms]).sum()
+        if tokens is None:
+            tokens = target.mask.sum()
+            tokens = torch.where(tokens == 0, 1, tokens)
+        if isinstance(tokens, Tensor):
+            tokens = tokens.to(total.device)
+        return total / (tokens * len(self.blocks))
+
+    def _terms(self, target: Target) -> Iterable[Tensor]:
+        """The penalties of the blocks whose inputs training can move; of all in a forward without gradients."""
+        blocks = len(self.blocks)
+        if len(target.terms) < blocks:
+            if len(target.values) == blocks and not torch.is_grad_enabled():
+                return target.values.values()
+            if target.values and target.trained:
+                raise ProConError(
+                    "gradient checkpointing with use_reentrant=True runs the blocks without gradients, and the "
+                    "constraint would lose its own: set use_reentrant=False"
+                )
+            if target.values:
+                raise ProConError(
+                    "the forward ran without gradients, so its penalty has none: for the value alone, call penalty() "
+                    "under torch.no_grad() too"
+                )
             raise ProConError(
-                f"the forward passed {len(target.terms)} of {len(self.blocks)} constrained blocks: attach the "
-                "constraint before torch.compile, and constrain only blocks that run"
+                f"the forward passed {len(target.terms)} of {blocks} constrained blocks: attach the constraint before "
+                "torch.compile, and constrain only blocks that run"
             )
         terms = [term for term in target.terms.values() if term is not None]
-        if not terms:
+        if not terms or not self._reaches_a_parameter(target, terms):
             raise ProConError(
                 "nothing below a constrained block trains, so the constraint cannot act: train parameters below one, "
                 "or constrain deeper blocks"
             )
-        total = torch.stack([term.to(terms[0].device) for term in terms]).sum()
-        if tokens is None:
-            tokens = target.mask.sum().clamp_min(1).to(total.device)
-        return total / (tokens * len(self.blocks))
+        return terms
 
-    def _without_cache(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments | None:
-        """A forward pre-hook for the decoder: beside a cache, transformers does not keep packed sequences apart."""
-        constrained = self.enabled and self._target is not None and torch.is_grad_enabled()
-        return (args, {**kwargs, "use_cache": False}) if constrained else None
+    def _reaches_a_parameter(self, target: Target, terms: list[Tensor]) -> bool:
+        """Asked in the first step, and again when what trains begins at another block."""
+        if self._reached_from == target.first_moving or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return True
+        reached = reaches_a_parameter(terms)
+        self._reached_from = target.first_moving if reached else None
+        return reached
 
-    def _pass_through(self, column: int) -> _PreForward:
-        """A forward pre-hook for a block: its input passes through the op."""
-
-        def pre_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments | None:
-            hidden = block_input(args, kwargs)
-            operands = self._operands(column, module, hidden)
-            if operands is None:
-                return None
-            hidden = self._constrained(column, hidden, operands)
-            if args:
-                return (hidden, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": hidden}
-
-        return pre_forward
-
-    def _within_norm(self, column: int, norm: InputNorm) -> Callable[[nn.Module, Tensor], Tensor]:
-        """A forward for a block's first norm, which gives the penalty on the way."""
-
-        def forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
-            operands = self._operands(column, module, hidden_states)
-            if operands is None:
-                return type(module).forward(module, hidden_states)
-            if isinstance(hidden_states, DTensor):
-                return type(module).forward(module, self._constrained(column, hidden_states, operands))
-            normed, term = rms_norm_constrain(
-                hidden_states,
-                module.weight,  # pyright: ignore[reportArgumentType]  # to torch's stub, a tensor or a module
-                norm.eps,
-                *operands,
-                casting=norm.casting,
-                offset=norm.offset,
-                penalty=self._penalty,
-                backend=self._backend,
-            )
-            self._keep(column, term)
-            return normed
-
-        return forward
-
-    def _constrained(self, column: int, hidden: Tensor, operands: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """The block input passed through the op, whose penalty is kept."""
-        if isinstance(hidden, DTensor):
-            hidden, term = constrain_sharded(hidden, *operands, penalty=self._penalty, backend=self._backend)
-        else:
-            hidden, term = constrain(hidden, *operands, penalty=self._penalty, backend=self._backend)
-        self._keep(column, term)
-        return hidden
-
-    def _operands(self, column: int, module: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Directions, anchors and mask for a block's input; None if the constraint rests or cannot move it."""
-        if not self.enabled:
+    def _before_decoder(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        """A forward pre-hook: beside a cache, transformers does not keep packed sequences apart."""
+        target = self._state.target
+        if not self.enabled or (target is None and not runs_again()):
             return None
-        if (target := self._target) is None:
-            if module.training and torch.is_grad_enabled():
-                raise ProConError(
-                    "a training forward ran without anchors while the constraint is attached: call "
-                    "set_target(anchors, mask) before it, set enabled = False, or detach()"
-                )
-            return None
-        if target.grad_was_enabled and not torch.is_grad_enabled():
-            if not module.training or column in target.terms:
-                return None  # a forward for metrics, such as TRL adds to the one that trains
-            raise ProConError(
-                "gradient checkpointing with use_reentrant=True runs the blocks without gradients, and the "
-                "constraint would lose its own: set use_reentrant=False"
-            )
-        if column in target.terms and not _in_backward():
-            raise ProConError(
-                f"block {self.blocks[column]} ran twice for one target: call set_target(anchors, mask) before each "
-                "forward"
-            )
-        if hidden.shape[:-1] != target.mask.shape:
-            raise ProConError(
-                f"block {self.blocks[column]} got hidden states of shape {tuple(hidden.shape)} for a mask of shape "
-                f"{tuple(target.mask.shape)}: if ranks share a sequence, shard anchors and mask as its tokens are"
-            )
-        if isinstance(hidden, DTensor):
-            check_placements(hidden, self.blocks[column])
-        if not hidden.requires_grad or self.blocks[column] < target.first_moving:
-            # Nothing below this block trains, so its input, and with it the penalty's gradient, cannot move.
-            self._keep(column, None)
-            return None
-        device = hidden.device
-        return self._vector(column, device), target.anchors[column].to(device), target.mask.to(device)
-
-    def _keep(self, column: int, term: Tensor | None) -> None:
-        # A checkpointed block runs again within backward: the op is repeated there, its value is not.
-        if self._target is not None and column not in self._target.terms:
-            self._target.terms[column] = term
-
-    def _vector(self, column: int, device: torch.device) -> Tensor:
-        key = (column, device)
-        if key not in self._on_device:
-            self._on_device[key] = self._vectors[column].to(device)
-        return self._on_device[key]
-
-
-def _in_backward() -> bool:
-    """Whether autograd is running a backward now, as it is when a checkpointed block runs again."""
-    return torch._C._current_graph_task_id() != -1
+        if torch.is_grad_enabled():
+            if target is not None:
+                target.trained = True
+        elif kwargs.get("past_key_values", kwargs.get("cache_params")) is not None:
+            return None  # it generates
+        return args, {**kwargs, "use_cache": False}
 
 
 def constrained_tokens(

@@ -12,5 +12,6 @@ from procon.ops.functional import (
     rms_norm,
     rms_norm_constrain,
 )
+from procon.ops.operators import outside_backward
 
-__all__ = ["constrain", "project", "projection_penalty", "rms_norm", "rms_norm_constrain"]
+__all__ = ["constrain", "outside_backward", "project", "projection_penalty", "rms_norm", "rms_norm_constrain"]

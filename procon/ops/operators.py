@@ -13,6 +13,8 @@ from typing import TypeVar, TypeVarTuple
 import torch
 from torch import Tensor
 
+from procon.errors import ProConError
+
 _library = torch.library.Library("procon", "DEF")
 
 Arguments = TypeVarTuple("Arguments")
@@ -64,6 +66,21 @@ def _operator(
         return call
 
     return register
+
+
+@_operator("outside_backward(Tensor tensor) -> Tensor", torch.empty_like)
+def outside_backward(tensor: Tensor) -> Tensor:
+    """A copy of ``tensor``, for compiled graphs that must not run within backward.
+
+    Raises:
+        ProConError: from the graph, where a checkpoint around it runs it again.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        raise ProConError(
+            "a compiled block runs again within backward, where its target may be another's: compile what has the "
+            "gradient checkpointing in it, and not what it holds"
+        )
+    return tensor.clone()
 
 
 def _fake_project(hidden: Tensor, direction: Tensor, backend: str) -> Tensor:

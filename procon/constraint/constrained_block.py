@@ -1,0 +1,188 @@
+"""Where a block's input meets the op: within the block's first norm, or on the way into the block."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from procon.constraint.copies import Arguments, NormForward, PreForward, PreForwardHook
+from procon.constraint.input_norm import InputNorm
+from procon.constraint.sharded_input import check_placements, constrain_sharded
+from procon.constraint.target import State, Target, on_device
+from procon.errors import ProConError
+from procon.models import block_input
+from procon.ops import constrain, outside_backward, rms_norm, rms_norm_constrain
+
+logger = logging.getLogger(__name__)
+
+#: Directions, anchors and mask.
+_Operands = tuple[Tensor, Tensor, Tensor]
+
+
+class ConstrainedBlock:
+    """One constrained block of a model.
+
+    A checkpointed block runs again within backward, when its target may be released, or be the next forward's already.
+    The gradient does not depend on it: the op keeps what its backward needs of the target from the forward that made
+    the penalty. So a block that runs again only has to save the tensors that it saved then.
+    """
+
+    def __init__(self, state: State, column: int, index: int, vectors: Tensor) -> None:
+        """``column`` of each target belongs to block ``index``, whose directions are ``vectors [K, D]``."""
+        self._state = state
+        self._column = column
+        self._index = index
+        self._vectors = {vectors.device: vectors}
+        self._norm_did_it = True
+
+    def attach(self, block: nn.Module, norm: InputNorm | None, undo: ExitStack) -> None:
+        """Put the op into ``norm``, or before ``block`` if there is none; closing ``undo`` takes it out again."""
+        hook = self._through(block) if norm is None else self._note_input
+        undo.callback(block.register_forward_pre_hook(PreForwardHook(hook), with_kwargs=True).remove)
+        if norm is not None:
+            norm.module.forward = NormForward(norm.module, self._within(norm))
+            undo.callback(delattr, norm.module, "forward")
+
+    def _through(self, block: nn.Module) -> PreForward:
+        """A pre-hook for ``block``: its input passes through the op."""
+
+        def pre_forward(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+            if not self._state.enabled or runs_again() or (target := self._target(block)) is None:
+                return None
+            hidden = block_input(args, kwargs)
+            if (operands := self._operands(target, hidden)) is None:
+                return None
+            hidden = self._constrained(target, hidden, operands)
+            if args:
+                return (hidden, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": hidden}
+
+        return pre_forward
+
+    def _note_input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A pre-hook for a block whose norm does the work: that is what the norm should get."""
+        if self._state.enabled and (target := self._state.target) is not None:
+            hidden = block_input(args, kwargs)
+            target.called_with[self._column] = hidden, _version(hidden)
+
+    def _within(self, norm: InputNorm) -> Callable[[Tensor], Tensor]:
+        """A forward for a block's first norm, which gives the penalty on the way."""
+        module: Any = norm.module
+        rule: dict[str, Any] = {"casting": norm.casting, "offset": norm.offset, "backend": self._state.backend}
+
+        def plain(hidden: Tensor) -> Tensor:
+            return type(module).forward(module, hidden)
+
+        def forward(hidden: Tensor) -> Tensor:
+            if not self._state.enabled:
+                return plain(hidden)
+            if runs_again():
+                return (
+                    rms_norm(hidden, module.weight, norm.eps, **rule) if self._did_it(module, hidden) else plain(hidden)
+                )
+            if (target := self._target(module)) is None:
+                return plain(hidden)
+            if (given := target.called_with.pop(self._column, None)) is None:
+                return plain(hidden)  # called once more, or by another block that shares it
+            of_block = self._input_of_block(*given, hidden)
+            if (operands := self._operands(target, of_block)) is None:
+                return plain(hidden)
+            self._norm_did_it = of_block is hidden and not isinstance(hidden, DTensor)
+            if not self._norm_did_it:
+                passed = self._constrained(target, of_block, operands)
+                return plain(passed if of_block is hidden else hidden)
+            normed, term = rms_norm_constrain(
+                hidden, module.weight, norm.eps, *operands, penalty=self._state.penalty, **rule
+            )
+            target.keep(self._column, term)
+            return normed
+
+        return forward
+
+    def _did_it(self, module: nn.Module, hidden: Tensor) -> bool:
+        """Whether the norm did the work in the forward that now runs again."""
+        constrained = module.training or self._state.target is not None
+        moving = hidden.requires_grad and self._index >= self._state.first_moving
+        return constrained and moving and self._norm_did_it
+
+    def _input_of_block(self, given: Tensor, version: int, hidden: Tensor) -> Tensor:
+        """What the block was called with: ``given``, where its norm gets ``hidden``."""
+        if isinstance(hidden, DTensor) and not isinstance(given, DTensor):
+            return hidden  # a parallel plan made it of the block's input
+        if _version(given) != version:
+            raise ProConError(
+                f"block {self._index} changes its input in place before its norm reads it: attach the constraint with "
+                "fuse='never'"
+            )
+        if given is not hidden and self._norm_did_it:
+            logger.warning(
+                "the norm of block %d reads something else than the block's input, so the block is constrained apart "
+                "from it",
+                self._index,
+            )
+        return given
+
+    def _target(self, module: nn.Module) -> Target | None:
+        """The target of this forward; None if it has none and needs none."""
+        target = self._state.target
+        if target is None and module.training and torch.is_grad_enabled():
+            raise ProConError(
+                "a training forward ran without anchors while the constraint is attached: call "
+                "set_target(anchors, mask) before it, set enabled = False, or detach()"
+            )
+        return target
+
+    def _operands(self, target: Target, hidden: Tensor) -> _Operands | None:
+        """Directions, anchors and mask for the block's input; None if it cannot move, or the target is not its own."""
+        fits = hidden.shape[:-1] == target.mask.shape
+        done = self._column in target.terms
+        trains = torch.is_grad_enabled()
+        if not trains and (done or not fits):
+            return None  # a forward for metrics, or one that generates
+        if done:
+            raise ProConError(
+                f"block {self._index} ran twice for one target: call set_target(anchors, mask) before each forward"
+            )
+        if not fits:
+            raise ProConError(
+                f"block {self._index} got hidden states of shape {tuple(hidden.shape)} for a mask of shape "
+                f"{tuple(target.mask.shape)}: if ranks share a sequence, shard anchors and mask as its tokens are"
+            )
+        if isinstance(hidden, DTensor):
+            check_placements(hidden, self._index)
+        if trains and not (hidden.requires_grad and self._index >= target.first_moving):
+            # Nothing below this block trains, so its input, and with it the penalty's gradient, cannot move.
+            target.terms[self._column] = None
+            return None
+        anchors, mask = target.on(hidden.device)
+        anchors = anchors[self._column]
+        if torch.compiler.is_compiling():
+            # A graph cannot ask whether it runs again, and would save what the op makes of the target of that time.
+            anchors = outside_backward(anchors)
+        return on_device(self._vectors, hidden.device), anchors, mask
+
+    def _constrained(self, target: Target, hidden: Tensor, operands: _Operands) -> Tensor:
+        """The block's input passed through the op, whose penalty is kept."""
+        settings: dict[str, Any] = {"penalty": self._state.penalty, "backend": self._state.backend}
+        if isinstance(hidden, DTensor):
+            hidden, term = constrain_sharded(hidden, *operands, **settings)
+        else:
+            hidden, term = constrain(hidden, *operands, **settings)
+        target.keep(self._column, term)
+        return hidden
+
+
+def runs_again() -> bool:
+    """Whether autograd is running a backward now, as it is when a checkpointed block runs again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts the changes in place; 0 where nothing counts them."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version

@@ -1,0 +1,39 @@
+"""Whether the penalty's gradient arrives anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+
+#: Nodes of :mod:`procon.ops.autograd`, whose penalties have a gradient for the first input alone, the hidden states.
+_OURS = ("ConstrainBackward", "RmsNormConstrainBackward")
+
+
+def reaches_a_parameter(penalties: Iterable[Tensor]) -> bool:
+    """Whether backward from one of ``penalties`` may arrive at a parameter.
+
+    Which parameters train does not tell: the final norm follows all blocks, and a hidden state may require a gradient
+    without any. So the graph is asked. Another library's node may hide parameters, as reentrant checkpoints do, and
+    counts as one.
+    """
+    nodes = [_before(penalty.grad_fn) for penalty in penalties]
+    seen = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(getattr(node, "variable", None), nn.Parameter):
+            return True
+        if isinstance(node, BackwardCFunction) and node.name() not in _OURS:
+            return True
+        nodes.extend(before for before, _ in node.next_functions)
+    return False
+
+
+def _before(node: Any) -> Any:
+    """What a penalty's gradient goes to, of ``node`` that made it; the norm's weight, another input, gets none."""
+    return node.next_functions[0][0] if node is not None and node.name() in _OURS else node
