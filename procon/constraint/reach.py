@@ -19,7 +19,7 @@ def reaches_a_parameter(penalties: Iterable[Tensor]) -> bool:
     without any. So the graph is asked. Another library's node may hide parameters, as reentrant checkpoints do, and
     counts as one.
     """
-    nodes = [_before(penalty.grad_fn) for penalty in penalties]
+    nodes: list[Any] = [_before(penalty.grad_fn) for penalty in penalties]
     seen = set()
     while nodes:
         node = nodes.pop()
@@ -28,7 +28,7 @@ def reaches_a_parameter(penalties: Iterable[Tensor]) -> bool:
         seen.add(node)
         if isinstance(getattr(node, "variable", None), nn.Parameter):
             return True
-        if isinstance(node, BackwardCFunction) and node.name() not in _OURS:
+        if node.name() not in _OURS and isinstance(node, BackwardCFunction):
             return True
         nodes.extend(before for before, _ in node.next_functions)
     return False

@@ -10,7 +10,7 @@ tensors as the identity and :func:`rms_norm`, so that other forward needs no pen
 """
 
 from collections.abc import Callable
-from typing import NoReturn, Protocol, TypeVarTuple, overload
+from typing import Any, NoReturn, Protocol, TypeVarTuple, overload
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class _Context(Protocol):
     shape: torch.Size
     dtype: torch.dtype
     coefficient: Tensor
-    direction: Tensor | None
+    direction: Any  # a tensor; None where RMSNorm alone is asked for
     offset: float
     backend: str
 

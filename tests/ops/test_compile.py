@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from procon.ops import constrain, project, projection_penalty, rms_norm_constrain
+from procon.ops import constrain, project, projection_penalty, rms_norm, rms_norm_constrain
 from procon.ops.autograd import HAS_INPUT_GRAD_BUFFERS
 
 
@@ -58,6 +58,22 @@ def test_fullgraph(device, rest, backend, compiler, dtype):
     reordered = dtype == torch.bfloat16 and HAS_INPUT_GRAD_BUFFERS
     atol = 4 * torch.finfo(dtype).eps * expected[1].abs().max().item() if reordered else 1e-5
     torch.testing.assert_close(received, expected, rtol=1e-5, atol=atol)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_rms_norm_alone(device, backend, compiler):
+    """The gradient of the penalty that it does not give is zeros to a compiler, and None to eager code."""
+    norm_weight = torch.linspace(0.5, 1.5, 32, device=device, requires_grad=True)
+
+    def squares(hidden):
+        return rms_norm(hidden, norm_weight, 1e-6, backend=backend).square().sum()
+
+    found = []
+    for function in (squares, torch.compile(squares, fullgraph=True, backend=compiler)):
+        norm_weight.grad = None
+        hidden = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).to(device)
+        found.append((*loss_and_gradient(function, hidden), norm_weight.grad))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
