@@ -66,6 +66,7 @@ setup(
         "matplotlib>=3.9",
         "rich>=13.9",
         "tqdm>=4.66.3",
+        "xxhash>=3.4.1",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["procon = procon.cli:main"]},

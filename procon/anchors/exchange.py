@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -29,6 +29,38 @@ def gather(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def on_all_ranks(action: Callable[[], T]) -> T:
+    """What ``action`` gives here, once all ranks are done with theirs; all must call.
+
+    Raises:
+        ProConError: on all ranks, if it was raised on one. None is left waiting for it.
+    """
+    value, error = cast(T, None), None
+    try:
+        value = action()
+    except ProConError as raised:
+        if _one_process():
+            raise
+        error = str(raised)
+    for message in gather(error):
+        if message is not None:
+            raise ProConError(message)
+    return value
+
+
+def once_per_host(folder: Path, action: Callable[[], T]) -> list[T]:
+    """What ``action`` gives on each host: it runs in one rank of each file system that has a ``folder`` of its own.
+
+    All ranks must call, and go on when all are done.
+
+    Raises:
+        ProConError: on all ranks, if it was raised on one.
+    """
+    first = _one_process() or _first_to_see(folder) == own_rank()
+    found = gather(on_all_ranks(lambda: [action()] if first else []))
+    return [value for values in found for value in values]
 
 
 def share_files(folder: Path, pattern: str) -> None:

@@ -60,8 +60,18 @@ class StartingState:
         )
 
     def reopen(self, name: str) -> Anchors:
-        """The anchors of the interrupted training: the model is no longer in the state that they were recorded in."""
-        return Anchors.reopen(self.root / name)
+        """The anchors of the interrupted training: the model is no longer in the state that they were recorded in.
+
+        Raises:
+            ProConError: if they are missing, damaged, or others than the name says.
+        """
+        found = Anchors.reopen(self.root / name)
+        if found.fingerprint != name:
+            raise ProConError(
+                f"anchors in {str(found.path)!r} have the fingerprint {found.fingerprint}: they were put there from "
+                "another folder; put those of the interrupted run back, or start afresh"
+            )
+        return found
 
 
 def check_resumed(found: Mapping[str, Any], expected: Mapping[str, Any], checkpoint: str) -> None:

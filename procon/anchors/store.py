@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from procon.anchors.exchange import gather, own_rank, share_files
+from procon.anchors.exchange import gather, on_all_ranks, own_rank, share_files
+from procon.anchors.manifest import MANIFEST, Manifest
+from procon.anchors.mending import mend
 from procon.anchors.recording import record_projections
 from procon.anchors.shards import AnchorShards, ShardWriter
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
-from procon.files import write_text
-from procon.models import evaluating, find_decoder, token_embedding, unwrapped, weights_hash
+from procon.models import configuration_hash, evaluating, find_decoder, token_embedding, unwrapped, weights_hash
 from procon.sequences import TokenSequence, check_text_only, split_batch
 from procon.settings import DEFAULTS, Backend, Reduction, TokenScope, check_setting
-
-_MANIFEST = "anchors.json"
 
 
 class Anchors:
@@ -47,12 +47,12 @@ class Anchors:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        manifest = _read_manifest(self.path)
-        self.fingerprint: str = manifest["fingerprint"]
-        self.blocks: tuple[int, ...] = tuple(manifest["blocks"])
-        self.scope: TokenScope = manifest["scope"]
-        self.k: int = manifest.get("k", 1)
-        self._shards = AnchorShards(self.path)
+        manifest = Manifest.read(self.path)
+        self.fingerprint = manifest.fingerprint
+        self.blocks = manifest.blocks
+        self.scope: TokenScope = manifest.scope
+        self.k = manifest.k
+        self._shards = AnchorShards(self.path, manifest.fingerprint, manifest.columns)
 
     @classmethod
     def reopen(cls, path: str | Path) -> Anchors:
@@ -64,9 +64,9 @@ class Anchors:
             ProConError: if no host has it, or it is damaged.
         """
         path = Path(path)
-        if any(gather((path / _MANIFEST).exists())):
+        if any(gather((path / MANIFEST).exists())):
             path.mkdir(parents=True, exist_ok=True)
-            for pattern in ("*.safetensors", _MANIFEST):
+            for pattern in ("*.safetensors", MANIFEST):
                 share_files(path, pattern)
         return cls(path)
 
@@ -96,7 +96,7 @@ class Anchors:
             describe: makes a text of token ids, for the error.
 
         Raises:
-            ProConError: if the sequence was not recorded, or was recorded with other labels.
+            ProConError: if the sequence was not recorded, was recorded with other labels, or is damaged on the disk.
         """
         key = sequence.key()
         rows = self._shards.read(key)
@@ -160,7 +160,8 @@ class Anchors:
         """Record the projections of all sequences of ``dataloader`` under ``model`` as it now is.
 
         Runs the base decoder only (no LM head), in eval mode without gradients. Sequences already in the folder are
-        skipped, so an interrupted recording goes on where it stopped, and a grown data set records only what is new.
+        verified and skipped, so an interrupted recording goes on where it stopped, a grown data set records only what
+        is new, and what was damaged is recorded anew, with a warning that says how much.
 
         Under ``torch.distributed`` all ranks must call. Afterwards each finds the sequences of all in its own ``path``,
         on a file system that they share or not: hosts then send each other the files that they lack.
@@ -187,17 +188,22 @@ class Anchors:
         if blocks is None:
             blocks = directions.usable.nonzero().flatten().tolist()
         path = Path(path)
-        _claim(path, _manifest(model, directions, blocks, scope, fingerprint))
-        share_files(path, "*.safetensors")  # of a recording that was interrupted
-        writer = ShardWriter(path)
+        state = fingerprint or _fingerprint(model, directions, blocks, scope)
+        try:
+            manifest = Manifest(state, tuple(map(int, blocks)), scope, directions.k)
+        except ValueError as error:
+            raise ProConError(f"anchors cannot be recorded: {error}") from error
+        _claim(path, manifest)
+        mend(path, manifest)
+        share_files(path, f"{state}-*.safetensors")  # of a recording that was interrupted
+        writer = ShardWriter(path, state)
+        known = AnchorShards(path, state, manifest.columns)
         batches = tqdm(dataloader, desc="anchors", unit="batch", disable=not progress or own_rank() != 0)
         with evaluating(model):
-            for key, projections in record_projections(
-                model, batches, directions.basis, blocks, scope, backend, known=AnchorShards(path)
-            ):
+            for key, projections in record_projections(model, batches, directions.basis, blocks, scope, backend, known):
                 writer.add(key, projections)
         writer.flush()
-        share_files(path, "*.safetensors")
+        share_files(path, f"{state}-*.safetensors")
         return cls(path)
 
 
@@ -208,46 +214,40 @@ def fingerprint(
     scope: TokenScope,
     precision: str = "no",
 ) -> str:
-    """A short hash of all that anchors depend on, the data aside: weights and dtype, directions, blocks, scope.
+    """A short hash of all that anchors depend on, the data aside.
+
+    That is weights and dtype, configuration, directions, blocks and scope.
 
     Args:
         precision: that of Accelerate's autocast, ``"no"`` without: the same weights give other projections under it.
     """
-    parts = [weights_hash(model), str(token_embedding(model).weight.dtype), directions.hash, list(blocks), scope]
+    forward = [weights_hash(model), configuration_hash(model), str(token_embedding(model).weight.dtype)]
+    parts = [*forward, directions.hash, list(map(int, blocks)), scope]
     if precision != "no":
         parts.append(precision)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _manifest(
-    model: nn.Module, directions: RefusalDirections, blocks: Sequence[int], scope: TokenScope, known: str | None
-) -> dict[str, Any]:
-    manifest = {
-        "fingerprint": known or fingerprint(model, directions, blocks, scope),
-        "blocks": list(blocks),
-        "scope": scope,
-    }
-    return manifest if directions.k == 1 else {**manifest, "k": directions.k}
+#: For where an argument has that name.
+_fingerprint = fingerprint
 
 
-def _claim(path: Path, manifest: dict[str, Any]) -> None:
+def _claim(path: Path, manifest: Manifest) -> None:
     """Write the manifest, or check that the folder's own says the same: on every rank, and with one outcome."""
     if any(other != manifest for other in gather(manifest)):
         raise ProConError("the ranks' models differ in weights, or in what is to be recorded: load the same on each")
-    if not (path / _MANIFEST).exists():
-        write_text(json.dumps(manifest, indent=2), path / _MANIFEST)
-    gather(None)  # until the folder is claimed on every host
-    if not all(gather(_read_manifest(path) == manifest)):
+    on_all_ranks(lambda: _write_or_compare(path, manifest))
+
+
+def _write_or_compare(path: Path, manifest: Manifest) -> None:
+    found = Manifest.read_if_whole(path) if (path / MANIFEST).exists() else None
+    if isinstance(found, str):
+        warnings.warn(f"anchors manifest in {str(path)!r} was damaged ({found}): it is written anew", stacklevel=4)
+    if not isinstance(found, Manifest):
+        manifest.write(path)
+        found = Manifest.read(path)
+    if found != manifest:
         raise ProConError(
             f"anchors in {str(path)!r} were recorded for another model state, directions, blocks or scope: give "
             "another folder, or delete this one to record again"
         )
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads((path / _MANIFEST).read_text())
-    except FileNotFoundError as error:
-        raise ProConError(f"no anchors in {str(path)!r}: record them with Anchors.record before training") from error
-    except json.JSONDecodeError as error:
-        raise ProConError(f"anchors manifest in {str(path)!r} is damaged: delete the folder to record again") from error

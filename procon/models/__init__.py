@@ -1,7 +1,7 @@
 """What is known of transformers' models: where their blocks are, how they run, which weights they have.
 
 In: a causal LM, bare or wrapped, or its name.
-Out: its decoder, block inputs, attention and weights' hash.
+Out: its decoder, block inputs, attention and hashes of weights and configuration.
 May import: the leaves. It knows no directions and no anchors.
 """
 
@@ -24,7 +24,7 @@ from procon.models.decoder import (
     unwrapped,
 )
 from procon.models.loading import default_dtype, load_model, parse_dtype
-from procon.models.weights import weights_hash
+from procon.models.weights import configuration_hash, weights_hash
 
 __all__ = [
     "Decoder",
@@ -32,6 +32,7 @@ __all__ = [
     "adapter_layer",
     "best_attention",
     "block_input",
+    "configuration_hash",
     "decoder_forward",
     "default_dtype",
     "evaluating",

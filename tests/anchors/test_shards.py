@@ -18,6 +18,7 @@ from procon.errors import ProConError
 from procon.files import whole_file
 
 BLOCKS = 3
+STATE = "0123456789abcdef"
 
 #: Samples of the scale test; the figures that the bars are for belong to 100,000.
 SAMPLES = int(os.environ.get("PROCON_ANCHOR_SAMPLES", "10000"))
@@ -40,7 +41,7 @@ def sequences():
 @pytest.fixture
 def folder(sequences, tmp_path, monkeypatch):
     monkeypatch.setattr("procon.anchors.shards.SHARD_BYTES", 1000)
-    writer = ShardWriter(tmp_path)
+    writer = ShardWriter(tmp_path, STATE)
     for key, rows in sequences.items():
         writer.add(key, rows)
     writer.flush()
@@ -51,7 +52,7 @@ def folder(sequences, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("copied", [False, True], ids=["opened", "pickled"])
 def test_what_goes_in_comes_out(sequences, folder, copied):
-    shards = AnchorShards(folder)
+    shards = AnchorShards(folder, STATE, BLOCKS)
     if copied:
         shards = pickle.loads(pickle.dumps(shards))
     assert len(shards) == len(sequences)
@@ -78,54 +79,115 @@ def test_files_are_plain_safetensors(sequences, folder):
 
 
 def test_empty_folder(tmp_path):
-    shards = AnchorShards(tmp_path)
+    shards = AnchorShards(tmp_path, STATE, BLOCKS)
     assert len(shards) == 0
     assert (1, 2) not in shards
 
 
 def test_what_is_written_twice_is_there_once(sequences, folder):
     names = {path.name for path in folder.iterdir()}
-    again = ShardWriter(folder)
+    again = ShardWriter(folder, STATE)
     for key, rows in sequences.items():
         again.add(key, rows)
     again.flush()
     assert {path.name for path in folder.iterdir()} == names
-    writer = ShardWriter(folder)
+    writer = ShardWriter(folder, STATE)
     writer.add(*next(iter(sequences.items())))
     writer.flush()
     assert len(list(folder.iterdir())) == len(names) + 1
-    assert len(AnchorShards(folder)) == len(sequences)
+    assert len(AnchorShards(folder, STATE, BLOCKS)) == len(sequences)
 
 
 def test_a_file_that_was_deleted_is_written_anew_and_no_other_is_touched(sequences, folder):
     lost, *others = sorted(folder.iterdir())
     lost.unlink()
     kept = {path: path.stat().st_mtime_ns for path in others}
-    known = AnchorShards(folder)
+    known = AnchorShards(folder, STATE, BLOCKS)
     missing = {key: rows for key, rows in sequences.items() if key not in known}
     assert missing
-    writer = ShardWriter(folder)
+    writer = ShardWriter(folder, STATE)
     for key, rows in missing.items():
         writer.add(key, rows)
     writer.flush()
     assert {path: path.stat().st_mtime_ns for path in others} == kept
-    assert len(AnchorShards(folder)) == len(sequences)
+    assert len(AnchorShards(folder, STATE, BLOCKS)) == len(sequences)
 
 
 def test_an_interrupted_file_is_not_there(tmp_path):
     with suppress(KeyboardInterrupt), whole_file(tmp_path / "a.safetensors") as partial:
         partial.write_bytes(b"half")
         raise KeyboardInterrupt
-    assert len(AnchorShards(tmp_path)) == 0
+    assert len(AnchorShards(tmp_path, STATE, BLOCKS)) == 0
     with whole_file(tmp_path / "a.safetensors") as partial:
         partial.write_bytes(b"whole")
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_foreign_file_is_named(tmp_path):
-    (tmp_path / "notes.safetensors").write_bytes(b"\x00" * 100)
-    with pytest.raises(ProConError, match=r"notes.safetensors.*damaged"):
-        AnchorShards(tmp_path)
+def test_files_of_other_anchors_are_left_alone(sequences, folder):
+    other = "f" * 16
+    writer = ShardWriter(folder, other)
+    writer.add((1, 2), np.ones((3, BLOCKS), np.float32))
+    writer.flush()
+    (folder / "notes.safetensors").write_bytes(b"\x00" * 100)
+    shards = AnchorShards(folder, STATE, BLOCKS)
+    assert len(shards) == len(sequences)
+    assert (1, 2) not in shards
+    assert len(AnchorShards(folder, other, BLOCKS)) == 1
+
+
+def test_a_file_of_other_anchors_under_our_name_is_refused(folder):
+    """Even if someone writes our fingerprint into it: each checksum was made under the other one."""
+    other = "f" * 16
+    writer = ShardWriter(folder, other)
+    writer.add((1, 2), np.ones((3, BLOCKS), np.float32))
+    writer.flush()
+    (file,) = folder.glob(f"{other}-*")
+    renamed = file.rename(folder / file.name.replace(other, STATE))
+    with pytest.raises(ProConError, match=rf"{renamed.name}.*damaged .its fingerprint is '{other}', so it is of other"):
+        AnchorShards(folder, STATE, BLOCKS)
+    renamed.write_bytes(renamed.read_bytes().replace(other.encode(), STATE.encode()))
+    with pytest.raises(ProConError, match="the checksum of its index differs"):
+        AnchorShards(folder, STATE, BLOCKS)
+
+
+def test_another_number_of_columns_is_refused(folder):
+    with pytest.raises(ProConError, match="its parts do not fit together"):
+        AnchorShards(folder, STATE, BLOCKS + 1)
+
+
+def test_what_is_damaged_after_the_index_was_read_is_refused_when_it_is_read(sequences, folder):
+    shards = AnchorShards(folder, STATE, BLOCKS)
+    key, rows = max(sequences.items(), key=lambda pair: len(pair[1]))
+    (file,) = [path for path in folder.iterdir() if rows.tobytes() in path.read_bytes()]
+    data = file.read_bytes()
+    place = data.index(rows.tobytes())
+    changed = bytearray(data)
+    changed[place + 5] ^= 1
+    swapped = data[: place + 4] + data[place + 8 : place + 12] + data[place + 4 : place + 8] + data[place + 12 :]
+    for damaged, reason in (
+        (changed, "a sequence's checksum differs"),
+        (swapped, "a sequence's checksum differs"),
+        (data[: place + 8], "it is cut off"),
+        (None, "No such file or directory"),
+    ):
+        file.unlink() if damaged is None else file.write_bytes(damaged)
+        with pytest.raises(ProConError, match=rf"{file.name}' is damaged .{reason}.: record again"):
+            shards.read(key)
+    file.write_bytes(data)
+    assert np.array_equal(shards.read(key), rows)
+
+
+def test_sequences_of_equal_projections_cannot_stand_for_each_other(tmp_path):
+    """The checksum is of the projections as those of this sequence, so another one's place does not pass."""
+    rows = np.ones((3, BLOCKS), np.float32)
+    writer = ShardWriter(tmp_path, STATE)
+    for key in ((1, 2), (2, 2), (1, 1)):
+        writer.add(key, rows)
+    writer.flush()
+    (file,) = tmp_path.iterdir()
+    with safe_open(file, "numpy") as opened:
+        assert len(set(opened.get_tensor("checksums").tolist())) == 3
+        assert opened.metadata()["fingerprint"] == STATE
 
 
 SCALE = textwrap.dedent(
@@ -138,7 +200,7 @@ SCALE = textwrap.dedent(
     from procon.anchors import shards as module
     from procon.anchors.shards import AnchorShards, ShardWriter
 
-    TOKENS, BLOCKS = 200, 32
+    TOKENS, BLOCKS, STATE = 200, 32, "0" * 16
     task, folder, samples = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     keys = np.random.default_rng(0).integers(0, 2**64, (samples, 2), np.uint64)
     rows = np.random.default_rng(1).standard_normal((TOKENS, BLOCKS), dtype=np.float32)
@@ -195,20 +257,21 @@ SCALE = textwrap.dedent(
         if task == "record":
             # Smaller files for fewer samples, so that what the writer gathers shrinks alike.
             module.SHARD_BYTES = module.SHARD_BYTES * samples // 100_000
-            writer = ShardWriter(folder)
+            writer = ShardWriter(folder, STATE)
             for number in range(samples):
                 writer.add(key(number), rows + np.float32(number))
             writer.flush()
             found = {"seconds": time.perf_counter() - start, "megabytes": peak()}
             os.sync()
         elif task == "look up":
-            shards = AnchorShards(folder)
+            shards = AnchorShards(folder, STATE, BLOCKS)
             found = {"open seconds": time.perf_counter() - start, "sequences": len(shards)}
             found["cold"], found["warm"] = lookups(shards, 1000, True), lookups(shards, samples, False)
             found["pickled megabytes"] = len(pickle.dumps(shards)) / 2**20
             found["megabytes"] = peak()
         else:
-            epoch = DataLoader(Epoch(AnchorShards(folder)), 100, num_workers=2, multiprocessing_context=task)
+            samples_read = Epoch(AnchorShards(folder, STATE, BLOCKS))
+            epoch = DataLoader(samples_read, 100, num_workers=2, multiprocessing_context=task)
             found = {"megabytes": max(batch.max().item() for batch in epoch)}
         print(json.dumps(found))
     """

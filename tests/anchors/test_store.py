@@ -1,6 +1,10 @@
 """Anchors: recorded once, found again by content however the batch is made, and never silently missing."""
 
+import json
 import pickle
+import shutil
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +14,8 @@ from torch.utils.data import DataLoader
 from transformers.data.data_collator import DataCollatorWithFlattening
 
 from procon.anchors import AnchoredCollator, Anchors, fingerprint
+from procon.anchors import manifest as manifest_module
+from procon.anchors.shards import ShardWriter
 from procon.data import flattening_collator, padding_collator
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
@@ -291,6 +297,146 @@ def test_other_model_state_is_refused(tiny_model, directions, samples, tokenizer
     loader = DataLoader(samples, 3, collate_fn=padding_collator(tokenizer))
     with pytest.raises(ProConError, match="another model state"):
         Anchors.record(model, loader, directions, anchors.path, progress=False, scope="response")
+
+
+def flip(file: Path, place: int, bit: int = 0) -> None:
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1 << bit
+    file.write_bytes(data)
+
+
+def record(model, directions, rows, tokenizer, path) -> Anchors:
+    loader = DataLoader(rows, 3, collate_fn=padding_collator(tokenizer))
+    return Anchors.record(model, loader, directions, path, progress=False, scope="response")
+
+
+def test_recording_again_records_only_what_was_damaged(model, directions, samples, tokenizer, anchors, monkeypatch):
+    """A flipped bit of a projection costs its sequence, one of the index the file, one of the manifest nothing."""
+    collator = padding_collator(tokenizer)
+    expected = anchors.annotate(dict(collator(samples)))["anchors"]
+    recorded = []
+    original = ShardWriter.add
+    monkeypatch.setattr(ShardWriter, "add", lambda self, key, rows: recorded.append(key) or original(self, key, rows))
+    (file,) = anchors.path.glob("*.safetensors")
+    flip(file, -10)
+    with pytest.warns(UserWarning, match="were damaged: 1 sequences, and all those of 0 files, are recorded anew"):
+        again = record(model, directions, samples, tokenizer, anchors.path)
+    assert len(recorded) == len(samples)  # those that were whole are written again, too
+    assert torch.equal(again.annotate(dict(collator(samples)))["anchors"], expected)
+    assert file not in anchors.path.iterdir()
+
+    first, second = sorted(anchors.path.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    flip(first, 300)
+    flip(second, 3)
+    flip(anchors.path / "anchors.json", 30)
+    with pytest.raises(ProConError, match=r"anchors manifest in .* is damaged"):
+        Anchors(anchors.path)
+    with (
+        pytest.warns(UserWarning, match="anchors manifest in .* was damaged .*: it is written anew"),
+        pytest.warns(UserWarning, match="were damaged: 0 sequences, and all those of 2 files, are recorded anew"),
+    ):
+        again = record(model, directions, samples, tokenizer, anchors.path)
+    assert torch.equal(again.annotate(dict(collator(samples)))["anchors"], expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        recorded.clear()
+        record(model, directions, samples, tokenizer, anchors.path)
+    assert recorded == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is damaged"),
+        (b"\xff\xfe", "is damaged"),
+        (b"[]", "is damaged .it holds list."),
+        (b"{}", "is damaged .its checksum differs."),
+        (b"[" * 100_000, "is damaged"),
+        (b'{"fingerprint": "0123456789abcdef", "blocks": [1], "scope": "all"}', "another version .* .format 1, not 2."),
+        (None, "is damaged"),
+    ],
+    ids=["empty", "not UTF-8", "list", "no keys", "deep", "older", "folder"],
+)
+def test_a_manifest_that_is_none_is_named_with_the_remedy(anchors, content, message):
+    manifest = anchors.path / "anchors.json"
+    manifest.unlink()
+    manifest.mkdir() if content is None else manifest.write_bytes(content)
+    with pytest.raises(ProConError, match=rf"anchors.* in .* {message}.*(record again|delete this one)"):
+        Anchors(anchors.path)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"fingerprint": "../x"},
+        {"fingerprint": 5},
+        {"blocks": [-1]},
+        {"blocks": [True]},
+        {"blocks": 3},
+        {"scope": "half"},
+        {"k": 9},
+        {"k": "1"},
+        {"more": 1},
+        {"format": 3},
+    ],
+    ids=str,
+)
+def test_a_manifest_whose_checksum_is_right_is_still_not_believed(anchors, changed):
+    manifest = anchors.path / "anchors.json"
+    data = json.loads(manifest.read_text())
+    del data["checksum"]
+    data |= changed
+    manifest.write_text(json.dumps({**data, "checksum": manifest_module._checksum(data)}))
+    with pytest.raises(ProConError, match=r"is damaged|another version of ProCon .format 3, not 2."):
+        Anchors(anchors.path)
+
+
+def test_an_older_folder_is_not_recorded_into(model, directions, samples, tokenizer, tmp_path):
+    (tmp_path / "anchors.json").write_text('{"fingerprint": "0123456789abcdef", "blocks": [0], "scope": "response"}')
+    with pytest.raises(ProConError, match=r"another version of ProCon .format 1, not 2.: give another folder"):
+        record(model, directions, samples, tokenizer, tmp_path)
+
+
+def test_a_file_of_another_models_anchors_is_not_used(tiny_model, directions, samples, tokenizer, tmp_path):
+    """Of the same data, so that it has the same keys."""
+    found = []
+    for number in (0, 1):
+        model = tiny_model().eval()
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(1 + number)
+        found.append(record(model, directions, samples, tokenizer, tmp_path / str(number)))
+    (ours,), (theirs,) = (list(anchors.path.glob("*.safetensors")) for anchors in found)
+    assert ours.name.split("-")[1] == theirs.name.split("-")[1]
+    expected = found[1].annotate(dict(padding_collator(tokenizer)(samples)))["anchors"]
+    shutil.copy(ours, theirs.parent)
+    with pytest.warns(UserWarning, match=f"{ours.name}' in .* is not one of the anchors recorded here"):
+        again = record(model, directions, samples, tokenizer, theirs.parent)
+    assert torch.equal(again.annotate(dict(padding_collator(tokenizer)(samples)))["anchors"], expected)
+    shutil.copy(ours, theirs)
+    with pytest.raises(ProConError, match="so it is of other anchors"):
+        Anchors(theirs.parent)
+    with pytest.warns(UserWarning, match="all those of 1 files"):
+        again = record(model, directions, samples, tokenizer, theirs.parent)
+    assert torch.equal(again.annotate(dict(padding_collator(tokenizer)(samples)))["anchors"], expected)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"rms_norm_eps": 0.3}, {"hidden_act": "gelu"}, {"rope_parameters": {"rope_theta": 50.0, "rope_type": "default"}}],
+)
+def test_another_configuration_of_the_same_weights_is_another_state(
+    tiny_model, directions, samples, tokenizer, anchors, settings
+):
+    model = tiny_model(**settings).eval()
+    with pytest.raises(ProConError, match="another model state"):
+        record(model, directions, samples, tokenizer, anchors.path)
+    with pytest.raises(ProConError, match="another model state"):
+        anchors.check_fits(model, directions)
+
+
+def test_fingerprint_that_cannot_be_one_is_refused(model, directions, tmp_path):
+    with pytest.raises(ProConError, match=r"cannot be recorded: fingerprint is '../x', not 16 hexadecimal digits"):
+        Anchors.record(model, [], directions, tmp_path, progress=False, fingerprint="../x")
 
 
 def test_damaged_shard_is_named(anchors):

@@ -16,7 +16,15 @@ from transformers import (
 )
 
 from procon.errors import ProConError
-from procon.models import evaluating, find_decoder, first_moving_block, model_device, observe_block_inputs, weights_hash
+from procon.models import (
+    configuration_hash,
+    evaluating,
+    find_decoder,
+    first_moving_block,
+    model_device,
+    observe_block_inputs,
+    weights_hash,
+)
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox")
 
@@ -161,6 +169,51 @@ def test_the_weights_hash_follows_order_names_and_shapes():
     others += [hashed(a=weight + 1, b=weight), hashed(c=weight, b=weight + 1)]
     assert len({first, *others}) == 6
     assert hashed(b=weight + 1, a=weight) == first
+
+
+def test_the_weights_hash_follows_places():
+    """Not only of values whose places it samples."""
+    model = nn.Linear(512, 64, bias=False)
+    first = weights_hash(model)
+    weight = model.weight.data
+    for one, two in ((weight[3], weight[40]), (weight[:, 1], weight[:, 300]), (weight[5, 7:9], weight[5, 9:11])):
+        before = one.clone(), two.clone()
+        one.copy_(before[1])
+        two.copy_(before[0])
+        assert weights_hash(model) != first
+        one.copy_(before[0])
+        two.copy_(before[1])
+    assert weights_hash(model) == first
+
+
+def test_the_configuration_hash_follows_what_changes_a_forward(tiny_model):
+    first = configuration_hash(tiny_model())
+    rope = {"rope_theta": 50.0, "rope_type": "default"}
+    changes = [{"rms_norm_eps": 0.3}, {"hidden_act": "gelu"}, {"rope_parameters": rope}, {"num_key_value_heads": 1}]
+    assert len({first, *(configuration_hash(tiny_model(**change)) for change in changes)}) == 5
+    for same in ({"use_cache": False}, {"pad_token_id": 5}, {"attention_dropout": 0.5}, {"dtype": "float16"}):
+        assert configuration_hash(tiny_model(**same)) == first
+    model = tiny_model()
+    model.config._name_or_path = "elsewhere"
+    assert configuration_hash(model) == first
+    assert configuration_hash(get_peft_model(model, LoraConfig(target_modules=["q_proj"]))) == first
+
+
+def test_the_configuration_hash_follows_buffers_that_are_made_from_it(tiny_model):
+    model = tiny_model()
+    first = configuration_hash(model)
+    frequencies = model.model.rotary_emb.inv_freq
+    frequencies.mul_(1 + 2**-22)  # another device
+    assert configuration_hash(model) == first
+    frequencies.mul_(1.1)
+    assert configuration_hash(model) != first
+    assert configuration_hash(tiny_model().bfloat16()) != first  # rotary positions are coarser then
+    dynamic = tiny_model(rope_parameters={"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0})
+    dynamic_first = configuration_hash(dynamic)
+    before = dynamic.model.rotary_emb.inv_freq.clone()
+    dynamic(torch.ones(1, 600, dtype=torch.int64))  # longer than 512, for which they are made anew
+    assert not torch.equal(dynamic.model.rotary_emb.inv_freq, before)
+    assert configuration_hash(dynamic) == dynamic_first
 
 
 def test_the_weights_hash_follows_buffers():
