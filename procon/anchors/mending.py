@@ -22,7 +22,7 @@ def mend(folder: Path, manifest: Manifest) -> None:
     found = once_per_host(folder, lambda: _mend(folder, manifest))
     if own_rank() != 0:
         return
-    sequences, files = (sum(host[number] for host in found) for number in (0, 1))
+    sequences, files = sum(host[0] for host in found), sum(host[1] for host in found)
     foreign = next((name for _, _, name in found if name), "")
     if sequences or files:
         warnings.warn(

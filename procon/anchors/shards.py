@@ -248,7 +248,8 @@ def read_index(file: Path, fingerprint: str, columns: int) -> Index:
 
 def _checksum(rows: np.ndarray, key: Key, seed: int) -> int:
     """Of a sequence's projections, as those of this sequence under this fingerprint; ``rows`` are contiguous."""
-    return xxh3_64_intdigest(rows, key[0] ^ key[1] ^ seed)
+    # To a type checker, numpy's arrays are buffers only from Python 3.12 on.
+    return xxh3_64_intdigest(rows, key[0] ^ key[1] ^ seed)  # pyright: ignore[reportArgumentType]
 
 
 def _damaged(file: Path, reason: object) -> ProConError:
