@@ -18,13 +18,11 @@ from unittest import mock
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from procon.anchors import Anchors, shards
-from procon.chat import ContrastPrompts
 from procon.cli import commands
 from procon.cli.parsing import main
-from procon.data import padding_collator
 from procon.demo import model as demo_model
 from procon.demo import refusal_tuning
 from procon.directions import RefusalDirections
@@ -34,8 +32,8 @@ from procon.evaluation.evaluation import Rate
 from procon.models import load_model, weights_hash
 from procon.sequences import split_batch
 
-#: What differs from one run to the next: how long it took.
-_TIMES = re.compile(rb'"(train/)?train_(runtime|samples_per_second|steps_per_second)": [^,}\n]*')
+#: What no two runs have in common: how long they took. Of a resumed run, transformers gives the loss since it resumed.
+_OWN = re.compile(r"(train/)?train_(runtime|samples_per_second|steps_per_second|loss)")
 
 
 @dataclass(frozen=True)
@@ -64,14 +62,30 @@ class Operation:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """A hash of every file below the folder, times left out, and every folder."""
+    """A hash of every file below the folder, and every folder; of JSON, of what it says, apart from times."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        data = b"" if path.is_dir() else path.read_bytes()
-        if path.suffix in (".json", ".jsonl"):
-            data = _TIMES.sub(b"", data)
-        found[str(path.relative_to(folder))] = "folder" if path.is_dir() else hashlib.sha256(data).hexdigest()[:16]
+        name = str(path.relative_to(folder))
+        if path.is_dir():
+            found[name] = "folder"
+            continue
+        data = path.read_bytes()
+        with contextlib.suppress(ValueError):
+            if path.suffix == ".json":
+                data = _said(json.loads(data))
+            elif path.suffix == ".jsonl":
+                data = b"\n".join(_said(json.loads(line)) for line in data.splitlines())
+        found[name] = hashlib.sha256(data).hexdigest()[:16]
     return found
+
+
+def _said(value: object) -> bytes:
+    def without_times(value: object) -> object:
+        if isinstance(value, dict):
+            return {name: without_times(inner) for name, inner in value.items() if not _OWN.fullmatch(name)}
+        return [without_times(inner) for inner in value] if isinstance(value, list) else value
+
+    return json.dumps(without_times(value), sort_keys=True).encode()
 
 
 class Place:
@@ -157,9 +171,7 @@ class Place:
             rank = int(os.environ.get("RANK", "0"))
             mine = self.batches[rank :: int(os.environ.get("WORLD_SIZE", "1"))]
             with mock.patch.object(shards, "SHARD_BYTES", 300):  # a shard for each batch or two
-                return as_command(
-                    lambda: Anchors.record(self.model, mine, self.directions, "anchors", progress=False)
-                )
+                return as_command(lambda: Anchors.record(self.model, mine, self.directions, "anchors", progress=False))
 
         def lookups(every: bool = True) -> dict[str, str]:
             anchors = Anchors("anchors")

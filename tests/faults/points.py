@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -50,6 +49,7 @@ class Point:
     leftover: str = ""
     traceback: str = ""
     seconds: float = 0.0
+    reached: bool = True  # what a rank does first may leave another with fewer calls than in the run without a fault
 
     @property
     def key(self) -> tuple[str, str, int, int, str]:
@@ -120,13 +120,12 @@ class Bench:
             raise SystemExit(f"{self.operation.name}: its journal does not tell what it wrote")
         shutil.rmtree(again)
 
-    def points(self, kinds: list[str], limit: int) -> Iterator[Point]:
-        """Every one, or ``limit`` of each kind drawn at random."""
-        for kind in kinds:
-            found = list(self._all(kind))
-            if len(found) > limit:
-                found = sorted(random.Random(0).sample(found, limit), key=lambda point: (point.rank, point.n))
-            yield from found
+    def points(self, kind: str, limit: int) -> list[Point]:
+        """Every one of a kind, or ``limit`` of them drawn at random."""
+        found = list(self._all(kind))
+        if len(found) <= limit:
+            return found
+        return [found[number] for number in sorted(random.Random(0).sample(range(len(found)), limit))]
 
     def count(self, kind: str) -> int:
         return sum(1 for _ in self._all(kind))
@@ -153,6 +152,9 @@ class Bench:
         else:
             self._reset()
             ended = self._run(rank=point.rank, n=point.n, action=point.kind)
+            point.reached = self.operation.ranks == 1 or any(ended.codes) or point.kind not in ("kill", "half")
+            if not point.reached:
+                return point
             point.traceback = self._said_badly(point, ended)
             point.loss = "hangs" if ended.hangs else ""
             done = not any(ended.codes)
@@ -168,7 +170,7 @@ class Bench:
         replayed.write(self.root, point.state)
         done = point.n > len(self.calls)
         # The next run sees the disk alone: of equal ones, one will do.
-        key = hashlib.sha256(f"{done}{_raw(self.root)}".encode()).hexdigest()
+        key = f"{done} {contents(self.root)}"
         if key not in self._known:
             self._judge(point, done)
             self._known[key] = (point.mixture, point.loss, point.differs, point.leftover, point.traceback)
@@ -183,20 +185,41 @@ class Bench:
             old, new = contents(before.parent).get(single, "none"), self.expected[single]
             if found not in (old, new):
                 gone = not now.exists() or not now.stat().st_size
-                setattr(point, "loss" if gone else "mixture", f"{single} is {'gone' if gone else 'neither old nor new'}")
+                setattr(
+                    point, "loss" if gone else "mixture", f"{single} is {'gone' if gone else 'neither old nor new'}"
+                )
             elif done and found != new:
                 point.loss = f"{single} is not the new one, though the command succeeded"
-        ended = self._fork(self.operation.check)
-        if ended.codes != [0]:
-            point.mixture = point.mixture or _last_line(ended.texts[0])
-        ended = self._run(self.operation.again)
+        ended = self._run(self._next_run)
+        checked, after = ended.value or ("the check ends early", None)
+        point.mixture = point.mixture or checked
         if any(ended.codes):
             point.loss = point.loss or f"the next run ends with {ended.codes}: {_last_line(''.join(ended.texts))}"
             return
-        after = self._result()
         extra = sorted(set(after) - set(self.expected))
         point.leftover = ", ".join(extra[:3])
         point.differs = _difference(self.expected, {name: value for name, value in after.items() if name not in extra})
+
+    def _next_run(self) -> int:
+        """Check what is there, run again, and report the result; in the processes of the ranks."""
+        main = os.environ.get("RANK", "0") == "0"
+        checked = ""
+        try:
+            if main:
+                self.operation.check()
+        except Exception as error:
+            checked = f"{type(error).__name__}: {error}"[:300]
+        self._report((checked, None), main)
+        code = self.operation.again()
+        if dist.is_initialized():
+            dist.barrier()
+        if code == 0 and main:
+            self._report((checked, self.operation.result()), main)
+        return code
+
+    def _report(self, value: object, main: bool = True) -> None:
+        if main:
+            (self.folder / "meeting" / "value.json").write_text(json.dumps(value))
 
     def _said_badly(self, point: Point, ended: Ended) -> str:
         code, text = ended.codes[point.rank], ended.texts[point.rank]
@@ -212,8 +235,10 @@ class Bench:
         shutil.copytree(self.folder / "before", self.root)
 
     def _result(self) -> dict[str, str]:
-        ended = self._fork(self.operation.result)
-        return ended.value if isinstance(ended.value, dict) else {"error": _last_line(ended.texts[0])}
+        ended = self._fork(lambda: self._report(self.operation.result()))
+        if ended.value is None:
+            raise SystemExit(f"{self.operation.name} has no result without a fault:\n{ended.texts[0][-3000:]}")
+        return ended.value
 
     def _run(self, call: Callable[[], int] | None = None, rank: int = 0, **fault) -> Ended:
         """On all ranks; the fault, if there is one, on one of them."""
@@ -264,8 +289,6 @@ class Bench:
             value = call()
             if faults[rank] is not None:
                 shim.disarm()
-            if isinstance(value, dict):
-                (meeting / "value.json").write_text(json.dumps(value))
             code = value if isinstance(value, int) else 0
         except BaseException:
             traceback.print_exc()
@@ -277,10 +300,6 @@ class Bench:
 
 def to_line(point: Point) -> str:
     return json.dumps(asdict(point)) + "\n"
-
-
-def _raw(folder: Path) -> str:
-    return json.dumps(contents(folder))
 
 
 def _difference(expected: dict[str, str], found: dict[str, str]) -> str:

@@ -40,7 +40,7 @@ static int active, action, error, journal = -1, rank;
 static long count, chosen;
 
 static int beneath(const char *path) {
-    return !strncmp(path, root, root_length) && path[root_length] == '/';
+    return !strncmp(path, root, root_length) && (path[root_length] == '/' || !path[root_length]);
 }
 
 static int path_of(int fd, char *path) {
@@ -52,7 +52,7 @@ static int path_of(int fd, char *path) {
     return beneath(path);
 }
 
-/* The path without links in its folder; 0 if it is not below the root. */
+/* The path without links in its folder; whether it is the root or below it. */
 static int resolve(int folder, const char *given, char *path) {
     char parent[PATH_MAX], name[NAME_MAX + 1];
     size_t length = strnlen(given, PATH_MAX - 1);
