@@ -277,6 +277,7 @@ class Bench:
             said = os.open(meeting / f"said-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(said, 1)
             os.dup2(said, 2)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
             os.chdir(at)
             if len(faults) > 1:
                 ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(faults), "LOCAL_WORLD_SIZE": len(faults)}
