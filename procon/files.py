@@ -68,10 +68,22 @@ def writing(target: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in _REMEDIES:  # a network's, for example
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None or reason.errno not in _REMEDIES:  # a network's, for example
             raise
-        raise _refused(target, error) from error
+        raise _refused(target, reason) from error
+
+
+def _reason(error: Exception) -> OSError | None:
+    """The system's error, also if a library that writes by itself raises one of its own in its place."""
+    if isinstance(error, OSError):
+        return error
+    if number := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors, tokenizers
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|unexpected pos", str(error)):
+        return OSError(errno.ENOSPC, "torch wrote a part of it, and gives no reason")
+    return None
 
 
 def _refused(target: str | Path, error: OSError) -> ProConError:

@@ -9,6 +9,8 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
+from tokenizers import Tokenizer, models
 
 from procon import files
 from procon.errors import ProConError
@@ -222,6 +224,19 @@ def test_a_call_that_fails_leaves_the_old_file(tmp_path, monkeypatch, call, code
             write_text("new", target)
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+@pytest.mark.parametrize("library", ["torch", "tokenizers"])
+def test_errors_of_libraries_that_write_by_themselves_are_named_too(library):
+    def save() -> None:
+        if library == "torch":
+            torch.save(torch.zeros(100_000), "/dev/full")
+        else:
+            Tokenizer(models.BPE()).save("/dev/full")
+
+    with pytest.raises(ProConError, match=r"^cannot write 'out' \(.*\): free some space, or give"), writing("out"):
+        save()
 
 
 def test_an_error_of_another_kind_is_left_as_it_is(tmp_path):

@@ -1,4 +1,4 @@
-"""Faults at the calls that change files: the short form of ``python tests/faults``, and that it finds what is planted."""
+"""Faults at calls that change files: the short form of ``python tests/faults``, and that it finds what is planted."""
 
 import json
 import sys
@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-FAULTS = Path(__file__).parents[1] / "faults"
-sys.path.insert(0, str(FAULTS))
+sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 
 import disk
 import operations
 import points
 import shim
+
+RECORD = Path(__file__).parents[1] / "faults" / "recorded.json"
 
 pytestmark = pytest.mark.skipif(shim.missing() is not None, reason=str(shim.missing()))
 
@@ -99,7 +100,7 @@ def test_what_was_synced_survives_and_no_more(tmp_path):
 
 
 def test_record_has_no_bad_point_and_enough_of_them():
-    rows = json.loads((FAULTS / "recorded.json").read_text())["rows"]
+    rows = json.loads(RECORD.read_text())["rows"]
     assert sum(row["points"] for row in rows) >= 300
     bad = ("mixtures", "losses", "resumes that differ", "leftovers", "tracebacks")
     assert [row for row in rows if any(row[name] for name in bad)] == []
