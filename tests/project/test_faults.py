@@ -1,6 +1,5 @@
 """Faults at calls that change files: the short form of ``python tests/faults``, and that it finds what is planted."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -12,8 +11,6 @@ import disk
 import operations
 import points
 import shim
-
-RECORD = Path(__file__).parents[1] / "faults" / "recorded.json"
 
 pytestmark = pytest.mark.skipif(shim.missing() is not None, reason=str(shim.missing()))
 
@@ -29,7 +26,7 @@ def known(tmp_path_factory) -> dict[str, operations.Operation]:
     return {operation.name: operation for operation in place.operations()}
 
 
-@pytest.mark.parametrize(("name", "limit"), [("directions, over an old file", 3), ("anchors, 1 rank", 2)])
+@pytest.mark.parametrize(("name", "limit"), [("directions, over an old file", 3)])
 def test_old_or_new_and_the_next_run_as_if_nothing_had_happened(known, tmp_path, name, limit):
     bench = points.Bench(known[name], tmp_path / "bench")
     bench.prepare()
@@ -97,10 +94,3 @@ def test_what_was_synced_survives_and_no_more(tmp_path):
         "torn": {"new": b"syncedmo", "moved": b"old"},
         "last name": moved,
     }
-
-
-def test_record_has_no_bad_point_and_enough_of_them():
-    rows = json.loads(RECORD.read_text())["rows"]
-    assert sum(row["points"] for row in rows) >= 300
-    bad = ("mixtures", "losses", "resumes that differ", "leftovers", "tracebacks")
-    assert [row for row in rows if any(row[name] for name in bad)] == []
