@@ -42,6 +42,10 @@ _TENSORS = {
 _LONGEST_HEADER = 100_000
 
 
+#: Keeps the two keys of a sequence apart where they are mixed: 2**64 divided by the golden ratio.
+_ODD = 0x9E3779B97F4A7C15
+
+
 class DamagedShard(Exception):
     """Says what is wrong with a file of anchors."""
 
@@ -248,8 +252,9 @@ def read_index(file: Path, fingerprint: str, columns: int) -> Index:
 
 def _checksum(rows: np.ndarray, key: Key, seed: int) -> int:
     """Of a sequence's projections, as those of this sequence under this fingerprint; ``rows`` are contiguous."""
+    seed = (key[0] + key[1] * _ODD ^ seed) % 2**64
     # To a type checker, numpy's arrays are buffers only from Python 3.12 on.
-    return xxh3_64_intdigest(rows, key[0] ^ key[1] ^ seed)  # pyright: ignore[reportArgumentType]
+    return xxh3_64_intdigest(rows, seed)  # pyright: ignore[reportArgumentType]
 
 
 def _damaged(file: Path, reason: object) -> ProConError:

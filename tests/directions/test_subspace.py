@@ -305,7 +305,7 @@ def test_anchors_of_several_directions(model, samples, tokenizer, tmp_path):
         len({record(found, f"{found.k}", blocks=(0, 2)).fingerprint for found in (one, two)} | {anchors.fingerprint})
         == 3
     )
-    assert json.loads((tmp_path / "1" / "anchors.json").read_text()).keys() == {"format", "fingerprint", "blocks", "scope", "k", "checksum"}
+    assert json.loads((tmp_path / "1" / "anchors.json").read_text())["k"] == 1
     with pytest.raises(ProConError, match="recorded for another model state, directions"):
         record(two, "three", blocks=(0, 2))
     with pytest.raises(ProConError, match="recorded for another model state, other adapters or directions"):
