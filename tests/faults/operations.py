@@ -206,6 +206,7 @@ class Place:
 
     def _caches(self) -> list[Operation]:
         def download(scratch: Path) -> Path:
+            scratch.mkdir(exist_ok=True)
             file = scratch / "model.gguf"
             file.write_bytes(b"stand-in" * 1000)
             return file
