@@ -199,7 +199,7 @@ def partial_path(folder: Path) -> Path:
 def _private_folder(parent: Path) -> Iterator[Path]:
     """An empty folder in ``parent`` that only this process knows, removed at the end with what is in it."""
     _make_folder(parent)
-    _clean(parent)
+    clean(parent)
     private = partial_path(parent)
     private.mkdir(mode=0o700)
     try:
@@ -231,8 +231,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _clean(parent: Path) -> None:
-    """Remove what processes that are gone were writing in ``parent``."""
+def clean(parent: Path) -> None:
+    """Remove what processes that are gone were writing in ``parent``; whatever is written there does so first."""
     for path in parent.glob("_*.partial"):
         match = _PARTIAL.fullmatch(path.name)
         # Whatever goes wrong, another process cleans too, or may not.

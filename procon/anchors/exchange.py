@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
 from procon.errors import ProConError
-from procon.files import partial_path, whole_file
+from procon.files import partial_path, whole_file, writing
 
 T = TypeVar("T")
 
@@ -108,12 +109,18 @@ def _one_process() -> bool:
 def _first_to_see(folder: Path) -> int:
     """The lowest rank on this rank's file system: each leaves a mark in its ``folder``, and looks for the others'."""
     mark = partial_path(folder)
-    mark.mkdir()
+
+    def leave() -> None:
+        with writing(folder):
+            mark.mkdir()
+
     try:
+        on_all_ranks(leave)
         first = next(rank for rank, name in enumerate(gather(mark.name)) if (folder / name).exists())
         gather(None)  # until all have looked
     finally:
-        mark.rmdir()
+        with suppress(OSError):  # it is then cleaned as what the dead leave is
+            mark.rmdir()
     return first
 
 

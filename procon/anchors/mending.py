@@ -10,7 +10,7 @@ import numpy as np
 from procon.anchors.exchange import once_per_host, own_rank
 from procon.anchors.manifest import Manifest
 from procon.anchors.shards import DamagedShard, Index, ShardWriter, read_index, shard_files
-from procon.files import writing
+from procon.files import clean, writing
 
 
 def mend(folder: Path, manifest: Manifest) -> None:
@@ -40,6 +40,7 @@ def mend(folder: Path, manifest: Manifest) -> None:
 
 def _mend(folder: Path, manifest: Manifest) -> tuple[int, int, str]:
     """Damaged sequences in files whose index is whole, files with a damaged one, a file of other anchors."""
+    clean(folder)
     sequences = files = 0
     for file in shard_files(folder, manifest.fingerprint):
         with writing(file):
