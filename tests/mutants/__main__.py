@@ -192,6 +192,9 @@ def wilson(hits: int, trials: int) -> list[float]:
 def campaign(room: Room, chosen: argparse.Namespace) -> dict:
     listed = listed_survivors(chosen.survivors)
     every = [mutant for file, source in room.sources.items() for mutant in mutants(file, source)]
+    there = {(mutant.file, *mutant.key) for mutant in every}
+    for gone in [key for key in listed if key[0] in room.files and key not in there]:
+        print(f"{chosen.survivors.name} lists a mutant that is none any more: {gone}", file=sys.stderr)
     picked = every
     if chosen.sample and chosen.sample < len(every):
         picked = random.Random(chosen.seed).sample(every, chosen.sample)
