@@ -131,7 +131,7 @@ def baseline(root: Path, files: list[str], tests: list[str], folder: Path) -> di
     pytest.main([*_PYTEST, f"--rootdir={root}", f"--basetemp={folder}", *tests], plugins=[timed])
     measured.stop()
     report = folder / "coverage.json"
-    measured.json_report(outfile=str(report))
+    measured.json_report([str(root / file) for file in files], outfile=str(report))  # those that no test runs, too
     found = {os.path.realpath(file): each["summary"] for file, each in json.loads(report.read_text())["files"].items()}
     branches = {file: [found[str(root / file)][n] for n in ("covered_branches", "num_branches")] for file in files}
     data, lines = measured.get_data(), {}
