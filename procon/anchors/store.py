@@ -178,13 +178,15 @@ class Anchors:
             fingerprint: that of :func:`fingerprint`, if it is known: it takes a pass over all weights.
 
         Raises:
-            ProConError: if the folder belongs to another model, directions, blocks or scope; on projections that are
-                not finite; or on inputs that a text decoder does not take.
+            ProConError: if the directions are of another model, or the folder belongs to another model state,
+                directions, blocks or scope; on projections that are not finite; or on inputs that a text decoder does
+                not take.
         """
         check_setting("scope", scope)
         check_setting("backend", backend)
         model = unwrapped(model)
         directions.check_fits(find_decoder(model))
+        directions.check_origin(model)
         if blocks is None:
             blocks = directions.usable.nonzero().flatten().tolist()
         path = Path(path)

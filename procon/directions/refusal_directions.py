@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,26 +11,22 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from procon.chat import ContrastPrompts, builtin_prompts, measure_refusal, template_hash
 from procon.directions.contrast_means import DEAD_GAP, ContrastMeans, each_last_token
+from procon.directions.file import FURTHER, TENSORS, read, write
+from procon.directions.soundness import flaw
 from procon.directions.subspace import further_directions, mean_squared_cosine, orthonormalised
 from procon.errors import ProConError
-from procon.files import write_bytes
-from procon.models import Decoder, model_device, refuse_unprepared, transformers_model
+from procon.models import Decoder, compare_origin, model_device, origin_of, refuse_unprepared, transformers_model
+from procon.models.origin import Relation
 from procon.settings import MAX_DIRECTIONS
 from procon.version import __version__
 
 #: The file's name where it stands beside a model or an adapter.
 DIRECTIONS = "refusal-directions.safetensors"
-
-
-#: Tensors of the file, and the attributes that hold them.
-_TENSORS = {"directions": "first", **{name: name for name in ("gap", "auroc", "malicious", "benign")}}
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ class RefusalDirections:
         gap: ``[L]`` fp32, distance between the malicious and the benign mean, in units of the hidden states.
         auroc: ``[L]`` fp32, how well the projection separates held-out malicious from benign prompts (0.5 is chance).
         malicious, benign: ``[L]`` fp32, projections of the two means, from which drift is measured.
-        provenance: model id and revision, chat template and prompt-set hashes, counts, versions, refusal rate.
+        provenance: model id, revision and origin, chat template and prompt-set hashes, counts, versions, refusal rate.
         further: ``[L, K - 1, D]`` fp32, the other directions of K per block, orthonormal along with the first; None for
             one. All other fields describe the first direction only. A zero row if the categories do not differ further.
     """
@@ -189,48 +185,68 @@ class RefusalDirections:
         return replace(self, first=first * self.usable[:, None], further=further, provenance=provenance)
 
     def check_fits(self, decoder: Decoder) -> None:
-        """Raise ProConError unless there is one direction of width ``D`` for each block of ``decoder``."""
+        """Raise ProConError unless these are unit directions, one of width ``D`` for each block of ``decoder``."""
         blocks, width = self.first.shape
         if (blocks, width) != (len(decoder.blocks), decoder.hidden_size):
             raise ProConError(
                 f"directions are for {blocks} blocks of width {width}, but the model has {len(decoder.blocks)} blocks "
                 f"of width {decoder.hidden_size}: extract directions from this model with 'procon directions'"
             )
+        if reason := self._flaw():
+            raise ProConError(f"directions hold {reason}: extract them again with 'procon directions'")
+
+    def check_origin(self, model: nn.Module) -> Relation:
+        """Compare ``model``, as it now is, with the one that directions were extracted from, if that is known.
+
+        The same weights in float32 and bfloat16 are the same, and so is a fresh LoRA adapter on them. If weights are
+        sharded, all ranks must call.
+
+        Returns:
+            "same"; "other weights" of the same model, with a warning; or "unknown".
+
+        Raises:
+            ProConError: if it is another model.
+        """
+        relation = compare_origin(self.provenance.get("origin"), model)
+        name = str(self.provenance.get("model") or "unnamed")
+        if relation == "another model":
+            raise ProConError(
+                f"directions were extracted from another model ({name!r}), whose embeddings are unrelated to this "
+                "one's: extract directions from this model with 'procon directions'"
+            )
+        if relation == "other weights":
+            warnings.warn(
+                f"directions were extracted from other weights ({name!r}) than the model's: that is right if it was "
+                "quantised, or an adapter merged or taken off; if it was trained since, extract directions again",
+                stacklevel=2,
+            )
+        return relation
 
     def save(self, path: str | Path) -> Path:
-        """Write a safetensors file with the provenance in its header; returns its path."""
-        # Copies, as safetensors refuses tensors that share memory.
-        names = _TENSORS if self.further is None else {**_TENSORS, "further": "further"}
-        tensors = {
-            name: getattr(self, attribute).clone(memory_format=torch.contiguous_format)
-            for name, attribute in names.items()
-        }
-        return write_bytes(save(tensors, {"procon": json.dumps(self.provenance)}), path)
+        """Write a safetensors file with provenance and a checksum in its header; returns its path."""
+        tensors = {"directions": self.first, **{name: getattr(self, name) for name in TENSORS[1:]}}
+        if self.further is not None:
+            tensors[FURTHER] = self.further
+        return write(path, tensors, self.provenance)
 
     @classmethod
     def load(cls, path: str | Path) -> RefusalDirections:
         """Read what :meth:`save` wrote; of a folder, the file that training leaves beside a model.
 
+        A file of a version without checksums is read with a warning.
+
         Raises:
-            ProConError: if the file is missing, truncated, or holds something else.
+            ProConError: if the file is missing or damaged, or holds something else than unit directions.
         """
         path = Path(path)
         path = path / DIRECTIONS if path.is_dir() else path
         if not path.is_file():
             raise ProConError(f"directions file {str(path)!r} does not exist: make it with 'procon directions'")
-        try:
-            with safe_open(path, "pt") as file:
-                names = [*_TENSORS, *({"further"} & set(file.keys()))]
-                tensors = {name: file.get_tensor(name).float() for name in names}
-                provenance = json.loads((file.metadata() or {}).get("procon", "{}"))
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise ProConError(
-                f"directions file {str(path)!r} is damaged or not one of ProCon's ({error}): extract it again"
-            ) from error
+        tensors, provenance = read(path)
         shape = tuple(tensors["directions"].shape)
-        fits = len(shape) == 2 and all(tensors[name].shape == shape[:1] for name in _TENSORS if name != "directions")
-        if fits and "further" in tensors:
-            further = tensors["further"].shape
+        fits = len(shape) == 2 and all(tensors[name].shape == shape[:1] for name in TENSORS[1:])
+        if fits and FURTHER in tensors:
+            further = tensors[FURTHER].shape
             fits = len(further) == 3 and further[::2] == shape and 1 <= further[1] < MAX_DIRECTIONS
         if not fits:
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -238,10 +254,13 @@ class RefusalDirections:
                 f"directions file {str(path)!r} holds {shapes}, not [L, D] and [L], or [L, K - 1, D] of further "
                 f"directions with K at most {MAX_DIRECTIONS}: extract it again"
             )
-        # An AUROC that was not measured is NaN.
-        if not all(torch.isfinite(tensors[name]).all() for name in tensors if name != "auroc"):
-            raise ProConError(f"directions file {str(path)!r} holds NaN or infinite values: extract it again")
-        return cls(first=tensors.pop("directions"), **tensors, provenance=provenance)
+        found = cls(first=tensors.pop("directions"), **tensors, provenance=provenance)
+        if reason := found._flaw():
+            raise ProConError(f"directions file {str(path)!r} holds {reason}: extract it again")
+        return found
+
+    def _flaw(self) -> str | None:
+        return flaw(self.basis, self.gap, self.malicious, self.benign)
 
     @classmethod
     def from_means(cls, means: ContrastMeans, k: int = 1) -> RefusalDirections:
@@ -323,6 +342,7 @@ class RefusalDirections:
         provenance = {
             "model": getattr(described.config, "_name_or_path", ""),
             "revision": getattr(described.config, "_commit_hash", None),
+            "origin": origin_of(model),
             "dtype": str(described.dtype),
             "chat_template": template_hash(tokenizer),
             "prompts": prompts.hash,

@@ -24,6 +24,7 @@ from procon.models.decoder import (
     unwrapped,
 )
 from procon.models.loading import default_dtype, load_model, parse_dtype
+from procon.models.origin import compare_origin, origin_of
 from procon.models.weights import configuration_hash, weights_hash
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "adapter_layer",
     "best_attention",
     "block_input",
+    "compare_origin",
     "configuration_hash",
     "decoder_forward",
     "default_dtype",
@@ -42,6 +44,7 @@ __all__ = [
     "load_model",
     "model_device",
     "observe_block_inputs",
+    "origin_of",
     "parse_dtype",
     "refuse_unprepared",
     "token_embedding",

@@ -48,21 +48,21 @@ def weights_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     # First: it brings weights that bitsandbytes has repacked for a CPU back to what they were.
     state = model.state_dict(keep_vars=True)
-    tensors = {_own_name(name): parameter for name, parameter in model.named_parameters()}
+    tensors = {own_name(name): parameter for name, parameter in model.named_parameters()}
     known = {id(tensor) for tensor in tensors.values()}
     tensors |= {name: value for name, value in state.items() if isinstance(value, Tensor) and id(value) not in known}
     for name, tensor in sorted(tensors.items()):
-        whole = _whole(tensor)
-        flat = whole.reshape(-1).float() if whole.is_floating_point() else whole.reshape(-1)
+        value = whole(tensor)
+        flat = value.reshape(-1).float() if value.is_floating_point() else value.reshape(-1)
         bits = flat.view(torch.int32) if flat.is_floating_point() else flat
-        digest.update(f"{name}{tuple(whole.shape)}".encode())
+        digest.update(f"{name}{tuple(value.shape)}".encode())
         digest.update(_sums(bits).cpu().numpy().tobytes())
         # Some values in their places.
         digest.update(flat[:: max(1, flat.numel() // 1024)].cpu().numpy().tobytes())
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             scales = [(adapter, str(getattr(module, "scaling", {}).get(adapter))) for adapter in module.active_adapters]
-            digest.update(f"{_own_name(name)}{scales}{module.disable_adapters}".encode())
+            digest.update(f"{own_name(name)}{scales}{module.disable_adapters}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -84,10 +84,11 @@ def configuration_hash(model: nn.Module) -> str:
         for name, buffer in module.named_buffers(recurse=False):
             if id(buffer) in persistent or (moving and name.endswith(moving) and "original" not in name):
                 continue
-            digest.update(f"{_own_name(f'{module_name}.{name}')}{tuple(buffer.shape)}{buffer.dtype}".encode())
-            whole = _whole(buffer)
-            whole = whole.to(torch.bfloat16).view(torch.int16) if whole.is_floating_point() else whole
-            digest.update(_sums(whole.reshape(-1)).cpu().numpy().tobytes())
+            digest.update(f"{own_name(f'{module_name}.{name}')}{tuple(buffer.shape)}{buffer.dtype}".encode())
+            value = whole(buffer)
+            value = torch.view_as_real(value) if value.is_complex() else value
+            value = value.to(torch.bfloat16).view(torch.int16) if value.is_floating_point() else value
+            digest.update(_sums(value.reshape(-1)).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -114,16 +115,16 @@ def _rope_type(module: nn.Module) -> str:
 def _sums(bits: Tensor) -> Tensor:
     """All of ``bits [n]`` in sums that no order of summing changes, over the columns of a table. Its width is a prime,
     so that hardly any change of places, least of all of rows or columns of the tensor, leaves them the same."""
-    whole = len(bits) // _COLUMNS * _COLUMNS
-    return torch.cat([bits[:whole].view(-1, _COLUMNS).sum(0, dtype=torch.int64), bits[whole:].long()])
+    even = len(bits) // _COLUMNS * _COLUMNS
+    return torch.cat([bits[:even].view(-1, _COLUMNS).sum(0, dtype=torch.int64), bits[even:].long()])
 
 
-def _own_name(name: str) -> str:
+def own_name(name: str) -> str:
     """A module's or tensor's name without what activation checkpointing and ``torch.compile`` wrap it in."""
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """A parameter or buffer in one piece, wherever FSDP2 or DeepSpeed ZeRO-3 keep the rest of it."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor().detach()

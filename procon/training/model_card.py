@@ -139,11 +139,14 @@ def _origin(directions: RefusalDirections) -> str:
     for name, control in _CONTROLS.items():
         if name in provenance:
             return f"{several}, {control} (seed {provenance[name]}): a control"
-    if "counts" not in provenance:
+    model, counts, rate = (provenance.get(name) for name in ("model", "counts", "refusal_rate"))
+    # Whoever made the file may have written anything into it.
+    if not (isinstance(counts, dict) and all(type(counts.get(side)) is int for side in ("malicious", "benign"))):
         return several
-    model, counts, rate = provenance.get("model"), provenance["counts"], provenance.get("refusal_rate")
+    rate = rate if isinstance(rate, float | int) else None
     # A folder's name is enough: the path to it is of no use to others.
-    model = Path(model).name if model and Path(model).is_absolute() else model
+    model = Path(str(model)).name if model and Path(str(model)).is_absolute() else model
+    model = re.sub(r"[^\w./@:+ -]", "", str(model or ""))
     origin = f"{several}: of {model or 'the model before training'}, from {counts['malicious']} malicious and "
     origin += f"{counts['benign']} benign prompts"
     return origin if rate is None else f"{origin}; it then refused {rate:.0%} of malicious ones"

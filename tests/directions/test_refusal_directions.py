@@ -1,17 +1,20 @@
 """Refusal directions: difference in means by definition, whatever the batch, and the file that they are kept in."""
 
+import json
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from procon.chat import ContrastPrompts, render, template_hash, user_turn
 from procon.directions import ContrastMeans, RefusalDirections, auroc, project_last_token
 from procon.directions import refusal_directions as module
 from procon.errors import ProConError
-from procon.models import find_decoder
+from procon.models import find_decoder, origin_of
 
 #: Unequal lengths and unequal sides, so that padding or a wrong divisor shows.
 PROMPTS = ContrastPrompts(
@@ -187,10 +190,11 @@ def found(tiny_model, tokenizer) -> RefusalDirections:
     return extract(model, tokenizer)
 
 
-def test_provenance(found, tokenizer):
+def test_provenance(found, tiny_model, tokenizer):
     assert found.provenance | {"versions": None} == {
         "model": "some/model",
         "revision": None,
+        "origin": origin_of(tiny_model()),
         "dtype": "torch.float32",
         "chat_template": template_hash(tokenizer),
         "prompts": PROMPTS.hash,
@@ -238,6 +242,7 @@ def test_a_truncated_file(found, tmp_path, length):
         RefusalDirections.load(path)
 
 
+@pytest.mark.filterwarnings("ignore:directions file")  # has no checksum
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -249,6 +254,13 @@ def test_a_truncated_file(found, tmp_path, length):
         ({"directions": torch.full((3, 32), torch.nan)}, "NaN or infinite"),
         ({"gap": torch.tensor([0.0, torch.inf, 1.0])}, "NaN or infinite"),
         ({"malicious": torch.tensor([0.0, torch.nan, 1.0])}, "NaN or infinite"),
+        ({"directions": torch.zeros(3, 32)}, "a vector of length 0 for block 1, not a unit vector"),
+        ({"directions": 1000 * torch.eye(3, 32)}, "a vector of length 1000 for block 0, not a unit vector"),
+        ({"gap": torch.zeros(3)}, "no direction for any block"),
+        ({"gap": torch.tensor([0.0, -1.0, 1.0])}, "a negative gap"),
+        ({"further": torch.eye(3, 32)[:, None]}, "directions for block . that are not orthogonal"),
+        ({"gap": torch.ones(3, dtype=torch.int64)}, "it holds other values"),
+        ({"weight": torch.ones(3)}, "it holds auroc, benign, directions, gap, malicious, weight"),
     ],
 )
 def test_another_file(found, tmp_path, change, message):
@@ -258,6 +270,91 @@ def test_another_file(found, tmp_path, change, message):
     with pytest.raises(ProConError, match=message) as caught:
         RefusalDirections.load(path)
     assert "d.safetensors" in str(caught.value)
+
+
+def test_a_file_of_a_version_without_checksums_is_read_with_a_warning(found, tmp_path):
+    path = found.save(tmp_path / "d.safetensors")
+    save_file(load_file(path), path, {"procon": json.dumps(found.provenance)})
+    with pytest.warns(UserWarning, match=r"d.safetensors' has no checksum, so damage would go unnoticed: load it"):
+        loaded = RefusalDirections.load(path)
+    assert loaded.hash == found.hash
+    loaded.save(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RefusalDirections.load(path)
+
+
+def test_any_change_to_the_file_is_found(found, tmp_path):
+    path = found.save(tmp_path / "d.safetensors")
+    data = path.read_bytes()
+    for old, new in ((b"some/model", b"some/m0del"), (b"llama", b"lIama"), (data[-4:], b"\0\0\0\0")):
+        path.write_bytes(data.replace(old, new))
+        with pytest.raises(ProConError, match=r"damaged or not one of ProCon's .its checksum differs.: extract it"):
+            RefusalDirections.load(path)
+
+
+def test_what_is_loaded_does_not_follow_the_file(found, tmp_path):
+    """Not mapped into memory: a copy over the file changes nothing that is loaded."""
+    path = found.save(tmp_path / "d.safetensors")
+    loaded = RefusalDirections.load(path)
+    with path.open("r+b") as file:
+        file.seek(8)
+        file.write(bytes(path.stat().st_size - 8))
+        file.truncate(8)
+    assert loaded.hash == found.hash
+
+
+def test_directions_that_cannot_act_do_not_fit(found, tiny_model):
+    decoder = find_decoder(tiny_model())
+    for first, message in ((found.first * 1000, "length 1000"), (found.first * 0, "length 0 for block 1")):
+        with pytest.raises(ProConError, match=f"directions hold a vector of {message}.*: extract them again"):
+            replace(found, first=first).check_fits(decoder)
+    rounded = replace(found, first=found.first.bfloat16().float())
+    rounded.check_fits(decoder)
+
+
+def test_directions_of_the_same_model_have_its_origin(found, tiny_model):
+    model = tiny_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert found.check_origin(model) == "same"
+        assert found.check_origin(tiny_model().bfloat16()) == "same"
+        adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=None))
+        assert found.check_origin(adapted) == "same"
+        assert replace(found, provenance={}).check_origin(model) == "unknown"
+
+
+def test_directions_of_other_weights_of_the_model_are_used_with_a_warning(found, tiny_model):
+    def trained(model):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.2 * parameter.std() * torch.randn(parameter.shape, generator=generator))
+        return model
+
+    generator = torch.Generator().manual_seed(0)
+    adapted = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    for model in (trained(tiny_model()), adapted, adapted.merge_and_unload()):
+        with pytest.warns(UserWarning, match="extracted from other weights .'some/model'. than the model's"):
+            assert found.check_origin(model) == "other weights"
+
+
+def test_directions_of_another_model_of_the_same_shape_are_refused(found, tiny_model):
+    torch.manual_seed(1)
+    other = tiny_model()
+    other.apply(other._init_weights)
+    with torch.no_grad():
+        other.get_input_embeddings().weight.normal_()
+    for model in (other, tiny_model("mistral")):
+        found.check_fits(find_decoder(model))
+        with pytest.raises(ProConError, match=r"another model .'some/model'., whose embeddings are unrelated"):
+            found.check_origin(model)
+
+
+@pytest.mark.parametrize(
+    "kept", [None, [], {}, 5, {"embedding": "x"}, {"embedding": [[1], [2, 3]]}, {"embedding": [1]}]
+)
+def test_an_origin_that_is_none_is_unknown(found, tiny_model, kept):
+    assert replace(found, provenance={"origin": kept}).check_origin(tiny_model()) == "unknown"
 
 
 def test_no_file(tmp_path):

@@ -179,6 +179,7 @@ def test_save_and_load(tmp_path):
         (torch.full((3, 1, 32), torch.nan), "NaN or infinite"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:directions file")  # has no checksum
 def test_another_file(tmp_path, further, message):
     path = random_subspaces(2).save(tmp_path / "d.safetensors")
     save_file({**load_file(path), "further": further}, path)

@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from procon.directions import DIRECTIONS, RefusalDirections
 from procon.errors import ProConError
+from procon.training import model_card
 from procon.training.callbacks import ProbeCallback
 from procon.training.model_card import describe, write_section
 from procon.version import __version__
@@ -250,3 +252,21 @@ def test_merged_model_has_no_trace(make_trainer, tmp_path, base):
     assert any(not torch.equal(ours[name], plain[name]) for name in ours)  # the constraint did act
     for name in ("config.json", "generation_config.json"):
         assert (merged["ours"] / name).read_text() == (merged["plain"] / name).read_text()
+
+
+@pytest.mark.parametrize(
+    "provenance",
+    [
+        {"counts": {}},
+        {"counts": None},
+        {"counts": {"malicious": "x", "benign": 1}},
+        {"counts": {"malicious": 1, "benign": 2}, "model": 5, "refusal_rate": "high"},
+        {"counts": {"malicious": 1, "benign": 2}, "model": ["<script>"], "refusal_rate": [1]},
+        {"random_seed": {}},
+    ],
+    ids=str,
+)
+def test_any_provenance_can_be_described(random_directions, tiny_model, provenance):
+    """Whoever made a directions file may have written anything into it."""
+    directions = replace(random_directions(tiny_model()), provenance=provenance)
+    assert "<" not in model_card._origin(directions)
