@@ -32,6 +32,7 @@ EXTRAS["test"] = [
     *(requirement for name in ("demo", "trl", "train", "docs", "study", "lint") for requirement in EXTRAS[name]),
     "bitsandbytes>=0.50.2",
     "deepspeed>=0.19",
+    "hypothesis>=6.100",
     "lightning>=2.6",
     "liger-kernel>=0.8",
     "pytest>=8",

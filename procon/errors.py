@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import re
 
-#: What moves a terminal's cursor, colours it, changes its title or the order of its letters, or cannot be encoded.
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
 #: Characters of a line, at most, and of its end, where the remedy stands.
 _LONGEST, _END = 2_000, 700
 
@@ -14,12 +11,13 @@ _LONGEST, _END = 2_000, 700
 def printable(text: str) -> str:
     """``text`` as one line without commands to the terminal: they are shown as Python would write them, ``\\x1b``.
 
-    A line of more than 2,000 characters loses its middle.
+    So is what cannot be seen, changes the order of letters, or cannot be encoded. A line of more than 2,000 characters
+    loses its middle.
     """
     text = re.sub(r"[\t\r\n]+", " ", text)
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST - _END]} ... {text[-_END:]}"
-    return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 class ProConError(ValueError):

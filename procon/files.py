@@ -36,7 +36,7 @@ MAX_NESTING = 64
 MAX_TEXT = 1_000_000
 
 _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
-_HALF_PAIR = re.compile(r"\\u[dD][89abAB]")
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 #: What the user can do, by the reason for which the system refused to write.
 _REMEDIES = {

@@ -150,6 +150,8 @@ def parse_blocks(text: str, name: str = "blocks") -> Blocks:
     Raises:
         ProConError: for anything else.
     """
+    if not isinstance(text, str):
+        raise ProConError(f"{name} is {text!r}: give a text, such as 'all', '0.5' or '8,9,10'")
     stripped = text.strip()
     try:
         if stripped == "all":

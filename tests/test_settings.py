@@ -291,6 +291,14 @@ def test_blocks_from_a_text(text, blocks):
     assert parse_blocks(text) == blocks
 
 
+@pytest.mark.parametrize("value", [[1], 0.5, None, True, b"all"])
+def test_blocks_from_what_is_no_text(value):
+    with pytest.raises(ProConError, match=r"blocks is .*: give a text, such as 'all'"):
+        parse_blocks(value)
+    with pytest.raises(ProConError, match=r"procon_blocks is .*: give a text, such as 'all'"):
+        ProConArguments(procon_blocks=value)
+
+
 @pytest.mark.parametrize("text", ["", "half", "0.5,1", "1.5", "0.0", "8;9", "[8]"])
 def test_texts_that_are_no_blocks(text):
     with pytest.raises(ProConError, match=r"^procon_blocks is"):

@@ -1,0 +1,23 @@
+"""The campaign of inputs that nobody means to give, in its short form; the whole is ``python tests/fuzz``."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+CAMPAIGN = Path(__file__).parents[1] / "fuzz"
+
+
+def test_short_campaign_finds_nothing(tmp_path):
+    command = [sys.executable, str(CAMPAIGN), "--short", "--output", str(tmp_path / "found.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    *rows, total = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert total["inputs"] == sum(row["inputs"] for row in rows) > 400
+    assert all(row["inputs"] == row["accepted"] + row["refused"] > 0 for row in rows)
+
+
+def test_the_recorded_campaign_is_large_and_clean():
+    *rows, total = json.loads((CAMPAIGN / "recorded.json").read_text())["rows"]
+    assert total["inputs"] >= 100_000
+    assert all(row["inputs"] == row["accepted"] + row["refused"] for row in rows)
