@@ -202,7 +202,7 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings as they are written, and as YAML reads them."""
     try:
         text = file.read_text(encoding="utf-8")
-        written = yaml.load(text, Loader=_SettingsLoader) or {}  # a BaseLoader builds texts alone
+        written = yaml.load(text, Loader=_SettingsLoader) or {}  # noqa: S506  # it builds texts alone
         read = yaml.safe_load(text) or {}
     except FileNotFoundError:
         raise ProConError(f"config file {str(file)!r} does not exist: check the path") from None

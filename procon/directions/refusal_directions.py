@@ -280,7 +280,7 @@ class RefusalDirections:
         unit = torch.where(usable[:, None], difference / gap[:, None], 0.0)
         further = None
         if k > 1:
-            assert means.differences is not None
+            assert means.differences is not None  # noqa: S101  # for the type checker: k fits the prompts
             further = further_directions(unit, means.differences, k - 1, DEAD_GAP * means.scale)
             further = torch.where(usable[:, None, None], further, 0.0).float()
         return cls(
