@@ -61,6 +61,7 @@ setup(
         "accelerate>=1.13",
         "peft>=0.20",
         "datasets>=4.8.4",
+        "jinja2>=3.1.6",
         "safetensors>=0.8",
         "numpy>=2.1",
         "pyyaml>=6.0.1",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
@@ -15,7 +17,7 @@ from typing import Any, NoReturn, TextIO
 import yaml
 
 from procon.cli import arguments
-from procon.errors import ProConError, printable
+from procon.errors import ProConError, printable, visible
 from procon.settings import PAPER_RECIPE
 from procon.version import __version__
 
@@ -81,9 +83,26 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for bad input, reported in one line on standard error."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _visible_logs():
         warnings.showwarning = _show_warning
         return _main(argv)
+
+
+@contextmanager
+def _visible_logs() -> Iterator[None]:
+    """Within the context, what libraries log of a model's own names has no commands to the terminal in it."""
+    make = logging.getLogRecordFactory()
+
+    def make_visible(*arguments: Any, **further: Any) -> logging.LogRecord:
+        record = make(*arguments, **further)
+        record.msg, record.args = visible(record.getMessage()), ()
+        return record
+
+    logging.setLogRecordFactory(make_visible)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(make)
 
 
 def _main(argv: list[str]) -> int:

@@ -26,6 +26,7 @@ def tokenize_conversations(
     """Token ids, and labels on the assistant's tokens only: columns ``input_ids`` and ``labels``.
 
     Samples longer than ``max_length`` are cut on the right; one with no response token left is dropped, with a warning.
+    Another warning counts the conversations whose texts have special tokens of the tokenizer in them.
 
     Raises:
         ProConError: if no sample has a response token, or the chat template cannot render a conversation.
@@ -33,18 +34,30 @@ def tokenize_conversations(
     if max_length is not None and max_length < 1:
         raise ProConError(f"max_length is {max_length}: give 1 or more")
 
-    def encode(row: dict[str, Any]) -> dict[str, list[int]]:
+    special = [str(token) for token in tokenizer.all_special_tokens if str(token).strip()]
+
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
         ids, mask = response_mask(tokenizer, row["messages"])
         labels = [token if keep else IGNORE_INDEX for token, keep in zip(ids, mask, strict=True)]
-        return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+        forged = any(token in turn["content"] for turn in row["messages"] for token in special)
+        return {"input_ids": ids[:max_length], "labels": labels[:max_length], "forged": forged}
 
     with _progress_bars(progress):
         encoded = dataset.map(encode, remove_columns=dataset.column_names, desc="tokenizing")
+        forged = encoded.data.column("forged").to_pylist()
+        encoded = encoded.remove_columns("forged")
         kept = encoded.filter(lambda row: any(label != IGNORE_INDEX for label in row["labels"]), desc="with response")
     if len(kept) == 0:
         raise ProConError(
             f"none of the {len(dataset)} samples has a response token within max_length {max_length}: add assistant "
             "turns, or raise max_length"
+        )
+    if any(forged):
+        warnings.warn(
+            f"{sum(forged)} of {len(dataset)} conversations have special tokens of the tokenizer in their texts, first "
+            f"row {forged.index(True) + 1}: the model reads them as the chat template's own, which end turns and begin "
+            "others",
+            stacklevel=2,
         )
     if len(kept) < len(dataset):
         warnings.warn(

@@ -431,6 +431,23 @@ def test_task_rows_are_first_question_and_last_answer(place):
     assert _task("task.json") == [{"instruction": "user 1", "output": "assistant 4"}]
 
 
+def test_logs_move_no_cursor(place, caplog, monkeypatch):
+    """Such as those that name what a model's files say; afterwards, records are as before."""
+    import logging
+
+    logger = logging.getLogger("of.a.library")
+    monkeypatch.setattr(
+        "procon.cli.commands.load_model", lambda *_, **__: logger.warning("a %s\nb", "\x1b[2J") or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        main(["eval", "--model", "model"])
+    logger.warning("\x07%d", 3)
+    assert [record.getMessage() for record in caplog.records if record.name == logger.name] == [
+        "a \\x1b[2J\nb",
+        "\x073",
+    ]
+
+
 def test_warnings_of_the_process_are_shown_as_before(capsys):
     import warnings
 

@@ -74,7 +74,9 @@ def test_code_that_is_trusted_runs(folder, monkeypatch, tmp_path):
     assert Path("ran").exists()
 
 
-@pytest.mark.parametrize("at", ["attn_implementation", "_attn_implementation", "experts_implementation", "text_config"])
+@pytest.mark.parametrize(
+    "at", ["attn_implementation", "_attn_implementation_internal", "experts_implementation", "text_config"]
+)
 def test_kernels_from_a_hub_are_refused(folder, at):
     value = {"attn_implementation": "evil/kernel"} if at == "text_config" else "evil/kernel"
     edit(folder, "config.json", **{at: value})

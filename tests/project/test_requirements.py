@@ -46,6 +46,15 @@ def test_what_the_package_requires_is_tested(declared):
     assert declared.keys() == {package for package, *_ in versions()} | untested
 
 
+def test_no_floor_has_a_vulnerability_that_the_security_page_lists(declared):
+    page = (ROOT / "docs" / "security.md").read_text()
+    rows = re.findall(r"^\| ([\w-]+) \| ([\d.]+) \| .+ \|$", page, re.MULTILINE)
+    assert len(rows) > 5
+    for package, fixed in rows:
+        (floor,) = [item.version for item in declared[package].specifier if item.operator == ">="]
+        assert Version(floor) >= Version(fixed), package
+
+
 def test_the_citation_is_of_this_version():
     citation = (ROOT / "CITATION.cff").read_text()
     assert re.search(r'^version: "?([^"\n]+)"?$', citation, re.MULTILINE)[1] == __version__
