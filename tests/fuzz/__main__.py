@@ -71,6 +71,7 @@ def main() -> int:
     total = {"input": "sum"} | {
         key: (max if key.startswith("peak") else sum)(each[key] for each in rows) for key in rows[0] if key != "input"
     }
+    total["seconds"] = round(total["seconds"], 1)
     print(f"{total}", file=sys.stderr)
     whole = not (chosen.short or chosen.count or chosen.first or len(chosen.kind) < len(KINDS))
     output = chosen.output or (Path(__file__).with_name("recorded.json") if whole else None)

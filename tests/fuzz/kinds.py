@@ -111,7 +111,7 @@ def make_rows(random: Random) -> list[Any]:
 
     template = one()
     rows = [dict(template) if random.random() < 0.7 else one() for _ in range(random.randrange(1, 5))]
-    return changed(random, rows) if random.random() < 0.5 else rows
+    return changed(random, rows) if random.random() < 0.3 else rows
 
 
 def make_file(random: Random) -> tuple[str, bytes]:
@@ -343,7 +343,7 @@ def make_run(random: Random) -> bytes:
         seconds_per_step=random.choice((None, 0.1)),
         history=[{"step": 1, "loss": 0.5, "procon/penalty": 1e-3}, {"train_runtime": 2.0}],
     ).to_dict()
-    return damaged(random, encoded(random, as_json(changed(random, run) if random.random() < 0.7 else run)))
+    return damaged(random, encoded(random, as_json(changed(random, run) if random.random() < 0.5 else run)))
 
 
 def take_run(content: bytes) -> None:

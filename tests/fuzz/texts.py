@@ -100,7 +100,7 @@ def encoded(random: Random, source: str) -> bytes:
 def damaged(random: Random, content: bytes) -> bytes:
     """Cut, spliced and flipped in a few places, or left as it is."""
     data = bytearray(content)
-    for _ in range(random.choice((0, 0, 1, 1, 2, 5))):
+    for _ in range(random.choice((0, 0, 0, 0, 1, 1, 2, 5))):
         at = random.randrange(len(data) + 1)
         match random.randrange(6):
             case 0:
