@@ -27,7 +27,7 @@ from campaign import OUTCOMES, Found, Kind, run
 from kinds import FOLDER, KINDS
 
 #: Of the whole campaign, this share of each kind is the short form, and one input at least.
-SHORT = 200
+SHORT = 1000
 
 
 def arguments() -> argparse.Namespace:
