@@ -38,14 +38,16 @@ def find_input_norm(block: nn.Module, hidden_size: int) -> InputNorm | None:
 
 
 def _looks_like_rms_norm(module: nn.Module, hidden_size: int) -> bool:
-    # A forward of its own is another library's kernel, or a wrapper that must not be gone around.
+    # A forward of its own is another library's kernel, or a wrapper that must not be gone around. That of a copy of a
+    # constrained model is its class's.
+    own = vars(module).get("forward")
     parameters = dict(module.named_parameters())
     return (
         list(parameters) == ["weight"]
         # DeepSpeed ZeRO-3 leaves no elements in a partitioned parameter, and notes its shape.
         and getattr(parameters["weight"], "ds_shape", parameters["weight"].shape) == (hidden_size,)
         and isinstance(_eps(module), float)
-        and "forward" not in vars(module)
+        and (own is None or getattr(own, "__func__", None) is type(module).forward)
     )
 
 
