@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from itertools import product
+from types import MethodType
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from procon.ops import rms_norm
 #: Share of bfloat16 results that must be bitwise a rule's. Another rule rounds many of them otherwise; the same rule in
 #: another order of summation very few.
 _AGREEMENT = 0.99
+
+#: Mean squares of the rows that rules are compared on, as multiples of eps and as numbers.
+_MEAN_SQUARES = ((0.1, 0.0), (1.0, 0.0), (10.0, 0.0), (0.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -33,22 +37,27 @@ def find_input_norm(block: nn.Module, hidden_size: int) -> InputNorm | None:
     Nothing is computed with the model's weights, so they may be on any device, sharded or without storage.
     """
     norms = [module for module in block.modules() if _looks_like_rms_norm(module, hidden_size)]
-    module = _first_called(block, norms, hidden_size)
+    module = _first_called(block, norms, hidden_size) if norms else None
     return None if module is None else _with_rule(module, hidden_size)
 
 
 def _looks_like_rms_norm(module: nn.Module, hidden_size: int) -> bool:
-    # A forward of its own is another library's kernel, or a wrapper that must not be gone around. That of a copy of a
-    # constrained model is its class's.
-    own = vars(module).get("forward")
     parameters = dict(module.named_parameters())
     return (
         list(parameters) == ["weight"]
         # DeepSpeed ZeRO-3 leaves no elements in a partitioned parameter, and notes its shape.
         and getattr(parameters["weight"], "ds_shape", parameters["weight"].shape) == (hidden_size,)
+        and not list(module.buffers())  # such as statistics, which a call may change
         and isinstance(_eps(module), float)
-        and (own is None or getattr(own, "__func__", None) is type(module).forward)
+        and not _patched(module)
     )
+
+
+def _patched(module: nn.Module) -> bool:
+    """Whether it has another forward than its class: another library's kernel, or a wrapper not to be gone around."""
+    own = vars(module).get("forward")
+    # A copy of a constrained model has the class's own.
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
 def _eps(module: nn.Module) -> float | None:
@@ -67,18 +76,23 @@ def _first_called(block: nn.Module, norms: list[nn.Module], hidden_size: int) ->
     The block runs on a tensor without storage up to that call, which comes before any other use of the input. A block
     that does anything else first gives an answer or an error that is not the signal waited for.
     """
-    hidden = torch.empty(1, 1, hidden_size, device="meta")
+    # Some blocks convert their input to the dtype of the norm's weight: then it is the same tensor.
+    dtype: Any = norms[0].weight.dtype
+    hidden = torch.empty(1, 1, hidden_size, device="meta", dtype=dtype)
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         alone = len(args) == 1 and not kwargs
-        raise _Called(module if alone and args[0] is hidden else None)
+        raise _Called(module if alone and args[0] is hidden and module in norms else None)
 
-    handles = [norm.register_forward_pre_hook(stop, prepend=True, with_kwargs=True) for norm in norms]
-    parameters = list(inspect.signature(block.forward).parameters.values())[1:]
+    # Wrappers, such as those that move weights between devices, are not to do their work for nothing.
+    stops = [*norms, *(module for module in block.modules() if module is not block and _patched(module))]
+    handles = [module.register_forward_pre_hook(stop, prepend=True, with_kwargs=True) for module in stops]
+    forward = MethodType(type(block).forward, block)
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
     required = {p.name: None for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
     try:
         with torch.no_grad():
-            block.forward(hidden, **required)
+            forward(hidden, **required)
     except _Called as called:
         return called.module
     except Exception:
@@ -90,31 +104,46 @@ def _first_called(block: nn.Module, norms: list[nn.Module], hidden_size: int) ->
 
 
 def _with_rule(module: nn.Module, hidden_size: int) -> InputNorm | None:
-    """The rule whose results, on random numbers and another weight, are the module's own; None if there is none."""
+    """The rule whose results, on random numbers and another weight, are the module's own; None if there is none.
+
+    In training and in evaluation, with outliers, and where eps counts: rules that treat it otherwise differ there.
+    """
     if (eps := _eps(module)) is None:
         return None
     random = torch.Generator().manual_seed(0)
-    hidden = torch.randn(16, hidden_size, generator=random).to(torch.bfloat16)
-    weight = torch.randn(hidden_size, generator=random)
-
-    def agrees(norm: InputNorm) -> bool:
-        for dtype in (torch.bfloat16, torch.float32):
-            expected = _call_with_weight(module, weight.to(dtype), hidden)
-            found = rms_norm(
-                hidden, weight.to(dtype), norm.eps, casting=norm.casting, offset=norm.offset, backend="eager"
-            )
-            if found.dtype != expected.dtype or (found == expected).float().mean() < _AGREEMENT:
-                return False
-        return True
-
+    hidden = torch.randn(len(_MEAN_SQUARES) + 1, 4, hidden_size, generator=random)
+    for rows, (of_eps, alone) in zip(hidden, _MEAN_SQUARES, strict=False):
+        rows *= (of_eps * eps + alone) ** 0.5
+    hidden[-1, :, 0] = 1e4
+    hidden = hidden.to(torch.bfloat16)
+    weights = [torch.randn(hidden_size, generator=random).to(dtype) for dtype in (torch.bfloat16, torch.float32)]
     candidates = (InputNorm(module, eps, *rule) for rule in product(("llama", "gemma"), (0.0, 1.0)))
     try:
-        return next((norm for norm in candidates if agrees(norm)), None)
+        expected = [[_call_with_weight(module, weight, hidden, mode) for mode in (True, False)] for weight in weights]
+        return next(
+            norm
+            for norm in candidates
+            if all(_agree(norm, weight, hidden, found) for weight, found in zip(weights, expected, strict=True))
+        )
     except Exception:
-        # For example a kernel that runs on a GPU only: this norm is left to itself.
+        # No candidate, or for example a kernel that runs on a GPU only: this norm is left to itself.
         return None
 
 
-def _call_with_weight(module: nn.Module, weight: Tensor, hidden: Tensor) -> Tensor:
-    with torch.no_grad():
-        return torch.func.functional_call(module, {"weight": weight}, (hidden,))
+def _agree(norm: InputNorm, weight: Tensor, hidden: Tensor, expected: list[Tensor]) -> bool:
+    """Whether the rule of ``norm`` gives what was ``expected`` of ``hidden [scales, rows, D]``, at each scale."""
+    found = rms_norm(hidden, weight, norm.eps, casting=norm.casting, offset=norm.offset, backend="eager")
+    return all(
+        found.dtype == other.dtype and (found == other).float().mean((1, 2)).min() >= _AGREEMENT for other in expected
+    )
+
+
+def _call_with_weight(module: nn.Module, weight: Tensor, hidden: Tensor, training: bool) -> Tensor:
+    flags = [(part, part.training) for part in module.modules()]
+    try:
+        module.train(training)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return torch.func.functional_call(module, {"weight": weight}, (hidden,))
+    finally:
+        for part, flag in flags:
+            part.training = flag

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -111,3 +112,84 @@ def test_sharded_weights(tiny_model, tmp_path):
         assert find_input_norm(decoder.blocks[0], 32) is not None
     finally:
         torch.distributed.destroy_process_group()
+
+
+class OwnNorm(LlamaRMSNorm):
+    """A norm of a model of one's own: like RMSNorm, except where ``of`` says otherwise."""
+
+    def __init__(self, of, size: int = 32):
+        super().__init__(size, 1e-5)
+        self.of = of
+
+    def forward(self, hidden_states):
+        return self.of(self, hidden_states)
+
+
+def rms_plus_eps(norm, x):
+    x = x.float()
+    return norm.weight * (x / (x.square().mean(-1, keepdim=True).sqrt() + norm.variance_epsilon)).bfloat16()
+
+
+def clamped(norm, x):
+    x = x.float()
+    inverse = x.square().mean(-1, keepdim=True).clamp_min(norm.variance_epsilon).rsqrt()
+    return norm.weight * (x * inverse).bfloat16()
+
+
+def by_length(norm, x):
+    return norm.weight * (nn.functional.normalize(x.float(), dim=-1, eps=1e-6) * 32**0.5).bfloat16()
+
+
+def clipped(norm, x):
+    return LlamaRMSNorm.forward(norm, x.clamp(-100, 100))
+
+
+def with_dropout(norm, x):
+    return LlamaRMSNorm.forward(norm, nn.functional.dropout(x, 0.5, norm.training))
+
+
+def in_evaluation_only(norm, x):
+    return x if norm.training else LlamaRMSNorm.forward(norm, x)
+
+
+def as_ever(norm, x):
+    return LlamaRMSNorm.forward(norm, x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("of", [rms_plus_eps, clamped, by_length, clipped, with_dropout, in_evaluation_only, as_ever])
+def test_rules_that_differ_at_some_scale_or_in_training(of, training):
+    """As attaching must not change the model, whatever the mode that it is in."""
+    norm = OwnNorm(of).train(training)
+    state = torch.get_rng_state()
+    found = find_input_norm(Block(norm, lambda norm, x: norm(x)), 32)
+    assert (found is not None) == (of is as_ever)
+    assert norm.training == training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_input_in_the_dtype_of_the_weight(tiny_model, dtype):
+    """Mamba 2's blocks convert their input to it."""
+    settings = {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8, "chunk_size": 4}
+    decoder = find_decoder(tiny_model("mamba2", **settings, residual_in_fp32=False).to(dtype))
+    assert find_input_norm(decoder.blocks[1], 32) is not None
+
+
+def test_what_moves_weights_between_devices_stays_asleep(tiny_model):
+    """Accelerate's hooks, as ``device_map`` sets them: finding out about the norm runs none of them."""
+    decoder = find_decoder(tiny_model())
+
+    class Counting(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    hook = Counting()
+    add_hook_to_module(decoder.blocks[0], hook)
+    assert find_input_norm(decoder.blocks[0], 32) is not None
+    add_hook_to_module(decoder.blocks[0].input_layernorm, hook)
+    assert find_input_norm(decoder.blocks[0], 32) is None
+    assert hook.calls == 0
