@@ -122,9 +122,7 @@ class ConstrainedBlock:
             )
         if given is not hidden and self._norm_did_it:
             logger.warning(
-                "the norm of block %d reads something else than the block's input, so the block is constrained apart "
-                "from it",
-                self._index,
+                "the norm of block %d reads something else than the block's input: it is constrained apart", self._index
             )
         return given
 
