@@ -108,8 +108,12 @@ def first_moving_block(decoder: Decoder) -> int:
     """Index of the first block whose input training can move: something that feeds it has a gradient; ``L`` if none.
 
     A hidden state that requires a gradient does not say so: with checkpointing, PEFT asks for that of the embeddings'.
+    What else the decoder holds counts as feeding the first block, except a norm of the last block's output.
     """
-    feeding = [child for child in decoder.module.children() if child is not decoder.blocks]
+    children = list(decoder.module.children())
+    after = children[children.index(decoder.blocks) + 1 :]
+    final = [child for child in after if {p.shape for p in child.parameters()} == {(decoder.hidden_size,)}]
+    feeding = [child for child in children if child is not decoder.blocks and child not in final]
     if any(parameter.requires_grad for child in feeding for parameter in child.parameters()):
         return 0
     for index, block in enumerate(decoder.blocks):

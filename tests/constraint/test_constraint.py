@@ -358,3 +358,40 @@ def test_an_attach_that_fails_leaves_the_model_as_it_was(tiny_model, random_dire
     assert found[0] is not None
     assert not any(module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
     assert constraint.attach(model).fused == (0, 1, 2)
+
+
+@both_ways
+@pytest.mark.parametrize(
+    ("family", "trained"),
+    [("llama", "model.norm"), ("gpt2", "transformer.ln_f"), ("opt", "model.decoder.final_layer_norm")],
+)
+def test_a_final_norm_alone_is_refused(tiny_model, random_directions, family, trained, fuse):
+    """It follows all blocks. OPT's stands before them, so that only the graph tells."""
+    model = tiny_model(family, **({"ffn_dim": 64, "word_embed_proj_dim": 32} if family == "opt" else {})).train()
+    model.requires_grad_(False)
+    model.get_submodule(trained).requires_grad_()
+    model.enable_input_require_grads()
+    batch, anchors, mask = random_batch(3)
+    with ProjectionConstraint(random_directions(model)).attach(model, fuse=fuse) as constraint:
+        for _ in range(2):
+            constraint.set_target(anchors, mask)
+            model(**batch)
+            with pytest.raises(ProConError, match="nothing below a constrained block trains"):
+                constraint.penalty()
+
+
+@both_ways
+def test_a_norm_that_only_its_own_block_trains_is_no_parameter_below(tiny_model, random_directions, fuse):
+    """The op has an edge to the norm's weight, and no gradient of the penalty for it."""
+    model = tiny_model("llama", num_hidden_layers=1).train()
+    model.requires_grad_(False)
+    block = find_decoder(model).blocks[0]
+    block.input_layernorm.weight.requires_grad_()
+    model.model.extra = torch.nn.Linear(2, 2)  # counts as feeding the blocks, and is never called
+    model.enable_input_require_grads()
+    batch, anchors, mask = random_batch(1)
+    with ProjectionConstraint(random_directions(model)).attach(model, fuse=fuse) as constraint:
+        constraint.set_target(anchors, mask)
+        model(**batch)
+        with pytest.raises(ProConError, match="nothing below a constrained block trains"):
+            constraint.penalty()

@@ -121,6 +121,8 @@ def test_evaluating_restores_every_flag(tiny_model):
     [
         ((), 3),
         (("lm_head",), 3),
+        (("model.norm",), 3),
+        (("model.norm", "model.layers.0.mlp"), 1),
         (("model.layers.2.mlp",), 3),
         (("model.layers.1.self_attn.q_proj", "lm_head"), 2),
         (("model.layers.0.input_layernorm",), 1),
