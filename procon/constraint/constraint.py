@@ -214,8 +214,7 @@ class ProjectionConstraint:
         terms = list(self._terms(target))
         total = torch.stack([term.to(terms[0].device) for term in terms]).sum()
         if tokens is None:
-            tokens = target.mask.sum()
-            tokens = torch.where(tokens == 0, 1, tokens)
+            tokens = _at_least_some(target.mask.sum())
         if isinstance(tokens, Tensor):
             tokens = tokens.to(total.device)
         return total / (tokens * len(self.blocks))
@@ -275,7 +274,9 @@ def constrained_tokens(
     *,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """What :meth:`ProjectionConstraint.penalty` divides by: the constrained tokens of an optimiser step, at least 1.
+    """What :meth:`ProjectionConstraint.penalty` divides by: the constrained tokens of an optimiser step, or 1.
+
+    Of masks with weights other than 1, the sum of the weights.
 
     Args:
         batches: the step's micro-batches of this rank, as an AnchoredCollator makes them.
@@ -290,4 +291,9 @@ def constrained_tokens(
         if "constraint_mask" not in batch:
             raise ProConError("the batch has no anchors: make batches with an AnchoredCollator that has been given any")
         tokens = tokens + batch["constraint_mask"].sum().to(device)
-    return (tokens if reduce is None else reduce(tokens)).clamp_min(1)
+    return _at_least_some(tokens if reduce is None else reduce(tokens))
+
+
+def _at_least_some(tokens: Tensor) -> Tensor:
+    """``tokens``, or 1 if there are none; weights may well add up to less."""
+    return torch.where(tokens == 0, 1, tokens)

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+#: The smallest normal number in float32 keeps 0 / 0 away.
+_TINY = 1.1754943508222875e-38
+
 
 def penalize_projection(
     projection: Tensor, anchor: Tensor | None, weight: Tensor | None, penalty: str, reach: Tensor | None = None
@@ -26,15 +29,15 @@ def penalize_projection(
 
 
 def value_and_slope(error: Tensor, penalty: str, weight: Tensor | None, reach: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``w phi(e)`` and ``w phi'(e)``, both of the shape of ``error``."""
+    """``w phi(e)`` and ``w phi'(e)``, both of the shape of ``error``; NaN gives NaN."""
     if penalty == "squared":
         weighted = error if weight is None else error * weight
         return error * weighted, weighted + weighted
     if penalty == "absolute" and reach is None:
-        value, slope = error.abs(), error.sign()
+        value = error.abs()
+        slope = error / value.clamp_min(_TINY)
     elif penalty == "absolute":
-        # The smallest normal number keeps 0 / 0 away.
-        slope = error / torch.maximum(error.abs(), reach).clamp_min_(1.1754943508222875e-38)
+        slope = error / torch.maximum(error.abs(), reach).clamp_min_(_TINY)
         value = slope * (error - 0.5 * slope * reach)
     else:
         slope = error.clamp(-1, 1)

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from procon.constraint import ProjectionConstraint, select_blocks
+from procon.constraint import ProjectionConstraint, constrained_tokens, select_blocks
 from procon.constraint.input_norm import find_input_norm
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
@@ -395,3 +395,34 @@ def test_a_norm_that_only_its_own_block_trains_is_no_parameter_below(tiny_model,
         model(**batch)
         with pytest.raises(ProConError, match="nothing below a constrained block trains"):
             constraint.penalty()
+
+
+@both_ways
+def test_weights_that_add_up_to_less_than_one(tiny_model, random_directions, fuse):
+    """The mean is weighted all the same; without any token it is 0."""
+    model = tiny_model()
+    directions = random_directions(model)
+    batch, anchors, mask = random_batch(3)
+    expected, _ = by_definition(model, directions, batch, anchors, mask)
+    with ProjectionConstraint(directions, penalty="squared").attach(model, fuse=fuse) as constraint:
+        for scale in (1e-3, 0.0):
+            constraint.set_target(anchors, scale * mask)
+            model(**batch)
+            torch.testing.assert_close(constraint.penalty(), expected if scale else torch.tensor(0.0))
+    found = constrained_tokens([{"constraint_mask": 1e-3 * mask}, {"constraint_mask": 0 * mask}])
+    torch.testing.assert_close(found, 1e-3 * mask.sum())
+    assert constrained_tokens([{"constraint_mask": 0 * mask}]) == 1
+
+
+def test_counts_and_targets_of_another_device(tiny_model, random_directions):
+    """All meet where the hidden states are; a target is moved there once, not by every block."""
+    there = torch.device("meta")
+    model = tiny_model()
+    _, anchors, mask = random_batch(3)
+    with ProjectionConstraint(random_directions(model)).attach(model) as constraint, torch.no_grad():
+        constraint.set_target(anchors, mask)
+        target = constraint._state.target
+        assert all(one is two for one, two in zip(target.on(there), target.on(there), strict=True))
+        for block in constraint.blocks:
+            target.keep(block, torch.zeros((), device=there))
+        assert constraint.penalty(torch.tensor([7.0])).device == there

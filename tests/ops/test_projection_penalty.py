@@ -128,6 +128,20 @@ def test_rows_of_weight_zero_may_hold_anything(backend, device):
             assert (result[dead] == 0).all()
 
 
+@pytest.mark.parametrize("rounding", [0.0, 1e-7])
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_nan_in_a_live_row_is_seen(backend, device, penalty, rounding):
+    """In the penalty and in its gradient, where a loss scaler looks for it."""
+    hidden, direction, anchor, weight = inputs(12, 64, 2, torch.float32, device)
+    weight[3] = 0.5
+    hidden[3] = float("nan")
+    tokens, coefficient = backend.penalize(hidden, direction, anchor, weight, penalty, rounding)
+    assert tokens[3].isnan()
+    assert coefficient[3].isnan().all()
+    assert tokens.isnan().sum() == 1
+    assert coefficient.isnan().sum() == 2
+
+
 @pytest.mark.parametrize("rows", [0, 1, 17])
 def test_all_rows_masked_gives_zeros(backend, device, rows):
     hidden, direction, anchor, weight = inputs(rows, 64, 2, torch.float32, device)
