@@ -33,12 +33,13 @@ def value_and_slope(error: Tensor, penalty: str, weight: Tensor | None, reach: T
     if penalty == "squared":
         weighted = error if weight is None else error * weight
         return error * weighted, weighted + weighted
-    if penalty == "absolute" and reach is None:
+    if penalty == "absolute":
         value = error.abs()
-        slope = error / value.clamp_min(_TINY)
-    elif penalty == "absolute":
-        slope = error / torch.maximum(error.abs(), reach).clamp_min_(_TINY)
-        value = slope * (error - 0.5 * slope * reach)
+        if reach is None:
+            slope = error / value.clamp_min(_TINY)
+        else:
+            slope = error / torch.maximum(value, reach).clamp_min_(_TINY)
+            value = slope * (error - 0.5 * slope * reach)
     else:
         slope = error.clamp(-1, 1)
         value = slope * (error - 0.5 * slope)
