@@ -126,9 +126,9 @@ def whole_file(target: str | Path) -> Iterator[Path]:
     with writing(target), _private_folder(target.parent) as private:
         partial = private / target.name
         yield partial
-        _sync(partial)
+        sync(partial)
         partial.replace(target)
-        _sync(target.parent)
+        sync(target.parent)
 
 
 @contextmanager
@@ -147,13 +147,13 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
         yield partial
         for folder, _, files in os.walk(partial, topdown=False):
             for name in (*files, "."):
-                _sync(Path(folder, name))
+                sync(Path(folder, name))
         try:
             partial.rename(target)
         except OSError as error:
             if not (error.errno in (errno.ENOTEMPTY, errno.EEXIST) and target.is_dir()):
                 raise
-        _sync(target.parent)
+        sync(target.parent)
 
 
 def write_text(text: str, path: str | Path) -> Path:
@@ -212,10 +212,10 @@ def _make_folder(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
-        _sync(path.parent)
+        sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or the list of a folder's files, is on the disk."""
     if os.name != "posix" and path.is_dir():  # cannot be opened there
         return

@@ -9,14 +9,21 @@ from typing import Literal
 
 from procon.errors import ProConError
 
-_PHASE = re.compile(r"(?P<alpha>[^@\s]+)(?:@(?P<length>[\d.]+)(?P<unit>ep|steps))?")
+_PHASE = re.compile(r"(?P<alpha>[^@\s]+)(?:@(?P<length>[\d.]+(?:[eE][+-]?\d+)?)(?P<unit>ep|steps))?")
 
 _GRAMMAR = "'procon_s', 'procon_wu', 'procon_wu:ALPHA@4ep', or phases such as '1@2ep,0.1@200steps,0'"
 
 
+#: Below this, float32 has no room for what alpha multiplies: it would be 0, and the constraint off, without a word.
+_LEAST_ALPHA = float(2**-100)
+
+#: More steps or epochs than anyone trains.
+_GREATEST_LENGTH = 1e12
+
+
 @dataclass(frozen=True)
 class Phase:
-    """Constant ``alpha`` for ``length`` epochs or steps; a length of None lasts to the end of training."""
+    """Constant ``alpha`` for ``length`` epochs or steps, at least one step; a length of None lasts to the end."""
 
     alpha: float
     length: float | None = None
@@ -25,9 +32,13 @@ class Phase:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
             raise ProConError(f"alpha is {self.alpha:g}: give a finite number, 0 or more")
+        if 0 < self.alpha < _LEAST_ALPHA:
+            raise ProConError(
+                f"alpha is {self.alpha:g}, too small for float32, so nothing is constrained: give 0 or more"
+            )
         if self.length is None:
             return
-        if not (math.isfinite(self.length) and self.length > 0):
+        if not 0 < self.length <= _GREATEST_LENGTH:
             raise ProConError(f"a schedule phase is {self.length:g} {self.unit} long: give a positive length")
         if self.unit == "steps" and self.length != int(self.length):
             raise ProConError(f"a schedule phase is {self.length:g} steps long: give a whole number, or epochs (ep)")
@@ -36,12 +47,16 @@ class Phase:
         """Length in optimiser steps."""
         if self.length is None:
             return math.inf
+        if self.unit == "steps":
+            return self.length
         # Rounded first: 0.7 epochs of 10 steps are 7, though 0.7 * 10 is a little more in floating point.
-        return self.length if self.unit == "steps" else math.ceil(round(self.length * steps_per_epoch, 6))
+        return max(1, math.ceil(round(self.length * steps_per_epoch, 6)))
 
     def __str__(self) -> str:
-        # 15 digits, so that parsing it gives the same phase.
-        return f"{self.alpha:.15g}" if self.length is None else f"{self.alpha:.15g}@{self.length:.15g}{self.unit}"
+        """Text that :meth:`AlphaSchedule.parse` reads as this phase."""
+        return (
+            _number(self.alpha) if self.length is None else f"{_number(self.alpha)}@{_number(self.length)}{self.unit}"
+        )
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,11 @@ class AlphaSchedule:
             raise ProConError("only the last phase of an alpha schedule may have no length: add @Nep or @Nsteps")
         if any(phase.length is None for phase in self.phases[: self.extra]):
             raise ProConError("an extra phase of an alpha schedule needs a length: add @Nep or @Nsteps")
+        if any(phase.alpha == 0 for phase in self.phases[: self.extra]):
+            raise ProConError(
+                "the warm-up of an alpha schedule has alpha 0, so it would train longer and constrain nothing: give an "
+                "alpha above 0, or schedule '0' to switch the constraint off"
+            )
 
     @classmethod
     def constant(cls, alpha: float = 0.2) -> AlphaSchedule:
@@ -113,6 +133,17 @@ class AlphaSchedule:
                 return phase.alpha
         return self.phases[-1].alpha
 
+    def constrained_steps(self, steps: int, steps_per_epoch: int) -> int:
+        """Of the first ``steps`` optimiser steps, how many have an alpha above 0."""
+        found, begin = 0, 0.0
+        for number, phase in enumerate(self.phases):
+            last = number == len(self.phases) - 1
+            end = steps if last else min(steps, begin + phase.steps(steps_per_epoch))
+            if phase.alpha > 0:
+                found += max(0, int(end - begin))
+            begin = end
+        return found
+
     @property
     def active(self) -> bool:
         """Whether alpha is ever above 0."""
@@ -121,6 +152,11 @@ class AlphaSchedule:
     def __str__(self) -> str:
         phases = ",".join(map(str, self.phases))
         return f"procon_wu:{self.phases[0]}" if self.extra else phases
+
+
+def _number(value: float) -> str:
+    short = f"{value:.15g}"
+    return short if float(short) == value else repr(value)
 
 
 def _parse_phase(text: str) -> Phase:

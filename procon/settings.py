@@ -156,7 +156,7 @@ def parse_blocks(text: str, name: str = "blocks") -> Blocks:
     try:
         if stripped == "all":
             blocks: Blocks = "all"
-        elif "." in stripped or stripped == "1":
+        elif "." in stripped:
             blocks = float(stripped)
         else:
             blocks = [int(part) for part in stripped.split(",")]

@@ -37,7 +37,16 @@ def test_the_papers_two_schedules():
     assert AlphaSchedule.parse("procon_wu:2@16ep") == AlphaSchedule.warmup(2, epochs=16)
 
 
-@pytest.mark.parametrize("text", ["0.123456789012@1234567steps,1e-07", "1@1000000steps,0", "procon_wu:1@0.333333333ep"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0.123456789012@1234567steps,1e-07",
+        "1@1000000steps,0",
+        "procon_wu:1@0.333333333ep",
+        "procon_wu:1@1e-07ep",
+        "0.30000000000000004",
+    ],
+)
 def test_text_of_a_schedule_gives_it_back(text):
     assert str(AlphaSchedule.parse(text)) == text
 
@@ -62,6 +71,11 @@ def test_text_of_a_schedule_gives_it_back(text):
         ("procon_wu:1@2ep,0", "not understood"),
         ("nan", "alpha is nan"),
         ("inf@2ep,0", "alpha is inf"),
+        ("1e-300", "alpha is 1e-300, too small for float32"),
+        ("procon_s:1e-40", "too small for float32"),
+        ("procon_wu:0@4ep", "would train longer and constrain nothing"),
+        ("procon_wu:0", "would train longer and constrain nothing"),
+        ("1@1e300ep,0", "positive length"),
         ("1@0ep,0", "positive length"),
         ("procon_wu:1@0steps", "positive length"),
         ("1@2.5steps,0", "whole number"),
@@ -109,6 +123,7 @@ def test_impossible_phases(phases, extra):
         ("procon_wu:1@7steps", 7),
         ("procon_wu:1@0.25ep", 3),  # a part of a step is a step
         ("procon_wu:1@0.7ep", 7),  # 0.7 * 10 is 7.000000000000001
+        ("procon_wu:1@0.0000001ep", 1),  # a phase has a step at least
     ],
 )
 def test_warm_up_comes_on_top(text, steps):
@@ -139,3 +154,24 @@ def test_the_last_phase_goes_on():
 @pytest.mark.parametrize(("text", "active"), [("0", False), ("0@2ep,0", False), ("procon_wu", True), ("0@2ep,1", True)])
 def test_active(text, active):
     assert AlphaSchedule.parse(text).active is active
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "constrained"),
+    [
+        ("procon_s", 15, 15),
+        ("0", 15, 0),
+        ("0@1000steps,5", 15, 0),
+        ("0@2ep,5", 20, 0),
+        ("0@2ep,5", 21, 1),
+        ("1@2ep,0", 15, 15),
+        ("1@2ep,0", 50, 20),
+        ("1@0.0000001ep,0", 15, 1),
+        ("0@5steps,1@5steps,0@5steps,1", 18, 8),
+        ("1@1ep,0.5@1ep", 50, 50),
+    ],
+)
+def test_constrained_steps_are_those_with_an_alpha(text, steps, constrained):
+    schedule = AlphaSchedule.parse(text)
+    assert schedule.constrained_steps(steps, PER_EPOCH) == constrained
+    assert sum(schedule.alpha(step, PER_EPOCH) > 0 for step in range(steps)) == constrained

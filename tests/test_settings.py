@@ -285,7 +285,7 @@ def test_wrong_backend_in_the_environment(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "blocks"), [("all", "all"), ("0.5", 0.5), ("1", 1.0), ("8,9, 10", [8, 9, 10]), ("-1", [-1])]
+    ("text", "blocks"), [("all", "all"), ("0.5", 0.5), ("1.0", 1.0), ("1", [1]), ("8,9, 10", [8, 9, 10]), ("-1", [-1])]
 )
 def test_blocks_from_a_text(text, blocks):
     assert parse_blocks(text) == blocks

@@ -74,19 +74,22 @@ class StartingState:
         return found
 
 
-def check_resumed(found: Mapping[str, Any], expected: Mapping[str, Any], checkpoint: str) -> None:
+def check_resumed(
+    found: Mapping[str, Any], expected: Mapping[str, Any], checkpoint: str, remedies: Mapping[str, str] | None = None
+) -> None:
     """Raise ProConError unless the settings of an interrupted training are those of the one that goes on.
 
     Args:
         found: what the checkpoint keeps.
         expected: what this training has, of all settings that must be the same.
         checkpoint: what the message calls it.
+        remedies: by setting, what to do in place of giving the same one.
     """
     for name, value in expected.items():
         if found.get(name) != value:
+            remedy = (remedies or {}).get(name, "resume with the same settings")
             raise ProConError(
-                f"{checkpoint} was trained with {name} {found.get(name)!r}, not {value!r}: resume with the same "
-                "settings, or start afresh"
+                f"{checkpoint} was trained with {name} {found.get(name)!r}, not {value!r}: {remedy}, or start afresh"
             )
 
 

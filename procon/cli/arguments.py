@@ -86,6 +86,8 @@ class TrainArguments:
     resume: bool = _option(False, "Go on from the last checkpoint in the output folder.")
     dtype: Dtype = _option("auto", "auto (full fine-tuning: float32), bfloat16, float16 or float32.")
     trust_remote_code: bool = _option(False, "Run code that comes with the model, with your rights; read it first.")
+    #: Names of the settings that were given, whether here or to transformers, rather than left at their defaults.
+    given: frozenset[str] = field(default=frozenset(), init=False)
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, get_args(Method))

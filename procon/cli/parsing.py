@@ -172,8 +172,9 @@ def parse(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
 
     parser.error = first.error = refuse  # argparse's own also prints the usage, and exits
     file = first.parse_known_args(argv)[0].config
+    given = {flag.partition("=")[0][2:].replace("-", "_") for flag in argv if flag.startswith("--")}
     if file:
-        _apply_yaml(parser, Path(file), types)
+        given |= _apply_yaml(parser, Path(file), types)
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
             args=list(argv), look_for_args_file=False, return_remaining_strings=True
@@ -186,6 +187,7 @@ def parse(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
         raise ProConError(f"there is no setting {unknown[0]!r}{_hint(unknown[0], _names(parser))}")
     if command.trains:
         import_module("procon.cli.training_numbers").check(parsed[1])
+        parsed[0].given = frozenset(given)
     return tuple(parsed[: len(types)])
 
 
@@ -234,8 +236,8 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return written, read
 
 
-def _apply_yaml(parser: argparse.ArgumentParser, file: Path, types: tuple[type[Any], ...]) -> None:
-    """Make the file's settings the parser's defaults."""
+def _apply_yaml(parser: argparse.ArgumentParser, file: Path, types: tuple[type[Any], ...]) -> set[str]:
+    """Make the file's settings the parser's defaults; returns their names."""
     settings, nested = _read_yaml(file)
     known = _names(parser)
     for name in settings:
@@ -260,6 +262,7 @@ def _apply_yaml(parser: argparse.ArgumentParser, file: Path, types: tuple[type[A
             value = [value]
         action.default = value
         action.required = False
+    return set(settings)
 
 
 def _leave_choices_to_settings(parser: argparse.ArgumentParser, own: type[Any]) -> None:

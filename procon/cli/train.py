@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 import yaml
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
@@ -31,8 +32,10 @@ from procon.errors import ProConError, printable
 from procon.files import check_writable
 from procon.models import find_decoder, load_model, parse_dtype
 from procon.training import DriftCallback, JsonlCallback, ProConConfig, ProConTrainer
-from procon.training.checkpoints import last_complete, output_folder
+from procon.training.checkpoints import Checkpoint, has_checkpoints, latest
 from procon.training.drift_gate import DriftGate
+from procon.training.output import locked, output_folder
+from procon.training.ranks import on_main
 
 
 @dataclass(frozen=True)
@@ -61,42 +64,66 @@ class _Job:
 def train(arguments: TrainArguments, config: ProConConfig) -> None:
     """``procon train``"""
     output = output_folder(config)
-    job = _plan(arguments, config, _checkpoint(output, arguments.resume))
-    config = job.config
-    trainer, tokenizer = _trainer(arguments, job, output)
-    trainer.add_callback(JsonlCallback())
-    if arguments.drift_steps:
-        trainer.add_callback(
-            DriftCallback(
-                trainer,
-                tokenizer,
-                steps=arguments.drift_steps,
-                gate=arguments.drift_gate,
-                gate_action=arguments.drift_gate_action,
-            )
+    if not (arguments.resume or config.procon_overwrite) and has_checkpoints(output):
+        raise ProConError(
+            f"output_dir {str(output)!r} holds checkpoints: pass --resume, or another --output_dir; or "
+            "--procon_overwrite true to delete them"
         )
-    trainer.train(resume_from_checkpoint=arguments.resume or None)
-    trainer.save_model()
-    trainer.save_state()
+    with locked(output):
+        checkpoint = _checkpoint(output) if arguments.resume else None
+        job = _plan(arguments, config, checkpoint)
+        trainer, tokenizer = _trainer(arguments, job, output)
+        trainer.add_callback(JsonlCallback())
+        if arguments.drift_steps:
+            trainer.add_callback(
+                DriftCallback(
+                    trainer,
+                    tokenizer,
+                    steps=arguments.drift_steps,
+                    gate=arguments.drift_gate,
+                    gate_action=arguments.drift_gate_action,
+                )
+            )
+        trainer.train(resume_from_checkpoint=checkpoint)  # pyright: ignore[reportArgumentType]  # ours take it
+        trainer.save_model()
+        trainer.save_state()
     if config.process_index == 0:
-        name = printable(str(output))
-        Console().print(Text(f"Written: {name}, its log in log.jsonl. Measure it: procon eval --model {name}"))
+        name, console = printable(str(output)), Console()
+        console.print(Text(_summary(trainer)))
+        console.print(Text(f"Written: {name}, its log in log.jsonl. Measure it: procon eval --model {name}"))
+    # Ranks leave together: one that is gone early takes the others' connections with it.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+    PartialState().destroy_process_group()
 
 
-def _checkpoint(output: Path, resume: bool) -> Path | None:
-    """The checkpoint to resume from; None to start."""
-    found = last_complete(output)
-    if found and not resume:
-        raise ProConError(f"output_dir {str(output)!r} holds checkpoints: pass --resume, or another --output_dir")
-    if resume and not found:
+def _summary(trainer: Trainer) -> str:
+    """What the constraint did, as measured."""
+    if not isinstance(trainer, ProConTrainer) or trainer.constraint is None:
+        return "Trained without the constraint."
+    did, blocks = trainer.evidence.did(trainer.state.global_step), len(trainer.constraint.blocks)
+    return (
+        f"{did['constrained_steps']} of {did['steps']} steps were under the constraint, which acted on "
+        f"{len(did['blocks_acted'])} of its {blocks} blocks; mean penalty {did['mean_penalty']:.3g} before alpha."
+    )
+
+
+def _checkpoint(output: Path) -> Checkpoint:
+    """The checkpoint to resume from."""
+    found = on_main(lambda: latest(output))
+    if not found:
         raise ProConError(f"no complete checkpoint in {str(output)!r} to resume from: leave --resume out")
     return found
 
 
-def _plan(arguments: TrainArguments, config: ProConConfig, checkpoint: Path | None) -> _Job:
+def _plan(arguments: TrainArguments, config: ProConConfig, checkpoint: Checkpoint | None) -> _Job:
     if DriftGate.parse(arguments.drift_gate, arguments.drift_gate_action) and not arguments.drift_steps:
         raise ProConError(f"drift_gate is {arguments.drift_gate}, but drift_steps is 0: give steps to measure it at")
+    if config.max_steps <= 0 and not config.num_train_epochs > 0:
+        raise ProConError(f"num_train_epochs is {config.num_train_epochs:g}: give a number above 0, or max_steps")
     defence = find_defence(arguments.defence) if arguments.defence else None
+    if defence and not defence.is_procon and "procon_schedule" in arguments.given and config.schedule().active:
+        defence.refuse_schedule(config.procon_schedule)
     settings = _defence_settings(arguments, defence)
     if defence:
         config = defence.configure(config)
@@ -117,8 +144,8 @@ def _plan(arguments: TrainArguments, config: ProConConfig, checkpoint: Path | No
     if directed and arguments.directions:
         directions = RefusalDirections.load(arguments.directions)
     elif directed and checkpoint:
-        beside = (checkpoint / DIRECTIONS).is_file()
-        directions = RefusalDirections.load(checkpoint if beside else output_folder(config))
+        beside = (checkpoint.path / DIRECTIONS).is_file()
+        directions = RefusalDirections.load(checkpoint.path if beside else output_folder(config))
     return _Job(config, defence, settings, conversations, safety if aligning else None, directed, directions)
 
 

@@ -18,6 +18,7 @@ from procon.constraint.copies import Arguments, PreForwardHook
 from procon.constraint.input_norm import find_input_norm
 from procon.constraint.reach import reaches_a_parameter
 from procon.constraint.target import State, Target, on_device
+from procon.constraint.use import Use
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.models import Decoder, active_adapters, adapter_layer, find_decoder, first_moving_block
@@ -96,6 +97,7 @@ class ProjectionConstraint:
         #: The first moving block with which the penalty's gradient was last seen to arrive at a parameter.
         self._reached_from: int | None = None
         self._attachment: _Attachment | None = None
+        self._use = Use()
 
     @property
     def enabled(self) -> bool:
@@ -110,6 +112,14 @@ class ProjectionConstraint:
     def fused(self) -> tuple[int, ...]:
         """Indices of the constrained blocks whose norm does the work; empty while attached to no model."""
         return () if self._attachment is None else self._attachment.fused
+
+    @property
+    def acting(self) -> tuple[int, ...]:
+        """Indices of the constrained blocks whose input training can move; empty while attached to no model."""
+        if self._attachment is None:
+            return ()
+        first = first_moving_block(self._attachment.decoder)
+        return tuple(block for block in self.blocks if block >= first)
 
     def attach(self, model: nn.Module, fuse: Fuse = DEFAULTS.fuse) -> ProjectionConstraint:
         """Hook the inputs of the constrained blocks of ``model``; undone by :meth:`detach` or on leaving ``with``.
@@ -148,18 +158,25 @@ class ProjectionConstraint:
         return self
 
     def detach(self) -> None:
-        """The model is as it was."""
+        """The model is as it was; a warning tells if it was trained, and the penalty left out of the loss."""
+        self.release()
         if self._attachment is not None:
             self._attachment.undo.close()
+            if lost := self._use.lost():
+                logger.warning(lost)
+        self._use = Use()
         self._attachment = None
         self._reached_from = None
-        self.release()
 
     def __enter__(self) -> ProjectionConstraint:
         return self
 
-    def __exit__(self, *_exception: object) -> None:
+    def __exit__(self, exception: type[BaseException] | None, *_rest: object) -> None:
+        self.release()
+        use = self._use
         self.detach()
+        if exception is None and use.forwards and not use.asked:
+            raise ProConError(use.lost())
 
     def set_target(self, anchors: Tensor, mask: Tensor) -> None:
         """Set what the next forward is constrained to.
@@ -188,13 +205,16 @@ class ProjectionConstraint:
         by_block = anchors.float().unflatten(-1, (len(self.blocks), -1))
         if self._scales is not None:
             by_block = by_block * on_device(self._scales, anchors.device)[:, None]
+        self.release()
         self._state.first_moving = first_moving_block(attachment.decoder)
         # Blocks first: read with a stride, each number would move a whole sector of memory.
         self._state.target = Target(by_block.movedim(-2, 0).contiguous(), mask.float(), self._state.first_moving)
 
     def release(self) -> None:
         """Drop the target, so that a later forward without one is not taken for this one's; backward needs none."""
-        self._state.target = None
+        target, self._state.target = self._state.target, None
+        if target is not None and target.trained and len(target.terms) == len(self.blocks):
+            self._use.forwards += 1
 
     def penalty(self, tokens: Tensor | float | None = None) -> Tensor:
         """The constraint of the forward that just ran: sum over its tokens and blocks / (``tokens`` * blocks).
@@ -209,6 +229,7 @@ class ProjectionConstraint:
             ProConError: if the forward did not pass every constrained block, passed them without gradients, or nothing
                 below one of them trains.
         """
+        self._use.asked += 1
         if (target := self._state.target) is None:
             raise ProConError("no target is set: call set_target(anchors, mask) before the forward")
         terms = list(self._terms(target))
@@ -217,7 +238,9 @@ class ProjectionConstraint:
             tokens = _at_least_some(target.mask.sum())
         if isinstance(tokens, Tensor):
             tokens = tokens.to(total.device)
-        return total / (tokens * len(self.blocks))
+        penalty = total / (tokens * len(self.blocks))
+        self._use.watch(penalty)
+        return penalty
 
     def _terms(self, target: Target) -> Iterable[Tensor]:
         """The penalties of the blocks whose inputs training can move; of all in a forward without gradients."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from datasets import Dataset
 from torch import nn
@@ -20,6 +21,7 @@ from procon.defences.hidden_states import HiddenStatesTrainer
 from procon.defences.lisa import LisaTrainer
 from procon.defences.safe_lora import SafeLoRATrainer
 from procon.defences.steering import SteeringTrainer
+from procon.defences.trainer import PlainTrainer
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.settings import check_setting
@@ -47,7 +49,7 @@ class Defence:
     label: str
     summary: str
     source: str
-    trainer: type[Trainer] = Trainer
+    trainer: type[Trainer] = PlainTrainer
     config: Mapping[str, Any] = field(default_factory=lambda: {"procon_schedule": "0"})
     safety: bool = False
     needs: frozenset[str] = frozenset()
@@ -98,11 +100,13 @@ class Defence:
             if getattr(args, name) == defaults[name]:
                 setattr(args, name, value)
         if args.schedule().active != self.is_procon:
-            what = "is the projection constraint" if self.is_procon else "has no projection constraint"
-            raise ProConError(
-                f"defence {self.name!r} {what}, but procon_schedule is {args.procon_schedule!r}: leave it out"
-            )
+            self.refuse_schedule(args.procon_schedule)
         return args
+
+    def refuse_schedule(self, schedule: str) -> NoReturn:
+        """Raise ProConError for a ``procon_schedule`` that contradicts the defence."""
+        what = "is the projection constraint" if self.is_procon else "has no projection constraint"
+        raise ProConError(f"defence {self.name!r} {what}, but procon_schedule is {schedule!r}: leave it out")
 
 
 def _procon(name: str, label: str, summary: str, schedule: str, *, safety: bool = False) -> Defence:
@@ -228,4 +232,8 @@ def build_trainer(
         if given[need] is None:
             raise ProConError(f"defence {name!r} needs {need}: pass {need}")
         settings[need] = given[need]
-    return defence.trainer(model, args, **settings, **trainer_arguments)
+    trainer: Any = defence.trainer(model, args, **settings, **trainer_arguments)
+    if not defence.is_procon:
+        own = {key: value for key, value in settings.items() if key not in defence.needs}
+        trainer.details = {"defence": name, "defence_settings": json.loads(json.dumps(own, default=str))}
+    return trainer

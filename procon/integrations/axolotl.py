@@ -54,6 +54,7 @@ class AxolotlKeys(BaseModel):
     procon_fuse: str | None = None
     procon_backend: str | None = None
     procon_anchors_dir: str | None = None
+    procon_overwrite: bool | None = None
 
 
 @dataclass
@@ -164,5 +165,7 @@ def _arguments(cfg: Mapping[str, Any]) -> ProConAxolotlArguments:
     return ProConAxolotlArguments(**_settings(cfg))
 
 
-def _text(value: str | float | list[int]) -> str:
+def _text(value: str | float | list[int]) -> str | bool:
+    if isinstance(value, bool):
+        return value
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)

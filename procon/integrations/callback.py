@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator, Sized
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from procon.anchors import Anchors
 from procon.anchors.starting_state import StartingState, check_resumed, require_length
@@ -27,6 +28,14 @@ from procon.errors import ProConError
 from procon.integrations.forward import REMEDY, SCOPE, ConstrainedForward, constrained_by
 from procon.schedule import AlphaSchedule
 from procon.settings import DEFAULTS, Backend, Blocks, Fuse, Penalty, Units, check_setting
+from procon.training.checkpoints import open_checkpoint, seal
+from procon.training.evidence import Evidence
+from procon.training.output import forget, locked, output_folder
+from procon.training.ranks import on_main
+from procon.training.record import RECORD, write_record
+from procon.training.run_facts import check_same_run, run_arguments, run_facts
+from procon.training.watch import check_acts
+from procon.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -98,14 +107,19 @@ class ProConCallback(TrainerCallback, ExportableState):
         self._anchors_dir = anchors_dir
         self._steps_per_epoch = 1
         self._forward: ConstrainedForward | None = None
+        self._lock = ExitStack()
+        self.evidence = Evidence()
+        self._run: dict[str, Any] = {}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, in ``trainer_state.json``: the settings and the anchors' folder."""
+        """What a checkpoint keeps, in ``trainer_state.json``: settings, the anchors' folder, what was done so far."""
         anchors = self._forward.anchors.path.name if self._forward else None
-        return {"args": {}, "attributes": {**self._settings, "anchors": anchors}}
+        did = self.evidence.did(self.evidence.constrained_steps)
+        return {"args": {}, "attributes": {**self._settings, **self._run, "anchors": anchors, "did": did}}
 
     def detach(self) -> None:
         """Leave the model as it was, after a training that an error ended."""
+        self._lock.close()
         if self._forward is not None:
             self._forward.detach()
 
@@ -130,6 +144,11 @@ class ProConCallback(TrainerCallback, ExportableState):
         left_over = constrained_by(model)
         if left_over is not None:
             left_over.detach()
+        self._lock.close()
+        self._lock.enter_context(locked(output_folder(args)))
+        if state.global_step == 0:
+            # What an earlier training has said of its own model.
+            on_main(lambda: forget(output_folder(args)))
         if not self._schedule.active:
             return
         _refuse(args, model, train_dataloader)
@@ -138,6 +157,10 @@ class ProConCallback(TrainerCallback, ExportableState):
         self._settings["phase_steps"] = [
             int(phase.steps(self._steps_per_epoch)) for phase in self._schedule.phases if phase.length is not None
         ]
+        check_acts(self._schedule, state.max_steps, self._steps_per_epoch)
+        with _random_state_kept(args.device):
+            self._run = _run(args, model, train_dataloader)
+        self.evidence.restore(None)
         if state.global_step > 0:
             anchors = self._reopen_anchors(args, state)
         elif left_over is not None and left_over is self._forward:
@@ -148,6 +171,7 @@ class ProConCallback(TrainerCallback, ExportableState):
         self._forward = ConstrainedForward(
             model, self._constraint, anchors, alpha=0.0, fuse=self._fuse, tokenizer=processing_class
         ).attach()
+        self._forward.evidence = self.evidence
         logger.info(
             "alpha schedule %s over %d steps of %d epochs, %d steps each",
             self._schedule,
@@ -164,7 +188,14 @@ class ProConCallback(TrainerCallback, ExportableState):
             self._forward.backwards = 0
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        **kwargs: Any,
     ) -> None:
         if self._forward is None or self._forward.alpha == 0:
             return
@@ -174,6 +205,7 @@ class ProConCallback(TrainerCallback, ExportableState):
                 "the gradient of this step came without a training forward of the model that the Trainer named, so the "
                 f"constraint was lost: train it in training mode and through its own forward, or {REMEDY}"
             )
+        self.evidence.end_step(self._constraint, optimizer, model)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._forward is not None and control.should_save:
@@ -200,11 +232,41 @@ class ProConCallback(TrainerCallback, ExportableState):
         logs.update(found)
         state.log_history[-1].update(found)
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = output_folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if self._forward is None or not folder.exists():
+            return
+        PartialState().wait_for_everyone()  # until every rank has written its files
+        if args.should_save:
+            seal(folder, {**self._record(state), "resumable": not args.save_only_model})
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.detach()
+        if self._forward is None:
+            return
         self._forward = None
+        if not self.evidence.constrained_steps:
+            raise ProConError(
+                f"training ended at step {state.global_step}, and none was under the constraint (schedule "
+                f"{str(self._schedule)!r}): put it on from the first step"
+            )
+        if args.should_save:
+            write_record(output_folder(args), self._record(state))
+
+    def _record(self, state: TrainerState) -> dict[str, Any]:
+        did = self.evidence.did(state.global_step)
+        # The penalty is summed over tokens here, and logged as a mean over those of a window.
+        for name in ("mean_penalty", "penalty_sum"):
+            del did[name]
+        return {
+            "version": __version__,
+            "constrained": did["constrained_steps"] > 0,
+            **self._settings,
+            "did": did,
+            **self._run,
+        }
 
     def _starting_state(self, args: TrainingArguments) -> StartingState:
         # None is what the arguments may be made with: they then name a folder themselves.
@@ -232,8 +294,14 @@ class ProConCallback(TrainerCallback, ExportableState):
                 f"the checkpoint of step {state.global_step} was trained without a constraint, so there are no anchors "
                 "to go on with: start afresh from the model that is to be constrained"
             )
-        check_resumed(saved["attributes"], self._settings, f"the checkpoint of step {state.global_step}")
-        return self._starting_state(args).reopen(saved["attributes"]["anchors"])
+        kept, name = saved["attributes"], f"the checkpoint of step {state.global_step}"
+        check_resumed(kept, self._settings, name)
+        check_same_run(kept, self._run["run"], self._run["arguments"], name)
+        folder = output_folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if (folder / RECORD).exists():
+            on_main(lambda: open_checkpoint(folder).record)
+        self.evidence.restore(kept["did"])
+        return self._starting_state(args).reopen(kept["anchors"])
 
 
 def _refuse(args: TrainingArguments, model: nn.Module, loader: DataLoader) -> None:
@@ -248,6 +316,14 @@ def _refuse(args: TrainingArguments, model: nn.Module, loader: DataLoader) -> No
             f"lost: set it to 0, or {REMEDY}"
         )
     require_length(loader.dataset, "training set")
+
+
+def _run(args: TrainingArguments, model: nn.Module, loader: DataLoader) -> dict[str, Any]:
+    precision = AcceleratorState().mixed_precision
+    return {
+        "run": run_facts(args, model, loader.dataset, precision=precision, reads_data=True),
+        "arguments": run_arguments(args, model, loader.collate_fn),
+    }
 
 
 def _recording_loader(loader: DataLoader, args: TrainingArguments) -> DataLoader:

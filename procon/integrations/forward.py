@@ -24,6 +24,7 @@ from procon.constraint import ProjectionConstraint
 from procon.errors import ProConError
 from procon.models import transformers_model
 from procon.settings import DEFAULTS, Fuse, TokenScope, check_alpha, check_setting
+from procon.training.evidence import Evidence
 
 #: The tokens that the model's own loss counts, so that what divides the one divides the other: the trainer hands over
 #: their number alone. Hence no other scope here, whatever the default of the settings is.
@@ -62,6 +63,7 @@ class ConstrainedForward:
         backwards: training forwards whose penalty went through backward.
         penalty_sum: sum of the penalty over the tokens constrained, before alpha; ``tokens`` counts them. Both may be
             set back to zero.
+        evidence: what the constraint has done so far.
 
     Raises:
         ProConError: if anchors and constraint do not belong together, or a training forward would lose the constraint.
@@ -95,12 +97,14 @@ class ConstrainedForward:
         self.backwards = 0
         self.penalty_sum: Tensor | float = 0.0
         self.tokens = 0
+        self.evidence = Evidence()
         self._model = model
         self._module = _causal_lm(model)
         self._fuse: Fuse = fuse
         self._decode = getattr(tokenizer, "decode", None)
         self._patch: Any = None
         self._unused = False
+        self._acted = False
 
     def attach(self) -> ConstrainedForward:
         """Constrain the model; undone by :meth:`detach` or on leaving ``with``. After ``torch.compile`` it must come
@@ -144,6 +148,11 @@ class ConstrainedForward:
         try:
             if exception is None:
                 self.check()
+                if self.alpha > 0 and not self._acted:
+                    raise ProConError(
+                        "no training forward of the constrained model ran, so nothing was constrained: train that "
+                        "model, in training mode and with gradients"
+                    )
         finally:
             self.detach()
 
@@ -219,12 +228,13 @@ class ConstrainedForward:
         self.penalty_sum = self.penalty_sum + (share * tokens).detach()
         self.tokens += count
         self._unused = True
+        self.evidence.watch(share, None)
         share.register_hook(self._arrived)
         outputs.loss = loss + self.alpha * share.to(loss.device)
         return outputs
 
     def _arrived(self, _gradient: Tensor) -> None:
-        self._unused = False
+        self._unused, self._acted = False, True
         self.backwards += 1
         # At the end of this backward, not now: checkpointed blocks are still to run again.
         Variable._execution_engine.queue_callback(self.constraint.release)

@@ -25,7 +25,7 @@ from procon.models.decoder import (
 )
 from procon.models.loading import default_dtype, load_model, parse_dtype
 from procon.models.origin import compare_origin, origin_of
-from procon.models.weights import configuration_hash, weights_hash
+from procon.models.weights import configuration_hash, frozen_hash, weights_hash
 
 __all__ = [
     "Decoder",
@@ -40,6 +40,7 @@ __all__ = [
     "evaluating",
     "find_decoder",
     "first_moving_block",
+    "frozen_hash",
     "is_sharded",
     "load_model",
     "model_device",

@@ -45,6 +45,15 @@ def weights_hash(model: nn.Module) -> str:
     """A short hash of all that a model computes with: parameters, buffers and the scales of quantised ones, and which
     adapters are on, how strongly. The same on every device, sharded or not, and whatever floating dtype holds the
     values. If they are sharded, all ranks must call."""
+    return _hash(model, only_frozen=False)
+
+
+def frozen_hash(model: nn.Module) -> str:
+    """As :func:`weights_hash`, of what does not train: the same as training starts, goes on and ends."""
+    return _hash(model, only_frozen=True)
+
+
+def _hash(model: nn.Module, *, only_frozen: bool) -> str:
     digest = hashlib.sha256()
     # First: it brings weights that bitsandbytes has repacked for a CPU back to what they were.
     state = model.state_dict(keep_vars=True)
@@ -52,6 +61,8 @@ def weights_hash(model: nn.Module) -> str:
     known = {id(tensor) for tensor in tensors.values()}
     tensors |= {name: value for name, value in state.items() if isinstance(value, Tensor) and id(value) not in known}
     for name, tensor in sorted(tensors.items()):
+        if only_frozen and tensor.requires_grad:
+            continue
         value = whole(tensor)
         flat = value.reshape(-1).float() if value.is_floating_point() else value.reshape(-1)
         bits = flat.view(torch.int32) if flat.is_floating_point() else flat

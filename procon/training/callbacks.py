@@ -28,9 +28,9 @@ from procon.directions import ContrastMeans, RefusalDirections
 from procon.errors import ProConError
 from procon.evaluation import Drift, evaluate, measure_drift
 from procon.settings import GateAction
-from procon.training.checkpoints import output_folder
 from procon.training.console import log_with_details, show_beside_bar
 from procon.training.drift_gate import DriftGate
+from procon.training.output import output_folder
 
 logger = logging.getLogger(__name__)
 

@@ -1,62 +1,128 @@
-"""What is written beside a model: how it was constrained, and for a checkpoint, what a resumed run must match."""
+"""Checkpoints that are known to be whole: each file of them has its size and checksum in the record, written last."""
 
 from __future__ import annotations
 
-import json
+import logging
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from procon.directions import DIRECTIONS, RefusalDirections
 from procon.errors import ProConError
-from procon.files import save_json
+from procon.files import sync
+from procon.training.record import RECORD, read_record, write_record
 
-_SETTINGS = "procon.json"
+logger = logging.getLogger(__name__)
+
+#: Bytes that are read at a time.
+_PIECE = 16 * 2**20
+
+#: Written last by the Trainer itself, and read first when a training goes on.
 _TRAINER_STATE = "trainer_state.json"
 
 
-def output_folder(args: TrainingArguments) -> Path:
-    """The run's own folder."""
-    # None is what they may be made with: they then name one themselves.
-    return Path(cast(str, args.output_dir))
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of which every file was found to be as it was written.
+
+    Attributes:
+        path: its folder.
+        record: what its ``procon.json`` holds.
+    """
+
+    path: Path
+    record: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"checkpoint {str(self.path)!r}"
 
 
-def write_settings(folder: Path, settings: dict[str, Any], directions: RefusalDirections) -> None:
-    """Put the constraint's settings and directions beside a model."""
-    directions.save(folder / DIRECTIONS)
-    save_json(settings, folder / _SETTINGS)
+def seal(folder: Path, record: dict[str, Any]) -> None:
+    """Declare a checkpoint whole: wait until its files are on the disk, then write the record with their checksums.
+
+    Every rank must have written its own by now.
+    """
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            sync(path)
+        elif path.name != RECORD:
+            files[path.relative_to(folder).as_posix()] = _checksum(path)
+            sync(path)
+    sync(folder)
+    write_record(folder, {**record, "files": files})
 
 
-def read_settings(checkpoint: Path) -> dict[str, Any]:
-    """The settings that a checkpoint was trained with.
+def break_seal(folder: Path) -> None:
+    """Declare a checkpoint not whole, before it is written again."""
+    (folder / RECORD).unlink(missing_ok=True)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in ``path``, every file of which is read once.
 
     Raises:
-        ProConError: if it is not a complete checkpoint, or one of training without the constraint.
+        ProConError: if it is not whole or damaged, naming the file, or was saved without what resuming needs.
     """
-    if not _is_complete(checkpoint):
-        raise ProConError(f"{str(checkpoint)!r} is not a complete checkpoint: resume from another, or start afresh")
-    try:
-        return json.loads((checkpoint / _SETTINGS).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    record = read_record(path)
+    files = (record or {}).get("files")
+    if record is None or not isinstance(files, dict) or _TRAINER_STATE not in files:
+        raise ProConError(f"{str(path)!r} is not a complete checkpoint: resume from another, or start afresh")
+    if not record.get("resumable"):
         raise ProConError(
-            f"checkpoint {str(checkpoint)!r} is of training without the constraint: resume with procon_schedule 0, or "
-            "start afresh"
-        ) from None
+            f"checkpoint {str(path)!r} was saved without the optimiser's state (save_only_model), so training would "
+            "not go on as it was: start afresh, and save with save_only_model=False"
+        )
+    for name, expected in files.items():
+        file = path / name
+        try:
+            found = _checksum(file) if file.is_file() else None
+        except OSError as error:
+            raise ProConError(f"checkpoint file {str(file)!r} cannot be read ({error}): resume from another") from error
+        if found != expected:
+            what = "is missing" if found is None else "is not as it was written"
+            raise ProConError(f"checkpoint file {str(file)!r} {what}: resume from another checkpoint, or start afresh")
+    return Checkpoint(path, record)
 
 
-def last_complete(output_dir: str | Path) -> Path | None:
-    """The latest checkpoint under ``output_dir`` that was written to its end; a killed run may leave half of one."""
-    found = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
-    complete = [path for path in found if _is_complete(path)]
-    return max(complete, key=lambda path: int(path.name.split("-")[-1]), default=None)
+def latest(output_dir: Path) -> Checkpoint | None:
+    """The latest whole checkpoint under ``output_dir``; a warning names each later one, and what is wrong with it."""
+    for path in reversed(_folders(output_dir)):
+        try:
+            return open_checkpoint(path)
+        except ProConError as error:
+            if _is_whole_but_for_the_optimiser(path):
+                raise
+            logger.warning("passed over %s: %s", path.name, error)
+    return None
 
 
-def _is_complete(checkpoint: Path) -> bool:
+def has_checkpoints(output_dir: Path) -> bool:
+    """Whether there is one that was written to its end."""
+    return any((path / RECORD).exists() or (path / _TRAINER_STATE).exists() for path in _folders(output_dir))
+
+
+def _folders(output_dir: Path) -> list[Path]:
+    """By step."""
+    found = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[-1]))
+
+
+def _is_whole_but_for_the_optimiser(path: Path) -> bool:
     try:
-        # The Trainer writes its state last, so if that is whole, the rest is too.
-        json.loads((checkpoint / _TRAINER_STATE).read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        record = read_record(path)
+    except ProConError:
         return False
-    return True
+    return record is not None and "files" in record and not record.get("resumable")
+
+
+def _checksum(path: Path) -> str:
+    """Size and CRC-32: against what disks, copies and crashes do to a file, not against an attacker."""
+    size = crc = 0
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            size += len(piece)
+            crc = zlib.crc32(piece, crc)
+    return f"{size}-{crc:08x}"

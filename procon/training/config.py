@@ -59,6 +59,10 @@ class ProConArguments:
     procon_anchors_dir: str | None = field(
         default=None, metadata={"help": "Where initial projections are kept; OUTPUT_DIR/_anchors if not given."}
     )
+    procon_overwrite: bool = field(
+        default=False,
+        metadata={"help": "Delete the model and the checkpoints that another training left in the output folder."},
+    )
 
     def __post_init__(self) -> None:
         # Of the arguments that it is mixed into, if they have one.

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import rewrite_logs
 
 from procon.files import write_text
-from procon.training.checkpoints import output_folder
+from procon.training.output import output_folder
 
 
 class JsonlCallback(TrainerCallback):

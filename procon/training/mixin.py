@@ -3,57 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast_object_list
-from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
-from transformers import PreTrainedModel, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from procon.anchors import AnchoredCollator, Anchors
-from procon.anchors.starting_state import StartingState, check_resumed, require_length
+from procon.anchors import Anchors
 from procon.constraint import ProjectionConstraint, constrained_tokens
 from procon.constraint.guards import check_finite, refuse_data_parallel
 from procon.directions import DIRECTIONS, RefusalDirections
 from procon.errors import ProConError
-from procon.training.checkpoints import last_complete, output_folder, read_settings, write_settings
-from procon.training.config import ProConArguments, ProConConfig
+from procon.training.anchored import TARGET, AnchoredMixin
+from procon.training.checkpoints import Checkpoint
+from procon.training.config import ProConArguments
+from procon.training.evidence import Evidence
 from procon.training.loss_scale import loss_scale
 from procon.training.model_card import describe, write_section
-from procon.version import __version__
+from procon.training.output import output_folder
+from procon.training.record import write_record
+from procon.training.watch import Watch, check_acts
 
 logger = logging.getLogger(__name__)
 
-#: What the anchored collator adds to a batch; never handed to the model.
-_TARGET = ("anchors", "constraint_mask")
 
-#: Settings that a resumed training shares with the one that it goes on from.
-_SAME_WHEN_RESUMED = ("schedule", "scope", "penalty", "units", "reduction", "blocks", "directions")
-
-
-if TYPE_CHECKING:
-    from transformers import Trainer
-
-    class _Trainer(Trainer):
-        """The trainer that the mixin stands before, with what constrained training makes sure of."""
-
-        args: ProConConfig  # or any other class with ProConArguments
-        model: PreTrainedModel  # or PEFT's, which takes from its base what it lacks
-        processing_class: Any
-        train_dataset: Any
-
-else:
-    _Trainer = object
-
-
-class ProConMixin(_Trainer):
+class ProConMixin(AnchoredMixin):
     """Makes the loss of a Trainer ``CE + alpha * constraint`` (paper section III-C)::
 
         class MyProConTrainer(ProConMixin, MyTrainer): ...
@@ -71,11 +49,24 @@ class ProConMixin(_Trainer):
 
     Logs ``procon/penalty`` (mean over the logging window, before alpha) and ``procon/alpha``.
 
+    What the constraint did is measured: at each step the penalty's gradient must go through backward, and at the first
+    one it must reach a parameter that the optimiser trains. A training that ends without such a step ends in an error.
+
+    Attributes:
+        evidence: what the constraint has done so far.
+
     Raises:
         ProConError: if directions are missing or do not fit, or the set-up would lose the constraint.
     """
 
-    _directions: RefusalDirections  # there once there is a constraint
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if Trainer in order and order.index(Trainer) < order.index(ProConMixin):
+            raise ProConError(
+                f"class {cls.__name__} has transformers' Trainer before ProConMixin, so none of its training would be "
+                "constrained: name ProConMixin first, as in class Mine(ProConMixin, MyTrainer)"
+            )
 
     def __init__(
         self, *trainer_args: Any, directions: RefusalDirections | str | Path | None = None, **trainer_kwargs: Any
@@ -90,15 +81,17 @@ class ProConMixin(_Trainer):
             raise ProConError("anchors belong to one model: pass model, not model_init")
         args.constraint_settings()  # once more, as they may have been set since args was made
         self.alpha_schedule = args.schedule()
+        self.evidence = Evidence()
         self.constraint: ProjectionConstraint | None = None
         self._anchors: Anchors | None = None
         self._steps_per_epoch = 1
-        self._resumed_steps_per_epoch: int | None = None
+        self._resumed: Checkpoint | None = None
         self._constrained_tokens: Tensor | None = None
         self._penalty_sum = torch.zeros((), device=args.device)
         self._penalty_steps = 0
         if not self.alpha_schedule.active:
             return
+        self.add_callback(Watch(self))
         refuse_data_parallel(args.n_gpu)
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ProConError("FSDP 1 flattens the parameters that identify anchors: set version 2 in fsdp_config")
@@ -122,61 +115,46 @@ class ProConMixin(_Trainer):
         """Strength of the constraint at the current optimiser step."""
         return self.alpha_schedule.alpha(self.state.global_step, self._steps_per_epoch)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train; records anchors first, in the state that training starts from, unless they are there already."""
-        found = last_complete(output_folder(self.args)) if resume_from_checkpoint is True else resume_from_checkpoint
-        if resume_from_checkpoint is True and found is None:
-            raise ProConError(f"no complete checkpoint in {self.args.output_dir!r} to resume from: start afresh")
-        checkpoint = str(found) if found else None
+    def train(
+        self, resume_from_checkpoint: str | Path | bool | Checkpoint | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """Train; records anchors first, in the state that training starts from, unless they are there already.
+
+        Raises:
+            ProConError: if the schedule puts no step of this training under the constraint, the penalty does not reach
+                what trains, or the training ended before the constraint began; and what :class:`ResumableMixin` raises.
+        """
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.constraint is not None:
+            self.evidence.window = self._check_penalty()
+            if not self.evidence.constrained_steps:
+                raise ProConError(
+                    f"training ended at step {self.state.global_step}, and none was under the constraint (schedule "
+                    f"{str(self.alpha_schedule)!r}): put it on from the first step"
+                )
+        return output
+
+    def _constraining(self, checkpoint: Checkpoint | None) -> AbstractContextManager[Any]:
+        self._resumed = checkpoint
         if not self.alpha_schedule.active:
-            return super().train(checkpoint, *args, **kwargs)
+            return super()._constraining(checkpoint)
         constraint = self.constraint
         if constraint is None:
             constraint = self._make_constraint(
-                RefusalDirections.load(Path(checkpoint) / DIRECTIONS) if checkpoint else self._extract()
+                RefusalDirections.load(checkpoint.path / DIRECTIONS) if checkpoint else self._extract()
             )
-        self._resumed_steps_per_epoch = None
-        self._anchors = self._reopen_anchors(constraint, Path(checkpoint)) if checkpoint else None
-        with constraint.attach(self.model, fuse=self.args.procon_fuse):
-            return super().train(checkpoint, *args, **kwargs)
+        self._anchors = self._reopen_anchors(constraint, checkpoint) if checkpoint else None
+        return constraint.attach(self.model, fuse=self.args.procon_fuse)
 
-    def _make_constraint(self, directions: RefusalDirections) -> ProjectionConstraint:
-        settings = self.args.constraint_settings()
-        self._directions = directions
-        self.constraint = constraint = ProjectionConstraint(
-            directions,
-            blocks=settings.blocks,
-            penalty=settings.penalty,
-            units=settings.units,
-            backend=settings.backend,
-        )
-        return constraint
-
-    def _extract(self) -> RefusalDirections:
-        """The directions of the model as it is; of the main process if there are several."""
-        main = self.is_world_process_zero()
-        found: list[Any] = [None]
-        # Not yet sharded, the model may be whole on the main process alone. Sharded already, it needs all of them.
-        if main or getattr(self, "is_distributed_loading_by_transformers", False):
-            progress = main and not self.args.disable_tqdm
-            try:
-                found = [RefusalDirections.extract(self.model, self.processing_class, progress=progress)]
-            except ProConError as error:
-                found = [error]
-        # Ranks round differently, and anchors belong to one set of directions.
-        broadcast_object_list(found)
-        if isinstance(found[0], ProConError):
-            raise found[0]
-        return found[0]
-
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | bool | None
-    ) -> tuple[nn.Module, DataLoader]:
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if self.constraint is not None and self._anchors is None:
-            # Now that the model is where it will train: on its device, sharded, in its precision.
-            self._anchors = self._collator.anchors = self._record_anchors(self.constraint)
-        return prepared
+    def begin_evidence(self) -> None:
+        """Count from what the checkpoint has counted, or from nothing."""
+        record = self._resumed.record if self._resumed else {}
+        self.evidence.restore(record.get("did"))
+        window = record.get("window", {})
+        # Divided by that number as it is summed up.
+        own = float(window.get("penalty", 0.0)) * self.get_tp_size() if self.args.process_index == 0 else 0.0
+        self._penalty_sum.fill_(own)
+        self._penalty_steps = int(window.get("steps", 0))
 
     def set_initial_training_values(
         self, args: TrainingArguments, dataloader: DataLoader
@@ -192,16 +170,9 @@ class ProConMixin(_Trainer):
             samples += extra * batch_size
             max_steps += extra
             epochs = -(-max_steps // per_epoch)
+        if self.alpha_schedule.active:
+            check_acts(self.alpha_schedule, max_steps, per_epoch)
         return epochs, per_epoch, examples, samples, batch_size, steps_in_epoch, max_steps
-
-    def get_train_dataloader(self) -> DataLoader:
-        if self.constraint is None:
-            return super().get_train_dataloader()
-        self._collator = AnchoredCollator(
-            self.data_collator, self._anchors, reduction=self.args.procon_reduction, tokenizer=self.processing_class
-        )
-        with self._collating(self._collator):
-            return super().get_train_dataloader()
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Tensor | int | None]:
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
@@ -212,33 +183,12 @@ class ProConMixin(_Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         try:
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
+            self.evidence.check_backward()
+            return loss
         finally:
             if self.constraint is not None:
                 self.constraint.release()
-
-    def _prepare_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Anchors stay fp32: under DeepSpeed, the Trainer casts what is floating to the model's dtype."""
-        target = {name: inputs[name].to(self.args.device) for name in _TARGET if name in inputs}
-        prepared = super()._prepare_inputs({name: value for name, value in inputs.items() if name not in target})
-        return {**prepared, **target}
-
-    def _prepare_context_parallel_inputs(
-        self, model: nn.Module, inputs: dict[str, Any]
-    ) -> tuple[Callable[..., Any], dict[str, Any]]:
-        """Anchors and mask are split along the sequence as the inputs are."""
-        context, inputs = super()._prepare_context_parallel_inputs(model, inputs)
-        target = [inputs[name] for name in _TARGET if name in inputs]
-        if self.get_cp_size() > 1 and target:
-            sharding = cast("partial[Any]", context)  # as it is under context parallelism
-            given = sharding.keywords
-            context = partial(
-                sharding.func,
-                buffers=[*given["buffers"], *target],
-                buffer_seq_dims=[*given["buffer_seq_dims"], *(1 for _ in target)],
-                no_restore_buffers={*given["no_restore_buffers"], *target},
-            )
-        return context, inputs
 
     def compute_loss(
         self,
@@ -247,7 +197,7 @@ class ProConMixin(_Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        anchors, mask = (inputs.pop(name, None) for name in _TARGET)
+        anchors, mask = (inputs.pop(name, None) for name in TARGET)
         constraint = self.constraint
         alpha = self.alpha if constraint is not None and model.training else 0.0
         if constraint is not None:
@@ -263,111 +213,81 @@ class ProConMixin(_Trainer):
         # This micro-batch's share of the mean over the optimiser step; shares of all micro-batches add up to it.
         share = constraint.penalty(self._constrained_tokens).to(loss.device)
         self._penalty_sum += share.detach()
+        self.evidence.watch(share, self._gradient_of(alpha))
         loss = loss + alpha * loss_scale(self, num_items_in_batch) * share
         return (loss, outputs) if return_outputs else loss
+
+    def _gradient_of(self, alpha: float) -> float | None:
+        """What the gradient of a micro-batch's share of the penalty is; None where an engine scales the loss."""
+        if self.is_deepspeed_enabled:
+            return None
+        scaler = self.accelerator.scaler
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        return alpha * scale * (self.accelerator.num_processes // self.get_tp_size())
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.constraint is not None and "loss" in logs:
             logs["procon/alpha"] = self.alpha_schedule.alpha(max(self.state.global_step - 1, 0), self._steps_per_epoch)
             if self._penalty_steps:
-                logs["procon/penalty"] = self._check_penalty() / self._penalty_steps
+                total = self._check_penalty()
+                logs["procon/penalty"] = total / self._penalty_steps
+                self.evidence.penalty += total
+                self.evidence.window = 0.0
                 self._penalty_sum.zero_()
                 self._penalty_steps = 0
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.constraint is not None:
-            self._check_penalty()
+            self.evidence.window = self._check_penalty()
         if self.args.push_to_hub:
             # Of a checkpoint, the Trainer copies to the folder that it uploads only files that it knows.
             self._describe(output_folder(self.args))
         super()._save_checkpoint(model, trial)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model and, beside it, the directions, ``procon.json`` and a section of the model card."""
-        super().save_model(output_dir, _internal_call)
-        self._describe(Path(output_dir) if output_dir else output_folder(self.args))
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        super().create_model_card(*args, **kwargs)
-        self._describe(output_folder(self.args))
-
     def _describe(self, folder: Path) -> None:
-        """Write beside the model how it was constrained; nothing where it was not."""
-        if self.constraint is None or self._anchors is None or not self.args.should_save:
-            return
-        settings = self._settings(self.constraint)
-        write_settings(folder, settings, self._directions)
-        write_section(folder / "README.md", describe(settings, self._directions, self.state.log_history))
+        """Write beside the model how it was constrained, and how much."""
+        if self.constraint is None or self._anchors is None:
+            super()._describe(folder)
+        elif self.args.should_save:
+            record = self._record()
+            self._directions.save(folder / DIRECTIONS)
+            write_record(folder, record)
+            write_section(folder / "README.md", describe(record, self._directions, self.state.log_history))
 
-    def _settings(self, constraint: ProjectionConstraint) -> dict[str, Any]:
-        args = self.args
-        return {
-            "version": __version__,
+    def _record(self) -> dict[str, Any]:
+        args, record = self.args, super()._record()
+        if not self.alpha_schedule.active:
+            return record
+        did = self.evidence.did(self.state.global_step)
+        record |= {
+            "constrained": did["constrained_steps"] > 0,
             "schedule": str(self.alpha_schedule),
             "scope": args.procon_scope,
             "penalty": args.procon_penalty,
             "units": args.procon_units,
             "reduction": args.procon_reduction,
-            "blocks": list(constraint.blocks),
-            "directions": self._directions.hash,
-            "anchors": self._anchors.fingerprint if self._anchors else None,
-            "steps_per_epoch": self._steps_per_epoch,
+            "did": did,
+            "window": {"penalty": self.evidence.window, "steps": self._penalty_steps},
         }
-
-    def _starting_state(self) -> StartingState:
-        return StartingState(self.args.procon_anchors_dir, output_folder(self.args))
-
-    def _record_anchors(self, constraint: ProjectionConstraint) -> Anchors:
-        args = self.args
-        with self.compute_loss_context_manager():
-            return self._starting_state().record(
-                self.model,
-                self._recording_dataloader(),
-                self._directions,
-                blocks=constraint.blocks,
-                scope=args.procon_scope,
-                backend=args.procon_backend,
-                precision=self.accelerator.mixed_precision,
-                progress=not args.disable_tqdm,
-            )
-
-    def _reopen_anchors(self, constraint: ProjectionConstraint, checkpoint: Path) -> Anchors:
-        found, settings = read_settings(checkpoint), self._settings(constraint)
-        expected = {name: settings[name] for name in _SAME_WHEN_RESUMED}
-        check_resumed(found, expected, f"checkpoint {str(checkpoint)!r}")
-        self._resumed_steps_per_epoch = found.get("steps_per_epoch")
-        return self._starting_state().reopen(found["anchors"])
+        if self.constraint is not None:
+            record |= {
+                "blocks": list(self.constraint.blocks),
+                "directions": self._directions.hash,
+                "anchors": self._anchors.fingerprint if self._anchors else None,
+                "steps_per_epoch": self._steps_per_epoch,
+            }
+        return record
 
     def _check_resumed_schedule(self) -> None:
         """Another number of ranks goes on as the interrupted run would have, if its steps are as large."""
-        before, now = self._resumed_steps_per_epoch, self._steps_per_epoch
+        before = self._resumed.record.get("steps_per_epoch") if self._resumed else None
+        now = self._steps_per_epoch
         if before is None or all(phase.steps(before) == phase.steps(now) for phase in self.alpha_schedule.phases):
             return
         raise ProConError(
             f"the checkpoint was trained with {before} steps per epoch, not {now}, and the schedule counts in epochs: "
             "keep ranks times batch size times gradient accumulation steps as it was"
-        )
-
-    def _recording_dataloader(self) -> DataLoader:
-        """This rank's share of the training set, longest samples first, through the training collator."""
-        dataset = self.train_dataset
-        require_length(dataset, "train_dataset")
-        collator = self.data_collator
-        if isinstance(dataset, Dataset):
-            dataset = self._remove_unused_columns(dataset, description="anchors")
-        else:
-            collator = self._get_collator_with_removed_columns(collator, description="anchors")
-        order = sorted(range(len(dataset)), key=lambda i: -len(dataset[i]["input_ids"]))
-        # Ranks of tensor parallelism compute every batch together.
-        together = self.get_tp_size()
-        share = order[self.args.process_index // together :: self.args.world_size // together]
-        # A generator of its own: without one, iterating would draw from the global random state of training.
-        return DataLoader(
-            Subset(dataset, share),  # pyright: ignore[reportArgumentType]  # a datasets.Dataset serves too
-            batch_size=self.args.per_device_train_batch_size,
-            collate_fn=collator,
-            generator=torch.Generator(),
         )
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
@@ -387,11 +307,3 @@ class ProConMixin(_Trainer):
         total = self._sum_over_ranks(self._penalty_sum / self.get_tp_size()).item()
         check_finite(total, self.state.global_step)
         return total
-
-    @contextmanager
-    def _collating(self, collator: Callable[[list[Any]], Any]) -> Iterator[None]:
-        original, self.data_collator = self.data_collator, collator
-        try:
-            yield
-        finally:
-            self.data_collator = original

@@ -11,6 +11,7 @@ from huggingface_hub import metadata_load, metadata_save
 
 from procon.directions import DIRECTIONS, RefusalDirections
 from procon.schedule import AlphaSchedule, Phase
+from procon.version import __version__
 
 _TAG = "procon"
 
@@ -62,15 +63,28 @@ directions = RefusalDirections.load(folder)
 ```"""
 
 
+_UNCONSTRAINED = """\
+## Trained without ProCon's constraint
+
+This model was fine-tuned by procon-llm {version} without the projection constraint: {why}."""
+
+
 def describe(settings: dict[str, Any], directions: RefusalDirections, log_history: Sequence[dict[str, Any]]) -> str:
-    """The section, in Markdown.
+    """The section, in Markdown; that of a model without the constraint if no step so far was under it.
 
     Args:
         settings: what ``procon.json`` holds.
         directions: those of the run.
         log_history: the Trainer's, of which the last value of each measure is shown.
     """
+    did = settings["did"]
+    if not did["constrained_steps"]:
+        return describe_unconstrained(f"none of its {did['steps']} steps was under it ({settings['schedule']})")
+    mean = did["mean_penalty"]
     rows = {
+        "optimiser steps under the constraint": f"{did['constrained_steps']} of {did['steps']}",
+        "blocks that it acted on": _blocks(did["blocks_acted"], len(directions.first)),
+        "mean penalty, before alpha": "not finite" if mean is None else f"{mean:.3g}",
         "strength (alpha)": _strength(AlphaSchedule.parse(settings["schedule"])),
         "constrained tokens": settings["scope"],
         "constrained blocks": _blocks(settings["blocks"], len(directions.first)),
@@ -93,18 +107,44 @@ def describe(settings: dict[str, Any], directions: RefusalDirections, log_histor
     )
 
 
+def describe_unconstrained(why: str = "alpha was 0") -> str:
+    """The section of a model that was trained without the constraint."""
+    return _UNCONSTRAINED.format(version=__version__, why=why)
+
+
+def drop_section(card: Path) -> None:
+    """Take the section out of a card."""
+    text = card.read_text(encoding="utf-8") if card.exists() else ""
+    if _BEGIN in text:
+        card.write_text(_replaced(text, "")[0], encoding="utf-8")
+
+
 def write_section(card: Path, section: str) -> None:
     """Put ``section`` and the tag in a card, in place of an earlier one; the rest of it stays. Makes it if need be."""
-    text = card.read_text(encoding="utf-8") if card.exists() else ""
-    marked = f"{_BEGIN}\n{section}\n{_END}"
-    text, replaced = re.subn(f"{_BEGIN}.*?{_END}", lambda _: marked, text, flags=re.DOTALL)
-    text = text if replaced else f"{text.rstrip()}\n\n{marked}"
-    card.write_text(f"{text.strip()}\n", encoding="utf-8")
+    _put(card, section)
     metadata = metadata_load(card) or {}
     tags = metadata.get("tags") or []
     tags = [tags] if isinstance(tags, str) else tags
     if _TAG not in tags:
         metadata_save(card, {**metadata, "tags": [*tags, _TAG]})
+
+
+def write_unconstrained(card: Path) -> None:
+    """Say in a card that the model was trained without the constraint, if there is a card."""
+    if card.exists():
+        _put(card, describe_unconstrained())
+
+
+def _put(card: Path, section: str) -> None:
+    text = card.read_text(encoding="utf-8") if card.exists() else ""
+    marked = f"{_BEGIN}\n{section}\n{_END}"
+    text, replaced = _replaced(text, marked)
+    text = text if replaced else f"{text.rstrip()}\n\n{marked}"
+    card.write_text(f"{text.strip()}\n", encoding="utf-8")
+
+
+def _replaced(text: str, marked: str) -> tuple[str, int]:
+    return re.subn(f"{_BEGIN}.*?{_END}", lambda _: marked, text, flags=re.DOTALL)
 
 
 def _strength(schedule: AlphaSchedule) -> str:

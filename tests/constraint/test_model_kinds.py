@@ -126,10 +126,10 @@ def test_a_block_that_runs_twice_is_refused(tiny_model, batch, random_directions
     with pytest.raises(ProConError, match="runs twice in one forward: looped decoders are not supported"):
         Anchors.record(model, [batch], directions, tmp_path, progress=False, scope="response")
     for fuse in ("auto", "never"):
-        with ProjectionConstraint(directions, penalty="squared").attach(model, fuse=fuse) as constraint:
+        twice = pytest.raises(ProConError, match="ran twice")
+        with twice, ProjectionConstraint(directions, penalty="squared").attach(model, fuse=fuse) as constraint:
             constraint.set_target(torch.zeros(2, 9, 3), torch.ones(2, 9))
-            with pytest.raises(ProConError, match="ran twice"):
-                model(**batch)
+            model(**batch)
 
 
 TEXT = {

@@ -23,6 +23,7 @@ from procon.defences import (
     build_trainer,
     project_update,
 )
+from procon.defences.trainer import PlainTrainer
 from procon.errors import ProConError
 from procon.schedule import AlphaSchedule
 from procon.training import ProConConfig, ProConTrainer
@@ -78,7 +79,7 @@ def test_registry():
         assert defence.safety == (name == "safe" or name.endswith("_safe"))
         accepted = inspect.signature(defence.trainer.__init__).parameters
         assert defence.is_procon or {*defence.settings, *defence.needs} <= set(accepted)
-        if not defence.is_procon and defence.trainer is not Trainer:
+        if not defence.is_procon and defence.trainer is not PlainTrainer:
             # In the module's docstring: paper and equation.
             assert "arXiv" in inspect.getmodule(defence.trainer).__doc__
     listed = next(f for f in fields(TrainArguments) if f.name == "defence").metadata["help"].partition(";")[0]

@@ -50,6 +50,8 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
     trainer.add_callback(ConstantDrift(trainer, trainer.processing_class, steps=4))
     trainer.train()
     trainer.save_model()
+    penalties = {row["step"]: row["procon/penalty"] for row in trainer.state.log_history if "procon/penalty" in row}
+    assert list(penalties) == [1, 2]
     output = tmp_path / "out"
     card = (output / "README.md").read_text()
     trainer.save_model()
@@ -61,8 +63,22 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
         assert "procon" in metadata_load(folder / "README.md")["tags"]
         assert RefusalDirections.load(folder).hash == trainer.constraint._directions.hash
         anchors = [path.name for path in (output / "_anchors").iterdir()]
-        assert json.loads((folder / "procon.json").read_text()) == {
+        record = json.loads((folder / "procon.json").read_text())
+        run, arguments = record.pop("run"), record.pop("arguments")
+        assert (run["seed"], run["samples_per_step"], arguments["learning_rate"]) == (42, 2, 1e-2)
+        files = record.pop("files", {})
+        assert set(files) == (
+            {str(path.relative_to(folder)) for path in folder.rglob("*")} - {"procon.json"} if files else set()
+        )
+        did = record.pop("did")
+        assert did.pop("mean_penalty") == pytest.approx(sum(penalties.values()) / 2)
+        assert did.pop("penalty_sum") == pytest.approx(sum(penalties.values()))
+        assert did == {"steps": 2 if files else 6, "constrained_steps": 2, "blocks_acted": [1, 2]}
+        assert record.pop("resumable", True)
+        assert record.pop("window") == {"penalty": 0.0, "steps": 0}
+        assert record == {
             "version": __version__,
+            "constrained": True,
             "schedule": "procon_wu:0.5@1ep",
             "scope": "all",
             "penalty": "squared",
@@ -73,10 +89,11 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
             "anchors": anchors[0],
             "steps_per_epoch": trainer._steps_per_epoch,
         }
-    penalties = {row["step"]: row["procon/penalty"] for row in trainer.state.log_history if "procon/penalty" in row}
-    assert list(penalties) == [1, 2]
     for part in (
         "| strength (alpha) | 0.5 for 1 extra epoch, then 0 to the end (`procon_wu:0.5@1ep`) |",
+        "| optimiser steps under the constraint | 2 of 6 |",
+        "| blocks that it acted on | 1 to 2 of 3, from 0 |",
+        f"| mean penalty, before alpha | {sum(penalties.values()) / 2:.3g} |",
         "| constrained tokens | all |",
         "| constrained blocks | 1 to 2 of 3, from 0 |",
         "| penalty | squared, gap units, mean over tokens |",
@@ -91,7 +108,7 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
 
 
 @KINDS
-def test_schedule_of_zero_writes_what_the_trainer_writes(make_trainer, tmp_path, base, lora):
+def test_schedule_of_zero_writes_what_the_trainer_writes_and_says_so(make_trainer, tmp_path, base, lora):
     written = {}
     for folder, schedule in (("plain", None), ("ours", "0")):
         trainer = make_trainer(base, schedule, lora=lora, folder=folder)
@@ -100,10 +117,18 @@ def test_schedule_of_zero_writes_what_the_trainer_writes(make_trainer, tmp_path,
         trainer.create_model_card(model_name="tiny")
         root = tmp_path / folder
         written[folder] = {path.relative_to(root): path for path in root.rglob("*")}
-    assert written["plain"].keys() == written["ours"].keys()
+    records = [name for name in written["ours"] if name.name == "procon.json"]
+    assert {name.parent.name for name in records} == {"", "checkpoint-2", "checkpoint-4"}
+    assert written["plain"].keys() == written["ours"].keys() - set(records)
+    for name in records:
+        record = json.loads(written["ours"][name].read_text())
+        assert (record["constrained"], record["schedule"]) == (False, "0")
     for name, path in written["plain"].items():
         if path.name == "README.md":
-            assert path.read_text() == written["ours"][name].read_text()
+            said, ours = "## Trained without ProCon's constraint", written["ours"][name].read_text()
+            before, _, after = ours.partition("<!-- procon -->")
+            assert said in after
+            assert before.rstrip() + after.partition("<!-- /procon -->")[2].rstrip() == path.read_text().rstrip()
 
 
 def test_constrained_run_does_not_go_on_from_an_unconstrained_one(make_trainer):
@@ -203,6 +228,7 @@ def test_card_of_other_settings():
         "blocks": [0, 2],
         "directions": "abc",
         "anchors": "def",
+        "did": {"steps": 300, "constrained_steps": 204, "blocks_acted": [2], "mean_penalty": None},
     }
     ones = torch.ones(3)
     random = RefusalDirections(torch.eye(3, 8), ones, ones, ones, ones).randomized(seed=7)
@@ -221,6 +247,10 @@ def test_card_of_other_settings():
         "Not measured in this run: mean cosine of re-extracted directions to the first.\nA model",
     ):
         assert part in text
+    assert "| mean penalty, before alpha | not finite |" in text
+    none = describe({**settings, "did": {"steps": 3, "constrained_steps": 0}}, random, [])
+    assert "without the projection constraint: none of its 3 steps was under it" in none
+    assert HEADING not in none
     assert "| 0.1 throughout (`0.1`) |" in describe({**settings, "schedule": "0.1"}, random, [])
 
 

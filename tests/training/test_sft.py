@@ -7,11 +7,10 @@ from peft import LoraConfig
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from procon.constraint import ProjectionConstraint
-from procon.directions import RefusalDirections
+from procon.directions import DIRECTIONS, RefusalDirections
 from procon.errors import ProConError
 from procon.sequences import split_batch
 from procon.training import ProConConfig, ProConMixin
-from procon.training.checkpoints import DIRECTIONS
 
 pytest.importorskip("trl", reason="the extra trl")
 from procon.training.sft import ProConSFTConfig, ProConSFTTrainer

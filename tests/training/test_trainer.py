@@ -14,7 +14,7 @@ from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.integrations import ProConCallback
 from procon.models import find_decoder
-from procon.training import DriftCallback, ProConConfig, ProConTrainer
+from procon.training import DriftCallback, ProConConfig, ProConMixin, ProConTrainer
 
 
 @pytest.fixture
@@ -208,6 +208,19 @@ def test_constraint_holds_projections(tiny_model, dataset, tokenizer, tmp_path):
 def test_bad_settings(tmp_path, settings, message):
     with pytest.raises(ProConError, match=message):
         ProConConfig(output_dir=str(tmp_path), **settings)
+
+
+def test_a_class_that_asks_the_trainer_first_is_refused():
+    class Mine(Trainer):
+        pass
+
+    with pytest.raises(ProConError, match="class Wrong has transformers' Trainer before ProConMixin"):
+
+        class Wrong(Mine, ProConMixin):
+            pass
+
+    class Right(Mine, ProConTrainer):  # asks Mine, then ProConMixin, then Trainer
+        pass
 
 
 def test_missing_directions_stop(tiny_model, dataset, tmp_path):

@@ -1,0 +1,191 @@
+"""Directions, anchors and the batches that have them, in any trainer that extends transformers' Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedModel
+
+from procon.anchors import AnchoredCollator, Anchors
+from procon.anchors.starting_state import StartingState, check_resumed, require_length
+from procon.constraint import ProjectionConstraint
+from procon.directions import RefusalDirections
+from procon.errors import ProConError
+from procon.schedule import AlphaSchedule
+from procon.training.checkpoints import Checkpoint
+from procon.training.config import ProConConfig
+from procon.training.output import output_folder
+from procon.training.resumable import ResumableMixin
+
+#: What the anchored collator adds to a batch; never handed to the model.
+TARGET = ("anchors", "constraint_mask")
+
+#: Settings that a resumed training shares with the one that it goes on from.
+_SAME_WHEN_RESUMED = ("schedule", "scope", "penalty", "units", "reduction", "blocks", "directions")
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    class _Resumable(ResumableMixin, Trainer):
+        """The trainer that the mixin stands before, with what constrained training makes sure of."""
+
+        args: ProConConfig  # or any other class with ProConArguments
+        model: PreTrainedModel  # or PEFT's, which takes from its base what it lacks
+        processing_class: Any
+        train_dataset: Any
+
+else:
+    _Resumable = ResumableMixin
+
+
+class AnchoredMixin(_Resumable):
+    """What the constraint of a training is made of, found before it begins: directions, and an anchor for each token.
+
+    Attributes:
+        alpha_schedule: the strength of the constraint over training.
+        constraint: None if there is none, or not yet directions to make it of.
+    """
+
+    alpha_schedule: AlphaSchedule
+    constraint: ProjectionConstraint | None
+    _anchors: Anchors | None
+    _directions: RefusalDirections  # there once there is a constraint
+    _collator: AnchoredCollator  # there once there is a loader
+
+    @property
+    def _constrains(self) -> bool:
+        return self.alpha_schedule.active
+
+    def _make_constraint(self, directions: RefusalDirections) -> ProjectionConstraint:
+        settings = self.args.constraint_settings()
+        self._directions = directions
+        self.constraint = constraint = ProjectionConstraint(
+            directions,
+            blocks=settings.blocks,
+            penalty=settings.penalty,
+            units=settings.units,
+            backend=settings.backend,
+        )
+        return constraint
+
+    def _extract(self) -> RefusalDirections:
+        """The directions of the model as it is; of the main process if there are several."""
+        main = self.is_world_process_zero()
+        found: list[Any] = [None]
+        # Not yet sharded, the model may be whole on the main process alone. Sharded already, it needs all of them.
+        if main or getattr(self, "is_distributed_loading_by_transformers", False):
+            progress = main and not self.args.disable_tqdm
+            try:
+                found = [RefusalDirections.extract(self.model, self.processing_class, progress=progress)]
+            except ProConError as error:
+                found = [error]
+        # Ranks round differently, and anchors belong to one set of directions.
+        broadcast_object_list(found)
+        if isinstance(found[0], ProConError):
+            raise found[0]
+        return found[0]
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | bool | None
+    ) -> tuple[nn.Module, DataLoader]:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.constraint is not None and self._anchors is None:
+            # Now that the model is where it will train: on its device, sharded, in its precision.
+            self._anchors = self._collator.anchors = self._record_anchors(self.constraint)
+        return prepared
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.constraint is None:
+            return super().get_train_dataloader()
+        self._collator = AnchoredCollator(
+            self.data_collator, self._anchors, reduction=self.args.procon_reduction, tokenizer=self.processing_class
+        )
+        with self._collating(self._collator):
+            return super().get_train_dataloader()
+
+    def _prepare_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Anchors stay fp32: under DeepSpeed, the Trainer casts what is floating to the model's dtype."""
+        target = {name: inputs[name].to(self.args.device) for name in TARGET if name in inputs}
+        prepared = super()._prepare_inputs({name: value for name, value in inputs.items() if name not in target})
+        return {**prepared, **target}
+
+    def _prepare_context_parallel_inputs(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[Callable[..., Any], dict[str, Any]]:
+        """Anchors and mask are split along the sequence as the inputs are."""
+        context, inputs = super()._prepare_context_parallel_inputs(model, inputs)
+        target = [inputs[name] for name in TARGET if name in inputs]
+        if self.get_cp_size() > 1 and target:
+            sharding = cast("partial[Any]", context)  # as it is under context parallelism
+            given = sharding.keywords
+            context = partial(
+                sharding.func,
+                buffers=[*given["buffers"], *target],
+                buffer_seq_dims=[*given["buffer_seq_dims"], *(1 for _ in target)],
+                no_restore_buffers={*given["no_restore_buffers"], *target},
+            )
+        return context, inputs
+
+    def _starting_state(self) -> StartingState:
+        return StartingState(self.args.procon_anchors_dir, output_folder(self.args))
+
+    def _record_anchors(self, constraint: ProjectionConstraint) -> Anchors:
+        args = self.args
+        with self.compute_loss_context_manager():
+            return self._starting_state().record(
+                self.model,
+                self._recording_dataloader(),
+                self._directions,
+                blocks=constraint.blocks,
+                scope=args.procon_scope,
+                backend=args.procon_backend,
+                precision=self.accelerator.mixed_precision,
+                progress=not args.disable_tqdm,
+            )
+
+    def _reopen_anchors(self, constraint: ProjectionConstraint, checkpoint: Checkpoint) -> Anchors:
+        found, record = checkpoint.record, self._record()
+        if found.get("anchors") is None:
+            raise ProConError(
+                f"{checkpoint} is of training without the constraint: resume with procon_schedule 0, or start afresh"
+            )
+        check_resumed(found, {name: record[name] for name in _SAME_WHEN_RESUMED}, str(checkpoint))
+        return self._starting_state().reopen(found["anchors"])
+
+    def _recording_dataloader(self) -> DataLoader:
+        """This rank's share of the training set, longest samples first, through the training collator."""
+        dataset = self.train_dataset
+        require_length(dataset, "train_dataset")
+        collator = self.data_collator
+        if isinstance(dataset, Dataset):
+            dataset = self._remove_unused_columns(dataset, description="anchors")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="anchors")
+        order = sorted(range(len(dataset)), key=lambda i: -len(dataset[i]["input_ids"]))
+        # Ranks of tensor parallelism compute every batch together.
+        together = self.get_tp_size()
+        share = order[self.args.process_index // together :: self.args.world_size // together]
+        # A generator of its own: without one, iterating would draw from the global random state of training.
+        return DataLoader(
+            Subset(dataset, share),  # pyright: ignore[reportArgumentType]  # a datasets.Dataset serves too
+            batch_size=self.args.per_device_train_batch_size,
+            collate_fn=collator,
+            generator=torch.Generator(),
+        )
+
+    @contextmanager
+    def _collating(self, collator: Callable[[list[Any]], Any]) -> Iterator[None]:
+        original, self.data_collator = self.data_collator, collator
+        try:
+            yield
+        finally:
+            self.data_collator = original

@@ -1,0 +1,162 @@
+"""Did the constraint act? Measured while training, counted over the whole run, and written beside the model."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from procon.constraint import ProjectionConstraint
+from procon.errors import ProConError
+
+logger = logging.getLogger(__name__)
+
+#: Relative difference of the penalty's gradient to the one expected that is more than rounding.
+_TOLERANCE = 1e-2
+
+_REMEDY = "return what super().compute_loss gives, with your own terms added to it"
+
+
+class Evidence:
+    """What the constraint of a run has done so far.
+
+    Every penalty that a training forward gives is watched until its gradient has gone through backward. The first one
+    is measured as well: the gradient's size, and whether it reaches a parameter that the optimiser trains.
+
+    Attributes:
+        constrained_steps: optimiser steps under an alpha above 0 in which the penalty's gradient arrived.
+        blocks: indices of the blocks whose input the penalty could move.
+        penalty: sum over those steps of the penalty, before alpha, over the logging windows that have ended.
+        window: the same of the one that has not, as far as it is known.
+    """
+
+    def __init__(self) -> None:
+        self.constrained_steps = 0
+        self.blocks: set[int] = set()
+        self.penalty = 0.0
+        self.window = 0.0
+        self._is_measured = False
+        self._watched = 0
+        self._arrived = 0
+        self._gradient = math.nan
+        self._expected = math.nan
+        self._below: list[Tensor] = []
+
+    def restore(self, did: Mapping[str, Any] | None) -> None:
+        """Go on counting from what a checkpoint's record says was done; from nothing, if there is none."""
+        did = did or {}
+        self.constrained_steps = int(did.get("constrained_steps", 0))
+        self.blocks = set(did.get("blocks_acted", ()))
+        self.penalty = float(did.get("penalty_sum", 0.0))
+        self.window = 0.0
+        self._watched = self._arrived = 0
+
+    def did(self, steps: int) -> dict[str, Any]:
+        """The measured facts of a run of ``steps`` optimiser steps, for its record."""
+        constrained, total = self.constrained_steps, self.penalty + self.window
+        return {
+            "steps": steps,
+            "constrained_steps": constrained,
+            "blocks_acted": sorted(self.blocks),
+            "mean_penalty": total / constrained if constrained and math.isfinite(total) else None,
+            "penalty_sum": self.penalty if math.isfinite(self.penalty) else None,
+        }
+
+    def watch(self, penalty: Tensor, expected: float | None) -> None:
+        """Look out for the gradient of a penalty that is now to go into a loss.
+
+        Args:
+            expected: what its gradient should be, None if that is not known.
+        """
+        if not penalty.requires_grad:  # a forward for metrics
+            return
+        self._watched += 1
+        if self._is_measured:
+            penalty.register_hook(self._count)
+        else:
+            self._below = _leaves(penalty)
+            self._expected = math.nan if expected is None else expected
+            penalty.register_hook(self._measure)
+
+    def check_backward(self) -> None:
+        """Raise ProConError unless every penalty watched has had its gradient by now, after backward."""
+        if self._watched > self._arrived:
+            raise ProConError(
+                "the penalty was computed, but the loss that went through backward does not have it, so the constraint "
+                f"would be lost: {_REMEDY}"
+            )
+
+    def end_step(
+        self, constraint: ProjectionConstraint, optimizer: torch.optim.Optimizer | None, model: nn.Module
+    ) -> None:
+        """Count an optimiser step under an alpha above 0, before the optimiser takes it.
+
+        Raises:
+            ProConError: if the constraint does not reach what the optimiser trains.
+        """
+        self.check_backward()
+        arrived, self._watched, self._arrived = self._arrived, 0, 0
+        if not arrived:
+            raise ProConError(
+                "alpha is above 0, but this optimiser step has no gradient of the penalty, so the constraint would be "
+                f"lost: leave training_step to the trainer, and {_REMEDY}"
+            )
+        if not self._is_measured:
+            self._check_first(optimizer, model)
+            self._is_measured, self._below = True, []
+            self.blocks.update(constraint.acting)
+            if 2 * len(self.blocks) < len(constraint.blocks):
+                logger.warning(
+                    "the constraint can act on %d of its %d blocks: nothing below the others trains",
+                    len(self.blocks),
+                    len(constraint.blocks),
+                )
+        self.constrained_steps += 1
+
+    def _count(self, _gradient: Tensor) -> None:
+        self._arrived += 1
+
+    def _measure(self, gradient: Tensor) -> None:
+        self._arrived += 1
+        self._gradient = float(gradient)
+
+    def _check_first(self, optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
+        if not math.isfinite(self._gradient) or self._gradient == 0:
+            raise ProConError(
+                f"the penalty's gradient is {self._gradient:g} in the loss that went through backward, so nothing is "
+                f"constrained: {_REMEDY}"
+            )
+        if abs(self._gradient / self._expected - 1) > _TOLERANCE:  # never of NaN
+            logger.warning(
+                "the penalty acts %.3g times as strongly as alpha says: what is made of the loss after "
+                "super().compute_loss changes it",
+                self._gradient / self._expected,
+            )
+        trained = {id(parameter) for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]}
+        own = {id(parameter) for parameter in model.parameters()}
+        # Sharded, parameters are computed with in other tensors than those that are trained.
+        reached = [leaf for leaf in self._below if id(leaf) in own]
+        if reached and trained & own and not any(id(leaf) in trained for leaf in reached):
+            raise ProConError(
+                f"the penalty reaches {len(reached)} parameters, and the optimiser trains none of them, so the "
+                "constraint cannot act: give the optimiser the parameters below a constrained block"
+            )
+
+
+def _leaves(tensor: Tensor) -> list[Tensor]:
+    """The parameters that a gradient of ``tensor`` gets to."""
+    found, seen, waiting = [], set(), [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        waiting.extend(following for following, _ in node.next_functions)
+    return found

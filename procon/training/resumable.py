@@ -1,0 +1,180 @@
+"""A Trainer whose runs have a folder to themselves, and go on as the run that they go on from, or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+
+from procon.errors import ProConError
+from procon.files import writing
+from procon.models import is_sharded
+from procon.training.checkpoints import Checkpoint, break_seal, latest, open_checkpoint, seal
+from procon.training.model_card import write_unconstrained
+from procon.training.output import claim, locked, output_folder
+from procon.training.ranks import on_main
+from procon.training.record import write_record
+from procon.training.run_facts import check_same_run, run_arguments, run_facts
+from procon.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    _Trainer = Trainer
+else:
+    _Trainer = object
+
+
+class ResumableMixin(_Trainer):
+    """Before any subclass of transformers' Trainer: its output folder, its checkpoints and how it goes on from one.
+
+    - One training at a time writes to an output folder, and none over what another one left.
+    - A checkpoint counts as whole once the files of every rank are on the disk, with their checksums in its
+      ``procon.json``. If the latest one is damaged, a warning names the file, and the one before is taken.
+    - A resumed run has the model, data, seed, batch size and settings of the one that it goes on from.
+
+    Attributes:
+        details: more that a resumed run must share, such as a defence and its settings; JSON.
+    """
+
+    details: dict[str, Any] = {}  # noqa: RUF012  # set as a whole
+    _run: dict[str, Any] | None = None
+
+    def train(
+        self, resume_from_checkpoint: str | Path | bool | Checkpoint | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """Train, or go on from a checkpoint: one that is given, or the latest whole one for True.
+
+        Raises:
+            ProConError: if another process trains in the output folder, another training has left a model there, or
+                the checkpoint is damaged, or of another run.
+        """
+        folder = output_folder(self.args)
+        with locked(folder):
+            checkpoint = self._opened(resume_from_checkpoint)
+            self._run = {**self._run_facts(), **self.details}
+            if checkpoint:
+                self._check_resumed(checkpoint)
+            else:
+                record, overwrite = self._record(), getattr(self.args, "procon_overwrite", False)
+                on_main(lambda: claim(folder, record, overwrite=overwrite))
+            with self._constraining(checkpoint):
+                return super().train(str(checkpoint.path) if checkpoint else None, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model and, beside it, what it was trained under."""
+        folder = Path(output_dir) if output_dir else output_folder(self.args)
+        if self.args.should_save and self._run is not None:
+            # In place of what an earlier model may have left, whose record this one's is not.
+            write_record(folder, {**self._record(), "complete": False})
+        super().save_model(output_dir, _internal_call)
+        self._describe(folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        self._describe(output_folder(self.args))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_folder = Path(self._get_output_dir(trial=trial))
+        folder = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            break_seal(folder)
+            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+        with self._keeping_older():
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # until every rank has written its files
+        if self.args.should_save:
+            with writing(folder):
+                seal(folder, {**self._record(), "resumable": not self.args.save_only_model})
+            rotate_checkpoints(
+                output_dir=str(run_folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _keeping_older(self) -> Iterator[None]:
+        """The Trainer would delete older checkpoints before this one is known to be whole."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = limit
+
+    @property
+    def _constrains(self) -> bool:
+        """Whether this training is one under the constraint."""
+        return False
+
+    def _constraining(self, checkpoint: Checkpoint | None) -> AbstractContextManager[Any]:
+        """What holds while training; ``checkpoint`` is the one to go on from."""
+        return nullcontext()
+
+    def _run_facts(self) -> dict[str, Any]:
+        """Of the main process: others may hold no weights worth the name yet; of sharded ones, all need the others."""
+        model = cast(nn.Module, self.model)
+
+        def find() -> dict[str, Any]:
+            return run_facts(
+                self.args,
+                model,
+                self.train_dataset,
+                precision=self.accelerator.mixed_precision,
+                together=self.get_tp_size() * self.get_cp_size() * self.get_sp_size(),
+                reads_data=self._constrains,
+            )
+
+        if not is_sharded(model):
+            return on_main(find)
+        found = find()
+        return on_main(lambda: found)
+
+    def _run_arguments(self) -> dict[str, Any]:
+        return run_arguments(self.args, cast(nn.Module, self.model), self.data_collator)
+
+    def _record(self) -> dict[str, Any]:
+        """What goes into ``procon.json``."""
+        return {
+            "version": __version__,
+            "constrained": False,
+            "schedule": "0",
+            "run": self._run,
+            "arguments": self._run_arguments(),
+        }
+
+    def _describe(self, folder: Path) -> None:
+        """Write beside the model what it was trained under, and into its card, if it has one."""
+        if self._run is None or not self.args.should_save:
+            return
+        write_record(folder, self._record())
+        write_unconstrained(folder / "README.md")
+
+    def _opened(self, given: str | Path | bool | Checkpoint | None) -> Checkpoint | None:
+        if isinstance(given, Checkpoint) or not given:
+            return given or None
+        if given is not True:
+            path = Path(given)
+            return on_main(lambda: open_checkpoint(path))
+        folder = output_folder(self.args)
+        found = on_main(lambda: latest(folder))
+        if found is None:
+            raise ProConError(f"no complete checkpoint in {str(folder)!r} to resume from: start afresh")
+        return found
+
+    def _check_resumed(self, checkpoint: Checkpoint) -> None:
+        """Raise ProConError unless this run is the one that the checkpoint is of."""
+        schedule = checkpoint.record.get("schedule", "0")
+        if schedule != "0" and not self._constrains:
+            raise ProConError(
+                f"{checkpoint} is of training under the constraint (schedule {schedule!r}), which this run would not "
+                "have: resume with the same procon_schedule, or start afresh"
+            )
+        check_same_run(checkpoint.record, self._run or {}, self._run_arguments(), str(checkpoint))

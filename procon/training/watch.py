@@ -1,0 +1,77 @@
+"""Looks on while a trainer trains: does every step that should be under the constraint have it?"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from procon.errors import ProConError
+from procon.schedule import AlphaSchedule
+
+if TYPE_CHECKING:
+    from procon.training.mixin import ProConMixin
+
+logger = logging.getLogger(__name__)
+
+#: An alpha so small serves to log the penalty, and not to constrain.
+_ONLY_MEASURES = 1e-6
+
+
+class Watch(TrainerCallback):
+    """Counts the steps of a constrained trainer, and stops one that loses the constraint."""
+
+    def __init__(self, trainer: ProConMixin) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.begin_evidence()
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        constraint = self._trainer.constraint
+        if constraint is not None and self._trainer.alpha > 0:
+            self._trainer.evidence.end_step(constraint, optimizer, model)
+
+
+def check_acts(schedule: AlphaSchedule, steps: int, steps_per_epoch: int) -> None:
+    """Look at a schedule before training; warn of an alpha or a phase that does nothing.
+
+    Raises:
+        ProConError: if none of the training's steps would be under the constraint.
+    """
+    if steps < 1:
+        raise ProConError("the training has no steps: give num_train_epochs or max_steps above 0, and data")
+    if not schedule.constrained_steps(steps, steps_per_epoch):
+        raise ProConError(
+            f"schedule {str(schedule)!r} has alpha 0 in each of the {steps} steps of this training "
+            f"({steps_per_epoch} in an epoch), so nothing would be constrained: begin the constraint earlier, train "
+            "longer, or give schedule '0' to train without it"
+        )
+    strongest = max(phase.alpha for phase in schedule.phases)
+    if strongest < _ONLY_MEASURES:
+        logger.warning("alpha is at most %g: the penalty is logged, but constrains next to nothing", strongest)
+    begin = 0.0
+    for phase in schedule.phases:
+        if begin >= steps:
+            logger.warning(
+                "phase %s of schedule %s is never reached: it begins after step %d, and training has %d steps",
+                phase,
+                schedule,
+                begin,
+                steps,
+            )
+        begin += phase.steps(steps_per_epoch)
