@@ -1,0 +1,153 @@
+"""The files that are damaged, in which regions, and how each is used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from procon.anchors import Anchors, fingerprint
+from procon.directions import RefusalDirections
+from procon.models import find_decoder, origin_of
+
+BLOCKS, WIDTH = 3, 32
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A file and a use of it.
+
+    Attributes:
+        name: of the file's kind.
+        use: reads it as the library does; gives what must come out.
+        way: in a word, how.
+        regions: parts of the file by name: first byte and the one after the last.
+    """
+
+    name: str
+    file: Path
+    way: str
+    use: Callable[[], Any]
+    regions: dict[str, tuple[int, int]]
+
+
+def model_of(seed: int = 0, **settings: Any) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=2,
+        **settings,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def directions_of(seed: int = 0, model: LlamaForCausalLM | None = None) -> RefusalDirections:
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.nn.functional.normalize(torch.randn(BLOCKS, WIDTH, generator=generator), dim=-1)
+    provenance = {"model": "tiny", "counts": {"malicious": 3, "benign": 4}, "refusal_rate": 0.5}
+    provenance |= {} if model is None else {"origin": origin_of(model)}
+    return RefusalDirections(first, *torch.rand(4, BLOCKS, generator=generator), provenance)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Eight sequences of unequal length."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([12, 7, 23, 5, 9, 16, 3, 24])
+    mask = (torch.arange(24) < lengths[:, None]).long()
+    ids = torch.randint(5, 60, (8, 24), generator=generator) * mask
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+class AnchorsFolder:
+    """Anchors of a tiny model, and both ways to them."""
+
+    def __init__(self, folder: Path, seed: int = 0, directions: int = 0, **settings: Any) -> None:
+        self.folder = folder
+        self.model, self.directions = model_of(seed, **settings), directions_of(directions)
+        self.state = fingerprint(self.model, self.directions, range(BLOCKS), "all")
+        self.record()
+        (self.shard,) = folder.glob("*.safetensors")
+        self.manifest = folder / "anchors.json"
+
+    def open(self) -> bytes:
+        return _bytes(Anchors(self.folder))
+
+    def record(self) -> bytes:
+        return _bytes(
+            Anchors.record(
+                self.model,
+                [batch()],
+                self.directions,
+                self.folder,
+                progress=False,
+                fingerprint=self.state,
+            )
+        )
+
+    def subjects(self) -> Iterator[Subject]:
+        for way, use in (("opened", self.open), ("recorded again", self.record)):
+            yield Subject("anchors file", self.shard, way, use, tensor_regions(self.shard))
+            yield Subject("anchors manifest", self.manifest, way, use, {"all": (0, self.manifest.stat().st_size)})
+
+
+def directions_subject(folder: Path) -> Subject:
+    file = directions_of(model=model_of()).save(folder / "directions.safetensors")
+
+    def load() -> tuple:
+        found = RefusalDirections.load(file)
+        tensors = [getattr(found, name).numpy().tobytes() for name in ("first", "gap", "auroc", "malicious", "benign")]
+        return tensors, found.provenance
+
+    return Subject("directions", file, "loaded", load, tensor_regions(file))
+
+
+def tensor_regions(file: Path) -> dict[str, tuple[int, int]]:
+    """Of a safetensors file."""
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    del header["__metadata__"]
+    places = {name: tuple(8 + length + place for place in entry["data_offsets"]) for name, entry in header.items()}
+    return {"header": (0, 8 + length), **places}
+
+
+def swaps(folder: Path) -> Iterator[tuple[str, Callable[[], Any], Any]]:
+    """Files of other anchors or another model in the place of ours: what, how it is used, and what must come out."""
+    others = {
+        "another model": AnchorsFolder(folder / "model", seed=1),
+        "other directions": AnchorsFolder(folder / "directions", directions=1),
+        "another configuration": AnchorsFolder(folder / "settings", rms_norm_eps=0.3),
+    }
+    for what, other in others.items():
+        for name in ("its own name", "our name"):
+            for way in ("opened", "recorded again"):
+                ours = AnchorsFolder(folder / f"{what} {name} {way}")
+                expected = ours.open()
+                shutil.copy(other.shard, ours.shard if name == "our name" else ours.folder)
+                yield f"anchors file of {what}, {name}", ours.open if way == "opened" else ours.record, expected
+        ours = AnchorsFolder(folder / f"{what} manifest")
+        expected = ours.open()
+        shutil.copy(other.manifest, ours.manifest)
+        yield f"anchors manifest of {what}", ours.open, expected
+        yield f"anchors manifest of {what}", ours.record, expected
+    file = directions_of(model=model_of(seed=1)).save(folder / "other.safetensors")
+
+    def fit() -> None:
+        found, model = RefusalDirections.load(file), model_of()
+        found.check_fits(find_decoder(model))
+        found.check_origin(model)
+
+    yield "directions of another model", fit, "a refusal"
+
+
+def _bytes(anchors: Anchors) -> bytes:
+    return anchors.annotate(batch())["anchors"].numpy().tobytes()
