@@ -36,6 +36,7 @@ def test_the_folder_is_the_users_or_one_that_is_not_published(tmp_path):
 def test_recorded_anchors_are_found_again(recorded, tmp_path):
     found = recorded()
     assert Path(found.path).parent == tmp_path / "out" / "_anchors"
+    assert (found.blocks, found.scope) == ((0, 2), "all")
     again = StartingState(None, tmp_path / "out").reopen(Path(found.path).name)
     assert again.fingerprint == found.fingerprint == Path(found.path).name
     assert len(again) == len(found) == 2
