@@ -147,6 +147,17 @@ def test_an_empty_file_of_no_sequences(file, rewrite):
         read_index(file, FINGERPRINT, COLUMNS)
 
 
+def test_what_is_missing_is_named(file):
+    tensors = load_file(file)
+    del tensors["checksums"]
+    save_file(tensors, file, {"fingerprint": FINGERPRINT, "index": "0" * 16})
+    with pytest.raises(DamagedShard, match=r"^no 'checksums'$"):
+        read_index(file, FINGERPRINT, COLUMNS)
+    file.unlink()
+    with pytest.raises(DamagedShard, match=r"^\[Errno 2\] No such file"):
+        read_index(file, FINGERPRINT, COLUMNS)
+
+
 @pytest.mark.parametrize("left", [0, 4, 8, 200, -1])
 def test_a_file_that_is_cut_off(file, left):
     file.write_bytes(file.read_bytes()[:left])

@@ -8,6 +8,7 @@ import torch
 from procon.anchors import Anchors
 from procon.anchors.store import fingerprint
 from procon.data import padding_collator
+from procon.sequences import split_batch
 
 
 def test_the_same_sequence_again_costs_no_forward(tiny_model, tokenizer, random_directions, samples, tmp_path):
@@ -46,6 +47,15 @@ def test_what_the_fingerprint_follows(tiny_model, random_directions):
     assert len({usual, *others}) == len(others) + 1
 
 
+def test_progress_is_shown_unless_it_is_not_wanted(tiny_model, tokenizer, random_directions, samples, tmp_path, capsys):
+    model = tiny_model()
+    batch = padding_collator(tokenizer)(samples[:2])
+    Anchors.record(model, [batch], random_directions(model), tmp_path / "quiet", progress=False)
+    assert capsys.readouterr().err == ""
+    Anchors.record(model, [batch], random_directions(model), tmp_path / "shown")
+    assert "anchors: 100%" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("blocks", [None, (0, 2), [1]])
 def test_what_anchors_know_of_themselves(tiny_model, tokenizer, random_directions, samples, tmp_path, blocks):
     model = tiny_model()
@@ -57,5 +67,8 @@ def test_what_anchors_know_of_themselves(tiny_model, tokenizer, random_direction
     assert found.scope == "prompt"
     assert found.k == 1
     assert found.fingerprint == fingerprint(model, directions, expected, "prompt")
+    assert all(sequence in found for sequence in split_batch(batch))
+    other = padding_collator(tokenizer)(samples[2:4])
+    assert not any(sequence in found for sequence in split_batch(other))
     annotated = found.annotate(batch)
     assert annotated["anchors"].shape == (*batch["input_ids"].shape, len(expected))
