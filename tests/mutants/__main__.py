@@ -189,7 +189,8 @@ def wilson(hits: int, trials: int) -> list[float]:
     return [round((middle + sign * spread) / (trials + z * z), 3) for sign in (-1, 1)]
 
 
-def campaign(room: Room, chosen: argparse.Namespace) -> dict:
+def campaign(room: Room, chosen: argparse.Namespace) -> tuple[dict, list[str]]:
+    """The room's row of the record, and what survived."""
     listed = listed_survivors(chosen.survivors)
     every = [mutant for file, source in room.sources.items() for mutant in mutants(file, source)]
     there = {(mutant.file, *mutant.key) for mutant in every}
@@ -225,28 +226,28 @@ def campaign(room: Room, chosen: argparse.Namespace) -> dict:
             took = time.monotonic() - start
             print(f"\r{room.name}: {number} of {len(picked)}, {dict(counts)}, {took:.0f} s", end="", file=sys.stderr)
     print(file=sys.stderr)
-    run = counts.total()
-    noticed = counts["killed"] + counts["timed out"]
+    noticed, run = counts["killed"] + counts["timed out"], counts.total()
+    command = f"python tests/mutants --module {room.name} --seconds {room.seconds:g}"
+    sampled = len(picked) < len(every)
     row = {
         "module": room.name,
         "mutants": len(every),
-        "sample": len(picked),
+        "tried": len(picked),
         "killed": counts["killed"],
         "timed out": counts["timed out"],
         "survived": counts["survived"],
-        "listed with a reason": dict(sorted(reasons.items())),
+        "listed": ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items())) or "0",
         "score": round(noticed / max(1, run), 4),
-        "score, the listed ones counted as survivors": round(noticed / max(1, len(picked)), 4),
+        "95% interval": " to ".join(map(str, wilson(noticed, run))) if sampled else "all tried",
+        "score without the list": round(noticed / max(1, len(picked)), 4),
+        "command": command + (f" --sample {chosen.sample} --seed {chosen.seed}" if sampled else ""),
     }
-    if len(picked) < len(every):
-        row |= {"seed": chosen.seed, "95% interval of the score": wilson(noticed, run)}
-    row["survivors"] = [f"{m.file}, {m.function}: {m.before} -> {m.after}" for m in survivors]
-    return row
+    return row, [f"{m.file}, {m.function}: {m.before} -> {m.after}" for m in survivors]
 
 
 def branch_coverage(room: Room) -> dict:
     taken, there = (sum(each[n] for each in map(room.base["branches"].get, room.files)) for n in (0, 1))
-    return {"branches": there, "taken": taken, "branch coverage": round(taken / there, 4) if there else 1.0}
+    return {"branches": there, "branches taken": taken, "branch coverage": round(taken / there, 4) if there else 1.0}
 
 
 def main() -> None:
@@ -254,30 +255,28 @@ def main() -> None:
     chosen = arguments()
     os.chdir(chosen.root)
     rooms = {name: chosen.tests or ROOMS.get(name, []) for name in chosen.module or ROOMS}
-    record = json.loads(chosen.output.read_text()) if chosen.output.exists() else {"rows": []}
-    rows = {row["module"]: row for row in record["rows"]}
+    record = json.loads(chosen.output.read_text()) if chosen.output.exists() else {"rows": [], "survivors": {}}
+    rows, survivors = {row["module"]: row for row in record["rows"]}, record["survivors"]
     with tempfile.TemporaryDirectory() as scratch:
         for name, tests in rooms.items():
             room = Room(name, tests, chosen, Path(scratch) / "tests")
-            row = rows.get(name, {"module": name}) | branch_coverage(room)
             if skipped := room.base["skipped"]:
                 print(f"{name}: left out, as they do not pass here: {', '.join(skipped)}", file=sys.stderr)
+            row = rows.get(name, {"module": name})
             if not chosen.coverage_only:
                 warm_up(room.base["modules"])
-                row |= campaign(room, chosen)
-            rows[name] = row
-            print(json.dumps({key: value for key, value in row.items() if key != "survivors"}), flush=True)
+                row, survivors[name] = campaign(room, chosen)
+            rows[name] = row | branch_coverage(room)
+            print(json.dumps(rows[name]), flush=True)
             made = {
                 "date": date.today().isoformat(),
                 "python": platform.python_version(),
                 **{package: version(package).split("+")[0] for package in ("torch", "mutmut", "coverage")},
                 "machine": f"{os.cpu_count()} cores, {platform.machine()}, no GPU",
             }
-            order = [*ROOMS, *(row for row in rows if row not in ROOMS)]
-            kept = [rows[row] for row in order if row in rows]
-            chosen.output.write_text(
-                json.dumps({"command": "python tests/mutants", "made": made, "rows": kept}, indent=1) + "\n"
-            )
+            kept = [rows[row] for row in [*ROOMS, *(row for row in rows if row not in ROOMS)] if row in rows]
+            content = {"command": "python tests/mutants", "made": made, "rows": kept, "survivors": survivors}
+            chosen.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
 main()
