@@ -102,6 +102,15 @@ def test_without_gradients_the_value_alone_is_kept(attached):
     assert state.target.values[1] > 0
 
 
+def test_inference(attached):
+    block = Block()
+    state = attached(block)
+    state.target = target()
+    with torch.inference_mode():
+        run(block, torch.randn(B, T, D))
+    assert state.target.values[1] > 0
+
+
 def test_what_cannot_move_has_no_penalty(attached):
     block = Block()
     state = attached(block)

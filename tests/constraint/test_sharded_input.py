@@ -66,3 +66,12 @@ def test_one_bad_placement_of_two_is_refused():
         check_placements(DTensor.from_local(torch.randn(2, 3, 4), mesh, [Shard(0), Shard(1)], run_check=False), 0)
     finally:
         dist.destroy_process_group()
+
+
+def test_the_backend_is_the_one_asked_for(mesh, monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    hidden = placed(torch.randn(*SHAPE, WIDTH), mesh, Replicate())
+    rest = torch.randn(WIDTH), torch.zeros(SHAPE), torch.ones(SHAPE)
+    with pytest.raises(ProConError, match=r"^backend is 'triton' but hidden is on cpu"):
+        constrain_sharded(hidden, *rest, penalty="squared", backend="triton")
