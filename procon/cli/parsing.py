@@ -212,11 +212,17 @@ class _SettingsLoader(yaml.BaseLoader):
     ``save_strategy: no`` for a false. A key that is given twice is an error: otherwise the last one would win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        for key, _ in node.value:
-            if names.count(key.value) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r:.60} is given twice", key.start_mark)
+        seen = set()
+        for name, mark in [(key.value, key.start_mark) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            if name in seen:
+                raise yaml.MarkedYAMLError(None, None, f"{name!r:.60} is given twice", mark)
+            seen.add(name)
         return super().construct_mapping(node, deep)
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # a few of them within each other stand for more than memory holds
+            raise yaml.MarkedYAMLError(None, None, "aliases are not read", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
 
 
 def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -199,10 +199,10 @@ def _defence_settings(arguments: TrainArguments, defence: Defence | None) -> dic
         name, equals, value = part.partition("=")
         try:
             settings[name.strip()] = _yaml_value(value)
-        except yaml.YAMLError:
+        except Exception:  # PyYAML has errors of its own, and lets through those of Python's types
             equals = ""
         if not equals:
-            raise ProConError(f"defence_settings has {part!r}: give key=value, joined by commas")
+            raise ProConError(f"defence_settings has {part!r:.60}: give key=value, joined by commas")
     if defence:
         defence.check(settings)
     return settings

@@ -167,6 +167,7 @@ def test_flags_win_over_yaml(tmp_path, config_first):
         ("model: 2026-99-99", "cannot be read as YAML: month must be"),
         ("model: !!python/object/apply:os.system [touch ran]", "cannot be read as YAML"),
         ("model: \x07", "cannot be read as YAML"),
+        ("label_names: &a [a]\nlora_targets: *a", "aliases are not read"),
         ("seed: {a: 1}", "gives seed a dict: give one value"),
         ("lora_targets: [[a]]", "gives lora_targets a list: give one value"),
         ("? [model]\n: m", "cannot be read as YAML"),

@@ -2,7 +2,7 @@
 
 Each input is made from a seed and its number. It has to be accepted or refused in one printable line: a traceback, a
 process that ends, or an input that takes a minute is a failure. ``--kind NAME --first N --count 1`` makes one again.
-The whole campaign writes ``recorded.json`` unless another file is given.
+The whole campaign, or a kind of it as a whole, is written into ``recorded.json`` unless another file is given.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -40,7 +41,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def row(name: str, found: Found, base: int) -> dict[str, object]:
+def row(name: str, found: Found, base: int) -> dict[str, Any]:
     return {
         "input": name,
         "inputs": found.outcomes.total(),
@@ -48,6 +49,20 @@ def row(name: str, found: Found, base: int) -> dict[str, object]:
         "peak memory above the start (MiB)": max(0, found.memory - base) // 2**20,
         "seconds": round(found.seconds, 1),
     }
+
+
+def total(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Their sum; of memory, the most."""
+    found = {
+        key: (max if key.startswith("peak") else sum)(row[key] for row in rows) for key in rows[0] if key != "input"
+    }
+    return {"input": "sum", **found, "seconds": round(found["seconds"], 1)}
+
+
+def kept(output: Path, again: set[str]) -> list[dict[str, Any]]:
+    """The rows of an earlier record that were not made again, of the kinds that there still are."""
+    rows = json.loads(output.read_text())["rows"] if output.exists() else []
+    return [row for row in rows if row["input"] in KINDS.keys() - again]
 
 
 def main() -> int:
@@ -68,14 +83,10 @@ def main() -> int:
         for number, result, reason in found.failures[:5]:
             print(f"{name!r} {number}: {result}: {reason}", file=sys.stderr)
         failed += len(found.failures)
-    total = {"input": "sum"} | {
-        key: (max if key.startswith("peak") else sum)(each[key] for each in rows) for key in rows[0] if key != "input"
-    }
-    total["seconds"] = round(total["seconds"], 1)
-    print(f"{total}", file=sys.stderr)
-    whole = not (chosen.short or chosen.count or chosen.first or len(chosen.kind) < len(KINDS))
+    whole = not (chosen.short or chosen.count or chosen.first)
     output = chosen.output or (Path(__file__).with_name("recorded.json") if whole else None)
     if output:
+        rows = [*kept(output, {each["input"] for each in rows}), *rows]
         made = {
             "date": date.today().isoformat(),
             "python": platform.python_version(),
@@ -83,9 +94,10 @@ def main() -> int:
             "memory at the start (MiB)": base // 2**20,
             **{package: version(package) for package in ("torch", "transformers", "datasets", "pyarrow", "pyyaml")},
         }
-        output.write_text(
-            json.dumps({"command": "python tests/fuzz", "made": made, "rows": [*rows, total]}, indent=1) + "\n"
-        )
+        rows = sorted(rows, key=lambda each: list(KINDS).index(each["input"]))
+        record = {"command": "python tests/fuzz", "made": made, "rows": [*rows, total(rows)]}
+        output.write_text(json.dumps(record, indent=1) + "\n")
+    print(total(rows), file=sys.stderr)
     shutil.rmtree(FOLDER, ignore_errors=True)
     return 1 if failed else 0
 

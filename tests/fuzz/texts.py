@@ -40,7 +40,7 @@ HOSTILE = (
     "~",
     "!!python/object/apply:os.system [id]",
     "&a [*a]",
-    "[" * 3000,
+    "[" * 400,
     '{"a":' * 200,
     "a" * 10_000,
     "\\ud83d",
