@@ -32,6 +32,9 @@ _CHECKED = Features({**_CONVERSATION, "doubt": Value("string")})
 
 _FORMATS = "'messages', 'prompt' + 'completion', or 'instruction' (+ 'input') + 'output'"
 
+#: Safety samples that are mixed in, at most: a list of their numbers is in memory.
+_MOST_SAMPLES = 10_000_000
+
 #: A reply that says nothing: a model trained on it learns to say nothing.
 _BLANK_REPLY = "a blank reply"
 
@@ -242,6 +245,8 @@ def mix_safety(dataset: Dataset, safety: Dataset, samples: int, *, seed: int) ->
     """``dataset`` with ``samples`` rows of ``safety`` shuffled in; rows repeat if there are too few."""
     if samples < 0:
         raise ProConError(f"safety_samples is {samples}: give 0 or more")
+    if samples > _MOST_SAMPLES:
+        raise ProConError(f"safety_samples is {samples}: give at most {_MOST_SAMPLES}")
     rows = [index % len(safety) for index in range(samples)]
     chosen = safety.shuffle(seed=seed).select(rows)
     return datasets.concatenate_datasets([dataset, chosen.cast(dataset.features)]).shuffle(seed=seed)

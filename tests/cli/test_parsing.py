@@ -338,6 +338,25 @@ def test_what_the_system_refuses_is_one_line(place, capsys, monkeypatch):
     assert_one_line(place, ["eval", "--model", "model"], "'somewhere' cannot be read or written .No space left", capsys)
 
 
+def test_drift_that_cannot_be_written_leaves_the_old_file(place, monkeypatch):
+    from procon.cli.commands import _write_drift
+    from procon.evaluation import Drift
+
+    drift = Drift(*(torch.tensor([torch.nan, 0.5]) for _ in range(3)))
+    _write_drift(drift, Path("d.json"))
+    before = Path("d.json").read_bytes()
+    write = Path.write_bytes
+
+    def half(path: Path, data: bytes) -> int:
+        write(path, data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(ProConError, match=r"cannot write 'd.json' \(No space left on device\)"):
+        _write_drift(drift, Path("d.json"))
+    assert Path("d.json").read_bytes() == before
+
+
 def test_a_model_with_code_is_not_asked_about(place, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
     config = json.loads(Path("model/config.json").read_text())

@@ -253,6 +253,8 @@ def test_safety_mix_is_shuffled_by_its_seed(plain):
 def test_negative_safety_samples(plain):
     with pytest.raises(ProConError, match="safety_samples is -1: give 0 or more"):
         mix_safety(plain, safety_conversations(), -1, seed=0)
+    with pytest.raises(ProConError, match="safety_samples is 1000000000000: give at most 10000000"):
+        mix_safety(plain, safety_conversations(), 10**12, seed=0)
 
 
 def test_flattened_batches_hand_out_their_bounds():
