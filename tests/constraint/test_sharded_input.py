@@ -1,12 +1,17 @@
 """The constraint on DTensors, on one rank: ranks that split the tokens are in ``training/test_distributed.py``."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+from procon.constraint.constrained_block import ConstrainedBlock
 from procon.constraint.sharded_input import check_placements, constrain_sharded
+from procon.constraint.target import State, Target
 from procon.errors import ProConError
 from procon.ops import constrain
 
@@ -75,3 +80,31 @@ def test_the_backend_is_the_one_asked_for(mesh, monkeypatch):
     rest = torch.randn(WIDTH), torch.zeros(SHAPE), torch.ones(SHAPE)
     with pytest.raises(ProConError, match=r"^backend is 'triton' but hidden is on cpu"):
         constrain_sharded(hidden, *rest, penalty="squared", backend="triton")
+
+
+class _Local(nn.Module):
+    """A block under a parallel plan: computes with its rank's part."""
+
+    def forward(self, hidden_states: DTensor) -> torch.Tensor:
+        return 2 * hidden_states.to_local()
+
+
+def test_a_block_under_a_parallel_plan(mesh):
+    vectors, make = torch.randn(1, WIDTH), torch.Generator().manual_seed(0)
+    anchors, mask = torch.randn(1, *SHAPE, 1, generator=make), torch.rand(SHAPE, generator=make)
+    block, state = _Local(), State("squared", "eager")
+    with ExitStack() as undo:
+        ConstrainedBlock(state, 0, 0, vectors).attach(block, None, undo)
+        state.target = Target(anchors, mask, 0)
+        leaf = torch.randn(*SHAPE, WIDTH, requires_grad=True)
+        out = block(placed(leaf, mesh, Shard(1)))
+        torch.testing.assert_close(out, 2 * leaf)
+        state.target.terms[0].backward()
+        again = leaf.detach().clone().requires_grad_()
+        _, expected = constrain(again, vectors, anchors[0], mask)
+        expected.backward()
+        torch.testing.assert_close(state.target.terms[0], expected)
+        torch.testing.assert_close(leaf.grad, again.grad)
+        state.target = Target(anchors, mask, 0)
+        with pytest.raises(ProConError, match=r"^block 0 got hidden states with placement .*, of which no rank has"):
+            block(placed(leaf, mesh, Shard(2)))
