@@ -128,7 +128,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="operations, by a part of their name")
     parser.add_argument("--kinds", nargs="+", choices=list(points.FAULTS), default=list(points.FAULTS))
-    parser.add_argument("--limit", type=int, default=10**6, help="points of each operation and kind, at most")
+    parser.add_argument(
+        "--limit", type=int, help="points of each operation and kind; else as many as operations.py says"
+    )
     parser.add_argument("--short", action="store_true", help=f"{' and '.join(SHORT)}, {SHORT_LIMIT} of a kind")
     parser.add_argument("--output", type=Path, default=RECORD)
     chosen = parser.parse_args()
@@ -137,7 +139,7 @@ def main() -> int:
     shim.build()
     torch.set_num_threads(1)
     wanted = SHORT if chosen.short else chosen.only
-    limit = min(chosen.limit, SHORT_LIMIT) if chosen.short else chosen.limit
+    limit = SHORT_LIMIT if chosen.short else chosen.limit
     log, progress, rows = Log(chosen.output.with_suffix(".points.jsonl")), Progress(), []
     with tempfile.TemporaryDirectory(prefix="procon-faults-") as temporary:
         folder = Path(temporary).resolve()
@@ -153,7 +155,7 @@ def main() -> int:
             bench.prepare()
             for kind in chosen.kinds:
                 tried = []
-                for point in bench.points(kind, min(limit, operation.limit)):
+                for point in bench.points(kind, limit or operation.limit):
                     found = log.run(bench, point)
                     progress.show(found)
                     if found.reached:

@@ -202,7 +202,10 @@ class Place:
             return found | {name: "there" for name in contents(Path()) if not name.endswith(".safetensors")}
 
         common = {"run": record, "again": record, "result": result, "check": never_wrong}
-        return [Operation("anchors, 1 rank", **common), Operation("anchors, 2 ranks", **common, ranks=2, limit=60)]
+        return [
+            Operation("anchors, 1 rank", **common, limit=25),
+            Operation("anchors, 2 ranks", **common, ranks=2, limit=15),
+        ]
 
     def _caches(self) -> list[Operation]:
         def download(scratch: Path) -> Path:
@@ -250,8 +253,8 @@ class Place:
             return contents(Path()) | {"start model": start.read_text()}
 
         return [
-            Operation("quickstart, demo model's cache", fetch, fetch, limit=60),
-            Operation("quickstart, taught adapter's cache", teach, teach, result=start_and_cache, limit=60),
+            Operation("quickstart, demo model's cache", fetch, fetch, limit=15),
+            Operation("quickstart, taught adapter's cache", teach, teach, result=start_and_cache, limit=15),
         ]
 
     def _trainings(self) -> list[Operation]:
@@ -291,8 +294,8 @@ class Place:
             return main(["train", *flags]) if code and "leave --resume out" in said.getvalue() else code
 
         return [
-            Operation("train, 1 rank", partial(train, 1), partial(resume, 1), limit=60),
-            Operation("train, 2 ranks", partial(train, 2), partial(resume, 2), ranks=2, limit=20),
+            Operation("train, 1 rank", partial(train, 1), partial(resume, 1), limit=10),
+            Operation("train, 2 ranks", partial(train, 2), partial(resume, 2), ranks=2, limit=4),
         ]
 
 
