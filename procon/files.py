@@ -145,9 +145,8 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
         partial = private / target.name
         partial.mkdir()
         yield partial
-        for folder, _, files in os.walk(partial, topdown=False):
-            for name in (*files, "."):
-                sync(Path(folder, name))
+        for folder, _, _ in os.walk(partial, topdown=False):
+            sync_files(Path(folder))
         try:
             partial.rename(target)
         except OSError as error:
@@ -229,6 +228,14 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def sync_files(folder: Path) -> None:
+    """Wait until the files of a folder are on the disk, and their names."""
+    for path in folder.iterdir():
+        if path.is_file():
+            sync(path)
+    sync(folder)
 
 
 def clean(parent: Path) -> None:

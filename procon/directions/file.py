@@ -32,7 +32,7 @@ def write(path: str | Path, tensors: dict[str, Tensor], provenance: dict[str, An
     # Copies, as safetensors refuses tensors that share memory.
     copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     text = json.dumps(provenance)
-    return write_bytes(save(copies, {"procon": text, "checksum": _checksum(copies, text)}), path)
+    return write_bytes(_in_order(save(copies, {"procon": text, "checksum": _checksum(copies, text)})), path)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -70,6 +70,14 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             stacklevel=3,
         )
     return {name: tensor.float() for name, tensor in tensors.items()}, provenance
+
+
+def _in_order(data: bytes) -> bytes:
+    """Equal directions make equal files: safetensors puts the metadata in an order that chance gives."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def _checksum(tensors: dict[str, Tensor], provenance: str) -> str:

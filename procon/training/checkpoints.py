@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ def seal(folder: Path, record: dict[str, Any]) -> None:
             files[path.relative_to(folder).as_posix()] = _checksum(path)
             sync(path)
     sync(folder)
+    sync(folder.parent)
     write_record(folder, {**record, "files": files})
 
 
@@ -101,13 +103,35 @@ def latest(output_dir: Path) -> Checkpoint | None:
 
 def has_checkpoints(output_dir: Path) -> bool:
     """Whether there is one that was written to its end."""
-    return any((path / RECORD).exists() or (path / _TRAINER_STATE).exists() for path in _folders(output_dir))
+    return any(_was_whole(path) for path in _folders(output_dir))
+
+
+def delete_superseded(checkpoint: Checkpoint, limit: int | None) -> None:
+    """Of those before the one that a training goes on from, keep what ``limit`` leaves room for.
+
+    A run may have been killed as it deleted them.
+    """
+    folders = _folders(checkpoint.path.parent)
+    if limit is None or limit < 1 or checkpoint.path not in folders:
+        return
+    before = folders[: folders.index(checkpoint.path)]
+    for path in before[: max(0, len(before) + 1 - limit)]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _folders(output_dir: Path) -> list[Path]:
     """By step."""
     found = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
     return sorted(found, key=lambda path: int(path.name.split("-")[-1]))
+
+
+def _was_whole(path: Path) -> bool:
+    try:
+        record = read_record(path)
+    except ProConError:
+        return True
+    # The plain Trainer leaves no record, and its state last.
+    return "files" in record if record is not None else (path / _TRAINER_STATE).exists()
 
 
 def _is_whole_but_for_the_optimiser(path: Path) -> bool:

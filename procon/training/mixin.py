@@ -252,8 +252,8 @@ class ProConMixin(AnchoredMixin):
         elif self.args.should_save:
             record = self._record()
             self._directions.save(folder / DIRECTIONS)
-            write_record(folder, record)
             write_section(folder / "README.md", describe(record, self._directions, self.state.log_history))
+            write_record(folder, record)
 
     def _record(self) -> dict[str, Any]:
         args, record = self.args, super()._record()

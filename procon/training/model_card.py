@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import metadata_load, metadata_save
 
 from procon.directions import DIRECTIONS, RefusalDirections
+from procon.files import whole_file, write_text
 from procon.schedule import AlphaSchedule, Phase
 from procon.version import __version__
 
@@ -116,31 +117,32 @@ def drop_section(card: Path) -> None:
     """Take the section out of a card."""
     text = card.read_text(encoding="utf-8") if card.exists() else ""
     if _BEGIN in text:
-        card.write_text(_replaced(text, "")[0], encoding="utf-8")
+        write_text(_replaced(text, "")[0], card)
 
 
 def write_section(card: Path, section: str) -> None:
     """Put ``section`` and the tag in a card, in place of an earlier one; the rest of it stays. Makes it if need be."""
-    _put(card, section)
-    metadata = metadata_load(card) or {}
-    tags = metadata.get("tags") or []
-    tags = [tags] if isinstance(tags, str) else tags
-    if _TAG not in tags:
-        metadata_save(card, {**metadata, "tags": [*tags, _TAG]})
+    with whole_file(card) as partial:
+        partial.write_text(_with_section(card, section), encoding="utf-8")
+        metadata = metadata_load(partial) or {}
+        tags = metadata.get("tags") or []
+        tags = [tags] if isinstance(tags, str) else tags
+        if _TAG not in tags:
+            metadata_save(partial, {**metadata, "tags": [*tags, _TAG]})
 
 
 def write_unconstrained(card: Path) -> None:
     """Say in a card that the model was trained without the constraint, if there is a card."""
     if card.exists():
-        _put(card, describe_unconstrained())
+        write_text(_with_section(card, describe_unconstrained()), card)
 
 
-def _put(card: Path, section: str) -> None:
+def _with_section(card: Path, section: str) -> str:
     text = card.read_text(encoding="utf-8") if card.exists() else ""
     marked = f"{_BEGIN}\n{section}\n{_END}"
     text, replaced = _replaced(text, marked)
     text = text if replaced else f"{text.rstrip()}\n\n{marked}"
-    card.write_text(f"{text.strip()}\n", encoding="utf-8")
+    return f"{text.strip()}\n"
 
 
 def _replaced(text: str, marked: str) -> tuple[str, int]:

@@ -17,6 +17,17 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
     save_json(record, folder / RECORD)
 
 
+def begin(folder: Path, record: dict[str, Any]) -> None:
+    """Before a model is saved: what an earlier one left there has another record, and is no longer whole."""
+    try:
+        interrupted = (read_record(folder) or {}).get("complete") is False
+    except ProConError:
+        interrupted = True
+    if interrupted:  # as its card was being written, perhaps, and PEFT writes on from what there is
+        (folder / "README.md").unlink(missing_ok=True)
+    write_record(folder, {**record, "complete": False})
+
+
 def read_record(folder: Path) -> dict[str, Any] | None:
     """The record in ``folder``; None if there is none.
 

@@ -12,13 +12,13 @@ from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from procon.errors import ProConError
-from procon.files import writing
+from procon.files import sync_files, writing
 from procon.models import is_sharded
-from procon.training.checkpoints import Checkpoint, break_seal, latest, open_checkpoint, seal
+from procon.training.checkpoints import Checkpoint, break_seal, delete_superseded, latest, open_checkpoint, seal
 from procon.training.model_card import write_unconstrained
 from procon.training.output import claim, locked, output_folder
 from procon.training.ranks import on_main
-from procon.training.record import write_record
+from procon.training.record import begin, write_record
 from procon.training.run_facts import check_same_run, run_arguments, run_facts
 from procon.version import __version__
 
@@ -60,6 +60,8 @@ class ResumableMixin(_Trainer):
             self._run = {**self._run_facts(), **self.details}
             if checkpoint:
                 self._check_resumed(checkpoint)
+                if self.args.should_save and not self.args.metric_for_best_model:
+                    delete_superseded(checkpoint, self.args.save_total_limit)
             else:
                 record, overwrite = self._record(), getattr(self.args, "procon_overwrite", False)
                 on_main(lambda: claim(folder, record, overwrite=overwrite))
@@ -70,9 +72,12 @@ class ResumableMixin(_Trainer):
         """Save the model and, beside it, what it was trained under."""
         folder = Path(output_dir) if output_dir else output_folder(self.args)
         if self.args.should_save and self._run is not None:
-            # In place of what an earlier model may have left, whose record this one's is not.
-            write_record(folder, {**self._record(), "complete": False})
-        super().save_model(output_dir, _internal_call)
+            with writing(folder):
+                begin(folder, self._record())
+        with writing(folder):
+            super().save_model(output_dir, _internal_call)
+            if self.args.should_save:
+                sync_files(folder)
         self._describe(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -86,7 +91,7 @@ class ResumableMixin(_Trainer):
             break_seal(folder)
             shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
-        with self._keeping_older():
+        with self._keeping_older(), writing(folder):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # until every rank has written its files
         if self.args.should_save:
@@ -154,8 +159,8 @@ class ResumableMixin(_Trainer):
         """Write beside the model what it was trained under, and into its card, if it has one."""
         if self._run is None or not self.args.should_save:
             return
-        write_record(folder, self._record())
         write_unconstrained(folder / "README.md")
+        write_record(folder, self._record())
 
     def _opened(self, given: str | Path | bool | Checkpoint | None) -> Checkpoint | None:
         if isinstance(given, Checkpoint) or not given:

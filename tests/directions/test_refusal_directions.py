@@ -454,3 +454,11 @@ def test_states_to_draw_from(states, message):
     gap = torch.tensor([0.0, 1.0, 1.0])
     with pytest.raises(ProConError, match=message):
         RefusalDirections(torch.eye(3, 16), gap, gap, gap, gap).randomized_within(states, seed=0)
+
+
+def test_equal_directions_make_equal_files(tmp_path):
+    provenance = {"model": "é", "counts": {"malicious": 3, "benign": 4}}
+    given = RefusalDirections(torch.eye(3, 32), *torch.ones(4, 3), provenance)
+    files = {given.save(tmp_path / f"{number}.safetensors").read_bytes() for number in range(8)}
+    assert len(files) == 1
+    assert RefusalDirections.load(tmp_path / "0.safetensors").provenance == provenance
