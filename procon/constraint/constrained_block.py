@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from procon.constraint.copies import Arguments, NormForward, PreForward, PreForwardHook
 from procon.constraint.input_norm import InputNorm
+from procon.constraint.reach import is_the_same
 from procon.constraint.sharded_input import check_placements, constrain_sharded
 from procon.constraint.target import State, Target, on_device
 from procon.errors import ProConError
@@ -112,7 +113,7 @@ class ConstrainedBlock:
         return constrained and moving and self._norm_did_it
 
     def _input_of_block(self, given: Tensor, version: int, hidden: Tensor) -> Tensor:
-        """What the block was called with: ``given``, where its norm gets ``hidden``."""
+        """What the block was called with: ``given``, or ``hidden``, which its norm gets, if that is the same."""
         if isinstance(hidden, DTensor) and not isinstance(given, DTensor):
             return hidden  # a parallel plan made it of the block's input
         if _version(given) != version:
@@ -120,7 +121,9 @@ class ConstrainedBlock:
                 f"block {self._index} changes its input in place before its norm reads it: attach the constraint with "
                 "fuse='never'"
             )
-        if given is not hidden and self._norm_did_it:
+        if is_the_same(hidden, given):
+            return hidden
+        if self._norm_did_it:
             logger.warning(
                 "the norm of block %d reads something else than the block's input: it is constrained apart", self._index
             )

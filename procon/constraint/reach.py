@@ -1,15 +1,36 @@
-"""Whether the penalty's gradient arrives anywhere."""
+"""Where gradients go: whether the penalty's arrives anywhere, and whether a tensor is another one in all but name."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
+from torch.distributed.tensor import DTensor
 
 #: Nodes of :mod:`procon.ops.autograd`, whose penalties have a gradient for the first input alone, the hidden states.
 _OURS = ("ConstrainBackward", "RmsNormConstrainBackward")
+
+#: Those that hand a tensor and its gradient on as they are: of this package, DeepSpeed's ZeRO-3, and FSDP2.
+_IDENTITIES = ("ConstrainBackward", "PostBackwardFunctionModuleBackward", "RegisterPostBackwardFunctionBackward")
+
+
+def is_the_same(one: Tensor, other: Tensor) -> bool:
+    """Whether ``one`` is ``other``, or comes of it by nothing but nodes known to be the identity."""
+    if one is other:
+        return True
+    if torch.compiler.is_compiling() or isinstance(one, DTensor) or isinstance(other, DTensor):
+        return False
+    if any(ask(one) != ask(other) for ask in (Tensor.data_ptr, Tensor.size, Tensor.stride, lambda t: t.dtype)):
+        return False
+    node, end = one.grad_fn, other.grad_fn
+    while node is not None and node is not end:
+        if node.name() not in _IDENTITIES:
+            return getattr(node, "variable", None) is other  # a leaf
+        node = node.next_functions[0][0]
+    return node is end
 
 
 def reaches_a_parameter(penalties: Iterable[Tensor]) -> bool:
