@@ -54,7 +54,7 @@ class ConstrainedBlock:
         """A pre-hook for ``block``: its input passes through the op."""
 
         def pre_forward(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-            if not self._state.enabled or runs_again() or (target := self._target(block)) is None:
+            if not self._state.enabled or self._runs_again(block) or (target := self._target(block)) is None:
                 return None
             hidden = block_input(args, kwargs)
             if (operands := self._operands(target, hidden)) is None:
@@ -83,10 +83,10 @@ class ConstrainedBlock:
         def forward(hidden: Tensor) -> Tensor:
             if not self._state.enabled:
                 return plain(hidden)
-            if runs_again():
-                return (
-                    rms_norm(hidden, module.weight, norm.eps, **rule) if self._did_it(module, hidden) else plain(hidden)
-                )
+            if self._runs_again(module):
+                if self._did_it(module, hidden):
+                    return rms_norm(hidden, module.weight, norm.eps, **rule)
+                return plain(hidden)
             if (target := self._target(module)) is None:
                 return plain(hidden)
             if (given := target.called_with.pop(self._column, None)) is None:
@@ -94,8 +94,10 @@ class ConstrainedBlock:
             of_block = self._input_of_block(*given, hidden)
             if (operands := self._operands(target, of_block)) is None:
                 return plain(hidden)
-            self._norm_did_it = of_block is hidden and not isinstance(hidden, DTensor)
-            if not self._norm_did_it:
+            did_it = of_block is hidden and not isinstance(hidden, DTensor)
+            if torch.is_grad_enabled():
+                self._norm_did_it = did_it
+            if not did_it:
                 passed = self._constrained(target, of_block, operands)
                 return plain(passed if of_block is hidden else hidden)
             normed, term = rms_norm_constrain(
@@ -106,11 +108,19 @@ class ConstrainedBlock:
 
         return forward
 
+    def _runs_again(self, module: nn.Module) -> bool:
+        """Whether this is no forward of its own."""
+        again = runs_again()
+        if again and self._state.first_moving is None:
+            self._target(module)  # without any target so far, it trains without the constraint
+        return again
+
     def _did_it(self, module: nn.Module, hidden: Tensor) -> bool:
         """Whether the norm did the work in the forward that now runs again."""
-        constrained = module.training or self._state.target is not None
-        moving = hidden.requires_grad and self._index >= self._state.first_moving
-        return constrained and moving and self._norm_did_it
+        first_moving = self._state.first_moving
+        if first_moving is None or not (module.training or self._state.target is not None):
+            return False  # it had no target
+        return hidden.requires_grad and self._index >= first_moving and self._norm_did_it
 
     def _input_of_block(self, given: Tensor, version: int, hidden: Tensor) -> Tensor:
         """What the block was called with: ``given``, or ``hidden``, which its norm gets, if that is the same."""

@@ -166,7 +166,7 @@ class ProjectionConstraint:
                 logger.warning(lost)
         self._use = Use()
         self._attachment = None
-        self._reached_from = None
+        self._reached_from = self._state.first_moving = None
 
     def __enter__(self) -> ProjectionConstraint:
         return self

@@ -48,8 +48,8 @@ class State:
     backend: Backend
     enabled: bool = True
     target: Target | None = None
-    #: That of the last target, which may be released when blocks run again within backward.
-    first_moving: int = 0
+    #: That of the last target, which may be released when blocks run again within backward; None before the first one.
+    first_moving: int | None = None
 
 
 def on_device(copies: dict[torch.device, Tensor], device: torch.device) -> Tensor:

@@ -184,6 +184,15 @@ def test_a_compiled_block_in_a_checkpoint_never_takes_another_target(tiny_model,
     torch._dynamo.reset()
 
 
+def test_a_loop_without_targets_is_stopped_in_a_reentrant_checkpoint_too(tiny_model, random_directions):
+    """Its blocks run without gradients first, as those of a reference do, and train within backward."""
+    model = tiny_model(num_hidden_layers=2).train()
+    with ProjectionConstraint(random_directions(model)).attach(model):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        with pytest.raises(ProConError, match="a training forward ran without anchors"):
+            model(input_ids=batches(1)[0][0]).logits.square().mean().backward()
+
+
 def test_a_target_lives_no_longer_than_its_forward_needs(tiny_model, random_directions):
     """Its anchors are not kept for backward, not even when blocks run again there."""
     model = tiny_model(num_hidden_layers=2).train()
