@@ -145,4 +145,4 @@ def test_a_second_constraint_leaves_the_first_one_in_the_norms(tiny_model, rando
             constraint.set_target(torch.zeros(2, 6, 3), torch.ones(2, 6))
         model(**BATCH)
         torch.testing.assert_close(one.penalty(), two.penalty())
-    assert not caplog.records
+        assert not caplog.records
