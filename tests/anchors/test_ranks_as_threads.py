@@ -43,11 +43,15 @@ class Ranks:
         self._barrier.wait()
 
     def broadcast_object_list(self, values: list, src: int) -> None:
-        if self.get_rank() == src:
-            self._shared[0] = list(values)
-            self.sent += values
+        self._shared[self.get_rank()] = src, list(values)
         self._barrier.wait()
-        values[:] = self._shared[0]
+        sources = {source for source, _ in self._shared}
+        _, sent = self._shared[src]
+        self._barrier.wait()
+        assert sources == {src}, "all ranks name the one that sends"
+        if self.get_rank() == src:
+            self.sent += sent
+        values[:] = sent
         self._barrier.wait()
 
     def run(self, action: Callable[[int], Any]) -> list[Any]:
