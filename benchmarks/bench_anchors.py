@@ -2,6 +2,8 @@
 
 The epoch is plain LoRA training with transformers' loss and AdamW, the cheapest that there is. It is short, so the hash
 of the weights, which a recording takes once whatever the epoch's length, is made outside and timed on its own.
+
+A look-up verifies the checksum of each sequence. Its baseline is how the files were read before they had any.
 """
 
 import itertools
@@ -11,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,8 +23,21 @@ from benchmarks.harness.shapes import make_batch, make_directions, make_model, m
 from benchmarks.harness.timers import wall_time
 from procon import Anchors
 from procon.anchors import fingerprint
+from procon.anchors.shards import AnchorShards, Key
 
 SHAPE, BATCHES, ROWS, LENGTH = ("smoke", 2, 2, 12) if SMOKE else ("SmolLM2-135M", 2, 2, 96)
+
+
+class _Unverified(AnchorShards):
+    """Reads as it was done before there were checksums."""
+
+    def read(self, key: Key) -> np.ndarray | None:
+        for entry in self._same_tokens(key):
+            if entry["labels"] == key[1]:
+                shape = int(entry["length"]), self._columns
+                file, start = self._files[entry["file"]], int(entry["start"])
+                return np.fromfile(file, "<f4", shape[0] * shape[1], offset=start).reshape(shape)
+        return None
 
 
 class _Result(NamedTuple):
@@ -77,8 +93,13 @@ def _measure() -> _Result:
         anchors = record()
         on_disk = sum(file.stat().st_size for file in anchors.path.iterdir())
         on_cpu = {name: value.cpu() for name, value in batches[0].items()}
+        unverified = Anchors(anchors.path)
+        unverified._shards = _Unverified(anchors.path, state, len(blocks))
         lookup = interleave(
-            {"annotate": lambda: anchors.annotate(on_cpu)}, wall_time, rounds=3 if SMOKE else 41, sample_seconds=0.02
+            {"unverified": lambda: unverified.annotate(on_cpu), "annotate": lambda: anchors.annotate(on_cpu)},
+            wall_time,
+            rounds=3 if SMOKE else 101,
+            sample_seconds=0.02,
         )
     tokens = sum(int((batch["labels"] != -100).sum()) for batch in batches)
     return _Result(epoch, lookup, fingerprint_seconds, on_disk / tokens, tokens)
@@ -97,5 +118,10 @@ def test_recording(replay, contender: str):
     replay(f"anchors of an epoch {SHAPE} {BATCHES}x{ROWS}x{LENGTH}", result.epoch, contender, "plain", **work)
 
 
-def test_lookup(replay):
-    replay(f"anchors of a batch {SHAPE} {ROWS}x{LENGTH}", _measure().lookup, "annotate", "annotate")
+@pytest.mark.parametrize("contender", ["unverified", "annotate"])
+def test_lookup(replay, contender: str):
+    """A checksum may take 5% of a look-up."""
+    result = _measure().lookup
+    replay(f"anchors of a batch {SHAPE} {ROWS}x{LENGTH}", result, contender, "unverified")
+    if not SMOKE:
+        assert result.ratio("annotate", "unverified").median <= 1.05
