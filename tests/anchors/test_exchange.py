@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from procon.anchors.exchange import gather, own_rank, share_files
+from procon.anchors.exchange import gather, on_all_ranks, once_per_host, own_rank, share_files
 
 WORKER = textwrap.dedent(
     """
@@ -20,7 +20,7 @@ WORKER = textwrap.dedent(
     from pathlib import Path
     import torch.distributed as dist
     from procon.anchors import exchange
-    from procon.anchors.exchange import share_files
+    from procon.anchors.exchange import on_all_ranks, once_per_host, share_files
     from procon.errors import ProConError
 
     root, rank = Path(sys.argv[1]), int(sys.argv[2])
@@ -45,6 +45,23 @@ WORKER = textwrap.dedent(
         except ProConError as raised:
             error = str(raised)
         found[case] = {"sent": list(sent), "error": error}
+
+    def fail_on(failing):
+        def act():
+            if rank == failing:
+                raise ProConError(f"rank {failing} failed")
+            return rank
+
+        return act
+
+    found["once"] = once_per_host(root / "apart" / ("one" if rank < 2 else "two"), fail_on(None))
+    found["own"] = on_all_ranks(fail_on(None))
+    found["errors"] = []
+    for attempt in (lambda: on_all_ranks(fail_on(1)), lambda: once_per_host(root / "shared" / "one", fail_on(0))):
+        try:
+            attempt()
+        except ProConError as raised:
+            found["errors"].append(str(raised))
     (root / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
     """
@@ -115,7 +132,19 @@ def test_different_files_of_one_name_stop_all_ranks(shared):
     assert read(root / "conflict" / "two") == {"a.bin": b"123"}
 
 
+def test_what_is_done_once_per_host_is_done_by_its_first_rank(shared):
+    for rank, found in enumerate(shared[1]):
+        assert found["once"] == [0, 2]
+        assert found["own"] == rank
+
+
+def test_an_error_of_one_rank_stops_all(shared):
+    assert [found["errors"] for found in shared[1]] == [["rank 1 failed", "rank 0 failed"]] * 3
+
+
 def test_one_process_needs_no_group(tmp_path):
+    assert on_all_ranks(lambda: 5) == 5
+    assert once_per_host(tmp_path / "nowhere", lambda: 5) == [5]
     assert gather("this") == ["this"]
     assert own_rank() == 0
     share_files(tmp_path / "nowhere", "*")
