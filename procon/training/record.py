@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ RECORD = "procon.json"
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Put the record beside a model."""
-    save_json(record, folder / RECORD)
+    """Put the record beside a model, with a checksum of its own."""
+    save_json({**record, "checksum": _checksum(json.loads(json.dumps(record)))}, folder / RECORD)
 
 
 def begin(folder: Path, record: dict[str, Any]) -> None:
@@ -43,4 +44,12 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         raise ProConError(f"{str(path)!r} is damaged ({error}): take another checkpoint, or start afresh") from error
     if not isinstance(record, dict):
         raise ProConError(f"{str(path)!r} is damaged (no object): take another checkpoint, or start afresh")
+    checksum = record.pop("checksum", None)
+    # A checkpoint's has one in any case; beside a model there may be one of an older version.
+    if checksum != _checksum(record) and (checksum is not None or "files" in record):
+        raise ProConError(f"{str(path)!r} is damaged (its checksum differs): take another checkpoint, or start afresh")
     return record
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=8).hexdigest()

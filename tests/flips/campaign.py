@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from damage import OUTCOMES, TRACEBACK, WRONG, Damaged, cuts, flips, outcome
-from subjects import AnchorsFolder, Subject, directions_subject, swaps
+from subjects import AnchorsFolder, Checkpoints, Subject, directions_subject, swaps
 
 #: Bits per region of a file, and cuts per file.
-FLIPS, CUTS = 450, 60
+FLIPS, CUTS = 400, 30
 
 Row = dict[str, str | int]
 
@@ -40,6 +40,7 @@ def _subjects(folder: Path) -> Iterator[Subject]:
     (folder / "alone").mkdir()
     yield from AnchorsFolder(folder / "anchors").subjects()
     yield directions_subject(folder / "alone")
+    yield from Checkpoints(folder / "checkpoints").subjects()
 
 
 def _tries(subject: Subject, count: int, cut: int) -> Iterator[tuple[str, Iterator[tuple[str, bytes]]]]:
@@ -50,12 +51,12 @@ def _tries(subject: Subject, count: int, cut: int) -> Iterator[tuple[str, Iterat
 
 
 def _row(subject: Subject, damage: str, tries: Iterator[tuple[str, bytes]], show: Callable[[str], None]) -> Row:
-    expected = subject.use()
+    expected, instead = subject.use(), subject.instead() if subject.instead else None
     damaged = Damaged(subject.file)
     counts = Counter()
     for what, content in tries:
         with damaged(content):
-            found = outcome(subject.use, expected)
+            found = outcome(subject.use, expected, instead)
         counts[found] += 1
         if found in (WRONG, TRACEBACK):
             show(f"{found.upper()}: {subject.name}, {subject.way}, {damage}: {what}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import traceback
 import warnings
@@ -12,30 +13,42 @@ from typing import Any
 from procon.errors import ProConError
 
 #: What may come of a damaged file, and what must not.
-REFUSED, MENDED, HARMLESS = "refused", "mended, with a warning", "harmless"
+REFUSED, MENDED, HARMLESS = "refused", "mended or passed over, with a warning", "harmless"
 WRONG, TRACEBACK = "silently wrong", "traceback"
 OUTCOMES = (REFUSED, MENDED, HARMLESS, WRONG, TRACEBACK)
 
 
-def outcome(use: Callable[[], Any], expected: Any) -> str:
-    """Of using what is damaged: only what equals ``expected`` bit by bit may come out of it."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
+class _Told(logging.Handler):
+    """What was logged as a warning."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def outcome(use: Callable[[], Any], expected: Any, instead: Any = None) -> str:
+    """Of using what is damaged: only what equals ``expected`` bit by bit may come out of it, or ``instead``, told."""
+    told, logger = _Told(), logging.getLogger("procon")
+    logger.addHandler(told)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             found = use()
-        except ProConError as error:
-            # One line that names a file or folder, and a remedy.
-            return REFUSED if "\n" not in str(error) and ": " in str(error) else TRACEBACK
-        except Exception:
-            traceback.print_exc()
-            return TRACEBACK
+    except ProConError as error:
+        # One line that names a file or folder, and a remedy.
+        return REFUSED if "\n" not in str(error) and ": " in str(error) else TRACEBACK
+    except Exception:
+        traceback.print_exc()
+        return TRACEBACK
+    finally:
+        logger.removeHandler(told)
+    text = " ".join([*(str(warning.message) for warning in caught), *told.texts])
     if found != expected:
-        return WRONG
-    return (
-        MENDED
-        if any("damaged" in str(warning.message) or "checksum" in str(warning.message) for warning in caught)
-        else HARMLESS
-    )
+        return MENDED if instead is not None and found == instead and "passed over" in text else WRONG
+    return MENDED if "damaged" in text or "checksum" in text else HARMLESS
 
 
 def flips(data: bytes, start: int, stop: int, count: int, seed: str) -> Iterator[tuple[str, bytes]]:

@@ -13,8 +13,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from procon.anchors import Anchors, fingerprint
-from procon.directions import RefusalDirections
+from procon.directions import DIRECTIONS, RefusalDirections
 from procon.models import find_decoder, origin_of
+from procon.training.checkpoints import Checkpoint, latest, open_checkpoint, seal
+from procon.training.record import RECORD
 
 BLOCKS, WIDTH = 3, 32
 
@@ -28,6 +30,7 @@ class Subject:
         use: reads it as the library does; gives what must come out.
         way: in a word, how.
         regions: parts of the file by name: first byte and the one after the last.
+        instead: gives what may come in its place, with a warning.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Subject:
     way: str
     use: Callable[[], Any]
     regions: dict[str, tuple[int, int]]
+    instead: Callable[[], Any] | None = None
 
 
 def model_of(seed: int = 0, **settings: Any) -> LlamaForCausalLM:
@@ -108,6 +112,48 @@ def directions_subject(folder: Path) -> Subject:
         return tensors, found.provenance
 
     return Subject("directions", file, "loaded", load, tensor_regions(file))
+
+
+class Checkpoints:
+    """Two sealed checkpoints: if the later one is damaged, training goes on from the one before."""
+
+    FILES = ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json")
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        generator = torch.Generator().manual_seed(0)
+        settings = {"penalty": "absolute", "schedule": "procon_s:0.2", "blocks": [0, 1], "steps_per_epoch": 12}
+        did = {"steps": 4, "constrained_steps": 4, "penalty_sum": 0.0321}
+        for step in (2, 4):
+            place = folder / f"checkpoint-{step}"
+            place.mkdir(parents=True)
+            for name in self.FILES:
+                (place / name).write_bytes(bytes(torch.randint(256, (400,), generator=generator).tolist()))
+            directions_of().save(place / DIRECTIONS)
+            seal(place, {"version": "0", "constrained": True, **settings, "did": did, "resumable": True})
+        self.place = place
+
+    def resume(self) -> list:
+        """The checkpoint that is gone on from, all of it."""
+        return self._content(latest(self.folder))
+
+    def before(self) -> list:
+        return self._content(open_checkpoint(self.folder / "checkpoint-2"))
+
+    def named(self) -> list:
+        return self._content(open_checkpoint(self.place))
+
+    def subjects(self) -> Iterator[Subject]:
+        for name in (*self.FILES, DIRECTIONS, RECORD):
+            file = self.place / name
+            for way, use, instead in (("latest", self.resume, self.before), ("by name", self.named, None)):
+                yield Subject(f"checkpoint's {name}", file, way, use, {"all": (0, file.stat().st_size)}, instead)
+
+    @staticmethod
+    def _content(checkpoint: Checkpoint | None) -> list:
+        assert checkpoint is not None
+        files = sorted(checkpoint.path.iterdir())
+        return [checkpoint.record, *((file.name, file.read_bytes()) for file in files if file.name != RECORD)]
 
 
 def tensor_regions(file: Path) -> dict[str, tuple[int, int]]:

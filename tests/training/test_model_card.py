@@ -18,6 +18,7 @@ from procon.errors import ProConError
 from procon.training import model_card
 from procon.training.callbacks import ProbeCallback
 from procon.training.model_card import describe, write_section
+from procon.training.record import read_record
 from procon.version import __version__
 
 HEADING = "## Refusal anchored with ProCon"
@@ -64,6 +65,8 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
         assert RefusalDirections.load(folder).hash == trainer.constraint._directions.hash
         anchors = [path.name for path in (output / "_anchors").iterdir()]
         record = json.loads((folder / "procon.json").read_text())
+        assert read_record(folder) == {name: value for name, value in record.items() if name != "checksum"}
+        assert len(record.pop("checksum")) == 16
         run, arguments = record.pop("run"), record.pop("arguments")
         assert (run["seed"], run["samples_per_step"], arguments["learning_rate"]) == (42, 2, 1e-2)
         files = record.pop("files", {})
