@@ -278,9 +278,11 @@ class ProjectionConstraint:
         self._reached_from = target.first_moving if reached else None
         return reached
 
-    def _before_decoder(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """A forward pre-hook: beside a cache, transformers does not keep packed sequences apart."""
         target = self._state.target
+        if module.training and torch.is_grad_enabled():
+            self._use.trained = True
         if not self.enabled or (target is None and not runs_again()):
             return None
         if torch.is_grad_enabled():

@@ -11,11 +11,13 @@ class Use:
     Attributes:
         forwards: those with gradients that ran under a target.
         asked: how often the penalty was asked for.
+        trained: whether the model ran in training mode with gradients, constrained or not.
     """
 
     def __init__(self) -> None:
         self.forwards = 0
         self.asked = 0
+        self.trained = False
         self._arrived = 0
 
     def watch(self, penalty: Tensor) -> None:
@@ -25,8 +27,13 @@ class Use:
 
     def lost(self) -> str | None:
         """What to say if the model was trained and the constraint was not, None otherwise."""
-        if not self.forwards or self._arrived:
+        if not self.trained or self._arrived:
             return None
+        if not self.forwards:
+            return (
+                "the model was trained while the constraint was attached, and never under it: call set_target(anchors, "
+                "mask) with enabled = True, or detach() to train without it"
+            )
         if not self.asked:
             return (
                 f"set_target was called for {self.forwards} forwards with gradients, and penalty() never, so nothing "

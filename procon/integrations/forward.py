@@ -116,12 +116,7 @@ class ConstrainedForward:
         self._original = self._module.forward
         self._parameters = list(inspect.signature(self._original).parameters)
 
-        @functools.wraps(self._original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._forward(*args, **kwargs)
-
-        vars(forward)["constrained_by"] = self
-        self._module.forward = self._patch = forward
+        self._module.forward = self._patch = _Patch(self, self._module, self._original)
         return self
 
     def detach(self) -> None:
@@ -238,6 +233,22 @@ class ConstrainedForward:
         self.backwards += 1
         # At the end of this backward, not now: checkpointed blocks are still to run again.
         Variable._execution_engine.queue_callback(self.constraint.release)
+
+
+class _Patch:
+    """The forward of a constrained model; its place in a copy of the model is taken by that of the model's class."""
+
+    def __init__(self, constrained: ConstrainedForward, module: nn.Module, original: Any) -> None:
+        functools.update_wrapper(self, original)  # the Trainer reads its signature
+        self.constrained_by = constrained
+        self._module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.constrained_by._forward(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The copied module exists by then, without attributes: this is its class's own.
+        return getattr, (self._module, "forward")
 
 
 def _causal_lm(model: nn.Module) -> nn.Module:

@@ -25,6 +25,8 @@ from procon.training.config import ProConConfig
 from procon.training.output import output_folder
 from procon.training.resumable import ResumableMixin
 
+NO_ANCHORS = "the batch has no anchors: leave get_train_dataloader and the collator to ProConMixin"
+
 #: What the anchored collator adds to a batch; never handed to the model.
 TARGET = ("anchors", "constraint_mask")
 
@@ -99,6 +101,8 @@ class AnchoredMixin(_Resumable):
     ) -> tuple[nn.Module, DataLoader]:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.constraint is not None and self._anchors is None:
+            if not hasattr(self, "_collator"):
+                raise ProConError(NO_ANCHORS)
             # Now that the model is where it will train: on its device, sharded, in its precision.
             self._anchors = self._collator.anchors = self._record_anchors(self.constraint)
         return prepared

@@ -59,7 +59,8 @@ def seal(folder: Path, record: dict[str, Any]) -> None:
 
 def break_seal(folder: Path) -> None:
     """Declare a checkpoint not whole, before it is written again."""
-    (folder / RECORD).unlink(missing_ok=True)
+    record = folder / RECORD
+    shutil.rmtree(record) if record.is_dir() else record.unlink(missing_ok=True)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

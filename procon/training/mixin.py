@@ -18,7 +18,7 @@ from procon.constraint import ProjectionConstraint, constrained_tokens
 from procon.constraint.guards import check_finite, refuse_data_parallel
 from procon.directions import DIRECTIONS, RefusalDirections
 from procon.errors import ProConError
-from procon.training.anchored import TARGET, AnchoredMixin
+from procon.training.anchored import NO_ANCHORS, TARGET, AnchoredMixin
 from procon.training.checkpoints import Checkpoint
 from procon.training.config import ProConArguments
 from procon.training.evidence import Evidence
@@ -205,7 +205,7 @@ class ProConMixin(AnchoredMixin):
         if constraint is None or alpha == 0:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         if anchors is None or mask is None:
-            raise ProConError("the batch has no anchors: leave get_train_dataloader and the collator to ProConMixin")
+            raise ProConError(NO_ANCHORS)
         constraint.set_target(anchors, mask)
         # Outputs only if they are asked for: some trainers run a second forward to make them.
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)

@@ -61,9 +61,9 @@ def run_facts(
             :class:`datasets.Dataset`.
     """
     return {
-        "base_model": frozen_hash(model),
-        "model_configuration": _hash([_configuration(model)]),
         "trained_parameters": _hash([_trained(model), _adapters(model)]),
+        "model_configuration": _hash([_configuration(model)]),
+        "base_model": frozen_hash(model),
         "training_data": _hash(_rows(dataset, reads_data)),
         "seed": args.seed,
         "data_seed": args.data_seed,
@@ -95,8 +95,8 @@ def check_same_run(record: dict[str, Any], run: dict[str, Any], arguments: dict[
     ]
     if changed:
         logger.warning(
-            "%s was trained with other arguments, so the resumed run ends in other weights than one that was not "
-            "interrupted, and the optimiser may go on with the old ones: %s",
+            "%s was trained with other arguments, so the resumed run may end in other weights than one that was "
+            "not interrupted, and the optimiser may go on with the old ones: %s",
             checkpoint,
             ", ".join(changed),
         )

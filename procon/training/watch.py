@@ -61,6 +61,13 @@ def check_acts(schedule: AlphaSchedule, steps: int, steps_per_epoch: int) -> Non
             f"({steps_per_epoch} in an epoch), so nothing would be constrained: begin the constraint earlier, train "
             "longer, or give schedule '0' to train without it"
         )
+    if steps > 1 and schedule.alpha(0, steps_per_epoch) > 0 and schedule.constrained_steps(steps, steps_per_epoch) == 1:
+        logger.warning(
+            "schedule %s constrains the first of %d steps alone, when the model is still at its anchors, so it "
+            "constrains next to nothing",
+            schedule,
+            steps,
+        )
     strongest = max(phase.alpha for phase in schedule.phases)
     if strongest < _ONLY_MEASURES:
         logger.warning("alpha is at most %g: the penalty is logged, but constrains next to nothing", strongest)

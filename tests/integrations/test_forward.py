@@ -394,6 +394,22 @@ def test_bad_set_ups_are_refused(tiny_model, batch, recorded, tmp_path):
         ProConCallback(tmp_path / "nothing.safetensors")
 
 
+def test_a_copy_of_a_constrained_model_is_free_of_it(tiny_model, batch, recorded):
+    model = tiny_model().train()
+    constraint, anchors = recorded(model)
+    with ConstrainedForward(model, constraint, anchors, alpha=ALPHA) as forward:
+        copied = copy.deepcopy(model)
+        copied(**batch).loss.backward()
+        assert forward.backwards == 0
+        assert copied.lm_head.weight.grad is not None
+        assert model.lm_head.weight.grad is None
+        model(**batch).loss.backward()
+        assert forward.backwards == 1
+    with pytest.raises(ProConError, match="no training forward of the constrained model ran"):
+        with ConstrainedForward(model, constraint, anchors, alpha=ALPHA):
+            copied(**batch).loss.backward()
+
+
 def test_loss_that_is_not_used_is_noticed(tiny_model, batch, recorded):
     model = tiny_model().train()
     constraint, anchors = recorded(model)

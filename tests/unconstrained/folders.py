@@ -284,14 +284,14 @@ def plain(folder: Path) -> Outcome:
     return Outcome("said" if said else "SILENT", "procon.json, card and console")
 
 
-def after_a_run(name: str, *more: str, short: bool = False, resume: bool = True) -> None:
+def after_a_run(name: str, *more: str, short: bool = False, saves: bool = True) -> None:
     """A command in the folder of one that was constrained."""
 
     def run(folder: Path) -> Outcome:
         place(folder)
-        saving = ("--save_strategy", "steps", "--save_steps", "2") if resume else ()
+        saving = ("--save_strategy", "steps", "--save_steps", "2") if saves else ()
         command(folder, "--max_steps", "2", *saving)
-        code, text = command(folder, "--max_steps", "4", *(("--resume",) if resume else ()), *more)
+        code, text = command(folder, "--max_steps", "4", *name.split()[:1] * name.startswith("--resume"), *more)
         if code == 2:
             return Outcome("refused", text.strip().rpartition("\n")[2])
         if not claims(folder / "out"):
@@ -307,8 +307,8 @@ after_a_run("--resume --seed 7", "--seed", "7")
 after_a_run("--resume --method full", "--method", "full")
 after_a_run("--resume with more steps")
 after_a_run("without --resume")
-after_a_run("again, without the constraint", "--procon_schedule", "0", resume=False)
-after_a_run("again, all weights", "--method", "full", resume=False)
+after_a_run("again, without the constraint", "--procon_schedule", "0", saves=False)
+after_a_run("again, all weights", "--method", "full", saves=False)
 after_a_run(
     "again, all weights, overwriting, without the constraint",
     "--method",

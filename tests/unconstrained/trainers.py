@@ -160,7 +160,8 @@ class StepThatComputes(ProConTrainer):
         model.train()
         loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
         self.accelerator.backward(loss)
-        self.constraint.release()
+        if self.constraint:
+            self.constraint.release()
         return loss.detach()
 
 
