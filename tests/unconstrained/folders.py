@@ -291,7 +291,7 @@ def after_a_run(name: str, *more: str, short: bool = False, saves: bool = True) 
         place(folder)
         saving = ("--save_strategy", "steps", "--save_steps", "2") if saves else ()
         command(folder, "--max_steps", "2", *saving)
-        code, text = command(folder, "--max_steps", "4", *name.split()[:1] * name.startswith("--resume"), *more)
+        code, text = command(folder, "--max_steps", "4", *(["--resume"] if name.startswith("--resume") else []), *more)
         if code == 2:
             return Outcome("refused", text.strip().rpartition("\n")[2])
         if not claims(folder / "out"):
@@ -317,7 +317,7 @@ after_a_run(
     "0",
     "--procon_overwrite",
     "true",
-    resume=False,
+    saves=False,
 )
 
 
