@@ -27,7 +27,7 @@ class Use:
 
     def lost(self) -> str | None:
         """What to say if the model was trained and the constraint was not, None otherwise."""
-        if not self.trained or self._arrived:
+        if self._arrived or not (self.forwards or self.trained):
             return None
         if not self.forwards:
             return (

@@ -97,6 +97,12 @@ def test_measuring_alone_is_no_training(constraint, caplog):
     assert not caplog.text
 
 
+def test_training_beside_an_attached_constraint_is_said():
+    use = Use()
+    use.trained = True
+    assert "was trained while the constraint was attached, and never under it" in use.lost()
+
+
 def test_what_is_said_of_a_use():
     use, penalty = Use(), torch.ones((), requires_grad=True) * 2
     assert use.lost() is None
