@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from procon.constraint.copies import Arguments, NormForward, PreForward, PreForwardHook
 from procon.constraint.input_norm import InputNorm
@@ -21,6 +23,12 @@ from procon.models import block_input
 from procon.ops import constrain, outside_backward, rms_norm, rms_norm_constrain
 
 logger = logging.getLogger(__name__)
+
+_Given = ParamSpec("_Given")
+_Made = TypeVar("_Made")
+
+#: What selective checkpointing sees operations with: the first time, and when a block runs again.
+_SELECTIVE = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
 
 #: Directions, anchors and mask.
 _Operands = tuple[Tensor, Tensor, Tensor]
@@ -64,7 +72,7 @@ class ConstrainedBlock:
                 return (hidden, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": hidden}
 
-        return pre_forward
+        return _unseen(pre_forward)
 
     def _note_input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pre-hook for a block whose norm does the work: that is what the norm should get."""
@@ -106,7 +114,7 @@ class ConstrainedBlock:
             target.keep(self._column, term)
             return normed
 
-        return forward
+        return _unseen(forward)
 
     def _runs_again(self, module: nn.Module) -> bool:
         """Whether this is no forward of its own."""
@@ -187,6 +195,21 @@ class ConstrainedBlock:
             hidden, term = constrain(hidden, *operands, **settings)
         target.keep(self._column, term)
         return hidden
+
+
+def _unseen(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
+    """``function``, of which selective checkpointing sees no operations.
+
+    It matches those of a block that runs again with those of the first time by their order, and the op's are not there.
+    """
+
+    def call(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
+        if torch.compiler.is_compiling() or not isinstance(_get_current_dispatch_mode(), _SELECTIVE):
+            return function(*args, **kwargs)
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return call
 
 
 def runs_again() -> bool:

@@ -4,11 +4,12 @@ In float64, and also when blocks run again within backward, as gradient checkpoi
 """
 
 import weakref
+from functools import partial
 
 import pytest
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from procon.constraint import ProjectionConstraint
 from procon.errors import ProConError
@@ -104,8 +105,14 @@ def offloaded(model) -> None:
     wrapped(model, checkpoint_fn=run)
 
 
+def selective(model) -> None:
+    """Some results are kept: of matrix products, as is usual, and of what the op does too."""
+    kept = [getattr(torch.ops.aten, name).default for name in ("mm", "sum", "new_empty")]
+    wrapped(model, context_fn=partial(create_selective_checkpoint_contexts, kept))
+
+
 @pytest.mark.parametrize("fuse", ["auto", "never"])
-@pytest.mark.parametrize("checkpoints", [plain, checkpointing, wrapped, offloaded])
+@pytest.mark.parametrize("checkpoints", [plain, checkpointing, wrapped, offloaded, selective])
 @pytest.mark.parametrize(
     ("loop", "count"),
     [(one_graph, 2), (one_graph, 4), (next_target_first, 3), (released_first, 2), (backwards_later, 3)],
