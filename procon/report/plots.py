@@ -135,7 +135,8 @@ def _styled(runs: Sequence[Run]) -> list[tuple[Run, dict[str, Any]]]:
         (
             run,
             {
-                "label": run.label,
+                # Without a space before it, matplotlib leaves out what is empty or begins with an underscore.
+                "label": run.label if run.label[:1] not in ("", "_") else f" {run.label}",
                 "color": COLOURS[place % len(COLOURS)],
                 "linestyle": DASHES[place % len(DASHES)],
                 "linewidth": 1.8,

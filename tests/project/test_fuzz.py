@@ -15,3 +15,9 @@ def test_short_campaign_finds_nothing(tmp_path):
     *rows, total = json.loads((tmp_path / "found.json").read_text())["rows"]
     assert total["inputs"] == sum(row["inputs"] for row in rows) > 100
     assert all(row["inputs"] == row["accepted"] + row["refused"] > 0 for row in rows)
+
+
+def test_the_recorded_campaign_is_large_and_clean():
+    *rows, total = json.loads((CAMPAIGN / "recorded.json").read_text())["rows"]
+    assert total["inputs"] >= 100_000
+    assert all(row["inputs"] == row["accepted"] + row["refused"] for row in rows)

@@ -217,6 +217,14 @@ def test_loss_and_penalty_skip_what_is_not_finite(runs):
     assert lines(penalty) == {runs[2].label: ([10, 20], [0.5, 0.75])}
 
 
+@pytest.mark.parametrize("label", ["_hidden", ""])
+def test_every_label_is_in_the_legend(bare, label):
+    run = Run(label, bare.evaluation, [0.5], history=HISTORY)
+    for plot in (plot_drift_by_block, plot_drift_by_step, plot_loss_and_penalty):
+        (legend,) = plot([run]).legends
+        assert [text.get_text() for text in legend.get_texts()] == [f" {label}"]
+
+
 def test_a_run_looks_the_same_in_every_plot(runs):
     styles = {
         (line.get_color(), line.get_linestyle())
