@@ -69,6 +69,9 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
             f"output_dir {str(output)!r} holds checkpoints: pass --resume, or another --output_dir; or "
             "--procon_overwrite true to delete them"
         )
+    # If the output folder is there already, the lock shows whether it can be written.
+    for folder in filter(None, (None if output.is_dir() else output, config.procon_anchors_dir)):
+        check_writable(Path(folder) / "any")
     with locked(output):
         checkpoint = _checkpoint(output) if arguments.resume else None
         job = _plan(arguments, config, checkpoint)
@@ -151,8 +154,6 @@ def _plan(arguments: TrainArguments, config: ProConConfig, checkpoint: Checkpoin
 
 def _trainer(arguments: TrainArguments, job: _Job, output: Path) -> tuple[Trainer, PreTrainedTokenizerBase]:
     """The trainer, with a model, an adapter and directions, extracted now if there are none; and the tokenizer."""
-    for folder in filter(None, (output, job.config.procon_anchors_dir)):
-        check_writable(Path(folder) / "any")
     dtype = torch.float32 if arguments.method == "full" and arguments.dtype == "auto" else parse_dtype(arguments.dtype)
     trusted = arguments.trust_remote_code
     model, tokenizer = load_model(

@@ -314,7 +314,7 @@ EXTRACT = ["directions", "--model", "model", *PROMPT_FILES]
         (without_template, TRAIN, "'model' has no chat template: set tokenizer.chat_template"),
         (without_template, ["eval", "--model", "model"], "'model' has no chat template"),
         (not_finite, EXTRACT, "hidden states entering block 1 are NaN or infinite: load the model in"),
-        (checkpoint, TRAIN, "'procon-output' holds checkpoints: pass --resume, or another --output_dir"),
+        (checkpoint, TRAIN, "'procon-output' holds checkpoint.* another"),
     ],
 )
 def test_bad_files(place, capsys, tokenizer, prepare, argv, message):
