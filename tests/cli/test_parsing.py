@@ -281,8 +281,7 @@ def not_finite(tokenizer) -> None:
 def checkpoint(_) -> None:
     folder = Path("procon-output/checkpoint-5")
     folder.mkdir(parents=True)
-    for name in ("trainer_state.json", "procon.json"):
-        (folder / name).write_text("{}")
+    (folder / "trainer_state.json").write_text("{}")
 
 
 def write(name: str, content: str | bytes):
@@ -314,7 +313,7 @@ EXTRACT = ["directions", "--model", "model", *PROMPT_FILES]
         (without_template, TRAIN, "'model' has no chat template: set tokenizer.chat_template"),
         (without_template, ["eval", "--model", "model"], "'model' has no chat template"),
         (not_finite, EXTRACT, "hidden states entering block 1 are NaN or infinite: load the model in"),
-        (checkpoint, TRAIN, "'procon-output' holds checkpoint.* another"),
+        (checkpoint, TRAIN, "'procon-output' holds checkpoints: pass --resume, or another --output_dir"),
     ],
 )
 def test_bad_files(place, capsys, tokenizer, prepare, argv, message):
