@@ -152,13 +152,16 @@ class ConstrainedForward:
             self.detach()
 
     def check(self) -> None:
-        """Raise ProConError if the loss of the last training forward did not go through backward."""
+        """Raise ProConError if the loss of the last training forward did not go through backward, or the first one did
+        so without the penalty."""
         if self._unused:
             raise ProConError(
                 "the loss that the last training forward returned never went through backward, so the constraint in "
                 f"it was lost: if the trainer makes a loss of its own, {REMEDY}; in your own loop, call backward "
                 "after each forward"
             )
+        if self._acted:
+            self.evidence.check_gradient()
 
     @torch.compiler.disable(recursive=False)  # what it calls is compiled: the original forward, as without this
     def _forward(self, *args: Any, **kwargs: Any) -> Any:

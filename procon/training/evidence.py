@@ -117,6 +117,14 @@ class Evidence:
                 )
         self.constrained_steps += 1
 
+    def check_gradient(self) -> None:
+        """Raise ProConError if the first penalty's gradient, once it went through backward, was none."""
+        if not math.isfinite(self._gradient) or self._gradient == 0:
+            raise ProConError(
+                f"the penalty's gradient is {self._gradient:g} in the loss that went through backward, so nothing is "
+                f"constrained: {_REMEDY}"
+            )
+
     def _count(self, _gradient: Tensor) -> None:
         self._arrived += 1
 
@@ -125,11 +133,7 @@ class Evidence:
         self._gradient = float(gradient)
 
     def _check_first(self, optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
-        if not math.isfinite(self._gradient) or self._gradient == 0:
-            raise ProConError(
-                f"the penalty's gradient is {self._gradient:g} in the loss that went through backward, so nothing is "
-                f"constrained: {_REMEDY}"
-            )
+        self.check_gradient()
         if abs(self._gradient / self._expected - 1) > _TOLERANCE:  # never of NaN
             logger.warning(
                 "the penalty acts %.3g times as strongly as alpha says: what is made of the loss after "
