@@ -1,0 +1,43 @@
+"""No way to train is silently unconstrained: the most telling scenarios run, and the record of all has none.
+
+``python tests/unconstrained --output tests/unconstrained/recorded.json`` runs them all and records what it found.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CAMPAIGN = Path(__file__).parents[1] / "unconstrained"
+OUTCOMES = {"acts", "refused", "warned", "said", "harmless", "same"}
+
+
+def test_the_most_telling_scenarios(tmp_path):
+    pytest.importorskip("trl", reason="scenarios of the SFTTrainer")
+    file = tmp_path / "short.json"
+    result = subprocess.run(
+        [sys.executable, str(CAMPAIGN), "--short", "--output", str(file)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    rows = json.loads(file.read_text())["rows"]
+    assert len(rows) > 30
+    assert {row["outcome"] for row in rows} <= OUTCOMES
+    recorded = {(row["door"], row["scenario"]): row["outcome"] for row in record()}
+    assert all(recorded[row["door"], row["scenario"]] == row["outcome"] for row in rows)
+
+
+def record() -> list[dict]:
+    return json.loads((CAMPAIGN / "recorded.json").read_text())["rows"]
+
+
+def test_the_record_has_no_silent_one():
+    rows = record()
+    assert len(rows) >= 250
+    assert {row["outcome"] for row in rows} <= OUTCOMES
