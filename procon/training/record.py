@@ -26,6 +26,8 @@ def begin(folder: Path, record: dict[str, Any]) -> None:
         interrupted = True
     if interrupted:  # as its card was being written, perhaps, and PEFT writes on from what there is
         (folder / "README.md").unlink(missing_ok=True)
+        for path in folder.glob(".tmp" + 6 * "[0-9A-Za-z]"):  # what safetensors was writing
+            path.unlink()
     write_record(folder, {**record, "complete": False})
 
 

@@ -203,8 +203,8 @@ class Place:
 
         common = {"run": record, "again": record, "result": result, "check": never_wrong}
         return [
-            Operation("anchors, 1 rank", **common, limit=25),
-            Operation("anchors, 2 ranks", **common, ranks=2, limit=15),
+            Operation("anchors, 1 rank", **common, limit=10),
+            Operation("anchors, 2 ranks", **common, ranks=2, limit=10),
         ]
 
     def _caches(self) -> list[Operation]:
@@ -253,8 +253,8 @@ class Place:
             return contents(Path()) | {"start model": start.read_text()}
 
         return [
-            Operation("quickstart, demo model's cache", fetch, fetch, limit=15),
-            Operation("quickstart, taught adapter's cache", teach, teach, result=start_and_cache, limit=15),
+            Operation("quickstart, demo model's cache", fetch, fetch, limit=10),
+            Operation("quickstart, taught adapter's cache", teach, teach, result=start_and_cache, limit=10),
         ]
 
     def _trainings(self) -> list[Operation]:
@@ -294,8 +294,8 @@ class Place:
             return main(["train", *flags]) if code and "leave --resume out" in said.getvalue() else code
 
         return [
-            Operation("train, 1 rank", partial(train, 1), partial(resume, 1), limit=10),
-            Operation("train, 2 ranks", partial(train, 2), partial(resume, 2), ranks=2, limit=4),
+            Operation("train, 1 rank", partial(train, 1), partial(resume, 1), limit=5),
+            Operation("train, 2 ranks", partial(train, 2), partial(resume, 2), ranks=2, limit=2),
         ]
 
 

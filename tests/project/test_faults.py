@@ -1,5 +1,6 @@
 """Faults at calls that change files: the short form of ``python tests/faults``, and that it finds what is planted."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -94,3 +95,10 @@ def test_what_was_synced_survives_and_no_more(tmp_path):
         "torn": {"new": b"syncedmo", "moved": b"old"},
         "last name": moved,
     }
+
+
+def test_record_is_of_enough_points_and_none_is_bad():
+    rows = json.loads((Path(__file__).parents[1] / "faults" / "recorded.json").read_text())["rows"]
+    assert sum(row["points"] for row in rows) >= 300
+    bad = ("mixtures", "losses", "resumes that differ", "leftovers", "tracebacks")
+    assert [row for row in rows if any(row[name] for name in bad)] == []

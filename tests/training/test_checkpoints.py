@@ -40,9 +40,10 @@ def test_what_a_checkpoint_supersedes_is_deleted_and_never_a_later_one(tmp_path,
 
 @pytest.mark.parametrize("found", [{"complete": False}, {"complete": True}, None, "damaged"])
 def test_the_card_of_an_interrupted_save_is_begun_again(tmp_path, found):
-    folder = made(tmp_path / "out", "README.md")
+    folder = made(tmp_path / "out", "README.md", ".tmpa1B2c3")
     if found:
         (folder / RECORD).write_text(found if found == "damaged" else json.dumps(found))
     begin(folder, {"version": "1"})
     assert read_record(folder) == {"version": "1", "complete": False}
-    assert (folder / "README.md").exists() == (found in ({"complete": True}, None))
+    kept = found in ({"complete": True}, None)
+    assert (folder / "README.md").exists() == (folder / ".tmpa1B2c3").exists() == kept
