@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -568,41 +567,16 @@ def test_resumed_training_is_the_uninterrupted_one(tiny_model, tokenizer, sample
         training(tiny_model(), samples, pad, tmp_path, [callback(model, "20@2ep,5")], **resuming)
 
 
-WORKER = textwrap.dedent(
-    """
-    import importlib.util, json, sys, torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from procon.data import padding_collator
-
-    folder, module, batch_size = sys.argv[1:]
-    spec = importlib.util.spec_from_file_location("forward_mode", module)
-    tests = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tests)
-    model = AutoModelForCausalLM.from_pretrained(f"{folder}/model").double()
-    found = tests.first_gradient(
-        model, json.load(open(f"{folder}/rows.json")),
-        padding_collator(AutoTokenizer.from_pretrained(f"{folder}/model")),
-        folder, procon=[tests.callback(model)], per_device_train_batch_size=int(batch_size),
-        gradient_accumulation_steps=2, use_cpu=True, ddp_backend="gloo")
-    if int(__import__("os").environ["RANK"]) == 0:
-        torch.save(found, f"{folder}/gradients.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    """
-)
-
-
 @pytest.mark.slow
 def test_two_ranks_give_the_gradient_of_one(tiny_model, tokenizer, samples, tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "rows.json").write_text(json.dumps(samples))
-    (tmp_path / "worker.py").write_text(WORKER)
+    worker = Path(__file__).parents[1] / "workers" / "forward_mode.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = subprocess.run(
-        [*command, str(tmp_path / "worker.py"), str(tmp_path), __file__, "2"],
+        [*command, str(worker), str(tmp_path), __file__, "2"],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
