@@ -72,7 +72,7 @@ def _forward(
         else:
             if anchor is not None:
                 z -= tl.load(anchor + row * anchor_stride + k * anchor_step, mask=live, other=0)
-            if PENALTY == "absolute" and ROUNDING:
+            if PENALTY == "absolute" and ROUNDING > 0:
                 reach = ROUNDING * tl.sqrt(tl.sum(h * h, axis=1) * tl.sum(r * r, axis=0))
             value, result = value_and_slope(z, reach, PENALTY)
             total += value

@@ -86,7 +86,7 @@ def _forward(
             e = tl.sum(h * r[None, :], axis=1)
             if anchor is not None:
                 e -= tl.load(anchor + row * anchor_stride + k * anchor_step, mask=live, other=0)
-            if PENALTY == "absolute" and ROUNDING:
+            if PENALTY == "absolute" and ROUNDING > 0:
                 reach = ROUNDING * tl.sqrt(square * tl.sum(r * r, axis=0))
             # Selected, not multiplied: a dead row may hold NaN.
             value, slope = value_and_slope(tl.where(live, e, 0), tl.where(live, reach, 0), PENALTY)

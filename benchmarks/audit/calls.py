@@ -7,6 +7,9 @@ import torch
 
 from procon.kernels import projection_penalty, rms_norm_penalty
 
+#: Of bfloat16 and float16, as :mod:`procon.ops.functional` has it: compiled in where the penalty is absolute.
+ROUNDING = 1 / 256
+
 
 class Call(NamedTuple):
     """``rows`` are those whose hidden states or gradients the call has to move."""
@@ -37,7 +40,7 @@ def calls(
         return projection_penalty.project(hidden, direction)
 
     def penalize():
-        return projection_penalty.penalize(hidden, direction, anchor, weight, penalty)
+        return projection_penalty.penalize(hidden, direction, anchor, weight, penalty, ROUNDING)
 
     def accumulate(arrived):
         return projection_penalty.accumulate_gradient(arrived, upstream, coefficient, direction, dtype)
@@ -46,7 +49,9 @@ def calls(
         return projection_penalty.add_gradient(incoming, upstream, coefficient, direction)
 
     def norm(*constraint):
-        return rms_norm_penalty.rms_norm_penalize(hidden, norm_weight, eps, casting, offset, *constraint, penalty)
+        return rms_norm_penalty.rms_norm_penalize(
+            hidden, norm_weight, eps, casting, offset, *constraint, penalty, ROUNDING
+        )
 
     def norm_gradient(upstream, coefficient, direction, needs_weight):
         return rms_norm_penalty.rms_norm_gradient(

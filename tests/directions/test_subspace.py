@@ -370,6 +370,7 @@ def test_the_model_card_tells_how_many(tmp_path):
         "blocks": [0, 1, 2],
         "directions": "abc",
         "anchors": "def",
+        "did": {"steps": 3, "constrained_steps": 3, "blocks_acted": [1, 2], "mean_penalty": 0.5},
     }
     found = random_subspaces(3)
     assert "(`abc`), 3 a block" in describe(settings, found, [])

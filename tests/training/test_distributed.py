@@ -188,5 +188,5 @@ def test_resume_with_steps_of_another_size_is_refused(tiny_model, tokenizer, tmp
         )
 
     trainer(4, "procon_wu:1@1ep").train()
-    with pytest.raises(ProConError, match=r"trained with 2 steps per epoch, not 4, .*: keep ranks times batch size"):
+    with pytest.raises(ProConError, match=r"trained with samples_per_step 4, not 2: keep ranks times batch size"):
         trainer(2, "procon_wu:1@1ep").train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
