@@ -177,13 +177,13 @@ class StepThatDropsIt(ProConTrainer):
         return loss.detach()
 
 
-class OwnLoader(ProConTrainer):
+class AnotherLoader(ProConTrainer):
     def get_train_dataloader(self):
         loader = DataLoader(self.train_dataset, batch_size=2, collate_fn=self.data_collator)
         return self.accelerator.prepare(loader)
 
 
-class OwnLoaderWithoutAnchors(ProConTrainer):
+class AnotherLoaderWithoutAnchors(ProConTrainer):
     def get_train_dataloader(self):
         super().get_train_dataloader()
         return DataLoader(self.train_dataset, batch_size=2, collate_fn=AnchoredCollator(self.data_collator, None))
@@ -242,8 +242,8 @@ for _name, _kind, _short in (
     ("training_step of its own", StepOfItsOwn, False),
     ("training_step that calls compute_loss", StepThatComputes, False),
     ("training_step that calls compute_loss and drops the penalty", StepThatDropsIt, False),
-    ("get_train_dataloader without super()", OwnLoader, False),
-    ("AnchoredCollator without anchors", OwnLoaderWithoutAnchors, False),
+    ("get_train_dataloader without super()", AnotherLoader, False),
+    ("AnchoredCollator without anchors", AnotherLoaderWithoutAnchors, False),
     ("anchors removed from the batch", NoTargets, False),
     ("mask removed from the batch", NoMask, False),
     ("get_batch_samples without super()", OwnBatches, False),
