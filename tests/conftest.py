@@ -47,6 +47,8 @@ sys.modules["benchmarks"] = importlib.util.module_from_spec(_BENCHMARKS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Long tests first: at the end, one process would wait for the other's.
+    items.sort(key=lambda item: "slow" not in item.keywords)
     if torch.cuda.is_available():
         return
     for item in items:

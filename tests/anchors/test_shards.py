@@ -266,7 +266,7 @@ SCALE = textwrap.dedent(
         elif task == "look up":
             shards = AnchorShards(folder, STATE, BLOCKS)
             found = {"open seconds": time.perf_counter() - start, "sequences": len(shards)}
-            found["cold"], found["warm"] = lookups(shards, 1000, True), lookups(shards, samples, False)
+            found["cold"], found["warm"] = lookups(shards, 300, True), lookups(shards, 3000, False)
             found["pickled megabytes"] = len(pickle.dumps(shards)) / 2**20
             found["megabytes"] = peak()
         else:

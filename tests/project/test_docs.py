@@ -400,4 +400,6 @@ def test_pages_take_nothing_from_outside():
     """But the changelog."""
     for page in PAGES:
         for included in re.findall(r'--8<-- "(.+?)"', page.read_text(encoding="utf-8")):
-            assert included == "CHANGELOG.md" or (ROOT / "docs" / included).is_file(), f"{page}: {included}"
+            assert included == "CHANGELOG.md" or (ROOT / "docs" / included.partition(":")[0]).is_file(), (
+                f"{page}: {included}"
+            )
