@@ -31,5 +31,6 @@ class ProConError(ValueError):
     The command line prints the line alone and exits with code 2; from Python it is a ``ValueError``.
     """
 
-    def __init__(self, message: object = "") -> None:
-        super().__init__(printable(str(message)))
+    # Not when it is made: compiled code makes it too, and its compiler follows no constructor of an error's own.
+    def __str__(self) -> str:
+        return printable(super().__str__())
