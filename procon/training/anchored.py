@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader, Subset
@@ -23,6 +22,7 @@ from procon.schedule import AlphaSchedule
 from procon.training.checkpoints import Checkpoint
 from procon.training.config import ProConConfig
 from procon.training.output import output_folder
+from procon.training.ranks import on_main
 from procon.training.resumable import ResumableMixin
 
 NO_ANCHORS = "the batch has no anchors: leave get_train_dataloader and the collator to ProConMixin"
@@ -81,20 +81,13 @@ class AnchoredMixin(_Resumable):
 
     def _extract(self) -> RefusalDirections:
         """The directions of the model as it is; of the main process if there are several."""
-        main = self.is_world_process_zero()
-        found: list[Any] = [None]
-        # Not yet sharded, the model may be whole on the main process alone. Sharded already, it needs all of them.
-        if main or getattr(self, "is_distributed_loading_by_transformers", False):
-            progress = main and not self.args.disable_tqdm
-            try:
-                found = [RefusalDirections.extract(self.model, self.processing_class, progress=progress)]
-            except ProConError as error:
-                found = [error]
-        # Ranks round differently, and anchors belong to one set of directions.
-        broadcast_object_list(found)
-        if isinstance(found[0], ProConError):
-            raise found[0]
-        return found[0]
+        progress = self.is_world_process_zero() and not self.args.disable_tqdm
+        return on_main(
+            # Ranks round differently, and anchors belong to one set of directions.
+            lambda: RefusalDirections.extract(self.model, self.processing_class, progress=progress),
+            # Not yet sharded, the model may be whole on the main process alone. Sharded already, it needs all of them.
+            all_call=getattr(self, "is_distributed_loading_by_transformers", False),
+        )
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | bool | None

@@ -9,10 +9,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast_object_list
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,10 +30,9 @@ from procon.settings import GateAction
 from procon.training.console import log_with_details, show_beside_bar
 from procon.training.drift_gate import DriftGate
 from procon.training.output import output_folder
+from procon.training.ranks import on_main
 
 logger = logging.getLogger(__name__)
-
-_Value = TypeVar("_Value")
 
 
 class ProbeCallback(TrainerCallback, ABC):
@@ -130,9 +128,7 @@ class DriftCallback(ProbeCallback):
         if state.global_step > 0:
             self._reference = self._reopen(path)
             return
-        means = ContrastMeans.measure(self._model, self.tokenizer, self.prompts, progress=False)
-        found = replace(RefusalDirections.from_means(means), provenance={"prompts": self.prompts.hash})
-        self._reference = _of_main_process(found)
+        self._reference = on_main(self._extract, all_call=True)
         if args.should_save:
             self._reference.save(path)
         none = torch.where(self._reference.usable, 0.0, torch.nan)
@@ -153,18 +149,24 @@ class DriftCallback(ProbeCallback):
         if gate.action == "stop":
             control.should_training_stop = control.should_save = True
 
+    def _extract(self) -> RefusalDirections:
+        means = ContrastMeans.measure(self._model, self.tokenizer, self.prompts, progress=False)
+        return replace(RefusalDirections.from_means(means), provenance={"prompts": self.prompts.hash})
+
     def measure(self) -> dict[str, float]:
         return _summary(self._measure_drift())
 
     def _measure_drift(self) -> Drift:
-        found = measure_drift(self._model, self.tokenizer, self._reference, self.prompts, progress=False)
+        def measure() -> Drift:
+            return measure_drift(self._model, self.tokenizer, self._reference, self.prompts, progress=False)
+
         # Ranks round differently, and one that stopped alone would leave the others waiting for it.
-        self.drift = drift = _of_main_process(found)
+        self.drift = drift = on_main(measure, all_call=True)
         return drift
 
     def _reopen(self, path: Path) -> RefusalDirections:
         """The reference of the run that is resumed: the model that it started from is no longer there to measure."""
-        found = _of_main_process(RefusalDirections.load(path) if path.is_file() else None)
+        found = on_main(lambda: RefusalDirections.load(path) if path.is_file() else None)
         if found is None:
             raise ProConError(
                 f"there is no drift reference {str(path)!r}: the run that is resumed did not measure drift, or had "
@@ -198,12 +200,6 @@ def _by_block(drift: Drift) -> dict[str, float]:
     digits = max(2, len(str(len(drift.cosine) - 1)))
     cosines = enumerate(drift.cosine.tolist())
     return {f"procon/drift_cos_block/{block:0{digits}}": value for block, value in cosines if not math.isnan(value)}
-
-
-def _of_main_process(value: _Value) -> _Value:
-    found = [value]
-    broadcast_object_list(found)
-    return found[0]
 
 
 class EvaluationCallback(ProbeCallback):

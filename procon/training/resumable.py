@@ -137,10 +137,7 @@ class ResumableMixin(_Trainer):
                 reads_data=self._constrains,
             )
 
-        if not is_sharded(model):
-            return on_main(find)
-        found = find()
-        return on_main(lambda: found)
+        return on_main(find, all_call=is_sharded(model))
 
     def _run_arguments(self) -> dict[str, Any]:
         return run_arguments(self.args, cast(nn.Module, self.model), self.data_collator)

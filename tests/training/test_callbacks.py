@@ -13,7 +13,7 @@ from procon.chat import ContrastPrompts, builtin_prompts, render, user_turn
 from procon.cli import main
 from procon.errors import ProConError
 from procon.evaluation import Drift
-from procon.training import DriftCallback, callbacks
+from procon.training import DriftCallback, callbacks, ranks
 from procon.training.console import log_with_details
 from procon.training.drift_gate import DriftGate
 
@@ -261,7 +261,7 @@ def test_all_ranks_decide_by_the_main_processs_figures(trainer, planned, monkeyp
         if isinstance(objects[0], Drift):
             objects[0] = drift_of(0.89, 0.89)
 
-    monkeypatch.setattr(callbacks, "broadcast_object_list", receive)
+    monkeypatch.setattr(ranks, "broadcast_object_list", receive)
     made, _ = trainer(gate=0.9, gate_action="stop")
     made.train()
     assert made.state.global_step == 1
