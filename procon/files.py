@@ -173,6 +173,11 @@ def save_json(data: dict[str, Any], path: str | Path) -> Path:
     return write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", path)
 
 
+def json_checksum(data: dict[str, Any]) -> str:
+    """16 hexadecimal digits of JSON content, whatever the order of its keys."""
+    return hashlib.blake2b(json.dumps(data, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
 def load_json(path: str | Path, build: Callable[[Any], T], what: str) -> T:
     """``build`` what :func:`save_json` wrote; ``what`` names it in messages.
 

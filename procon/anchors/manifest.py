@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from procon.errors import ProConError
-from procon.files import write_text
+from procon.files import json_checksum, write_text
 from procon.settings import CHOICES, MAX_DIRECTIONS, TokenScope
 
 MANIFEST = "anchors.json"
@@ -56,7 +55,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Put it into ``folder``."""
         content = self._content()
-        write_text(json.dumps({**content, "checksum": _checksum(content)}, indent=2) + "\n", folder / MANIFEST)
+        write_text(json.dumps({**content, "checksum": json_checksum(content)}, indent=2) + "\n", folder / MANIFEST)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -87,7 +86,7 @@ class Manifest:
             if not isinstance(data, dict):
                 return f"it holds {type(data).__name__}"
             checksum, number = data.pop("checksum", None), data.pop("format", None)
-            intact = checksum == _checksum({"format": number, **data})
+            intact = checksum == json_checksum({"format": number, **data})
             if number == FORMAT and intact:
                 return cls(**{**data, "blocks": tuple(data["blocks"])})
         # Of an OSError: a folder in its place, or a file that may not be read.
@@ -102,7 +101,3 @@ class Manifest:
 
     def _content(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self), "blocks": list(self.blocks)}
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()

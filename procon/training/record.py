@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from procon.errors import ProConError
-from procon.files import save_json
+from procon.files import json_checksum, save_json
 
 RECORD = "procon.json"
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Put the record beside a model, with a checksum of its own."""
-    save_json({**record, "checksum": _checksum(json.loads(json.dumps(record)))}, folder / RECORD)
+    save_json({**record, "checksum": json_checksum(json.loads(json.dumps(record)))}, folder / RECORD)
 
 
 def begin(folder: Path, record: dict[str, Any]) -> None:
@@ -48,10 +47,6 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         raise ProConError(f"{str(path)!r} is damaged (no object): take another checkpoint, or start afresh")
     checksum = record.pop("checksum", None)
     # A checkpoint's has one in any case; beside a model there may be one of an older version.
-    if checksum != _checksum(record) and (checksum is not None or "files" in record):
+    if checksum != json_checksum(record) and (checksum is not None or "files" in record):
         raise ProConError(f"{str(path)!r} is damaged (its checksum differs): take another checkpoint, or start afresh")
     return record
-
-
-def _checksum(record: dict[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from procon.anchors import Anchors
-from procon.anchors.manifest import FORMAT, MANIFEST, Manifest, _checksum
+from procon.anchors.manifest import FORMAT, MANIFEST, Manifest
 from procon.anchors.shards import AnchorShards, ShardWriter
 from procon.errors import ProConError
+from procon.files import json_checksum
 
 STATE, COLUMNS = "0123456789abcdef", 3
 SEQUENCES = {(2**64 - 1 - n, n): np.arange(n * COLUMNS, dtype=np.float32).reshape(n, COLUMNS) + n for n in range(5)}
@@ -117,7 +118,7 @@ def test_a_manifest_with_any_content(tmp_path, content, sealed):
     if isinstance(content, dict) and sealed:
         content = {"format": FORMAT, "fingerprint": STATE, "blocks": [0], "scope": "all", "k": 1, **content}
         content.pop("checksum", None)
-        content["checksum"] = _checksum(content)
+        content["checksum"] = json_checksum(content)
     (tmp_path / MANIFEST).write_text(json.dumps(content))
     found, message = refusal(lambda: Manifest.read(tmp_path))
     assert "\n" not in message

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from procon.anchors.manifest import FORMAT, MANIFEST, Manifest, _checksum
+from procon.anchors.manifest import FORMAT, MANIFEST, Manifest
 from procon.errors import ProConError
+from procon.files import json_checksum
 
 FINGERPRINT = "0123456789abcdef"
 GOOD = Manifest(FINGERPRINT, (0, 2, 5), "response", 2)
@@ -17,7 +18,7 @@ def rewrite(folder: Path, right_checksum: bool = True, **changes) -> None:
     content = {**json.loads((folder / MANIFEST).read_text()), **changes}
     content = {name: value for name, value in content.items() if value is not None}
     if right_checksum:
-        content["checksum"] = _checksum({name: value for name, value in content.items() if name != "checksum"})
+        content["checksum"] = json_checksum({name: value for name, value in content.items() if name != "checksum"})
     (folder / MANIFEST).write_text(json.dumps(content))
 
 

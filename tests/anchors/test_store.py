@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader
 from transformers.data.data_collator import DataCollatorWithFlattening
 
 from procon.anchors import AnchoredCollator, Anchors, fingerprint
-from procon.anchors import manifest as manifest_module
 from procon.anchors.shards import ShardWriter
 from procon.data import flattening_collator, padding_collator
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
+from procon.files import json_checksum
 from procon.models import find_decoder
 from procon.sequences import split_batch
 
@@ -386,7 +386,7 @@ def test_a_manifest_whose_checksum_is_right_is_still_not_believed(anchors, chang
     data = json.loads(manifest.read_text())
     del data["checksum"]
     data |= changed
-    manifest.write_text(json.dumps({**data, "checksum": manifest_module._checksum(data)}))
+    manifest.write_text(json.dumps({**data, "checksum": json_checksum(data)}))
     with pytest.raises(ProConError, match=r"is damaged|another version of ProCon .format 3, not 2."):
         Anchors(anchors.path)
 
