@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
-from procon.constraint.copies import Arguments, NormForward, PreForward, PreForwardHook
+from procon.constraint.copies import Arguments, ModuleForward, PreForward, PreForwardHook
 from procon.constraint.input_norm import InputNorm
 from procon.constraint.reach import is_the_same
 from procon.constraint.sharded_input import check_placements, constrain_sharded
@@ -55,7 +55,7 @@ class ConstrainedBlock:
         hook = self._through(block) if norm is None else self._note_input
         undo.callback(block.register_forward_pre_hook(PreForwardHook(hook), with_kwargs=True).remove)
         if norm is not None:
-            norm.module.forward = NormForward(norm.module, self._within(norm))
+            norm.module.forward = ModuleForward(norm.module, self._within(norm))
             undo.callback(delattr, norm.module, "forward")
 
     def _through(self, block: nn.Module) -> PreForward:

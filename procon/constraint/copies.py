@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 #: Of a module's call: positional and named.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -29,15 +29,15 @@ class PreForwardHook:
         return getattr, (nullcontext(), "__exit__")
 
 
-class NormForward:
+class ModuleForward:
     """A forward of ``module``; its place in a copy of the module is taken by the forward of the module's class."""
 
-    def __init__(self, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self._module = module
         self._forward = forward
 
-    def __call__(self, hidden_states: Tensor) -> Tensor:
-        return self._forward(hidden_states)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         # The copied module exists by then, without attributes: this is its class's own.

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from procon.anchors import Anchors
 from procon.constraint import ProjectionConstraint
+from procon.constraint.copies import ModuleForward
 from procon.errors import ProConError
 from procon.models import transformers_model
 from procon.settings import DEFAULTS, Fuse, TokenScope, check_alpha, check_setting
@@ -238,20 +239,13 @@ class ConstrainedForward:
         Variable._execution_engine.queue_callback(self.constraint.release)
 
 
-class _Patch:
-    """The forward of a constrained model; its place in a copy of the model is taken by that of the model's class."""
+class _Patch(ModuleForward):
+    """The forward of a constrained model."""
 
     def __init__(self, constrained: ConstrainedForward, module: nn.Module, original: Any) -> None:
         functools.update_wrapper(self, original)  # the Trainer reads its signature
+        super().__init__(module, constrained._forward)
         self.constrained_by = constrained
-        self._module = module
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.constrained_by._forward(*args, **kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # The copied module exists by then, without attributes: this is its class's own.
-        return getattr, (self._module, "forward")
 
 
 def _causal_lm(model: nn.Module) -> nn.Module:
