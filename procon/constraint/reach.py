@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -40,19 +40,23 @@ def reaches_a_parameter(penalties: Iterable[Tensor]) -> bool:
     without any. So the graph is asked. Another library's node may hide parameters, as reentrant checkpoints do, and
     counts as one.
     """
-    nodes: list[Any] = [_before(penalty.grad_fn) for penalty in penalties]
-    seen = set()
-    while nodes:
-        node = nodes.pop()
+    return any(
+        isinstance(getattr(node, "variable", None), nn.Parameter)
+        or (node.name() not in _OURS and isinstance(node, BackwardCFunction))
+        for node in nodes_before(_before(penalty.grad_fn) for penalty in penalties)
+    )
+
+
+def nodes_before(nodes: Iterable[Any]) -> Iterator[Any]:
+    """Each node of the graph that a gradient gets to from one of ``nodes``, once; a node may be None."""
+    waiting, seen = list(nodes), set()
+    while waiting:
+        node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(getattr(node, "variable", None), nn.Parameter):
-            return True
-        if node.name() not in _OURS and isinstance(node, BackwardCFunction):
-            return True
-        nodes.extend(before for before, _ in node.next_functions)
-    return False
+        yield node
+        waiting.extend(before for before, _ in node.next_functions)
 
 
 def _before(node: Any) -> Any:

@@ -247,11 +247,7 @@ class ProConCallback(TrainerCallback, ExportableState):
         if self._forward is None:
             return
         self._forward = None
-        if not self.evidence.constrained_steps:
-            raise ProConError(
-                f"training ended at step {state.global_step}, and none was under the constraint (schedule "
-                f"{str(self._schedule)!r}): put it on from the first step"
-            )
+        self.evidence.check_acted(state.global_step, self._schedule)
         if args.should_save:
             write_record(output_folder(args), self._record(state))
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from procon.constraint import ProjectionConstraint
+from procon.constraint.reach import nodes_before
 from procon.errors import ProConError
+from procon.schedule import AlphaSchedule
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +119,14 @@ class Evidence:
                 )
         self.constrained_steps += 1
 
+    def check_acted(self, step: int, schedule: AlphaSchedule) -> None:
+        """Raise ProConError if a training that ended at optimiser step ``step`` had none under the constraint."""
+        if not self.constrained_steps:
+            raise ProConError(
+                f"training ended at step {step}, and none was under the constraint (schedule {str(schedule)!r}): put "
+                "it on from the first step"
+            )
+
     def check_gradient(self) -> None:
         """Raise ProConError if the first penalty's gradient, once it went through backward, was none."""
         if not math.isfinite(self._gradient) or self._gradient == 0:
@@ -153,14 +163,5 @@ class Evidence:
 
 def _leaves(tensor: Tensor) -> list[Tensor]:
     """The parameters that a gradient of ``tensor`` gets to."""
-    found, seen, waiting = [], set(), [tensor.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        waiting.extend(following for following, _ in node.next_functions)
-    return found
+    leaves = (getattr(node, "variable", None) for node in nodes_before([tensor.grad_fn]))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

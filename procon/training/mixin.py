@@ -127,11 +127,7 @@ class ProConMixin(AnchoredMixin):
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.constraint is not None:
             self.evidence.window = self._check_penalty()
-            if not self.evidence.constrained_steps:
-                raise ProConError(
-                    f"training ended at step {self.state.global_step}, and none was under the constraint (schedule "
-                    f"{str(self.alpha_schedule)!r}): put it on from the first step"
-                )
+            self.evidence.check_acted(self.state.global_step, self.alpha_schedule)
         return output
 
     def _constraining(self, checkpoint: Checkpoint | None) -> AbstractContextManager[Any]:
