@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from procon.errors import ProConError
@@ -28,7 +29,19 @@ DECODER_INPUTS = {
     "max_length_k",
     "seq_idx",
 }
-_NOT_DECODER_INPUTS = {"labels", "shift_labels", "num_items_in_batch"}
+_NOT_DECODER_INPUTS = {"labels", "shift_labels", "num_items_in_batch", "constraint_mask"}
+#: Of preference data, as TRL's collators make them.
+_OF_PREFERENCES = {
+    "completion_mask",
+    "label",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+    "ref_logps",
+    "ref_KL_logps",
+    "KL_input_ids",
+    "KL_attention_mask",
+    "KL_completion_mask",
+}
 _MODALITY = "mm_token_type_ids"  # 0 on text
 
 
@@ -64,7 +77,7 @@ class TokenSequence:
 
 def check_text_only(batch: Mapping[str, Any]) -> None:
     """Raise ProConError if a batch has more than a text decoder takes: anchors would know nothing of images."""
-    foreign = set(batch) - DECODER_INPUTS - _NOT_DECODER_INPUTS
+    foreign = set(batch) - DECODER_INPUTS - _NOT_DECODER_INPUTS - _OF_PREFERENCES
     if _MODALITY in foreign and not batch[_MODALITY].any():
         foreign.remove(_MODALITY)
     if foreign:
@@ -72,6 +85,20 @@ def check_text_only(batch: Mapping[str, Any]) -> None:
             f"the batch has {sorted(foreign)}, which a text decoder does not take: leave it, and samples that need it, "
             "out of the training data"
         )
+
+
+def decoder_inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """What a decoder takes of a batch, on its device; ProConError if there is more."""
+    check_text_only(batch)
+    taken = {name: value for name, value in batch.items() if name in DECODER_INPUTS}
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in taken.items()}
+
+
+def labelled(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``batch`` with ``labels``: of preference data, which have a ``completion_mask``, those of the completions."""
+    if "labels" in batch or "completion_mask" not in batch:
+        return batch
+    return {**batch, "labels": batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)}
 
 
 def split_batch(batch: Mapping[str, Tensor]) -> Iterator[TokenSequence]:
@@ -83,6 +110,7 @@ def split_batch(batch: Mapping[str, Tensor]) -> Iterator[TokenSequence]:
     Raises:
         ProConError: if the batch has no labels, or its attention mask is not one run of ones a row.
     """
+    batch = labelled(batch)
     if "labels" not in batch:
         raise ProConError(
             "the batch has no 'labels': the constraint needs them to separate the response from the prompt"

@@ -27,6 +27,8 @@ Units = Literal["raw", "gap"]
 Reduction = Literal["token", "sequence"]
 Fuse = Literal["auto", "never"]
 Backend = Literal["auto", "triton", "eager"]
+AnchorSource = Literal["recorded", "live", "probes", "recorded+probes", "live+probes"]
+ProbeHold = Literal["projections", "state"]
 
 #: What to do when refusal has drifted below a gate.
 GateAction = Literal["warn", "stop"]
@@ -45,6 +47,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "reduction": get_args(Reduction),
     "fuse": get_args(Fuse),
     "backend": get_args(Backend),
+    "anchors": get_args(AnchorSource),
+    "probe_hold": get_args(ProbeHold),
 }
 
 
@@ -90,11 +94,54 @@ class ConstraintSettings:
             check_setting(setting.name, getattr(self, setting.name))
 
 
+@dataclass(frozen=True)
+class AnchorSettings:
+    """Where a trainer's anchors come from.
+
+    Raises:
+        ProConError: for a value that a setting cannot have.
+    """
+
+    anchors: AnchorSource = "recorded"
+    """Where anchors come from: recorded for the training tokens before training; live, from a forward of the starting
+    model on each batch; probes, a few fixed prompts; or recorded+probes, live+probes."""
+
+    probes: str | None = None
+    """A file of probe prompts, .txt or .jsonl; built-in malicious ones if not given."""
+
+    probe_count: int = 8
+    """How many probe prompts are used, from the first."""
+
+    probe_every: int = 2
+    """The probes are run every so many optimiser steps."""
+
+    probe_weight: float = 50.0
+    """Weight of the probes' penalty beside that of the training tokens; alpha multiplies both."""
+
+    probe_hold: ProbeHold = "projections"
+    """What is kept at the probes' last tokens: projections, along the directions; or state, the whole last hidden state
+    (SBR)."""
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            check_setting(setting.name, getattr(self, setting.name))
+
+    @property
+    def has_probes(self) -> bool:
+        """Whether probes are among the sources."""
+        return "probes" in self.anchors
+
+    @property
+    def of_tokens(self) -> Literal["recorded", "live"] | None:
+        """Where the anchors of training tokens come from; None if they have none."""
+        return next((source for source in ("recorded", "live") if source in self.anchors), None)
+
+
 def check_setting(setting: str, value: Any, name: str | None = None) -> None:
     """Raise ProConError if ``value`` is none that the setting can have.
 
     Args:
-        setting: a field of :class:`ConstraintSettings`.
+        setting: a field of :class:`ConstraintSettings` or :class:`AnchorSettings`.
         name: what the user calls it, such as ``procon_penalty``; its own name if not given.
     """
     name = name or setting
@@ -102,6 +149,15 @@ def check_setting(setting: str, value: Any, name: str | None = None) -> None:
         _check_schedule(value, name)
     elif setting == "blocks":
         check_blocks(value, name)
+    elif setting in {"probe_count", "probe_every"}:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+            raise ProConError(f"{name} is {value!r}: give a whole number, 1 or more")
+    elif setting == "probe_weight":
+        if not isinstance(value, Real) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
+            raise ProConError(f"{name} is {value!r}: give a finite number above 0")
+    elif setting == "probes":
+        if value is not None and not isinstance(value, str | os.PathLike):
+            raise ProConError(f"{name} is {value!r}: give the path of a file of prompts")
     else:
         check_choice(name, value, CHOICES[setting])
     if setting == "backend" and value == "auto":

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from procon.anchors.store import Anchors
+from procon.anchors.token_mask import TokenMask
 from procon.settings import DEFAULTS, Reduction, check_setting
 
 
@@ -14,7 +15,8 @@ class AnchoredCollator:
 
     Args:
         collator: any collator that gives ``input_ids`` and ``labels``.
-        anchors: an opened store. None until there is one: batches then pass as they are.
+        anchors: an opened store; or what marks the constrained tokens alone, for live anchors. None until there is
+            one: batches then pass as they are.
         reduction: of :meth:`Anchors.annotate`.
         tokenizer: names samples in errors; the collator's own if not given.
 
@@ -25,7 +27,7 @@ class AnchoredCollator:
     def __init__(
         self,
         collator: Callable[[list[Any]], dict[str, Any]],
-        anchors: Anchors | None,
+        anchors: Anchors | TokenMask | None,
         *,
         reduction: Reduction = DEFAULTS.reduction,
         tokenizer: Any = None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,11 +10,11 @@ from torch import Tensor, nn
 
 from procon.anchors.exchange import gather
 from procon.anchors.packing import check_packing
+from procon.anchors.projections import project_sites
 from procon.anchors.shards import Key
 from procon.errors import ProConError
-from procon.models import Decoder, decoder_forward, find_decoder, is_sharded, model_device, observe_block_inputs
-from procon.ops import project
-from procon.sequences import DECODER_INPUTS, TokenSequence, check_text_only, split_batch
+from procon.models import Decoder, decoder_forward, find_decoder, is_sharded, model_device
+from procon.sequences import TokenSequence, decoder_inputs, split_batch
 from procon.settings import Backend, TokenScope
 
 #: What a rank without new sequences runs while others need its part of the parameters.
@@ -69,7 +68,7 @@ def record_projections(
         if not states:
             return
         if not checked and any(packed for _, packed in states):
-            inputs = _decoder_inputs(batch or _ONE_TOKEN, device)
+            inputs = decoder_inputs(batch or _ONE_TOKEN, device)
             check_packing(forward, decoder, inputs, sequences)
             checked = True
         if not any(new for new, _ in states):
@@ -79,13 +78,6 @@ def record_projections(
             rows = z[sequence.row, sequence.span][torch.from_numpy(sequence.in_scope(scope))]
             _check_finite(rows, blocks, sequence)
             yield key, rows.numpy()
-
-
-def _decoder_inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """What a decoder takes of a batch, on its device; ProConError if there is more."""
-    check_text_only(batch)
-    taken = {name: value for name, value in batch.items() if name in DECODER_INPUTS}
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in taken.items()}
 
 
 def _project_batch(
@@ -98,20 +90,9 @@ def _project_batch(
     device: torch.device,
 ) -> Tensor:
     """Projections ``[B, T, blocks * K]`` fp32 on the CPU."""
-    inputs = _decoder_inputs(batch, device)
-    place = {block: column for column, block in enumerate(blocks)}
-    shape = (*batch["input_ids"].shape, len(blocks), unit.shape[1])
-    z = torch.full(shape, torch.nan)  # of a block that does not run, too
-
-    def observe(block: int, hidden: Tensor) -> None:
-        if block in place:
-            z[..., place[block], :] = project(hidden, unit[block].to(hidden.device), backend=backend).to(
-                "cpu", torch.float32
-            )
-
-    with observe_block_inputs(decoder, observe):
-        forward(**inputs)
-    return z.flatten(-2)
+    inputs = decoder_inputs(batch, device)
+    rows = len(batch["input_ids"])
+    return project_sites(lambda: forward(**inputs), decoder, unit, blocks, rows=rows, backend=backend, device="cpu")[1]
 
 
 def _check_finite(z: Tensor, blocks: Sequence[int], sequence: TokenSequence) -> None:

@@ -96,4 +96,7 @@ def check_resumed(
 def require_length(dataset: object, name: str) -> None:
     """Raise ProConError unless the training set can be run through before training starts."""
     if dataset is None or not hasattr(dataset, "__len__"):
-        raise ProConError(f"anchors need a {name} with a length: a streamed one cannot be recorded beforehand")
+        raise ProConError(
+            f"recorded anchors need a {name} with a length: a streamed one cannot be recorded beforehand, so train with "
+            "ProConTrainer and procon_anchors='live' or 'probes'"
+        )

@@ -23,10 +23,11 @@ from procon.anchors.manifest import MANIFEST, Manifest
 from procon.anchors.mending import mend
 from procon.anchors.recording import record_projections
 from procon.anchors.shards import AnchorShards, ShardWriter
+from procon.anchors.token_mask import mask_tokens
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.models import configuration_hash, evaluating, find_decoder, token_embedding, unwrapped, weights_hash
-from procon.sequences import TokenSequence, check_text_only, split_batch
+from procon.sequences import TokenSequence
 from procon.settings import DEFAULTS, Backend, Reduction, TokenScope, check_setting
 
 
@@ -130,17 +131,10 @@ class Anchors:
             ProConError: for a sequence that is not in the store, naming it, and for a batch that is not of text alone.
         """
         check_setting("reduction", reduction)
-        check_text_only(batch)
-        shape = batch["input_ids"].shape
-        anchors = torch.zeros(*shape, len(self.blocks) * self.k)
-        mask = torch.zeros(shape)
-        for sequence in split_batch(batch):
-            scope = torch.from_numpy(sequence.in_scope(self.scope))
-            tokens = int(scope.sum())
-            if tokens == 0:
-                continue
-            anchors[sequence.row, sequence.span][scope] = torch.from_numpy(self.lookup(sequence, describe))
-            mask[sequence.row, sequence.span][scope] = 1 / tokens if reduction == "sequence" else 1.0
+        mask, sequences = mask_tokens(batch, self.scope, reduction)
+        anchors = torch.zeros(*mask.shape, len(self.blocks) * self.k)
+        for sequence, chosen in sequences:
+            anchors[sequence.row, sequence.span][chosen] = torch.from_numpy(self.lookup(sequence, describe))
         return {**batch, "anchors": anchors, "constraint_mask": mask}
 
     @classmethod

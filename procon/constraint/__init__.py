@@ -7,5 +7,6 @@ May import: ``directions``, ``models``, ``ops`` and the leaves.
 
 from procon.constraint.blocks import select_among, select_blocks
 from procon.constraint.constraint import ProjectionConstraint, constrained_tokens
+from procon.constraint.probing import probe_penalty
 
-__all__ = ["ProjectionConstraint", "constrained_tokens", "select_among", "select_blocks"]
+__all__ = ["ProjectionConstraint", "constrained_tokens", "probe_penalty", "select_among", "select_blocks"]

@@ -1,9 +1,9 @@
-"""Where a block's input meets the op: within the block's first norm, or on the way into the block."""
+"""Where a block's input, or the last one's output, meets the op: within the norm that reads it, or on the way there."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, ParamSpec, TypeVar
 
@@ -13,14 +13,16 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
-from procon.constraint.copies import Arguments, ModuleForward, PreForward, PreForwardHook
+from procon.constraint.copies import Arguments, Hook, ModuleForward, PreForward
 from procon.constraint.input_norm import InputNorm
 from procon.constraint.reach import is_the_same
 from procon.constraint.sharded_input import check_placements, constrain_sharded
+from procon.constraint.sites import Site
 from procon.constraint.target import State, Target, on_device
 from procon.errors import ProConError
-from procon.models import block_input
+from procon.models import block_input, block_output
 from procon.ops import constrain, outside_backward, rms_norm, rms_norm_constrain
+from procon.settings import Units
 
 logger = logging.getLogger(__name__)
 
@@ -35,25 +37,30 @@ _Operands = tuple[Tensor, Tensor, Tensor]
 
 
 class ConstrainedBlock:
-    """One constrained block of a model.
+    """One constrained block of a model; with the index after the last one, the last one's output.
 
     A checkpointed block runs again within backward, when its target may be released, or be the next forward's already.
     The gradient does not depend on it: the op keeps what its backward needs of the target from the forward that made
     the penalty. So a block that runs again only has to save the tensors that it saved then.
     """
 
-    def __init__(self, state: State, column: int, index: int, vectors: Tensor) -> None:
-        """``column`` of each target belongs to block ``index``, whose directions are ``vectors [K, D]``."""
+    def __init__(self, state: State, column: int, index: int, vectors: Mapping[Units, Tensor]) -> None:
+        """``column`` of each target belongs to block ``index``, whose directions are ``vectors [K, D]``, by unit."""
         self._state = state
         self._column = column
         self._index = index
-        self._vectors = {vectors.device: vectors}
+        self._vectors = {units: {tensor.device: tensor} for units, tensor in vectors.items()}
         self._norm_did_it = True
 
-    def attach(self, block: nn.Module, norm: InputNorm | None, undo: ExitStack) -> None:
-        """Put the op into ``norm``, or before ``block`` if there is none; closing ``undo`` takes it out again."""
-        hook = self._through(block) if norm is None else self._note_input
-        undo.callback(block.register_forward_pre_hook(PreForwardHook(hook), with_kwargs=True).remove)
+    def attach(self, site: Site, undo: ExitStack) -> None:
+        """Put the op into the site's norm, or on the way if there is none; closing ``undo`` takes it out again."""
+        block, norm = site.block, site.norm
+        if site.is_output:
+            hook = self._through_output(block) if norm is None else self._note_output
+            undo.callback(block.register_forward_hook(Hook(hook)).remove)
+        else:
+            hook = self._through(block) if norm is None else self._note_input
+            undo.callback(block.register_forward_pre_hook(Hook(hook), with_kwargs=True).remove)
         if norm is not None:
             norm.module.forward = ModuleForward(norm.module, self._within(norm))
             undo.callback(delattr, norm.module, "forward")
@@ -74,10 +81,30 @@ class ConstrainedBlock:
 
         return _unseen(pre_forward)
 
+    def _through_output(self, block: nn.Module) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+        """A forward hook for ``block``: its output passes through the op."""
+
+        def forward(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+            if not self._state.enabled or self._runs_again(block) or (target := self._target(block)) is None:
+                return None
+            hidden = block_output(output)
+            if (operands := self._operands(target, hidden)) is None:
+                return None
+            hidden = self._constrained(target, hidden, operands)
+            return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+        return _unseen(forward)
+
+    def _note_output(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        """A forward hook for a block whose output a norm reads that does the work."""
+        self._note(block_output(output))
+
     def _note_input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pre-hook for a block whose norm does the work: that is what the norm should get."""
+        self._note(block_input(args, kwargs))
+
+    def _note(self, hidden: Tensor) -> None:
         if self._state.enabled and (target := self._state.target) is not None:
-            hidden = block_input(args, kwargs)
             target.called_with[self._column] = hidden, _version(hidden)
 
     def _within(self, norm: InputNorm) -> Callable[[Tensor], Tensor]:
@@ -100,16 +127,18 @@ class ConstrainedBlock:
             if (given := target.called_with.pop(self._column, None)) is None:
                 return plain(hidden)  # called once more, or by another block that shares it
             of_block = self._input_of_block(*given, hidden)
-            if (operands := self._operands(target, of_block)) is None:
-                return plain(hidden)
             did_it = of_block is hidden and not isinstance(hidden, DTensor)
             if torch.is_grad_enabled():
                 self._norm_did_it = did_it
+            if target.idle and self._did_it(module, hidden):
+                return rms_norm(hidden, module.weight, norm.eps, **rule)
+            if (operands := self._operands(target, of_block)) is None:
+                return plain(hidden)
             if not did_it:
                 passed = self._constrained(target, of_block, operands)
                 return plain(passed if of_block is hidden else hidden)
             normed, term = rms_norm_constrain(
-                hidden, module.weight, norm.eps, *operands, penalty=self._state.penalty, **rule
+                hidden, module.weight, norm.eps, *operands, penalty=target.penalty, **rule
             )
             target.keep(self._column, term)
             return normed
@@ -159,6 +188,8 @@ class ConstrainedBlock:
 
     def _operands(self, target: Target, hidden: Tensor) -> _Operands | None:
         """Directions, anchors and mask for the block's input; None if it cannot move, or the target is not its own."""
+        if target.idle:
+            return None
         fits = hidden.shape[:-1] == target.mask.shape
         done = self._column in target.terms
         trains = torch.is_grad_enabled()
@@ -184,11 +215,11 @@ class ConstrainedBlock:
         if torch.compiler.is_compiling():
             # A graph cannot ask whether it runs again, and would save what the op makes of the target of that time.
             anchors = outside_backward(anchors)
-        return on_device(self._vectors, hidden.device), anchors, mask
+        return on_device(self._vectors[target.units], hidden.device), anchors, mask
 
     def _constrained(self, target: Target, hidden: Tensor, operands: _Operands) -> Tensor:
         """The block's input passed through the op, whose penalty is kept."""
-        settings: dict[str, Any] = {"penalty": self._state.penalty, "backend": self._state.backend}
+        settings: dict[str, Any] = {"penalty": target.penalty, "backend": self._state.backend}
         if isinstance(hidden, DTensor):
             hidden, term = constrain_sharded(hidden, *operands, **settings)
         else:

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from procon.constraint.blocks import select_blocks
 from procon.constraint.constrained_block import ConstrainedBlock, runs_again
-from procon.constraint.copies import Arguments, PreForwardHook
-from procon.constraint.input_norm import find_input_norm
+from procon.constraint.copies import Arguments, Hook
 from procon.constraint.reach import reaches_a_parameter
+from procon.constraint.sites import find_site
 from procon.constraint.target import State, Target, on_device
 from procon.constraint.use import Use
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
-from procon.models import Decoder, active_adapters, adapter_layer, find_decoder, first_moving_block
+from procon.models import Decoder, active_adapters, adapter_layer, find_decoder, first_moving_block, unwrapped
 from procon.settings import DEFAULTS, Backend, Blocks, Fuse, Penalty, Units, check_setting
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 class _Attachment:
     """What :meth:`ProjectionConstraint.attach` found in a model, and how it is undone."""
 
+    model: nn.Module
     decoder: Decoder
     adapter_layer: BaseTunerLayer | None
     adapters: tuple[str, ...]
@@ -89,11 +90,12 @@ class ProjectionConstraint:
         self.blocks = select_blocks(directions, blocks)
         self._directions = directions
         gap = directions.gap[list(self.blocks)]
-        scale = 1.0 / gap if units == "gap" else torch.ones_like(gap)
-        self._vectors = directions.basis[list(self.blocks)] * scale[:, None, None]
-        #: By device; None to leave raw units alone.
-        self._scales = {scale.device: scale} if units == "gap" else None
-        self._state = State(penalty, backend)
+        unit = directions.basis[list(self.blocks)]
+        self._vectors: dict[Units, Tensor] = {"raw": unit, "gap": unit / gap[:, None, None]}
+        self._scales = {gap.device: 1.0 / gap}  # by device
+        self._penalty: Penalty = penalty
+        self._units: Units = units
+        self._state = State(backend)
         #: The first moving block with which the penalty's gradient was last seen to arrive at a parameter.
         self._reached_from: int | None = None
         self._attachment: _Attachment | None = None
@@ -107,6 +109,11 @@ class ProjectionConstraint:
     @enabled.setter
     def enabled(self, enabled: bool) -> None:
         self._state.enabled = enabled
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that it is attached to, without what runs it on several devices; ProConError if to none."""
+        return self._attached().model
 
     @property
     def fused(self) -> tuple[int, ...]:
@@ -139,16 +146,18 @@ class ProjectionConstraint:
         self._directions.check_fits(decoder)
         fused = []
         with ExitStack() as undo:
-            hook = PreForwardHook(self._before_decoder)
+            hook = Hook(self._before_decoder)
             undo.callback(decoder.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             for column, index in enumerate(self.blocks):
-                block = decoder.blocks[index]
-                norm = find_input_norm(block, decoder.hidden_size) if fuse == "auto" else None
-                ConstrainedBlock(self._state, column, index, self._vectors[column]).attach(block, norm, undo)
-                if norm is not None:
+                site = find_site(decoder, index, fuse)
+                vectors: dict[Units, Tensor] = {name: tensor[column] for name, tensor in self._vectors.items()}
+                ConstrainedBlock(self._state, column, index, vectors).attach(site, undo)
+                if site.norm is not None:
                     fused.append(index)
             layer = adapter_layer(decoder)
-            self._attachment = _Attachment(decoder, layer, active_adapters(layer), tuple(fused), undo.pop_all())
+            self._attachment = _Attachment(
+                unwrapped(model), decoder, layer, active_adapters(layer), tuple(fused), undo.pop_all()
+            )
         logger.info(
             "projection constraint on the inputs of %d of %d blocks, in %d of them within the block's RMSNorm",
             len(self.blocks),
@@ -178,23 +187,64 @@ class ProjectionConstraint:
         if exception is None and use.forwards and not use.asked:
             raise ProConError(use.lost())
 
-    def set_target(self, anchors: Tensor, mask: Tensor) -> None:
+    def set_target(
+        self, anchors: Tensor, mask: Tensor, *, penalty: Penalty | None = None, units: Units | None = None
+    ) -> None:
         """Set what the next forward is constrained to.
 
         Args:
             anchors: ``[B, T, len(blocks) * K]``, initial projections in raw units, those of a block side by side.
             mask: ``[B, T]``, weight of each token, 0 if it is not constrained.
+            penalty, units: of this forward; the constraint's own if not given.
 
         Raises:
             ProConError: if the shapes do not fit, the constraint is attached to no model, or other adapters are on
                 than when it was attached.
         """
-        expected = (*mask.shape, len(self.blocks) * self._vectors.shape[1])
+        penalty, units = penalty or self._penalty, units or self._units
+        check_setting("penalty", penalty)
+        check_setting("units", units)
+        expected = (*mask.shape, len(self.blocks) * self._directions.k)
         if anchors.shape != expected:
             raise ProConError(
                 f"anchors have shape {tuple(anchors.shape)}, expected {expected}: record them with the constraint's "
                 "directions and blocks=constraint.blocks"
             )
+        attachment = self._attached()
+        by_block = anchors.float().unflatten(-1, (len(self.blocks), -1))
+        if units == "gap":
+            by_block = by_block * on_device(self._scales, anchors.device)[:, None]
+        # Blocks first: read with a stride, each number would move a whole sector of memory.
+        self._set(
+            Target(
+                by_block.movedim(-2, 0).contiguous(),
+                mask.float(),
+                penalty,
+                units,
+                first_moving_block(attachment.decoder),
+            )
+        )
+
+    def rest(self) -> None:
+        """Leave the next training forward unconstrained, for one whose loss has no penalty.
+
+        Unlike ``enabled = False``, it needs no change before blocks run again within backward, as checkpointed ones do,
+        so another forward of the same step may be constrained.
+        """
+        nothing = torch.empty(0)
+        self._set(
+            Target(
+                nothing, nothing, self._penalty, self._units, first_moving_block(self._attached().decoder), idle=True
+            )
+        )
+
+    def _set(self, target: Target) -> None:
+        self.release()
+        self._state.first_moving = target.first_moving
+        self._state.target = target
+
+    def _attached(self) -> _Attachment:
+        """What it is attached to, with the adapters on that were on then."""
         if (attachment := self._attachment) is None:
             raise ProConError("the constraint is attached to no model: call attach(model) first")
         if (adapters := active_adapters(attachment.adapter_layer)) != attachment.adapters:
@@ -202,13 +252,7 @@ class ProjectionConstraint:
                 f"the active adapters changed from {attachment.adapters} to {adapters} while the constraint was "
                 "attached: record anchors with those on that train, then attach"
             )
-        by_block = anchors.float().unflatten(-1, (len(self.blocks), -1))
-        if self._scales is not None:
-            by_block = by_block * on_device(self._scales, anchors.device)[:, None]
-        self.release()
-        self._state.first_moving = first_moving_block(attachment.decoder)
-        # Blocks first: read with a stride, each number would move a whole sector of memory.
-        self._state.target = Target(by_block.movedim(-2, 0).contiguous(), mask.float(), self._state.first_moving)
+        return attachment
 
     def release(self) -> None:
         """Drop the target, so that a later forward without one is not taken for this one's; backward needs none."""
@@ -230,7 +274,7 @@ class ProjectionConstraint:
                 below one of them trains.
         """
         self._use.asked += 1
-        if (target := self._state.target) is None:
+        if (target := self._state.target) is None or target.idle:
             raise ProConError("no target is set: call set_target(anchors, mask) before the forward")
         terms = list(self._terms(target))
         total = torch.stack([term.to(terms[0].device) for term in terms]).sum()

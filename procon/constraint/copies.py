@@ -11,18 +11,18 @@ from torch import nn
 #: Of a module's call: positional and named.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
-#: A hook that may change them.
+#: A forward pre-hook, which may change them.
 PreForward = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Arguments | None]
 
 
-class PreForwardHook:
-    """A forward pre-hook; its place in a copy of the module is taken by a function that does nothing."""
+class Hook:
+    """A hook of a module; its place in a copy of the module is taken by a function that does nothing."""
 
-    def __init__(self, hook: PreForward) -> None:
+    def __init__(self, hook: Callable[..., Any]) -> None:
         self._hook = hook
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        return self._hook(module, args, kwargs)
+    def __call__(self, *args: Any) -> Any:
+        return self._hook(*args)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         # Of the standard library, takes anything, returns None: who loads the model does not need this package.

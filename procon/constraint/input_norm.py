@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from procon.models import Decoder, final_norms
 from procon.ops import rms_norm
 
 #: Share of bfloat16 results that must be bitwise a rule's. Another rule rounds many of them otherwise; the same rule in
@@ -39,6 +40,12 @@ def find_input_norm(block: nn.Module, hidden_size: int) -> InputNorm | None:
     norms = [module for module in block.modules() if _looks_like_rms_norm(module, hidden_size)]
     module = _first_called(block, norms, hidden_size) if norms else None
     return None if module is None else _with_rule(module, hidden_size)
+
+
+def find_output_norm(decoder: Decoder) -> InputNorm | None:
+    """The RMSNorm after the last block; None if there is none. That it reads the block's output shows as it runs."""
+    norms = [module for module in final_norms(decoder) if _looks_like_rms_norm(module, decoder.hidden_size)]
+    return _with_rule(norms[0], decoder.hidden_size) if len(norms) == 1 else None
 
 
 def _looks_like_rms_norm(module: nn.Module, hidden_size: int) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from procon.settings import Backend, Penalty
+from procon.settings import Backend, Penalty, Units
 
 
 @dataclass
@@ -16,8 +16,12 @@ class Target:
 
     anchors: Tensor  # [blocks, B, T, K]
     mask: Tensor  # [B, T]
+    penalty: Penalty
+    units: Units
     #: First block whose input training can move.
     first_moving: int
+    #: Whether nothing is penalised: the forward is only to save what it saves when its blocks run again.
+    idle: bool = False
     #: Whether the decoder ran with gradients.
     trained: bool = False
     #: By column of the anchors: penalties of the forward that trains; None if the block's input cannot move.
@@ -44,7 +48,6 @@ class Target:
 class State:
     """What all constrained blocks of a model go by."""
 
-    penalty: Penalty
     backend: Backend
     enabled: bool = True
     target: Target | None = None

@@ -11,8 +11,8 @@ from procon.defences.hidden_states import HiddenStatesTrainer
 from procon.defences.lisa import LisaTrainer
 from procon.defences.registry import DEFENCES, Defence, build_trainer, find_defence
 from procon.defences.safe_lora import SafeLoRATrainer, project_update
-from procon.defences.starting_model import StartingModel
 from procon.defences.steering import SteeringTrainer
+from procon.models import StartingModel
 
 __all__ = [
     "DEFENCES",

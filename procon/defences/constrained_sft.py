@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, logsigmoid
 
-from procon.defences.starting_model import StartingModel
 from procon.defences.trainer import TokenMeanTrainer
 from procon.errors import ProConError
+from procon.models import StartingModel
 from procon.sequences import IGNORE_INDEX
 
 #: The paper's recommendation: weak at the first token, strong at the next four, nearly CE after them.

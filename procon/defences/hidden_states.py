@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from procon.constraint import select_among
-from procon.defences.starting_model import StartingModel
 from procon.defences.trainer import TokenMeanTrainer, tokens_in_scope
 from procon.errors import ProConError
-from procon.models import find_decoder, first_moving_block, observe_block_inputs, transformers_model
+from procon.models import StartingModel, find_decoder, first_moving_block, observe_block_inputs, transformers_model
 from procon.settings import Blocks, TokenScope, check_alpha, check_setting
 
 

@@ -1,4 +1,4 @@
-"""Directions, anchors and the batches that have them, in any trainer that extends transformers' Trainer."""
+"""Directions and anchors, wherever they come from, in any trainer that extends transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel
 
-from procon.anchors import AnchoredCollator, Anchors
+from procon.anchors import AnchoredCollator, Anchors, LiveAnchors, Probes, TokenMask
+from procon.anchors.live import ADAPTERS_OFF
+from procon.anchors.probes import PROBES
 from procon.anchors.starting_state import StartingState, check_resumed, require_length
 from procon.constraint import ProjectionConstraint
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
+from procon.models import is_sharded
 from procon.schedule import AlphaSchedule
 from procon.training.checkpoints import Checkpoint
 from procon.training.config import ProConConfig
@@ -31,7 +34,17 @@ NO_ANCHORS = "the batch has no anchors: leave get_train_dataloader and the colla
 TARGET = ("anchors", "constraint_mask")
 
 #: Settings that a resumed training shares with the one that it goes on from.
-_SAME_WHEN_RESUMED = ("schedule", "scope", "penalty", "units", "reduction", "blocks", "directions")
+_SAME_WHEN_RESUMED = (
+    "schedule",
+    "scope",
+    "penalty",
+    "units",
+    "reduction",
+    "blocks",
+    "directions",
+    "anchors_from",
+    "probing",
+)
 
 
 if TYPE_CHECKING:
@@ -50,7 +63,7 @@ else:
 
 
 class AnchoredMixin(_Resumable):
-    """What the constraint of a training is made of, found before it begins: directions, and an anchor for each token.
+    """What the constraint of a training is made of, found before it begins: directions, and sources of anchors.
 
     Attributes:
         alpha_schedule: the strength of the constraint over training.
@@ -60,6 +73,9 @@ class AnchoredMixin(_Resumable):
     alpha_schedule: AlphaSchedule
     constraint: ProjectionConstraint | None
     _anchors: Anchors | None
+    _live: LiveAnchors | None
+    _probes: Probes | None
+    _resumed: Checkpoint | None
     _directions: RefusalDirections  # there once there is a constraint
     _collator: AnchoredCollator  # there once there is a loader
 
@@ -93,18 +109,57 @@ class AnchoredMixin(_Resumable):
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | bool | None
     ) -> tuple[nn.Module, DataLoader]:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if self.constraint is not None and self._anchors is None:
-            if not hasattr(self, "_collator"):
-                raise ProConError(NO_ANCHORS)
+        if self.constraint is not None:
             # Now that the model is where it will train: on its device, sharded, in its precision.
-            self._anchors = self._collator.anchors = self._record_anchors(self.constraint)
+            self._find_anchors(self.constraint)
         return prepared
 
+    def _find_anchors(self, constraint: ProjectionConstraint) -> None:
+        """What the sources need of the starting model, unless a checkpoint has it."""
+        settings = self.args.anchor_settings()
+        if settings.of_tokens == "recorded" and self._anchors is None:
+            if not hasattr(self, "_collator"):
+                raise ProConError(NO_ANCHORS)
+            self._anchors = self._collator.anchors = self._record_anchors(constraint)
+        if settings.of_tokens == "live" and self._live is None:
+            with self.compute_loss_context_manager():
+                # The adapters of a resumed run are trained already.
+                self._live = self._live_anchors(constraint, True if self._resumed else None)
+        if settings.has_probes and self._probes is None:
+            with self.compute_loss_context_manager():
+                self._probes = self._record_probes(constraint)
+
+    def _record_probes(self, constraint: ProjectionConstraint) -> Probes:
+        settings = self.args.anchor_settings()
+        return on_main(  # ranks round differently
+            lambda: Probes.record(
+                self.model,
+                self.processing_class,
+                self._directions,
+                settings.probes,
+                blocks=constraint.blocks,
+                count=settings.probe_count,
+                backend=self.args.procon_backend,
+            ),
+            all_call=is_sharded(self.model),
+        )
+
+    @property
+    def _has_anchors(self) -> bool:
+        """Whether every source is ready."""
+        settings = self.args.anchor_settings()
+        of_tokens = {"recorded": self._anchors, "live": self._live, None: True}[settings.of_tokens]
+        return of_tokens is not None and (self._probes is not None or not settings.has_probes)
+
     def get_train_dataloader(self) -> DataLoader:
-        if self.constraint is None:
+        source = self.args.anchor_settings().of_tokens
+        if self.constraint is None or source is None:
             return super().get_train_dataloader()
         self._collator = AnchoredCollator(
-            self.data_collator, self._anchors, reduction=self.args.procon_reduction, tokenizer=self.processing_class
+            self.data_collator,
+            TokenMask(self.args.procon_scope) if source == "live" else self._anchors,
+            reduction=self.args.procon_reduction,
+            tokenizer=self.processing_class,
         )
         with self._collating(self._collator):
             return super().get_train_dataloader()
@@ -149,14 +204,39 @@ class AnchoredMixin(_Resumable):
                 progress=not args.disable_tqdm,
             )
 
-    def _reopen_anchors(self, constraint: ProjectionConstraint, checkpoint: Checkpoint) -> Anchors:
+    def _reopen_anchors(self, constraint: ProjectionConstraint, checkpoint: Checkpoint) -> None:
+        """The sources as they were when the run began: the model is in that state no longer, once it is loaded."""
         found, record = checkpoint.record, self._record()
-        if found.get("anchors") is None:
+        if found.get("directions") is None:
             raise ProConError(
                 f"{checkpoint} is of training without the constraint: resume with procon_schedule 0, or start afresh"
             )
+        found.setdefault("anchors_from", "recorded")  # of an earlier version
+        found.setdefault("probing", None)
         check_resumed(found, {name: record[name] for name in _SAME_WHEN_RESUMED}, str(checkpoint))
-        return self._starting_state().reopen(found["anchors"])
+        settings = self.args.anchor_settings()
+        if settings.of_tokens == "recorded":
+            self._anchors = self._starting_state().reopen(found["anchors"])
+        start = found.get("starting_model")
+        if settings.of_tokens == "live" and start != ADAPTERS_OFF:
+            # Of the model that was given to this run, which must be the one that the interrupted run was given.
+            self._live = self._live_anchors(constraint)
+            if self._live.start != start:
+                raise ProConError(
+                    f"{checkpoint} began from another starting model than the one given: load the model, and the "
+                    "adapter, that the run began with"
+                )
+        if settings.has_probes:
+            self._probes = Probes.load(checkpoint.path / PROBES)
+
+    def _live_anchors(self, constraint: ProjectionConstraint, adapters_off: bool | None = None) -> LiveAnchors:
+        return LiveAnchors(
+            self.model,
+            self._directions,
+            blocks=constraint.blocks,
+            backend=self.args.procon_backend,
+            adapters_off=adapters_off,
+        )
 
     def _recording_dataloader(self) -> DataLoader:
         """This rank's share of the training set, longest samples first, through the training collator."""

@@ -10,11 +10,14 @@ from transformers import TrainingArguments
 from procon.schedule import AlphaSchedule
 from procon.settings import (
     DEFAULTS,
+    AnchorSettings,
+    AnchorSource,
     Backend,
     Blocks,
     ConstraintSettings,
     Fuse,
     Penalty,
+    ProbeHold,
     Reduction,
     TokenScope,
     Units,
@@ -26,7 +29,7 @@ from procon.settings import (
 #: What the names of the constraint's settings begin with among training arguments.
 PREFIX = "procon_"
 
-_SENTENCES = sentences(ConstraintSettings)
+_SENTENCES = sentences(ConstraintSettings) | sentences(AnchorSettings)
 
 
 def _help(setting: str) -> dict[str, str]:
@@ -41,8 +44,8 @@ class ProConArguments:
         @dataclass
         class MyConfig(ProConArguments, MyTrainingArguments): ...
 
-    They are those of :class:`procon.settings.ConstraintSettings`, with its defaults, and names that begin with
-    ``procon_``. ``procon_blocks`` is a text, as command lines give it.
+    They are those of :class:`procon.settings.ConstraintSettings` and :class:`procon.settings.AnchorSettings`, with
+    their defaults, and names that begin with ``procon_``. ``procon_blocks`` is a text, as command lines give it.
 
     Raises:
         ProConError: for a value that a setting cannot have.
@@ -56,6 +59,12 @@ class ProConArguments:
     procon_reduction: Reduction = field(default=DEFAULTS.reduction, metadata=_help("reduction"))
     procon_fuse: Fuse = field(default=DEFAULTS.fuse, metadata=_help("fuse"))
     procon_backend: Backend = field(default=DEFAULTS.backend, metadata=_help("backend"))
+    procon_anchors: AnchorSource = field(default=AnchorSettings.anchors, metadata=_help("anchors"))
+    procon_probes: str | None = field(default=AnchorSettings.probes, metadata=_help("probes"))
+    procon_probe_count: int = field(default=AnchorSettings.probe_count, metadata=_help("probe_count"))
+    procon_probe_every: int = field(default=AnchorSettings.probe_every, metadata=_help("probe_every"))
+    procon_probe_weight: float = field(default=AnchorSettings.probe_weight, metadata=_help("probe_weight"))
+    procon_probe_hold: ProbeHold = field(default=AnchorSettings.probe_hold, metadata=_help("probe_hold"))
     procon_anchors_dir: str | None = field(
         default=None, metadata={"help": "Where initial projections are kept; OUTPUT_DIR/_anchors if not given."}
     )
@@ -70,6 +79,7 @@ class ProConArguments:
         if others is not None:
             others()
         self.constraint_settings()
+        self.anchor_settings()
 
     def constraint_settings(self) -> ConstraintSettings:
         """The settings without their prefix, checked; a wrong one is named as it stands here."""
@@ -78,6 +88,13 @@ class ProConArguments:
         for setting, value in values.items():
             check_setting(setting, value, PREFIX + setting)
         return ConstraintSettings(**values)
+
+    def anchor_settings(self) -> AnchorSettings:
+        """Where anchors come from, checked; a wrong setting is named as it stands here."""
+        values: dict[str, Any] = {item.name: getattr(self, PREFIX + item.name) for item in fields(AnchorSettings)}
+        for setting, value in values.items():
+            check_setting(setting, value, PREFIX + setting)
+        return AnchorSettings(**values)
 
     def schedule(self) -> AlphaSchedule:
         """The parsed ``procon_schedule``."""

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from procon.anchors import Anchors
-from procon.constraint import ProjectionConstraint, constrained_tokens
+from procon.anchors.probes import PROBES
+from procon.constraint import ProjectionConstraint, constrained_tokens, probe_penalty
 from procon.constraint.guards import check_finite, refuse_data_parallel
 from procon.directions import DIRECTIONS, RefusalDirections
 from procon.errors import ProConError
@@ -80,10 +80,12 @@ class ProConMixin(AnchoredMixin):
         if self.model_init is not None:
             raise ProConError("anchors belong to one model: pass model, not model_init")
         args.constraint_settings()  # once more, as they may have been set since args was made
+        args.anchor_settings()
         self.alpha_schedule = args.schedule()
         self.evidence = Evidence()
         self.constraint: ProjectionConstraint | None = None
-        self._anchors: Anchors | None = None
+        self._anchors = self._live = self._probes = None
+        self._probed = False
         self._steps_per_epoch = 1
         self._resumed: Checkpoint | None = None
         self._constrained_tokens: Tensor | None = None
@@ -139,7 +141,9 @@ class ProConMixin(AnchoredMixin):
             constraint = self._make_constraint(
                 RefusalDirections.load(checkpoint.path / DIRECTIONS) if checkpoint else self._extract()
             )
-        self._anchors = self._reopen_anchors(constraint, checkpoint) if checkpoint else None
+        self._anchors = self._live = self._probes = None
+        if checkpoint:
+            self._reopen_anchors(constraint, checkpoint)
         return constraint.attach(self.model, fuse=self.args.procon_fuse)
 
     def begin_evidence(self) -> None:
@@ -172,9 +176,11 @@ class ProConMixin(AnchoredMixin):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Tensor | int | None]:
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        self._probed = False
         if self.constraint is not None and self.alpha > 0:
-            self._constrained_tokens = self._count_constrained(batches)
-            self._penalty_steps += 1
+            if self.args.anchor_settings().of_tokens:
+                self._constrained_tokens = self._count_constrained(batches)
+            self._penalty_steps += self.constrains_this_step
         return batches, num_items_in_batch
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -200,18 +206,54 @@ class ProConMixin(AnchoredMixin):
             constraint.enabled = alpha > 0
         if constraint is None or alpha == 0:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
-        if anchors is None or mask is None:
-            raise ProConError(NO_ANCHORS)
-        constraint.set_target(anchors, mask)
+        self._set_target(constraint, inputs, anchors, mask)
         # Outputs only if they are asked for: some trainers run a second forward to make them.
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         loss, outputs = found if isinstance(found, tuple) else (found, None)
         # This micro-batch's share of the mean over the optimiser step; shares of all micro-batches add up to it.
-        share = constraint.penalty(self._constrained_tokens).to(loss.device)
+        shares = self._shares(constraint)
+        if not shares:
+            return (loss, outputs) if return_outputs else loss
+        share = torch.stack([share.to(loss.device) for share in shares]).sum()
         self._penalty_sum += share.detach()
         self.evidence.watch(share, self._gradient_of(alpha))
         loss = loss + alpha * loss_scale(self, num_items_in_batch) * share
         return (loss, outputs) if return_outputs else loss
+
+    @property
+    def constrains_this_step(self) -> bool:
+        """Whether this optimiser step has a penalty if alpha is above 0: probes alone are not run in every one."""
+        settings = self.args.anchor_settings()
+        return settings.of_tokens is not None or self.state.global_step % settings.probe_every == 0
+
+    def _set_target(
+        self, constraint: ProjectionConstraint, inputs: dict[str, Any], anchors: Tensor | None, mask: Tensor | None
+    ) -> None:
+        """Constrain the coming forward on ``inputs``, if training tokens have anchors."""
+        source = self.args.anchor_settings().of_tokens
+        if source is None:
+            constraint.rest()
+            return
+        if source == "live" and anchors is None and self._live is not None:
+            anchors = self._live(inputs)
+        if anchors is None or mask is None:
+            raise ProConError(NO_ANCHORS)
+        constraint.set_target(anchors, mask)
+
+    def _shares(self, constraint: ProjectionConstraint) -> list[Tensor]:
+        """Of the penalties that this micro-batch has a share of: that of its tokens, and the probes'."""
+        settings = self.args.anchor_settings()
+        shares = [constraint.penalty(self._constrained_tokens)] if settings.of_tokens else []
+        if settings.has_probes and not self._probed and self.state.global_step % settings.probe_every == 0:
+            if self._probes is None:
+                raise ProConError(NO_ANCHORS)
+            self._probed = True  # once in an optimiser step
+            batch = self._probes.batch(self.args.device)
+            penalty = probe_penalty(constraint, batch, hold=settings.probe_hold)
+            # Ranks that have the same probes have a part each.
+            ranks = self.args.world_size // (self.get_tp_size() * self.get_cp_size())
+            shares.append(settings.probe_weight / ranks * penalty)
+        return shares
 
     def _gradient_of(self, alpha: float) -> float | None:
         """What the gradient of a micro-batch's share of the penalty is; None where an engine scales the loss."""
@@ -243,11 +285,13 @@ class ProConMixin(AnchoredMixin):
 
     def _describe(self, folder: Path) -> None:
         """Write beside the model how it was constrained, and how much."""
-        if self.constraint is None or self._anchors is None:
+        if self.constraint is None or not self._has_anchors:
             super()._describe(folder)
         elif self.args.should_save:
             record = self._record()
             self._directions.save(folder / DIRECTIONS)
+            if self._probes is not None:
+                self._probes.save(folder / PROBES)
             write_section(folder / "README.md", describe(record, self._directions, self.state.log_history))
             write_record(folder, record)
 
@@ -270,10 +314,25 @@ class ProConMixin(AnchoredMixin):
             record |= {
                 "blocks": list(self.constraint.blocks),
                 "directions": self._directions.hash,
+                "anchors_from": args.procon_anchors,
                 "anchors": self._anchors.fingerprint if self._anchors else None,
+                "starting_model": self._live.start if self._live else None,
+                "probing": self._probing(),
                 "steps_per_epoch": self._steps_per_epoch,
             }
         return record
+
+    def _probing(self) -> dict[str, Any] | None:
+        """What a resumed run shares of the probes; None without any."""
+        settings = self.args.anchor_settings()
+        if not settings.has_probes:
+            return None
+        return {
+            "count": settings.probe_count,
+            "every": settings.probe_every,
+            "weight": settings.probe_weight,
+            "hold": settings.probe_hold,
+        }
 
     def _check_resumed_schedule(self) -> None:
         """Another number of ranks goes on as the interrupted run would have, if its steps are as large."""

@@ -43,7 +43,7 @@ class Watch(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         constraint = self._trainer.constraint
-        if constraint is not None and self._trainer.alpha > 0:
+        if constraint is not None and self._trainer.alpha > 0 and self._trainer.constrains_this_step:
             self._trainer.evidence.end_step(constraint, optimizer, model)
 
 

@@ -352,7 +352,7 @@ def test_an_attach_that_fails_leaves_the_model_as_it_was(tiny_model, random_dire
         return found[0]
 
     with monkeypatch.context() as patched:
-        patched.setattr("procon.constraint.constraint.find_input_norm", find)
+        patched.setattr("procon.constraint.sites.find_input_norm", find)
         with pytest.raises(RuntimeError, match="second block"):
             constraint.attach(model)
     assert found[0] is not None

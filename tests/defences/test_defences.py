@@ -142,9 +142,14 @@ def test_starting_model_is_the_model_before_training(tiny_model, kind):
     assert (model.eval()(input_ids=ids).logits - expected).abs().max() > 1e-3
 
 
-def test_starting_model_copies_what_trains(tiny_model):
+def test_starting_model_copies_what_trains_where_switching_adapters_off_is_not_enough(tiny_model):
     model = lora_model(tiny_model())
-    assert set(StartingModel(model)._parameters) == {n for n, _ in model.named_parameters() if "lora" in n}
+    assert StartingModel(model)._copies == {}
+    model.base_model.model.model.norm.requires_grad_()
+    assert set(StartingModel(model)._copies) == {p for p in model.parameters() if p.requires_grad}
+    model.base_model.model.model.norm.requires_grad_(False)
+    perturb(model)
+    assert set(StartingModel(model)._copies) == {p for n, p in model.named_parameters() if "lora" in n}
     with pytest.raises(ProConError, match="nothing in the model trains"):
         StartingModel(model.requires_grad_(False))
 

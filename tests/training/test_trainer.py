@@ -8,7 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from procon.anchors import recording
+from procon.anchors import projections
 from procon.data import flattening_collator, padding_collator
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
@@ -320,13 +320,13 @@ def test_drift_callback_logs_the_cosine(tiny_model, dataset, tokenizer, tmp_path
 
 @pytest.mark.parametrize("door", ["arguments", "callback"])
 def test_the_backend_reaches_the_recording_of_anchors(tiny_model, tokenizer, dataset, tmp_path, monkeypatch, door):
-    asked, original = [], recording.project
+    asked, original = [], projections.project
 
     def project(*args, backend, **kwargs):
         asked.append(backend)
         return original(*args, backend=backend, **kwargs)
 
-    monkeypatch.setattr(recording, "project", project)
+    monkeypatch.setattr(projections, "project", project)
     model, collator = tiny_model(), padding_collator(tokenizer)
     settings = {"max_steps": 1, "save_strategy": "no", "report_to": [], "disable_tqdm": True}
     if door == "arguments":

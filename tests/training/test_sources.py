@@ -1,0 +1,268 @@
+"""Where anchors come from: live ones train as recorded ones do, probes hold their prompts, and sources combine."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, get_peft_model
+from transformers import set_seed
+
+from procon.anchors import LiveAnchors, Probes
+from procon.anchors.probes import PROBES
+from procon.constraint import ProjectionConstraint, probe_penalty
+from procon.data import flattening_collator, padding_collator
+from procon.errors import ProConError
+from procon.models import find_decoder, observe_last_state, observe_sites
+from procon.training import ProConConfig, ProConTrainer
+
+QUIET = {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "logging_steps": 1, "use_cpu": True}
+PROMPTS = ["count to three", "say it again, and louder", "why"]
+
+
+def lora(model, seed: int = 0):
+    torch.manual_seed(seed)
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"))
+
+
+@pytest.fixture
+def trainer(tiny_model, tokenizer, random_directions, samples, tmp_path):
+    """``trainer(source, **settings)`` of a tiny model, with an adapter unless ``full``."""
+
+    def make(source, *, full=False, model=None, data=None, collator=None, given=True, **settings):
+        base = tiny_model() if model is None else model
+        directions = random_directions(base)
+        folder = settings.pop("output_dir", str(tmp_path / source.replace("+", "-")))
+        config = {
+            **QUIET,
+            "procon_anchors": source,
+            "procon_schedule": "procon_s:1",
+            "procon_penalty": "squared",
+            "max_steps": 20,
+            "learning_rate": 1e-2,
+            "per_device_train_batch_size": 2,
+            "output_dir": folder,
+        }
+        set_seed(0)
+        return ProConTrainer(
+            base if full else lora(base),
+            ProConConfig(**config | settings),
+            directions=directions if given else None,
+            train_dataset=Dataset.from_list(samples) if data is None else data,
+            data_collator=(collator or padding_collator)(tokenizer),
+            processing_class=tokenizer,
+        )
+
+    return make
+
+
+def losses(run) -> torch.Tensor:
+    """Those of all micro-batches, unlike the logged ones not rounded."""
+    found, step = [], run.training_step
+
+    def training_step(*args, **kwargs):
+        found.append(step(*args, **kwargs).double())
+        return found[-1].float()
+
+    run.training_step = training_step
+    run.train()
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"full": True, "learning_rate": 1e-3},
+        {"collator": lambda _tokenizer: flattening_collator()},
+        {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"procon_reduction": "sequence", "procon_scope": "response"},
+    ],
+    ids=["LoRA", "full", "packed", "accumulated", "checkpointed", "by sequence"],
+)
+def test_live_anchors_train_as_recorded_ones_do(trainer, settings):
+    """Losses within 1e-6, relative, over 20 steps; what is logged of the penalty, too."""
+    recorded, live = trainer("recorded", **settings), trainer("live", **settings)
+    expected, found = losses(recorded), losses(live)
+    assert len(expected) == 20 * settings.get("gradient_accumulation_steps", 1)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    penalties = [
+        torch.tensor([row["procon/penalty"] for row in run.state.log_history if "loss" in row])
+        for run in (recorded, live)
+    ]
+    torch.testing.assert_close(penalties[1], penalties[0], rtol=1e-4, atol=1e-9)
+    assert penalties[1].max() > 1e-4
+    assert (live._live.start == "adapters off") is not settings.get("full", False)
+
+
+def test_live_anchors_of_an_adapter_that_was_trained_before(trainer, tiny_model):
+    """Switching it off would not be the start, so what trains is copied."""
+    model = lora(tiny_model())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.1
+    run = trainer("live", full=True, model=model, max_steps=2)
+    run.train()
+    assert run._live.start != "adapters off"
+    assert run.state.log_history[0]["procon/penalty"] < 1e-9 < run.state.log_history[1]["procon/penalty"]
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["LoRA", "full"])
+@pytest.mark.parametrize("source", ["live", "live+probes", "probes", "recorded+probes"])
+def test_resumed_is_uninterrupted(trainer, source, full, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 3, "procon_probe_every": 2, "max_steps": 6, "full": full}
+    whole = trainer(source, output_dir=str(tmp_path / "whole"), **saving)
+    whole.train()
+    again = trainer(source, output_dir=str(tmp_path / "whole"), **saving)
+    again.train(str(tmp_path / "whole" / "checkpoint-3"))
+    for (name, one), (_, other) in zip(whole.model.named_parameters(), again.model.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_a_resumed_run_has_the_start_of_the_interrupted_one(trainer, tiny_model, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "full": True, "output_dir": str(tmp_path / "a")}
+    trainer("live", **saving).train()
+    other = tiny_model()
+    with torch.no_grad():
+        next(other.parameters()).add_(0.1)
+    with pytest.raises(ProConError, match="began from another starting model than the one given"):
+        trainer("live", model=other, **saving).train(str(tmp_path / "a" / "checkpoint-2"))
+    with pytest.raises(ProConError, match="was trained with anchors_from 'live', not 'recorded'"):
+        trainer("recorded", **saving).train(str(tmp_path / "a" / "checkpoint-2"))
+
+
+def test_a_stream_trains_with_live_anchors_and_with_probes(trainer, samples):
+    def rows():
+        while True:
+            yield from samples
+
+    for source in ("live", "probes"):
+        run = trainer(source, data=IterableDataset.from_generator(rows), max_steps=3)
+        run.train()
+        assert run.evidence.constrained_steps == (3 if source == "live" else 2)
+    with pytest.raises(ProConError, match="a streamed one cannot be recorded beforehand, so train with .*live"):
+        trainer("recorded", data=IterableDataset.from_generator(rows), max_steps=3).train()
+
+
+def at_last_tokens(model, probes):
+    """All sites' hidden states and the last one, at the last tokens, in the precision of the model."""
+    decoder, found, last = find_decoder(model), {}, []
+    batch = probes.batch()
+    rows = (torch.arange(len(probes)), probes.lengths - 1)
+    with observe_sites(decoder, lambda site, h: found.update({site: h[rows]})), observe_last_state(decoder, last.append):
+        decoder.module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return found, last[0][rows]
+
+
+@pytest.mark.parametrize("hold", ["projections", "state"])
+@pytest.mark.parametrize("fuse", ["auto", "never"])
+def test_the_probes_penalty_and_its_gradient_are_those_by_definition(
+    tiny_model, tokenizer, random_directions, hold, fuse
+):
+    model = tiny_model().double()
+    directions = random_directions(model)
+    directions.gap[:] = torch.tensor([1.0, 2.0, 0.5])
+    probes = Probes.record(model, tokenizer, directions, PROMPTS, blocks=(0, 1, 2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).double()
+    with ProjectionConstraint(directions).attach(model, fuse=fuse) as constraint:
+        penalty = probe_penalty(constraint, probes.batch(), hold=hold)
+        penalty.backward()
+        constraint._use.forwards = 0
+    found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+
+    sites, last = at_last_tokens(model, probes)
+    if hold == "state":
+        expected = (last - probes.states.double()).square().mean()
+    else:
+        shifts = [
+            ((sites[block] @ directions.first[block].double()) - probes.anchors[:, block].double())
+            / directions.gap[block].double()
+            for block in (0, 1, 2)
+        ]
+        expected = torch.stack(shifts).square().mean()
+    torch.testing.assert_close(penalty.double(), expected, rtol=1e-5, atol=0)
+    expected.backward()
+    by_definition = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    for one, other in zip(found, by_definition, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
+def test_probes_are_kept_and_read_again(tiny_model, tokenizer, random_directions, tmp_path):
+    model = tiny_model()
+    probes = Probes.record(model, tokenizer, random_directions(model), PROMPTS, blocks=(1, 2))
+    path = probes.save(tmp_path / PROBES)
+    assert Probes.load(path).hash == probes.hash
+    sites, last = at_last_tokens(model.eval(), probes)
+    torch.testing.assert_close(probes.states, last.detach(), rtol=0, atol=1e-6)
+    expected = torch.stack([sites[block] @ random_directions(model).first[block] for block in (1, 2)], 1)
+    torch.testing.assert_close(probes.anchors, expected.detach(), rtol=0, atol=1e-5)
+    damaged = bytearray(path.read_bytes())
+    damaged[-3] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(ProConError, match="are damaged: resume from another checkpoint"):
+        Probes.load(path)
+    with pytest.raises(ProConError, match="cannot be read"):
+        Probes.load(tmp_path / "nothing")
+
+
+def test_probes_alone_leave_the_training_batch_free(trainer):
+    """Under checkpointing too, where blocks of both forwards run again in one backward."""
+    plain, held = trainer("recorded", procon_schedule="0", max_steps=4), None
+    expected = losses(plain)
+    for checkpointing in (False, True):
+        held = trainer(
+            "probes",
+            max_steps=4,
+            procon_probe_every=100,
+            procon_probe_weight=1e-20,
+            gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+        torch.testing.assert_close(losses(held), expected, rtol=1e-5, atol=0)
+        assert held.evidence.constrained_steps == 1
+
+
+def test_probes_hold_what_plain_training_moves(trainer):
+    def drift(run):
+        run.train()
+        sites, _ = at_last_tokens(run.model.eval(), run._probes or kept)
+        found = torch.stack([sites[b] @ directions.first[b] for b in (1, 2)], 1)
+        return (found - (run._probes or kept).anchors[:, 1:]).square().mean().item()
+
+    held = trainer("probes", procon_schedule="procon_s:100", procon_probe_every=1, max_steps=30)
+    directions = held._directions
+    after = drift(held)
+    kept = held._probes
+    assert after < 0.1 * drift(trainer("recorded", procon_schedule="0", max_steps=30))
+    record = json.loads((held.save_model() or held).__class__ and open(held.args.output_dir + "/procon.json").read())
+    assert record["anchors_from"] == "probes"
+    assert record["probing"]["count"] == 8
+
+
+def test_bad_input(trainer, tokenizer, tiny_model, random_directions, tmp_path):
+    tokenizer.chat_template = None
+    with pytest.raises(ProConError, match="tokenizer has no chat template: pass the tokenizer of a chat model"):
+        trainer("probes").train()
+    for setting, value in {
+        "procon_anchors": "remembered",
+        "procon_probe_count": 0,
+        "procon_probe_every": 1.5,
+        "procon_probe_weight": float("nan"),
+        "procon_probe_hold": "everything",
+        "procon_probes": 3,
+    }.items():
+        with pytest.raises(ProConError, match=f"^{setting} is "):
+            ProConConfig(output_dir=str(tmp_path), **{setting: value})
+    merged = lora(tiny_model())
+    merged.merge_adapter()
+    with pytest.raises(ProConError, match="the adapter is merged into the model"):
+        LiveAnchors(merged, random_directions(merged))
+    off = lora(tiny_model())
+    off.base_model.disable_adapter_layers()
+    with pytest.raises(ProConError, match=r"nothing in the model trains|the adapter is switched off"):
+        LiveAnchors(off, random_directions(off))
