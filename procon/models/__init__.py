@@ -1,7 +1,7 @@
 """What is known of transformers' models: where their blocks are, how they run, which weights they have.
 
 In: a causal LM, bare or wrapped, or its name.
-Out: its decoder, block inputs, attention and hashes of weights and configuration.
+Out: its decoder, block inputs, the last block's output, attention and hashes of weights and configuration.
 May import: the leaves. It knows no directions and no anchors.
 """
 
@@ -11,6 +11,7 @@ from procon.models.decoder import (
     active_adapters,
     adapter_layer,
     block_input,
+    block_output,
     decoder_forward,
     evaluating,
     find_decoder,
@@ -18,7 +19,9 @@ from procon.models.decoder import (
     is_sharded,
     model_device,
     observe_block_inputs,
+    observe_sites,
     refuse_unprepared,
+    site_name,
     token_embedding,
     transformers_model,
     unwrapped,
@@ -33,6 +36,7 @@ __all__ = [
     "adapter_layer",
     "best_attention",
     "block_input",
+    "block_output",
     "compare_origin",
     "configuration_hash",
     "decoder_forward",
@@ -45,9 +49,11 @@ __all__ = [
     "load_model",
     "model_device",
     "observe_block_inputs",
+    "observe_sites",
     "origin_of",
     "parse_dtype",
     "refuse_unprepared",
+    "site_name",
     "token_embedding",
     "transformers_model",
     "unwrapped",

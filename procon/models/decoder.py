@@ -104,6 +104,11 @@ def block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
+def block_output(output: Any) -> Tensor:
+    """The residual stream ``[..., D]`` of what a decoder block returned: a tensor, or a tuple that begins with it."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
 def first_moving_block(decoder: Decoder) -> int:
     """Index of the first block whose input training can move: something that feeds it has a gradient; ``L`` if none.
 
@@ -144,11 +149,7 @@ def observe_block_inputs(decoder: Decoder, observe: Callable[[int, Tensor], None
     def hook(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def pre_forward(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = block_input(args, kwargs)
-            if hidden.dim() != 3 or hidden.shape[-1] != decoder.hidden_size:
-                raise ProConError(
-                    f"block {index} reads hidden states of shape {tuple(hidden.shape)}, not [batch, tokens, "
-                    f"{decoder.hidden_size}]: decoders with several residual streams are not supported"
-                )
+            _check_stream(hidden, decoder, f"block {index} reads")
             if index in seen:
                 raise ProConError(f"block {index} runs twice in one forward: looped decoders are not supported")
             seen.add(index)
@@ -165,6 +166,42 @@ def observe_block_inputs(decoder: Decoder, observe: Callable[[int, Tensor], None
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def observe_sites(decoder: Decoder, observe: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """As :func:`observe_block_inputs`, and call ``observe(L, hidden_states)`` on the output of the last block.
+
+    That is the residual stream before the final norm: site ``L`` of the ``L + 1`` sites of a decoder.
+
+    Raises:
+        ProConError: as :func:`observe_block_inputs`.
+    """
+
+    def post_forward(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        hidden = block_output(output)
+        _check_stream(hidden, decoder, "the last block returns")
+        observe(len(decoder.blocks), hidden)
+
+    with observe_block_inputs(decoder, observe):
+        handle = decoder.blocks[-1].register_forward_hook(post_forward)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _check_stream(hidden: Tensor, decoder: Decoder, what: str) -> None:
+    if hidden.dim() != 3 or hidden.shape[-1] != decoder.hidden_size:
+        raise ProConError(
+            f"{what} hidden states of shape {tuple(hidden.shape)}, not [batch, tokens, {decoder.hidden_size}]: "
+            "decoders with several residual streams are not supported"
+        )
+
+
+def site_name(site: int, blocks: int) -> str:
+    """How an error names hidden states at a site of a decoder of so many blocks, after "hidden states"."""
+    return f"entering block {site}" if site < blocks else "leaving the last block"
 
 
 @contextmanager
