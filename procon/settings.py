@@ -21,7 +21,11 @@ from procon.errors import ProConError
 from procon.schedule import AlphaSchedule
 
 TokenScope = Literal["response", "prompt", "all"]
-Blocks = Literal["all"] | float | Sequence[int]
+
+#: Which blocks: all, the deepest share of them, or indices. The word "last" names the output of the last block, on its
+#: own or in a list: ``["all", "last"]``, ``[0.5, "last"]``, ``[8, 9, "last"]``. Of L blocks, its index is L.
+Blocks = Literal["all", "last"] | float | Sequence[int | float | str]
+
 Penalty = Literal["squared", "absolute", "huber"]
 Units = Literal["raw", "gap"]
 Reduction = Literal["token", "sequence"]
@@ -29,6 +33,9 @@ Fuse = Literal["auto", "never"]
 Backend = Literal["auto", "triton", "eager"]
 AnchorSource = Literal["recorded", "live", "probes", "recorded+probes", "live+probes"]
 ProbeHold = Literal["projections", "state"]
+
+#: The word for the output of the last block, among blocks.
+LAST = "last"
 
 #: What to do when refusal has drifted below a gate.
 GateAction = Literal["warn", "stop"]
@@ -71,7 +78,8 @@ class ConstraintSettings:
     """Tokens that are constrained: response (paper), prompt or all."""
 
     blocks: Blocks = "all"
-    """Blocks: all that have a direction (paper), the deepest share such as 0.5, or indices such as 8,9,10."""
+    """Blocks, whose inputs are constrained: all that have a direction (paper), the deepest share such as 0.5, or
+    indices such as 8,9,10; and last, the output of the last block, alone or beside them: all,last."""
 
     penalty: Penalty = "absolute"
     """Penalty on a departure: squared, absolute (as the paper typesets it) or huber."""
@@ -188,38 +196,58 @@ def _check_schedule(value: object, name: str) -> None:
 
 def check_blocks(value: object, name: str = "blocks") -> None:
     """Raise ProConError unless ``value`` is a :data:`Blocks`; whether a model has them shows later."""
-    if isinstance(value, str):
-        if value != "all":
-            raise ProConError(f"{name} is {value!r}: give 'all', a fraction such as 0.5, or a list of indices")
-    elif isinstance(value, Real) and not isinstance(value, Integral):
+    if isinstance(value, Real) and not isinstance(value, Integral):
         if not 0 < float(value) <= 1:
             raise ProConError(f"{name} is the fraction {value:g}: give one above 0 and at most 1")
-    elif not isinstance(value, Sequence) or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in value):
-        raise ProConError(f"{name} is {value!r}: give 'all', a fraction such as 0.5, or a list of indices")
-    elif not value:
-        raise ProConError(f"{name} is an empty list: give at least one block")
+    elif isinstance(value, Sequence) and len(value) == 0:
+        raise ProConError(f"{name} is empty: give at least one block")
+    elif isinstance(value, Sequence) and len(value) == 2 and (share := _beside_last(value)) is not None:
+        check_blocks(share, name)
+    elif not (value in ("all", LAST) if isinstance(value, str) else _are_indices(value)):
+        raise ProConError(
+            f"{name} is {value!r}: give 'all', a fraction such as 0.5, or a list of indices; and 'last' for the output "
+            "of the last block"
+        )
+
+
+def _beside_last(pair: Sequence[object]) -> object:
+    """What a pair has beside the word "last", if that is a text or a fraction; else None."""
+    others = [item for item in pair if isinstance(item, str | float) and item != LAST]
+    return others[0] if len(others) == 1 and LAST in pair else None
+
+
+def _are_indices(value: object) -> bool:
+    """Whether ``value`` is a list of indices, or of indices and the word "last"."""
+    return isinstance(value, Sequence) and not any(
+        isinstance(item, bool) or not (isinstance(item, Integral) or (isinstance(item, str) and item == LAST))
+        for item in value
+    )
 
 
 def parse_blocks(text: str, name: str = "blocks") -> Blocks:
-    """Blocks from a text: ``all``, a share such as ``0.5``, or indices such as ``8,9,10``.
+    """Blocks from a text: ``all``, a share such as ``0.5``, or indices ``8,9,10``; or ``last``, or ``all,last``.
 
     Raises:
         ProConError: for anything else.
     """
     if not isinstance(text, str):
-        raise ProConError(f"{name} is {text!r}: give a text, such as 'all', '0.5' or '8,9,10'")
-    stripped = text.strip()
+        raise ProConError(f"{name} is {text!r}: give a text, such as 'all', '0.5', '8,9,10' or 'all,last'")
     try:
-        if stripped == "all":
-            blocks: Blocks = "all"
-        elif "." in stripped:
-            blocks = float(stripped)
-        else:
-            blocks = [int(part) for part in stripped.split(",")]
+        parts = [_block(part.strip()) for part in text.split(",")]
     except ValueError:
-        raise ProConError(f"{name} is {text!r}: give all, a share such as 0.5, or indices such as 8,9,10") from None
+        raise ProConError(
+            f"{name} is {text!r}: give all, a share such as 0.5, or indices such as 8,9,10; and last beside them"
+        ) from None
+    blocks = parts[0] if len(parts) == 1 and not isinstance(parts[0], int) else parts
     check_blocks(blocks, name)
     return blocks
+
+
+def _block(text: str) -> Any:
+    """One part of a text that names blocks."""
+    if text in ("all", LAST):
+        return text
+    return float(text) if "." in text else int(text)
 
 
 def check_alpha(alpha: float, name: str = "alpha") -> None:

@@ -59,6 +59,10 @@ class Untouchable:
         raise AssertionError(f"{name} was read before the settings were checked")
 
 
+#: Of any type, beside the wrong value that each setting has.
+NO_BLOCKS = ("some", [], [True], 1, 0.0, {1}, ["all", 3], [True, "last"], [["last"], "last"], [0.5, 0.5], b"last")
+
+
 def directions() -> RefusalDirections:
     return RefusalDirections(torch.eye(3, 8), *torch.ones(4, 3))
 
@@ -199,7 +203,11 @@ def test_wrong_values_at_python_s_doors(door, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     setting, call = python_doors()[door]
     wrong, message = WRONG[setting]
-    for value in (float(wrong), "some", [], [True], 1, 0.0, {1}) if setting == "blocks" else (wrong, 7, None):
+    for value in (
+        (float(wrong), "some", [], [True], 1, 0.0, {1}, ["all", 3], [True, "last"], [["last"], "last"])
+        if setting == "blocks"
+        else (wrong, 7, None)
+    ):
         with pytest.raises(ProConError) as error:
             call(value)
         assert setting in str(error.value)
@@ -285,7 +293,19 @@ def test_wrong_backend_in_the_environment(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "blocks"), [("all", "all"), ("0.5", 0.5), ("1.0", 1.0), ("1", [1]), ("8,9, 10", [8, 9, 10]), ("-1", [-1])]
+    ("text", "blocks"),
+    [
+        ("all", "all"),
+        ("0.5", 0.5),
+        ("1.0", 1.0),
+        ("1", [1]),
+        ("8,9, 10", [8, 9, 10]),
+        ("-1", [-1]),
+        ("last", "last"),
+        (" all, last ", ["all", "last"]),
+        ("last,0.5", ["last", 0.5]),
+        ("8,9,last", [8, 9, "last"]),
+    ],
 )
 def test_blocks_from_a_text(text, blocks):
     assert parse_blocks(text) == blocks
@@ -299,7 +319,10 @@ def test_blocks_from_what_is_no_text(value):
         ProConArguments(procon_blocks=value)
 
 
-@pytest.mark.parametrize("text", ["", "half", "0.5,1", "1.5", "0.0", "8;9", "[8]"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "half", "0.5,1", "1.5", "0.0", "8;9", "[8]", "all,8", "all,0.5", "1.5,last", "all,0.5,last", "last,"],
+)
 def test_texts_that_are_no_blocks(text):
     with pytest.raises(ProConError, match=r"^procon_blocks is"):
         parse_blocks(text, "procon_blocks")

@@ -111,7 +111,7 @@ def measure(start: Start, model: PreTrainedModel, job: Job, split: Split, size: 
         reply["log_odds"] = round(value, 3)
     states = start.probe_states(model)
     drift = compare_means(start.reference, contrast_means(states))
-    displacement = measure_displacement(start.states, states, start.directions)
+    displacement = measure_displacement(start.states, states, start.directions.at_block_inputs)
     return {
         "split": split,
         "hidden_size": states.shape[-1],

@@ -13,7 +13,7 @@ from procon.anchors.packing import check_packing
 from procon.anchors.projections import project_sites
 from procon.anchors.shards import Key
 from procon.errors import ProConError
-from procon.models import Decoder, decoder_forward, find_decoder, is_sharded, model_device
+from procon.models import Decoder, decoder_forward, find_decoder, is_sharded, model_device, site_name
 from procon.sequences import TokenSequence, decoder_inputs, split_batch
 from procon.settings import Backend, TokenScope
 
@@ -39,7 +39,8 @@ def record_projections(
 
     Args:
         model: in eval mode, gradients disabled; not wrapped for data parallelism.
-        directions: ``[L, K, D]`` unit directions of all blocks.
+        directions: ``[L, K, D]`` unit directions of all blocks; ``[L + 1, K, D]`` with the output of the last block.
+        blocks: indices of blocks, whose inputs are projected; ``L`` for the output of the last block.
 
     Raises:
         ProConError: on projections that are not finite, inputs that a text decoder does not take, or a decoder that
@@ -76,7 +77,7 @@ def record_projections(
         z = _project_batch(forward, decoder, batch if batch and new else _ONE_TOKEN, unit, blocks, backend, device)
         for key, sequence in new.items():
             rows = z[sequence.row, sequence.span][torch.from_numpy(sequence.in_scope(scope))]
-            _check_finite(rows, blocks, sequence)
+            _check_finite(rows, blocks, sequence, len(decoder.blocks))
             yield key, rows.numpy()
 
 
@@ -95,11 +96,11 @@ def _project_batch(
     return project_sites(lambda: forward(**inputs), decoder, unit, blocks, rows=rows, backend=backend, device="cpu")[1]
 
 
-def _check_finite(z: Tensor, blocks: Sequence[int], sequence: TokenSequence) -> None:
+def _check_finite(z: Tensor, blocks: Sequence[int], sequence: TokenSequence, count: int) -> None:
     bad = ~torch.isfinite(z).unflatten(-1, (len(blocks), -1)).all(-1).all(0)
     if bad.any():
+        where = site_name(blocks[int(bad.nonzero()[0])], count)
         raise ProConError(
-            f"hidden states entering block {blocks[int(bad.nonzero()[0])]} are NaN or infinite on the sample of "
-            f"{len(sequence.input_ids)} tokens starting {sequence.input_ids[:24].tolist()}: load the model in "
-            "bfloat16 or float32, and check its weights"
+            f"hidden states {where} are NaN or infinite on the sample of {len(sequence.input_ids)} tokens starting "
+            f"{sequence.input_ids[:24].tolist()}: load the model in bfloat16 or float32, and check its weights"
         )

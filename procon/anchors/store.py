@@ -166,7 +166,8 @@ class Anchors:
                 each passes its own share, of any length; ranks that compute one batch together (tensor parallelism)
                 pass the same.
             path: a folder; it may be another one on each host.
-            blocks: indices of the blocks to record; all that have a direction if not given.
+            blocks: indices of the blocks to record, ``L`` for the output of the last of L blocks; all block inputs
+                that have a direction if not given.
             scope: which tokens of a sequence; a constraint acts on those that were recorded.
             backend: of :func:`procon.ops.project`.
             fingerprint: that of :func:`fingerprint`, if it is known: it takes a pass over all weights.
@@ -182,7 +183,7 @@ class Anchors:
         directions.check_fits(find_decoder(model))
         directions.check_origin(model)
         if blocks is None:
-            blocks = directions.usable.nonzero().flatten().tolist()
+            blocks = directions.at_block_inputs.usable.nonzero().flatten().tolist()
         path = Path(path)
         state = fingerprint or _fingerprint(model, directions, blocks, scope)
         try:

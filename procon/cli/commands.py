@@ -44,7 +44,8 @@ def directions(arguments: DirectionsArguments) -> None:
     found.save(output)
     table = Table("block", "gap", "held-out AUROC", box=box.SIMPLE_HEAD)
     for block, (gap, auroc) in enumerate(zip(found.gap.tolist(), found.auroc.tolist(), strict=True)):
-        table.add_row(str(block), f"{gap:.3g}" if gap else "no direction", f"{auroc:.2f}" if gap else "-")
+        name = str(block) if block < found.block_count else "last output"
+        table.add_row(name, f"{gap:.3g}" if gap else "no direction", f"{auroc:.2f}" if gap else "-")
     console = Console()
     console.print(table)
     console.print(f"The model refuses {found.provenance['refusal_rate']:.0%} of malicious prompts.")

@@ -107,7 +107,8 @@ def quickstart(
     console.rule(f"2/{parts}  refusal directions")
     directions = RefusalDirections.extract(start, tokenizer)
     directions.save(output / "directions.safetensors")
-    usable = directions.auroc[directions.usable]
+    inputs = directions.at_block_inputs
+    usable = inputs.auroc[inputs.usable]
     console.print(f"{len(usable)} blocks; held-out AUROC {usable.min():.2f} to {usable.max():.2f}")
 
     problems = arithmetic_problems(TASK_TRAIN + TASK_TEST + TASK_PROBE, TASK_SEED)

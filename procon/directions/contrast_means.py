@@ -1,4 +1,4 @@
-"""Means over contrast prompts of the block inputs at the last prompt token: what directions are made of."""
+"""Means over contrast prompts of the hidden states at the last prompt token: what directions are made of."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from procon.chat import ContrastPrompts, pad_token_id, render, user_turn
 from procon.errors import ProConError
-from procon.models import decoder_forward, evaluating, find_decoder, model_device, observe_block_inputs
+from procon.models import decoder_forward, evaluating, find_decoder, model_device, observe_sites, site_name
 
 #: A mean difference this small beside the hidden states themselves is rounding, not a direction: the first block's
 #: input at the last prompt token is one and the same embedding for every prompt.
@@ -26,16 +26,18 @@ class ContrastMeans:
     """Means over each side's prompts of the block inputs at the last prompt token, fp64 on the CPU.
 
     Attributes:
-        malicious, benign: ``[L, D]``.
-        scale: ``[L]``, the larger of the two sides' mean norms.
-        differences: ``[C, L, D]``, malicious minus benign mean of each category, in alphabetical order; None if they
-            were not asked for.
+        malicious, benign: ``[L, D]``; ``[L + 1, D]`` with the output of the last block.
+        scale: ``[L]`` or ``[L + 1]``, the larger of the two sides' mean norms.
+        differences: ``[C, L, D]`` or ``[C, L + 1, D]``, malicious minus benign mean of each category, in alphabetical
+            order; None if they were not asked for.
+        last_output: whether the last row is that of the last block's output.
     """
 
     malicious: Tensor
     benign: Tensor
     scale: Tensor
     differences: Tensor | None = None
+    last_output: bool = False
 
     @classmethod
     def measure(
@@ -48,7 +50,7 @@ class ContrastMeans:
         batch_size: int = 32,
         progress: bool = True,
     ) -> ContrastMeans:
-        """Run the prompts through the base decoder of ``model``.
+        """Run the prompts through the base decoder of ``model``, and measure its ``L + 1`` sites.
 
         Args:
             by_category: measure :attr:`differences` on the way; ``prompts`` then have categories.
@@ -62,15 +64,16 @@ class ContrastMeans:
             for side, description in ((prompts.malicious, "malicious prompts"), (prompts.benign, "benign prompts"))
         )
         differences = malicious.by_category - benign.by_category if by_category else None
-        return cls(malicious.mean, benign.mean, torch.maximum(malicious.norm, benign.norm), differences)
+        scale = torch.maximum(malicious.norm, benign.norm)
+        return cls(malicious.mean, benign.mean, scale, differences, last_output=True)
 
 
 class _Means(NamedTuple):
     """Over prompts, fp64 on the CPU."""
 
-    mean: Tensor  # [L, D]
-    norm: Tensor  # [L], mean of the norms
-    by_category: Tensor  # [C, L, D], mean of each category
+    mean: Tensor  # [L + 1, D]
+    norm: Tensor  # [L + 1], mean of the norms
+    by_category: Tensor  # [C, L + 1, D], mean of each category
 
 
 def _mean_last_token(
@@ -83,24 +86,23 @@ def _mean_last_token(
     progress: bool,
 ) -> _Means:
     decoder = find_decoder(model)
-    total = torch.zeros(len(decoder.blocks), decoder.hidden_size, dtype=torch.float64)
-    norms = torch.zeros(len(decoder.blocks), dtype=torch.float64)
+    blocks = len(decoder.blocks)
+    total = torch.zeros(blocks + 1, decoder.hidden_size, dtype=torch.float64)
+    norms = torch.zeros(blocks + 1, dtype=torch.float64)
     names, category = np.unique(categories, return_inverse=True)
     by_category = torch.zeros(len(names), *total.shape, dtype=torch.float64)
 
-    def consume(rows: list[int], block: int, hidden: Tensor) -> None:
+    def consume(rows: list[int], site: int, hidden: Tensor) -> None:
         hidden = hidden.cpu().double()
-        total[block] += hidden.sum(0)
-        norms[block] += hidden.norm(dim=-1).sum()
+        total[site] += hidden.sum(0)
+        norms[site] += hidden.norm(dim=-1).sum()
         if len(names):
-            by_category[:, block].index_add_(0, torch.from_numpy(category[rows]), hidden)
+            by_category[:, site].index_add_(0, torch.from_numpy(category[rows]), hidden)
 
     each_last_token(model, tokenizer, prompts, consume, batch_size, description, progress)
     if not torch.isfinite(total).all():
-        block = int((~torch.isfinite(total)).any(-1).nonzero()[0])
-        raise ProConError(
-            f"hidden states entering block {block} are NaN or infinite: load the model in bfloat16 or float32"
-        )
+        where = site_name(int((~torch.isfinite(total)).any(-1).nonzero()[0]), blocks)
+        raise ProConError(f"hidden states {where} are NaN or infinite: load the model in bfloat16 or float32")
     counts = torch.from_numpy(np.bincount(category, minlength=len(names)))
     return _Means(total / len(prompts), norms / len(prompts), by_category / counts[:, None, None])
 
@@ -114,7 +116,10 @@ def each_last_token(
     description: str,
     progress: bool,
 ) -> None:
-    """Call ``consume(rows, block, hidden [len(rows), D])`` for every batch of prompts and every block input."""
+    """Call ``consume(rows, site, hidden [len(rows), D])`` for every batch of prompts and every site.
+
+    Sites are the inputs of the ``L`` blocks, and ``L``, the output of the last one.
+    """
     decoder = find_decoder(model)
     forward = decoder_forward(model)
     ids = [render(tokenizer, user_turn(prompt), generation_prompt=True) for prompt in prompts]
@@ -129,6 +134,6 @@ def each_last_token(
                 batch[row, : len(ids[i])] = torch.tensor(ids[i])
             mask = (torch.arange(batch.shape[1]) < lengths[:, None]).long()
             last = (torch.arange(len(rows)), lengths - 1)
-            with observe_block_inputs(decoder, lambda block, h: consume(rows, block, h[last])):  # noqa: B023
+            with observe_sites(decoder, lambda site, h: consume(rows, site, h[last])):  # noqa: B023
                 forward(input_ids=batch.to(device), attention_mask=mask.to(device))
             bar.update(len(rows))

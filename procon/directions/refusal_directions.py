@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from procon.chat import ContrastPrompts, builtin_prompts, measure_refusal, template_hash
+from procon.directions import controls
 from procon.directions.contrast_means import DEAD_GAP, ContrastMeans, each_last_token
 from procon.directions.file import FURTHER, TENSORS, read, write
 from procon.directions.soundness import flaw
-from procon.directions.subspace import further_directions, mean_squared_cosine, orthonormalised
+from procon.directions.subspace import further_directions, mean_squared_cosine
 from procon.errors import ProConError
 from procon.models import Decoder, compare_origin, model_device, origin_of, refuse_unprepared, transformers_model
 from procon.models.origin import Relation
@@ -33,6 +34,9 @@ DIRECTIONS = "refusal-directions.safetensors"
 class RefusalDirections:
     """One unit direction per block, at the block's input (paper section III-A), or several.
 
+    Those found by this version have one more row than the model has blocks: that of the output of the last block,
+    before the final norm. Below, ``L`` is the number of rows.
+
     Attributes:
         first: ``[L, D]`` fp32, unit rows; a zero row where the prompts do not differ (see :attr:`usable`).
         gap: ``[L]`` fp32, distance between the malicious and the benign mean, in units of the hidden states.
@@ -41,6 +45,7 @@ class RefusalDirections:
         provenance: model id, revision and origin, chat template and prompt-set hashes, counts, versions, refusal rate.
         further: ``[L, K - 1, D]`` fp32, the other directions of K per block, orthonormal along with the first; None for
             one. All other fields describe the first direction only. A zero row if the categories do not differ further.
+        last_output: whether the last row is that of the last block's output; files of earlier versions have none.
     """
 
     first: Tensor
@@ -50,6 +55,21 @@ class RefusalDirections:
     benign: Tensor
     provenance: dict[str, Any] = field(default_factory=dict)
     further: Tensor | None = None
+    last_output: bool = False
+
+    @property
+    def block_count(self) -> int:
+        """Number of blocks of the model."""
+        return len(self.first) - self.last_output
+
+    @property
+    def at_block_inputs(self) -> RefusalDirections:
+        """These without the row of the last block's output: what is compared with other directions."""
+        if not self.last_output:
+            return self
+        rows = {name: getattr(self, name)[:-1] for name in ("first", *TENSORS[1:])}
+        further = None if self.further is None else self.further[:-1]
+        return replace(self, **rows, further=further, last_output=False)
 
     @property
     def k(self) -> int:
@@ -64,7 +84,7 @@ class RefusalDirections:
 
     @property
     def usable(self) -> Tensor:
-        """``[L]`` bool: blocks that have a direction."""
+        """``[L]`` bool: rows that have a direction."""
         return self.gap > 0
 
     @property
@@ -76,32 +96,34 @@ class RefusalDirections:
         return hashlib.sha256(data).hexdigest()[:16]
 
     def cosine(self, other: RefusalDirections) -> Tensor:
-        """Signed cosine to ``other`` (section III-B), of the first directions if there are several.
+        """Signed cosine to ``other`` (section III-B) at block inputs, of the first directions if there are several.
 
         Returns:
-            ``[L]`` fp32, NaN where either has no direction.
+            ``[block_count]`` fp32, NaN where either has no direction.
         """
-        if self.first.shape != other.first.shape:
+        one, two = self.at_block_inputs, other.at_block_inputs
+        if one.first.shape != two.first.shape:
             raise ProConError(
-                f"directions of shape {tuple(self.first.shape)} and {tuple(other.first.shape)} cannot be "
-                "compared: extract both from the same architecture"
+                f"directions of shape {tuple(one.first.shape)} and {tuple(two.first.shape)} cannot be compared: "
+                "extract both from the same architecture"
             )
-        cosine = (self.first.double() * other.first.double()).sum(-1).float()
-        return torch.where(self.usable & other.usable, cosine, torch.nan)
+        cosine = (one.first.double() * two.first.double()).sum(-1).float()
+        return torch.where(one.usable & two.usable, cosine, torch.nan)
 
     def subspace_cosine(self, other: RefusalDirections) -> Tensor:
         """Mean squared cosine of the principal angles between the spans of the K directions of each block.
 
         Returns:
-            ``[L]`` fp32, at most 1; the squared cosine for one direction; NaN where either has none.
+            ``[block_count]`` fp32, at most 1; the squared cosine for one direction; NaN where either has none.
         """
-        one, two = self.basis, other.basis
+        inputs, others = self.at_block_inputs, other.at_block_inputs
+        one, two = inputs.basis, others.basis
         if one.shape != two.shape:
             raise ProConError(
                 f"directions of shape {tuple(one.shape)} and {tuple(two.shape)} span no subspaces to compare: extract "
                 "as many per block, from the same architecture"
             )
-        return torch.where(self.usable & other.usable, mean_squared_cosine(one, two).float(), torch.nan)
+        return torch.where(inputs.usable & others.usable, mean_squared_cosine(one, two).float(), torch.nan)
 
     def randomized(self, seed: int) -> RefusalDirections:
         """The control for *any* direction: isotropic random unit directions at the same blocks, with the same gaps.
@@ -110,10 +132,7 @@ class RefusalDirections:
         Hidden states vary little along most directions, so at the same alpha this control constrains the model less
         than the refusal directions do; :meth:`randomized_within` corrects for that.
         """
-        generator = torch.Generator().manual_seed(seed)
-        blocks, width = self.first.shape
-        draws = [torch.randn(blocks, count, width, generator=generator) for count in (1, self.k - 1)]
-        return self._control(torch.cat(draws, 1), {"random_seed": seed})
+        return controls.randomized(self, seed)
 
     def randomized_within(self, hidden_states: Tensor, seed: int) -> RefusalDirections:
         """The control for a direction *in which hidden states vary*: random ones drawn with their covariance.
@@ -127,31 +146,13 @@ class RefusalDirections:
         variance, as the massive ones do at a sequence's first token, draws lean to those, and to each other.
 
         Args:
-            hidden_states: ``[n, L, D]`` of any floating dtype, inputs of each block at n tokens, n above K.
+            hidden_states: ``[n, L, D]`` of any floating dtype, inputs of each block at n tokens, n above K. The control
+                has no row for the last block's output if they have none.
 
         Raises:
             ProConError: if they do not fit, are not finite, or do not vary at a block that has a direction.
         """
-        blocks, width = self.first.shape
-        if hidden_states.dim() != 3 or hidden_states.shape[1:] != (blocks, width) or len(hidden_states) <= self.k:
-            raise ProConError(
-                f"hidden_states have shape {tuple(hidden_states.shape)}: give [n, {blocks}, {width}] with n above "
-                f"{self.k}"
-            )
-        generator = torch.Generator().manual_seed(seed)
-        weights = torch.randn(self.k, len(hidden_states), generator=generator, dtype=torch.float64)
-        weights -= weights.mean(1, keepdim=True)
-        # Block by block, as an fp64 copy of all states would be large.
-        drawn = torch.stack([weights @ states.double().cpu() for states in hidden_states.unbind(1)])
-        scale = torch.stack([states.double().norm().cpu() for states in hidden_states.unbind(1)])
-        size = drawn.norm(dim=-1).amin(1)
-        bad = ~torch.isfinite(size) | (self.usable & (size <= DEAD_GAP * scale))
-        if bad.any():
-            raise ProConError(
-                f"hidden_states of block {int(bad.nonzero()[0])} do not vary, or are not finite: give finite states "
-                "of different tokens"
-            )
-        return self._control(drawn, {"random_within_seed": seed})
+        return controls.randomized_within(self, hidden_states, seed)
 
     def shuffled(self, seed: int) -> RefusalDirections:
         """The control for the *right block*: each usable block has the directions of another, with its own gap.
@@ -163,30 +164,11 @@ class RefusalDirections:
         Raises:
             ProConError: if fewer than two blocks have a direction.
         """
-        usable = self.usable.nonzero().flatten()
-        if len(usable) < 2:
-            raise ProConError("only one block has a direction, so blocks cannot be shuffled: use randomized(seed)")
-        generator = torch.Generator().manual_seed(seed)
-        order = usable
-        while (order == usable).any():  # until none keeps its own: e = 2.7 draws on average
-            order = usable[torch.randperm(len(usable), generator=generator)]
-        source = torch.arange(len(self.gap)).index_copy(0, usable, order)
-        return replace(
-            self,
-            first=self.first[source],
-            further=None if self.further is None else self.further[source],
-            provenance={"shuffled_seed": seed, "source_blocks": source.tolist()},
-        )
-
-    def _control(self, vectors: Tensor, provenance: dict[str, Any]) -> RefusalDirections:
-        """Directions along ``vectors [L, K, D]``, orthonormalised, for those of the usable blocks."""
-        first = torch.nn.functional.normalize(vectors[:, 0], dim=-1).float()
-        further = None if self.further is None else orthonormalised(vectors)[:, 1:].float() * self.usable[:, None, None]
-        return replace(self, first=first * self.usable[:, None], further=further, provenance=provenance)
+        return controls.shuffled(self, seed)
 
     def check_fits(self, decoder: Decoder) -> None:
         """Raise ProConError unless these are unit directions, one of width ``D`` for each block of ``decoder``."""
-        blocks, width = self.first.shape
+        blocks, width = self.block_count, self.first.shape[1]
         if (blocks, width) != (len(decoder.blocks), decoder.hidden_size):
             raise ProConError(
                 f"directions are for {blocks} blocks of width {width}, but the model has {len(decoder.blocks)} blocks "
@@ -227,7 +209,7 @@ class RefusalDirections:
         tensors = {"directions": self.first, **{name: getattr(self, name) for name in TENSORS[1:]}}
         if self.further is not None:
             tensors[FURTHER] = self.further
-        return write(path, tensors, self.provenance)
+        return write(path, tensors, self.provenance | ({"last_output": True} if self.last_output else {}))
 
     @classmethod
     def load(cls, path: str | Path) -> RefusalDirections:
@@ -254,7 +236,8 @@ class RefusalDirections:
                 f"directions file {str(path)!r} holds {shapes}, not [L, D] and [L], or [L, K - 1, D] of further "
                 f"directions with K at most {MAX_DIRECTIONS}: extract it again"
             )
-        found = cls(first=tensors.pop("directions"), **tensors, provenance=provenance)
+        last = provenance.pop("last_output", False) is True
+        found = cls(first=tensors.pop("directions"), **tensors, provenance=provenance, last_output=last)
         if reason := found._flaw():
             raise ProConError(f"directions file {str(path)!r} holds {reason}: extract it again")
         return found
@@ -290,6 +273,7 @@ class RefusalDirections:
             malicious=(unit * means.malicious).sum(-1).float(),
             benign=(unit * means.benign).sum(-1).float(),
             further=further,
+            last_output=means.last_output,
         )
 
     @classmethod
@@ -306,6 +290,8 @@ class RefusalDirections:
         progress: bool = True,
     ) -> RefusalDirections:
         """Difference in means at the last prompt token, block by block, scaled to unit length (section III-A).
+
+        The row after those of the block inputs is that of the last block's output.
 
         Args:
             model: a chat model; used in eval mode, without gradients, through its base decoder only.
@@ -370,13 +356,13 @@ def project_last_token(
     batch_size: int = 32,
     progress: bool = True,
 ) -> Tensor:
-    """Projection of each prompt's last token on each block's first direction: ``[len(prompts), L]`` fp32."""
-    blocks = len(directions.first)
-    z = torch.empty(len(prompts), blocks)
+    """Projection of each prompt's last token on the first direction of each row: ``[len(prompts), L]`` fp32."""
+    z = torch.empty(len(prompts), len(directions.first))
     unit = directions.first.to(model_device(model))
 
-    def consume(rows: list[int], block: int, hidden: Tensor) -> None:
-        z[rows, block] = (hidden.float() @ unit[block].to(hidden.device)).cpu()
+    def consume(rows: list[int], site: int, hidden: Tensor) -> None:
+        if site < len(unit):
+            z[rows, site] = (hidden.float() @ unit[site].to(hidden.device)).cpu()
 
     each_last_token(model, tokenizer, prompts, consume, batch_size, "projections", progress)
     return z

@@ -16,6 +16,8 @@ from procon.directions import ContrastMeans, RefusalDirections
 class Drift:
     """Change of a model since its directions were extracted, block by block; NaN where a block has no direction.
 
+    Block inputs alone are compared, as in the paper: directions of earlier versions have no row for the last output.
+
     Attributes:
         cosine: ``[L]``, signed cosine of the re-extracted to the first direction (paper section III-B): 1 is no drift.
         malicious_shift, benign_shift: ``[L]``, change of the mean projection on the **first** direction over the
@@ -56,13 +58,15 @@ def measure_drift(
 
 def compare_means(reference: RefusalDirections, means: ContrastMeans) -> Drift:
     """Drift from ``reference`` to ``means`` of the same prompts."""
+    cosine = reference.cosine(RefusalDirections.from_means(means))
+    reference = reference.at_block_inputs
 
     def shift(mean: Tensor, at_start: Tensor) -> Tensor:
-        z = (mean * reference.first.double()).sum(-1).float()
+        z = (mean[: reference.block_count] * reference.first.double()).sum(-1).float()
         return torch.where(reference.usable, (z - at_start) / reference.gap, torch.nan)
 
     return Drift(
-        cosine=reference.cosine(RefusalDirections.from_means(means)),
+        cosine=cosine,
         malicious_shift=shift(means.malicious, reference.malicious),
         benign_shift=shift(means.benign, reference.benign),
     )

@@ -47,7 +47,7 @@ class AxolotlKeys(BaseModel):
     procon_alpha: float | None = None
     procon_schedule: str | float | None = None
     procon_scope: str | None = None
-    procon_blocks: str | float | list[int] | None = None
+    procon_blocks: str | float | list[int | float | str] | None = None
     procon_penalty: str | None = None
     procon_units: str | None = None
     procon_reduction: str | None = None
@@ -165,7 +165,7 @@ def _arguments(cfg: Mapping[str, Any]) -> ProConAxolotlArguments:
     return ProConAxolotlArguments(**_settings(cfg))
 
 
-def _text(value: str | float | list[int]) -> str | bool:
+def _text(value: str | float | list[int | float | str]) -> str | bool:
     if isinstance(value, bool):
         return value
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)

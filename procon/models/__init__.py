@@ -1,7 +1,7 @@
 """What is known of transformers' models: where their blocks are, how they run, which weights they have.
 
 In: a causal LM, bare or wrapped, or its name.
-Out: its decoder, block inputs, attention and hashes of weights and configuration.
+Out: its decoder, block inputs, the last block's output, attention and hashes of weights and configuration.
 May import: the leaves. It knows no directions and no anchors.
 """
 

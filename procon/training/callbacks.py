@@ -131,7 +131,7 @@ class DriftCallback(ProbeCallback):
         self._reference = on_main(self._extract, all_call=True)
         if args.should_save:
             self._reference.save(path)
-        none = torch.where(self._reference.usable, 0.0, torch.nan)
+        none = torch.where(self._reference.at_block_inputs.usable, 0.0, torch.nan)
         self.drift = Drift(cosine=none + 1, malicious_shift=none, benign_shift=none)
         self._show(_summary(self.drift), self.drift)
 

@@ -84,11 +84,11 @@ def describe(settings: dict[str, Any], directions: RefusalDirections, log_histor
     mean = did["mean_penalty"]
     rows = {
         "optimiser steps under the constraint": f"{did['constrained_steps']} of {did['steps']}",
-        "blocks that it acted on": _blocks(did["blocks_acted"], len(directions.first)),
+        "blocks that it acted on": _blocks(did["blocks_acted"], directions.block_count),
         "mean penalty, before alpha": "not finite" if mean is None else f"{mean:.3g}",
         "strength (alpha)": _strength(AlphaSchedule.parse(settings["schedule"])),
         "constrained tokens": settings["scope"],
-        "constrained blocks": _blocks(settings["blocks"], len(directions.first)),
+        "constrained blocks": _blocks(settings["blocks"], directions.block_count),
         "penalty": f"{settings['penalty']}, {settings['units']} units, mean over {settings['reduction']}s",
         "directions": f"`{DIRECTIONS}` (`{settings['directions']}`){_origin(directions)}",
         "anchors": f"projections of the training tokens before training (`{settings['anchors']}`)",

@@ -384,7 +384,7 @@ def test_directions_then_drift_then_eval(place, capsys):
     assert "no direction" in printed.out
     assert "refuses 0% of malicious prompts" in printed.out
     assert "procon: warning: the model refuses 0 of 2 malicious prompts" in printed.err
-    assert RefusalDirections.load("new/d.safetensors").usable.tolist() == [False, True, True]
+    assert RefusalDirections.load("new/d.safetensors").usable.tolist() == [False, True, True, True]
 
     # A new adapter changes nothing; its folder has no tokenizer of its own.
     argv = ["drift", "--start", "model", "--tuned", "adapter", "--output", "new/drift.json", "--dtype", "float32"]
@@ -431,7 +431,7 @@ def test_train_extracts_directions_where_none_are_given(place, capsys):
     assert (
         "of model, from 192 malicious and 192 benign prompts; it then refused 0%" in Path("out/README.md").read_text()
     )
-    assert found.usable.tolist() == [False, True, True]
+    assert found.usable.tolist() == [False, True, True, True]
     assert found.provenance["counts"] == {"malicious": 192, "benign": 192}
     start = RefusalDirections.extract(
         *load_model("model", dtype=torch.float32), check_refusal=False, progress=False, batch_size=7

@@ -29,7 +29,7 @@ def test_real_model_refuses_and_trains_under_the_constraint(tmp_path):
     directions = RefusalDirections.extract(
         model, tokenizer, builtin_prompts("extraction").first(64), check_refusal=False, progress=False
     )
-    assert directions.usable.tolist() == [False] + [True] * 29  # RoPE: the first block sees the token alone
+    assert directions.usable.tolist() == [False] + [True] * 30  # RoPE: the first block sees the token alone
     assert directions.auroc[15:].min() > 0.8
 
     train = tokenize_conversations(

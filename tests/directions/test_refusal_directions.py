@@ -27,13 +27,17 @@ ROPE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt_ne
 
 
 def by_definition(model, tokenizer, prompts) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[prompts, L, D]`` fp64: what enters each block at the last prompt token, prompt by prompt."""
-    rows = []
+    """``[prompts, L + 1, D]``: what enters each block, and leaves the last, at the last prompt token of each prompt."""
+    rows, left = [], []
+    hook = find_decoder(model).blocks[-1].register_forward_hook(lambda _module, _args, output: left.append(output))
     for prompt in prompts:
         ids = torch.tensor([render(tokenizer, user_turn(prompt), generation_prompt=True)])
         with torch.no_grad():
             states = model(input_ids=ids, output_hidden_states=True).hidden_states
-        rows.append(torch.stack([state[0, -1] for state in states[:-1]]))  # the last one is no block's input
+        # The last of them has passed the final norm.
+        states = [*states[:-1], left[-1] if isinstance(left[-1], torch.Tensor) else left[-1][0]]
+        rows.append(torch.stack([state[0, -1] for state in states]))
+    hook.remove()
     return torch.stack(rows)
 
 
@@ -56,7 +60,9 @@ def test_difference_in_means_by_definition(tiny_model, tokenizer, family):
     gap = difference.norm(dim=-1)
     first = 0 if family == "gpt2" else 1
     directions = RefusalDirections.from_means(found)
-    assert directions.usable.tolist() == [block >= first for block in range(3)]
+    assert directions.usable.tolist() == [site >= first for site in range(4)]
+    assert directions.last_output
+    assert directions.block_count == 3
     assert directions.first.dtype == directions.gap.dtype == torch.float32
     unit = difference[first:] / gap[first:, None]
     # One rounding to fp32 of a number below 1, and as much again for the means, whose error is nothing beside the gap.
@@ -72,11 +78,11 @@ def test_difference_in_means_by_definition(tiny_model, tokenizer, family):
 def test_the_first_block_of_a_model_without_learned_positions_has_no_direction(tiny_model, tokenizer, family):
     """Its input at the last prompt token is one embedding, the same for every prompt."""
     found = extract(tiny_model(family), tokenizer)
-    assert found.usable.tolist() == [False, True, True]
+    assert found.usable.tolist() == [False, True, True, True]
     assert found.gap[0] == 0
     assert found.first[0].count_nonzero() == 0
     assert found.auroc[0] == 0.5
-    torch.testing.assert_close(found.first[1:].norm(dim=-1), torch.ones(2), rtol=2**-22, atol=0)
+    torch.testing.assert_close(found.first[1:].norm(dim=-1), torch.ones(3), rtol=2**-22, atol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
@@ -217,6 +223,45 @@ def test_save_and_load(found, tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["d.safetensors"]
 
 
+def test_files_of_block_inputs_alone_stay_readable_and_usable(found, tmp_path, tiny_model):
+    """As earlier versions wrote them; and what they lack is not in their header either."""
+    earlier = found.at_block_inputs
+    path = earlier.save(tmp_path / "d.safetensors")
+    assert b"last_output" not in path.read_bytes()
+    loaded = RefusalDirections.load(path)
+    assert loaded.first.shape == (3, 32)
+    assert not loaded.last_output
+    assert loaded.hash == earlier.hash != found.hash
+    loaded.check_fits(find_decoder(tiny_model()))
+    torch.testing.assert_close(loaded.cosine(found), found.cosine(found), equal_nan=True)
+    torch.testing.assert_close(loaded.subspace_cosine(found), found.subspace_cosine(found), equal_nan=True)
+
+
+def test_a_row_too_many_is_not_taken_for_the_last_blocks_output(found, tiny_model):
+    decoder = find_decoder(tiny_model())
+    with pytest.raises(ProConError, match="directions are for 4 blocks of width 32, but the model has 3 blocks"):
+        replace(found, last_output=False).check_fits(decoder)
+    with pytest.raises(ProConError, match="directions are for 2 blocks of width 32, but the model has 3 blocks"):
+        replace(found.at_block_inputs, last_output=True).check_fits(decoder)
+
+
+@pytest.mark.parametrize("control", ["randomized", "within", "shuffled"])
+def test_controls_of_block_inputs_do_not_depend_on_the_last_output(found, control):
+    states = torch.randn(9, 4, 32, generator=torch.Generator().manual_seed(1))
+    make = {
+        "randomized": lambda directions, _: directions.randomized(3),
+        "within": lambda directions, states: directions.randomized_within(states, 3),
+        "shuffled": lambda directions, _: directions.shuffled(3),
+    }[control]
+    whole, inputs = make(found, states), make(found.at_block_inputs, states[:, :3])
+    assert whole.last_output
+    assert torch.equal(whole.first[:3], inputs.first)
+    assert whole.first[3].norm() == pytest.approx(1, abs=2**-20)
+    assert not torch.allclose(whole.first[3], found.first[3])
+    if control == "within":
+        assert make(found, states[:, :3]).hash == inputs.hash
+
+
 def test_tensors_that_share_memory_can_be_saved(tmp_path):
     ones = torch.ones(2)
     path = RefusalDirections(torch.eye(2).T, ones, ones, ones, ones).save(tmp_path / "d.safetensors")
@@ -230,7 +275,7 @@ def test_the_hash_follows_directions_and_gaps(found):
 
 
 def test_unmeasured_quality_can_be_saved(found, tmp_path):
-    unmeasured = replace(found, auroc=torch.full((3,), torch.nan))
+    unmeasured = replace(found, auroc=torch.full((4,), torch.nan))
     assert RefusalDirections.load(unmeasured.save(tmp_path / "d.safetensors")).auroc.isnan().all()
 
 
@@ -251,15 +296,15 @@ def test_a_truncated_file(found, tmp_path, length):
         ({"directions": torch.zeros(1, 3, 32)}, r"not \[L, D\] and \[L\]"),
         ({"gap": torch.zeros(2)}, r"not \[L, D\] and \[L\]"),
         ({"auroc": torch.zeros(3, 1)}, r"not \[L, D\] and \[L\]"),
-        ({"directions": torch.full((3, 32), torch.nan)}, "NaN or infinite"),
-        ({"gap": torch.tensor([0.0, torch.inf, 1.0])}, "NaN or infinite"),
-        ({"malicious": torch.tensor([0.0, torch.nan, 1.0])}, "NaN or infinite"),
-        ({"directions": torch.zeros(3, 32)}, "a vector of length 0 for block 1, not a unit vector"),
-        ({"directions": 1000 * torch.eye(3, 32)}, "a vector of length 1000 for block 0, not a unit vector"),
-        ({"gap": torch.zeros(3)}, "no direction for any block"),
-        ({"gap": torch.tensor([0.0, -1.0, 1.0])}, "a negative gap"),
-        ({"further": torch.eye(3, 32)[:, None]}, "directions for block . that are not orthogonal"),
-        ({"gap": torch.ones(3, dtype=torch.int64)}, "it holds other values"),
+        ({"directions": torch.full((4, 32), torch.nan)}, "NaN or infinite"),
+        ({"gap": torch.tensor([0.0, torch.inf, 1.0, 1.0])}, "NaN or infinite"),
+        ({"malicious": torch.tensor([0.0, torch.nan, 1.0, 1.0])}, "NaN or infinite"),
+        ({"directions": torch.zeros(4, 32)}, "a vector of length 0 for block 1, not a unit vector"),
+        ({"directions": 1000 * torch.eye(4, 32)}, "a vector of length 1000 for block 0, not a unit vector"),
+        ({"gap": torch.zeros(4)}, "no direction for any block"),
+        ({"gap": torch.tensor([0.0, -1.0, 1.0, 1.0])}, "a negative gap"),
+        ({"further": torch.eye(4, 32)[:, None]}, "directions for block . that are not orthogonal"),
+        ({"gap": torch.ones(4, dtype=torch.int64)}, "it holds other values"),
         ({"weight": torch.ones(3)}, "it holds auroc, benign, directions, gap, malicious, weight"),
     ],
 )

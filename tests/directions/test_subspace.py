@@ -16,6 +16,7 @@ from procon.data import flattening_collator, padding_collator
 from procon.directions import ContrastMeans, RefusalDirections
 from procon.directions.subspace import further_directions, orthonormalised
 from procon.errors import ProConError
+from procon.models import find_decoder
 from procon.training.model_card import describe
 
 #: Unequal categories, not in order.
@@ -83,10 +84,15 @@ def test_categories_that_do_not_differ_further_give_no_direction():
 
 
 def last_token(model, tokenizer, prompt: str) -> torch.Tensor:
-    """``[L, D]``: what enters each block at the last prompt token."""
+    """``[L + 1, D]``: what enters each block, and leaves the last, at the last prompt token."""
     ids = torch.tensor([render(tokenizer, user_turn(prompt), generation_prompt=True)])
+    left = []
+    hook = find_decoder(model).blocks[-1].register_forward_hook(lambda _module, _args, output: left.append(output))
     with torch.no_grad():
-        return torch.stack([state[0, -1] for state in model(ids, output_hidden_states=True).hidden_states[:-1]])
+        states = list(model(ids, output_hidden_states=True).hidden_states)
+    hook.remove()
+    states[-1] = left[0] if isinstance(left[0], torch.Tensor) else left[0][0]
+    return torch.stack([state[0, -1] for state in states])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -105,7 +111,7 @@ def test_extracted_from_the_categories_of_the_prompts(tiny_model, tokenizer, fam
     size = means.scale.max().item()
     torch.testing.assert_close(means.differences, differences, rtol=0, atol=1e-12 * size)
     usable = found.usable.nonzero().flatten().tolist()
-    assert usable == ([1, 2] if family == "llama" else [0, 1, 2])
+    assert usable == ([1, 2, 3] if family == "llama" else [0, 1, 2, 3])
     for block in usable:
         first = pairs.mean(0)[block] / pairs.mean(0)[block].norm()
         torch.testing.assert_close(found.first[block].double(), first, rtol=0, atol=2**-24)

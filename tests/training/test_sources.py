@@ -122,7 +122,13 @@ def test_resumed_is_uninterrupted(trainer, source, full, tmp_path):
 
 
 def test_a_resumed_run_has_the_start_of_the_interrupted_one(trainer, tiny_model, tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "full": True, "output_dir": str(tmp_path / "a")}
+    saving = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 4,
+        "full": True,
+        "output_dir": str(tmp_path / "a"),
+    }
     trainer("live", **saving).train()
     other = tiny_model()
     with torch.no_grad():
@@ -151,7 +157,10 @@ def at_last_tokens(model, probes):
     decoder, found, last = find_decoder(model), {}, []
     batch = probes.batch()
     rows = (torch.arange(len(probes)), probes.lengths - 1)
-    with observe_sites(decoder, lambda site, h: found.update({site: h[rows]})), observe_last_state(decoder, last.append):
+    with (
+        observe_sites(decoder, lambda site, h: found.update({site: h[rows]})),
+        observe_last_state(decoder, last.append),
+    ):
         decoder.module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     return found, last[0][rows]
 
