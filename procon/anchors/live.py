@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from procon.anchors.projections import project_sites
 from procon.directions import RefusalDirections
-from procon.models import StartingModel, find_decoder, model_device, unwrapped, weights_hash
+from procon.errors import ProConError
+from procon.models import (
+    StartingModel,
+    decoder_forward,
+    evaluating,
+    find_decoder,
+    model_device,
+    unwrapped,
+    weights_hash,
+)
 from procon.sequences import decoder_inputs
 from procon.settings import DEFAULTS, Backend, check_setting
 
@@ -26,18 +35,23 @@ class LiveAnchors:
     """Anchors from a forward of the starting model on the same batch, without gradients and without the LM head.
 
     Under a fresh adapter that forward is the model's with the adapter off, at no memory. Otherwise the trainable
-    parameters are copied once (:class:`procon.models.StartingModel`).
+    parameters are copied once (:class:`procon.models.StartingModel`), unless there is a reference model.
 
     Args:
         model: a transformers causal LM about to be trained, also within PEFT or DDP; under FSDP2 or ZeRO-3 with a
             fresh adapter.
         directions: of this model.
-        blocks: indices of the blocks; all that have a direction if not given.
+        blocks: indices of the blocks, as of the constraint; all block inputs that have a direction if not given.
         backend: of :func:`procon.ops.project`.
         adapters_off: of :class:`procon.models.StartingModel`.
+        reference: the starting model as a module of its own, which the trainer has anyway.
+
+    Attributes:
+        start: what the starting model is: ``"adapters off"``, or the hash of its weights.
 
     Raises:
-        ProConError: if the directions are of another model, or what :class:`procon.models.StartingModel` raises.
+        ProConError: if the directions are of another model, the reference has other weights or trains with the model,
+            or what :class:`procon.models.StartingModel` raises.
     """
 
     def __init__(
@@ -48,20 +62,26 @@ class LiveAnchors:
         blocks: Sequence[int] | None = None,
         backend: Backend = DEFAULTS.backend,
         adapters_off: bool | None = None,
+        reference: nn.Module | None = None,
     ) -> None:
         check_setting("backend", backend)
         model = unwrapped(model)
-        self._decoder = find_decoder(model)
-        directions.check_fits(self._decoder)
+        directions.check_fits(find_decoder(model))
         directions.check_origin(model)
-        self.blocks = tuple(blocks if blocks is not None else directions.usable.nonzero().flatten().tolist())
+        if blocks is None:
+            blocks = directions.at_block_inputs.usable.nonzero().flatten().tolist()
+        self.blocks = tuple(blocks)
+        self._model = model
         self._basis = directions.basis
         self._backend: Backend = backend
-        self._model = model
-        self._start = StartingModel(model, decoder_only=True, adapters_off=adapters_off)
-
-        #: What the starting model is: the model with its adapters off, or the hash of its weights.
-        self.start = ADAPTERS_OFF if self._start.adapters_off else weights_hash(model)
+        self._reference = reference
+        if reference is None:
+            self._start = StartingModel(model, decoder_only=True, adapters_off=adapters_off)
+            self._decoder = find_decoder(model)
+            self.start = ADAPTERS_OFF if self._start.adapters_off else weights_hash(model)
+        else:
+            self.start = _check_reference(reference, model)
+            self._decoder = find_decoder(reference)
 
     def __call__(self, batch: Mapping[str, Any]) -> Tensor:
         """Anchors ``[B, T, len(blocks) * K]`` fp32 of a batch, on the model's device.
@@ -70,18 +90,38 @@ class LiveAnchors:
             ProConError: for a batch that is not of text alone, and for a block that does not run.
         """
         inputs = decoder_inputs(batch, model_device(self._model))
-        return self.of(lambda: self._start(**inputs), len(inputs["input_ids"]))[1]
+        return self.of(lambda: self._run(**inputs), len(inputs["input_ids"]))[1]
 
-    def of(self, reference: Callable[[], _Result], rows: int, model: nn.Module | None = None) -> tuple[_Result, Tensor]:
-        """What ``reference`` gives, and the anchors of the first ``rows`` sequences that it runs.
+    def of(self, run: Callable[[], _Result], rows: int) -> tuple[_Result, Tensor]:
+        """What ``run`` gives, and the anchors of the first ``rows`` sequences that it runs.
 
         Args:
-            reference: runs the starting model, without gradients, for a reason of its own.
-            model: what it runs, if that is another module than the model that is trained.
+            run: runs the starting model, without gradients, for a reason of the trainer's own.
         """
-        decoder = self._decoder if model is None else find_decoder(unwrapped(model))
         device = model_device(self._model)
         self._basis = self._basis.to(device)
         return project_sites(
-            reference, decoder, self._basis, self.blocks, rows=rows, backend=self._backend, device=device
+            run, self._decoder, self._basis, self.blocks, rows=rows, backend=self._backend, device=device
         )
+
+    def _run(self, **inputs: Any) -> object:
+        if self._reference is None:
+            return self._start(**inputs)
+        with evaluating(self._reference):
+            return decoder_forward(self._reference)(**inputs)
+
+
+def _check_reference(reference: nn.Module, model: nn.Module) -> str:
+    """The hash of its weights, once it is known to be the starting model and to stay it."""
+    shared = {id(parameter) for parameter in model.parameters()} & {id(p) for p in reference.parameters()}
+    if shared:
+        raise ProConError(
+            "the reference model shares parameters with the model, so it trains as well: pass a copy, or none"
+        )
+    found = weights_hash(reference)
+    if found != weights_hash(model):
+        raise ProConError(
+            "the reference model has other weights than the model that training starts from, so its projections are "
+            "no anchors: leave ref_model out, or take procon_anchors 'probes'"
+        )
+    return found

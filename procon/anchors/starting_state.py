@@ -97,6 +97,6 @@ def require_length(dataset: object, name: str) -> None:
     """Raise ProConError unless the training set can be run through before training starts."""
     if dataset is None or not hasattr(dataset, "__len__"):
         raise ProConError(
-            f"recorded anchors need a {name} with a length: a streamed one cannot be recorded beforehand, so train with "
-            "ProConTrainer and procon_anchors='live' or 'probes'"
+            f"recorded anchors need a {name} with a length: a streamed one cannot be recorded beforehand, so take "
+            "procon_anchors 'live' or 'probes' in a ProConTrainer"
         )

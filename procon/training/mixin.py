@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
+from procon.anchors import LiveAnchors
 from procon.anchors.probes import PROBES
 from procon.constraint import ProjectionConstraint, constrained_tokens, probe_penalty
 from procon.constraint.guards import check_finite, refuse_data_parallel
@@ -235,15 +236,28 @@ class ProConMixin(AnchoredMixin):
             constraint.rest()
             return
         if source == "live" and anchors is None and self._live is not None:
-            anchors = self._live(inputs)
+            anchors = self._project_live(self._live, inputs)
         if anchors is None or mask is None:
             raise ProConError(NO_ANCHORS)
         constraint.set_target(anchors, mask)
 
+    def _project_live(self, live: LiveAnchors, inputs: dict[str, Any]) -> Tensor:
+        """The anchors of a batch, from a forward of the starting model."""
+        return live(inputs)
+
+    def _share_of_tokens(self, constraint: ProjectionConstraint) -> Tensor:
+        """This micro-batch's share of the mean over the optimiser step's constrained tokens."""
+        return constraint.penalty(self._constrained_tokens)
+
+    @property
+    def _ranks_apart(self) -> int:
+        """How many ranks, or groups of them, have a batch of their own."""
+        return self.args.world_size // (self.get_tp_size() * self.get_cp_size())
+
     def _shares(self, constraint: ProjectionConstraint) -> list[Tensor]:
         """Of the penalties that this micro-batch has a share of: that of its tokens, and the probes'."""
         settings = self.args.anchor_settings()
-        shares = [constraint.penalty(self._constrained_tokens)] if settings.of_tokens else []
+        shares = [self._share_of_tokens(constraint)] if settings.of_tokens else []
         if settings.has_probes and not self._probed and self.state.global_step % settings.probe_every == 0:
             if self._probes is None:
                 raise ProConError(NO_ANCHORS)
@@ -251,8 +265,7 @@ class ProConMixin(AnchoredMixin):
             batch = self._probes.batch(self.args.device)
             penalty = probe_penalty(constraint, batch, hold=settings.probe_hold)
             # Ranks that have the same probes have a part each.
-            ranks = self.args.world_size // (self.get_tp_size() * self.get_cp_size())
-            shares.append(settings.probe_weight / ranks * penalty)
+            shares.append(settings.probe_weight / self._ranks_apart * penalty)
         return shares
 
     def _gradient_of(self, alpha: float) -> float | None:
@@ -349,7 +362,7 @@ class ProConMixin(AnchoredMixin):
         # Of a mapping, accelerate would make a mapping.
         return cast(Tensor, self.accelerator.reduce(tensor, "sum"))
 
-    def _count_constrained(self, batches: list[dict[str, Any]]) -> Tensor:
+    def _count_constrained(self, batches: list[dict[str, Any]]) -> Tensor | None:
         """Constrained tokens of the optimiser step: all its micro-batches and ranks."""
         reduce = self._sum_over_ranks if self.args.world_size > 1 else None
         count = constrained_tokens(batches, reduce, device=self.args.device)

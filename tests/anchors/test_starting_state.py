@@ -75,7 +75,5 @@ def test_a_stream_is_refused():
     require_length([], "training set")
     require_length(torch.utils.data.TensorDataset(torch.zeros(3)), "training set")
     for stream in (None, iter([1, 2])):
-        with pytest.raises(
-            ProConError, match=r"^recorded anchors need a training set with a length: a streamed one cannot be"
-        ):
+        with pytest.raises(ProConError, match=r"^recorded anchors need a training set with a length: "):
             require_length(stream, "training set")

@@ -1,6 +1,7 @@
 """Where anchors come from: live ones train as recorded ones do, probes hold their prompts, and sources combine."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,7 +149,9 @@ def test_a_stream_trains_with_live_anchors_and_with_probes(trainer, samples):
         run = trainer(source, data=IterableDataset.from_generator(rows), max_steps=3)
         run.train()
         assert run.evidence.constrained_steps == (3 if source == "live" else 2)
-    with pytest.raises(ProConError, match="a streamed one cannot be recorded beforehand, so train with .*live"):
+    with pytest.raises(
+        ProConError, match="a streamed one cannot be recorded beforehand, so take procon_anchors 'live'"
+    ):
         trainer("recorded", data=IterableDataset.from_generator(rows), max_steps=3).train()
 
 
@@ -248,7 +251,8 @@ def test_probes_hold_what_plain_training_moves(trainer):
     after = drift(held)
     kept = held._probes
     assert after < 0.1 * drift(trainer("recorded", procon_schedule="0", max_steps=30))
-    record = json.loads((held.save_model() or held).__class__ and open(held.args.output_dir + "/procon.json").read())
+    held.save_model()
+    record = json.loads((Path(held.args.output_dir) / "procon.json").read_text())
     assert record["anchors_from"] == "probes"
     assert record["probing"]["count"] == 8
 

@@ -1,0 +1,30 @@
+"""TRL's DPOTrainer under the projection constraint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trl import DPOConfig, DPOTrainer
+
+from procon.settings import AnchorSource
+from procon.training.config import ProConArguments
+from procon.training.reference import PairedReferenceMixin
+
+
+@dataclass
+class ProConDPOConfig(ProConArguments, DPOConfig):
+    """TRL's DPOConfig with the settings of the constraint; anchors are live ones unless it says otherwise."""
+
+    procon_anchors: AnchorSource = "live"
+
+
+class ProConDPOTrainer(PairedReferenceMixin, DPOTrainer):
+    """TRL's DPOTrainer with the constraint in its loss, and otherwise the DPOTrainer that it extends::
+
+        trainer = ProConDPOTrainer("model", args=ProConDPOConfig(), train_dataset=pairs, peft_config=LoraConfig())
+
+    Chosen and rejected sequences are constrained alike. Live anchors come from the forward of the reference model that
+    DPO makes anyway. ``args`` is a :class:`ProConDPOConfig`. The rest is said at :class:`procon.training.ProConMixin`.
+    """
+
+    _log_probabilities = ("ref_chosen_logps", "ref_rejected_logps")

@@ -1,0 +1,96 @@
+"""TRL's GRPOTrainer under the projection constraint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from trl import GRPOConfig, GRPOTrainer
+
+from procon.constraint import ProjectionConstraint
+from procon.errors import ProConError
+from procon.settings import AnchorSource
+from procon.training.anchored import TARGET
+from procon.training.config import ProConArguments
+from procon.training.reference import ReferenceMixin
+
+
+@dataclass
+class ProConGRPOConfig(ProConArguments, GRPOConfig):
+    """TRL's GRPOConfig with the settings of the constraint; anchors are live ones unless it says otherwise."""
+
+    procon_anchors: AnchorSource = "live"
+
+
+class ProConGRPOTrainer(ReferenceMixin, GRPOTrainer):
+    """TRL's GRPOTrainer with the constraint in its loss, and otherwise the GRPOTrainer that it extends.
+
+    Prompts and completions are constrained as they were under the starting model. With ``beta`` above 0, live anchors
+    come from the forward of the reference model that GRPO makes anyway; with ``beta`` 0 from one of their own, once for
+    each completion. As with GRPO's own loss, an optimiser step is the mean over its micro-batches and ranks, here of
+    each one's mean over its constrained tokens. ``args`` is a :class:`ProConGRPOConfig`. The rest is said at
+    :class:`procon.training.ProConMixin`.
+
+    Raises:
+        ProConError: for recorded anchors, as tokens are generated while training.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self._constrains and self.args.anchor_settings().of_tokens == "recorded":
+            raise ProConError(
+                "GRPO generates the tokens that it trains on, so they cannot be recorded beforehand: take "
+                "procon_anchors 'live' or 'probes'"
+            )
+        #: Of the completions that were generated last, if the reference model has run on them.
+        self._of_reference: Tensor | None = None
+
+    def get_train_dataloader(self) -> DataLoader:
+        # Prompts alone: what is constrained is generated from them.
+        return GRPOTrainer.get_train_dataloader(self)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return GRPOTrainer._prepare_inputs(self, inputs)
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        self._of_reference = None
+        output = super()._generate_and_score_completions(inputs)
+        if self._live is None or not self.model.training:
+            return output
+        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
+        attention = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
+        anchors, self._of_reference = self._of_reference, None
+        if anchors is None:
+            size = self.args.per_device_train_batch_size
+            parts = zip(ids.split(size), attention.split(size), strict=True)
+            with self.accelerator.autocast():
+                anchors = torch.cat([self._live({"input_ids": i, "attention_mask": a}) for i, a in parts])
+        return {**output, TARGET[0]: anchors, TARGET[1]: self._mask(output)}
+
+    def _get_per_token_logps_and_entropies(self, model: nn.Module, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        run = super()._get_per_token_logps_and_entropies
+        if self._live is None or torch.is_grad_enabled() or not self._is_reference(model):
+            return run(model, input_ids, *args, **kwargs)
+        found, self._of_reference = self._live.of(lambda: run(model, input_ids, *args, **kwargs), len(input_ids))
+        return found
+
+    def _mask(self, output: dict[str, Tensor]) -> Tensor:
+        """``[B, T]`` fp32: the constrained tokens of prompts and completions."""
+        prompt, completion = output["prompt_mask"].float(), output["completion_mask"].float()
+        if self.args.procon_scope == "response":
+            prompt = torch.zeros_like(prompt)
+        elif self.args.procon_scope == "prompt":
+            completion = torch.zeros_like(completion)
+        mask = torch.cat([prompt, completion], 1)
+        if self.args.procon_reduction == "sequence":
+            mask = mask / mask.sum(1, keepdim=True).clamp_min(1)
+        return mask
+
+    def _count_constrained(self, batches: list[dict[str, Any]]) -> None:
+        return None  # what an optimiser step constrains is not generated yet
+
+    def _share_of_tokens(self, constraint: ProjectionConstraint) -> Tensor:
+        return constraint.penalty() / (self.current_gradient_accumulation_steps * self._ranks_apart)

@@ -1,0 +1,32 @@
+"""TRL's KTOTrainer under the projection constraint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+try:
+    from trl import KTOConfig, KTOTrainer
+except ImportError:  # before TRL's KTO was stable
+    from trl.experimental.kto import KTOConfig, KTOTrainer
+
+from procon.settings import AnchorSource
+from procon.training.config import ProConArguments
+from procon.training.reference import PairedReferenceMixin
+
+
+@dataclass
+class ProConKTOConfig(ProConArguments, KTOConfig):
+    """TRL's KTOConfig with the settings of the constraint; anchors are live ones unless it says otherwise."""
+
+    procon_anchors: AnchorSource = "live"
+
+
+class ProConKTOTrainer(PairedReferenceMixin, KTOTrainer):
+    """TRL's KTOTrainer with the constraint in its loss, and otherwise the KTOTrainer that it extends.
+
+    Desirable and undesirable sequences are constrained alike. Live anchors come from the forward of the reference model
+    that KTO makes anyway. ``args`` is a :class:`ProConKTOConfig`. The rest is said at
+    :class:`procon.training.ProConMixin`.
+    """
+
+    _log_probabilities = ("ref_logps", "ref_KL_logps")
