@@ -247,7 +247,7 @@ class AnchoredMixin(_Resumable):
             dataset = self._remove_unused_columns(dataset, description="anchors")
         else:
             collator = self._get_collator_with_removed_columns(collator, description="anchors")
-        order = sorted(range(len(dataset)), key=lambda i: -len(dataset[i]["input_ids"]))
+        order = sorted(range(len(dataset)), key=lambda i: -_tokens(dataset[i]))
         # Ranks of tensor parallelism compute every batch together.
         together = self.get_tp_size()
         share = order[self.args.process_index // together :: self.args.world_size // together]
@@ -266,3 +266,10 @@ class AnchoredMixin(_Resumable):
             yield
         finally:
             self.data_collator = original
+
+
+def _tokens(row: Mapping[str, Any]) -> int:
+    """Length of a row; of preference data, that of its parts together."""
+    if "input_ids" in row:
+        return len(row["input_ids"])
+    return sum(len(part) for name, part in row.items() if name.endswith("_ids"))

@@ -103,6 +103,11 @@ class ProConMixin(AnchoredMixin):
                 "DeepSpeed's sequence parallelism has ranks average the model's own loss, which leaves the penalty "
                 "out: use context parallelism (cp_size)"
             )
+        if self.get_cp_size() > 1 and args.procon_anchors != "recorded":
+            raise ProConError(
+                f"procon_anchors is {args.procon_anchors!r}, and context parallelism splits the sequences of a forward "
+                "over the ranks: take 'recorded' with cp_size above 1"
+            )
         if directions is not None:
             self._make_constraint(
                 directions if isinstance(directions, RefusalDirections) else RefusalDirections.load(directions)
@@ -252,7 +257,7 @@ class ProConMixin(AnchoredMixin):
     @property
     def _ranks_apart(self) -> int:
         """How many ranks, or groups of them, have a batch of their own."""
-        return self.args.world_size // (self.get_tp_size() * self.get_cp_size())
+        return self.args.world_size // self.get_tp_size()
 
     def _shares(self, constraint: ProjectionConstraint) -> list[Tensor]:
         """Of the penalties that this micro-batch has a share of: that of its tokens, and the probes'."""
