@@ -108,6 +108,11 @@ class ProConMixin(AnchoredMixin):
                 f"procon_anchors is {args.procon_anchors!r}, and context parallelism splits the sequences of a forward "
                 "over the ranks: take 'recorded' with cp_size above 1"
             )
+        if self.is_deepspeed_enabled and args.anchor_settings().has_probes and self._zero_stage() == 3:
+            raise ProConError(
+                "DeepSpeed ZeRO-3 takes one forward for each backward, and probes are a second one: take procon_anchors "
+                "'recorded' or 'live', ZeRO 2 or FSDP2"
+            )
         if directions is not None:
             self._make_constraint(
                 directions if isinstance(directions, RefusalDirections) else RefusalDirections.load(directions)
@@ -117,6 +122,9 @@ class ProConMixin(AnchoredMixin):
                 "no refusal directions given, and processing_class has no chat template to extract them with: extract "
                 "them with RefusalDirections.extract(model, tokenizer)"
             )
+
+    def _zero_stage(self) -> int:
+        return int(self.accelerator.state.deepspeed_plugin.zero_stage)
 
     @property
     def alpha(self) -> float:

@@ -42,6 +42,7 @@ SAVES = {"save_strategy": "steps", "save_steps": 8}
 #: Tensor parallelism of a tiny model on a CPU is slow, and learning rates are constant.
 SHORT = {"max_steps": 5}
 LORA = {**SHORT, "learning_rate": 1e-2}
+PROBES = {**SHORT, "procon_anchors": "recorded+probes", "procon_probe_count": 3}
 
 
 def rows() -> list[dict]:
@@ -145,18 +146,19 @@ def train(name: str, *, resume: str | None = None, drift: bool = False, **settin
         ours.add_callback(DriftCallback(ours, TOKENIZER, steps=10, prompts=PROMPTS))
     target, seen = ours.constraint.set_target, {}
 
-    def noted(anchors, mask):
-        seen["fused"] = list(ours.constraint.fused)
-        seen["target"] = [str(anchors.dtype), bool((anchors == anchors.bfloat16()).all())]
-        target(anchors, mask)
+    def noted(anchors, mask, **of_probes):
+        if not of_probes:
+            seen["fused"] = list(ours.constraint.fused)
+            seen["target"] = [str(anchors.dtype), bool((anchors == anchors.bfloat16()).all())]
+        target(anchors, mask, **of_probes)
 
     ours.constraint.set_target = noted
     ours.train(resume_from_checkpoint=resume and str(FOLDER / resume / "checkpoint-8"))
     return {
         **seen,
         "log": ours.state.log_history,
-        "fingerprint": ours._anchors.fingerprint,
-        "recorded": len(ours._anchors),
+        "fingerprint": ours._anchors and ours._anchors.fingerprint,
+        "recorded": ours._anchors and len(ours._anchors),
         "kind": ours.accelerator.distributed_type.value,
         "ranks": ours.accelerator.num_processes,
         "parameter": type(ours.model.get_output_embeddings().weight).__name__,
@@ -271,6 +273,14 @@ def first_version(name: str) -> dict:
     return {"errors": refusals(partial(trainer, name, **fsdp2(version=1, sync_module_states=False)))}
 
 
+def copies_of_shards(name: str) -> dict:
+    return {"errors": refusals(trainer(name, procon_anchors="live", **fsdp2()).train)}
+
+
+def zero3_probes(name: str) -> dict:
+    return {"errors": refusals(partial(trainer, name, **zero(3), **PROBES))}
+
+
 def ulysses(name: str) -> dict:
     from accelerate import ParallelismConfig
 
@@ -287,6 +297,12 @@ CASES = {
     "fsdp2_checkpointed": partial(train, **fsdp2(activation_checkpointing=True), **WARM_UP),
     "lora": partial(train, model=load_lora, **LORA),
     "fsdp2_lora": partial(train, model=load_lora, **fsdp2(), **LORA),
+    "ddp_live": partial(train, procon_anchors="live", **SHORT),
+    "fsdp2_lora_live": partial(train, model=load_lora, procon_anchors="live", **fsdp2(), **LORA),
+    "live_copies": copies_of_shards,
+    "probes": partial(train, **PROBES),
+    "ddp_probes": partial(train, **PROBES),
+    "fsdp2_probes": partial(train, **fsdp2(), **PROBES),
     "fsdp2_main_only": partial(train, model=load_on_main, **fsdp2(cpu_ram_efficient_loading=True), **SHORT),
     "fsdp2_at_load": sharded_at_load,
     "tensor_parallel": partial(
@@ -304,6 +320,8 @@ CASES = {
     "zero2_bfloat16": partial(train, **zero(2), **SHORT, bf16=True),
     "zero3": partial(train, drift=True, **zero(3), **WARM_UP),
     "zero3_lora": partial(train, model=load_lora, **zero(3), **LORA),
+    "zero3_lora_live": partial(train, model=load_lora, procon_anchors="live", **zero(3), **LORA),
+    "zero3_probes": zero3_probes,
     "partitioned_extraction": partitioned_extraction,
     "ulysses": ulysses,
 }
