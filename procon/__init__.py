@@ -35,8 +35,11 @@ _HOME = {
     "RefusalDirections": "directions",
     "Anchors": "anchors",
     "AnchoredCollator": "anchors",
+    "LiveAnchors": "anchors",
+    "Probes": "anchors",
     "ProjectionConstraint": "constraint",
     "constrained_tokens": "constraint",
+    "probe_penalty": "constraint",
     "AlphaSchedule": "schedule",
     "ConstraintSettings": "settings",
     "ProConArguments": "training",
@@ -48,6 +51,12 @@ _HOME = {
     "JsonlCallback": "training",
     "ProConSFTConfig": "training.sft",
     "ProConSFTTrainer": "training.sft",
+    "ProConDPOConfig": "training.dpo",
+    "ProConDPOTrainer": "training.dpo",
+    "ProConKTOConfig": "training.kto",
+    "ProConKTOTrainer": "training.kto",
+    "ProConGRPOConfig": "training.grpo",
+    "ProConGRPOTrainer": "training.grpo",
 }
 
 __all__ = [
@@ -58,18 +67,27 @@ __all__ = [
     "DriftCallback",
     "EvaluationCallback",
     "JsonlCallback",
+    "LiveAnchors",
     "ProConArguments",
     "ProConConfig",
+    "ProConDPOConfig",
+    "ProConDPOTrainer",
     "ProConError",
+    "ProConGRPOConfig",
+    "ProConGRPOTrainer",
+    "ProConKTOConfig",
+    "ProConKTOTrainer",
     "ProConMixin",
     "ProConSFTConfig",
     "ProConSFTTrainer",
     "ProConTrainer",
+    "Probes",
     "ProjectionConstraint",
     "RefusalDirections",
     "__version__",
     "constrain",
     "constrained_tokens",
+    "probe_penalty",
     "project",
     "projection_penalty",
     "rms_norm_constrain",
@@ -78,8 +96,11 @@ __all__ = [
 if TYPE_CHECKING:
     from procon.anchors import AnchoredCollator as AnchoredCollator
     from procon.anchors import Anchors as Anchors
+    from procon.anchors import LiveAnchors as LiveAnchors
+    from procon.anchors import Probes as Probes
     from procon.constraint import ProjectionConstraint as ProjectionConstraint
     from procon.constraint import constrained_tokens as constrained_tokens
+    from procon.constraint import probe_penalty as probe_penalty
     from procon.directions import RefusalDirections as RefusalDirections
     from procon.errors import ProConError as ProConError
     from procon.ops import constrain as constrain
@@ -95,6 +116,12 @@ if TYPE_CHECKING:
     from procon.training import ProConConfig as ProConConfig
     from procon.training import ProConMixin as ProConMixin
     from procon.training import ProConTrainer as ProConTrainer
+    from procon.training.dpo import ProConDPOConfig as ProConDPOConfig
+    from procon.training.dpo import ProConDPOTrainer as ProConDPOTrainer
+    from procon.training.grpo import ProConGRPOConfig as ProConGRPOConfig
+    from procon.training.grpo import ProConGRPOTrainer as ProConGRPOTrainer
+    from procon.training.kto import ProConKTOConfig as ProConKTOConfig
+    from procon.training.kto import ProConKTOTrainer as ProConKTOTrainer
     from procon.training.sft import ProConSFTConfig as ProConSFTConfig
     from procon.training.sft import ProConSFTTrainer as ProConSFTTrainer
 

@@ -35,7 +35,6 @@ _REFUSED = {
     "reward_model": "remove reward_model: its loss is not constrained",
     "process_reward_model": "remove process_reward_model: its loss is not constrained",
     "trainer_cls": "remove trainer_cls, or put ProConMixin before that class and drop the plugin",
-    "pretraining_dataset": "use datasets: a streamed one has no anchors recorded beforehand",
     "use_pose": "remove use_pose: positions with gaps do not separate samples",
 }
 
@@ -53,6 +52,12 @@ class AxolotlKeys(BaseModel):
     procon_reduction: str | None = None
     procon_fuse: str | None = None
     procon_backend: str | None = None
+    procon_anchors: str | None = None
+    procon_probes: str | None = None
+    procon_probe_count: int | None = None
+    procon_probe_every: int | None = None
+    procon_probe_weight: float | None = None
+    procon_probe_hold: str | None = None
     procon_anchors_dir: str | None = None
     procon_overwrite: bool | None = None
 
@@ -89,6 +94,11 @@ class ProConPlugin(BasePlugin):
         for name, remedy in _REFUSED.items():
             if cfg.get(name):
                 raise ProConError(f"{name} is set, under which the constraint could not act: {remedy}")
+        if cfg.get("pretraining_dataset") and _arguments(cfg).anchor_settings().of_tokens == "recorded":
+            raise ProConError(
+                "pretraining_dataset is set, and a streamed one has no anchors recorded beforehand: use datasets, or "
+                "set procon_anchors to live or probes"
+            )
         if (cfg.get("context_parallel_size") or 1) > 1:
             raise ProConError(
                 f"context_parallel_size is {cfg['context_parallel_size']}, which splits samples over ranks after their "
@@ -152,7 +162,8 @@ def _settings(cfg: Mapping[str, Any]) -> dict[str, Any]:
         ProConError: if strength is given twice.
     """
     names = [item.name for item in fields(ProConAxolotlArguments)]
-    settings: dict[str, Any] = {name: _text(cfg[name]) for name in names if cfg.get(name) is not None}
+    settings: dict[str, Any] = {name: cfg[name] for name in names if cfg.get(name) is not None}
+    settings |= {name: _text(settings[name]) for name in ("procon_schedule", "procon_blocks") if name in settings}
     if cfg.get("procon_alpha") is not None:
         if "procon_schedule" in settings:
             raise ProConError("procon_alpha and procon_schedule both say how strong the constraint is: give one")
@@ -165,7 +176,5 @@ def _arguments(cfg: Mapping[str, Any]) -> ProConAxolotlArguments:
     return ProConAxolotlArguments(**_settings(cfg))
 
 
-def _text(value: str | float | list[int | float | str]) -> str | bool:
-    if isinstance(value, bool):
-        return value
+def _text(value: str | float | list[int | float | str]) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
