@@ -161,7 +161,7 @@ def check_setting(setting: str, value: Any, name: str | None = None) -> None:
         if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise ProConError(f"{name} is {value!r}: give a whole number, 1 or more")
     elif setting == "probe_weight":
-        if not isinstance(value, Real) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
+        if not isinstance(value, Real) or isinstance(value, bool) or not (math.isfinite(value) and float(value) > 0):
             raise ProConError(f"{name} is {value!r}: give a finite number above 0")
     elif setting == "probes":
         if value is not None and not isinstance(value, str | os.PathLike):

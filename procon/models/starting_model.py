@@ -55,6 +55,7 @@ class StartingModel:
         """The model's output for ``inputs``: without dropout and without gradient."""
         # Asked each time: once prepared for training, the whole model may be what brings its precision.
         forward = decoder_forward(self._model) if self._decoder_only else partial(self._model)
+        module: Any = forward.func
         with evaluating(self._model):
             if self.adapters_off:
                 with without_adapters(self._model):
@@ -62,10 +63,10 @@ class StartingModel:
             self._copies = {parameter: copy.to(parameter.device) for parameter, copy in self._copies.items()}
             named = {
                 name: self._copies[parameter]
-                for name, parameter in forward.func.named_parameters()
+                for name, parameter in module.named_parameters()
                 if parameter in self._copies
             }
-            return functional_call(forward.func, named, args=(), kwargs={**forward.keywords, **inputs})
+            return functional_call(module, named, args=(), kwargs={**forward.keywords, **inputs})
 
     def _starts_without_adapters(self) -> bool:
         """Whether switching the adapters off changes nothing now, and will undo all that training changes."""
@@ -95,7 +96,8 @@ class StartingModel:
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """Within the context, the adapters of ``model`` are off; which parameters train is as before afterwards."""
     layers = _adapter_layers(model)
-    trains = {parameter: parameter.requires_grad for layer in layers for parameter in layer.parameters()}
+    modules = [module for module in layers if isinstance(module, nn.Module)]  # which they all are
+    trains = {parameter: parameter.requires_grad for module in modules for parameter in module.parameters()}
     for layer in layers:
         layer.enable_adapters(False)
     try:

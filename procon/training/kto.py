@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-try:
+if TYPE_CHECKING:
     from trl import KTOConfig, KTOTrainer
-except ImportError:  # before TRL's KTO was stable
-    from trl.experimental.kto import KTOConfig, KTOTrainer
+else:
+    try:
+        from trl import KTOConfig, KTOTrainer
+    except ImportError:  # before TRL called its KTO stable
+        from trl.experimental.kto import KTOConfig, KTOTrainer
 
 from procon.settings import AnchorSource
 from procon.training.config import ProConArguments

@@ -124,7 +124,8 @@ class ProConMixin(AnchoredMixin):
             )
 
     def _zero_stage(self) -> int:
-        return int(self.accelerator.state.deepspeed_plugin.zero_stage)
+        plugin: Any = self.accelerator.state.deepspeed_plugin
+        return int(plugin.zero_stage)
 
     @property
     def alpha(self) -> float:
