@@ -16,18 +16,18 @@ AUDITS = ("traffic", "builds", "live-bytes")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
-def run_one(name: str, targets: list[str]) -> list[dict]:
+def run_one(name: str, targets: list[str], sizes: list[int] | None) -> list[dict]:
     # Triton chooses between compiler and interpreter when a kernel is declared.
     os.environ.pop("TRITON_INTERPRET", None)
     if name == "traffic":
         os.environ["TRITON_INTERPRET"] = "1"
     audit = import_module(f"benchmarks.audit.{name.replace('-', '_')}")
-    records = audit.run(targets) if name == "builds" else audit.run()
+    records = audit.run(targets, sizes) if name == "builds" else audit.run()
     audit.show(records)
     return records
 
 
-def run_all(targets: list[str]) -> dict[str, list[dict]]:
+def run_all(targets: list[str], sizes: list[int] | None) -> dict[str, list[dict]]:
     """Each audit in a process of its own."""
     records = {}
     for name in AUDITS:
@@ -36,6 +36,8 @@ def run_all(targets: list[str]) -> dict[str, list[dict]]:
             command = [sys.executable, "-m", "benchmarks.audit", name, "--json", str(file)]
             for target in targets if name == "builds" else []:
                 command += ["--target", target]
+            for size in (sizes or []) if name == "builds" else []:
+                command += ["--size", str(size)]
             subprocess.run(command, check=True)
             records[name] = json.loads(file.read_text())
     return records
@@ -46,9 +48,11 @@ def main() -> None:
     parser.add_argument("audit", nargs="?", choices=AUDITS, help="one audit (default: all three)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all records to this file")
     parser.add_argument("--target", action="append", choices=TARGETS, help="builds: for this GPU only; may be repeated")
+    parser.add_argument("--size", action="append", type=int, help="builds: for this hidden size only; may be repeated")
     arguments = parser.parse_args()
     targets = arguments.target or list(TARGETS)
-    records = run_one(arguments.audit, targets) if arguments.audit else run_all(targets)
+    sizes = arguments.size
+    records = run_one(arguments.audit, targets, sizes) if arguments.audit else run_all(targets, sizes)
     if arguments.json:
         arguments.json.write_text(json.dumps(records, indent=1))
 

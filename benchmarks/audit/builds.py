@@ -127,8 +127,10 @@ def _kind(value: object) -> str:
     return {int: "i32", float: "fp32"}[type(value)]
 
 
-def run(targets: list[str]) -> list[dict]:
-    return [asdict(record) for target in targets for shape in SHAPES for record in _records(target, shape)]
+def run(targets: list[str], sizes: list[int] | None = None) -> list[dict]:
+    """``sizes``: of the hidden states; all of them if not given."""
+    shapes = [shape for shape in SHAPES if not sizes or shape.size in sizes]
+    return [asdict(record) for target in targets for shape in shapes for record in _records(target, shape)]
 
 
 def _records(target: str, shape: Shape) -> Iterator[Record]:

@@ -69,7 +69,7 @@ class PairedReferenceMixin(ReferenceMixin):
     if TYPE_CHECKING:
         precompute_ref_logps: bool
 
-        def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor | None, ...]: ...
+        def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> Any: ...
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         with self._restoring():
