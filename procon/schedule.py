@@ -76,7 +76,7 @@ class AlphaSchedule:
         extra: how many of them, from the first, are added to the training length asked for: the warm-up of
             ProCon_wu comes before the normal epochs, not out of them.
         hold: None; or the budget of a strength that sets itself: the mean shift of the constrained tokens, in units of
-            the gap, that :class:`procon.training.Hold` keeps. The one phase then has the alpha that it begins with.
+            the gap, that :class:`procon.Hold` keeps. The one phase then has the alpha that it begins with.
     """
 
     phases: tuple[Phase, ...]
@@ -163,7 +163,7 @@ class AlphaSchedule:
         """
         if self.hold is not None:
             raise ProConError(
-                f"schedule {str(self)!r} has no alpha of its own: take procon.training.Hold, which sets it from the "
+                f"schedule {str(self)!r} has no alpha of its own: take procon.Hold, which sets it from the "
                 "shift measured at each step, or give a schedule of phases"
             )
         end = 0.0

@@ -197,7 +197,7 @@ def test_a_strength_that_sets_itself_is_one_phase_that_constrains():
     assert schedule.active
     assert schedule.constrained_steps(30, PER_EPOCH) == 30
     assert schedule.extra_steps(PER_EPOCH) == 0
-    with pytest.raises(ProConError, match=r"schedule 'hold:0.1' has no alpha of its own: take procon.training.Hold"):
+    with pytest.raises(ProConError, match=r"schedule 'hold:0.1' has no alpha of its own: take procon.Hold"):
         schedule.alpha(0, PER_EPOCH)
     for phases, extra in (((Phase(1, 2), Phase(0.5)), 0), ((Phase(1, 2),), 1), ((Phase(1, 2),), 0), ((Phase(0),), 0)):
         with pytest.raises(ProConError, match="schedule 'hold' has phases, or alpha 0"):
