@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from procon.errors import ProConError
@@ -88,6 +89,30 @@ def test_evaluation_and_logging_do_not_disturb_it(make_trainer):
     assert all(torch.equal(busy[name], value) for name, value in quiet.items())
 
 
+class Waits(TorchDispatchMode):
+    """Counts what waits for the device, were there one: each number that is read from a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_the_device_no_more_often_than_under_a_fixed_alpha(make_trainer):
+    def waits(schedule: str, steps: int) -> int:
+        settings = {"max_steps": steps, "logging_steps": 100, "save_strategy": "no", "gradient_accumulation_steps": 2}
+        trainer = make_trainer("Trainer", schedule, folder=f"{schedule}-{steps}", **settings)
+        with Waits() as found:
+            trainer.train()
+        return found.count
+
+    fixed, held = (waits(schedule, 7) - waits(schedule, 3) for schedule in ("procon_s", "hold"))
+    assert held == fixed > 0
+
+
 class Killed(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 6:
@@ -135,7 +160,7 @@ def test_record_card_and_warning_say_whether_the_budget_was_held(make_trainer, c
     trainer.save_model()
     trainer.create_model_card()
     folder = Path(trainer.args.output_dir)
-    record = read_record(folder)
+    record = read_record(folder) or {}
     assert record["schedule"] == f"hold:{budget:g}"
     did = record["did"]["hold"]
     assert did["budget"] == budget
