@@ -114,8 +114,8 @@ class ProConMixin(StrengthMixin):
             )
         if self.is_deepspeed_enabled and args.anchor_settings().has_probes and self._zero_stage() == 3:
             raise ProConError(
-                "DeepSpeed ZeRO-3 takes one forward for each backward, and probes are a second one: take procon_anchors "
-                "'recorded' or 'live', ZeRO 2 or FSDP2"
+                "DeepSpeed ZeRO-3 takes one forward for each backward, and probes are a second one: take "
+                "procon_anchors 'recorded' or 'live', ZeRO 2 or FSDP2"
             )
         if directions is not None:
             self._make_constraint(

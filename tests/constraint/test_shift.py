@@ -65,8 +65,16 @@ def test_the_shift_is_the_definition(tiny_model, batch, penalty, power, units, c
 
 def test_what_gives_no_shift_says_so(tiny_model):
     model = tiny_model()
-    for penalty, message in (("huber", "penalty 'huber' does not tell how far"), ("absolute", "no target is set")):
-        constraint = ProjectionConstraint(directions_with_gaps(model, 1), penalty=penalty).attach(model)
+    constraint = ProjectionConstraint(directions_with_gaps(model, 1)).attach(model)
+    for set_target, message in (
+        (constraint.release, "no target is set"),
+        (constraint.rest, "no target is set"),
+        (
+            lambda: constraint.set_target(torch.zeros(1, 2, 3), torch.ones(1, 2), penalty="huber"),
+            "penalty 'huber' does not tell how far tokens moved",
+        ),
+    ):
+        set_target()
         with pytest.raises(ProConError, match=message):
             constraint.shift()
-        constraint.detach()
+    constraint.detach()

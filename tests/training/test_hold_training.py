@@ -178,3 +178,5 @@ def test_what_cannot_hold_says_so(random_directions, tiny_model, tmp_path):
         ProConCallback(random_directions(tiny_model()), schedule="hold:0.1")
     with pytest.raises(ProConError, match="penalty is 'huber', which does not tell how far tokens moved"):
         ProConConfig(str(tmp_path), procon_schedule="hold", procon_penalty="huber")
+    with pytest.raises(ProConError, match="with procon_anchors 'probes' they have no anchors: take 'recorded', 'live'"):
+        ProConConfig(str(tmp_path), procon_schedule="hold", procon_anchors="probes")
