@@ -48,6 +48,7 @@ _HOME = {
     "ProConTrainer": "training",
     "DriftCallback": "training",
     "EvaluationCallback": "training",
+    "Hold": "training",
     "JsonlCallback": "training",
     "ProConSFTConfig": "training.sft",
     "ProConSFTTrainer": "training.sft",
@@ -66,6 +67,7 @@ __all__ = [
     "ConstraintSettings",
     "DriftCallback",
     "EvaluationCallback",
+    "Hold",
     "JsonlCallback",
     "LiveAnchors",
     "ProConArguments",
@@ -111,6 +113,7 @@ if TYPE_CHECKING:
     from procon.settings import ConstraintSettings as ConstraintSettings
     from procon.training import DriftCallback as DriftCallback
     from procon.training import EvaluationCallback as EvaluationCallback
+    from procon.training import Hold as Hold
     from procon.training import JsonlCallback as JsonlCallback
     from procon.training import ProConArguments as ProConArguments
     from procon.training import ProConConfig as ProConConfig

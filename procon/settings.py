@@ -72,7 +72,8 @@ class ConstraintSettings:
 
     schedule: str = "procon_s"
     """Strength over training: procon_s[:ALPHA], procon_wu[:ALPHA@4ep] (extra warm-up epochs, then 0), or phases such as
-    1@2ep,0.1@200steps,0. 0 switches the constraint off."""
+    1@2ep,0.1@200steps,0. hold[:BUDGET] sets itself: it keeps the mean shift of the tokens to a budget in units of the
+    gap. 0 switches the constraint off."""
 
     scope: TokenScope = "all"
     """Tokens that are constrained: response (paper), prompt or all."""
@@ -100,6 +101,11 @@ class ConstraintSettings:
     def __post_init__(self) -> None:
         for setting in fields(self):
             check_setting(setting.name, getattr(self, setting.name))
+        if self.penalty == "huber" and AlphaSchedule.parse(self.schedule).hold is not None:
+            raise ProConError(
+                f"schedule is {self.schedule!r} and penalty is 'huber', which does not tell how far tokens moved: give "
+                "penalty 'absolute' or 'squared', or a schedule of phases"
+            )
 
 
 @dataclass(frozen=True)

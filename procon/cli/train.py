@@ -105,9 +105,16 @@ def _summary(trainer: Trainer) -> str:
     if not isinstance(trainer, ProConTrainer) or trainer.constraint is None:
         return "Trained without the constraint."
     did, blocks = trainer.evidence.did(trainer.state.global_step), len(trainer.constraint.blocks)
-    return (
+    text = (
         f"{did['constrained_steps']} of {did['steps']} steps were under the constraint, which acted on "
         f"{len(did['blocks_acted'])} of its {blocks} blocks; mean penalty {did['mean_penalty']:.3g} before alpha."
+    )
+    if trainer.hold is None:
+        return text
+    hold = trainer.hold.did()
+    return (
+        f"{text} The mean shift at the end is {hold['shift']:.3g} of the gap, the budget {hold['budget']:.3g}, alpha "
+        f"{hold['alpha']:.3g}."
     )
 
 

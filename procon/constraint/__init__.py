@@ -6,7 +6,8 @@ May import: ``directions``, ``models``, ``ops`` and the leaves.
 """
 
 from procon.constraint.blocks import select_among, select_blocks
-from procon.constraint.constraint import ProjectionConstraint, constrained_tokens
+from procon.constraint.constraint import ProjectionConstraint
 from procon.constraint.probing import probe_penalty
+from procon.constraint.token_count import constrained_tokens
 
 __all__ = ["ProjectionConstraint", "constrained_tokens", "probe_penalty", "select_among", "select_blocks"]

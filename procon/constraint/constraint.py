@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from procon.constraint.copies import Arguments, Hook
 from procon.constraint.reach import reaches_a_parameter
 from procon.constraint.sites import find_site
 from procon.constraint.target import State, Target, on_device
+from procon.constraint.token_count import divisor
 from procon.constraint.use import Use
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
@@ -278,13 +279,43 @@ class ProjectionConstraint:
             raise ProConError("no target is set: call set_target(anchors, mask) before the forward")
         terms = list(self._terms(target))
         total = torch.stack([term.to(terms[0].device) for term in terms]).sum()
-        if tokens is None:
-            tokens = _at_least_some(target.mask.sum())
-        if isinstance(tokens, Tensor):
-            tokens = tokens.to(total.device)
-        penalty = total / (tokens * len(self.blocks))
+        penalty = total / (divisor(tokens, target.mask, total.device) * len(self.blocks))
         self._use.watch(penalty)
         return penalty
+
+    def shift(self, tokens: Tensor | float | None = None) -> Tensor:
+        """How far the tokens of the forward that just ran are from their anchors: mean |shift|, in units of the gap.
+
+        The mean over the constrained tokens and the blocks whose input training can move. It comes of the penalties
+        that are there already, and costs no pass over the hidden states and no wait for the device. Shares of several
+        micro-batches or ranks add up, as those of :meth:`penalty` do. Of ``K`` directions, the sum of their shifts.
+
+        With ``penalty="squared"`` it is the mean of the *squares*: take the root once the shares are added up. With
+        ``"absolute"``, shifts within the rounding of the hidden states count for less than they are
+        (:mod:`procon.ops.functional`). ``"huber"`` has none.
+
+        Args:
+            tokens: as of :meth:`penalty`.
+
+        Returns:
+            A scalar without a gradient, float32 or float64, on the device of the first block that moves.
+
+        Raises:
+            ProConError: if the penalty is ``"huber"``, no target is set, or the forward did not pass every block.
+        """
+        if (target := self._state.target) is None or target.idle:
+            raise ProConError("no target is set: call set_target(anchors, mask) before the forward")
+        if target.penalty == "huber":
+            raise ProConError("penalty 'huber' does not tell how far tokens moved: give 'absolute' or 'squared'")
+        device = next(iter(self._terms(target))).device
+        found = target.terms if len(target.terms) == len(self.blocks) else target.values
+        moving = {column: term.detach().to(device) for column, term in found.items() if term is not None}
+        zero = torch.zeros((), device=device)
+        by_block = torch.stack([moving.get(column, zero) for column in range(len(self.blocks))])
+        if target.units == "raw":
+            per_gap = on_device(self._scales, device)
+            by_block = by_block * (per_gap.square() if target.penalty == "squared" else per_gap)
+        return by_block.sum() / (divisor(tokens, target.mask, device) * len(moving))
 
     def _terms(self, target: Target) -> Iterable[Tensor]:
         """The penalties of the blocks whose inputs training can move; of all in a forward without gradients."""
@@ -335,34 +366,3 @@ class ProjectionConstraint:
         elif kwargs.get("past_key_values", kwargs.get("cache_params")) is not None:
             return None  # it generates
         return args, {**kwargs, "use_cache": False}
-
-
-def constrained_tokens(
-    batches: Iterable[Mapping[str, Tensor]],
-    reduce: Callable[[Tensor], Tensor] | None = None,
-    *,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """What :meth:`ProjectionConstraint.penalty` divides by: the constrained tokens of an optimiser step, or 1.
-
-    Of masks with weights other than 1, the sum of the weights.
-
-    Args:
-        batches: the step's micro-batches of this rank, as an AnchoredCollator makes them.
-        reduce: gives the sum of a tensor over the ranks, such as ``accelerator.reduce``; not needed on one rank.
-        device: where to count, and reduce; on the device of the batches if not given.
-
-    Raises:
-        ProConError: for a batch without ``constraint_mask``.
-    """
-    tokens = torch.zeros((), device=device)
-    for batch in batches:
-        if "constraint_mask" not in batch:
-            raise ProConError("the batch has no anchors: make batches with an AnchoredCollator that has been given any")
-        tokens = tokens + batch["constraint_mask"].sum().to(device)
-    return _at_least_some(tokens if reduce is None else reduce(tokens))
-
-
-def _at_least_some(tokens: Tensor) -> Tensor:
-    """``tokens``, or 1 if there are none; weights may well add up to less."""
-    return torch.where(tokens == 0, 1, tokens)

@@ -51,7 +51,7 @@ class ProConCallback(TrainerCallback, ExportableState):
     the one it continues, which must still be where they were recorded.
 
     A callback cannot lengthen the training, so the extra warm-up of ``"procon_wu"`` is refused: add its epochs to
-    ``num_train_epochs``, and write it out as phases, ``"1@4ep,0"``.
+    ``num_train_epochs``, and write it out as phases, ``"1@4ep,0"``. ``"hold"`` is refused too: it takes a trainer.
 
     Logs ``procon/penalty`` (mean over the tokens constrained in the logging window, before alpha) and ``procon/alpha``,
     in ``state.log_history`` and to the callbacks that come after this one. Trackers named in ``report_to`` come before:
@@ -84,6 +84,11 @@ class ProConCallback(TrainerCallback, ExportableState):
         for setting, value in {**settings, "backend": backend, "fuse": fuse}.items():
             check_setting(setting, value)
         self._schedule = AlphaSchedule.parse(schedule)
+        if self._schedule.hold is not None:
+            raise ProConError(
+                f"schedule {schedule!r} sets alpha from what is measured at each step, which a callback does not: give "
+                "a schedule of phases, or use ProConTrainer or ProConSFTTrainer"
+            )
         if self._schedule.extra:
             written_out = ",".join(map(str, self._schedule.phases))
             raise ProConError(

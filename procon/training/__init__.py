@@ -7,6 +7,7 @@ May import: ``evaluation``, ``anchors``, ``constraint``, ``data`` and the rooms 
 
 from procon.training.callbacks import DriftCallback, EvaluationCallback
 from procon.training.config import ProConArguments, ProConConfig
+from procon.training.hold import Hold
 from procon.training.json_log import JsonlCallback
 from procon.training.mixin import ProConMixin
 from procon.training.trainer import ProConTrainer
@@ -14,6 +15,7 @@ from procon.training.trainer import ProConTrainer
 __all__ = [
     "DriftCallback",
     "EvaluationCallback",
+    "Hold",
     "JsonlCallback",
     "ProConArguments",
     "ProConConfig",

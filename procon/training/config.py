@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from procon.errors import ProConError
 from procon.schedule import AlphaSchedule
 from procon.settings import (
     DEFAULTS,
@@ -80,6 +81,7 @@ class ProConArguments:
             others()
         self.constraint_settings()
         self.anchor_settings()
+        self.schedule()
 
     def constraint_settings(self) -> ConstraintSettings:
         """The settings without their prefix, checked; a wrong one is named as it stands here."""
@@ -97,8 +99,15 @@ class ProConArguments:
         return AnchorSettings(**values)
 
     def schedule(self) -> AlphaSchedule:
-        """The parsed ``procon_schedule``."""
-        return AlphaSchedule.parse(self.procon_schedule)
+        """The parsed ``procon_schedule``; ProConError if nothing is there that it could go by."""
+        schedule = AlphaSchedule.parse(self.procon_schedule)
+        if schedule.hold is not None and self.anchor_settings().of_tokens is None:
+            raise ProConError(
+                f"procon_schedule is {self.procon_schedule!r}, which goes by the shift of training tokens, and with "
+                f"procon_anchors {self.procon_anchors!r} they have no anchors: take 'recorded', 'live' or one of them "
+                "with probes, or a schedule of phases"
+            )
+        return schedule
 
     def blocks(self) -> Blocks:
         """The parsed ``procon_blocks``."""

@@ -34,6 +34,7 @@ class Evidence:
         blocks: indices of the blocks whose input the penalty could move.
         penalty: sum over those steps of the penalty, before alpha, over the logging windows that have ended.
         window: the same of the one that has not, as far as it is known.
+        is_measured: whether the first penalty's gradient is.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,7 @@ class Evidence:
         self.blocks: set[int] = set()
         self.penalty = 0.0
         self.window = 0.0
-        self._is_measured = False
+        self.is_measured = False
         self._watched = 0
         self._arrived = 0
         self._gradient = math.nan
@@ -77,7 +78,7 @@ class Evidence:
         if not penalty.requires_grad:  # a forward for metrics
             return
         self._watched += 1
-        if self._is_measured:
+        if self.is_measured:
             penalty.register_hook(self._count)
         else:
             self._below = _leaves(penalty)
@@ -107,9 +108,9 @@ class Evidence:
                 "alpha is above 0, but this optimiser step has no gradient of the penalty, so the constraint would be "
                 f"lost: leave training_step to the trainer, and {_REMEDY}"
             )
-        if not self._is_measured:
+        if not self.is_measured:
             self._check_first(optimizer, model)
-            self._is_measured, self._below = True, []
+            self.is_measured, self._below = True, []
             self.blocks.update(constraint.acting)
             if 2 * len(self.blocks) < len(constraint.blocks):
                 logger.warning(

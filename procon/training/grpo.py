@@ -93,4 +93,11 @@ class ProConGRPOTrainer(ReferenceMixin, GRPOTrainer):
         return None  # what an optimiser step constrains is not generated yet
 
     def _share_of_tokens(self, constraint: ProjectionConstraint) -> Tensor:
-        return constraint.penalty() / (self.current_gradient_accumulation_steps * self._ranks_apart)
+        return constraint.penalty() / self._micro_batches
+
+    def _shift_of_tokens(self, constraint: ProjectionConstraint) -> Tensor:
+        return constraint.shift() / self._micro_batches
+
+    @property
+    def _micro_batches(self) -> int:
+        return self.current_gradient_accumulation_steps * self._ranks_apart

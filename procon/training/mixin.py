@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
 from procon.anchors import LiveAnchors
@@ -19,20 +18,22 @@ from procon.constraint import ProjectionConstraint, constrained_tokens, probe_pe
 from procon.constraint.guards import check_finite, refuse_data_parallel
 from procon.directions import DIRECTIONS, RefusalDirections
 from procon.errors import ProConError
-from procon.training.anchored import NO_ANCHORS, TARGET, AnchoredMixin
+from procon.training.anchored import NO_ANCHORS, TARGET
 from procon.training.checkpoints import Checkpoint
 from procon.training.config import ProConArguments
 from procon.training.evidence import Evidence
+from procon.training.hold import Hold
 from procon.training.loss_scale import loss_scale
 from procon.training.model_card import describe, write_section
 from procon.training.output import output_folder
 from procon.training.record import write_record
-from procon.training.watch import Watch, check_acts
+from procon.training.strength import StrengthMixin
+from procon.training.watch import Watch
 
 logger = logging.getLogger(__name__)
 
 
-class ProConMixin(AnchoredMixin):
+class ProConMixin(StrengthMixin):
     """Makes the loss of a Trainer ``CE + alpha * constraint`` (paper section III-C)::
 
         class MyProConTrainer(ProConMixin, MyTrainer): ...
@@ -48,13 +49,15 @@ class ProConMixin(AnchoredMixin):
             given, they are extracted with the built-in prompts when training starts, which needs a tokenizer as
             ``processing_class``, and kept in the output folder.
 
-    Logs ``procon/penalty`` (mean over the logging window, before alpha) and ``procon/alpha``.
+    Logs ``procon/penalty`` (mean over the logging window, before alpha) and ``procon/alpha``; under the schedule
+    ``hold``, also ``procon/shift``, the moving average that it keeps to its budget.
 
     What the constraint did is measured: at each step the penalty's gradient must go through backward, and at the first
     one it must reach a parameter that the optimiser trains. A training that ends without such a step ends in an error.
 
     Attributes:
         evidence: what the constraint has done so far.
+        hold: what sets alpha; None if the schedule does.
 
     Raises:
         ProConError: if directions are missing or do not fit, or the set-up would lose the constraint.
@@ -84,6 +87,7 @@ class ProConMixin(AnchoredMixin):
         args.anchor_settings()
         self.alpha_schedule = args.schedule()
         self.evidence = Evidence()
+        self.hold = None if self.alpha_schedule.hold is None else Hold(self.alpha_schedule, self.args.device)
         self.constraint: ProjectionConstraint | None = None
         self._anchors = self._live = self._probes = None
         self._probed = False
@@ -127,11 +131,6 @@ class ProConMixin(AnchoredMixin):
         plugin: Any = self.accelerator.state.deepspeed_plugin
         return int(plugin.zero_stage)
 
-    @property
-    def alpha(self) -> float:
-        """Strength of the constraint at the current optimiser step."""
-        return self.alpha_schedule.alpha(self.state.global_step, self._steps_per_epoch)
-
     def train(
         self, resume_from_checkpoint: str | Path | bool | Checkpoint | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
@@ -145,6 +144,8 @@ class ProConMixin(AnchoredMixin):
         if self.constraint is not None:
             self.evidence.window = self._check_penalty()
             self.evidence.check_acted(self.state.global_step, self.alpha_schedule)
+            if self.hold is not None:
+                self.hold.warn()
         return output
 
     def _constraining(self, checkpoint: Checkpoint | None) -> AbstractContextManager[Any]:
@@ -165,36 +166,21 @@ class ProConMixin(AnchoredMixin):
         """Count from what the checkpoint has counted, or from nothing."""
         record = self._resumed.record if self._resumed else {}
         self.evidence.restore(record.get("did"))
+        if self.hold is not None:
+            self.hold.restore(record.get("hold"))
         window = record.get("window", {})
         # Divided by that number as it is summed up.
         own = float(window.get("penalty", 0.0)) * self.get_tp_size() if self.args.process_index == 0 else 0.0
         self._penalty_sum.fill_(own)
         self._penalty_steps = int(window.get("steps", 0))
 
-    def set_initial_training_values(
-        self, args: TrainingArguments, dataloader: DataLoader
-    ) -> tuple[int, int, int, int, int, int | None, int]:
-        """The training's length, with the schedule's extra warm-up added before it."""
-        epochs, per_epoch, examples, samples, batch_size, steps_in_epoch, max_steps = (
-            super().set_initial_training_values(args, dataloader)
-        )
-        self._steps_per_epoch = per_epoch
-        self._check_resumed_schedule()
-        extra = self.alpha_schedule.extra_steps(per_epoch)
-        if extra:
-            samples += extra * batch_size
-            max_steps += extra
-            epochs = -(-max_steps // per_epoch)
-        if self.alpha_schedule.active:
-            check_acts(self.alpha_schedule, max_steps, per_epoch)
-        return epochs, per_epoch, examples, samples, batch_size, steps_in_epoch, max_steps
-
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Tensor | int | None]:
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         self._probed = False
-        if self.constraint is not None and self.alpha > 0:
+        if self.constraint is not None and self.has_alpha:
             if self.args.anchor_settings().of_tokens:
                 self._constrained_tokens = self._count_constrained(batches)
+            self._answer()
             self._penalty_steps += self.constrains_this_step
         return batches, num_items_in_batch
 
@@ -216,10 +202,10 @@ class ProConMixin(AnchoredMixin):
     ) -> Tensor | tuple[Tensor, Any]:
         anchors, mask = (inputs.pop(name, None) for name in TARGET)
         constraint = self.constraint
-        alpha = self.alpha if constraint is not None and model.training else 0.0
+        constrains = constraint is not None and model.training and self.has_alpha
         if constraint is not None:
-            constraint.enabled = alpha > 0
-        if constraint is None or alpha == 0:
+            constraint.enabled = constrains
+        if constraint is None or not constrains:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         self._set_target(constraint, inputs, anchors, mask)
         # Outputs only if they are asked for: some trainers run a second forward to make them.
@@ -231,8 +217,8 @@ class ProConMixin(AnchoredMixin):
             return (loss, outputs) if return_outputs else loss
         share = torch.stack([share.to(loss.device) for share in shares]).sum()
         self._penalty_sum += share.detach()
-        self.evidence.watch(share, self._gradient_of(alpha))
-        loss = loss + alpha * loss_scale(self, num_items_in_batch) * share
+        self.evidence.watch(share, None if self.evidence.is_measured else self._gradient_of(self.alpha))
+        loss = loss + self._strength(loss.device) * loss_scale(self, num_items_in_batch) * share
         return (loss, outputs) if return_outputs else loss
 
     @property
@@ -263,6 +249,10 @@ class ProConMixin(AnchoredMixin):
         """This micro-batch's share of the mean over the optimiser step's constrained tokens."""
         return constraint.penalty(self._constrained_tokens)
 
+    def _shift_of_tokens(self, constraint: ProjectionConstraint) -> Tensor:
+        """The same of how far the tokens are from their anchors."""
+        return constraint.shift(self._constrained_tokens)
+
     @property
     def _ranks_apart(self) -> int:
         """How many ranks, or groups of them, have a batch of their own."""
@@ -272,6 +262,8 @@ class ProConMixin(AnchoredMixin):
         """Of the penalties that this micro-batch has a share of: that of its tokens, and the probes'."""
         settings = self.args.anchor_settings()
         shares = [self._share_of_tokens(constraint)] if settings.of_tokens else []
+        if self.hold is not None:
+            self.hold.measure(self._shift_of_tokens(constraint))
         if settings.has_probes and not self._probed and self.state.global_step % settings.probe_every == 0:
             if self._probes is None:
                 raise ProConError(NO_ANCHORS)
@@ -292,9 +284,11 @@ class ProConMixin(AnchoredMixin):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.constraint is not None and "loss" in logs:
-            logs["procon/alpha"] = self.alpha_schedule.alpha(max(self.state.global_step - 1, 0), self._steps_per_epoch)
+            logs["procon/alpha"] = self._alpha_of_last_step()
             if self._penalty_steps:
                 total = self._check_penalty()
+                if self.hold is not None:
+                    logs["procon/shift"] = self.hold.average.item()
                 logs["procon/penalty"] = total / self._penalty_steps
                 self.evidence.penalty += total
                 self.evidence.window = 0.0
@@ -327,6 +321,9 @@ class ProConMixin(AnchoredMixin):
         if not self.alpha_schedule.active:
             return record
         did = self.evidence.did(self.state.global_step)
+        if self.hold is not None:
+            did["hold"] = self.hold.did()
+            record["hold"] = self.hold.state()
         record |= {
             "constrained": did["constrained_steps"] > 0,
             "schedule": str(self.alpha_schedule),
@@ -361,24 +358,9 @@ class ProConMixin(AnchoredMixin):
             "hold": settings.probe_hold,
         }
 
-    def _check_resumed_schedule(self) -> None:
-        """Another number of ranks goes on as the interrupted run would have, if its steps are as large."""
-        before = self._resumed.record.get("steps_per_epoch") if self._resumed else None
-        now = self._steps_per_epoch
-        if before is None or all(phase.steps(before) == phase.steps(now) for phase in self.alpha_schedule.phases):
-            return
-        raise ProConError(
-            f"the checkpoint was trained with {before} steps per epoch, not {now}, and the schedule counts in epochs: "
-            "keep ranks times batch size times gradient accumulation steps as it was"
-        )
-
-    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        # Of a mapping, accelerate would make a mapping.
-        return cast(Tensor, self.accelerator.reduce(tensor, "sum"))
-
     def _count_constrained(self, batches: list[dict[str, Any]]) -> Tensor | None:
         """Constrained tokens of the optimiser step: all its micro-batches and ranks."""
-        reduce = self._sum_over_ranks if self.args.world_size > 1 else None
+        reduce = self._sum_over_ranks if self.args.world_size > 1 or self.hold is not None else None
         count = constrained_tokens(batches, reduce, device=self.args.device)
         # As the Trainer does for CE: ranks that share a batch have each counted it.
         return count / (self.get_tp_size() * self.get_cp_size())

@@ -87,6 +87,7 @@ def describe(settings: dict[str, Any], directions: RefusalDirections, log_histor
         "blocks that it acted on": _blocks(did["blocks_acted"], directions.block_count),
         "mean penalty, before alpha": "not finite" if mean is None else f"{mean:.3g}",
         "strength (alpha)": _strength(AlphaSchedule.parse(settings["schedule"])),
+        **_hold(did.get("hold")),
         "constrained tokens": settings["scope"],
         "constrained blocks": _blocks(settings["blocks"], directions.block_count),
         "penalty": f"{settings['penalty']}, {settings['units']} units, mean over {settings['reduction']}s",
@@ -149,7 +150,22 @@ def _replaced(text: str, marked: str) -> tuple[str, int]:
     return re.subn(f"{_BEGIN}.*?{_END}", lambda _: marked, text, flags=re.DOTALL)
 
 
+def _hold(did: dict[str, Any] | None) -> dict[str, str]:
+    """What became of a strength that set itself."""
+    if did is None:
+        return {}
+    held = "held" if did["held"] else "**not held**"
+    return {
+        "mean shift of the constrained tokens at the end, in units of the gap": (
+            f"{did['shift']:.3g}, with alpha {did['alpha']:.3g}; the budget, {did['budget']:.3g}, was {held}"
+        )
+    }
+
+
 def _strength(schedule: AlphaSchedule) -> str:
+    if schedule.hold is not None:
+        return f"set by itself, from {schedule.phases[0].alpha:g} on, to keep to a budget (`{schedule}`)"
+
     def describe_phase(number: int, phase: Phase) -> str:
         if phase.length is None:
             return f"{phase.alpha:g} {'throughout' if number == 0 else 'to the end'}"

@@ -43,7 +43,7 @@ class Watch(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         constraint = self._trainer.constraint
-        if constraint is not None and self._trainer.alpha > 0 and self._trainer.constrains_this_step:
+        if constraint is not None and self._trainer.has_alpha and self._trainer.constrains_this_step:
             self._trainer.evidence.end_step(constraint, optimizer, model)
 
 
@@ -61,7 +61,7 @@ def check_acts(schedule: AlphaSchedule, steps: int, steps_per_epoch: int) -> Non
             f"({steps_per_epoch} in an epoch), so nothing would be constrained: begin the constraint earlier, train "
             "longer, or give schedule '0' to train without it"
         )
-    if steps > 1 and schedule.alpha(0, steps_per_epoch) > 0 and schedule.constrained_steps(steps, steps_per_epoch) == 1:
+    if steps > 1 and schedule.constrained_steps(steps, steps_per_epoch) == 1 and schedule.phases[0].alpha > 0:
         logger.warning(
             "schedule %s constrains the first of %d steps alone, when the model is still at its anchors, so it "
             "constrains next to nothing",

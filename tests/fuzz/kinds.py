@@ -45,6 +45,7 @@ FOLDER = Path(tempfile.mkdtemp(prefix="procon-fuzz-"))
 
 SCHEDULE_PARTS = ("procon_s", "procon_wu", ":", "@", ",", "ep", "steps", "0", "1", "0.2", "-1", "1e-7", "2", "1e400")
 SCHEDULE_PARTS += ("nan", "inf", " ", ".", "..", "1_0", "+1", "\u0664", "0.0000001", "9" * 400, "procon_s:0.5@2ep,0")
+SCHEDULE_PARTS += ("hold", "hold:", "hold:0.1")
 
 
 def make_schedule(random: Random) -> str:
@@ -60,7 +61,7 @@ def make_schedule(random: Random) -> str:
 def take_schedule(source: str) -> None:
     schedule = AlphaSchedule.parse(source)
     assert AlphaSchedule.parse(str(schedule)) == schedule
-    for step in (0, 1, 1000):
+    for step in (0, 1, 1000) if schedule.hold is None else ():
         assert 0 <= schedule.alpha(step, 7) < float("inf")
     schedule.extra_steps(7)
 

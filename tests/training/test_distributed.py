@@ -23,6 +23,8 @@ WORKERS = Path(__file__).parents[1] / "workers"
 SHARDED = {
     "ddp": ("MULTI_CPU", "Parameter", "LlamaDecoderLayer"),
     "ddp_resumed": ("MULTI_CPU", "Parameter", "LlamaDecoderLayer"),
+    "ddp_hold": ("MULTI_CPU", "Parameter", "LlamaDecoderLayer"),
+    "ddp_hold_resumed": ("MULTI_CPU", "Parameter", "LlamaDecoderLayer"),
     "fsdp2": ("FSDP", "DTensor", "FSDPLlamaDecoderLayer"),
     "fsdp2_resumed": ("FSDP", "DTensor", "FSDPLlamaDecoderLayer"),
     "fsdp2_checkpointed": ("FSDP", "DTensor", "FSDPCheckpointWrapper"),
@@ -49,6 +51,7 @@ SHORT |= LIVE | PROBES
 #: The run on one rank that a case is compared with, if not with the one under ProCon_s.
 EXPECTED = {"fsdp2_checkpointed": "ddp_warm_up", "zero3": "ddp_warm_up"}
 EXPECTED |= {case: "lora" for case in SHORT if "lora" in case} | dict.fromkeys(PROBES, "probes")
+EXPECTED |= dict.fromkeys(("ddp_hold", "ddp_hold_resumed"), "ddp_hold")
 
 #: By case, a part of what every rank reports.
 REFUSED = {
@@ -77,7 +80,7 @@ def launch(folder: Path, ranks: int, cases: list[str], *, group: bool = True) ->
 
 def steps(found: dict) -> list[dict]:
     """Of a run's log, what the steps had."""
-    names = ("loss", "procon/penalty", "procon/alpha")
+    names = ("loss", "procon/penalty", "procon/alpha", "procon/shift")
     return [{name: row[name] for name in names if name in row} for row in found["log"] if "loss" in row]
 
 
@@ -135,7 +138,7 @@ def test_two_ranks_train_as_one_does(tiny_model, tokenizer, tmp_path):
         needs_deepspeed = ("zero", "partitioned", "ulysses")
         return [case for case in cases if zero or not case.startswith(needs_deepspeed)]
 
-    one = launch(tmp_path, 1, ["ddp", "ddp_warm_up", "lora", "probes"], group=False)
+    one = launch(tmp_path, 1, ["ddp", "ddp_warm_up", "ddp_hold", "lora", "probes"], group=False)
     others = ["without_trainer", "extracted_once", "ddp_gated", "fsdp2_gated", *REFUSED]
     cases = [*(SHARDED.keys() - {"fsdp2_resumed"}), *others]
     two = launch(tmp_path, 2, among(cases))
@@ -149,6 +152,10 @@ def test_two_ranks_train_as_one_does(tiny_model, tokenizer, tmp_path):
     for case in among(sorted(SHARDED.keys() - {"fsdp2_resumed", "zero2_bfloat16"})):
         assert two[case]["ranks"] == 2
         assert_same_run(case, two[case], one[EXPECTED.get(case, "ddp")])
+    for case in ("ddp_hold", "ddp_hold_resumed"):
+        first, second = two[case]["hold"]
+        assert first == second, case
+    assert len({row["procon/alpha"] for row in steps(two["ddp_hold"])}) == 20
     assert drift(one["ddp"])[0] == pytest.approx(1)
     assert drift(one["ddp"])[-1] < 0.99
     assert drift(two["fsdp2"]) == pytest.approx(drift(one["ddp"]), rel=1e-3)

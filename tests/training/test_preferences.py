@@ -201,3 +201,19 @@ def test_probes_need_nothing_of_the_data(trainer, kind):
 def test_bad_input(trainer):
     with pytest.raises(ProConError, match="GRPO generates the tokens that it trains on"):
         trainer("GRPO", procon_anchors="recorded")
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_strength_that_sets_itself_measures_what_is_constrained(trainer, kind):
+    """With a gap of 1, the mean square of the shift is the penalty, but for blocks that do not move."""
+    run = trainer(kind, procon_schedule="hold:0.001", gradient_accumulation_steps=2)
+    measured, step = [], run.hold.step
+    run.hold.step = lambda shift: (measured.append(shift.item()), step(shift))
+    run.train()
+    rows = [row for row in run.state.log_history if "procon/penalty" in row]
+    moving = len(run.evidence.blocks) / len(run.constraint.blocks)
+    penalties = [row["procon/penalty"] for row in rows]
+    assert moving < 1
+    assert [shift**2 * moving for shift in measured] == pytest.approx(penalties, rel=1e-5, abs=1e-12)
+    assert penalties[-1] > 1e-9
+    assert len({row["procon/alpha"] for row in rows}) == 3

@@ -279,3 +279,16 @@ def test_bad_input(trainer, tokenizer, tiny_model, random_directions, tmp_path):
     off.base_model.disable_adapter_layers()
     with pytest.raises(ProConError, match=r"nothing in the model trains|the adapter is switched off"):
         LiveAnchors(off, random_directions(off))
+
+
+def test_strength_that_sets_itself_goes_by_training_tokens_whatever_their_source(trainer):
+    def rows(source: str) -> list[tuple[float, float]]:
+        run = trainer(source, procon_schedule="hold:0.001", max_steps=10)
+        run.train()
+        return [(row["procon/alpha"], row["procon/shift"]) for row in run.state.log_history if "procon/shift" in row]
+
+    recorded, live, both = (torch.tensor(rows(source)) for source in ("recorded", "live", "recorded+probes"))
+    assert recorded.shape == (10, 2)
+    assert torch.allclose(recorded, live, rtol=1e-4, atol=1e-9)
+    # The probes act along with the tokens, and are not in the measure: at step 1 nothing has moved.
+    assert both[0, 1] == recorded[0, 1] < 1e-6 < both[-1, 1]

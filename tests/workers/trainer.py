@@ -39,6 +39,7 @@ PROMPTS = builtin_prompts("extraction").first(4)
 #: Alpha 100 for ten steps, then 0 for ten.
 WARM_UP = {"procon_schedule": "procon_wu:100@2ep", "max_steps": 10}
 SAVES = {"save_strategy": "steps", "save_steps": 8}
+HOLD = {"procon_schedule": "hold:0.001"}
 #: Tensor parallelism of a tiny model on a CPU is slow, and learning rates are constant.
 SHORT = {"max_steps": 5}
 LORA = {**SHORT, "learning_rate": 1e-2}
@@ -156,6 +157,7 @@ def train(name: str, *, resume: str | None = None, drift: bool = False, **settin
     ours.train(resume_from_checkpoint=resume and str(FOLDER / resume / "checkpoint-8"))
     return {
         **seen,
+        "hold": ours.hold and everywhere(ours.hold.state()),
         "log": ours.state.log_history,
         "fingerprint": ours._anchors and ours._anchors.fingerprint,
         "recorded": ours._anchors and len(ours._anchors),
@@ -214,8 +216,9 @@ def without_trainer(name: str) -> dict:
 
 def everywhere(value) -> list:
     """The value of every rank."""
-    values = [None] * WORLD
-    torch.distributed.all_gather_object(values, value)
+    values = [value] * WORLD
+    if WORLD > 1:
+        torch.distributed.all_gather_object(values, value)
     return values
 
 
@@ -292,6 +295,8 @@ CASES = {
     "ddp": partial(train, drift=True, **SAVES),
     "ddp_warm_up": partial(train, **WARM_UP),
     "ddp_resumed": partial(train, resume=f"ddp-{OTHER}"),
+    "ddp_hold": partial(train, **HOLD, **SAVES),
+    "ddp_hold_resumed": partial(train, resume=f"ddp_hold-{OTHER}", **HOLD),
     "fsdp2": partial(train, drift=True, **fsdp2(), **SAVES),
     "fsdp2_resumed": partial(train, resume=f"fsdp2-{OTHER}", **fsdp2()),
     "fsdp2_checkpointed": partial(train, **fsdp2(activation_checkpointing=True), **WARM_UP),
