@@ -27,6 +27,7 @@ TokenScope = Literal["response", "prompt", "all"]
 Blocks = Literal["all", "last"] | float | Sequence[int | float | str]
 
 Penalty = Literal["squared", "absolute", "huber"]
+Sides = Literal["both", "fall"]
 Units = Literal["raw", "gap"]
 Reduction = Literal["token", "sequence"]
 Fuse = Literal["auto", "never"]
@@ -50,6 +51,7 @@ MAX_DIRECTIONS = 8
 CHOICES: dict[str, tuple[str, ...]] = {
     "scope": get_args(TokenScope),
     "penalty": get_args(Penalty),
+    "sides": get_args(Sides),
     "units": get_args(Units),
     "reduction": get_args(Reduction),
     "fuse": get_args(Fuse),
@@ -83,6 +85,10 @@ class ConstraintSettings:
 
     penalty: Penalty = "absolute"
     """Penalty on a departure: squared, absolute (as the paper typesets it) or huber."""
+
+    sides: Sides = "both"
+    """Departures that are penalised: both (paper), rises and falls alike; or fall, only those towards the benign
+    side."""
 
     units: Units = "raw"
     """Units of a departure: raw (paper), or gap, each block in units of its malicious-benign distance."""

@@ -22,7 +22,7 @@ from procon.constraint.use import Use
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.models import Decoder, active_adapters, adapter_layer, find_decoder, first_moving_block, unwrapped
-from procon.settings import DEFAULTS, Backend, Blocks, Fuse, Penalty, Units, check_setting
+from procon.settings import DEFAULTS, Backend, Blocks, Fuse, Penalty, Sides, Units, check_setting
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class ProjectionConstraint:
         directions: one direction per block, or several.
         blocks: ``"all"`` that have a direction (paper), a list of indices, or a fraction: the deepest share of them.
         penalty: ``"squared"``, ``"absolute"`` (as the paper typesets it) or ``"huber"``.
+        sides: ``"both"`` (paper), or ``"fall"``: projections below their anchors alone, towards the benign mean.
         units: ``"raw"`` (paper), or ``"gap"``: in units of the distance between the malicious and the benign mean of
             each block, which weighs blocks alike although the residual stream grows with depth. Further directions
             are in units of the same distance as the first.
@@ -82,10 +83,11 @@ class ProjectionConstraint:
         *,
         blocks: Blocks = DEFAULTS.blocks,
         penalty: Penalty = DEFAULTS.penalty,
+        sides: Sides = DEFAULTS.sides,
         units: Units = DEFAULTS.units,
         backend: Backend = DEFAULTS.backend,
     ) -> None:
-        for setting, value in {"penalty": penalty, "units": units, "backend": backend}.items():
+        for setting, value in {"penalty": penalty, "sides": sides, "units": units, "backend": backend}.items():
             check_setting(setting, value)
         self.blocks = select_blocks(directions, blocks)
         self._directions = directions
@@ -95,7 +97,7 @@ class ProjectionConstraint:
         self._scales = {gap.device: 1.0 / gap}  # by device
         self._penalty: Penalty = penalty
         self._units: Units = units
-        self._state = State(backend)
+        self._state = State(backend, sides)
         #: The first moving block with which the penalty's gradient was last seen to arrive at a parameter.
         self._reached_from: int | None = None
         self._attachment: _Attachment | None = None

@@ -27,7 +27,7 @@ from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.integrations.forward import REMEDY, SCOPE, ConstrainedForward, constrained_by
 from procon.schedule import AlphaSchedule
-from procon.settings import DEFAULTS, Backend, Blocks, Fuse, Penalty, Units, check_setting
+from procon.settings import DEFAULTS, Backend, Blocks, Fuse, Penalty, Sides, Units, check_setting
 from procon.training.checkpoints import open_checkpoint, seal
 from procon.training.evidence import Evidence
 from procon.training.output import forget, locked, output_folder
@@ -60,7 +60,7 @@ class ProConCallback(TrainerCallback, ExportableState):
     Args:
         directions: of the model as training starts, or the file that they were saved in.
         schedule: of :meth:`procon.schedule.AlphaSchedule.parse`. ``"0"`` switches the constraint off.
-        blocks, penalty, units, backend: of :class:`procon.constraint.ProjectionConstraint`.
+        blocks, penalty, sides, units, backend: of :class:`procon.constraint.ProjectionConstraint`.
         fuse: of :meth:`procon.constraint.ProjectionConstraint.attach`.
         anchors_dir: where initial projections are kept; OUTPUT_DIR/_anchors if not given.
 
@@ -75,12 +75,13 @@ class ProConCallback(TrainerCallback, ExportableState):
         schedule: str = DEFAULTS.schedule,
         blocks: Blocks = DEFAULTS.blocks,
         penalty: Penalty = DEFAULTS.penalty,
+        sides: Sides = DEFAULTS.sides,
         units: Units = DEFAULTS.units,
         backend: Backend = DEFAULTS.backend,
         fuse: Fuse = DEFAULTS.fuse,
         anchors_dir: str | Path | None = None,
     ) -> None:
-        settings = {"schedule": schedule, "blocks": blocks, "penalty": penalty, "units": units}
+        settings = {"schedule": schedule, "blocks": blocks, "penalty": penalty, "sides": sides, "units": units}
         for setting, value in {**settings, "backend": backend, "fuse": fuse}.items():
             check_setting(setting, value)
         self._schedule = AlphaSchedule.parse(schedule)
@@ -94,7 +95,7 @@ class ProConCallback(TrainerCallback, ExportableState):
             directions = RefusalDirections.load(directions)
         self._directions = directions
         self._constraint = ProjectionConstraint(
-            directions, blocks=blocks, penalty=penalty, units=units, backend=backend
+            directions, blocks=blocks, penalty=penalty, sides=sides, units=units, backend=backend
         )
         self._settings = {
             **settings,

@@ -38,6 +38,7 @@ _SAME_WHEN_RESUMED = (
     "schedule",
     "scope",
     "penalty",
+    "sides",
     "units",
     "reduction",
     "blocks",
@@ -90,6 +91,7 @@ class AnchoredMixin(_Resumable):
             directions,
             blocks=settings.blocks,
             penalty=settings.penalty,
+            sides=settings.sides,
             units=settings.units,
             backend=settings.backend,
         )

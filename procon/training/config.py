@@ -19,6 +19,7 @@ from procon.settings import (
     Penalty,
     ProbeHold,
     Reduction,
+    Sides,
     TokenScope,
     Units,
     check_setting,
@@ -55,6 +56,7 @@ class ProConArguments:
     procon_scope: TokenScope = field(default=DEFAULTS.scope, metadata=_help("scope"))
     procon_blocks: str = field(default=str(DEFAULTS.blocks), metadata=_help("blocks"))
     procon_penalty: Penalty = field(default=DEFAULTS.penalty, metadata=_help("penalty"))
+    procon_sides: Sides = field(default=DEFAULTS.sides, metadata=_help("sides"))
     procon_units: Units = field(default=DEFAULTS.units, metadata=_help("units"))
     procon_reduction: Reduction = field(default=DEFAULTS.reduction, metadata=_help("reduction"))
     procon_fuse: Fuse = field(default=DEFAULTS.fuse, metadata=_help("fuse"))

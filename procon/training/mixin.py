@@ -331,6 +331,7 @@ class ProConMixin(AnchoredMixin):
             "schedule": str(self.alpha_schedule),
             "scope": args.procon_scope,
             "penalty": args.procon_penalty,
+            "sides": args.procon_sides,
             "units": args.procon_units,
             "reduction": args.procon_reduction,
             "did": did,

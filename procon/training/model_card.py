@@ -27,6 +27,9 @@ _MEASURES = {
     "procon/task": ("accuracy on a task", "{:.0%}"),
 }
 
+#: What is said of each of the settings' sides.
+_SIDES = {"both": "of rises and falls", "fall": "of falls towards the benign side alone"}
+
 _SECTION = """\
 ## Refusal anchored with ProCon
 
@@ -89,7 +92,8 @@ def describe(settings: dict[str, Any], directions: RefusalDirections, log_histor
         "strength (alpha)": _strength(AlphaSchedule.parse(settings["schedule"])),
         "constrained tokens": settings["scope"],
         "constrained blocks": _blocks(settings["blocks"], directions.block_count),
-        "penalty": f"{settings['penalty']}, {settings['units']} units, mean over {settings['reduction']}s",
+        "penalty": f"{settings['penalty']}, {_SIDES[settings['sides']]}, {settings['units']} units, "
+        f"mean over {settings['reduction']}s",
         "directions": f"`{DIRECTIONS}` (`{settings['directions']}`){_origin(directions)}",
         "anchors": f"projections of the training tokens before training (`{settings['anchors']}`)",
         "last logged penalty, before alpha": _last(log_history, "procon/penalty", "{:.3g}") or "not logged",

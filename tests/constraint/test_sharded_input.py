@@ -89,10 +89,11 @@ class _Local(nn.Module):
         return 2 * hidden_states.to_local()
 
 
-def test_a_block_under_a_parallel_plan(mesh):
+@pytest.mark.parametrize("sides", ["both", "fall"])
+def test_a_block_under_a_parallel_plan(mesh, sides):
     vectors, make = torch.randn(1, WIDTH), torch.Generator().manual_seed(0)
     anchors, mask = torch.randn(1, *SHAPE, 1, generator=make), torch.rand(SHAPE, generator=make)
-    block, state = _Local(), State("squared", "eager")
+    block, state = _Local(), State("squared", "eager", sides)
     with ExitStack() as undo:
         ConstrainedBlock(state, 0, 0, vectors).attach(block, None, undo)
         state.target = Target(anchors, mask, 0)
@@ -101,7 +102,7 @@ def test_a_block_under_a_parallel_plan(mesh):
         torch.testing.assert_close(out, 2 * leaf)
         state.target.terms[0].backward()
         again = leaf.detach().clone().requires_grad_()
-        _, expected = constrain(again, vectors, anchors[0], mask)
+        _, expected = constrain(again, vectors, anchors[0], mask, sides=sides)
         expected.backward()
         torch.testing.assert_close(state.target.terms[0], expected)
         torch.testing.assert_close(leaf.grad, again.grad)

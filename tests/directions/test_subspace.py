@@ -371,6 +371,7 @@ def test_the_model_card_tells_how_many(tmp_path):
         "schedule": "procon_s:1",
         "scope": "response",
         "penalty": "squared",
+        "sides": "both",
         "units": "raw",
         "reduction": "token",
         "blocks": [0, 1, 2],
