@@ -41,6 +41,7 @@ WRONG = {
     "penalty": ("l2", "is 'l2': choose one of squared, absolute, huber"),
     "sides": ("rise", "is 'rise': choose one of both, fall"),
     "units": ("metres", "is 'metres': choose one of raw, gap"),
+    "block_weights": ("random", "is 'random': choose one of equal, causal"),
     "reduction": ("mean", "is 'mean': choose one of token, sequence"),
     "fuse": ("maybe", "is 'maybe': choose one of auto, never"),
     "backend": ("cuda", "is 'cuda': choose one of auto, triton, eager"),
@@ -97,7 +98,7 @@ def test_every_door_has_the_defaults():
         (Anchors.record, ("scope", "backend")),
         (Anchors.annotate, ("reduction",)),
         (AnchoredCollator, ("reduction",)),
-        (ProConCallback, ("schedule", "blocks", "penalty", "sides", "units", "backend", "fuse")),
+        (ProConCallback, ("schedule", "blocks", "penalty", "sides", "units", "block_weights", "backend", "fuse")),
         (ConstrainedForward, ("fuse",)),
         (ConstraintSettings, tuple(SETTINGS)),
     }
@@ -197,7 +198,7 @@ def python_doors() -> dict[str, tuple[str, Callable[[Any], object]]]:
     add("record", ["scope", "backend"], lambda **s: Anchors.record(nothing, nothing, nothing, "nowhere", **s))
     add(
         "callback",
-        ["schedule", "blocks", "penalty", "sides", "units", "backend", "fuse"],
+        ["schedule", "blocks", "penalty", "sides", "units", "block_weights", "backend", "fuse"],
         lambda **s: ProConCallback("nowhere.safetensors", **s),
     )
     return calls
