@@ -133,7 +133,9 @@ class ProjectionConstraint:
     @weights.setter
     def weights(self, weights: Weights | None) -> None:
         found = None if weights is None else checked_weights(weights, len(self.blocks))
-        self._weights = None if found is None else {units: {each.device: each} for units, each in found.items()}
+        self._weights: dict[Units, dict[torch.device, Tensor]] | None = (
+            None if found is None else {units: {each.device: each} for units, each in found.items()}
+        )
 
     @property
     def fused(self) -> tuple[int, ...]:
