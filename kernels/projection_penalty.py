@@ -5,7 +5,7 @@ For ``h [N, D]``, directions ``r [K, D]``, anchors ``a [N, K]`` and weights ``w 
     forward   z_tk = <h_t, r_k>   e = z - a   penalty_t = w_t sum_k phi(e_tk)   c_tk = w_t phi'(e_tk)
     backward  dh_t = g_h[t] + g_t sum_k c_tk r_k
 
-phi "absolute" is a parabola up to ``rounding |h_t| |r_k|``, and straight beyond.
+phi "absolute" is a parabola up to ``rounding |h_t| |r_k|``, and straight beyond. Sides "fall" takes phi(min(e, 0)).
 
 Bytes moved, with U = N * D * itemsize: forward U (rows of weight 0 are not read), backward 2U, or U when no gradient
 arrives for h; added in place, 2U of the rows whose coefficients are not 0. Beside that 4N(3K + 2) bytes of anchors,
@@ -44,6 +44,7 @@ def _forward(
     K: tl.constexpr,
     PENALTY: tl.constexpr,
     ROUNDING: tl.constexpr,
+    SIDES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -74,7 +75,7 @@ def _forward(
                 z -= tl.load(anchor + row * anchor_stride + k * anchor_step, mask=live, other=0)
             if PENALTY == "absolute" and ROUNDING > 0:
                 reach = ROUNDING * tl.sqrt(tl.sum(h * h, axis=1) * tl.sum(r * r, axis=0))
-            value, result = value_and_slope(z, reach, PENALTY)
+            value, result = value_and_slope(z, reach, PENALTY, SIDES)
             total += value
             if weight is not None:
                 result *= w
@@ -133,6 +134,7 @@ def _launch_forward(
     per_direction: Tensor,
     penalty: str | None,
     rounding: float,
+    sides: str,
 ) -> None:
     rows, size = hidden.shape
     tile = row_tile("forward", size, hidden.element_size(), target_of(hidden))
@@ -155,6 +157,7 @@ def _launch_forward(
                 K=len(direction),
                 PENALTY=penalty,
                 ROUNDING=rounding,
+                SIDES=sides,
                 ROWS=tile.rows,
                 COLUMNS=tile.columns,
                 num_warps=tile.warps,  # pyright: ignore[reportCallIssue]  # a launch option
@@ -164,7 +167,7 @@ def _launch_forward(
 def project(hidden: Tensor, direction: Tensor) -> Tensor:
     """Projection ``z [N, K]`` of ``hidden [N, D]`` on ``direction [K, D]``, in the dtype of ``direction``."""
     projection = torch.empty((len(hidden), len(direction)), dtype=direction.dtype, device=hidden.device)
-    _launch_forward(hidden, direction, None, None, None, projection, None, 0.0)
+    _launch_forward(hidden, direction, None, None, None, projection, None, 0.0, "both")
     return projection
 
 
@@ -175,14 +178,16 @@ def penalize(
     weight: Tensor | None,
     penalty: str,
     rounding: float = 0.0,
+    sides: str = "both",
 ) -> tuple[Tensor, Tensor]:
     """Penalty of each token ``[N]`` and coefficient ``c [N, K]``, both in the dtype of ``direction``.
 
-    ``rounding`` is the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola.
+    ``rounding`` is the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola. On the ``sides``
+    "fall" a projection above its anchor costs nothing.
     """
     token_penalty = torch.empty(len(hidden), dtype=direction.dtype, device=hidden.device)
     coefficient = torch.empty((len(hidden), len(direction)), dtype=direction.dtype, device=hidden.device)
-    _launch_forward(hidden, direction, anchor, weight, token_penalty, coefficient, penalty, rounding)
+    _launch_forward(hidden, direction, anchor, weight, token_penalty, coefficient, penalty, rounding, sides)
     return token_penalty, coefficient
 
 

@@ -7,7 +7,7 @@ token weights ``w [N]``::
               z_tk = <h_t, r_k>   e = z - a   penalty_t = w_t sum_k phi(e_tk)   c_tk = w_t phi'(e_tk)
     backward  m = g_y v    dh_t = s_t (m_t - n_t mean_d(m_t n_t)) + g sum_k c_tk r_k    dv = sum_t g_y[t] n_t
 
-phi "absolute" is a parabola up to ``rounding |h_t| |r_k|``, and straight beyond.
+phi "absolute" is a parabola up to ``rounding |h_t| |r_k|``, and straight beyond. Sides "fall" takes phi(min(e, 0)).
 
 Casting ``"llama"`` rounds n to the dtype of h before it meets the weight; ``"gemma"`` rounds the product. The gradients
 are those of the norm without the rounding.
@@ -53,6 +53,7 @@ def _forward(
     CASTING: tl.constexpr,
     PENALTY: tl.constexpr,
     ROUNDING: tl.constexpr,
+    SIDES: tl.constexpr,
     D: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
@@ -89,7 +90,7 @@ def _forward(
             if PENALTY == "absolute" and ROUNDING > 0:
                 reach = ROUNDING * tl.sqrt(square * tl.sum(r * r, axis=0))
             # Selected, not multiplied: a dead row may hold NaN.
-            value, slope = value_and_slope(tl.where(live, e, 0), tl.where(live, reach, 0), PENALTY)
+            value, slope = value_and_slope(tl.where(live, e, 0), tl.where(live, reach, 0), PENALTY, SIDES)
             total += value
             if weight is not None:
                 slope *= w
@@ -170,10 +171,12 @@ def rms_norm_penalize(
     weight: Tensor | None,
     penalty: str,
     rounding: float = 0.0,
+    sides: str = "both",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """RMSNorm of ``hidden [N, D]`` and, when there is a ``direction [K, D]``, the penalty on the way.
 
-    ``rounding`` is the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola.
+    ``rounding`` is the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola. On the ``sides``
+    "fall" a projection above its anchor costs nothing.
 
     Returns the normed states ``[N, D]`` and, in the dtype of the computation, the inverse RMS ``[N]``, the penalty of
     each token ``[N]`` and the coefficient ``c [N, K]``; the last two are empty without a direction.
@@ -210,6 +213,7 @@ def rms_norm_penalize(
                 CASTING=casting,
                 PENALTY=penalty,
                 ROUNDING=rounding,
+                SIDES=sides,
                 D=size,
                 K=directions,
                 ROWS=tile.rows,

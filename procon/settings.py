@@ -27,7 +27,9 @@ TokenScope = Literal["response", "prompt", "all"]
 Blocks = Literal["all", "last"] | float | Sequence[int | float | str]
 
 Penalty = Literal["squared", "absolute", "huber"]
+Sides = Literal["both", "fall"]
 Units = Literal["raw", "gap"]
+BlockWeights = Literal["equal", "causal"]
 Reduction = Literal["token", "sequence"]
 Fuse = Literal["auto", "never"]
 Backend = Literal["auto", "triton", "eager"]
@@ -50,7 +52,9 @@ MAX_DIRECTIONS = 8
 CHOICES: dict[str, tuple[str, ...]] = {
     "scope": get_args(TokenScope),
     "penalty": get_args(Penalty),
+    "sides": get_args(Sides),
     "units": get_args(Units),
+    "block_weights": get_args(BlockWeights),
     "reduction": get_args(Reduction),
     "fuse": get_args(Fuse),
     "backend": get_args(Backend),
@@ -85,8 +89,16 @@ class ConstraintSettings:
     penalty: Penalty = "absolute"
     """Penalty on a departure: squared, absolute (as the paper typesets it) or huber."""
 
+    sides: Sides = "both"
+    """Departures that are penalised: both (paper), rises and falls alike; or fall, only those towards the benign
+    side."""
+
     units: Units = "raw"
     """Units of a departure: raw (paper), or gap, each block in units of its malicious-benign distance."""
+
+    block_weights: BlockWeights = "equal"
+    """How much each block counts: equal (paper), all alike; or causal, by what a shift along its direction does to the
+    refusals of the starting model."""
 
     reduction: Reduction = "token"
     """What the penalty is a mean over: token, all constrained tokens; or sequence, the sequences, each one counting as

@@ -39,7 +39,9 @@ WRONG = {
     "scope": ("reply", "is 'reply': choose one of response, prompt, all"),
     "blocks": ("1.5", "is the fraction 1.5: give one above 0"),
     "penalty": ("l2", "is 'l2': choose one of squared, absolute, huber"),
+    "sides": ("rise", "is 'rise': choose one of both, fall"),
     "units": ("metres", "is 'metres': choose one of raw, gap"),
+    "block_weights": ("random", "is 'random': choose one of equal, causal"),
     "reduction": ("mean", "is 'mean': choose one of token, sequence"),
     "fuse": ("maybe", "is 'maybe': choose one of auto, never"),
     "backend": ("cuda", "is 'cuda': choose one of auto, triton, eager"),
@@ -91,12 +93,12 @@ def default_of(function: Callable, parameter: str) -> Any:
 def test_every_door_has_the_defaults():
     """Doors that are named here, and any other parameter of a setting's name that has a default."""
     named = {
-        (ProjectionConstraint, ("blocks", "penalty", "units", "backend")),
+        (ProjectionConstraint, ("blocks", "penalty", "sides", "units", "backend")),
         (ProjectionConstraint.attach, ("fuse",)),
         (Anchors.record, ("scope", "backend")),
         (Anchors.annotate, ("reduction",)),
         (AnchoredCollator, ("reduction",)),
-        (ProConCallback, ("schedule", "blocks", "penalty", "units", "backend", "fuse")),
+        (ProConCallback, ("schedule", "blocks", "penalty", "sides", "units", "block_weights", "backend", "fuse")),
         (ConstrainedForward, ("fuse",)),
         (ConstraintSettings, tuple(SETTINGS)),
     }
@@ -188,11 +190,15 @@ def python_doors() -> dict[str, tuple[str, Callable[[Any], object]]]:
             calls[f"{door}-{setting}"] = setting, lambda value, setting=setting: call(**{setting: value})
 
     add("settings", SETTINGS, ConstraintSettings)
-    add("constraint", ["blocks", "penalty", "units", "backend"], lambda **s: ProjectionConstraint(directions(), **s))
+    add(
+        "constraint",
+        ["blocks", "penalty", "sides", "units", "backend"],
+        lambda **s: ProjectionConstraint(directions(), **s),
+    )
     add("record", ["scope", "backend"], lambda **s: Anchors.record(nothing, nothing, nothing, "nowhere", **s))
     add(
         "callback",
-        ["schedule", "blocks", "penalty", "units", "backend", "fuse"],
+        ["schedule", "blocks", "penalty", "sides", "units", "block_weights", "backend", "fuse"],
         lambda **s: ProConCallback("nowhere.safetensors", **s),
     )
     return calls

@@ -37,6 +37,7 @@ class Shape(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     penalty: str = "squared"
     casting: str = "llama"
+    sides: str = "both"
 
 
 SHAPES = (
@@ -45,7 +46,8 @@ SHAPES = (
     Shape(576, directions=4),
     Shape(4096, directions=8, dtype=torch.float32),
     Shape(576, dtype=torch.float16, penalty="absolute"),
-    Shape(3584, penalty="huber", casting="gemma"),
+    Shape(576, dtype=torch.float16, penalty="absolute", sides="fall"),
+    Shape(3584, penalty="huber", casting="gemma", sides="fall"),
 )
 
 
@@ -68,6 +70,7 @@ class Record:
     dtype: str
     penalty: str
     casting: str
+    sides: str
     tile: dict[str, int]
     warps: int
     registers: int
@@ -150,6 +153,7 @@ def _records(target: str, shape: Shape) -> Iterator[Record]:
                 dtype=str(shape.dtype).removeprefix("torch."),
                 penalty=shape.penalty,
                 casting=shape.casting,
+                sides=shape.sides,
                 tile={key.lower(): launch.arguments[key] for key in ("ROWS", "COLUMNS")},
                 warps=warps,
                 registers=registers,

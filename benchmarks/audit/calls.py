@@ -19,7 +19,13 @@ class Call(NamedTuple):
 
 
 def calls(
-    rows: int, size: int, directions: int, dtype: torch.dtype, penalty: str = "squared", casting: str = "llama"
+    rows: int,
+    size: int,
+    directions: int,
+    dtype: torch.dtype,
+    penalty: str = "squared",
+    casting: str = "llama",
+    sides: str = "both",
 ) -> dict[str, Call]:
     """By name, on random inputs of ``rows`` tokens of width ``size``, every second of which has weight 0."""
     torch.manual_seed(0)
@@ -40,7 +46,7 @@ def calls(
         return projection_penalty.project(hidden, direction)
 
     def penalize():
-        return projection_penalty.penalize(hidden, direction, anchor, weight, penalty, ROUNDING)
+        return projection_penalty.penalize(hidden, direction, anchor, weight, penalty, ROUNDING, sides)
 
     def accumulate(arrived):
         return projection_penalty.accumulate_gradient(arrived, upstream, coefficient, direction, dtype)
@@ -50,7 +56,7 @@ def calls(
 
     def norm(*constraint):
         return rms_norm_penalty.rms_norm_penalize(
-            hidden, norm_weight, eps, casting, offset, *constraint, penalty, ROUNDING
+            hidden, norm_weight, eps, casting, offset, *constraint, penalty, ROUNDING, sides
         )
 
     def norm_gradient(upstream, coefficient, direction, needs_weight):

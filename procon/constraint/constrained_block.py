@@ -110,7 +110,8 @@ class ConstrainedBlock:
     def _within(self, norm: InputNorm) -> Callable[[Tensor], Tensor]:
         """A forward for a block's first norm, which gives the penalty on the way."""
         module: Any = norm.module
-        rule: dict[str, Any] = {"casting": norm.casting, "offset": norm.offset, "backend": self._state.backend}
+        state = self._state
+        rule: dict[str, Any] = {"casting": norm.casting, "offset": norm.offset, "backend": state.backend}
 
         def plain(hidden: Tensor) -> Tensor:
             return type(module).forward(module, hidden)
@@ -138,7 +139,7 @@ class ConstrainedBlock:
                 passed = self._constrained(target, of_block, operands)
                 return plain(passed if of_block is hidden else hidden)
             normed, term = rms_norm_constrain(
-                hidden, module.weight, norm.eps, *operands, penalty=target.penalty, **rule
+                hidden, module.weight, norm.eps, *operands, penalty=target.penalty, sides=state.sides, **rule
             )
             target.keep(self._column, term)
             return normed
@@ -219,7 +220,8 @@ class ConstrainedBlock:
 
     def _constrained(self, target: Target, hidden: Tensor, operands: _Operands) -> Tensor:
         """The block's input passed through the op, whose penalty is kept."""
-        settings: dict[str, Any] = {"penalty": target.penalty, "backend": self._state.backend}
+        state = self._state
+        settings: dict[str, Any] = {"penalty": target.penalty, "sides": state.sides, "backend": state.backend}
         if isinstance(hidden, DTensor):
             hidden, term = constrain_sharded(hidden, *operands, **settings)
         else:

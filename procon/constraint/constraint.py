@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +19,11 @@ from procon.constraint.sites import find_site
 from procon.constraint.target import State, Target, on_device
 from procon.constraint.token_count import divisor
 from procon.constraint.use import Use
+from procon.constraint.weights import Weights, checked_weights
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.models import Decoder, active_adapters, adapter_layer, find_decoder, first_moving_block, unwrapped
-from procon.settings import DEFAULTS, Backend, Blocks, Fuse, Penalty, Units, check_setting
+from procon.settings import DEFAULTS, Backend, Blocks, Fuse, Penalty, Sides, Units, check_setting
 
 logger = logging.getLogger(__name__)
 
@@ -63,15 +63,20 @@ class ProjectionConstraint:
         directions: one direction per block, or several.
         blocks: ``"all"`` that have a direction (paper), a list of indices, or a fraction: the deepest share of them.
         penalty: ``"squared"``, ``"absolute"`` (as the paper typesets it) or ``"huber"``.
+        sides: ``"both"`` (paper), or ``"fall"``: projections below their anchors alone, towards the benign mean.
         units: ``"raw"`` (paper), or ``"gap"``: in units of the distance between the malicious and the benign mean of
             each block, which weighs blocks alike although the residual stream grows with depth. Further directions
             are in units of the same distance as the first.
         backend: of :func:`procon.ops.constrain`.
+        weights: ``[len(blocks)]``, above 0: how much each constrained block counts; all alike if not given. Or two of
+            them by the units of the departures, as :func:`procon.evaluation.causal_weights` finds them. Of mean 1, an
+            alpha means what it means without.
 
     Attributes:
         blocks: indices of the constrained blocks, in order; the last axis of ``anchors`` follows it, with ``K`` columns
             per block.
         enabled: True; set to False, the model's own code runs, at plain speed (alpha 0).
+        weights: as above; may be set between steps.
 
     Raises:
         ProConError: for a wrong setting, or blocks that have no direction.
@@ -83,10 +88,12 @@ class ProjectionConstraint:
         *,
         blocks: Blocks = DEFAULTS.blocks,
         penalty: Penalty = DEFAULTS.penalty,
+        sides: Sides = DEFAULTS.sides,
         units: Units = DEFAULTS.units,
         backend: Backend = DEFAULTS.backend,
+        weights: Weights | None = None,
     ) -> None:
-        for setting, value in {"penalty": penalty, "units": units, "backend": backend}.items():
+        for setting, value in {"penalty": penalty, "sides": sides, "units": units, "backend": backend}.items():
             check_setting(setting, value)
         self.blocks = select_blocks(directions, blocks)
         self._directions = directions
@@ -96,7 +103,8 @@ class ProjectionConstraint:
         self._scales = {gap.device: 1.0 / gap}  # by device
         self._penalty: Penalty = penalty
         self._units: Units = units
-        self._state = State(backend)
+        self._state = State(backend, sides)
+        self.weights = weights
         #: The first moving block with which the penalty's gradient was last seen to arrive at a parameter.
         self._reached_from: int | None = None
         self._attachment: _Attachment | None = None
@@ -115,6 +123,19 @@ class ProjectionConstraint:
     def model(self) -> nn.Module:
         """The model that it is attached to, without what runs it on several devices; ProConError if to none."""
         return self._attached().model
+
+    @property
+    def weights(self) -> dict[Units, Tensor] | None:
+        """How much each constrained block counts in either unit, ``[len(blocks)]`` fp32; None if all count alike."""
+        found = self._weights
+        return None if found is None else {units: next(iter(copies.values())) for units, copies in found.items()}
+
+    @weights.setter
+    def weights(self, weights: Weights | None) -> None:
+        found = None if weights is None else checked_weights(weights, len(self.blocks))
+        self._weights: dict[Units, dict[torch.device, Tensor]] | None = (
+            None if found is None else {units: {each.device: each} for units, each in found.items()}
+        )
 
     @property
     def fused(self) -> tuple[int, ...]:
@@ -277,9 +298,14 @@ class ProjectionConstraint:
         self._use.asked += 1
         if (target := self._state.target) is None or target.idle:
             raise ProConError("no target is set: call set_target(anchors, mask) before the forward")
-        terms = list(self._terms(target))
-        total = torch.stack([term.to(terms[0].device) for term in terms]).sum()
-        penalty = total / (divisor(tokens, target.mask, total.device) * len(self.blocks))
+        terms = self._terms(target)
+        device = next(iter(terms.values())).device
+        by_block = torch.stack([term.to(device) for term in terms.values()])
+        if self._weights is not None:
+            weights = on_device(self._weights[target.units], device)
+            # A list of indices has to be copied to the device: most often all blocks are there, in order.
+            by_block = by_block * (weights if [*terms] == [*range(len(weights))] else weights[[*terms]])
+        penalty = by_block.sum() / (divisor(tokens, target.mask, device) * len(self.blocks))
         self._use.watch(penalty)
         return penalty
 
@@ -307,9 +333,9 @@ class ProjectionConstraint:
             raise ProConError("no target is set: call set_target(anchors, mask) before the forward")
         if target.penalty == "huber":
             raise ProConError("penalty 'huber' does not tell how far tokens moved: give 'absolute' or 'squared'")
-        device = next(iter(self._terms(target))).device
-        found = target.terms if len(target.terms) == len(self.blocks) else target.values
-        moving = {column: term.detach().to(device) for column, term in found.items() if term is not None}
+        terms = self._terms(target)
+        device = next(iter(terms.values())).device
+        moving = {column: term.detach().to(device) for column, term in terms.items()}
         zero = torch.zeros((), device=device)
         by_block = torch.stack([moving.get(column, zero) for column in range(len(self.blocks))])
         if target.units == "raw":
@@ -317,12 +343,12 @@ class ProjectionConstraint:
             by_block = by_block * (per_gap.square() if target.penalty == "squared" else per_gap)
         return by_block.sum() / (divisor(tokens, target.mask, device) * len(moving))
 
-    def _terms(self, target: Target) -> Iterable[Tensor]:
-        """The penalties of the blocks whose inputs training can move; of all in a forward without gradients."""
+    def _terms(self, target: Target) -> dict[int, Tensor]:
+        """By column, the penalties of the blocks whose inputs training can move; of all without gradients."""
         blocks = len(self.blocks)
         if len(target.terms) < blocks:
             if len(target.values) == blocks and not torch.is_grad_enabled():
-                return target.values.values()
+                return target.values
             if target.values and target.trained:
                 raise ProConError(
                     "gradient checkpointing with use_reentrant=True runs the blocks without gradients, and the "
@@ -337,8 +363,8 @@ class ProjectionConstraint:
                 f"the forward passed {len(target.terms)} of {blocks} constrained blocks: attach the constraint before "
                 "torch.compile, and constrain only blocks that run"
             )
-        terms = [term for term in target.terms.values() if term is not None]
-        if not terms or not self._reaches_a_parameter(target, terms):
+        terms = {column: term for column, term in target.terms.items() if term is not None}
+        if not terms or not self._reaches_a_parameter(target, [*terms.values()]):
             raise ProConError(
                 "nothing below a constrained block trains, so the constraint cannot act: train parameters below one, "
                 "or constrain deeper blocks"

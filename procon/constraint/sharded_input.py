@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from procon.errors import ProConError
 from procon.ops import constrain
-from procon.settings import Backend, Penalty
+from procon.settings import DEFAULTS, Backend, Penalty, Sides
 
 
 def check_placements(hidden: DTensor, block: int) -> None:
@@ -25,7 +25,14 @@ def check_placements(hidden: DTensor, block: int) -> None:
 
 
 def constrain_sharded(
-    hidden: DTensor, direction: Tensor, anchor: Tensor, weight: Tensor, *, penalty: Penalty, backend: Backend
+    hidden: DTensor,
+    direction: Tensor,
+    anchor: Tensor,
+    weight: Tensor,
+    *,
+    penalty: Penalty,
+    backend: Backend,
+    sides: Sides = DEFAULTS.sides,
 ) -> tuple[DTensor, Tensor]:
     """:func:`procon.ops.constrain`, with ``anchor`` and ``weight`` of all tokens, the same on every rank.
 
@@ -34,7 +41,7 @@ def constrain_sharded(
     """
     mesh, placements = hidden.device_mesh, hidden.placements
     anchor, weight = (_share(tensor, mesh, placements) for tensor in (anchor, weight))
-    local, term = constrain(hidden.to_local(), direction, anchor, weight, penalty=penalty, backend=backend)
+    local, term = constrain(hidden.to_local(), direction, anchor, weight, penalty=penalty, sides=sides, backend=backend)
     hidden = DTensor.from_local(local, mesh, placements, run_check=False, shape=hidden.shape, stride=hidden.stride())
     parts = [Partial() if placement.is_shard() else Replicate() for placement in placements]
     return hidden, DTensor.from_local(term, mesh, parts, run_check=False).full_tensor()

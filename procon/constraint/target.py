@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from procon.settings import Backend, Penalty, Units
+from procon.settings import DEFAULTS, Backend, Penalty, Sides, Units
 
 
 @dataclass
@@ -49,6 +49,7 @@ class State:
     """What all constrained blocks of a model go by."""
 
     backend: Backend
+    sides: Sides = DEFAULTS.sides
     enabled: bool = True
     target: Target | None = None
     #: That of the last target, which may be released when blocks run again within backward; None before the first one.

@@ -8,7 +8,12 @@ _TINY = 1.1754943508222875e-38
 
 
 def penalize_projection(
-    projection: Tensor, anchor: Tensor | None, weight: Tensor | None, penalty: str, reach: Tensor | None = None
+    projection: Tensor,
+    anchor: Tensor | None,
+    weight: Tensor | None,
+    penalty: str,
+    reach: Tensor | None = None,
+    sides: str = "both",
 ) -> tuple[Tensor, Tensor]:
     """Penalty of each token ``[N]`` and coefficient ``c [N, K]`` for ``projection [N, K]``, in its dtype.
 
@@ -23,13 +28,21 @@ def penalize_projection(
         error.masked_fill_(dead, 0.0)
         if reach is not None:
             reach = reach.masked_fill(dead, 0.0)
-    value, slope = value_and_slope(error, penalty, weight, reach)
+    value, slope = value_and_slope(error, penalty, weight, reach, sides)
     # One direction is one column, which needs no sum.
     return value.squeeze(1) if value.shape[1] == 1 else value.sum(1), slope
 
 
-def value_and_slope(error: Tensor, penalty: str, weight: Tensor | None, reach: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``w phi(e)`` and ``w phi'(e)``, both of the shape of ``error``; NaN gives NaN."""
+def value_and_slope(
+    error: Tensor, penalty: str, weight: Tensor | None, reach: Tensor | None, sides: str
+) -> tuple[Tensor, Tensor]:
+    """``w phi(e)`` and ``w phi'(e)``, both of the shape of ``error``; those of min(e, 0) on the side "fall".
+
+    NaN gives NaN.
+    """
+    if sides == "fall":
+        # Not a minimum, which would make 0 of a state that is infinite: this makes NaN of it.
+        error = error - error.relu()
     if penalty == "squared":
         weighted = error if weight is None else error * weight
         return error * weighted, weighted + weighted

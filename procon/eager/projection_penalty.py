@@ -5,7 +5,7 @@ For hidden states ``h [N, D]``, directions ``r [K, D]``, anchors ``a [N, K]`` an
     z = h r^T    e = z - a    penalty_t = w_t sum_k phi(e_tk)    c_tk = w_t phi'(e_tk)
     dL/dh_t = g_h[t] + g_t sum_k c_tk r_k
 
-phi "absolute" is a parabola up to ``rounding |h_t| |r_k|``, and straight beyond.
+phi "absolute" is a parabola up to ``rounding |h_t| |r_k|``, and straight beyond. Sides "fall" takes phi(min(e, 0)).
 """
 
 import torch
@@ -48,14 +48,17 @@ def penalize(
     weight: Tensor | None,
     penalty: str,
     rounding: float = 0.0,
+    sides: str = "both",
 ) -> tuple[Tensor, Tensor]:
     """Penalty of each token ``[N]`` and coefficient ``c [N, K]``, both in the dtype of ``direction``.
 
-    ``rounding`` is the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola.
+    ``rounding`` is the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola. On the ``sides``
+    "fall" a projection above its anchor costs nothing.
     """
     length = direction.new_empty(len(hidden)) if penalty == "absolute" and rounding else None
     projection = _project(hidden, direction, length)
-    return penalize_projection(projection, anchor, weight, penalty, rounding_reach(length, direction, rounding))
+    reach = rounding_reach(length, direction, rounding)
+    return penalize_projection(projection, anchor, weight, penalty, reach, sides)
 
 
 def rounding_reach(length: Tensor | None, direction: Tensor, rounding: float) -> Tensor | None:

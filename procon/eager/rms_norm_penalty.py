@@ -7,7 +7,7 @@ token weights ``w [N]``::
               z_tk = <h_t, r_k>   e = z - a   penalty_t = w_t sum_k phi(e_tk)   c_tk = w_t phi'(e_tk)
     backward  m = g_y v    dh_t = s_t (m_t - n_t mean_d(m_t n_t)) + g sum_k c_tk r_k    dv = sum_t g_y[t] n_t
 
-phi "absolute" is a parabola up to ``rounding |h_t| |r_k|``, and straight beyond.
+phi "absolute" is a parabola up to ``rounding |h_t| |r_k|``, and straight beyond. Sides "fall" takes phi(min(e, 0)).
 
 Casting ``"llama"`` rounds n to the dtype of h before it meets the weight; ``"gemma"`` rounds the product. The gradients
 are those of the norm without the rounding.
@@ -32,10 +32,12 @@ def rms_norm_penalize(
     weight: Tensor | None,
     penalty: str,
     rounding: float = 0.0,
+    sides: str = "both",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """RMSNorm of ``hidden [N, D]`` and, when there is a ``direction [K, D]``, the penalty on the way.
 
-    ``rounding`` is the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola.
+    ``rounding`` is the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola. On the ``sides``
+    "fall" a projection above its anchor costs nothing.
 
     Returns the normed states ``[N, D]`` and, in the dtype of the computation, the inverse RMS ``[N]``, the penalty of
     each token ``[N]`` and the coefficient ``c [N, K]``; the last two are empty without a direction.
@@ -74,7 +76,7 @@ def rms_norm_penalize(
     if direction is None:
         return normed, inverse_rms, inverse_rms.new_empty(0), projection
     reach = rounding_reach(length, direction, rounding)
-    return normed, inverse_rms, *penalize_projection(projection, anchor, weight, penalty, reach)
+    return normed, inverse_rms, *penalize_projection(projection, anchor, weight, penalty, reach, sides)
 
 
 def rms_norm_gradient(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,20 +24,31 @@ def first_token_log_probabilities(
     batch_size: int = 32,
 ) -> Tensor:
     """Log-probabilities of the first token of the reply to each prompt: ``[len(prompts), V]`` fp32, on the CPU."""
-    device = model_device(model)
     found: list[Tensor] = [torch.empty(0)] * len(prompts)
-    with evaluating(model), torch.no_grad():
-        for rows, ids, mask in left_padded_batches(tokenizer, [user_turn(prompt) for prompt in prompts], batch_size):
-            positions = (mask.cumsum(-1) - 1).clamp_min(0)
-            logits = model(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                position_ids=positions.to(device),
-                logits_to_keep=1,
-            ).logits[:, -1]
+    with evaluating(model):
+        for rows, logits in first_token_logits(model, tokenizer, prompts, batch_size):
             for i, row in zip(rows, logits.float().log_softmax(-1).cpu(), strict=True):
                 found[i] = row
     return torch.stack(found)
+
+
+def first_token_logits(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], batch_size: int
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Batch by batch, indices of prompts and the logits ``[B, V]`` of the first token of their replies.
+
+    All prompts end in the last column. Whether there are gradients is for the caller to say.
+    """
+    device = model_device(model)
+    for rows, ids, mask in left_padded_batches(tokenizer, [user_turn(prompt) for prompt in prompts], batch_size):
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        output = model(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            position_ids=positions.to(device),
+            logits_to_keep=1,
+        )
+        yield rows, output.logits[:, -1]
 
 
 def refusal_tokens(
@@ -74,7 +85,11 @@ def refusal_log_odds(
 
     Unlike a rate of refusals it is continuous: it moves before the greedy reply flips.
     """
-    log_probabilities = first_token_log_probabilities(model, tokenizer, prompts)
+    return log_odds_of(first_token_log_probabilities(model, tokenizer, prompts), tokens)
+
+
+def log_odds_of(log_probabilities: Tensor, tokens: Sequence[int]) -> Tensor:
+    """``log(p / (1 - p))`` ``[n]``, p the probability of ``tokens`` by ``log_probabilities [n, V]``."""
     inside = torch.zeros(log_probabilities.shape[-1], dtype=torch.bool)
     inside[list(tokens)] = True
     refusing = log_probabilities[:, inside].logsumexp(-1)

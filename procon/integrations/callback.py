@@ -27,7 +27,8 @@ from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.integrations.forward import REMEDY, SCOPE, ConstrainedForward, constrained_by
 from procon.schedule import AlphaSchedule
-from procon.settings import DEFAULTS, Backend, Blocks, Fuse, Penalty, Units, check_setting
+from procon.settings import DEFAULTS, Backend, Blocks, BlockWeights, Fuse, Penalty, Sides, Units, check_setting
+from procon.training.block_weights import as_json, find_weights
 from procon.training.checkpoints import open_checkpoint, seal
 from procon.training.evidence import Evidence
 from procon.training.output import forget, locked, output_folder
@@ -60,7 +61,8 @@ class ProConCallback(TrainerCallback, ExportableState):
     Args:
         directions: of the model as training starts, or the file that they were saved in.
         schedule: of :meth:`procon.schedule.AlphaSchedule.parse`. ``"0"`` switches the constraint off.
-        blocks, penalty, units, backend: of :class:`procon.constraint.ProjectionConstraint`.
+        blocks, penalty, sides, units, backend: of :class:`procon.constraint.ProjectionConstraint`.
+        block_weights: ``"equal"``, or ``"causal"``, which needs the Trainer's tokenizer.
         fuse: of :meth:`procon.constraint.ProjectionConstraint.attach`.
         anchors_dir: where initial projections are kept; OUTPUT_DIR/_anchors if not given.
 
@@ -75,12 +77,21 @@ class ProConCallback(TrainerCallback, ExportableState):
         schedule: str = DEFAULTS.schedule,
         blocks: Blocks = DEFAULTS.blocks,
         penalty: Penalty = DEFAULTS.penalty,
+        sides: Sides = DEFAULTS.sides,
         units: Units = DEFAULTS.units,
+        block_weights: BlockWeights = DEFAULTS.block_weights,
         backend: Backend = DEFAULTS.backend,
         fuse: Fuse = DEFAULTS.fuse,
         anchors_dir: str | Path | None = None,
     ) -> None:
-        settings = {"schedule": schedule, "blocks": blocks, "penalty": penalty, "units": units}
+        settings = {
+            "schedule": schedule,
+            "blocks": blocks,
+            "penalty": penalty,
+            "sides": sides,
+            "units": units,
+            "block_weights": block_weights,
+        }
         for setting, value in {**settings, "backend": backend, "fuse": fuse}.items():
             check_setting(setting, value)
         self._schedule = AlphaSchedule.parse(schedule)
@@ -99,7 +110,7 @@ class ProConCallback(TrainerCallback, ExportableState):
             directions = RefusalDirections.load(directions)
         self._directions = directions
         self._constraint = ProjectionConstraint(
-            directions, blocks=blocks, penalty=penalty, units=units, backend=backend
+            directions, blocks=blocks, penalty=penalty, sides=sides, units=units, backend=backend
         )
         self._settings = {
             **settings,
@@ -107,6 +118,7 @@ class ProConCallback(TrainerCallback, ExportableState):
             "blocks": list(self._constraint.blocks),
             "directions": directions.hash,
         }
+        self._block_weights: BlockWeights = block_weights
         self._backend: Backend = backend
         self._fuse: Fuse = fuse
         self._anchors_dir = anchors_dir
@@ -120,7 +132,8 @@ class ProConCallback(TrainerCallback, ExportableState):
         """What a checkpoint keeps, in ``trainer_state.json``: settings, the anchors' folder, what was done so far."""
         anchors = self._forward.anchors.path.name if self._forward else None
         did = self.evidence.did(self.evidence.constrained_steps)
-        return {"args": {}, "attributes": {**self._settings, **self._run, "anchors": anchors, "did": did}}
+        more = {"weights": as_json(self._constraint.weights), "anchors": anchors, "did": did}
+        return {"args": {}, "attributes": {**self._settings, **self._run, **more}}
 
     def detach(self) -> None:
         """Leave the model as it was, after a training that an error ended."""
@@ -172,6 +185,9 @@ class ProConCallback(TrainerCallback, ExportableState):
             # The Trainer starts over, for example with a smaller batch, and the model may have moved meanwhile.
             anchors = left_over.anchors
         else:
+            self._constraint.weights = find_weights(
+                self._block_weights, model, processing_class, self._directions, self._constraint.blocks
+            )
             anchors = self._record_anchors(args, model, train_dataloader)
         self._forward = ConstrainedForward(
             model, self._constraint, anchors, alpha=0.0, fuse=self._fuse, tokenizer=processing_class
@@ -265,6 +281,7 @@ class ProConCallback(TrainerCallback, ExportableState):
             "version": __version__,
             "constrained": did["constrained_steps"] > 0,
             **self._settings,
+            "weights": as_json(self._constraint.weights),
             "did": did,
             **self._run,
         }
@@ -302,6 +319,7 @@ class ProConCallback(TrainerCallback, ExportableState):
         if (folder / RECORD).exists():
             on_main(lambda: open_checkpoint(folder).record)
         self.evidence.restore(kept["did"])
+        self._constraint.weights = kept["weights"]
         return self._starting_state(args).reopen(kept["anchors"])
 
 

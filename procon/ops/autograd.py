@@ -114,10 +114,11 @@ class Constrain(torch.autograd.Function):
         weight: Tensor | None,
         penalty: str,
         rounding: float,
+        sides: str,
         per_token: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        tokens, coefficient = operators.penalize(hidden, direction, anchor, weight, penalty, rounding, backend)
+        tokens, coefficient = operators.penalize(hidden, direction, anchor, weight, penalty, rounding, sides, backend)
         ctx.set_materialize_grads(False)
         ctx.coefficient, ctx.direction = coefficient, direction
         ctx.shape, ctx.dtype, ctx.backend = hidden.shape, hidden.dtype, backend
@@ -134,7 +135,7 @@ class Constrain(torch.autograd.Function):
             else:
                 arguments = (grad_hidden, grad_penalty, coefficient, direction, ctx.shape, ctx.dtype, ctx.backend)
                 grad_hidden = _differentiable_once(operators.accumulate_gradient, *arguments)
-        return grad_hidden, *(None,) * 7
+        return grad_hidden, *(None,) * 8
 
 
 def _writable_buffer(ctx: _Context) -> Tensor | None:
@@ -166,10 +167,11 @@ class RmsNormConstrain(torch.autograd.Function):
         weight: Tensor | None,
         penalty: str,
         rounding: float,
+        sides: str,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         normed, inverse_rms, tokens, coefficient = operators.rms_norm_penalize(
-            hidden, norm_weight, eps, casting, offset, direction, anchor, weight, penalty, rounding, backend
+            hidden, norm_weight, eps, casting, offset, direction, anchor, weight, penalty, rounding, sides, backend
         )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, norm_weight, inverse_rms)
@@ -193,5 +195,5 @@ class RmsNormConstrain(torch.autograd.Function):
         elif grad_penalty is not None:
             arguments = (None, grad_penalty, coefficient, direction, hidden.shape, hidden.dtype, ctx.backend)
             grad_hidden = _differentiable_once(operators.accumulate_gradient, *arguments)
-        others = (None,) * 9
+        others = (None,) * 10
         return grad_hidden if needs_hidden else None, grad_weight if needs_weight else None, *others

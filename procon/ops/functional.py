@@ -11,6 +11,10 @@ up to 1, ``|e| - 1/2`` beyond). Up to ``d = rounding |h_t| |r_k|`` "absolute" is
 the sign of a departure that may be rounding is noise, and would push at full strength. ``rounding`` is 4 units in the
 last place of the dtype of ``hidden``, or of autocast's if that is on, and at most 1/256.
 
+``sides`` is ``"both"``, or ``"fall"``: ``phi(min(e, 0))``, so a projection above its anchor costs nothing and gets no
+gradient, direction by direction. Refusal directions point from the benign to the malicious mean, so a fall is a step
+towards what the model does not refuse. This is ours; the paper penalises both sides.
+
 Shapes: ``hidden [..., D]``; ``direction [D]`` or ``[K, D]`` with K at most 8; ``anchor [...]``, or ``[..., K]`` when
 the directions are ``[K, D]``; ``weight [...]``, numbers at least 0 or booleans (values are not checked: that would wait
 for the device). No anchor means 0, no weight means 1. The hidden states of a token of weight 0 count for nothing,
@@ -32,7 +36,7 @@ from torch import Tensor
 from procon.errors import ProConError
 from procon.ops.autograd import HAS_INPUT_GRAD_BUFFERS, Constrain, Project, RmsNormConstrain
 from procon.ops.backends import choose_backend
-from procon.settings import CHOICES, MAX_DIRECTIONS, Backend, Penalty, check_choice
+from procon.settings import CHOICES, MAX_DIRECTIONS, Backend, Penalty, Sides, check_choice
 
 __all__ = ["constrain", "project", "projection_penalty", "rms_norm", "rms_norm_constrain"]
 
@@ -67,6 +71,7 @@ def projection_penalty(
     weight: Tensor | None = None,
     *,
     penalty: Penalty = "squared",
+    sides: Sides = "both",
     reduction: str = "sum",
     backend: Backend = "auto",
 ) -> Tensor:
@@ -81,6 +86,7 @@ def projection_penalty(
         anchor: ``[...]``, or ``[..., K]`` for ``[K, D]``.
         weight: ``[...]``, at least 0.
         penalty: ``"squared"``, ``"absolute"`` or ``"huber"``.
+        sides: ``"both"``, or ``"fall"``: projections below their anchors alone.
         reduction: ``"sum"``; ``"mean"``, the sum divided by the sum of the weights (by the number of tokens without
             weights), which is 0 when there is no token or every weight is 0; ``"none"``, the penalty of each token.
         backend: ``"auto"``, ``"triton"`` or ``"eager"``.
@@ -92,7 +98,7 @@ def projection_penalty(
         ProConError: for a wrong shape, dtype, device, option or backend.
     """
     check_choice("reduction", reduction, _REDUCTIONS)
-    _, loss = _constrain(hidden, direction, anchor, weight, penalty, reduction == "none", backend)
+    _, loss = _constrain(hidden, direction, anchor, weight, penalty, sides, reduction == "none", backend)
     if reduction == "none":
         return loss.view(hidden.shape[:-1])
     if reduction == "mean":
@@ -110,6 +116,7 @@ def constrain(
     weight: Tensor | None = None,
     *,
     penalty: Penalty = "squared",
+    sides: Sides = "both",
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Penalty on the distance of the projections from their anchors, with the hidden states passed through.
@@ -127,6 +134,7 @@ def constrain(
         anchor: ``[...]``, or ``[..., K]`` for ``[K, D]``.
         weight: ``[...]``, at least 0.
         penalty: ``"squared"``, ``"absolute"`` or ``"huber"``.
+        sides: ``"both"``, or ``"fall"``: projections below their anchors alone.
         backend: ``"auto"``, ``"triton"`` or ``"eager"``.
 
     Returns:
@@ -135,7 +143,7 @@ def constrain(
     Raises:
         ProConError: for a wrong shape, dtype, device, option or backend.
     """
-    passed, loss = _constrain(hidden, direction, anchor, weight, penalty, False, backend)
+    passed, loss = _constrain(hidden, direction, anchor, weight, penalty, sides, False, backend)
     if HAS_INPUT_GRAD_BUFFERS and not torch.compiler.is_compiling():
         # The engine's own buffer takes the gradient in place, so nothing has to pass through.
         return hidden, loss
@@ -153,6 +161,7 @@ def rms_norm_constrain(
     casting: str = "llama",
     offset: float = 0.0,
     penalty: Penalty = "squared",
+    sides: Sides = "both",
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm of the hidden states, and the penalty that :func:`constrain` gives, from the same reads and writes.
@@ -165,7 +174,7 @@ def rms_norm_constrain(
         hidden: ``[..., D]``.
         norm_weight: ``[D]``, of any floating dtype.
         eps: added to the mean square.
-        direction, anchor, weight, penalty, backend: as for :func:`constrain`.
+        direction, anchor, weight, penalty, sides, backend: as for :func:`constrain`.
         casting: ``"llama"`` rounds to the dtype of ``hidden`` before it multiplies by the weight, and returns what that
             product promotes to (Llama, Mistral, Qwen); ``"gemma"`` rounds the product to the dtype of ``hidden``.
         offset: added to ``norm_weight``; Gemma's norms use ``1.0``.
@@ -176,11 +185,11 @@ def rms_norm_constrain(
     Raises:
         ProConError: for a wrong shape, dtype, device, option or backend.
     """
-    directions, anchor, weight = _penalty_arguments(hidden, direction, anchor, weight, penalty)
+    directions, anchor, weight = _penalty_arguments(hidden, direction, anchor, weight, penalty, sides)
     chosen = choose_backend(backend, hidden.device.type)
     _check_norm(hidden, norm_weight, casting)
     return RmsNormConstrain.apply(
-        hidden, norm_weight, eps, casting, offset, directions, anchor, weight, penalty, _rounding(hidden), chosen
+        hidden, norm_weight, eps, casting, offset, directions, anchor, weight, penalty, _rounding(hidden), sides, chosen
     )
 
 
@@ -201,7 +210,7 @@ def rms_norm(
     _check_norm(hidden, norm_weight, casting)
     chosen = choose_backend(backend, hidden.device.type)
     normed, _ = RmsNormConstrain.apply(
-        hidden, norm_weight, eps, casting, offset, None, None, None, "squared", 0.0, chosen
+        hidden, norm_weight, eps, casting, offset, None, None, None, "squared", 0.0, "both", chosen
     )
     return normed
 
@@ -212,12 +221,13 @@ def _constrain(
     anchor: Tensor | None,
     weight: Tensor | None,
     penalty: Penalty,
+    sides: Sides,
     per_token: bool,
     backend: Backend,
 ) -> tuple[Tensor, Tensor]:
-    directions, anchor, weight = _penalty_arguments(hidden, direction, anchor, weight, penalty)
+    directions, anchor, weight = _penalty_arguments(hidden, direction, anchor, weight, penalty, sides)
     chosen = choose_backend(backend, hidden.device.type)
-    return Constrain.apply(hidden, directions, anchor, weight, penalty, _rounding(hidden), per_token, chosen)
+    return Constrain.apply(hidden, directions, anchor, weight, penalty, _rounding(hidden), sides, per_token, chosen)
 
 
 def _rounding(hidden: Tensor) -> float:
@@ -233,11 +243,17 @@ def _rounding(hidden: Tensor) -> float:
 
 
 def _penalty_arguments(
-    hidden: Tensor, direction: Tensor, anchor: Tensor | None, weight: Tensor | None, penalty: Penalty
+    hidden: Tensor,
+    direction: Tensor,
+    anchor: Tensor | None,
+    weight: Tensor | None,
+    penalty: Penalty,
+    sides: Sides,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Directions ``[K, D]``, anchors ``[N, K]`` and weights ``[N]`` in the dtype of the computation, found good."""
     directions = _directions(hidden, direction)
     check_choice("penalty", penalty, CHOICES["penalty"])
+    check_choice("sides", sides, CHOICES["sides"])
     tokens = hidden.shape[:-1]
     if anchor is not None:
         _check_companion("anchor", anchor, hidden)

@@ -99,6 +99,7 @@ def _fake_penalize(
     weight: Tensor | None,
     penalty: str,
     rounding: float,
+    sides: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     rows = hidden.numel() // hidden.shape[-1]
@@ -107,7 +108,7 @@ def _fake_penalize(
 
 @_operator(
     "penalize(Tensor hidden, Tensor direction, Tensor? anchor, Tensor? weight, str penalty, float rounding,"
-    " str backend) -> (Tensor, Tensor)",
+    " str sides, str backend) -> (Tensor, Tensor)",
     _fake_penalize,
 )
 def penalize(
@@ -117,9 +118,10 @@ def penalize(
     weight: Tensor | None,
     penalty: str,
     rounding: float,
+    sides: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _projection_penalty(backend).penalize(_rows(hidden), direction, anchor, weight, penalty, rounding)
+    return _projection_penalty(backend).penalize(_rows(hidden), direction, anchor, weight, penalty, rounding, sides)
 
 
 def _fake_accumulate_gradient(
@@ -169,6 +171,7 @@ def _fake_rms_norm(
     weight: Tensor | None,
     penalty: str,
     rounding: float,
+    sides: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = hidden.numel() // hidden.shape[-1]
@@ -185,7 +188,8 @@ def _fake_rms_norm(
 
 @_operator(
     "rms_norm_penalize(Tensor hidden, Tensor norm_weight, float eps, str casting, float offset, Tensor? direction,"
-    " Tensor? anchor, Tensor? weight, str penalty, float rounding, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? anchor, Tensor? weight, str penalty, float rounding, str sides, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_rms_norm,
 )
 def rms_norm_penalize(
@@ -199,10 +203,21 @@ def rms_norm_penalize(
     weight: Tensor | None,
     penalty: str,
     rounding: float,
+    sides: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     normed, inverse_rms, tokens, coefficient = _rms_norm_penalty(backend).rms_norm_penalize(
-        _rows(hidden), norm_weight.contiguous(), eps, casting, offset, direction, anchor, weight, penalty, rounding
+        _rows(hidden),
+        norm_weight.contiguous(),
+        eps,
+        casting,
+        offset,
+        direction,
+        anchor,
+        weight,
+        penalty,
+        rounding,
+        sides,
     )
     return normed.view(hidden.shape), inverse_rms, tokens, coefficient
 

@@ -22,6 +22,7 @@ from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.models import is_sharded
 from procon.schedule import AlphaSchedule
+from procon.training.block_weights import find_weights
 from procon.training.checkpoints import Checkpoint
 from procon.training.config import ProConConfig
 from procon.training.output import output_folder
@@ -38,7 +39,9 @@ _SAME_WHEN_RESUMED = (
     "schedule",
     "scope",
     "penalty",
+    "sides",
     "units",
+    "block_weights",
     "reduction",
     "blocks",
     "directions",
@@ -90,6 +93,7 @@ class AnchoredMixin(_Resumable):
             directions,
             blocks=settings.blocks,
             penalty=settings.penalty,
+            sides=settings.sides,
             units=settings.units,
             backend=settings.backend,
         )
@@ -104,6 +108,14 @@ class AnchoredMixin(_Resumable):
             # Not yet sharded, the model may be whole on the main process alone. Sharded already, it needs all of them.
             all_call=getattr(self, "is_distributed_loading_by_transformers", False),
         )
+
+    def _weigh_blocks(self, constraint: ProjectionConstraint, checkpoint: Checkpoint | None) -> None:
+        """Before training starts, or as the checkpoint has it."""
+        if checkpoint:
+            constraint.weights = checkpoint.record.get("weights")
+        else:
+            kind, directions = self.args.procon_block_weights, self._directions
+            constraint.weights = find_weights(kind, self.model, self.processing_class, directions, constraint.blocks)
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | bool | None
@@ -213,6 +225,8 @@ class AnchoredMixin(_Resumable):
             )
         found.setdefault("anchors_from", "recorded")  # of an earlier version
         found.setdefault("probing", None)
+        found.setdefault("sides", "both")
+        found.setdefault("block_weights", "equal")
         check_resumed(found, {name: record[name] for name in _SAME_WHEN_RESUMED}, str(checkpoint))
         settings = self.args.anchor_settings()
         if settings.of_tokens == "recorded":

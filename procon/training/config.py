@@ -15,11 +15,13 @@ from procon.settings import (
     AnchorSource,
     Backend,
     Blocks,
+    BlockWeights,
     ConstraintSettings,
     Fuse,
     Penalty,
     ProbeHold,
     Reduction,
+    Sides,
     TokenScope,
     Units,
     check_setting,
@@ -56,7 +58,9 @@ class ProConArguments:
     procon_scope: TokenScope = field(default=DEFAULTS.scope, metadata=_help("scope"))
     procon_blocks: str = field(default=str(DEFAULTS.blocks), metadata=_help("blocks"))
     procon_penalty: Penalty = field(default=DEFAULTS.penalty, metadata=_help("penalty"))
+    procon_sides: Sides = field(default=DEFAULTS.sides, metadata=_help("sides"))
     procon_units: Units = field(default=DEFAULTS.units, metadata=_help("units"))
+    procon_block_weights: BlockWeights = field(default=DEFAULTS.block_weights, metadata=_help("block_weights"))
     procon_reduction: Reduction = field(default=DEFAULTS.reduction, metadata=_help("reduction"))
     procon_fuse: Fuse = field(default=DEFAULTS.fuse, metadata=_help("fuse"))
     procon_backend: Backend = field(default=DEFAULTS.backend, metadata=_help("backend"))

@@ -19,6 +19,7 @@ from procon.constraint.guards import check_finite, refuse_data_parallel
 from procon.directions import DIRECTIONS, RefusalDirections
 from procon.errors import ProConError
 from procon.training.anchored import NO_ANCHORS, TARGET
+from procon.training.block_weights import as_json
 from procon.training.checkpoints import Checkpoint
 from procon.training.config import ProConArguments
 from procon.training.evidence import Evidence
@@ -48,6 +49,8 @@ class ProConMixin(StrengthMixin):
         directions: refusal directions of the model as training starts, or the file that they were saved in. If not
             given, they are extracted with the built-in prompts when training starts, which needs a tokenizer as
             ``processing_class``, and kept in the output folder.
+
+    With ``procon_block_weights="causal"`` the blocks' weights are found when training starts, too, with the tokenizer.
 
     Logs ``procon/penalty`` (mean over the logging window, before alpha) and ``procon/alpha``; under the schedule
     ``hold``, also ``procon/shift``, the moving average that it keeps to its budget.
@@ -160,6 +163,7 @@ class ProConMixin(StrengthMixin):
         self._anchors = self._live = self._probes = None
         if checkpoint:
             self._reopen_anchors(constraint, checkpoint)
+        self._weigh_blocks(constraint, checkpoint)
         return constraint.attach(self.model, fuse=self.args.procon_fuse)
 
     def begin_evidence(self) -> None:
@@ -329,7 +333,9 @@ class ProConMixin(StrengthMixin):
             "schedule": str(self.alpha_schedule),
             "scope": args.procon_scope,
             "penalty": args.procon_penalty,
+            "sides": args.procon_sides,
             "units": args.procon_units,
+            "block_weights": args.procon_block_weights,
             "reduction": args.procon_reduction,
             "did": did,
             "window": {"penalty": self.evidence.window, "steps": self._penalty_steps},
@@ -337,6 +343,7 @@ class ProConMixin(StrengthMixin):
         if self.constraint is not None:
             record |= {
                 "blocks": list(self.constraint.blocks),
+                "weights": as_json(self.constraint.weights),
                 "directions": self._directions.hash,
                 "anchors_from": args.procon_anchors,
                 "anchors": self._anchors.fingerprint if self._anchors else None,

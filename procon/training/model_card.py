@@ -27,6 +27,9 @@ _MEASURES = {
     "procon/task": ("accuracy on a task", "{:.0%}"),
 }
 
+#: What is said of each of the settings' sides.
+_SIDES = {"both": "of rises and falls", "fall": "of falls towards the benign side alone"}
+
 _SECTION = """\
 ## Refusal anchored with ProCon
 
@@ -90,7 +93,9 @@ def describe(settings: dict[str, Any], directions: RefusalDirections, log_histor
         **_hold(did.get("hold")),
         "constrained tokens": settings["scope"],
         "constrained blocks": _blocks(settings["blocks"], directions.block_count),
-        "penalty": f"{settings['penalty']}, {settings['units']} units, mean over {settings['reduction']}s",
+        "penalty": f"{settings['penalty']}, {_SIDES[settings['sides']]}, {settings['units']} units, "
+        f"mean over {settings['reduction']}s",
+        "weights of the blocks": _weights(settings),
         "directions": f"`{DIRECTIONS}` (`{settings['directions']}`){_origin(directions)}",
         "anchors": f"projections of the training tokens before training (`{settings['anchors']}`)",
         "last logged penalty, before alpha": _last(log_history, "procon/penalty", "{:.3g}") or "not logged",
@@ -180,6 +185,13 @@ def _blocks(blocks: Sequence[int], count: int) -> str:
     run = len(blocks) > 1 and list(blocks) == list(range(blocks[0], blocks[-1] + 1))
     which = f"{blocks[0]} to {blocks[-1]}" if run else ", ".join(map(str, blocks))
     return f"{which} of {count}, from 0"
+
+
+def _weights(settings: dict[str, Any]) -> str:
+    if settings["block_weights"] == "equal":
+        return "all alike"
+    each = ", ".join(f"{weight:.3g}" for weight in settings["weights"][settings["units"]])
+    return f"{settings['block_weights']}, in the order of the blocks: {each}"
 
 
 #: Controls, by what :class:`RefusalDirections` leaves of their origin.

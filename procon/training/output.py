@@ -39,7 +39,7 @@ _WEIGHTS = (
 )
 
 #: What two records of the same training share from its beginning on.
-_SAME = ("run", "arguments", "schedule", "scope", "penalty", "units", "reduction")
+_SAME = ("run", "arguments", "schedule", "scope", "penalty", "sides", "units", "block_weights", "reduction")
 
 #: Folders that this process has locked.
 _held: set[Path] = set()

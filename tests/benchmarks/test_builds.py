@@ -49,6 +49,7 @@ def test_builds(target, tmp_path):
     assert {(r["call"], r["size"]) for r in plain} == {(call, size) for call in ACCESSES for size in TARGETS[target]}
     assert {1, 4, 8} <= {r["directions"] for r in records}
     assert {"bfloat16", "float16", "float32"} == {r["dtype"] for r in records}
+    assert {"both", "fall"} == {r["sides"] for r in records if r["penalty"] == "absolute"}
 
     assert [r for r in records if r["spilled_bytes"]] == []
     # Half of what a thread can have: room for other compilers.
@@ -59,6 +60,6 @@ def test_builds(target, tmp_path):
     for record in records:
         assert {access["narrowest_bytes"] for access in record["accesses"]} == {16}, record
         # A call of several launches shares its accesses among them.
-        call = tuple(record[key] for key in ("call", "size", "directions", "dtype", "penalty"))
+        call = tuple(record[key] for key in ("call", "size", "directions", "dtype", "penalty", "sides"))
         seen[call] |= {(access["tensor"], access["way"]) for access in record["accesses"]}
     assert seen == {call: ACCESSES[call[0]] for call in seen}

@@ -41,7 +41,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def by_definition(model, directions, batch, anchors, mask, units="raw"):
+def by_definition(model, directions, batch, anchors, mask, units="raw", sides="both"):
     """CE + penalty from ``output_hidden_states``: the input of block l is its entry l."""
     model.zero_grad()
     output = model(**batch, output_hidden_states=True)
@@ -50,6 +50,8 @@ def by_definition(model, directions, batch, anchors, mask, units="raw"):
     ) - anchors.to(model.dtype)
     if units == "gap":
         error = error / directions.gap
+    if sides == "fall":
+        error = error.clamp(max=0)
     penalty = (error.square().mean(-1) * mask).sum() / mask.sum()
     (output.loss + 3 * penalty).backward()
     return penalty.detach(), gradients(model)
@@ -108,6 +110,17 @@ def test_gap_units(tiny_model, fuse):
         by_definition(model, directions, batch, anchors, mask, units="gap"),
         constrained(model, directions, batch, anchors, mask, units="gap", fuse=fuse),
     )
+
+
+@both_ways
+def test_falls_alone(tiny_model, fuse):
+    model = tiny_model()
+    directions = random_directions(model)
+    batch, anchors, mask = random_batch(3)
+    found = constrained(model, directions, batch, anchors, mask, sides="fall", fuse=fuse)
+    assert_same(by_definition(model, directions, batch, anchors, mask, sides="fall"), found)
+    both, _ = constrained(model, directions, batch, anchors, mask, fuse=fuse)
+    assert 0.2 * both < found[0] < 0.8 * both
 
 
 @both_ways

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from procon.constraint.constrained_block import ConstrainedBlock
 from procon.constraint.sharded_input import check_placements, constrain_sharded
+from procon.constraint.sites import Site
 from procon.constraint.target import State, Target
 from procon.errors import ProConError
 from procon.ops import constrain
@@ -89,22 +90,23 @@ class _Local(nn.Module):
         return 2 * hidden_states.to_local()
 
 
-def test_a_block_under_a_parallel_plan(mesh):
+@pytest.mark.parametrize("sides", ["both", "fall"])
+def test_a_block_under_a_parallel_plan(mesh, sides):
     vectors, make = torch.randn(1, WIDTH), torch.Generator().manual_seed(0)
     anchors, mask = torch.randn(1, *SHAPE, 1, generator=make), torch.rand(SHAPE, generator=make)
-    block, state = _Local(), State("squared", "eager")
+    block, state = _Local(), State("eager", sides)
     with ExitStack() as undo:
-        ConstrainedBlock(state, 0, 0, vectors).attach(block, None, undo)
-        state.target = Target(anchors, mask, 0)
+        ConstrainedBlock(state, 0, 0, {"raw": vectors}).attach(Site(block, False, None), undo)
+        state.target = Target(anchors, mask, "squared", "raw", 0)
         leaf = torch.randn(*SHAPE, WIDTH, requires_grad=True)
         out = block(placed(leaf, mesh, Shard(1)))
         torch.testing.assert_close(out, 2 * leaf)
         state.target.terms[0].backward()
         again = leaf.detach().clone().requires_grad_()
-        _, expected = constrain(again, vectors, anchors[0], mask)
+        _, expected = constrain(again, vectors, anchors[0], mask, sides=sides)
         expected.backward()
         torch.testing.assert_close(state.target.terms[0], expected)
         torch.testing.assert_close(leaf.grad, again.grad)
-        state.target = Target(anchors, mask, 0)
+        state.target = Target(anchors, mask, "squared", "raw", 0)
         with pytest.raises(ProConError, match=r"^block 0 got hidden states with placement .*, of which no rank has"):
             block(placed(leaf, mesh, Shard(2)))

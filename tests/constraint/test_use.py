@@ -172,7 +172,7 @@ def test_a_constraint_on_one_block(tiny_model, random_directions):
     made.detach()
 
 
-@pytest.mark.parametrize("setting", ["penalty", "units", "backend"])
+@pytest.mark.parametrize("setting", ["penalty", "sides", "units", "backend"])
 def test_a_setting_that_is_none(tiny_model, random_directions, setting):
     with pytest.raises(ProConError, match=f"{setting} is 'usual': choose one of"):
         ProjectionConstraint(random_directions(tiny_model()), **{setting: "usual"})

@@ -129,15 +129,17 @@ def test_opcheck(device, backend, dtype, layout):
     hidden = layout(3, 4, 16, device=device, dtype=dtype)
     direction, anchor, weight = (dense(*s, device=device, dtype=computed) for s in ((2, 16), (12, 2), (12,)))
     torch.library.opcheck(ops.project.default, (hidden, direction, backend))
-    torch.library.opcheck(ops.penalize.default, (hidden, direction, anchor, weight.abs(), "absolute", 0.01, backend))
-    torch.library.opcheck(ops.penalize.default, (hidden, direction, None, None, "squared", 0.0, backend))
+    torch.library.opcheck(
+        ops.penalize.default, (hidden, direction, anchor, weight.abs(), "absolute", 0.01, "both", backend)
+    )
+    torch.library.opcheck(ops.penalize.default, (hidden, direction, None, None, "squared", 0.0, "fall", backend))
     tail = (anchor, direction, [3, 4, 16], dtype, backend)
     torch.library.opcheck(ops.accumulate_gradient.default, (hidden, weight, *tail))
     torch.library.opcheck(ops.accumulate_gradient.default, (None, weight[0], *tail))
     torch.library.opcheck(ops.accumulate_gradient.default, (None, None, *tail))
     norm_weight = dense(16, device=device, dtype=dtype)
     for casting, given in (("llama", (direction, anchor, weight.abs())), ("gemma", (None, None, None))):
-        arguments = (hidden, norm_weight, 1e-6, casting, 1.0, *given, "absolute", 0.01, backend)
+        arguments = (hidden, norm_weight, 1e-6, casting, 1.0, *given, "absolute", 0.01, "fall", backend)
         torch.library.opcheck(ops.rms_norm_penalize.default, arguments)
         normed, inverse_rms, _, coefficient = ops.rms_norm_penalize(*arguments)
         for upstream, needs_weight in ((weight[0], True), (None, False)):

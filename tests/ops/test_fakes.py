@@ -30,13 +30,13 @@ def calls(dtype: torch.dtype, weight_dtype: torch.dtype) -> Iterator[tuple]:
     weight = torch.rand(12).to(computed)
     yield OPS.project, hidden, direction, "eager"
     for given in ((anchor, weight), (None, None)):
-        yield OPS.penalize, hidden, direction, *given, "huber", 0.0, "eager"
+        yield OPS.penalize, hidden, direction, *given, "huber", 0.0, "fall", "eager"
     tail = coefficient, direction, list(SHAPE), dtype, "eager"
     yield OPS.accumulate_gradient, hidden, weight, *tail
     yield OPS.accumulate_gradient, None, None, *tail
     for casting in ("llama", "gemma"):
         for given in ((direction, anchor, weight), (None, None, None)):
-            yield OPS.rms_norm_penalize, hidden, norm_weight, 1e-6, casting, 0.0, *given, "huber", 0.0, "eager"
+            yield OPS.rms_norm_penalize, hidden, norm_weight, 1e-6, casting, 0.0, *given, "huber", 0.0, "fall", "eager"
     inverse_rms = torch.rand(12).to(computed)
     for needs_weight in (True, False):
         for given in ((coefficient, direction), (coefficient[:, :0], None)):
