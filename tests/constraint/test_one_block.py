@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from procon.constraint.constrained_block import ConstrainedBlock
 from procon.constraint.input_norm import InputNorm
+from procon.constraint.sites import Site
 from procon.constraint.target import State, Target
 from procon.errors import ProConError
 from procon.ops import constrain
@@ -36,7 +37,7 @@ class Block(nn.Module):
 def target(mask: Tensor | None = None, first_moving: int = 0) -> Target:
     make = torch.Generator().manual_seed(1)
     anchors = torch.randn(3, B, T, K, generator=make)
-    return Target(anchors, torch.rand(B, T, generator=make) if mask is None else mask, first_moving)
+    return Target(anchors, torch.rand(B, T, generator=make) if mask is None else mask, "huber", "raw", first_moving)
 
 
 @pytest.fixture(params=["within the norm", "before the block"])
@@ -45,9 +46,9 @@ def attached(request):
     with ExitStack() as undo:
 
         def attach(block: Block) -> State:
-            state = State("huber", "eager")
+            state = State("eager")
             norm = InputNorm(block.norm, 1e-6, "llama", 0.0) if request.param == "within the norm" else None
-            ConstrainedBlock(state, 1, 4, VECTORS).attach(block, norm, undo)
+            ConstrainedBlock(state, 1, 4, {"raw": VECTORS}).attach(Site(block, False, norm), undo)
             return state
 
         attach.undo = undo
