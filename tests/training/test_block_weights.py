@@ -164,3 +164,24 @@ def test_the_callback_has_them_too(start, tokenizer, random_directions, samples,
     assert same(train(**resume)._constraint.weights, expected)
     with pytest.raises(ProConError, match="block_weights 'causal', not 'equal'"):
         train(kind="equal", **resume)
+
+
+@pytest.mark.parametrize("anchors", ["probes", "live+probes"])
+def test_with_other_sources_of_anchors(make_trainer, start, tokenizer, anchors):
+    """Weights and sides are those of the probes, too."""
+    found = {}
+    for kind, sides in (("causal", "fall"), ("causal", "both"), ("equal", "both")):
+        trainer = make_trainer(
+            "Trainer",
+            "procon_s:2",
+            model=start(),
+            folder=f"{kind}-{sides}",
+            procon_block_weights=kind,
+            procon_sides=sides,
+            procon_anchors=anchors,
+            procon_probe_every=1,
+            save_strategy="no",
+        )
+        trainer.train()
+        found[kind, sides] = losses(trainer)
+    assert len({tuple(each) for each in found.values()}) == 3
