@@ -132,8 +132,11 @@ def config(mode: Mode, folder: Path, alpha: float) -> dict:
             "procon_scope": "response",
             "procon_penalty": "squared",
         }
-        if mode.source and mode.source != "recorded":  # which is the only way that it knows, and has no key
+        if mode.source:
             keys["procon_anchors"] = mode.source
+        if mode.source == "probes":
+            probes = str(setting.probe_file(folder))
+            keys |= {"procon_probes": probes, "procon_probe_weight": setting.PROBE_WEIGHT}
     return keys
 
 

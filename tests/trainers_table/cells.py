@@ -114,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("file", type=Path)
     parser.add_argument("cells", nargs="+", metavar="ROW:COLUMN")
-    parser.add_argument("--not-extended", action="store_true", help="leave out the comparison at alpha 0")
+    parser.add_argument("--compared", nargs="+", help="cells to compare at alpha 0 with the class that is extended")
     chosen = parser.parse_args()
     if rows.WORLD > 1:
         torch.distributed.init_process_group("gloo")
@@ -133,7 +133,8 @@ def main() -> None:
                 start_afresh(mode)
                 made[row, mode] = run_cell(row, mode, expected, folder)
             own = replace(mode, source=None)
-            if row in EXTENDED and "none" not in made[row, mode] and not chosen.not_extended:
+            compared = chosen.compared is None or cell in chosen.compared
+            if row in EXTENDED and "none" not in made[row, mode] and compared:
                 if (row, own) not in identical:
                     with mock.patch.dict(os.environ):
                         start_afresh(own)

@@ -15,7 +15,7 @@ import setting
 import torch
 from datasets import Dataset
 from definition import Sequence
-from rows import LONG, WORLD, FirstStep, Found, arguments, batch_size, constraint_settings, losses_and_weights
+from rows import LONG, WORLD, FirstStep, Found, arguments, constraint_settings, losses_and_weights
 from setting import Mode
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
@@ -149,9 +149,7 @@ def watched(run: GRPOTrainer) -> list[list[Sequence]]:
 
 def sequences(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, which of them are no padding, and which are constrained: the response."""
-    ids, kept = (
-        torch.cat([batch[f"prompt_{part}"], batch[f"completion_{part}"]], 1) for part in ("ids", "mask")
-    )
+    ids, kept = (torch.cat([batch[f"prompt_{part}"], batch[f"completion_{part}"]], 1) for part in ("ids", "mask"))
     constrained = torch.cat([torch.zeros_like(batch["prompt_mask"]), batch["completion_mask"]], 1)
     return ids, kept.bool(), constrained.bool()
 

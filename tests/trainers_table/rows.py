@@ -196,6 +196,7 @@ def bare_loop(mode: Mode, folder: Path, alpha: float) -> Found:
         fully_shard(model)
     if mode.compiled:
         wrapped = torch.compile(model, backend=COMPILER)
+    live = probes = None
     if alpha and mode.source == "probes":
         probes = probes_of(model, constraint, folder).batch()
     elif alpha and mode.source == "live":
@@ -211,20 +212,20 @@ def bare_loop(mode: Mode, folder: Path, alpha: float) -> Found:
     setting.move(model)
     batches = list(DataLoader(data, size, sampler=share, collate_fn=collate))
     labelled = total(sum((batch["labels"][..., 1:] != -100).sum() for batch in batches))
-    tokens = alpha > 0 and mode.source != "probes"
+    tokens = alpha > 0 and probes is None
     constrained = total(sum(batch["constraint_mask"].sum() for batch in batches)) if tokens else 0
     constraint.enabled = alpha > 0
     for batch in batches:
         if tokens:
-            anchors = live(batch) if mode.source == "live" else batch.pop("anchors")
+            anchors = live(batch) if live else batch.pop("anchors")
             constraint.set_target(anchors, batch.pop("constraint_mask"))
-        elif alpha:
+        elif probes:
             constraint.rest()
         # Ranks average their gradients, so that what is a share of a sum is multiplied by their number.
         loss = wrapped(**batch, num_items_in_batch=labelled, use_cache=False).loss * WORLD
         if tokens:
             loss = loss + alpha * WORLD * constraint.penalty(constrained)
-        elif alpha:
+        elif probes:
             # A mean over the probes, which every rank and micro-batch has: a part of it each.
             loss = loss + alpha / len(batches) * setting.PROBE_WEIGHT * probe_penalty(constraint, probes)
         loss.backward()
@@ -268,6 +269,7 @@ def accelerate_loop(mode: Mode, folder: Path, alpha: float) -> Found:
     wrapped, optimizer, loader = accelerator.prepare(
         model, optimizer, DataLoader(data, batch_size(mode), collate_fn=collate)
     )
+    live = probes = None
     if alpha and mode.source == "probes":
         probes = probes_of(wrapped, constraint, folder).batch(accelerator.device)
     elif alpha and mode.source == "live":
@@ -280,20 +282,20 @@ def accelerate_loop(mode: Mode, folder: Path, alpha: float) -> Found:
     setting.move(wrapped)
     batches = list(loader)
     labelled = accelerator.reduce(sum((batch["labels"][..., 1:] != -100).sum() for batch in batches))
-    tokens = alpha > 0 and mode.source != "probes"
+    tokens = alpha > 0 and probes is None
     constrained = accelerator.reduce(sum(batch["constraint_mask"].sum() for batch in batches)) if tokens else 0
     constraint.enabled = alpha > 0
     for batch in batches:
         with accelerator.accumulate(wrapped):
             if tokens:
-                anchors = live(batch) if mode.source == "live" else batch.pop("anchors")
+                anchors = live(batch) if live else batch.pop("anchors")
                 constraint.set_target(anchors, batch.pop("constraint_mask"))
-            elif alpha:
+            elif probes:
                 constraint.rest()
             loss = wrapped(**batch, num_items_in_batch=labelled, use_cache=False).loss
             if tokens:
                 loss = loss + alpha * constraint.penalty(constrained)
-            elif alpha:
+            elif probes:
                 penalty = setting.PROBE_WEIGHT * probe_penalty(constraint, probes)
                 loss = loss + alpha / (len(batches) * accelerator.num_processes) * penalty
             # Accelerate divides by the accumulation steps, and ranks average.

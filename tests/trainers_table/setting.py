@@ -121,9 +121,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     model = Tokenizer(models.WordLevel(words, "<pad>"))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made = PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", eos_token="<end>")
-    made.chat_template = (
-        "{% for message in messages %}w2 {{ message.content }} w3 {% endfor %}{% if add_generation_prompt %}w4{% endif %}"
-    )
+    messages = "{% for message in messages %}w2 {{ message.content }} w3 {% endfor %}"
+    made.chat_template = messages + "{% if add_generation_prompt %}w4{% endif %}"
     return made
 
 

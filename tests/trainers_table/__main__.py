@@ -1,0 +1,95 @@
+"""``python tests/trainers_table [--short]``: every trainer in every mode, under the constraint.
+
+In each cell the penalty's gradient is the one by definition, or the set-up is refused; and with alpha 0 the training is
+that of the class that is extended. With ``PROCON_RECORD_TABLE=1``, what is found is also recorded: in ``recorded.json``,
+and in the page ``docs/compatibility.md`` that is made of it. Rows whose trainer is not installed keep their record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import page
+
+FOLDER = Path(__file__).parent
+TWO_RANKS = ("2 ranks DDP", "2 ranks FSDP2")
+
+#: The cells of the short form: each row with anchors from everywhere, and what a source or a trainer is most likely to
+#: get wrong. Those named first are also compared with the class that they extend.
+COMPARED = ("Trainer:live", "DPO:live", "KTO:live", "GRPO:live")
+SHORT = (
+    *(f"{row}:{source}" for row in page.ROWS for source in ("recorded", "live", "probes")),
+    "SFTTrainer:packed",
+    "Trainer:padding-free",
+    "SFTTrainer:non-reentrant",
+    "Trainer:reentrant",
+    "DPO:accumulation 4",
+    "GRPO:accumulation 4",
+    "SFTTrainer:QLoRA",
+    "GRPO:LoRA",
+    "Trainer:2 ranks FSDP2",
+    "DPO:2 ranks DDP",
+    "GRPO:2 ranks DDP",
+)
+
+
+def run(cells: list[str], folder: Path, *options: str) -> dict:
+    """What the cells give, by row and column; those of two ranks in processes of their own."""
+    found: dict = {}
+    ranks = [cell for cell in cells if cell.split(":")[1] in TWO_RANKS]
+    for number, some in enumerate((ranks, [cell for cell in cells if cell not in ranks])):
+        if not some:
+            continue
+        file = folder / f"{number}-{len(some)}.json"
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if some is ranks else []
+        done = subprocess.run(
+            [sys.executable, *launch, str(FOLDER / "cells.py"), str(file), *some, *options],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PROCON_TABLE_FOLDER": str(folder)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            sys.exit(done.stderr[-4000:])
+        for row, columns in json.loads(file.read_text()).items():
+            found.setdefault(row, {}).update(columns)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python tests/trainers_table", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--short", action="store_true", help="the most telling cells: a minute")
+    parser.add_argument("--rows", nargs="+", choices=page.ROWS, default=page.ROWS)
+    parser.add_argument("--columns", nargs="+", choices=page.COLUMNS, default=page.COLUMNS)
+    parser.add_argument("--output", type=Path, help="a file to write what was found to")
+    chosen = parser.parse_args()
+    rows = [row for row in chosen.rows if row != "axolotl" or find_spec("axolotl")]
+    cells = [f"{row}:{column}" for row in rows for column in chosen.columns]
+    if chosen.short:
+        cells = [cell for cell in SHORT if cell in cells]
+    with tempfile.TemporaryDirectory() as folder:
+        found = run(cells, Path(folder), *(["--compared", *COMPARED] if chosen.short else []))
+    if chosen.output:
+        chosen.output.write_text(json.dumps(found, indent=1))
+    faults = [
+        f"{row}, {column} {wrong}: {cell}"
+        for row, columns in found.items()
+        for column, cell in columns.items()
+        if (wrong := page.fault(row, cell, compared=not chosen.short))
+    ]
+    for each in faults:
+        print(each, file=sys.stderr)
+    if os.environ.get("PROCON_RECORD_TABLE"):
+        page.record(found)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
