@@ -1,7 +1,7 @@
 """``python tests/trainers_table [--short]``: every trainer in every mode, under the constraint.
 
 In each cell the penalty's gradient is the one by definition, or the set-up is refused; and with alpha 0 the training is
-that of the class that is extended. With ``PROCON_RECORD_TABLE=1``, what is found is also recorded: in ``recorded.json``,
+that of the class that is extended. With ``PROCON_RECORD_TABLE=1``, what is found is recorded too: in ``recorded.json``,
 and in the page ``docs/compatibility.md`` that is made of it. Rows whose trainer is not installed keep their record.
 """
 
