@@ -16,9 +16,8 @@ from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
 from axolotl.train import setup_model_and_trainer
 from axolotl.utils.dict import DictDefault
-from rows import COMPILER, RANK, WORLD, FirstStep
+from rows import COMPILER, RANK, WORLD, FirstStep, Found, supervised
 from setting import Mode
-from torch import Tensor
 
 # Several ranks are GPUs to axolotl: it asks whether they reach each other, and puts the mesh of FSDP2 on them.
 axolotl.utils.trainer.check_cuda_p2p_ib_support = lambda: True
@@ -133,6 +132,11 @@ def config(mode: Mode, folder: Path, alpha: float) -> dict:
             "procon_scope": "response",
             "procon_penalty": "squared",
         }
+        if mode.source:
+            keys["procon_anchors"] = mode.source
+        if mode.source == "probes":
+            probes = str(setting.probe_file(folder))
+            keys |= {"procon_probes": probes, "procon_probe_weight": setting.PROBE_WEIGHT}
     return keys
 
 
@@ -145,7 +149,7 @@ def build(mode: Mode, folder: Path, alpha: float):
     return setup_model_and_trainer(cfg, load_datasets(cfg=cfg))[0]
 
 
-def axolotl_trainer(mode: Mode, folder: Path, alpha: float) -> dict[str, Tensor]:
+def axolotl_trainer(mode: Mode, folder: Path, alpha: float) -> Found:
     folder = folder / f"alpha-{alpha:g}"
     folder.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
@@ -156,4 +160,4 @@ def axolotl_trainer(mode: Mode, folder: Path, alpha: float) -> dict[str, Tensor]
     step = FirstStep(mode)
     trainer.add_callback(step)
     trainer.train()
-    return step.gradients
+    return Found(step.gradients, supervised())

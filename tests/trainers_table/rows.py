@@ -1,4 +1,4 @@
-"""One optimiser step of each trainer in a given mode: what a user would write, and the gradients that it makes.
+"""Supervised training: one optimiser step of each trainer in a given mode, as a user would write it.
 
 Each function returns the gradients of CE + ``alpha`` * constraint, or of CE alone where ``alpha`` is 0.
 """
@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import setting
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from definition import Sequence
 from setting import Mode
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -23,8 +25,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from trl import SFTConfig, SFTTrainer
 
-from procon.anchors import AnchoredCollator, Anchors
-from procon.constraint import ProjectionConstraint
+from procon.anchors import AnchoredCollator, Anchors, LiveAnchors, Probes, TokenMask
+from procon.constraint import ProjectionConstraint, probe_penalty
 from procon.data import flattening_collator, padding_collator
 from procon.models import find_decoder
 from procon.training import ProConConfig, ProConTrainer
@@ -34,6 +36,23 @@ RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE",
 
 #: Dynamo and AOTAutograd trace as for any backend; a C++ compilation of each graph would take minutes.
 COMPILER = "aot_eager"
+
+
+class Found(NamedTuple):
+    """What an optimiser step made.
+
+    Attributes:
+        gradients: by parameter, in float64.
+        batches: the sequences that were trained on; the penalty is the mean over batches of each one's mean.
+    """
+
+    gradients: dict[str, Tensor]
+    batches: list[list[Sequence]]
+
+
+def supervised() -> list[list[Sequence]]:
+    """The samples, of which an optimiser step takes the mean over all constrained tokens, however it splits them."""
+    return [[(row["input_ids"], [label != -100 for label in row["labels"]]) for row in setting.samples()]]
 
 
 def dataset(mode: Mode) -> Dataset:
@@ -46,9 +65,9 @@ def collator(mode: Mode):
     return flattening_collator() if mode.batches == "padding-free" else padding_collator(setting.tokenizer())
 
 
-def batch_size(mode: Mode) -> int:
+def batch_size(mode: Mode, rows: int | None = None) -> int:
     """Rows of a micro-batch on one rank, so that one optimiser step takes the whole dataset."""
-    return len(dataset(mode)) // mode.accumulation // WORLD
+    return (rows or len(dataset(mode))) // mode.accumulation // WORLD
 
 
 def assert_wrapped(mode: Mode, model: nn.Module) -> None:
@@ -72,13 +91,13 @@ class FirstStep(TrainerCallback):
         self.gradients = setting.gradients(model)
 
 
-def arguments(mode: Mode, folder: Path) -> dict:
+def arguments(mode: Mode, folder: Path, rows: int | None = None) -> dict:
     """Of any TrainingArguments."""
     settings = {
         "output_dir": str(folder / "out"),
         "max_steps": 1,
         "max_grad_norm": 0,
-        "per_device_train_batch_size": batch_size(mode),
+        "per_device_train_batch_size": batch_size(mode, rows),
         "gradient_accumulation_steps": mode.accumulation,
         "gradient_checkpointing": mode.checkpointing != "off",
         "gradient_checkpointing_kwargs": {"use_reentrant": mode.checkpointing == "reentrant"},
@@ -101,21 +120,27 @@ def arguments(mode: Mode, folder: Path) -> dict:
     return settings
 
 
-def constraint_settings(alpha: float) -> dict[str, str]:
-    return {"procon_schedule": f"procon_s:{alpha:g}", "procon_scope": "response", "procon_penalty": "squared"}
+def constraint_settings(mode: Mode, folder: Path, alpha: float) -> dict[str, str | float]:
+    settings = {"procon_schedule": f"procon_s:{alpha:g}", "procon_scope": "response", "procon_penalty": "squared"}
+    if mode.source:
+        settings["procon_anchors"] = mode.source
+    if mode.source == "probes":
+        settings |= {"procon_probes": str(setting.probe_file(folder)), "procon_probe_weight": setting.PROBE_WEIGHT}
+    return settings
 
 
-def trainer(mode: Mode, folder: Path, alpha: float) -> dict[str, Tensor]:
+def trainer(mode: Mode, folder: Path, alpha: float) -> Found:
     step = FirstStep(mode)
     ProConTrainer(
         setting.model(mode.parameters, folder),
-        ProConConfig(**arguments(mode, folder), **constraint_settings(alpha)),
+        ProConConfig(**arguments(mode, folder), **constraint_settings(mode, folder, alpha)),
         directions=setting.directions(),
         train_dataset=dataset(mode),
         data_collator=collator(mode),
+        processing_class=setting.tokenizer(),
         callbacks=[step],
     ).train()
-    return step.gradients
+    return Found(step.gradients, supervised())
 
 
 def sft_arguments(mode: Mode, folder: Path) -> dict:
@@ -129,17 +154,26 @@ def sft_arguments(mode: Mode, folder: Path) -> dict:
     return settings
 
 
-def sft_trainer(mode: Mode, folder: Path, alpha: float) -> dict[str, Tensor]:
+def sft_trainer(mode: Mode, folder: Path, alpha: float, *, streamed: bool = False) -> Found:
     step = FirstStep(mode)
+    settings = constraint_settings(mode, folder, alpha)
+    if streamed:
+        settings.setdefault("procon_anchors", "live")
     ProConSFTTrainer(
         setting.model(mode.parameters, folder),
-        ProConSFTConfig(**sft_arguments(mode, folder), **constraint_settings(alpha)),
+        ProConSFTConfig(**sft_arguments(mode, folder), **settings),
         directions=setting.directions(),
-        train_dataset=Dataset.from_list(setting.samples()),  # TRL packs them itself
+        train_dataset=sft_data(streamed),
         processing_class=setting.tokenizer(),
         callbacks=[step],
     ).train()
-    return step.gradients
+    return Found(step.gradients, supervised())
+
+
+def sft_data(streamed: bool) -> Dataset | IterableDataset:
+    """The samples one by one; TRL packs them itself."""
+    data = Dataset.from_list(setting.samples())
+    return data.to_iterable_dataset() if streamed else data
 
 
 def prepared_for_checkpointing(model: nn.Module, mode: Mode) -> nn.Module:
@@ -148,7 +182,7 @@ def prepared_for_checkpointing(model: nn.Module, mode: Mode) -> nn.Module:
     return model.train()
 
 
-def bare_loop(mode: Mode, folder: Path, alpha: float) -> dict[str, Tensor]:
+def bare_loop(mode: Mode, folder: Path, alpha: float) -> Found:
     model = prepared_for_checkpointing(setting.model(mode.parameters, folder), mode)
     data, collate, size = dataset(mode), collator(mode), batch_size(mode)
     share = DistributedSampler(data, WORLD, RANK, shuffle=False)
@@ -162,7 +196,13 @@ def bare_loop(mode: Mode, folder: Path, alpha: float) -> dict[str, Tensor]:
         fully_shard(model)
     if mode.compiled:
         wrapped = torch.compile(model, backend=COMPILER)
-    if alpha:
+    live = probes = None
+    if alpha and mode.source == "probes":
+        probes = probes_of(model, constraint, folder).batch()
+    elif alpha and mode.source == "live":
+        live = LiveAnchors(model, setting.directions())
+        collate = AnchoredCollator(collate, TokenMask("response"))
+    elif alpha:
         recording = DataLoader(data, size, sampler=share, collate_fn=collate)
         anchors = Anchors.record(
             model, recording, setting.directions(), folder / "anchors", progress=False, scope="response"
@@ -172,19 +212,31 @@ def bare_loop(mode: Mode, folder: Path, alpha: float) -> dict[str, Tensor]:
     setting.move(model)
     batches = list(DataLoader(data, size, sampler=share, collate_fn=collate))
     labelled = total(sum((batch["labels"][..., 1:] != -100).sum() for batch in batches))
-    constrained = total(sum(batch["constraint_mask"].sum() for batch in batches)) if alpha else 0
+    tokens = alpha > 0 and probes is None
+    constrained = total(sum(batch["constraint_mask"].sum() for batch in batches)) if tokens else 0
     constraint.enabled = alpha > 0
     for batch in batches:
-        if alpha:
-            constraint.set_target(batch.pop("anchors"), batch.pop("constraint_mask"))
+        if tokens:
+            anchors = live(batch) if live else batch.pop("anchors")
+            constraint.set_target(anchors, batch.pop("constraint_mask"))
+        elif probes:
+            constraint.rest()
         # Ranks average their gradients, so that what is a share of a sum is multiplied by their number.
         loss = wrapped(**batch, num_items_in_batch=labelled, use_cache=False).loss * WORLD
-        if alpha:
+        if tokens:
             loss = loss + alpha * WORLD * constraint.penalty(constrained)
+        elif probes:
+            # A mean over the probes, which every rank and micro-batch has: a part of it each.
+            loss = loss + alpha / len(batches) * setting.PROBE_WEIGHT * probe_penalty(constraint, probes)
         loss.backward()
         constraint.release()
     constraint.detach()
-    return setting.gradients(model)
+    return Found(setting.gradients(model), supervised())
+
+
+def probes_of(model: nn.Module, constraint: ProjectionConstraint, folder: Path) -> Probes:
+    prompts = setting.probe_file(folder)
+    return Probes.record(model, setting.tokenizer(), setting.directions(), prompts, blocks=constraint.blocks)
 
 
 def total(count: Tensor) -> Tensor:
@@ -194,7 +246,7 @@ def total(count: Tensor) -> Tensor:
     return count
 
 
-def accelerate_loop(mode: Mode, folder: Path, alpha: float) -> dict[str, Tensor]:
+def accelerate_loop(mode: Mode, folder: Path, alpha: float) -> Found:
     plugin = None
     if mode.ranks == "FSDP2":
         plugin = FullyShardedDataParallelPlugin(
@@ -210,13 +262,19 @@ def accelerate_loop(mode: Mode, folder: Path, alpha: float) -> dict[str, Tensor]
         dynamo_backend=COMPILER if mode.compiled else None,
     )
     model = prepared_for_checkpointing(setting.model(mode.parameters, folder), mode)
-    data, collate = dataset(mode), AnchoredCollator(collator(mode), None)
+    data = dataset(mode)
+    collate = AnchoredCollator(collator(mode), TokenMask("response") if alpha and mode.source == "live" else None)
     constraint = ProjectionConstraint(setting.directions(), penalty="squared").attach(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     wrapped, optimizer, loader = accelerator.prepare(
         model, optimizer, DataLoader(data, batch_size(mode), collate_fn=collate)
     )
-    if alpha:
+    live = probes = None
+    if alpha and mode.source == "probes":
+        probes = probes_of(wrapped, constraint, folder).batch(accelerator.device)
+    elif alpha and mode.source == "live":
+        live = LiveAnchors(wrapped, setting.directions())
+    elif alpha:
         collate.anchors = Anchors.record(
             wrapped, loader, setting.directions(), folder / "anchors", progress=False, scope="response"
         )
@@ -224,44 +282,40 @@ def accelerate_loop(mode: Mode, folder: Path, alpha: float) -> dict[str, Tensor]
     setting.move(wrapped)
     batches = list(loader)
     labelled = accelerator.reduce(sum((batch["labels"][..., 1:] != -100).sum() for batch in batches))
-    constrained = accelerator.reduce(sum(batch["constraint_mask"].sum() for batch in batches)) if alpha else 0
+    tokens = alpha > 0 and probes is None
+    constrained = accelerator.reduce(sum(batch["constraint_mask"].sum() for batch in batches)) if tokens else 0
     constraint.enabled = alpha > 0
     for batch in batches:
         with accelerator.accumulate(wrapped):
-            if alpha:
-                constraint.set_target(batch.pop("anchors"), batch.pop("constraint_mask"))
+            if tokens:
+                anchors = live(batch) if live else batch.pop("anchors")
+                constraint.set_target(anchors, batch.pop("constraint_mask"))
+            elif probes:
+                constraint.rest()
             loss = wrapped(**batch, num_items_in_batch=labelled, use_cache=False).loss
-            if alpha:
+            if tokens:
                 loss = loss + alpha * constraint.penalty(constrained)
+            elif probes:
+                penalty = setting.PROBE_WEIGHT * probe_penalty(constraint, probes)
+                loss = loss + alpha / (len(batches) * accelerator.num_processes) * penalty
             # Accelerate divides by the accumulation steps, and ranks average.
             accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
             constraint.release()
     constraint.detach()
-    return setting.gradients(wrapped)
+    return Found(setting.gradients(wrapped), supervised())
 
 
 ROWS = {
     "Trainer": trainer,
     "SFTTrainer": sft_trainer,
+    "streamed SFT": functools.partial(sft_trainer, streamed=True),
     "bare loop": bare_loop,
     "Accelerate": accelerate_loop,
 }
 
 
-def final_weights(trainer_class, config_class, mode: Mode, folder: Path, **settings) -> tuple[list, dict[str, Tensor]]:
-    """Losses and weights after 20 steps of a transformers or TRL trainer."""
-    is_sft = issubclass(trainer_class, SFTTrainer)
-    common = (sft_arguments if is_sft else arguments)(mode, folder)
-    steps = {"max_steps": 20, "logging_steps": 1, "learning_rate": 1e-2, "per_device_train_batch_size": 2}
-    if mode.batches == "packed":
-        steps["per_device_train_batch_size"] = 1
-    data = Dataset.from_list(setting.samples()) if is_sft else dataset(mode)
-    run = trainer_class(
-        setting.model(mode.parameters, folder),
-        config_class(**{**common, **steps}, **settings),
-        train_dataset=data,
-        **({"processing_class": setting.tokenizer()} if is_sft else {"data_collator": collator(mode)}),
-    )
+def losses_and_weights(run: Trainer) -> tuple[list[float], dict[str, Tensor]]:
+    """Those of a whole training."""
     run.train()
     losses = [row["loss"] for row in run.state.log_history if "loss" in row]
     return losses, {name: whole(parameter) for name, parameter in setting.trained(run.model).items()}
@@ -271,14 +325,39 @@ def whole(parameter: nn.Parameter) -> Tensor:
     return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach().clone()
 
 
-#: For the two rows that extend a class: theirs and ours.
+#: Arguments of a training whose losses and weights are compared.
+LONG = {"max_steps": 20, "logging_steps": 1, "learning_rate": 1e-2, "per_device_train_batch_size": 2}
+
+
+def final_weights(
+    trainer_class, config_class, mode: Mode, folder: Path, *, streamed: bool = False, **settings
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses and weights after 20 steps of a transformers or TRL trainer."""
+    is_sft = issubclass(trainer_class, SFTTrainer)
+    common = (sft_arguments if is_sft else arguments)(mode, folder)
+    steps = dict(LONG)
+    if mode.batches == "packed":
+        steps["per_device_train_batch_size"] = 1
+    return losses_and_weights(
+        trainer_class(
+            setting.model(mode.parameters, folder),
+            config_class(**{**common, **steps}, **settings),
+            train_dataset=sft_data(streamed) if is_sft else dataset(mode),
+            **({"processing_class": setting.tokenizer()} if is_sft else {"data_collator": collator(mode)}),
+        )
+    )
+
+
+def _pair(plain: tuple, ours: tuple, **settings) -> tuple:
+    return (
+        functools.partial(final_weights, *plain, **settings),
+        functools.partial(final_weights, *ours, procon_schedule="0", **settings),
+    )
+
+
+#: For the rows that extend a class: theirs and ours.
 EXTENDED = {
-    "Trainer": (
-        functools.partial(final_weights, Trainer, TrainingArguments),
-        functools.partial(final_weights, ProConTrainer, ProConConfig, procon_schedule="0"),
-    ),
-    "SFTTrainer": (
-        functools.partial(final_weights, SFTTrainer, SFTConfig),
-        functools.partial(final_weights, ProConSFTTrainer, ProConSFTConfig, procon_schedule="0"),
-    ),
+    "Trainer": _pair((Trainer, TrainingArguments), (ProConTrainer, ProConConfig)),
+    "SFTTrainer": _pair((SFTTrainer, SFTConfig), (ProConSFTTrainer, ProConSFTConfig)),
+    "streamed SFT": _pair((SFTTrainer, SFTConfig), (ProConSFTTrainer, ProConSFTConfig), streamed=True),
 }

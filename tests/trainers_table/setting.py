@@ -1,16 +1,14 @@
-"""What every cell of the table shares: eight samples, a tiny model, its directions, and the gradient by definition."""
+"""What every cell of the table shares: the data, a tiny model, its directions, and what is read of a training."""
 
 from __future__ import annotations
 
-import copy
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
@@ -22,9 +20,11 @@ from transformers import (
 )
 
 from procon.directions import RefusalDirections
-from procon.models import find_decoder, observe_block_inputs
 
 VOCABULARY, WIDTH, BLOCKS = 64, 64, 3
+
+#: Of the probes' penalty beside that of training tokens, and what alpha multiplies.
+PROBE_WEIGHT = 2.0
 
 #: So much that the penalty's gradient outweighs that of CE, from which a difference separates it.
 ALPHA = 100.0
@@ -44,6 +44,8 @@ class Mode:
     parameters: str = "full"
     ranks: str = "1"
     compiled: bool = False
+    source: str | None = None
+    """Where anchors come from; the row's own way if None."""
 
 
 #: Columns in the order of the table. Several name the plain way, each for what the others in its group differ from.
@@ -63,6 +65,9 @@ MODES = {
     "2 ranks DDP": Mode(ranks="DDP"),
     "2 ranks FSDP2": Mode(ranks="FSDP2"),
     "compiled": Mode(compiled=True),
+    "recorded": Mode(source="recorded"),
+    "live": Mode(source="live"),
+    "probes": Mode(source="probes"),
 }
 
 
@@ -92,18 +97,57 @@ def packed_samples() -> list[dict]:
     return packed
 
 
+def pairs() -> list[dict[str, list[int]]]:
+    """Preferences ``prompt``, ``chosen`` and ``rejected``, as token ids."""
+    prompts, completions = [], []
+    for row in samples():
+        cut = row["labels"].count(-100)
+        prompts.append(row["input_ids"][:cut])
+        completions.append(row["input_ids"][cut:])
+    return [
+        {"prompt": prompts[number], "chosen": completions[number], "rejected": completions[-1 - number]}
+        for number in range(len(prompts) // 2)
+    ]
+
+
+def text(ids: list[int]) -> str:
+    """What the tokenizer makes these ids of; it ends in a space, so that another text may follow."""
+    return "".join(f"w{token} " for token in ids)
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
+    """Words are ``w2``, ``w3`` and so on; a conversation is its texts between ``w2`` and ``w3``, and then ``w4``."""
     words = {"<pad>": 0, "<end>": 1, **{f"w{token}": token for token in range(2, VOCABULARY)}}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, "<pad>")), pad_token="<pad>", eos_token="<end>"
-    )
+    model = Tokenizer(models.WordLevel(words, "<pad>"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", eos_token="<end>")
+    messages = "{% for message in messages %}w2 {{ message.content }} w3 {% endfor %}"
+    made.chat_template = messages + "{% if add_generation_prompt %}w4{% endif %}"
+    return made
+
+
+def probes() -> list[list[int]]:
+    """Probe prompts, as token ids."""
+    return [row["input_ids"] for row in samples()[:3]]
+
+
+def rendered(prompt: list[int]) -> list[int]:
+    """What the chat template makes of a prompt."""
+    return [2, *prompt, 3, 4]
+
+
+def probe_file(folder: Path) -> Path:
+    path = folder / "probes.txt"
+    path.write_text("".join(text(prompt).strip() + "\n" for prompt in probes()))
+    return path
 
 
 def directions() -> RefusalDirections:
+    """With gaps that differ: departures at probes are in units of them."""
     generator = torch.Generator().manual_seed(0)
     unit = nn.functional.normalize(torch.randn(BLOCKS, WIDTH, generator=generator), dim=1)
     ones = torch.ones(BLOCKS)
-    return RefusalDirections(unit, ones, ones, ones, ones)
+    return RefusalDirections(unit, torch.tensor([0.5, 1.0, 2.0]), ones, ones, ones)
 
 
 def model(parameters: str, folder: Path) -> nn.Module:
@@ -173,41 +217,3 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
             whole = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
             found[name] = whole.detach().double().cpu().clone()
     return found
-
-
-def expected_gradients(parameters: str, folder: Path) -> dict[str, Tensor]:
-    """The gradient of ``ALPHA`` * constraint by its definition: float64, one unpadded sample at a time."""
-    start = _plain(model(parameters, folder)).double().eval()
-    moved = copy.deepcopy(start)
-    move(moved)
-    unit = directions().first.double()
-    total, tokens = torch.zeros(()).double(), 0
-    for row in samples():
-        response = torch.tensor(row["labels"]) != -100
-        tokens += int(response.sum())
-        with torch.no_grad():
-            anchors = _projections(start, row, unit)
-        total = total + (_projections(moved, row, unit) - anchors)[:, response].square().sum()
-    (ALPHA * total / (tokens * BLOCKS)).backward()
-    return gradients(moved)
-
-
-def _projections(module: nn.Module, row: dict, unit: Tensor) -> Tensor:
-    """``[BLOCKS, T]``."""
-    inputs = [None] * BLOCKS
-    with observe_block_inputs(find_decoder(module), lambda block, hidden: inputs.__setitem__(block, hidden[0])):
-        module(input_ids=torch.tensor([row["input_ids"]]), use_cache=False)
-    return torch.stack([hidden @ unit[block] for block, hidden in enumerate(inputs)])
-
-
-def _plain(module: nn.Module) -> nn.Module:
-    """Quantised layers as the linear layers that they stand for."""
-    for name, child in list(module.named_children()):
-        if isinstance(child, bnb.nn.Linear4bit):
-            weight = bnb.functional.dequantize_4bit(child.weight.data, child.weight.quant_state)
-            linear = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
-            linear.weight = nn.Parameter(weight.float(), requires_grad=False)
-            setattr(module, name, linear)
-        else:
-            _plain(child)
-    return module
