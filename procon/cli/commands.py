@@ -12,9 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from procon.chat import ContrastPrompts, Split, builtin_prompts, load_instructions
 from procon.cli.arguments import DirectionsArguments, DriftArguments, EvalArguments, QuickstartArguments
+from procon.cli.concepts import ConceptFiles, describe, read_others
 from procon.data import load_conversations
 from procon.demo.quickstart import quickstart as run_quickstart
-from procon.directions import ContrastMeans, RefusalDirections
+from procon.directions import ContrastMeans, Directions, RefusalDirections
 from procon.directions.refusal_directions import check_k
 from procon.errors import ProConError, printable
 from procon.evaluation import Drift, evaluate, measure_drift
@@ -37,19 +38,33 @@ def quickstart(arguments: QuickstartArguments) -> None:
 def directions(arguments: DirectionsArguments) -> None:
     """``procon directions``"""
     output = _output_file(arguments.output)
+    concept = ConceptFiles.read(arguments)
+    others = read_others(arguments.add, arguments.name)
     prompts = _prompts(arguments.malicious, arguments.benign, "extraction")
     check_k(arguments.k, prompts)
     model, tokenizer = _load(arguments.model, arguments)
-    found = RefusalDirections.extract(model, tokenizer, prompts, k=arguments.k, batch_size=arguments.batch_size)
+    console = Console()
+    if concept is None:
+        refusal = RefusalDirections.extract(model, tokenizer, prompts, k=arguments.k, batch_size=arguments.batch_size)
+        console.print(_refusal_table(refusal))
+        console.print(f"The model refuses {refusal.provenance['refusal_rate']:.0%} of malicious prompts.")
+        found = refusal
+    else:
+        found = concept.find(model, tokenizer, arguments.batch_size)
+        console.print(describe(found))
+    if others is not None:
+        found = Directions.combine(others, found)
+        console.print(f"Concepts: {', '.join(found.names)}.")
     found.save(output)
+    console.print(Text(f"Written: {printable(str(output))}"))  # a path may look like markup
+
+
+def _refusal_table(found: RefusalDirections) -> Table:
     table = Table("block", "gap", "held-out AUROC", box=box.SIMPLE_HEAD)
     for block, (gap, auroc) in enumerate(zip(found.gap.tolist(), found.auroc.tolist(), strict=True)):
         name = str(block) if block < found.block_count else "last output"
         table.add_row(name, f"{gap:.3g}" if gap else "no direction", f"{auroc:.2f}" if gap else "-")
-    console = Console()
-    console.print(table)
-    console.print(f"The model refuses {found.provenance['refusal_rate']:.0%} of malicious prompts.")
-    console.print(Text(f"Written: {printable(str(output))}"))  # a path may look like markup
+    return table
 
 
 def drift(arguments: DriftArguments) -> None:
