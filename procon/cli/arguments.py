@@ -123,6 +123,11 @@ class DriftArguments:
     output: str | None = _option(None, "JSON file to write the figures to.")
     malicious: str | None = _option(None, "Malicious prompts (.txt or .jsonl); the built-in ones if not given.")
     benign: str | None = _option(None, "Benign prompts (.txt or .jsonl); the built-in ones if not given.")
+    monitors: str | None = _option(None, "Directions file of probes that are to read both models alike.")
+    positive: str | None = _option(
+        None, "Prompts that have what the monitors look for; one file, or one for each, joined by commas."
+    )
+    negative: str | None = _option(None, "Prompts that do not have it, given in the same way.")
     batch_size: int = _option(32, "Prompts a batch.")
     dtype: Dtype = _option("auto", "auto, bfloat16, float16 or float32.")
     trust_remote_code: bool = _option(False, "Run code that comes with the model, with your rights; read it first.")
@@ -130,6 +135,10 @@ class DriftArguments:
     def __post_init__(self) -> None:
         _check_least(1, self, "batch_size")
         _check_dtype(self.dtype)
+        if len({value is None for value in (self.monitors, self.positive, self.negative)}) > 1:
+            raise ProConError(
+                "monitors are read on labelled prompts: give --monitors, --positive and --negative together"
+            )
 
 
 @dataclass

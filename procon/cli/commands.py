@@ -13,15 +13,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from procon.chat import ContrastPrompts, Split, builtin_prompts, load_instructions
 from procon.cli.arguments import DirectionsArguments, DriftArguments, EvalArguments, QuickstartArguments
 from procon.cli.concepts import ConceptFiles, describe, read_others
+from procon.cli.monitors import Monitors, rows_of
+from procon.cli.monitors import describe as describe_monitors
 from procon.data import load_conversations
 from procon.demo.quickstart import quickstart as run_quickstart
 from procon.directions import ContrastMeans, Directions, RefusalDirections
 from procon.directions.refusal_directions import check_k
 from procon.errors import ProConError, printable
-from procon.evaluation import Drift, evaluate, measure_drift
+from procon.evaluation import Drift, MonitorChange, compare_monitors, evaluate, measure_drift
 from procon.files import check_writable, save_json
 from procon.models import load_model, parse_dtype
 from procon.report import Run, print_table
+from procon.report.cells import MONITOR_CAPTION
 
 
 def quickstart(arguments: QuickstartArguments) -> None:
@@ -71,20 +74,27 @@ def drift(arguments: DriftArguments) -> None:
     """``procon drift``"""
     output = _output_file(arguments.output) if arguments.output else None
     prompts = _prompts(arguments.malicious, arguments.benign, "extraction")
+    monitors = Monitors.read(arguments)
     model, tokenizer = _load(arguments.start, arguments)
+    before = monitors.measure(model, tokenizer, arguments.batch_size) if monitors else {}
     means = ContrastMeans.measure(model, tokenizer, prompts, batch_size=arguments.batch_size)
     reference = RefusalDirections.from_means(means)
     del model
     model, _ = _load(arguments.tuned, arguments)
     found = measure_drift(model, tokenizer, reference, prompts, batch_size=arguments.batch_size)
+    after = monitors.measure(model, tokenizer, arguments.batch_size) if monitors else {}
+    changes = compare_monitors(before, after)
     if output:
-        _write_drift(found, output)
+        _write_drift(found, changes, output)
     table = Table("block", "cosine", "malicious shift", "benign shift", box=box.SIMPLE_HEAD)
     for block, row in enumerate(zip(*_columns(found).values(), strict=True)):
         table.add_row(str(block), *("-" if value is None else f"{value:+.3f}" for value in row))
     console = Console()
     console.print(table)
     console.print(f"Mean cosine {found.mean_cosine:.3f}; shifts along the first direction, in units of its gap.")
+    if monitors:
+        console.print(describe_monitors(changes))
+        console.print(MONITOR_CAPTION)
 
 
 def evaluation(arguments: EvalArguments) -> None:
@@ -153,5 +163,6 @@ def _columns(found: Drift) -> dict[str, list[float | None]]:
     return {name: [None if value != value else value for value in column.tolist()] for name, column in columns.items()}
 
 
-def _write_drift(found: Drift, path: Path) -> None:
-    save_json({"mean_cosine": found.mean_cosine, **_columns(found)}, path)
+def _write_drift(found: Drift, changes: dict[str, MonitorChange], path: Path) -> None:
+    monitors = {"monitors": rows_of(changes)} if changes else {}
+    save_json({"mean_cosine": found.mean_cosine, **_columns(found), **monitors}, path)
