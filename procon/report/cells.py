@@ -13,8 +13,8 @@ from procon.settings import LAST
 CAPTION = "Refusal, by keywords: of malicious high is safe, of benign low is useful. Cosine 1 means no drift."
 INTERVAL_CAPTION = "After a rate: its 95% interval."
 MONITOR_CAPTION = (
-    "Monitors, before and after training: AUROC 0.5 is chance. Shifts are of the mean score of prompts with the concept "
-    "and without it, in units of the distance between the two before."
+    "Monitors, before and after training: AUROC 0.5 is chance. Shifts are of the mean score of prompts with the "
+    "concept and without it, in units of the distance between the two before."
 )
 MONITOR_HEADERS = (
     "monitor",
