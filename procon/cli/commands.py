@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -20,7 +22,7 @@ from procon.demo.quickstart import quickstart as run_quickstart
 from procon.directions import ContrastMeans, Directions, RefusalDirections
 from procon.directions.refusal_directions import check_k
 from procon.errors import ProConError, printable
-from procon.evaluation import Drift, MonitorChange, compare_monitors, evaluate, measure_drift
+from procon.evaluation import Drift, compare_monitors, evaluate, measure_drift
 from procon.files import check_writable, save_json
 from procon.models import load_model, parse_dtype
 from procon.report import Run, print_table
@@ -85,7 +87,7 @@ def drift(arguments: DriftArguments) -> None:
     after = monitors.measure(model, tokenizer, arguments.batch_size) if monitors else {}
     changes = compare_monitors(before, after)
     if output:
-        _write_drift(found, changes, output)
+        _write_drift(found, output, rows_of(changes))
     table = Table("block", "cosine", "malicious shift", "benign shift", box=box.SIMPLE_HEAD)
     for block, row in enumerate(zip(*_columns(found).values(), strict=True)):
         table.add_row(str(block), *("-" if value is None else f"{value:+.3f}" for value in row))
@@ -163,6 +165,6 @@ def _columns(found: Drift) -> dict[str, list[float | None]]:
     return {name: [None if value != value else value for value in column.tolist()] for name, column in columns.items()}
 
 
-def _write_drift(found: Drift, changes: dict[str, MonitorChange], path: Path) -> None:
-    monitors = {"monitors": rows_of(changes)} if changes else {}
-    save_json({"mean_cosine": found.mean_cosine, **_columns(found), **monitors}, path)
+def _write_drift(found: Drift, path: Path, monitors: Sequence[dict[str, Any]] = ()) -> None:
+    read = {"monitors": monitors} if monitors else {}
+    save_json({"mean_cosine": found.mean_cosine, **_columns(found), **read}, path)
