@@ -32,6 +32,7 @@ _HOME = {
     "constrain": "ops",
     "rms_norm_constrain": "ops",
     "ProConError": "errors",
+    "Directions": "directions",
     "RefusalDirections": "directions",
     "Anchors": "anchors",
     "AnchoredCollator": "anchors",
@@ -65,6 +66,7 @@ __all__ = [
     "AnchoredCollator",
     "Anchors",
     "ConstraintSettings",
+    "Directions",
     "DriftCallback",
     "EvaluationCallback",
     "Hold",
@@ -103,6 +105,7 @@ if TYPE_CHECKING:
     from procon.constraint import ProjectionConstraint as ProjectionConstraint
     from procon.constraint import constrained_tokens as constrained_tokens
     from procon.constraint import probe_penalty as probe_penalty
+    from procon.directions import Directions as Directions
     from procon.directions import RefusalDirections as RefusalDirections
     from procon.errors import ProConError as ProConError
     from procon.ops import constrain as constrain

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from procon.anchors.projections import project_sites
-from procon.directions import RefusalDirections
+from procon.directions import BlockDirections
 from procon.errors import ProConError
 from procon.models import (
     StartingModel,
@@ -57,7 +57,7 @@ class LiveAnchors:
     def __init__(
         self,
         model: nn.Module,
-        directions: RefusalDirections,
+        directions: BlockDirections,
         *,
         blocks: Sequence[int] | None = None,
         backend: Backend = DEFAULTS.backend,

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from procon.anchors.projections import project_sites
 from procon.chat import builtin_prompts, load_instructions, pad_token_id, render, user_turn
-from procon.directions import RefusalDirections
+from procon.directions import BlockDirections
 from procon.errors import ProConError
 from procon.files import whole_file
 from procon.models import decoder_forward, evaluating, find_decoder, model_device, observe_last_state, unwrapped
@@ -81,7 +81,7 @@ class Probes:
         cls,
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
-        directions: RefusalDirections,
+        directions: BlockDirections,
         prompts: Sequence[str] | str | Path | None = None,
         *,
         blocks: Sequence[int],

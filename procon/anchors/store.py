@@ -24,7 +24,7 @@ from procon.anchors.mending import mend
 from procon.anchors.recording import record_projections
 from procon.anchors.shards import AnchorShards, ShardWriter
 from procon.anchors.token_mask import mask_tokens
-from procon.directions import RefusalDirections
+from procon.directions import BlockDirections
 from procon.errors import ProConError
 from procon.models import configuration_hash, evaluating, find_decoder, token_embedding, unwrapped, weights_hash
 from procon.sequences import TokenSequence
@@ -78,7 +78,7 @@ class Anchors:
     def __contains__(self, sequence: TokenSequence) -> bool:
         return sequence.key() in self._shards
 
-    def check_fits(self, model: nn.Module, directions: RefusalDirections) -> None:
+    def check_fits(self, model: nn.Module, directions: BlockDirections) -> None:
         """Raise ProConError unless these are the anchors of ``model`` as it now is, with the adapters that are on.
 
         For a loop that opens anchors instead of recording them; takes a pass over all weights.
@@ -142,7 +142,7 @@ class Anchors:
         cls,
         model: nn.Module,
         dataloader: Iterable[Mapping[str, Tensor]],
-        directions: RefusalDirections,
+        directions: BlockDirections,
         path: str | Path,
         *,
         blocks: Sequence[int] | None = None,
@@ -206,7 +206,7 @@ class Anchors:
 
 def fingerprint(
     model: nn.Module,
-    directions: RefusalDirections,
+    directions: BlockDirections,
     blocks: Sequence[int],
     scope: TokenScope,
     precision: str = "no",

@@ -34,13 +34,20 @@ def _check_dtype(dtype: str) -> None:
 
 @dataclass
 class DirectionsArguments:
-    """Find a chat model's refusal directions and write them to a file."""
+    """Find a chat model's refusal directions, or those of another concept, and write them to a file."""
 
     model: str = _required("Chat model: a folder or hub name; a LoRA folder loads with its base.")
     output: str = _option("directions.safetensors", "File to write.")
     malicious: str | None = _option(None, "Malicious prompts (.txt or .jsonl); the built-in ones if not given.")
     benign: str | None = _option(None, "Benign prompts (.txt or .jsonl); the built-in ones if not given.")
     k: int = _option(1, "Directions a block, 1 to 8; more than one come from the built-in prompts' categories.")
+    name: str | None = _option(None, "Another concept than refusal: its name, for logs, reports and cards.")
+    positive: str | None = _option(None, "Prompts that have that concept (.txt or .jsonl).")
+    negative: str | None = _option(None, "Prompts that do not have it (.txt or .jsonl).")
+    vectors: str | None = _option(
+        None, "Its vectors, if they are given (.safetensors): a linear probe's, a persona's, an SAE decoder's."
+    )
+    add: str | None = _option(None, "Directions file whose concepts come first in the file that is written.")
     batch_size: int = _option(32, "Prompts a batch.")
     dtype: Dtype = _option("auto", "auto, bfloat16, float16 or float32.")
     trust_remote_code: bool = _option(False, "Run code that comes with the model, with your rights; read it first.")
@@ -48,6 +55,16 @@ class DirectionsArguments:
     def __post_init__(self) -> None:
         _check_least(1, self, "batch_size")
         _check_dtype(self.dtype)
+        if (self.positive is None) != (self.negative is None):
+            raise ProConError("positive and negative prompts belong together: give --positive and --negative")
+        given = self.positive is not None or self.vectors is not None
+        if given != (self.name is not None):
+            raise ProConError(
+                "another concept than refusal needs a name, and prompts or vectors: give --name, and --positive with "
+                "--negative, or --vectors"
+            )
+        if given and (self.malicious is not None or self.benign is not None or self.k != 1):
+            raise ProConError("malicious, benign and k are of refusal directions: leave them out with --name")
 
 
 @dataclass
@@ -106,6 +123,11 @@ class DriftArguments:
     output: str | None = _option(None, "JSON file to write the figures to.")
     malicious: str | None = _option(None, "Malicious prompts (.txt or .jsonl); the built-in ones if not given.")
     benign: str | None = _option(None, "Benign prompts (.txt or .jsonl); the built-in ones if not given.")
+    monitors: str | None = _option(None, "Directions file of probes that are to read both models alike.")
+    positive: str | None = _option(
+        None, "Prompts that have what the monitors look for; one file, or one for each, joined by commas."
+    )
+    negative: str | None = _option(None, "Prompts that do not have it, given in the same way.")
     batch_size: int = _option(32, "Prompts a batch.")
     dtype: Dtype = _option("auto", "auto, bfloat16, float16 or float32.")
     trust_remote_code: bool = _option(False, "Run code that comes with the model, with your rights; read it first.")
@@ -113,6 +135,10 @@ class DriftArguments:
     def __post_init__(self) -> None:
         _check_least(1, self, "batch_size")
         _check_dtype(self.dtype)
+        if len({value is None for value in (self.monitors, self.positive, self.negative)}) > 1:
+            raise ProConError(
+                "monitors are read on labelled prompts: give --monitors, --positive and --negative together"
+            )
 
 
 @dataclass

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -12,15 +14,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from procon.chat import ContrastPrompts, Split, builtin_prompts, load_instructions
 from procon.cli.arguments import DirectionsArguments, DriftArguments, EvalArguments, QuickstartArguments
+from procon.cli.concepts import ConceptFiles, describe, read_others
+from procon.cli.monitors import Monitors, rows_of
+from procon.cli.monitors import describe as describe_monitors
 from procon.data import load_conversations
 from procon.demo.quickstart import quickstart as run_quickstart
-from procon.directions import ContrastMeans, RefusalDirections
+from procon.directions import ContrastMeans, Directions, RefusalDirections
 from procon.directions.refusal_directions import check_k
 from procon.errors import ProConError, printable
-from procon.evaluation import Drift, evaluate, measure_drift
+from procon.evaluation import Drift, compare_monitors, evaluate, measure_drift
 from procon.files import check_writable, save_json
 from procon.models import load_model, parse_dtype
 from procon.report import Run, print_table
+from procon.report.cells import MONITOR_CAPTION
 
 
 def quickstart(arguments: QuickstartArguments) -> None:
@@ -37,39 +43,60 @@ def quickstart(arguments: QuickstartArguments) -> None:
 def directions(arguments: DirectionsArguments) -> None:
     """``procon directions``"""
     output = _output_file(arguments.output)
+    concept = ConceptFiles.read(arguments)
+    others = read_others(arguments.add, arguments.name)
     prompts = _prompts(arguments.malicious, arguments.benign, "extraction")
     check_k(arguments.k, prompts)
     model, tokenizer = _load(arguments.model, arguments)
-    found = RefusalDirections.extract(model, tokenizer, prompts, k=arguments.k, batch_size=arguments.batch_size)
+    console = Console()
+    if concept is None:
+        refusal = RefusalDirections.extract(model, tokenizer, prompts, k=arguments.k, batch_size=arguments.batch_size)
+        console.print(_refusal_table(refusal))
+        console.print(f"The model refuses {refusal.provenance['refusal_rate']:.0%} of malicious prompts.")
+        found = refusal
+    else:
+        found = concept.find(model, tokenizer, arguments.batch_size)
+        console.print(describe(found))
+    if others is not None:
+        found = Directions.combine(others, found)
+        console.print(f"Concepts: {', '.join(found.names)}.")
     found.save(output)
+    console.print(Text(f"Written: {printable(str(output))}"))  # a path may look like markup
+
+
+def _refusal_table(found: RefusalDirections) -> Table:
     table = Table("block", "gap", "held-out AUROC", box=box.SIMPLE_HEAD)
     for block, (gap, auroc) in enumerate(zip(found.gap.tolist(), found.auroc.tolist(), strict=True)):
         name = str(block) if block < found.block_count else "last output"
         table.add_row(name, f"{gap:.3g}" if gap else "no direction", f"{auroc:.2f}" if gap else "-")
-    console = Console()
-    console.print(table)
-    console.print(f"The model refuses {found.provenance['refusal_rate']:.0%} of malicious prompts.")
-    console.print(Text(f"Written: {printable(str(output))}"))  # a path may look like markup
+    return table
 
 
 def drift(arguments: DriftArguments) -> None:
     """``procon drift``"""
     output = _output_file(arguments.output) if arguments.output else None
     prompts = _prompts(arguments.malicious, arguments.benign, "extraction")
+    monitors = Monitors.read(arguments)
     model, tokenizer = _load(arguments.start, arguments)
+    before = monitors.measure(model, tokenizer, arguments.batch_size) if monitors else {}
     means = ContrastMeans.measure(model, tokenizer, prompts, batch_size=arguments.batch_size)
     reference = RefusalDirections.from_means(means)
     del model
     model, _ = _load(arguments.tuned, arguments)
     found = measure_drift(model, tokenizer, reference, prompts, batch_size=arguments.batch_size)
+    after = monitors.measure(model, tokenizer, arguments.batch_size) if monitors else {}
+    changes = compare_monitors(before, after)
     if output:
-        _write_drift(found, output)
+        _write_drift(found, output, rows_of(changes))
     table = Table("block", "cosine", "malicious shift", "benign shift", box=box.SIMPLE_HEAD)
     for block, row in enumerate(zip(*_columns(found).values(), strict=True)):
         table.add_row(str(block), *("-" if value is None else f"{value:+.3f}" for value in row))
     console = Console()
     console.print(table)
     console.print(f"Mean cosine {found.mean_cosine:.3f}; shifts along the first direction, in units of its gap.")
+    if monitors:
+        console.print(describe_monitors(changes))
+        console.print(MONITOR_CAPTION)
 
 
 def evaluation(arguments: EvalArguments) -> None:
@@ -138,5 +165,6 @@ def _columns(found: Drift) -> dict[str, list[float | None]]:
     return {name: [None if value != value else value for value in column.tolist()] for name, column in columns.items()}
 
 
-def _write_drift(found: Drift, path: Path) -> None:
-    save_json({"mean_cosine": found.mean_cosine, **_columns(found)}, path)
+def _write_drift(found: Drift, path: Path, monitors: Sequence[dict[str, Any]] = ()) -> None:
+    read = {"monitors": monitors} if monitors else {}
+    save_json({"mean_cosine": found.mean_cosine, **_columns(found), **read}, path)

@@ -27,7 +27,7 @@ from procon.data import (
     tokenize_conversations,
 )
 from procon.defences import Defence, build_trainer, find_defence
-from procon.directions import DIRECTIONS, RefusalDirections
+from procon.directions import DIRECTIONS, BlockDirections, RefusalDirections, load_directions
 from procon.errors import ProConError, printable
 from procon.files import check_writable
 from procon.models import find_decoder, load_model, parse_dtype
@@ -58,7 +58,7 @@ class _Job:
     conversations: Dataset
     alignment: Dataset | None
     directed: bool
-    directions: RefusalDirections | None
+    directions: BlockDirections | None
 
 
 def train(arguments: TrainArguments, config: ProConConfig) -> None:
@@ -152,10 +152,10 @@ def _plan(arguments: TrainArguments, config: ProConConfig, checkpoint: Checkpoin
     directed = "directions" in needs
     directions = None
     if directed and arguments.directions:
-        directions = RefusalDirections.load(arguments.directions)
+        directions = load_directions(arguments.directions)
     elif directed and checkpoint:
         beside = (checkpoint.path / DIRECTIONS).is_file()
-        directions = RefusalDirections.load(checkpoint.path if beside else output_folder(config))
+        directions = load_directions(checkpoint.path if beside else output_folder(config))
     return _Job(config, defence, settings, conversations, safety if aligning else None, directed, directions)
 
 

@@ -11,12 +11,12 @@ from numbers import Integral, Real
 
 from torch import Tensor
 
-from procon.directions import RefusalDirections
+from procon.directions import BlockDirections
 from procon.errors import ProConError
 from procon.settings import LAST, Blocks, check_blocks
 
 
-def select_blocks(directions: RefusalDirections, blocks: Blocks) -> tuple[int, ...]:
+def select_blocks(directions: BlockDirections, blocks: Blocks) -> tuple[int, ...]:
     """Indices of the blocks to constrain, of those that have a direction, in order; ``L`` for the last one's output.
 
     Raises:
@@ -39,6 +39,23 @@ def select_among(usable: Tensor, blocks: Blocks, last: bool | None = None) -> tu
     if not chosen:
         raise ProConError("no block is selected: give at least one block that has a direction")
     return tuple(sorted(chosen))
+
+
+def gap_units(directions: BlockDirections, blocks: Sequence[int]) -> Tensor:
+    """``[blocks, K]`` fp32, what a departure along each direction is divided by under ``"gap"``; 1 if there is none."""
+    gaps = directions.gaps[list(blocks)]
+    return gaps.masked_fill(gaps == 0, 1.0)
+
+
+def check_units(directions: BlockDirections, blocks: Sequence[int]) -> None:
+    """Raise ProConError if a direction at one of the blocks has no unit, as given vectors have none without prompts."""
+    unknown = directions.gaps[list(blocks)].isnan()
+    if unknown.any():
+        row, number = unknown.nonzero()[0].tolist()
+        raise ProConError(
+            f"the direction of {directions.concepts[number]!r} at block {blocks[row]} has no unit, which units 'gap' "
+            "and probes need: make its directions with prompts beside the vectors, or take units 'raw' and no probes"
+        )
 
 
 def _sites(part: object, allowed: list[int], count: int, last: bool | None) -> list[int]:

@@ -11,16 +11,17 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from procon.constraint.blocks import select_blocks
+from procon.constraint.blocks import check_units, gap_units, select_blocks
 from procon.constraint.constrained_block import ConstrainedBlock, runs_again
 from procon.constraint.copies import Arguments, Hook
 from procon.constraint.reach import reaches_a_parameter
+from procon.constraint.shift import check_one_gap, mean_shift
 from procon.constraint.sites import find_site
 from procon.constraint.target import State, Target, on_device
 from procon.constraint.token_count import divisor
 from procon.constraint.use import Use
 from procon.constraint.weights import Weights, checked_weights
-from procon.directions import RefusalDirections
+from procon.directions import BlockDirections
 from procon.errors import ProConError
 from procon.models import Decoder, active_adapters, adapter_layer, find_decoder, first_moving_block, unwrapped
 from procon.settings import DEFAULTS, Backend, Blocks, Fuse, Penalty, Sides, Units, check_setting
@@ -48,7 +49,8 @@ class ProjectionConstraint:
     within the block's first norm if that is an RMSNorm that reads the block's input, else on the input itself.
 
     With ``K`` directions per block, ``phi`` is summed over them. The mean stays one over blocks, so that an alpha means
-    what it means for one direction when the further ones do not move.
+    what it means for one direction when the further ones do not move. Of several concepts
+    (:class:`procon.directions.Directions`) one that has no direction at a block adds 0 there: each vector counts alike.
 
     Usage, in any training loop::
 
@@ -60,13 +62,13 @@ class ProjectionConstraint:
                 constraint.release()
 
     Args:
-        directions: one direction per block, or several.
+        directions: one direction per block, or several, of refusal or other concepts.
         blocks: ``"all"`` that have a direction (paper), a list of indices, or a fraction: the deepest share of them.
         penalty: ``"squared"``, ``"absolute"`` (as the paper typesets it) or ``"huber"``.
         sides: ``"both"`` (paper), or ``"fall"``: projections below their anchors alone, towards the benign mean.
         units: ``"raw"`` (paper), or ``"gap"``: in units of the distance between the malicious and the benign mean of
             each block, which weighs blocks alike although the residual stream grows with depth. Further directions
-            are in units of the same distance as the first.
+            are in units of the same distance as the first, and concepts in units of their own.
         backend: of :func:`procon.ops.constrain`.
         weights: ``[len(blocks)]``, above 0: how much each constrained block counts; all alike if not given. Or two of
             them by the units of the departures, as :func:`procon.evaluation.causal_weights` finds them. Of mean 1, an
@@ -79,12 +81,12 @@ class ProjectionConstraint:
         weights: as above; may be set between steps.
 
     Raises:
-        ProConError: for a wrong setting, or blocks that have no direction.
+        ProConError: for a wrong setting, blocks that have no direction, or ``"gap"`` for vectors without a unit.
     """
 
     def __init__(
         self,
-        directions: RefusalDirections,
+        directions: BlockDirections,
         *,
         blocks: Blocks = DEFAULTS.blocks,
         penalty: Penalty = DEFAULTS.penalty,
@@ -96,11 +98,13 @@ class ProjectionConstraint:
         for setting, value in {"penalty": penalty, "sides": sides, "units": units, "backend": backend}.items():
             check_setting(setting, value)
         self.blocks = select_blocks(directions, blocks)
+        if units == "gap":
+            check_units(directions, self.blocks)
         self._directions = directions
-        gap = directions.gap[list(self.blocks)]
+        gaps = gap_units(directions, self.blocks)
         unit = directions.basis[list(self.blocks)]
-        self._vectors: dict[Units, Tensor] = {"raw": unit, "gap": unit / gap[:, None, None]}
-        self._scales = {gap.device: 1.0 / gap}  # by device
+        self._vectors: dict[Units, Tensor] = {"raw": unit, "gap": unit / gaps[:, :, None]}
+        self._scales = {gaps.device: 1.0 / gaps}  # [blocks, K], by device
         self._penalty: Penalty = penalty
         self._units: Units = units
         self._state = State(backend, sides)
@@ -235,7 +239,8 @@ class ProjectionConstraint:
         attachment = self._attached()
         by_block = anchors.float().unflatten(-1, (len(self.blocks), -1))
         if units == "gap":
-            by_block = by_block * on_device(self._scales, anchors.device)[:, None]
+            check_units(self._directions, self.blocks)
+            by_block = by_block * on_device(self._scales, anchors.device)
         # Blocks first: read with a stride, each number would move a whole sector of memory.
         self._set(
             Target(
@@ -328,21 +333,16 @@ class ProjectionConstraint:
             A scalar without a gradient, float32 or float64, on the device of the first block that moves.
 
         Raises:
-            ProConError: if the penalty is ``"huber"``, no target is set, or the forward did not pass every block.
+            ProConError: if the penalty is ``"huber"``, or concepts have gaps of their own in raw units; if no target is
+                set, or the forward did not pass every block.
         """
         if (target := self._state.target) is None or target.idle:
             raise ProConError("no target is set: call set_target(anchors, mask) before the forward")
-        if target.penalty == "huber":
-            raise ProConError("penalty 'huber' does not tell how far tokens moved: give 'absolute' or 'squared'")
+        if target.units == "raw":
+            check_one_gap(gap_units(self._directions, self.blocks))
         terms = self._terms(target)
         device = next(iter(terms.values())).device
-        moving = {column: term.detach().to(device) for column, term in terms.items()}
-        zero = torch.zeros((), device=device)
-        by_block = torch.stack([moving.get(column, zero) for column in range(len(self.blocks))])
-        if target.units == "raw":
-            per_gap = on_device(self._scales, device)
-            by_block = by_block * (per_gap.square() if target.penalty == "squared" else per_gap)
-        return by_block.sum() / (divisor(tokens, target.mask, device) * len(moving))
+        return mean_shift(target, terms, on_device(self._scales, device), tokens)
 
     def _terms(self, target: Target) -> dict[int, Tensor]:
         """By column, the penalties of the blocks whose inputs training can move; of all without gradients."""

@@ -22,7 +22,7 @@ from procon.defences.lisa import LisaTrainer
 from procon.defences.safe_lora import SafeLoRATrainer
 from procon.defences.steering import SteeringTrainer
 from procon.defences.trainer import PlainTrainer
-from procon.directions import RefusalDirections
+from procon.directions import BlockDirections
 from procon.errors import ProConError
 from procon.settings import check_setting
 from procon.training import ProConArguments, ProConConfig, ProConTrainer
@@ -203,7 +203,7 @@ def build_trainer(
     args: ProConConfig,
     *,
     settings: Mapping[str, Any] | None = None,
-    directions: RefusalDirections | None = None,
+    directions: BlockDirections | None = None,
     alignment_dataset: Dataset | None = None,
     base: PreTrainedModel | str | Path | None = None,
     **trainer_arguments: Any,

@@ -53,6 +53,8 @@ class SteeringTrainer(DefenceTrainer):
         if not 0 < strength < math.inf:
             raise ProConError(f"strength is {strength:g}: give a finite number above 0")
         directions.check_fits(find_decoder(self.model))
+        if not isinstance(directions, RefusalDirections):
+            raise ProConError("steering goes against refusal, and these are directions of other concepts: extract some")
         directions = directions.at_block_inputs
         self.blocks = select_blocks(directions, blocks)
         compliance = -strength * (directions.gap[:, None] * directions.first)[list(self.blocks)]

@@ -47,6 +47,7 @@ class ContrastMeans:
         prompts: ContrastPrompts,
         *,
         by_category: bool = False,
+        sides: tuple[str, str] = ("malicious", "benign"),
         batch_size: int = 32,
         progress: bool = True,
     ) -> ContrastMeans:
@@ -54,18 +55,26 @@ class ContrastMeans:
 
         Args:
             by_category: measure :attr:`differences` on the way; ``prompts`` then have categories.
+            sides: what progress bars call the two.
 
         Raises:
             ProConError: on hidden states that are not finite, or a tokenizer without chat template.
         """
         categories = prompts.categories if by_category else ()
         malicious, benign = (
-            _mean_last_token(model, tokenizer, side, categories, batch_size, description, progress)
-            for side, description in ((prompts.malicious, "malicious prompts"), (prompts.benign, "benign prompts"))
+            _mean_last_token(model, tokenizer, side, categories, batch_size, f"{name} prompts", progress)
+            for side, name in zip((prompts.malicious, prompts.benign), sides, strict=True)
         )
         differences = malicious.by_category - benign.by_category if by_category else None
         scale = torch.maximum(malicious.norm, benign.norm)
         return cls(malicious.mean, benign.mean, scale, differences, last_output=True)
+
+    def contrast(self) -> tuple[Tensor, Tensor]:
+        """Difference in means as a unit vector, ``[L, D]``, and its length, ``[L]``; both 0 where it is rounding."""
+        difference = self.malicious - self.benign
+        gap = difference.norm(dim=-1)
+        usable = gap > DEAD_GAP * self.scale
+        return torch.where(usable[:, None], difference / gap[:, None], 0.0), torch.where(usable, gap, 0.0)
 
 
 class _Means(NamedTuple):

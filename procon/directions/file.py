@@ -16,9 +16,12 @@ from torch import Tensor
 from procon.errors import ProConError
 from procon.files import write_bytes
 
-#: Tensors of each file, and one that only files of several directions per block have.
+#: Tensors of refusal directions, and one that only files of several directions per block have.
 TENSORS = ("directions", "gap", "auroc", "malicious", "benign")
 FURTHER = "further"
+
+#: Tensors of directions of named concepts.
+CONCEPT_TENSORS = ("vectors", "scale", "auroc", "positive", "negative", "length", "bias", "threshold")
 
 #: Bytes of a header, at most: a few tensors, and a provenance.
 _LONGEST_HEADER = 1_000_000
@@ -39,8 +42,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors, fp32 in memory of their own, and provenance; what the tensors hold is not checked.
 
     Raises:
-        ProConError: if the file is not what :func:`write` wrote.
+        ProConError: if the file does not exist, or is not what :func:`write` wrote.
     """
+    if not path.is_file():
+        raise ProConError(f"directions file {str(path)!r} does not exist: make it with 'procon directions'")
     try:
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -49,7 +54,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = json.loads(stream.read(length))
             metadata = header.pop("__metadata__", {})
             names = header.keys()
-            if not {*TENSORS} <= names <= {*TENSORS, FURTHER}:  # a model's, for example, which is not read
+            ours = {*TENSORS} <= names <= {*TENSORS, FURTHER} or names == {*CONCEPT_TENSORS}
+            if not ours:  # a model's, for example, which is not read
                 raise ValueError(f"it holds {', '.join(sorted(names))[:100]}")
             stream.seek(0)
             tensors = load(stream.read())

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from procon.chat import ContrastPrompts, builtin_prompts, measure_refusal, template_hash
+from procon.chat import ContrastPrompts, builtin_prompts, measure_refusal
 from procon.directions import controls
-from procon.directions.contrast_means import DEAD_GAP, ContrastMeans, each_last_token
+from procon.directions.block_directions import DIRECTIONS, BlockDirections
+from procon.directions.contrast_means import DEAD_GAP, ContrastMeans
 from procon.directions.file import FURTHER, TENSORS, read, write
+from procon.directions.projections import auroc, project_last_token
+from procon.directions.provenance import provenance_of
 from procon.directions.soundness import flaw
 from procon.directions.subspace import further_directions, mean_squared_cosine
 from procon.errors import ProConError
-from procon.models import Decoder, compare_origin, model_device, origin_of, refuse_unprepared, transformers_model
-from procon.models.origin import Relation
+from procon.models import refuse_unprepared
 from procon.settings import MAX_DIRECTIONS
-from procon.version import __version__
-
-#: The file's name where it stands beside a model or an adapter.
-DIRECTIONS = "refusal-directions.safetensors"
 
 
 @dataclass(frozen=True)
-class RefusalDirections:
+class RefusalDirections(BlockDirections):
     """One unit direction per block, at the block's input (paper section III-A), or several.
 
     Those found by this version have one more row than the model has blocks: that of the output of the last block,
@@ -58,11 +53,6 @@ class RefusalDirections:
     last_output: bool = False
 
     @property
-    def block_count(self) -> int:
-        """Number of blocks of the model."""
-        return len(self.first) - self.last_output
-
-    @property
     def at_block_inputs(self) -> RefusalDirections:
         """These without the row of the last block's output: what is compared with other directions."""
         if not self.last_output:
@@ -72,15 +62,20 @@ class RefusalDirections:
         return replace(self, **rows, further=further, last_output=False)
 
     @property
-    def k(self) -> int:
-        """Number of directions per block."""
-        return 1 if self.further is None else 1 + self.further.shape[1]
-
-    @property
     def basis(self) -> Tensor:
         """``[L, K, D]`` fp32, all directions of each block."""
         first = self.first[:, None]
         return first if self.further is None else torch.cat([first, self.further], 1)
+
+    @property
+    def gaps(self) -> Tensor:
+        """``[L, K]`` fp32, :attr:`gap` at each direction: further ones are in units of the same distance."""
+        return torch.where(self.basis.any(-1), self.gap[:, None], 0.0)
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """``refusal``, and ``refusal_2`` to ``refusal_K`` for the further ones."""
+        return ("refusal", *(f"refusal_{number}" for number in range(2, self.k + 1)))
 
     @property
     def usable(self) -> Tensor:
@@ -166,44 +161,6 @@ class RefusalDirections:
         """
         return controls.shuffled(self, seed)
 
-    def check_fits(self, decoder: Decoder) -> None:
-        """Raise ProConError unless these are unit directions, one of width ``D`` for each block of ``decoder``."""
-        blocks, width = self.block_count, self.first.shape[1]
-        if (blocks, width) != (len(decoder.blocks), decoder.hidden_size):
-            raise ProConError(
-                f"directions are for {blocks} blocks of width {width}, but the model has {len(decoder.blocks)} blocks "
-                f"of width {decoder.hidden_size}: extract directions from this model with 'procon directions'"
-            )
-        if reason := self._flaw():
-            raise ProConError(f"directions hold {reason}: extract them again with 'procon directions'")
-
-    def check_origin(self, model: nn.Module) -> Relation:
-        """Compare ``model``, as it now is, with the one that directions were extracted from, if that is known.
-
-        The same weights in float32 and bfloat16 are the same, and so is a fresh LoRA adapter on them. If weights are
-        sharded, all ranks must call.
-
-        Returns:
-            "same"; "other weights" of the same model, with a warning; or "unknown".
-
-        Raises:
-            ProConError: if it is another model.
-        """
-        relation = compare_origin(self.provenance.get("origin"), model)
-        name = str(self.provenance.get("model") or "unnamed")
-        if relation == "another model":
-            raise ProConError(
-                f"directions were extracted from another model ({name!r}), whose embeddings are unrelated to this "
-                "one's: extract directions from this model with 'procon directions'"
-            )
-        if relation == "other weights":
-            warnings.warn(
-                f"directions were extracted from other weights ({name!r}) than the model's: that is right if it was "
-                "quantised, or an adapter merged or taken off; if it was trained since, extract directions again",
-                stacklevel=2,
-            )
-        return relation
-
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file with provenance and a checksum in its header; returns its path."""
         tensors = {"directions": self.first, **{name: getattr(self, name) for name in TENSORS[1:]}}
@@ -222,9 +179,15 @@ class RefusalDirections:
         """
         path = Path(path)
         path = path / DIRECTIONS if path.is_dir() else path
-        if not path.is_file():
-            raise ProConError(f"directions file {str(path)!r} does not exist: make it with 'procon directions'")
-        tensors, provenance = read(path)
+        return cls._of(path, *read(path))
+
+    @classmethod
+    def _of(cls, path: Path, tensors: dict[str, Tensor], provenance: dict[str, Any]) -> RefusalDirections:
+        if "directions" not in tensors:
+            raise ProConError(
+                f"directions file {str(path)!r} holds directions of other concepts: load it with "
+                "procon.Directions.load, and give what takes refusal directions alone another file"
+            )
         shape = tuple(tensors["directions"].shape)
         fits = len(shape) == 2 and all(tensors[name].shape == shape[:1] for name in TENSORS[1:])
         if fits and FURTHER in tensors:
@@ -245,6 +208,9 @@ class RefusalDirections:
     def _flaw(self) -> str | None:
         return flaw(self.basis, self.gap, self.malicious, self.benign)
 
+    def _origins(self) -> list[dict[str, Any]]:
+        return [self.provenance]
+
     @classmethod
     def from_means(cls, means: ContrastMeans, k: int = 1) -> RefusalDirections:
         """Difference in means, scaled to unit length; without quality figures and provenance.
@@ -255,12 +221,10 @@ class RefusalDirections:
         Raises:
             ProConError: if the two sides' means are the same at every block.
         """
-        difference = means.malicious - means.benign
-        gap = difference.norm(dim=-1)
-        usable = gap > DEAD_GAP * means.scale
+        unit, gap = means.contrast()
+        usable = gap > 0
         if not usable.any():
             raise ProConError("malicious and benign prompts give the same hidden states: pass prompts that differ")
-        unit = torch.where(usable[:, None], difference / gap[:, None], 0.0)
         further = None
         if k > 1:
             assert means.differences is not None  # noqa: S101  # for the type checker: k fits the prompts
@@ -268,7 +232,7 @@ class RefusalDirections:
             further = torch.where(usable[:, None, None], further, 0.0).float()
         return cls(
             first=unit.float(),
-            gap=torch.where(usable, gap, 0.0).float(),
+            gap=gap.float(),
             auroc=torch.full_like(gap, torch.nan).float(),
             malicious=(unit * means.malicious).sum(-1).float(),
             benign=(unit * means.benign).sum(-1).float(),
@@ -324,54 +288,17 @@ class RefusalDirections:
             project_last_token(model, tokenizer, found, side, batch_size=batch_size, progress=progress)
             for side in (held_out.malicious, held_out.benign)
         )
-        described = transformers_model(model)
         provenance = {
-            "model": getattr(described.config, "_name_or_path", ""),
-            "revision": getattr(described.config, "_commit_hash", None),
-            "origin": origin_of(model),
-            "dtype": str(described.dtype),
-            "chat_template": template_hash(tokenizer),
+            **provenance_of(model, tokenizer),
             "prompts": prompts.hash,
             "held_out_prompts": held_out.hash,
             "counts": {"malicious": len(prompts.malicious), "benign": len(prompts.benign)},
             "position": "last prompt token",
             "refusal_rate": rate,
-            "versions": {
-                "procon": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
         }
         if k > 1:
             provenance["directions_a_block"] = k
         return replace(found, auroc=auroc(z_malicious, z_benign), provenance=provenance)
-
-
-def project_last_token(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    directions: RefusalDirections,
-    prompts: Sequence[str],
-    *,
-    batch_size: int = 32,
-    progress: bool = True,
-) -> Tensor:
-    """Projection of each prompt's last token on the first direction of each row: ``[len(prompts), L]`` fp32."""
-    z = torch.empty(len(prompts), len(directions.first))
-    unit = directions.first.to(model_device(model))
-
-    def consume(rows: list[int], site: int, hidden: Tensor) -> None:
-        if site < len(unit):
-            z[rows, site] = (hidden.float() @ unit[site].to(hidden.device)).cpu()
-
-    each_last_token(model, tokenizer, prompts, consume, batch_size, "projections", progress)
-    return z
-
-
-def auroc(positive: Tensor, negative: Tensor) -> Tensor:
-    """Probability that a positive value exceeds a negative one, ties counting half: ``[n, L], [m, L] -> [L]`` fp32."""
-    difference = positive[:, None] - negative[None]
-    return ((difference > 0).float() + 0.5 * (difference == 0).float()).mean((0, 1))
 
 
 def check_k(k: int, prompts: ContrastPrompts) -> None:

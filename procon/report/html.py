@@ -11,7 +11,16 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from procon.evaluation import extract_answer
-from procon.report.cells import CAPTION, INTERVAL_CAPTION, check_runs, number_cells, rate_cells
+from procon.report.cells import (
+    CAPTION,
+    INTERVAL_CAPTION,
+    MONITOR_CAPTION,
+    MONITOR_HEADERS,
+    check_runs,
+    monitor_rows,
+    number_cells,
+    rate_cells,
+)
 from procon.report.page import to_svg, write_page
 from procon.report.plots import (
     RATE_KEYS,
@@ -58,6 +67,8 @@ def write_html(
         for heading, name, plot, present, alt, text in _plots(runs)
         if present
     ]
+    if rows := monitor_rows(runs):
+        sections.append(("Monitors", f"{_html_monitors(rows)}<p class='caption'>{escape(MONITOR_CAPTION)}</p>"))
     sections.append(("Sample replies", _html_replies(runs)))
     if notes:
         sections.append(("Limits", "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"))
@@ -138,6 +149,15 @@ def _html_table(runs: Sequence[Run]) -> str:
             f"<tr><th scope='row'>{escape(run.label)}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
         )
     return f"<div class='wide'><table class='numbers'><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+
+
+def _html_monitors(rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th scope='col'>{escape(header)}</th>" for header in ("run", *MONITOR_HEADERS))
+    body = "".join(
+        f"<tr><th scope='row'>{escape(label)}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+        for label, *cells in rows
+    )
+    return f"<div class='wide'><table class='numbers'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _html_replies(runs: Sequence[Run]) -> str:

@@ -18,7 +18,8 @@ from procon.anchors.live import ADAPTERS_OFF
 from procon.anchors.probes import PROBES
 from procon.anchors.starting_state import StartingState, check_resumed, require_length
 from procon.constraint import ProjectionConstraint
-from procon.directions import RefusalDirections
+from procon.constraint.blocks import check_units
+from procon.directions import BlockDirections, RefusalDirections
 from procon.errors import ProConError
 from procon.models import is_sharded
 from procon.schedule import AlphaSchedule
@@ -79,14 +80,14 @@ class AnchoredMixin(_Resumable):
     _live: LiveAnchors | None
     _probes: Probes | None
     _resumed: Checkpoint | None
-    _directions: RefusalDirections  # there once there is a constraint
+    _directions: BlockDirections  # there once there is a constraint
     _collator: AnchoredCollator  # there once there is a loader
 
     @property
     def _constrains(self) -> bool:
         return self.alpha_schedule.active
 
-    def _make_constraint(self, directions: RefusalDirections) -> ProjectionConstraint:
+    def _make_constraint(self, directions: BlockDirections) -> ProjectionConstraint:
         settings = self.args.constraint_settings()
         self._directions = directions
         self.constraint = constraint = ProjectionConstraint(
@@ -97,6 +98,9 @@ class AnchoredMixin(_Resumable):
             units=settings.units,
             backend=settings.backend,
         )
+        anchors = self.args.anchor_settings()
+        if anchors.has_probes and anchors.probe_hold == "projections":
+            check_units(directions, constraint.blocks)
         return constraint
 
     def _extract(self) -> RefusalDirections:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from procon.directions import RefusalDirections
+from procon.directions import BlockDirections, RefusalDirections
 from procon.errors import ProConError
 from procon.evaluation import block_effects, causal_weights
 from procon.settings import BlockWeights, Units
@@ -18,7 +18,7 @@ def find_weights(
     block_weights: BlockWeights,
     model: nn.Module,
     tokenizer: Any,
-    directions: RefusalDirections,
+    directions: BlockDirections,
     blocks: Sequence[int],
 ) -> dict[Units, Tensor] | None:
     """How much each of the ``blocks`` counts in either unit; None if all count alike. All ranks must ask.
@@ -31,6 +31,11 @@ def find_weights(
     """
     if block_weights == "equal":
         return None
+    if not isinstance(directions, RefusalDirections):
+        raise ProConError(
+            f"block_weights is 'causal', which measures refusal, and directions are of {', '.join(directions.concepts)}: "
+            "set block_weights to 'equal'"
+        )
     if getattr(tokenizer, "chat_template", None) is None:
         raise ProConError(
             "block_weights is 'causal', and there is no tokenizer with a chat template to ask the starting model with: "

@@ -16,7 +16,7 @@ from procon.anchors import LiveAnchors
 from procon.anchors.probes import PROBES
 from procon.constraint import ProjectionConstraint, constrained_tokens, probe_penalty
 from procon.constraint.guards import check_finite, refuse_data_parallel
-from procon.directions import DIRECTIONS, RefusalDirections
+from procon.directions import DIRECTIONS, BlockDirections, load_directions
 from procon.errors import ProConError
 from procon.training.anchored import NO_ANCHORS, TARGET
 from procon.training.block_weights import as_json
@@ -46,9 +46,9 @@ class ProConMixin(StrengthMixin):
     Args:
         model, args, train_dataset, ...: as for the trainer that is extended; ``args`` has :class:`ProConArguments`
             among its classes, and the collator must give ``input_ids`` and ``labels`` with -100 on the prompt.
-        directions: refusal directions of the model as training starts, or the file that they were saved in. If not
-            given, they are extracted with the built-in prompts when training starts, which needs a tokenizer as
-            ``processing_class``, and kept in the output folder.
+        directions: refusal directions of the model as training starts, or directions of other concepts, or the file
+            that they were saved in. If not given, refusal directions are extracted with the built-in prompts when
+            training starts, which needs a tokenizer as ``processing_class``, and kept in the output folder.
 
     With ``procon_block_weights="causal"`` the blocks' weights are found when training starts, too, with the tokenizer.
 
@@ -76,7 +76,7 @@ class ProConMixin(StrengthMixin):
             )
 
     def __init__(
-        self, *trainer_args: Any, directions: RefusalDirections | str | Path | None = None, **trainer_kwargs: Any
+        self, *trainer_args: Any, directions: BlockDirections | str | Path | None = None, **trainer_kwargs: Any
     ) -> None:
         super().__init__(*trainer_args, **trainer_kwargs)
         args = self.args
@@ -122,7 +122,7 @@ class ProConMixin(StrengthMixin):
             )
         if directions is not None:
             self._make_constraint(
-                directions if isinstance(directions, RefusalDirections) else RefusalDirections.load(directions)
+                directions if isinstance(directions, BlockDirections) else load_directions(directions)
             )
         elif getattr(self.processing_class, "chat_template", None) is None:
             raise ProConError(
@@ -158,7 +158,7 @@ class ProConMixin(StrengthMixin):
         constraint = self.constraint
         if constraint is None:
             constraint = self._make_constraint(
-                RefusalDirections.load(checkpoint.path / DIRECTIONS) if checkpoint else self._extract()
+                load_directions(checkpoint.path / DIRECTIONS) if checkpoint else self._extract()
             )
         self._anchors = self._live = self._probes = None
         if checkpoint:
@@ -346,6 +346,7 @@ class ProConMixin(StrengthMixin):
                 "weights": as_json(self.constraint.weights),
                 "directions": self._directions.hash,
                 "anchors_from": args.procon_anchors,
+                "concepts": list(self._directions.concepts),
                 "anchors": self._anchors.fingerprint if self._anchors else None,
                 "starting_model": self._live.start if self._live else None,
                 "probing": self._probing(),

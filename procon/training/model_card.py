@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import metadata_load, metadata_save
 
-from procon.directions import DIRECTIONS, RefusalDirections
+from procon.directions import DIRECTIONS, BlockDirections, RefusalDirections
 from procon.files import whole_file, write_text
 from procon.schedule import AlphaSchedule, Phase
 from procon.version import __version__
@@ -35,7 +35,7 @@ _SECTION = """\
 
 This model was fine-tuned under the projection constraint of *Anchoring Refusal Direction: Mitigating Safety Risks in
 Tuning via Projection Constraint* ([arXiv 2509.06795](https://arxiv.org/abs/2509.06795)), with procon-llm {version}:
-departures of each block's input from where it was before training were penalised, along the block's refusal direction.
+departures of each block's input from where it was before training were penalised, along {along}.
 Nothing of ProCon is in the model, which loads and runs as any other of its kind.
 
 | | |
@@ -49,9 +49,9 @@ A model can route around one direction per block, so measure what it does: `proc
 The directions, from a copy of this folder:
 
 ```python
-from procon import RefusalDirections
+from procon import {kind}
 
-directions = RefusalDirections.load(folder)
+directions = {kind}.load(folder)
 ```
 
 ### Citation
@@ -73,7 +73,7 @@ _UNCONSTRAINED = """\
 This model was fine-tuned by procon-llm {version} without the projection constraint: {why}."""
 
 
-def describe(settings: dict[str, Any], directions: RefusalDirections, log_history: Sequence[dict[str, Any]]) -> str:
+def describe(settings: dict[str, Any], directions: BlockDirections, log_history: Sequence[dict[str, Any]]) -> str:
     """The section, in Markdown; that of a model without the constraint if no step so far was under it.
 
     Args:
@@ -97,6 +97,7 @@ def describe(settings: dict[str, Any], directions: RefusalDirections, log_histor
         f"mean over {settings['reduction']}s",
         "weights of the blocks": _weights(settings),
         "directions": f"`{DIRECTIONS}` (`{settings['directions']}`){_origin(directions)}",
+        **_concepts(directions),
         "anchors": f"projections of the training tokens before training (`{settings['anchors']}`)",
         "last logged penalty, before alpha": _last(log_history, "procon/penalty", "{:.3g}") or "not logged",
     }
@@ -107,8 +108,11 @@ def describe(settings: dict[str, Any], directions: RefusalDirections, log_histor
             unmeasured.append(label)
         else:
             rows[label] = value
+    refusal = isinstance(directions, RefusalDirections)
     return _SECTION.format(
         version=settings["version"],
+        along="the block's refusal direction" if refusal else f"directions of {', '.join(directions.concepts)}",
+        kind=type(directions).__name__,
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         unmeasured="; ".join(unmeasured) or "whether any of this holds beyond the prompts used",
     )
@@ -182,9 +186,11 @@ def _strength(schedule: AlphaSchedule) -> str:
 
 
 def _blocks(blocks: Sequence[int], count: int) -> str:
-    run = len(blocks) > 1 and list(blocks) == list(range(blocks[0], blocks[-1] + 1))
-    which = f"{blocks[0]} to {blocks[-1]}" if run else ", ".join(map(str, blocks))
-    return f"{which} of {count}, from 0"
+    inputs = [block for block in blocks if block < count]
+    run = len(inputs) > 1 and inputs == list(range(inputs[0], inputs[-1] + 1))
+    which = f"{inputs[0]} to {inputs[-1]}" if run else ", ".join(map(str, inputs))
+    described = [f"{which} of {count}, from 0"] if inputs else []
+    return "; ".join(described + ["the last block's output"] * (len(inputs) < len(blocks)))
 
 
 def _weights(settings: dict[str, Any]) -> str:
@@ -202,10 +208,21 @@ _CONTROLS = {
 }
 
 
-def _origin(directions: RefusalDirections) -> str:
+def _concepts(directions: BlockDirections) -> dict[str, str]:
+    """Where each concept has a direction, if they are named."""
+    if isinstance(directions, RefusalDirections):
+        return {}
+    there = directions.basis.any(-1)
+    sites = {name: there[:, number].nonzero().flatten().tolist() for number, name in enumerate(directions.concepts)}
+    return {f"blocks of {name}": _blocks(blocks, directions.block_count) for name, blocks in sites.items()}
+
+
+def _origin(directions: BlockDirections) -> str:
     """How many directions per block there are, and where they came from, as far as their provenance says."""
     provenance = directions.provenance
     several = f", {directions.k} a block" if directions.k > 1 else ""
+    if not isinstance(directions, RefusalDirections):
+        return several
     for name, control in _CONTROLS.items():
         if name in provenance:
             return f"{several}, {control} (seed {provenance[name]}): a control"

@@ -149,7 +149,7 @@ def test_constrained_tokens_of_a_step():
 
 def test_what_blocks_need_is_moved_once_to_each_device():
     elsewhere, anchors, mask = torch.device("meta"), torch.ones(1, 2, 3, 1), torch.ones(2, 3)
-    target = Target(anchors, mask, 0)
+    target = Target(anchors, mask, "squared", "raw", 0)
     moved = target.on(elsewhere)
     assert [tensor.device.type for tensor in moved] == ["meta", "meta"]
     assert [tensor.shape for tensor in moved] == [anchors.shape, mask.shape]

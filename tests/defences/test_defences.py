@@ -21,6 +21,7 @@ from procon.defences import (
     project_update,
 )
 from procon.defences.constrained_sft import response_positions
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import find_decoder
 from procon.training import ProConConfig
@@ -418,6 +419,12 @@ def test_steering_displaces_block_inputs_towards_compliance(tiny_model, random_d
     for shift, vector in zip(shifts, expected, strict=True):
         torch.testing.assert_close(shift, vector.expand_as(shift), atol=1e-5, rtol=0)
     assert all(shift.abs().max() < 1e-6 for shift in unsteered)
+
+
+def test_steering_takes_refusal_directions_alone(tiny_model):
+    other = Directions.from_vectors(tiny_model(), {1: torch.ones(32)}, name="honesty")
+    with pytest.raises(ProConError, match=r"^steering goes against refusal, and these are directions of"):
+        SteeringTrainer(tiny_model(), arguments("unused"), directions=other)
 
 
 def test_steering_changes_training_and_leaves_nothing_behind(

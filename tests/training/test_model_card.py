@@ -13,7 +13,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from procon.directions import DIRECTIONS, RefusalDirections
+from procon.directions import DIRECTIONS, Directions, RefusalDirections
 from procon.errors import ProConError
 from procon.training import model_card
 from procon.training.callbacks import ProbeCallback
@@ -92,6 +92,7 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
             "blocks": [1, 2],
             "weights": None,
             "directions": trainer.constraint._directions.hash,
+            "concepts": ["refusal"],
             "anchors": anchors[0],
             "steps_per_epoch": trainer._steps_per_epoch,
         }
@@ -264,6 +265,35 @@ def test_card_of_other_settings():
     assert "without the projection constraint: none of its 3 steps was under it" in none
     assert HEADING not in none
     assert "| 0.1 throughout (`0.1`) |" in describe({**settings, "schedule": "0.1"}, random, [])
+
+
+def test_a_card_names_concepts_and_the_last_output(tiny_model):
+    model = tiny_model()
+    probe = Directions.from_vectors(model, {1: torch.ones(32), "last": torch.ones(32)}, name="honesty")
+    both = Directions.combine(RefusalDirections(torch.eye(3, 32), *torch.ones(4, 3)), probe)
+    settings = {
+        "version": "1",
+        "schedule": "0.1",
+        "scope": "all",
+        "penalty": "absolute",
+        "units": "raw",
+        "reduction": "token",
+        "blocks": [0, 2, 3],
+        "directions": "abc",
+        "anchors": "def",
+        "did": {"steps": 3, "constrained_steps": 3, "blocks_acted": [3], "mean_penalty": 0.5},
+    }
+    text = describe(settings, both, [])
+    for part in (
+        "penalised, along directions of refusal, honesty.\n",
+        "| constrained blocks | 0, 2 of 3, from 0; the last block's output |",
+        "| blocks that it acted on | the last block's output |",
+        "| directions | `refusal-directions.safetensors` (`abc`), 2 a block |",
+        "| blocks of refusal | 0 to 2 of 3, from 0 |",
+        "| blocks of honesty | 1 of 3, from 0; the last block's output |",
+        "from procon import Directions\n",
+    ):
+        assert part in text
 
 
 @pytest.mark.parametrize("base", ["Trainer", "SFTTrainer"])

@@ -13,6 +13,7 @@ from procon.anchors import LiveAnchors, Probes
 from procon.anchors.probes import PROBES
 from procon.constraint import ProjectionConstraint, probe_penalty
 from procon.data import flattening_collator, padding_collator
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import find_decoder, observe_last_state, observe_sites
 from procon.training import ProConConfig, ProConTrainer
@@ -292,3 +293,31 @@ def test_strength_that_sets_itself_goes_by_training_tokens_whatever_their_source
     assert torch.allclose(recorded, live, rtol=1e-4, atol=1e-9)
     # The probes act along with the tokens, and are not in the measure: at step 1 nothing has moved.
     assert both[0, 1] == recorded[0, 1] < 1e-6 < both[-1, 1]
+
+
+# Directions of other concepts
+
+
+@pytest.fixture
+def probe(tiny_model) -> Directions:
+    """A vector at one block and at the last output, without a unit."""
+    vectors = {1: torch.ones(32), "last": torch.arange(32.0)}
+    return Directions.from_vectors(tiny_model(), vectors, name="honesty")
+
+
+@pytest.mark.parametrize("source", ["recorded", "live"])
+def test_given_vectors_are_trained_along(trainer, random_directions, tiny_model, probe, source):
+    both = Directions.combine(random_directions(tiny_model()), probe)
+    run = trainer(source, given=False, max_steps=2, procon_blocks="all,last")
+    run._make_constraint(both)
+    run.train()
+    assert run.constraint.blocks == (0, 1, 2, 3)
+    assert run.evidence.did(2)["blocks_acted"] == [1, 2, 3]
+    assert run._record()["concepts"] == ["refusal", "honesty"]
+
+
+def test_probes_need_a_unit_for_each_vector(trainer, probe):
+    run = trainer("probes", given=False)
+    with pytest.raises(ProConError, match=r"^the direction of 'honesty' at block 1 has no unit, which units 'gap'"):
+        run._make_constraint(probe)
+    assert trainer("probes", given=False, procon_probe_hold="state")._make_constraint(probe).blocks == (1,)

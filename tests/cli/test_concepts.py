@@ -1,0 +1,109 @@
+"""``procon directions`` for other concepts than refusal, and training along them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from procon.cli import main
+from procon.directions import Directions, RefusalDirections
+
+FIND = ["directions", "--model", "model", "--dtype", "float32"]
+CONCEPT = [*FIND, "--positive", "french.txt", "--negative", "english.txt", "--name", "french"]
+
+
+@pytest.fixture(autouse=True)
+def files(place) -> Path:
+    Path("french.txt").write_text("\n".join(f"bonjour {n}" for n in range(10)))
+    Path("english.txt").write_text("\n".join(f"hello {n}" for n in range(12)))
+    save_file({"1": torch.ones(32), "1.bias": torch.tensor(0.5), "threshold": torch.tensor(1.0)}, "probe.safetensors")
+    unit = torch.nn.functional.normalize(torch.ones(3, 32))
+    RefusalDirections(unit, *torch.ones(4, 3)).save("refusal.safetensors")
+    return place
+
+
+def test_of_prompts_beside_refusal_then_trained_along(capsys):
+    assert main([*CONCEPT, "--add", "refusal.safetensors", "--output", "both.safetensors"]) == 0
+    printed = capsys.readouterr().out
+    assert "Concepts: refusal, french." in printed
+    assert "refuses" not in printed  # no replies are generated for another concept
+    found = Directions.load("both.safetensors")
+    assert found.names == ("refusal", "french")
+    assert found.auroc[1:, 1].isfinite().all()
+    assert found.provenance["concepts"]["french"]["counts"] == {"positive": 8, "negative": 10}
+
+    train = ["train", "--model", "model", "--data", "data.jsonl", "--directions", "both.safetensors", "--use_cpu"]
+    train += ["--output_dir", "out", "--max_steps", "1", "--drift_steps", "0", "--dtype", "float32"]
+    assert main([*train, "--per_device_train_batch_size", "2", "--procon_units", "gap"]) == 0
+    record = json.loads(Path("out/procon.json").read_text())
+    assert record["concepts"] == ["refusal", "french"]
+    assert record["did"]["constrained_steps"] == 1
+    assert Directions.load("out").hash == found.hash
+    assert "along directions of refusal, french" in Path("out/README.md").read_text()
+
+
+def test_of_given_vectors(capsys):
+    assert main([*FIND, "--vectors", "probe.safetensors", "--name", "probe", "--output", "p.safetensors"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["1", "probe", "-", "-"] in rows
+    assert ["0", "-", "no", "direction", "-"] in rows
+    found = Directions.load("p.safetensors")
+    assert (found.bias[1, 0], found.threshold[1, 0], found.length[1, 0].item()) == (0.5, 1, pytest.approx(32**0.5))
+    prompts = ["--positive", "french.txt", "--negative", "english.txt"]
+    assert main([*FIND, "--vectors", "probe.safetensors", "--name", "probe", *prompts]) == 0
+    assert Directions.load("directions.safetensors").scale[1, 0] > 0
+
+
+DRIFT = ["drift", "--start", "model", "--tuned", "model", "--dtype", "float32"]
+DRIFT += ["--malicious", "french.txt", "--benign", "english.txt", "--positive", "french.txt,english.txt"]
+
+
+def test_drift_of_monitors(capsys):
+    assert main([*FIND, "--vectors", "probe.safetensors", "--name", "probe", "--output", "p.safetensors"]) == 0
+    both = Directions.combine(Directions.load("p.safetensors"), RefusalDirections.load("refusal.safetensors"))
+    both.save("monitors.safetensors")
+    argv = ["--negative", "english.txt,french.txt", "--monitors", "monitors.safetensors", "--output", "drift.json"]
+    capsys.readouterr()
+    assert main([*DRIFT, *argv]) == 0
+    printed = capsys.readouterr().out
+    assert "AUROC" in printed
+    rows = json.loads(Path("drift.json").read_text())["monitors"]
+    assert [(row["monitor"], row["block"]) for row in rows] == [("probe", 1), *(("refusal", n) for n in range(3))]
+    assert all(row["auroc_before"] == row["auroc_after"] for row in rows)
+    # The same vector at block 1, read on the two sides the other way round.
+    assert rows[0]["auroc_before"] == pytest.approx(1 - rows[2]["auroc_before"])
+    assert rows[0]["caught_before"] is not None
+    assert main([*DRIFT, "--negative", "english.txt", "--monitors", "p.safetensors"]) == 2
+    assert "positive names 2 files for the 1 monitors probe: give one, or one for each" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([*FIND, "--positive", "french.txt"], "positive and negative prompts belong together: give --positive and"),
+        ([*FIND, "--name", "french"], "another concept than refusal needs a name, and prompts or vectors: give --name"),
+        ([*FIND, "--vectors", "probe.safetensors"], "another concept than refusal needs a name"),
+        ([*CONCEPT, "--malicious", "french.txt"], "malicious, benign and k are of refusal directions: leave them out"),
+        ([*CONCEPT, "--k", "2"], "malicious, benign and k are of refusal directions"),
+        ([*CONCEPT[:-1], "two words"], "the name of a concept is 'two words'"),
+        ([*CONCEPT[:-1], "refusal", "--add", "refusal.safetensors"], "two concepts are named 'refusal'"),
+        (DRIFT, "monitors are read on labelled prompts: give --monitors, --positive and --negative together"),
+        ([*FIND, "--add", "refusal.safetensors"], "two concepts are named 'refusal'"),
+        ([*CONCEPT, "--add", "none"], "directions file 'none' does not exist"),
+        ([*FIND, "--vectors", "none", "--name", "probe"], "vectors file 'none' does not exist"),
+        (
+            [*FIND, "--vectors", "refusal.safetensors", "--name", "probe"],
+            "file 'refusal.safetensors' has 'auroc'",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_before_a_model_is_loaded(argv, message, capsys, monkeypatch):
+    monkeypatch.setattr("procon.cli.commands.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    assert main([*argv, "--output", "new.safetensors"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("procon: error: ")
+    assert message in line
+    assert line.count("\n") == 1
+    assert not Path("new.safetensors").exists()
