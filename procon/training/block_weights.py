@@ -33,8 +33,8 @@ def find_weights(
         return None
     if not isinstance(directions, RefusalDirections):
         raise ProConError(
-            f"block_weights is 'causal', which measures refusal, and directions are of {', '.join(directions.concepts)}: "
-            "set block_weights to 'equal'"
+            f"block_weights is 'causal', which measures refusal, and directions are of "
+            f"{', '.join(directions.concepts)}: set block_weights to 'equal'"
         )
     if getattr(tokenizer, "chat_template", None) is None:
         raise ProConError(
