@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 
+import torch
 from torch import Tensor
 
 from procon.directions import BlockDirections
@@ -45,6 +46,14 @@ def gap_units(directions: BlockDirections, blocks: Sequence[int]) -> Tensor:
     """``[blocks, K]`` fp32, what a departure along each direction is divided by under ``"gap"``; 1 if there is none."""
     gaps = directions.gaps[list(blocks)]
     return gaps.masked_fill(gaps == 0, 1.0)
+
+
+def common_units(directions: BlockDirections, blocks: Sequence[int]) -> Tensor:
+    """``[blocks]`` fp32, the unit that all directions at a block share; NaN if they have several, or one has none."""
+    rows = list(blocks)
+    gaps, there = directions.gaps[rows], directions.basis[rows].any(-1)
+    least, largest = gaps.masked_fill(~there, torch.inf).amin(1), gaps.masked_fill(~there, 0.0).amax(1)
+    return torch.where(least == largest, largest, torch.nan)
 
 
 def check_units(directions: BlockDirections, blocks: Sequence[int]) -> None:

@@ -11,11 +11,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from procon.constraint.blocks import check_units, gap_units, select_blocks
+from procon.constraint.blocks import check_units, common_units, gap_units, select_blocks
 from procon.constraint.constrained_block import ConstrainedBlock, runs_again
 from procon.constraint.copies import Arguments, Hook
 from procon.constraint.reach import reaches_a_parameter
-from procon.constraint.shift import check_one_gap, mean_shift
+from procon.constraint.shift import check_one_unit, mean_shift
 from procon.constraint.sites import find_site
 from procon.constraint.target import State, Target, on_device
 from procon.constraint.token_count import divisor
@@ -105,6 +105,7 @@ class ProjectionConstraint:
         unit = directions.basis[list(self.blocks)]
         self._vectors: dict[Units, Tensor] = {"raw": unit, "gap": unit / gaps[:, :, None]}
         self._scales = {gaps.device: 1.0 / gaps}  # [blocks, K], by device
+        self._block_scales = {gaps.device: 1.0 / common_units(directions, self.blocks)}  # [blocks], by device
         self._penalty: Penalty = penalty
         self._units: Units = units
         self._state = State(backend, sides)
@@ -333,16 +334,20 @@ class ProjectionConstraint:
             A scalar without a gradient, float32 or float64, on the device of the first block that moves.
 
         Raises:
-            ProConError: if the penalty is ``"huber"``, or concepts have gaps of their own in raw units; if no target is
-                set, or the forward did not pass every block.
+            ProConError: if the penalty is ``"huber"``, no target is set, the forward did not pass every block, or raw
+                penalties are along directions of several units.
         """
         if (target := self._state.target) is None or target.idle:
             raise ProConError("no target is set: call set_target(anchors, mask) before the forward")
-        if target.units == "raw":
-            check_one_gap(gap_units(self._directions, self.blocks))
+        self.check_shift(target.units)
         terms = self._terms(target)
         device = next(iter(terms.values())).device
-        return mean_shift(target, terms, on_device(self._scales, device), tokens)
+        return mean_shift(target, terms, on_device(self._block_scales, device), tokens)
+
+    def check_shift(self, units: Units | None = None) -> None:
+        """Raise ProConError if :meth:`shift` cannot tell under a target in ``units``, by default the constraint's own."""
+        if (units or self._units) == "raw":
+            check_one_unit(next(iter(self._block_scales.values())))
 
     def _terms(self, target: Target) -> dict[int, Tensor]:
         """By column, the penalties of the blocks whose inputs training can move; of all without gradients."""

@@ -17,7 +17,7 @@ def mean_shift(target: Target, terms: Mapping[int, Tensor], per_gap: Tensor, tok
 
     Args:
         terms: by column, the penalties of the blocks whose inputs can move.
-        per_gap: ``[blocks, K]``, one over the gaps, on the device of the first of them.
+        per_gap: ``[blocks]``, one over the gaps, on the device of the first of them.
 
     Raises:
         ProConError: if the penalties do not tell it.
@@ -29,15 +29,14 @@ def mean_shift(target: Target, terms: Mapping[int, Tensor], per_gap: Tensor, tok
     moving = {column: term.detach().to(device) for column, term in terms.items()}
     by_block = torch.stack([moving.get(column, zero) for column in range(len(per_gap))])
     if target.units == "raw":
-        scale = per_gap[:, 0]  # that of all directions of a block: see check_one_gap
-        by_block = by_block * (scale.square() if target.penalty == "squared" else scale)
+        by_block = by_block * (per_gap.square() if target.penalty == "squared" else per_gap)
     return by_block.sum() / (divisor(tokens, target.mask, device) * len(moving))
 
 
-def check_one_gap(gaps: Tensor) -> None:
-    """Raise ProConError unless the directions of each block, of ``gaps [blocks, K]``, share one: penalties are sums."""
-    if (gaps != gaps[:, :1]).any():
+def check_one_unit(per_gap: Tensor) -> None:
+    """Raise ProConError for NaN among ``[blocks]``: raw penalties along directions of several units tell no shift."""
+    if per_gap.isnan().any():
         raise ProConError(
-            "directions of several concepts have gaps of their own, so raw penalties do not tell how far tokens moved: "
-            "give units 'gap'"
+            "shifts are counted in units of the gap, and directions at one block have several units or none: set "
+            "units to 'gap', with prompts beside given vectors"
         )

@@ -98,6 +98,8 @@ class AnchoredMixin(_Resumable):
             units=settings.units,
             backend=settings.backend,
         )
+        if self.alpha_schedule.hold is not None:
+            constraint.check_shift()
         anchors = self.args.anchor_settings()
         if anchors.has_probes and anchors.probe_hold == "projections":
             check_units(directions, constraint.blocks)

@@ -26,14 +26,14 @@ def find_weights(
     A resumed training takes them from its checkpoint: what it trains is no longer the model that it started from.
 
     Raises:
-        ProConError: on every rank, if they are causal and there is no chat template to ask the model with, the model
-            does not refuse, or it is sharded.
+        ProConError: on every rank, if they are causal and directions are of other concepts, there is no chat template
+            to ask the model with, the model does not refuse, or it is sharded.
     """
     if block_weights == "equal":
         return None
     if not isinstance(directions, RefusalDirections):
         raise ProConError(
-            f"block_weights is 'causal', which measures refusal, and directions are of "
+            "block_weights is 'causal', which weighs blocks by their effect on refusals, and these are directions of "
             f"{', '.join(directions.concepts)}: set block_weights to 'equal'"
         )
     if getattr(tokenizer, "chat_template", None) is None:

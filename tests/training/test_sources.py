@@ -321,3 +321,12 @@ def test_probes_need_a_unit_for_each_vector(trainer, probe):
     with pytest.raises(ProConError, match=r"^the direction of 'honesty' at block 1 has no unit, which units 'gap'"):
         run._make_constraint(probe)
     assert trainer("probes", given=False, procon_probe_hold="state")._make_constraint(probe).blocks == (1,)
+
+
+def test_what_is_of_refusal_or_of_the_gap_is_refused_for_other_concepts(trainer, probe):
+    with pytest.raises(ProConError, match=r"^shifts are counted in units of the gap, and directions at one block"):
+        trainer("recorded", given=False, procon_schedule="hold")._make_constraint(probe)
+    causal = trainer("recorded", given=False, procon_block_weights="causal")
+    causal._make_constraint(probe)
+    with pytest.raises(ProConError, match=r"^block_weights is 'causal', which weighs .* directions of honesty: set"):
+        causal.train()
