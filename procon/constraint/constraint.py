@@ -345,7 +345,7 @@ class ProjectionConstraint:
         return mean_shift(target, terms, on_device(self._block_scales, device), tokens)
 
     def check_shift(self, units: Units | None = None) -> None:
-        """Raise ProConError if :meth:`shift` cannot tell under a target in ``units``, by default the constraint's own."""
+        """Raise ProConError if :meth:`shift` cannot tell under a target in ``units``; the constraint's own if None."""
         if (units or self._units) == "raw":
             check_one_unit(next(iter(self._block_scales.values())))
 
