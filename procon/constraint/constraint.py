@@ -339,10 +339,10 @@ class ProjectionConstraint:
         """
         if (target := self._state.target) is None or target.idle:
             raise ProConError("no target is set: call set_target(anchors, mask) before the forward")
+        if target.penalty == "huber":
+            raise ProConError("penalty 'huber' does not tell how far tokens moved: give 'absolute' or 'squared'")
         self.check_shift(target.units)
-        terms = self._terms(target)
-        device = next(iter(terms.values())).device
-        return mean_shift(target, terms, on_device(self._block_scales, device), tokens)
+        return mean_shift(target, self._terms(target), self._block_scales, tokens)
 
     def check_shift(self, units: Units | None = None) -> None:
         """Raise ProConError if :meth:`shift` cannot tell under a target in ``units``; the constraint's own if None."""

@@ -7,24 +7,22 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from procon.constraint.target import Target
+from procon.constraint.target import Target, on_device
 from procon.constraint.token_count import divisor
 from procon.errors import ProConError
 
 
-def mean_shift(target: Target, terms: Mapping[int, Tensor], per_gap: Tensor, tokens: Tensor | float | None) -> Tensor:
+def mean_shift(
+    target: Target, terms: Mapping[int, Tensor], scales: dict[torch.device, Tensor], tokens: Tensor | float | None
+) -> Tensor:
     """As :meth:`procon.constraint.ProjectionConstraint.shift`.
 
     Args:
         terms: by column, the penalties of the blocks whose inputs can move.
-        per_gap: ``[blocks]``, one over the gaps, on the device of the first of them.
-
-    Raises:
-        ProConError: if the penalties do not tell it.
+        scales: ``[blocks]``, one over the gaps, by device.
     """
-    if target.penalty == "huber":
-        raise ProConError("penalty 'huber' does not tell how far tokens moved: give 'absolute' or 'squared'")
-    device = per_gap.device
+    device = next(iter(terms.values())).device
+    per_gap = on_device(scales, device)
     zero = torch.zeros((), device=device)
     moving = {column: term.detach().to(device) for column, term in terms.items()}
     by_block = torch.stack([moving.get(column, zero) for column in range(len(per_gap))])

@@ -47,7 +47,7 @@ class ContrastMeans:
         prompts: ContrastPrompts,
         *,
         by_category: bool = False,
-        sides: tuple[str, str] = ("malicious", "benign"),
+        called: tuple[str, str] = ("malicious", "benign"),
         batch_size: int = 32,
         progress: bool = True,
     ) -> ContrastMeans:
@@ -55,7 +55,7 @@ class ContrastMeans:
 
         Args:
             by_category: measure :attr:`differences` on the way; ``prompts`` then have categories.
-            sides: what progress bars call the two.
+            called: what progress bars call the two sides.
 
         Raises:
             ProConError: on hidden states that are not finite, or a tokenizer without chat template.
@@ -63,7 +63,7 @@ class ContrastMeans:
         categories = prompts.categories if by_category else ()
         malicious, benign = (
             _mean_last_token(model, tokenizer, side, categories, batch_size, f"{name} prompts", progress)
-            for side, name in zip((prompts.malicious, prompts.benign), sides, strict=True)
+            for side, name in zip((prompts.malicious, prompts.benign), called, strict=True)
         )
         differences = malicious.by_category - benign.by_category if by_category else None
         scale = torch.maximum(malicious.norm, benign.norm)

@@ -134,7 +134,7 @@ class Directions(BlockDirections):
         if held_out is None:
             prompts, held_out = hold_out(prompts)
         means = ContrastMeans.measure(
-            model, tokenizer, prompts, sides=("positive", "negative"), batch_size=batch_size, progress=progress
+            model, tokenizer, prompts, called=("positive", "negative"), batch_size=batch_size, progress=progress
         )
         unit, gap = means.contrast()
         if not gap.any():
@@ -238,7 +238,7 @@ class Directions(BlockDirections):
         z, means = (
             [],
             ContrastMeans.measure(
-                model, tokenizer, prompts, sides=("positive", "negative"), batch_size=batch_size, progress=progress
+                model, tokenizer, prompts, called=("positive", "negative"), batch_size=batch_size, progress=progress
             ),
         )
         for side in (prompts.malicious, prompts.benign):
