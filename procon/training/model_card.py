@@ -91,14 +91,14 @@ def describe(settings: dict[str, Any], directions: BlockDirections, log_history:
         "mean penalty, before alpha": "not finite" if mean is None else f"{mean:.3g}",
         "strength (alpha)": _strength(AlphaSchedule.parse(settings["schedule"])),
         **_hold(did.get("hold")),
-        "constrained tokens": settings["scope"],
+        "constrained tokens": settings["scope"] if settings["anchors_from"] != "probes" else "the probes' last ones",
         "constrained blocks": _blocks(settings["blocks"], directions.block_count),
         "penalty": f"{settings['penalty']}, {_SIDES[settings['sides']]}, {settings['units']} units, "
         f"mean over {settings['reduction']}s",
         "weights of the blocks": _weights(settings),
         "directions": f"`{DIRECTIONS}` (`{settings['directions']}`){_origin(directions)}",
         **_concepts(directions),
-        "anchors": f"projections of the training tokens before training (`{settings['anchors']}`)",
+        "anchors": _anchors(settings),
         "last logged penalty, before alpha": _last(log_history, "procon/penalty", "{:.3g}") or "not logged",
     }
     unmeasured = []
@@ -183,6 +183,22 @@ def _strength(schedule: AlphaSchedule) -> str:
 
     phases = ", then ".join(describe_phase(number, phase) for number, phase in enumerate(schedule.phases))
     return f"{phases} (`{schedule}`)"
+
+
+def _anchors(settings: dict[str, Any]) -> str:
+    """Where they came from."""
+    parts = []
+    if settings["anchors"]:
+        parts.append(f"projections of the training tokens before training (`{settings['anchors']}`)")
+    if settings["starting_model"]:
+        parts.append(f"projections of each batch under the starting model (`{settings['starting_model']}`)")
+    if probing := settings["probing"]:
+        held = {"projections": "projections", "state": "the last hidden state"}[probing["hold"]]
+        parts.append(
+            f"{held} at the last token of {probing['count']} probe prompts, run every {probing['every']} steps, with "
+            f"weight {probing['weight']:g}"
+        )
+    return "; ".join(parts)
 
 
 def _blocks(blocks: Sequence[int], count: int) -> str:

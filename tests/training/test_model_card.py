@@ -94,6 +94,9 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
             "directions": trainer.constraint._directions.hash,
             "concepts": ["refusal"],
             "anchors": anchors[0],
+            "anchors_from": "recorded",
+            "starting_model": None,
+            "probing": None,
             "steps_per_epoch": trainer._steps_per_epoch,
         }
     for part in (
@@ -239,6 +242,9 @@ def test_card_of_other_settings():
         "weights": {"raw": [0.12345, 1.87655], "gap": [1.0, 1.0]},
         "directions": "abc",
         "anchors": "def",
+        "anchors_from": "recorded",
+        "starting_model": None,
+        "probing": None,
         "did": {"steps": 300, "constrained_steps": 204, "blocks_acted": [2], "mean_penalty": None},
     }
     ones = torch.ones(3)
@@ -276,11 +282,17 @@ def test_a_card_names_concepts_and_the_last_output(tiny_model):
         "schedule": "0.1",
         "scope": "all",
         "penalty": "absolute",
+        "sides": "both",
         "units": "raw",
+        "block_weights": "equal",
         "reduction": "token",
         "blocks": [0, 2, 3],
+        "weights": None,
         "directions": "abc",
         "anchors": "def",
+        "anchors_from": "recorded",
+        "starting_model": None,
+        "probing": None,
         "did": {"steps": 3, "constrained_steps": 3, "blocks_acted": [3], "mean_penalty": 0.5},
     }
     text = describe(settings, both, [])

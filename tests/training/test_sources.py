@@ -256,6 +256,9 @@ def test_probes_hold_what_plain_training_moves(trainer):
     record = json.loads((Path(held.args.output_dir) / "procon.json").read_text())
     assert record["anchors_from"] == "probes"
     assert record["probing"]["count"] == 8
+    card = (Path(held.args.output_dir) / "README.md").read_text()
+    assert "| constrained tokens | the probes' last ones |" in card
+    assert "| anchors | projections at the last token of 8 probe prompts, run every 1 steps, with weight 50 |" in card
 
 
 def test_bad_input(trainer, tokenizer, tiny_model, random_directions, tmp_path):
