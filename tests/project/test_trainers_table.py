@@ -31,7 +31,7 @@ def test_short_campaign_finds_no_fault(recorded, tmp_path):
     found = json.loads(file.read_text())
     assert sum(map(len, found.values())) > 30
     for row, cells in found.items():
-        assert {"recorded", "live", "probes"} <= cells.keys()
+        assert set(page.SOURCES) <= cells.keys()
         for column, cell in cells.items():
             for outcome in ("refused", "none"):
                 assert recorded[row]["cells"][column].get(outcome) == cell.get(outcome), f"{row}, {column}: record it"

@@ -25,7 +25,7 @@ TWO_RANKS = ("2 ranks DDP", "2 ranks FSDP2")
 #: get wrong. Those named first are also compared with the class that they extend.
 COMPARED = ("Trainer:live", "DPO:live", "KTO:live", "GRPO:live")
 SHORT = (
-    *(f"{row}:{source}" for row in page.ROWS for source in ("recorded", "live", "probes")),
+    *(f"{row}:{source}" for row in page.ROWS for source in page.SOURCES),
     "SFTTrainer:packed",
     "Trainer:padding-free",
     "SFTTrainer:non-reentrant",
@@ -68,14 +68,22 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="the most telling cells: a minute")
     parser.add_argument("--rows", nargs="+", choices=page.ROWS, default=page.ROWS)
     parser.add_argument("--columns", nargs="+", choices=page.COLUMNS, default=page.COLUMNS)
+    parser.add_argument(
+        "--source",
+        choices=page.SOURCES,
+        help="where anchors come from in all columns (default: each row's own way); such a table is not recorded",
+    )
     parser.add_argument("--output", type=Path, help="a file to write what was found to")
     chosen = parser.parse_args()
     rows = [row for row in chosen.rows if row != "axolotl" or find_spec("axolotl")]
     cells = [f"{row}:{column}" for row in rows for column in chosen.columns]
     if chosen.short:
         cells = [cell for cell in SHORT if cell in cells]
+    options = ["--compared", *COMPARED] if chosen.short else []
+    if chosen.source:
+        options += ["--source", chosen.source]
     with tempfile.TemporaryDirectory() as folder:
-        found = run(cells, Path(folder), *(["--compared", *COMPARED] if chosen.short else []))
+        found = run(cells, Path(folder), *options)
     if chosen.output:
         chosen.output.write_text(json.dumps(found, indent=1))
     faults = [
@@ -86,7 +94,7 @@ def main() -> int:
     ]
     for each in faults:
         print(each, file=sys.stderr)
-    if os.environ.get("PROCON_RECORD_TABLE"):
+    if os.environ.get("PROCON_RECORD_TABLE") and not (chosen.source or chosen.short):
         page.record(found)
     return 1 if faults else 0
 
