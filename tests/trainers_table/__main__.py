@@ -71,7 +71,7 @@ def main() -> int:
     parser.add_argument(
         "--source",
         choices=page.SOURCES,
-        help="where anchors come from in all columns (default: each row's own way); such a table is not recorded",
+        help="where anchors come from in all columns (default: each row's own way); not recorded, and gradients alone",
     )
     parser.add_argument("--output", type=Path, help="a file to write what was found to")
     chosen = parser.parse_args()
@@ -79,7 +79,8 @@ def main() -> int:
     cells = [f"{row}:{column}" for row in rows for column in chosen.columns]
     if chosen.short:
         cells = [cell for cell in SHORT if cell in cells]
-    options = ["--compared", *COMPARED] if chosen.short else []
+    whole = not (chosen.short or chosen.source)
+    options = [] if whole else ["--compared", *(COMPARED if chosen.short else [])]
     if chosen.source:
         options += ["--source", chosen.source]
     with tempfile.TemporaryDirectory() as folder:
@@ -90,11 +91,11 @@ def main() -> int:
         f"{row}, {column} {wrong}: {cell}"
         for row, columns in found.items()
         for column, cell in columns.items()
-        if (wrong := page.fault(row, cell, compared=not chosen.short))
+        if (wrong := page.fault(row, cell, compared=whole))
     ]
     for each in faults:
         print(each, file=sys.stderr)
-    if os.environ.get("PROCON_RECORD_TABLE") and not (chosen.source or chosen.short):
+    if os.environ.get("PROCON_RECORD_TABLE") and whole:
         page.record(found)
     return 1 if faults else 0
 

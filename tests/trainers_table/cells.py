@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("cells", nargs="+", metavar="ROW:COLUMN")
     parser.add_argument("--source", help="where anchors come from, in columns that do not say so")
-    parser.add_argument("--compared", nargs="+", help="cells to compare at alpha 0 with the class that is extended")
+    parser.add_argument("--compared", nargs="*", help="cells to compare at alpha 0 with the class that is extended")
     chosen = parser.parse_args()
     if rows.WORLD > 1:
         torch.distributed.init_process_group("gloo")
