@@ -43,7 +43,7 @@ class StartingModel:
         if not self.adapters_off and is_sharded(model):
             raise ProConError(
                 "the starting model cannot be copied, as its parameters are sharded over the ranks: train a fresh LoRA "
-                "adapter, or take recorded anchors or probes"
+                "adapter, or take probes, or recorded anchors if the data are there beforehand"
             )
         self._copies = {
             parameter: parameter.detach().clone()

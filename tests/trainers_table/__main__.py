@@ -25,7 +25,7 @@ TWO_RANKS = ("2 ranks DDP", "2 ranks FSDP2")
 #: get wrong. Those named first are also compared with the class that they extend.
 COMPARED = ("Trainer:live", "DPO:live", "KTO:live", "GRPO:live")
 SHORT = (
-    *(f"{row}:{source}" for row in page.ROWS for source in ("recorded", "live", "probes")),
+    *(f"{row}:{source}" for row in page.ROWS for source in page.SOURCES),
     "SFTTrainer:packed",
     "Trainer:padding-free",
     "SFTTrainer:non-reentrant",
@@ -68,25 +68,34 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="the most telling cells: a minute")
     parser.add_argument("--rows", nargs="+", choices=page.ROWS, default=page.ROWS)
     parser.add_argument("--columns", nargs="+", choices=page.COLUMNS, default=page.COLUMNS)
+    parser.add_argument(
+        "--source",
+        choices=page.SOURCES,
+        help="where anchors come from in all columns (default: each row's own way); not recorded, and gradients alone",
+    )
     parser.add_argument("--output", type=Path, help="a file to write what was found to")
     chosen = parser.parse_args()
     rows = [row for row in chosen.rows if row != "axolotl" or find_spec("axolotl")]
     cells = [f"{row}:{column}" for row in rows for column in chosen.columns]
     if chosen.short:
         cells = [cell for cell in SHORT if cell in cells]
+    whole = not (chosen.short or chosen.source)
+    options = [] if whole else ["--compared", *(COMPARED if chosen.short else [])]
+    if chosen.source:
+        options += ["--source", chosen.source]
     with tempfile.TemporaryDirectory() as folder:
-        found = run(cells, Path(folder), *(["--compared", *COMPARED] if chosen.short else []))
+        found = run(cells, Path(folder), *options)
     if chosen.output:
         chosen.output.write_text(json.dumps(found, indent=1))
     faults = [
         f"{row}, {column} {wrong}: {cell}"
         for row, columns in found.items()
         for column, cell in columns.items()
-        if (wrong := page.fault(row, cell, compared=not chosen.short))
+        if (wrong := page.fault(row, cell, compared=whole))
     ]
     for each in faults:
         print(each, file=sys.stderr)
-    if os.environ.get("PROCON_RECORD_TABLE"):
+    if os.environ.get("PROCON_RECORD_TABLE") and whole:
         page.record(found)
     return 1 if faults else 0
 

@@ -114,7 +114,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("file", type=Path)
     parser.add_argument("cells", nargs="+", metavar="ROW:COLUMN")
-    parser.add_argument("--compared", nargs="+", help="cells to compare at alpha 0 with the class that is extended")
+    parser.add_argument("--source", help="where anchors come from, in columns that do not say so")
+    parser.add_argument("--compared", nargs="*", help="cells to compare at alpha 0 with the class that is extended")
     chosen = parser.parse_args()
     if rows.WORLD > 1:
         torch.distributed.init_process_group("gloo")
@@ -126,6 +127,7 @@ def main() -> None:
     for cell in chosen.cells:
         row, column = cell.split(":")
         mode = setting.MODES[column]
+        mode = replace(mode, source=mode.source or chosen.source)
         folder = shared / cell.replace(" ", "-").replace(":", "-")
         folder.mkdir(exist_ok=True)
         if (row, mode) not in made:

@@ -12,6 +12,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
 ROWS = ("Trainer", "SFTTrainer", "streamed SFT", "DPO", "KTO", "GRPO", "bare loop", "Accelerate", "axolotl")
 
+#: Where anchors come from.
+SOURCES = ("recorded", "live", "probes")
+
 #: By what varies, the plain way first.
 COLUMNS = (
     "padded",
@@ -29,9 +32,7 @@ COLUMNS = (
     "2 ranks DDP",
     "2 ranks FSDP2",
     "compiled",
-    "recorded",
-    "live",
-    "probes",
+    *SOURCES,
 )
 
 #: Rows of classes that extend one: with alpha 0 they are compared with it.
@@ -49,7 +50,7 @@ def fault(row: str, cell: dict, *, compared: bool = True) -> str | None:
     """
     outcomes = [name for name in ("error", "refused", "none") if name in cell]
     if len(outcomes) != 1 or not cell[outcomes[0]]:
-        return "is not one of: an error, a refusal, no such mode"
+        return "is not one of: an error, a refusal, a reason why there is none"
     if "error" in cell and not 0 < cell["error"] <= LARGEST_ERROR:  # NaN compares as false
         return f"has a gradient that is wrong by {cell['error']:.1e}"
     if "refused" in cell and "\n" in cell["refused"]:
@@ -98,7 +99,7 @@ def page(recorded: dict) -> str:
         lines.append(f"| **{row}** | " + " | ".join(text(cells.get(column, {})) for column in COLUMNS) + " |")
     versions = [f"- {row}: {', '.join(map(' '.join, recorded[row]['versions'].items()))}" for row in recorded]
     numbered = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
-    heading = "Refused with these words; n/a is a mode that TRL's own trainer does not have:"
+    heading = "Refused with these words; n/a is what a trainer does not have, or what was not run:"
     return "\n".join([*lines, "", heading, "", *numbered, "", "Run with:", "", *versions, ""])
 
 
