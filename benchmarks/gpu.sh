@@ -68,6 +68,7 @@ fi
 
 part tune 90 "${python[@]}" -m benchmarks.tune --sizes 1024 2048 4096 8192
 suite anchors 60 bench_anchors.py
+suite anchor_sources 60 bench_anchor_sources.py
 PROCON_BENCHMARK_COMPILE=kernels suite training_step 120 bench_training_step.py -k "not Llama-2-7B-lora"
 suite training_step_compiled 120 bench_training_step.py -k Llama-3.2-1B-lora
 

@@ -13,7 +13,7 @@ from procon.errors import ProConError
 from procon.training.anchored import AnchoredMixin
 from procon.training.checkpoints import Checkpoint
 from procon.training.hold import Hold
-from procon.training.watch import check_acts
+from procon.training.watch import check_acts, check_probes_act
 
 
 class StrengthMixin(AnchoredMixin):
@@ -59,6 +59,7 @@ class StrengthMixin(AnchoredMixin):
             epochs = -(-max_steps // per_epoch)
         if self.alpha_schedule.active:
             check_acts(self.alpha_schedule, max_steps, per_epoch)
+            check_probes_act(self.args.anchor_settings(), max_steps)
         return epochs, per_epoch, examples, samples, batch_size, steps_in_epoch, max_steps
 
     def _check_resumed_schedule(self) -> None:

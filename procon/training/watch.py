@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from procon.errors import ProConError
 from procon.schedule import AlphaSchedule
+from procon.settings import AnchorSettings
 
 if TYPE_CHECKING:
     from procon.training.mixin import ProConMixin
@@ -82,3 +83,12 @@ def check_acts(schedule: AlphaSchedule, steps: int, steps_per_epoch: int) -> Non
                 steps,
             )
         begin += phase.steps(steps_per_epoch)
+
+
+def check_probes_act(anchors: AnchorSettings, steps: int) -> None:
+    """Raise ProConError if probes are all that there is, and would run in the first of several steps alone."""
+    if anchors.of_tokens is None and 1 < steps <= anchors.probe_every:
+        raise ProConError(
+            f"procon_probe_every is {anchors.probe_every}, and training has {steps} steps, so the probes would run in "
+            "the first alone, when the model is still at its start: give a smaller number"
+        )

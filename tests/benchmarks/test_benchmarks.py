@@ -22,6 +22,7 @@ FIELDS = {
     "bench_training_step": {"tokens_per_second"},
     "bench_host_overhead": set(),
     "bench_anchors": set(),
+    "bench_anchor_sources": {"tokens_per_second"},
 }
 
 

@@ -231,13 +231,15 @@ def test_probes_alone_leave_the_training_batch_free(trainer):
         held = trainer(
             "probes",
             max_steps=4,
-            procon_probe_every=100,
+            procon_probe_every=3,
             procon_probe_weight=1e-20,
             gradient_checkpointing=checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False},
         )
         torch.testing.assert_close(losses(held), expected, rtol=1e-5, atol=0)
-        assert held.evidence.constrained_steps == 1
+        assert held.evidence.constrained_steps == 2
+    with pytest.raises(ProConError, match=r"^procon_probe_every is 4, and training has 4 steps, so the probes would"):
+        trainer("probes", max_steps=4, procon_probe_every=4).train()
 
 
 def test_probes_hold_what_plain_training_moves(trainer):
