@@ -15,7 +15,7 @@ from procon.constraint.blocks import check_units, common_units, gap_units, selec
 from procon.constraint.constrained_block import ConstrainedBlock, runs_again
 from procon.constraint.copies import Arguments, Hook
 from procon.constraint.reach import reaches_a_parameter
-from procon.constraint.shift import check_one_unit, mean_shift
+from procon.constraint.shift import block_scales, check_one_unit, mean_shift
 from procon.constraint.sites import find_site
 from procon.constraint.target import State, Target, on_device
 from procon.constraint.token_count import divisor
@@ -105,7 +105,7 @@ class ProjectionConstraint:
         unit = directions.basis[list(self.blocks)]
         self._vectors: dict[Units, Tensor] = {"raw": unit, "gap": unit / gaps[:, :, None]}
         self._scales = {gaps.device: 1.0 / gaps}  # [blocks, K], by device
-        self._block_scales = {gaps.device: 1.0 / common_units(directions, self.blocks)}  # [blocks], by device
+        self._block_scales, self._tells_shift = block_scales(common_units(directions, self.blocks))
         self._penalty: Penalty = penalty
         self._units: Units = units
         self._state = State(backend, sides)
@@ -347,7 +347,7 @@ class ProjectionConstraint:
     def check_shift(self, units: Units | None = None) -> None:
         """Raise ProConError if :meth:`shift` cannot tell under a target in ``units``; the constraint's own if None."""
         if (units or self._units) == "raw":
-            check_one_unit(next(iter(self._block_scales.values())))
+            check_one_unit(self._tells_shift)
 
     def _terms(self, target: Target) -> dict[int, Tensor]:
         """By column, the penalties of the blocks whose inputs training can move; of all without gradients."""

@@ -31,9 +31,14 @@ def mean_shift(
     return by_block.sum() / (divisor(tokens, target.mask, device) * len(moving))
 
 
-def check_one_unit(per_gap: Tensor) -> None:
-    """Raise ProConError for NaN among ``[blocks]``: raw penalties along directions of several units tell no shift."""
-    if per_gap.isnan().any():
+def block_scales(units: Tensor) -> tuple[dict[torch.device, Tensor], bool]:
+    """One over the units ``[blocks]`` that directions share, by device; and whether there is one at every block."""
+    return {units.device: 1.0 / units}, not units.isnan().any()
+
+
+def check_one_unit(shared: bool) -> None:
+    """Raise ProConError unless directions share a unit at every block: other raw penalties tell no shift."""
+    if not shared:
         raise ProConError(
             "shifts are counted in units of the gap, and directions at one block have several units or none: set "
             "units to 'gap', with prompts beside given vectors"

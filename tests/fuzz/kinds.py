@@ -7,6 +7,7 @@ import io
 import json
 import tempfile
 from contextlib import suppress
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -34,7 +35,7 @@ from procon.evaluation import Evaluation, Rate, exact_match, extract_answer
 from procon.files import MAX_NESTING, MAX_TEXT
 from procon.report import Run, print_table, write_html
 from procon.schedule import AlphaSchedule
-from procon.settings import CHOICES, ConstraintSettings, parse_blocks
+from procon.settings import CHOICES, AnchorSettings, ConstraintSettings, parse_blocks
 from procon.training import ProConArguments
 
 #: Where the inputs of a process lie; each is overwritten by the next.
@@ -66,25 +67,41 @@ def take_schedule(source: str) -> None:
     schedule.extra_steps(7)
 
 
+#: Of settings that are no choice among words.
+_VALUES = {
+    "schedule": ("procon_s", "hold"),
+    "blocks": ("all", 0.5, [1, 2], "1", "1,2", "all,last"),
+    "probes": (None, "probes.txt"),
+    "probe_count": (1, 8),
+    "probe_every": (1, 2),
+    "probe_weight": (0.5, 50),
+}
+
+
 def make_settings(random: Random) -> dict[str, Any]:
     def one(name: str) -> Any:
         kind = random.random()
         if kind < 0.5 and name in CHOICES:
             return random.choice(CHOICES[name])
         if kind < 0.5:
-            return {"schedule": "procon_s", "blocks": random.choice(("all", 0.5, [1, 2], "1", "1,2"))}[name]
+            return random.choice(_VALUES[name])
         if kind < 0.6:
             return random.choice((b"all", {1}, object(), len, 1j, (1, 2), range(3), [True], [[1]], Path("x"), [None]))
         return value(random)
 
-    names = [*CHOICES, "schedule", "blocks"]
+    names = [*CHOICES, *_VALUES]
     return {name: one(name) for name in names if random.random() < 0.4}
+
+
+def _of(settings: type, values: dict[str, Any]) -> dict[str, Any]:
+    return {item.name: values[item.name] for item in fields(settings) if item.name in values}
 
 
 def take_settings(values: dict[str, Any]) -> None:
     refused = []
     for build in (
-        lambda: ConstraintSettings(**values),
+        lambda: ConstraintSettings(**_of(ConstraintSettings, values)),
+        lambda: AnchorSettings(**_of(AnchorSettings, values)),
         lambda: ProConArguments(**{f"procon_{name}": item for name, item in values.items()}),
         lambda: parse_blocks(values.get("blocks", "all")),
     ):
