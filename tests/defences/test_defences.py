@@ -387,7 +387,7 @@ def test_lisa_moves_the_model_by_alignment_data(tiny_model, dataset, tokenizer, 
 # Steering
 
 
-def test_steering_displaces_block_inputs_towards_compliance(tiny_model, random_directions):
+def test_steering_displaces_block_inputs_towards_compliance(tiny_model, random_directions, tmp_path):
     """With blocks that add nothing, the input of block l is gap_l * r_l / 4 away from the embeddings."""
     model = tiny_model()
     directions = random_directions(model)
@@ -396,7 +396,7 @@ def test_steering_displaces_block_inputs_towards_compliance(tiny_model, random_d
         for block in find_decoder(model).blocks:
             block.self_attn.o_proj.weight.zero_()
             block.mlp.down_proj.weight.zero_()
-    trainer = SteeringTrainer(model, arguments("unused"), directions=directions, blocks=[0, 2])
+    trainer = SteeringTrainer(model, arguments(tmp_path), directions=directions, blocks=[0, 2])
     ids = torch.randint(5, 60, (2, 9), generator=torch.Generator().manual_seed(0))
     seen = []
     # After the steering's hooks: what the blocks read.
@@ -421,10 +421,10 @@ def test_steering_displaces_block_inputs_towards_compliance(tiny_model, random_d
     assert all(shift.abs().max() < 1e-6 for shift in unsteered)
 
 
-def test_steering_takes_refusal_directions_alone(tiny_model):
+def test_steering_takes_refusal_directions_alone(tiny_model, tmp_path):
     other = Directions.from_vectors(tiny_model(), {1: torch.ones(32)}, name="honesty")
     with pytest.raises(ProConError, match=r"^steering goes against refusal, and these are directions of"):
-        SteeringTrainer(tiny_model(), arguments("unused"), directions=other)
+        SteeringTrainer(tiny_model(), arguments(tmp_path), directions=other)
 
 
 def test_steering_changes_training_and_leaves_nothing_behind(
