@@ -256,7 +256,13 @@ class AnchoredMixin(_Resumable):
             blocks=constraint.blocks,
             backend=self.args.procon_backend,
             adapters_off=adapters_off,
+            reference=self._reference_model,
         )
+
+    @property
+    def _reference_model(self) -> nn.Module | None:
+        """The starting model as a module of its own, if the trainer has one anyway."""
+        return None
 
     def _recording_dataloader(self) -> DataLoader:
         """This rank's share of the training set, longest samples first, through the training collator."""

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from procon.anchors import LiveAnchors
-from procon.constraint import ProjectionConstraint
 from procon.errors import ProConError
 from procon.models import active_adapters, adapter_layer, find_decoder, unwrapped
 from procon.training.mixin import ProConMixin
@@ -38,16 +37,10 @@ class ReferenceMixin(ProConMixin):
     def _takes_live_anchors(self) -> bool:
         return self._constrains and self.args.anchor_settings().of_tokens == "live"
 
-    def _live_anchors(self, constraint: ProjectionConstraint, adapters_off: bool | None = None) -> LiveAnchors:
+    @property
+    def _reference_model(self) -> nn.Module | None:
         reference = getattr(self, "ref_model", None)
-        return LiveAnchors(
-            self.model,
-            self._directions,
-            blocks=constraint.blocks,
-            backend=self.args.procon_backend,
-            adapters_off=adapters_off,
-            reference=None if reference is None else unwrapped(reference),
-        )
+        return None if reference is None else unwrapped(reference)
 
     def _is_reference(self, model: nn.Module) -> bool:
         """Whether a forward of ``model`` is now one of the starting model."""
