@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from procon.anchors.checked_blocks import checked_blocks
 from procon.anchors.projections import project_sites
 from procon.directions import BlockDirections
 from procon.errors import ProConError
@@ -66,11 +67,7 @@ class LiveAnchors:
     ) -> None:
         check_setting("backend", backend)
         model = unwrapped(model)
-        directions.check_fits(find_decoder(model))
-        directions.check_origin(model)
-        if blocks is None:
-            blocks = directions.at_block_inputs.usable.nonzero().flatten().tolist()
-        self.blocks = tuple(blocks)
+        self.blocks = checked_blocks(model, directions, blocks)
         self._model = model
         self._basis = directions.basis
         self._backend: Backend = backend

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from procon.anchors.checked_blocks import checked_blocks
 from procon.anchors.projections import project_sites
 from procon.chat import builtin_prompts, load_instructions, pad_token_id, render, user_turn
 from procon.directions import BlockDirections
@@ -111,7 +112,7 @@ class Probes:
             ids[number, : len(row)] = torch.tensor(row)
         model = unwrapped(model)
         decoder = find_decoder(model)
-        directions.check_fits(decoder)
+        blocks = checked_blocks(model, directions, blocks)
         device = model_device(model)
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         forward = decoder_forward(model)

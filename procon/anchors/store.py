@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from procon.anchors.checked_blocks import checked_blocks
 from procon.anchors.exchange import gather, on_all_ranks, own_rank, share_files
 from procon.anchors.manifest import MANIFEST, Manifest
 from procon.anchors.mending import mend
@@ -26,7 +27,7 @@ from procon.anchors.shards import AnchorShards, ShardWriter
 from procon.anchors.token_mask import mask_tokens
 from procon.directions import BlockDirections
 from procon.errors import ProConError
-from procon.models import configuration_hash, evaluating, find_decoder, token_embedding, unwrapped, weights_hash
+from procon.models import configuration_hash, evaluating, token_embedding, unwrapped, weights_hash
 from procon.sequences import TokenSequence
 from procon.settings import DEFAULTS, Backend, Reduction, TokenScope, check_setting
 
@@ -180,10 +181,7 @@ class Anchors:
         check_setting("scope", scope)
         check_setting("backend", backend)
         model = unwrapped(model)
-        directions.check_fits(find_decoder(model))
-        directions.check_origin(model)
-        if blocks is None:
-            blocks = directions.at_block_inputs.usable.nonzero().flatten().tolist()
+        blocks = checked_blocks(model, directions, blocks)
         path = Path(path)
         state = fingerprint or _fingerprint(model, directions, blocks, scope)
         try:

@@ -1,6 +1,7 @@
 """Where anchors come from: live ones train as recorded ones do, probes hold their prompts, and sources combine."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from procon.constraint import ProjectionConstraint, probe_penalty
 from procon.data import flattening_collator, padding_collator
 from procon.directions import Directions
 from procon.errors import ProConError
-from procon.models import find_decoder, observe_last_state, observe_sites
+from procon.models import find_decoder, observe_last_state, observe_sites, origin_of
 from procon.training import ProConConfig, ProConTrainer
 
 QUIET = {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "logging_steps": 1, "use_cpu": True}
@@ -261,6 +262,19 @@ def test_probes_hold_what_plain_training_moves(trainer):
     card = (Path(held.args.output_dir) / "README.md").read_text()
     assert "| constrained tokens | the probes' last ones |" in card
     assert "| anchors | projections at the last token of 8 probe prompts, run every 1 steps, with weight 50 |" in card
+
+
+def test_every_source_refuses_directions_of_another_model(tiny_model, tokenizer, random_directions):
+    model, other = tiny_model(), tiny_model()
+    with torch.no_grad():
+        other.get_input_embeddings().weight.normal_()
+    directions = replace(random_directions(model), provenance={"origin": origin_of(other)})
+    for record in (
+        lambda: LiveAnchors(model, directions),
+        lambda: Probes.record(model, tokenizer, directions, PROMPTS, blocks=(0, 1, 2)),
+    ):
+        with pytest.raises(ProConError, match=r"^directions were extracted from another model"):
+            record()
 
 
 def test_bad_input(trainer, tokenizer, tiny_model, random_directions, tmp_path):
