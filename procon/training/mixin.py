@@ -337,6 +337,8 @@ class ProConMixin(StrengthMixin):
             "units": args.procon_units,
             "block_weights": args.procon_block_weights,
             "reduction": args.procon_reduction,
+            "anchors_from": args.procon_anchors,
+            "probing": self._probing(),
             "did": did,
             "window": {"penalty": self.evidence.window, "steps": self._penalty_steps},
         }
@@ -345,11 +347,9 @@ class ProConMixin(StrengthMixin):
                 "blocks": list(self.constraint.blocks),
                 "weights": as_json(self.constraint.weights),
                 "directions": self._directions.hash,
-                "anchors_from": args.procon_anchors,
                 "concepts": list(self._directions.concepts),
                 "anchors": self._anchors.fingerprint if self._anchors else None,
                 "starting_model": self._live.start if self._live else None,
-                "probing": self._probing(),
                 "steps_per_epoch": self._steps_per_epoch,
             }
         return record

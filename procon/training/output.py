@@ -14,6 +14,7 @@ from typing import IO, Any, cast
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from procon.anchors.probes import PROBES
 from procon.errors import ProConError
 from procon.files import writing
 from procon.training.model_card import drop_section
@@ -39,7 +40,19 @@ _WEIGHTS = (
 )
 
 #: What two records of the same training share from its beginning on.
-_SAME = ("run", "arguments", "schedule", "scope", "penalty", "sides", "units", "block_weights", "reduction")
+_SAME = (
+    "run",
+    "arguments",
+    "schedule",
+    "scope",
+    "penalty",
+    "sides",
+    "units",
+    "block_weights",
+    "reduction",
+    "anchors_from",
+    "probing",
+)
 
 #: Folders that this process has locked.
 _held: set[Path] = set()
@@ -136,7 +149,7 @@ def claim(folder: Path, record: dict[str, Any], *, overwrite: bool) -> None:
                 "pass procon_overwrite=True (--procon_overwrite true) to delete what it left"
             )
         return
-    beside = [folder / name for name in (RECORD, "adapter_config.json", "trainer_state.json")]
+    beside = [folder / name for name in (RECORD, PROBES, "adapter_config.json", "trainer_state.json")]
     for path in (*beside, *weights, *checkpoints, *folder.glob("model-*-of-*.safetensors")):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     drop_section(folder / "README.md")

@@ -264,6 +264,20 @@ def test_probes_hold_what_plain_training_moves(trainer):
     assert "| anchors | projections at the last token of 8 probe prompts, run every 1 steps, with weight 50 |" in card
 
 
+def test_another_source_is_another_training(trainer, tmp_path):
+    settings = {"output_dir": str(tmp_path), "max_steps": 3, "procon_probe_every": 1}
+    held = trainer("probes", **settings)
+    held.train()
+    held.save_model()
+    for other in ({"source": "recorded"}, {"source": "probes", "procon_probe_weight": 3.0}):
+        with pytest.raises(ProConError, match="of another training: give another output_dir"):
+            trainer(**{**settings, **other}).train()
+    recorded = trainer("recorded", procon_overwrite=True, **settings)
+    recorded.train()
+    recorded.save_model()
+    assert not (tmp_path / PROBES).exists()
+
+
 def test_every_source_refuses_directions_of_another_model(tiny_model, tokenizer, random_directions):
     model, other = tiny_model(), tiny_model()
     with torch.no_grad():
