@@ -71,6 +71,7 @@ def _train(start: Start, model: PreTrainedModel, method: Method, job: Job, seed:
             base=start.base,
             train_dataset=dataset,
             data_collator=padding_collator(tokenizer),
+            processing_class=tokenizer,
         )
         with peak_memory() as peak:
             began = time.monotonic()
