@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from benchmarks.study.anchor_parts import source_parts
 from benchmarks.study.methods import Method
 from benchmarks.study.plan import Budget, Part, Size
 
@@ -237,7 +238,23 @@ _FULL_TABLE = replace(
 
 BUDGETS: dict[str, Budget] = {
     "table": Budget(
-        (TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, BASELINES, WARMUP, DEPTH, CONVERGENCE, SUBSPACE, FORMAT, ROUNDING),
+        (
+            *(
+                TABLE,
+                LAYERS,
+                STRENGTH,
+                CONTROL,
+                CHOICE,
+                BASELINES,
+                WARMUP,
+                DEPTH,
+                CONVERGENCE,
+                SUBSPACE,
+                FORMAT,
+                ROUNDING,
+            ),
+            *source_parts(START, PLAIN, PROCON_S),
+        ),
         Size(),
     ),
     "full": Budget(
