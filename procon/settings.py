@@ -162,6 +162,14 @@ class AnchorSettings:
         """Where the anchors of training tokens come from; None if they have none."""
         return next((source for source in ("recorded", "live") if source in self.anchors), None)
 
+    @property
+    def measured(self) -> Literal["probes", "tokens"] | None:
+        """What a strength that sets itself goes by: the probes' shift, if they are kept at their projections; else the
+        training tokens'; None if neither has anchors along the directions."""
+        if self.has_probes and self.probe_hold == "projections":
+            return "probes"
+        return "tokens" if self.of_tokens else None
+
 
 def check_setting(setting: str, value: Any, name: str | None = None) -> None:
     """Raise ProConError if ``value`` is none that the setting can have.

@@ -105,11 +105,11 @@ class ProConArguments:
     def schedule(self) -> AlphaSchedule:
         """The parsed ``procon_schedule``; ProConError if nothing is there that it could go by."""
         schedule = AlphaSchedule.parse(self.procon_schedule)
-        if schedule.hold is not None and self.anchor_settings().of_tokens is None:
+        if schedule.hold is not None and self.anchor_settings().measured is None:
             raise ProConError(
-                f"procon_schedule is {self.procon_schedule!r}, which goes by the shift of training tokens, and with "
-                f"procon_anchors {self.procon_anchors!r} they have no anchors: take 'recorded', 'live' or one of them "
-                "with probes, or a schedule of phases"
+                f"procon_schedule is {self.procon_schedule!r}, which goes by shifts along the directions, and probes "
+                "kept at their whole state have none: set procon_probe_hold to 'projections', or take a schedule of "
+                "phases"
             )
         return schedule
 

@@ -266,16 +266,18 @@ class ProConMixin(StrengthMixin):
         """Of the penalties that this micro-batch has a share of: that of its tokens, and the probes'."""
         settings = self.args.anchor_settings()
         shares = [self._share_of_tokens(constraint)] if settings.of_tokens else []
-        if self.hold is not None:
+        if self.hold is not None and settings.measured == "tokens":
             self.hold.measure(self._shift_of_tokens(constraint))
         if settings.has_probes and not self._probed and self.state.global_step % settings.probe_every == 0:
             if self._probes is None:
                 raise ProConError(NO_ANCHORS)
             self._probed = True  # once in an optimiser step
             batch = self._probes.batch(self.args.device)
-            penalty = probe_penalty(constraint, batch, hold=settings.probe_hold)
             # Ranks that have the same probes have a part each.
-            shares.append(settings.probe_weight / self._ranks_apart * penalty)
+            share = probe_penalty(constraint, batch, hold=settings.probe_hold) / self._ranks_apart
+            if self.hold is not None and settings.measured == "probes":
+                self.hold.measure(share)
+            shares.append(settings.probe_weight * share)
         return shares
 
     def _gradient_of(self, alpha: float) -> float | None:
