@@ -20,6 +20,7 @@ def _mount_kernels() -> None:
     spec = spec_from_file_location("procon.kernels", file, submodule_search_locations=[str(file.parent)])
     if spec is not None and spec.loader is not None:
         sys.modules["procon.kernels"] = module = module_from_spec(spec)
+        globals()["kernels"] = module  # as an import of a submodule sets it
         spec.loader.exec_module(module)
 
 

@@ -113,11 +113,7 @@ class ConstraintSettings:
     def __post_init__(self) -> None:
         for setting in fields(self):
             check_setting(setting.name, getattr(self, setting.name))
-        if self.penalty == "huber" and AlphaSchedule.parse(self.schedule).hold is not None:
-            raise ProConError(
-                f"schedule is {self.schedule!r} and penalty is 'huber', which does not tell how far tokens moved: give "
-                "penalty 'absolute' or 'squared', or a schedule of phases"
-            )
+        check_measured(self.schedule, self.penalty)
 
 
 @dataclass(frozen=True)
@@ -198,6 +194,19 @@ def check_setting(setting: str, value: Any, name: str | None = None) -> None:
         backend_variable()
 
 
+def check_measured(schedule: str, penalty: Penalty, prefix: str = "") -> None:
+    """Raise ProConError if ``schedule`` goes by the shift of the tokens, and ``penalty`` does not measure it.
+
+    Args:
+        prefix: what the user's names of the settings begin with.
+    """
+    if penalty == "huber" and AlphaSchedule.parse(schedule).hold is not None:
+        raise ProConError(
+            f"{prefix}schedule is {schedule!r} and {prefix}penalty is 'huber', which does not show how far tokens "
+            f"moved: give {prefix}penalty 'absolute' or 'squared', or a schedule of phases"
+        )
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ProConError, naming the choices, if ``value`` is not one of them."""
     if value not in choices:
@@ -244,9 +253,13 @@ def _beside_last(pair: Sequence[object]) -> object:
 
 def _are_indices(value: object) -> bool:
     """Whether ``value`` is a list of indices, or of indices and the word "last"."""
-    return isinstance(value, Sequence) and not any(
-        isinstance(item, bool) or not (isinstance(item, Integral) or (isinstance(item, str) and item == LAST))
-        for item in value
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, bytes | bytearray)
+        and not any(
+            isinstance(item, bool) or not (isinstance(item, Integral) or (isinstance(item, str) and item == LAST))
+            for item in value
+        )
     )
 
 
@@ -285,7 +298,7 @@ def check_alpha(alpha: float, name: str = "alpha") -> None:
 def sentences(settings: type[Any]) -> dict[str, str]:
     """The sentence beneath each field of a dataclass, in one line: what ``--help`` shows.
 
-    Empty where Python has no source to read, as in a frozen application.
+    Empty if Python has no source to read, as in a frozen application.
     """
     try:
         source = ast.parse(dedent(inspect.getsource(settings))).body[0]

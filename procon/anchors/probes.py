@@ -24,7 +24,7 @@ from procon.directions import BlockDirections
 from procon.errors import ProConError
 from procon.files import whole_file
 from procon.models import decoder_forward, evaluating, find_decoder, model_device, observe_last_state, unwrapped
-from procon.settings import DEFAULTS, Backend
+from procon.settings import DEFAULTS, AnchorSettings, Backend, check_setting
 
 #: The file's name where it stands beside a model or in a checkpoint.
 PROBES = "probe-anchors.safetensors"
@@ -97,8 +97,12 @@ class Probes:
             count: the first so many; all of them, 8 of the built-in ones, if not given.
 
         Raises:
-            ProConError: for a tokenizer without a chat template, no prompts, or directions of another model.
+            ProConError: for a wrong setting, a tokenizer without a chat template, no prompts, or directions of another
+                model.
         """
+        check_setting("backend", backend)
+        if count is not None:
+            check_setting("probe_count", count, "count")
         texts = _texts(prompts, count)
         if getattr(tokenizer, "chat_template", None) is None:
             raise ProConError(
@@ -165,7 +169,7 @@ class Probes:
 
 def _texts(prompts: Sequence[str] | str | Path | None, count: int | None) -> tuple[str, ...]:
     if prompts is None:
-        return builtin_prompts("extraction").malicious[: count or 8]
+        return builtin_prompts("extraction").malicious[: count or AnchorSettings.probe_count]
     texts = load_instructions(prompts) if isinstance(prompts, str | Path) else tuple(prompts)
     if not texts:
         raise ProConError("no probe prompts given: at least one is needed")

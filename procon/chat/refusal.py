@@ -143,7 +143,7 @@ def measure_refusal(
     batch_size: int = 32,
     progress: bool = True,
 ) -> float:
-    """Share of malicious prompts that the model refuses (on at most 32); warns where it refuses none."""
+    """Share of malicious prompts that the model refuses (on at most 32); warns if it refuses none."""
     sample = [user_turn(prompt) for prompt in malicious[:REFUSAL_CHECK_PROMPTS]]
     replies = generate_replies(
         model,

@@ -48,7 +48,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], gener
         ) from error
     except Exception as error:  # templates raise jinja2 errors of their own making
         raise ProConError(f"the chat template of {tokenizer.name_or_path!r} rejects a conversation: {error}") from error
-    return rendered  # pyright: ignore[reportReturnType]  # a text where tokenize is False
+    return rendered  # pyright: ignore[reportReturnType]  # a text if tokenize is False
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -96,7 +96,7 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokenizer's padding id, or its end-of-text id where it has none (padding is masked out everywhere)."""
+    """The tokenizer's padding id, or its end-of-text id if it has none (padding is masked out everywhere)."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return token_id  # pyright: ignore[reportReturnType]  # typed as for tokens, too

@@ -40,7 +40,7 @@ class DirectionsArguments:
     output: str = _option("directions.safetensors", "File to write.")
     malicious: str | None = _option(None, "Malicious prompts (.txt or .jsonl); the built-in ones if not given.")
     benign: str | None = _option(None, "Benign prompts (.txt or .jsonl); the built-in ones if not given.")
-    k: int = _option(1, "Directions a block, 1 to 8; more than one come from the built-in prompts' categories.")
+    k: int = _option(1, "Directions per block, 1 to 8; more than one come from the built-in prompts' categories.")
     name: str | None = _option(None, "Another concept than refusal: its name, for logs, reports and cards.")
     positive: str | None = _option(None, "Prompts that have that concept (.txt or .jsonl).")
     negative: str | None = _option(None, "Prompts that do not have it (.txt or .jsonl).")
@@ -48,7 +48,7 @@ class DirectionsArguments:
         None, "Its vectors, if they are given (.safetensors): a linear probe's, a persona's, an SAE decoder's."
     )
     add: str | None = _option(None, "Directions file whose concepts come first in the file that is written.")
-    batch_size: int = _option(32, "Prompts a batch.")
+    batch_size: int = _option(32, "Prompts per batch.")
     dtype: Dtype = _option("auto", "auto, bfloat16, float16 or float32.")
     trust_remote_code: bool = _option(False, "Run code that comes with the model, with your rights; read it first.")
 
@@ -92,10 +92,10 @@ class TrainArguments:
     lora_r: int = _option(PAPER_RECIPE.lora_r, "Rank of the LoRA adapter.")
     lora_alpha: int = _option(PAPER_RECIPE.lora_alpha, "Scale of the LoRA adapter.")
     lora_targets: str = _option(",".join(PAPER_RECIPE.lora_targets), "Modules with an adapter, or all-linear.")
-    max_length: int = _option(1024, "Tokens a sample is cut to.")
+    max_length: int = _option(1024, "Tokens that a sample is cut to.")
     flatten: bool = _option(False, "Join each batch into one row without padding instead of padding it.")
     attn_implementation: str = _option(
-        "auto", "FlashAttention where it runs, or one by transformers' name, such as sdpa or flash_attention_2."
+        "auto", "FlashAttention if it runs, or one by transformers' name, such as sdpa or flash_attention_2."
     )
     drift_steps: int = _option(50, "Measure drift every so many steps; 0 for never.")
     drift_gate: float | None = _option(None, "Lowest mean cosine allowed, such as 0.9; none if not given.")
@@ -128,7 +128,7 @@ class DriftArguments:
         None, "Prompts that have what the monitors look for; one file, or one for each, joined by commas."
     )
     negative: str | None = _option(None, "Prompts that do not have it, given in the same way.")
-    batch_size: int = _option(32, "Prompts a batch.")
+    batch_size: int = _option(32, "Prompts per batch.")
     dtype: Dtype = _option("auto", "auto, bfloat16, float16 or float32.")
     trust_remote_code: bool = _option(False, "Run code that comes with the model, with your rights; read it first.")
 
@@ -152,7 +152,7 @@ class EvalArguments:
     task: str | None = _option(None, "Task with known answers, in the formats of procon train --data.")
     max_new_tokens: int = _option(32, "Length of a reply to a malicious or benign prompt.")
     task_max_new_tokens: int = _option(128, "Length of a task reply.")
-    batch_size: int = _option(32, "Prompts a batch.")
+    batch_size: int = _option(32, "Prompts per batch.")
     dtype: Dtype = _option("auto", "auto, bfloat16, float16 or float32.")
     trust_remote_code: bool = _option(False, "Run code that comes with the model, with your rights; read it first.")
 

@@ -127,7 +127,7 @@ def _load(
 
 
 def _output_file(path: str) -> Path:
-    """The path; refused before any work where it could not be written after it."""
+    """The path; refused before any work if it could not be written after it."""
     if Path(path).is_dir():
         raise ProConError(f"output {path!r} is a folder: give a file in it")
     check_writable(path)

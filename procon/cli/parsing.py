@@ -41,7 +41,7 @@ _SHOWN_TRAINING_ARGUMENTS = {
     "report_to",
 }
 
-#: The paper's recipe (section IV-A2) and quiet defaults, where TrainingArguments' own differ.
+#: The paper's recipe (section IV-A2) and quiet defaults, as far as TrainingArguments' own differ.
 _TRAINING_DEFAULTS = {
     "output_dir": "procon-output",
     "learning_rate": PAPER_RECIPE.learning_rate,
@@ -132,7 +132,7 @@ def _main(argv: list[str]) -> int:
 
 
 def _from_system(error: OSError) -> ProConError:
-    """What the system refused, where no other check saw it coming."""
+    """What the system refused, if no other check saw it coming."""
     what = f"{str(error.filename)!r} cannot be read or written" if error.filename else "the system refuses"
     return ProConError(f"{what} ({error.strerror or error or type(error).__name__}): change that and run it again")
 

@@ -127,7 +127,7 @@ def _checkpoint(output: Path) -> Checkpoint:
 
 
 def _plan(arguments: TrainArguments, config: ProConConfig, checkpoint: Checkpoint | None) -> _Job:
-    if DriftGate.parse(arguments.drift_gate, arguments.drift_gate_action) and not arguments.drift_steps:
+    if DriftGate.parse(arguments.drift_gate, arguments.drift_gate_action, "drift_") and not arguments.drift_steps:
         raise ProConError(f"drift_gate is {arguments.drift_gate}, but drift_steps is 0: give steps to measure it at")
     if config.max_steps <= 0 and not config.num_train_epochs > 0:
         raise ProConError(f"num_train_epochs is {config.num_train_epochs:g}: give a number above 0, or max_steps")
@@ -137,6 +137,8 @@ def _plan(arguments: TrainArguments, config: ProConConfig, checkpoint: Checkpoin
     settings = _defence_settings(arguments, defence)
     if defence:
         config = defence.configure(config)
+    if config.schedule().active and not checkpoint and (defence is None or defence.is_procon):
+        on_main(config.check_probe_file)
     needs = defence.needs if defence else {"directions"} if config.schedule().active else set()
     conversations = load_conversations(arguments.data)
     aligning = "alignment_dataset" in needs

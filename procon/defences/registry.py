@@ -182,7 +182,7 @@ DEFENCES: dict[str, Defence] = {
         _procon("procon_s", "ProCon_s", "The projection constraint throughout.", "procon_s"),
         _procon("procon_wu", "ProCon_wu", "The projection constraint in extra warm-up epochs.", "procon_wu"),
         _procon("procon_s_safe", "ProCon_s_safe", "ProCon_s with safety samples.", "procon_s", safety=True),
-        # The paper halves the warm-up where safety samples are mixed in (section V-D).
+        # The paper halves the warm-up if safety samples are mixed in (section V-D).
         _procon("procon_wu_safe", "ProCon_wu_safe", "ProCon_wu with safety samples.", "procon_wu:1@2ep", safety=True),
     )
 }
@@ -210,7 +210,7 @@ def build_trainer(
 ) -> Trainer:
     """The trainer of defence ``name``, which takes of the rest what it needs and leaves what it does not.
 
-    Where ``DEFENCES[name].safety``, ``train_dataset`` is expected to have safety samples mixed in.
+    If ``DEFENCES[name].safety``, ``train_dataset`` is expected to have safety samples mixed in.
 
     Args:
         args: its ``procon_`` settings are used by the ProCon defences; those left at their defaults take the defence's.
@@ -221,7 +221,7 @@ def build_trainer(
         trainer_arguments: ``train_dataset``, ``data_collator`` and others, as for the Trainer.
 
     Raises:
-        ProConError: for an unknown defence or setting, and where something that it needs is not given.
+        ProConError: for an unknown defence or setting, and if something that it needs is not given.
     """
     defence = find_defence(name)
     args = defence.configure(args)

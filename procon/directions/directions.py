@@ -43,7 +43,7 @@ class Directions(BlockDirections):
         vectors: ``[L, K, D]`` fp32, unit vectors, or zeros where a concept has none.
         scale: ``[L, K]`` fp32, the unit of a departure under ``units="gap"``: the distance between the two means of
             prompts along it. NaN if no prompts were given, 0 where there is no vector.
-        auroc: ``[L, K]`` fp32, how well the projection tells positive from negative prompts; NaN if not measured.
+        auroc: ``[L, K]`` fp32, how well the projection separates positive from negative prompts; NaN if not measured.
         positive, negative: ``[L, K]`` fp32, projections of the means of both sides; NaN if not measured.
         names: of the concepts, ``K`` different ones.
         length: ``[L, K]`` fp32, of each vector as it was given: a probe's score is ``length * <vector, x> + bias``.
@@ -125,7 +125,7 @@ class Directions(BlockDirections):
                 is taken, and left out of the means; none if a side has fewer than ten.
 
         Raises:
-            ProConError: without prompts; for a name that is none; on hidden states that are not finite, or that are
+            ProConError: without prompts; for an invalid name; on hidden states that are not finite, or that are
                 the same for both sides at every block.
         """
         check_name(name)
@@ -199,7 +199,7 @@ class Directions(BlockDirections):
 
         Raises:
             ProConError: for a vector of another width, of zeros or not finite, or of a block that is not there; for a
-                bias or a threshold without a vector; for a name that is none.
+                bias or a threshold without a vector; for an invalid name.
         """
         check_name(name)
         decoder = find_decoder(model)

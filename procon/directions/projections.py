@@ -1,4 +1,4 @@
-"""Projections of prompts on directions, and how well they tell two sets of prompts apart."""
+"""Projections of prompts on directions, and how well they separate two sets of prompts."""
 
 from __future__ import annotations
 

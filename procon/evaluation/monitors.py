@@ -64,7 +64,7 @@ class MonitorChange:
 
     @property
     def best(self) -> int:
-        """The row at which the monitor told the prompts apart best before training: where one would use it."""
+        """The row at which the monitor separated the prompts best before training: where one would use it."""
         return int(self.before.auroc.nan_to_num(nan=-1.0).argmax())
 
     def rows(self, name: str) -> list[dict[str, Any]]:

@@ -172,7 +172,7 @@ class ProConCallback(TrainerCallback, ExportableState):
             return
         _refuse(args, model, train_dataloader)
         self._steps_per_epoch = max(1, -(-len(train_dataloader) // args.gradient_accumulation_steps))
-        # Differs on resuming where the schedule counts in epochs and the steps are of another size.
+        # Differs on resuming if the schedule counts in epochs and the steps are of another size.
         self._settings["phase_steps"] = [
             int(phase.steps(self._steps_per_epoch)) for phase in self._schedule.phases if phase.length is not None
         ]

@@ -1,7 +1,8 @@
-"""What is known of transformers' models: where their blocks are, how they run, which weights they have.
+"""What is known of transformers' models: where their blocks are, how they run, which weights they have and had.
 
 In: a causal LM, bare or wrapped, or its name.
-Out: its decoder, block inputs, the last block's output, attention and hashes of weights and configuration.
+Out: its decoder, block inputs and last block's output, its attention, the model as it was when training started; hashes
+of weights and configuration, and the origin by which two models are compared.
 May import: the leaves. It knows no directions and no anchors.
 """
 

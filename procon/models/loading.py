@@ -23,7 +23,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 
 def default_dtype() -> torch.dtype:
-    """bfloat16 where the machine multiplies it natively (CUDA, ROCm, AMX or AVX512-BF16), else float32."""
+    """bfloat16 if the machine multiplies it natively (CUDA, ROCm, AMX or AVX512-BF16), else float32."""
     if torch.cuda.is_available():
         return torch.bfloat16
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

@@ -80,7 +80,7 @@ class DriftCallback(ProbeCallback):
     - ``procon/drift_cos_block/07``: the same at each block that has a direction; for trackers and files, not printed.
     - ``procon/drift_shift_malicious``, ``procon/drift_shift_benign``: mean shift of the prompts along the **first**
       directions, in units of their gap (see :class:`procon.evaluation.Drift`).
-    - ``procon/drift_gate``: 1 where the mean cosine has just fallen below ``gate``.
+    - ``procon/drift_gate``: 1 if the mean cosine has just fallen below ``gate``.
 
     The mean cosine and the lowest block's stand beside the progress bar.
 

@@ -27,6 +27,7 @@ from procon.training.hold import Hold
 from procon.training.loss_scale import loss_scale
 from procon.training.model_card import describe, write_section
 from procon.training.output import output_folder
+from procon.training.ranks import on_main
 from procon.training.record import write_record
 from procon.training.strength import StrengthMixin
 from procon.training.watch import Watch
@@ -155,6 +156,8 @@ class ProConMixin(StrengthMixin):
         self._resumed = checkpoint
         if not self.alpha_schedule.active:
             return super()._constraining(checkpoint)
+        if not checkpoint:  # which has the probes
+            on_main(self.args.check_probe_file)
         constraint = self.constraint
         if constraint is None:
             constraint = self._make_constraint(
@@ -281,7 +284,7 @@ class ProConMixin(StrengthMixin):
         return shares
 
     def _gradient_of(self, alpha: float) -> float | None:
-        """What the gradient of a micro-batch's share of the penalty is; None where an engine scales the loss."""
+        """What the gradient of a micro-batch's share of the penalty is; None if an engine scales the loss."""
         if self.is_deepspeed_enabled:
             return None
         scaler = self.accelerator.scaler
