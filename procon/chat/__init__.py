@@ -5,7 +5,7 @@ Out: token ids, response masks, replies and refusal rates.
 May import: ``models`` and the leaves.
 """
 
-from procon.chat.generation import generate_replies, left_padded_batches
+from procon.chat.generation import continue_texts, generate_replies, left_padded_batches
 from procon.chat.prompts import ContrastPrompts, Split, builtin_prompts, builtin_refusals, load_instructions
 from procon.chat.refusal import is_degenerate, is_refusal, measure_refusal, refusal_rate
 from procon.chat.template import Message, pad_token_id, render, response_mask, template_hash, user_turn
@@ -16,6 +16,7 @@ __all__ = [
     "Split",
     "builtin_prompts",
     "builtin_refusals",
+    "continue_texts",
     "generate_replies",
     "is_degenerate",
     "is_refusal",

@@ -149,7 +149,25 @@ class EvalArguments:
     output: str | None = _option(None, "JSON file to write figures and all replies to.")
     malicious: str | None = _option(None, "Malicious prompts (.txt or .jsonl); built-in held-out ones if not given.")
     benign: str | None = _option(None, "Benign prompts (.txt or .jsonl); built-in held-out ones if not given.")
+    prompts: str | None = _option(
+        None,
+        "Published prompt sets, joined by commas: harmbench, advbench, jailbreakbench, hex-phi, strongreject, "
+        "sorry-bench, xstest, or-bench; NAME@REVISION for another revision than main. The first set that has malicious "
+        "or benign prompts gives them.",
+    )
+    max_prompts: int = _option(0, "Take so many prompts of each kind of a set, spread over it; 0 for all.")
+    judge: str = _option(
+        "keywords",
+        "Who says what is a refusal, joined by commas: keywords (English), wildguard, llama-guard, harmbench, "
+        "refusal:MODEL, strongreject:MODEL, or a URL such as http://localhost:8000/v1#MODEL. The first one counts, the "
+        "others are compared with it.",
+    )
     task: str | None = _option(None, "Task with known answers, in the formats of procon train --data.")
+    task_metric: str = _option("exact", "When a task reply is right: exact, contains or rouge-l.")
+    lm_eval: str | None = _option(
+        None, "Tasks of lm-evaluation-harness, names or .yaml files joined by commas, to run as well."
+    )
+    lm_eval_limit: int = _option(0, "Documents of each of these tasks; 0 for all.")
     max_new_tokens: int = _option(32, "Length of a reply to a malicious or benign prompt.")
     task_max_new_tokens: int = _option(128, "Length of a task reply.")
     batch_size: int = _option(32, "Prompts per batch.")
@@ -158,6 +176,7 @@ class EvalArguments:
 
     def __post_init__(self) -> None:
         _check_least(1, self, "max_new_tokens", "task_max_new_tokens", "batch_size")
+        _check_least(0, self, "max_prompts", "lm_eval_limit")
         _check_dtype(self.dtype)
 
 

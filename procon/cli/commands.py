@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from procon.chat import ContrastPrompts, Split, builtin_prompts, load_instructions
 from procon.cli.arguments import DirectionsArguments, DriftArguments, EvalArguments, QuickstartArguments
 from procon.cli.concepts import ConceptFiles, describe, read_others
+from procon.cli.judging import evaluation_prompts, judging_lines
 from procon.cli.monitors import Monitors, rows_of
 from procon.cli.monitors import describe as describe_monitors
 from procon.data import load_conversations
@@ -22,7 +24,15 @@ from procon.demo.quickstart import quickstart as run_quickstart
 from procon.directions import ContrastMeans, Directions, RefusalDirections
 from procon.directions.refusal_directions import check_k
 from procon.errors import ProConError, printable
-from procon.evaluation import Drift, compare_monitors, evaluate, measure_drift
+from procon.evaluation import (
+    Drift,
+    HarnessTasks,
+    compare_monitors,
+    evaluate,
+    find_metric,
+    load_judges,
+    measure_drift,
+)
 from procon.files import check_writable, save_json
 from procon.models import load_model, parse_dtype
 from procon.report import Run, print_table
@@ -102,22 +112,36 @@ def drift(arguments: DriftArguments) -> None:
 def evaluation(arguments: EvalArguments) -> None:
     """``procon eval``"""
     output = _output_file(arguments.output) if arguments.output else None
-    prompts = _prompts(arguments.malicious, arguments.benign, "held_out")
+    find_metric(arguments.task_metric)
+    harness = HarnessTasks(arguments.lm_eval) if arguments.lm_eval else None
+    prompts, sources = evaluation_prompts(arguments)
     task = _task(arguments.task) if arguments.task else None
+    dtype = parse_dtype(arguments.dtype)
+    judges = load_judges(arguments.judge, dtype=dtype, trust_remote_code=arguments.trust_remote_code)
     model, tokenizer = _load(arguments.model, arguments)
     found = evaluate(
         model,
         tokenizer,
         prompts=prompts,
         task=task,
+        judge=judges,
+        metric=arguments.task_metric,
         label=arguments.model,
+        sources=sources,
         max_new_tokens=arguments.max_new_tokens,
         task_max_new_tokens=arguments.task_max_new_tokens,
         batch_size=arguments.batch_size,
     )
     if output:
         found.save(output)
+    if harness:
+        results = harness.run(model, tokenizer, batch_size=arguments.batch_size, limit=arguments.lm_eval_limit)
+        found = replace(found, lm_eval=results)
+        if output:
+            found.save(output)
     print_table([Run(label=arguments.model, evaluation=found)])
+    for line in judging_lines(found):
+        Console().print(Text(printable(line)))
 
 
 def _load(

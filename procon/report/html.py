@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 
 from procon.evaluation import extract_answer
 from procon.report.cells import (
-    CAPTION,
     INTERVAL_CAPTION,
     MONITOR_CAPTION,
     MONITOR_HEADERS,
+    caption,
     check_runs,
     monitor_rows,
     number_cells,
@@ -58,7 +58,8 @@ def write_html(
         ProConError: without runs.
     """
     check_runs(runs)
-    sections = [("Results", f"{_html_table(runs)}<p class='caption'>{escape(CAPTION)} {escape(INTERVAL_CAPTION)}</p>")]
+    below = f"<p class='caption'>{escape(caption(runs))} {escape(INTERVAL_CAPTION)}</p>"
+    sections = [("Results", _html_table(runs) + below)]
     sections += [
         (
             heading,
@@ -192,9 +193,15 @@ def _html_reply(reply: dict[str, Any] | None) -> str:
     if reply is None:
         return "<td>-</td>"
     if reply["kind"] == "task":
-        marks = ["correct" if reply["correct"] else f"wrong, should be {extract_answer(reply['reference'])}"]
+        marks = [_task_mark(reply)]
     else:
-        marks = ["refused" if reply["refused"] else "no refusal phrase"]
+        marks = ["refused" if reply["refused"] else "not refused"]
     if reply["degenerate"]:
         marks.append("degenerate")
     return f"<td><b>{escape(', '.join(marks))}</b><p>{escape(reply['reply'])}</p></td>"
+
+
+def _task_mark(reply: dict[str, Any]) -> str:
+    if "mark" in reply:
+        return f"mark {reply['mark']:.2f}"
+    return "correct" if reply["correct"] else f"wrong, should be {extract_answer(reply['reference'])}"

@@ -25,7 +25,7 @@ from transformers import (
 from procon.chat import ContrastPrompts, builtin_prompts
 from procon.directions import ContrastMeans, RefusalDirections
 from procon.errors import ProConError
-from procon.evaluation import Drift, evaluate, measure_drift
+from procon.evaluation import Drift, Judge, Metric, evaluate, measure_drift
 from procon.settings import GateAction
 from procon.training.console import log_with_details, show_beside_bar
 from procon.training.drift_gate import DriftGate
@@ -208,7 +208,9 @@ class EvaluationCallback(ProbeCallback):
     Args:
         prompts: contrast prompts, 24 built-in validation pairs if not given: keep held-out ones for the end.
         task: rows ``{"instruction", "output"}`` that are not trained on.
-        max_new_tokens, task_max_new_tokens: lengths of the replies, as in :func:`procon.evaluation.evaluation`.
+        judge: who says whether a reply refuses, and ``metric``: when a task reply is right; as in
+            :func:`procon.evaluation.evaluate`. A judge that is a model stays in memory while training runs.
+        max_new_tokens, task_max_new_tokens: lengths of the replies, as in :func:`procon.evaluation.evaluate`.
     """
 
     def __init__(
@@ -219,12 +221,15 @@ class EvaluationCallback(ProbeCallback):
         steps: int = 50,
         prompts: ContrastPrompts | None = None,
         task: Sequence[dict[str, Any]] | None = None,
+        judge: str | Judge | Sequence[Judge] | None = None,
+        metric: str | Metric = "exact",
         max_new_tokens: int = 24,
         task_max_new_tokens: int = 64,
     ) -> None:
         super().__init__(trainer, tokenizer, steps)
         self.prompts = prompts or builtin_prompts("validation").first(24)
         self.task = task
+        self.judge, self.metric = judge, metric
         self.max_new_tokens = max_new_tokens
         self.task_max_new_tokens = task_max_new_tokens
 
@@ -234,6 +239,8 @@ class EvaluationCallback(ProbeCallback):
             self.tokenizer,
             prompts=self.prompts,
             task=self.task,
+            judge=self.judge,
+            metric=self.metric,
             max_new_tokens=self.max_new_tokens,
             task_max_new_tokens=self.task_max_new_tokens,
             progress=False,
