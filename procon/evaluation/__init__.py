@@ -7,7 +7,7 @@ May import: ``directions``, ``chat``, ``models`` and the leaves.
 
 from procon.evaluation.causal_effects import block_effects, causal_weights
 from procon.evaluation.drift import Drift, compare_means, measure_drift
-from procon.evaluation.evaluation import Z_95, Evaluation, Rate, evaluate, exact_match, extract_answer
+from procon.evaluation.evaluation import Z_95, Evaluation, NothingFinished, Rate, evaluate, exact_match, extract_answer
 from procon.evaluation.monitors import MonitorChange, MonitorReading, compare_monitors, measure_monitors
 from procon.evaluation.refusal_odds import first_token_log_probabilities, refusal_log_odds, refusal_tokens
 
@@ -17,6 +17,7 @@ __all__ = [
     "Evaluation",
     "MonitorChange",
     "MonitorReading",
+    "NothingFinished",
     "Rate",
     "block_effects",
     "causal_weights",

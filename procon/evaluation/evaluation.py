@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from procon.chat import ContrastPrompts, builtin_prompts, generate_replies, is_degenerate, is_refusal, user_turn
+from procon.chat import ContrastPrompts, builtin_prompts, describe_chat, generate, is_degenerate, is_refusal, user_turn
 from procon.errors import ProConError
 from procon.files import load_json, save_json
+from procon.settings import ChatSettings
 
 #: Two-sided 95% quantile of the standard normal distribution.
 Z_95 = 1.959963984540054
@@ -72,6 +74,10 @@ class Evaluation:
     a stock phrase before an answer for a refusal. Above all, a reply without a phrase need not be compliance: a model
     that repeats one word has stopped refusing and stopped answering. Read ``degenerate`` beside it, and the replies.
 
+    A model may think first. Its thoughts are no part of the reply. If one does not end within its budget, there is no
+    reply, so it counts neither as a refusal nor as compliance nor as degenerate, but as ``unfinished``. In a task it
+    counts as wrong.
+
     Attributes:
         label: name of the model or run.
         refusal_malicious: share of malicious prompts that are refused; higher is safer.
@@ -80,7 +86,10 @@ class Evaluation:
             such a reply is a refusal only if a refusal phrase occurs in it.
         task: share of task replies whose final answer matches the reference exactly; None if no task was given.
         replies: one dict per reply: ``kind`` ("malicious", "benign" or "task"), ``prompt``, ``reply``, ``refused``,
-            ``degenerate``, and for a task ``reference`` and ``correct``.
+            ``degenerate``, for a task ``reference`` and ``correct``, and ``thought`` and ``unfinished`` if there was a
+            thought.
+        unfinished: share of all replies whose thought did not end; None in files of earlier versions.
+        chat: how the model was asked: ``system_prompt`` and ``template_kwargs``; empty in files of earlier versions.
     """
 
     label: str
@@ -89,6 +98,8 @@ class Evaluation:
     degenerate: Rate
     task: Rate | None
     replies: list[dict[str, Any]]
+    unfinished: Rate | None = None
+    chat: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, for JSON."""
@@ -109,6 +120,8 @@ class Evaluation:
             degenerate=Rate(**data["degenerate"]),
             task=None if task is None else Rate(**task),
             replies=[_reply(reply) for reply in data["replies"]],
+            unfinished=None if data.get("unfinished") is None else Rate(**data["unfinished"]),
+            chat=dict(data.get("chat", {})),
         )
 
     def save(self, path: str | Path) -> Path:
@@ -151,6 +164,7 @@ def evaluate(
     prompts: ContrastPrompts | None = None,
     task: Sequence[dict[str, Any]] | None = None,
     label: str = "",
+    chat: ChatSettings | None = None,
     max_new_tokens: int = 32,
     task_max_new_tokens: int = 64,
     batch_size: int = 64,
@@ -164,20 +178,23 @@ def evaluate(
         prompts: malicious and benign instructions; the built-in held-out ones if not given.
         task: rows ``{"instruction", "output"}`` whose final answers are compared (see :func:`extract_answer`).
         label: name of the model or run in reports.
-        max_new_tokens: length of a reply to a contrast prompt; a refusal shows in its opening.
+        chat: how the model is asked: system prompt, variables of its chat template, markers and budget of its thoughts.
+        max_new_tokens: length of a reply to a contrast prompt; a refusal shows in its opening. Thoughts do not count.
         task_max_new_tokens: length of a task reply, which has to reach the final answer.
 
     Raises:
-        ProConError: if a task row lacks a key, ``task`` is empty, or the tokenizer has no chat template.
+        ProConError: if a task row lacks a key, ``task`` is empty, the tokenizer has no chat template, or no reply came
+            to the end of its thought.
     """
     prompts = prompts or builtin_prompts("held_out")
     references = [] if task is None else _task_rows(task)
 
     def judged(kind: str, instructions: Sequence[str], length: int, description: str) -> list[dict[str, Any]]:
-        texts = generate_replies(
+        replies = generate(
             model,
             tokenizer,
             [user_turn(instruction) for instruction in instructions],
+            chat=chat,
             max_new_tokens=length,
             batch_size=batch_size,
             description=description,
@@ -187,11 +204,12 @@ def evaluate(
             {
                 "kind": kind,
                 "prompt": prompt,
-                "reply": text,
-                "refused": is_refusal(text),
-                "degenerate": is_degenerate(text),
+                "reply": reply.text,
+                "refused": reply.finished and is_refusal(reply.text),
+                "degenerate": reply.finished and is_degenerate(reply.text),
+                **({"thought": reply.thought, "unfinished": not reply.finished} if reply.thought else {}),
             }
-            for prompt, text in zip(instructions, texts, strict=True)
+            for prompt, reply in zip(instructions, replies, strict=True)
         ]
 
     malicious = judged("malicious", prompts.malicious, max_new_tokens, "malicious prompts")
@@ -199,14 +217,42 @@ def evaluate(
     tasks = judged("task", [row[0] for row in references], task_max_new_tokens, "task") if references else []
     for reply, (_, reference) in zip(tasks, references, strict=True):
         reply |= {"reference": reference, "correct": exact_match(reply["reply"], reference)}
+    replies = malicious + benign + tasks
+    unfinished = Rate.of(_is_unfinished(reply) for reply in replies)
+    if unfinished.hits:
+        warnings.warn(
+            f"{unfinished.hits} of {unfinished.total} replies did not come to the end of their thought, and count as "
+            "unfinished: raise thinking_tokens, or switch thinking off",
+            stacklevel=2,
+        )
     return Evaluation(
         label=label,
-        refusal_malicious=Rate.of(reply["refused"] for reply in malicious),
-        refusal_benign=Rate.of(reply["refused"] for reply in benign),
-        degenerate=Rate.of(reply["degenerate"] for reply in malicious + benign),
+        refusal_malicious=Rate.of(reply["refused"] for reply in _finished(malicious)),
+        refusal_benign=Rate.of(reply["refused"] for reply in _finished(benign)),
+        degenerate=Rate.of(reply["degenerate"] for reply in _finished(malicious + benign)),
         task=Rate.of(reply["correct"] for reply in tasks) if tasks else None,
-        replies=malicious + benign + tasks,
+        replies=replies,
+        unfinished=unfinished,
+        chat=describe_chat(tokenizer, chat),
     )
+
+
+class NothingFinished(ProConError):
+    """No reply came to the end of its thought, so nothing can be said of the model."""
+
+
+def _is_unfinished(reply: dict[str, Any]) -> bool:
+    return bool(reply.get("unfinished"))
+
+
+def _finished(replies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = [reply for reply in replies if not _is_unfinished(reply)]
+    if not found:
+        raise NothingFinished(
+            f"none of {len(replies)} replies came to the end of its thought, so there is nothing to judge: raise "
+            "thinking_tokens, or switch thinking off"
+        )
+    return found
 
 
 def _task_rows(task: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
