@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from procon.chat.generation import generate_replies
+from procon.chat.generation import generate
 from procon.chat.template import user_turn
+from procon.chat.thinking import split_thoughts
+from procon.settings import ChatSettings
 
 #: Words by which chat models refuse, in lower case and with contractions written out (the rule-based judge of the
 #: paper, section IV-A3: a reply without any such phrase counts as an answer).
@@ -102,11 +104,12 @@ _IDIOM = re.compile(
 
 
 def is_refusal(reply: str) -> bool:
-    """Whether a refusal phrase occurs in the opening of ``reply``.
+    """Whether a refusal phrase occurs in the opening of ``reply``; thoughts that still are in it do not count.
 
     A keyword judge is rough: it misses refusals in other words and other languages than English, and counts an
     opening such as "I'm sorry, but I will try: ..." as a refusal.
     """
+    reply = split_thoughts(reply).text
     opening = re.sub("[\u2018\u2019\u02bc\u00b4`]", "'", " ".join(reply[:OPENING_CHARACTERS].lower().split()))
     for contraction, full in _CONTRACTIONS:
         opening = contraction.sub(full, opening)
@@ -140,24 +143,37 @@ def measure_refusal(
     tokenizer: PreTrainedTokenizerBase,
     malicious: Sequence[str],
     *,
+    chat: ChatSettings | None = None,
     batch_size: int = 32,
     progress: bool = True,
-) -> float:
-    """Share of malicious prompts that the model refuses (on at most 32); warns if it refuses none."""
+) -> float | None:
+    """Share of malicious prompts that the model refuses (on at most 32); warns if it refuses none.
+
+    None, with a warning, if no reply came within the budget of thoughts; replies that did not come do not count.
+    """
     sample = [user_turn(prompt) for prompt in malicious[:REFUSAL_CHECK_PROMPTS]]
-    replies = generate_replies(
+    replies = generate(
         model,
         tokenizer,
         sample,
+        chat=chat,
         max_new_tokens=24,
         batch_size=batch_size,
         description="refusal check",
         progress=progress,
     )
-    rate = refusal_rate(replies)
+    finished = [reply.text for reply in replies if reply.finished]
+    if not finished:
+        warnings.warn(
+            f"none of {len(sample)} replies to malicious prompts came to the end of its thought, so whether the model "
+            "refuses is not known: raise thinking_tokens, or switch thinking off",
+            stacklevel=2,
+        )
+        return None
+    rate = refusal_rate(finished)
     if rate == 0:
         warnings.warn(
-            f"the model refuses 0 of {len(sample)} malicious prompts (0%): its directions separate topics, not "
+            f"the model refuses 0 of {len(finished)} malicious prompts (0%): its directions separate topics, not "
             "refusal, and there is nothing to preserve; start from a model that refuses",
             stacklevel=2,
         )

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
+from procon.cli import chat
 from procon.errors import ProConError
 from procon.settings import PAPER_RECIPE, GateAction, check_choice
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Method = Literal["lora", "full"]
+Overlong = Literal["cut", "drop", "error"]
 
 _Default = TypeVar("_Default")
 
@@ -51,10 +53,15 @@ class DirectionsArguments:
     batch_size: int = _option(32, "Prompts per batch.")
     dtype: Dtype = _option("auto", "auto, bfloat16, float16 or float32.")
     trust_remote_code: bool = _option(False, "Run code that comes with the model, with your rights; read it first.")
+    system_prompt: str | None = _option(None, chat.SYSTEM_PROMPT)
+    chat_template_kwargs: dict | str | None = _option(None, chat.CHAT_TEMPLATE_KWARGS)
+    thinking_markers: str | None = _option(None, chat.THINKING_MARKERS)
+    thinking_tokens: int = _option(1024, chat.THINKING_TOKENS)
 
     def __post_init__(self) -> None:
         _check_least(1, self, "batch_size")
         _check_dtype(self.dtype)
+        chat.chat_settings(self)
         if (self.positive is None) != (self.negative is None):
             raise ProConError("positive and negative prompts belong together: give --positive and --negative")
         given = self.positive is not None or self.vectors is not None
@@ -73,8 +80,14 @@ class TrainArguments:
 
     model: str = _required("Chat model to start from: a folder or hub name; a LoRA folder is trained further.")
     data: str = _required(
-        "Training data: .json, .jsonl, .csv, .parquet, or a hub name. Columns: messages, prompt + "
-        "completion, or instruction + output."
+        "Training data: .json, .jsonl, .csv, .parquet, or a hub name. Columns: messages, conversations, prompt + "
+        "completion, instruction + output, question + answer, or text."
+    )
+    data_config: str | None = _option(None, "Of a hub data set: which of its configurations.")
+    data_split: str = _option("train", "Of a hub data set: which split, such as train[:1000].")
+    data_revision: str | None = _option(None, "Of a hub data set: branch, tag or commit.")
+    data_columns: str | None = _option(
+        None, "What the columns are called, if otherwise: prompt=NAME,response=NAME; or messages, system, tools, text."
     )
     directions: str | None = _option(None, "Directions file; extracted from the model at the start if not given.")
     defence: str | None = _option(
@@ -92,7 +105,11 @@ class TrainArguments:
     lora_r: int = _option(PAPER_RECIPE.lora_r, "Rank of the LoRA adapter.")
     lora_alpha: int = _option(PAPER_RECIPE.lora_alpha, "Scale of the LoRA adapter.")
     lora_targets: str = _option(",".join(PAPER_RECIPE.lora_targets), "Modules with an adapter, or all-linear.")
-    max_length: int = _option(1024, "Tokens that a sample is cut to.")
+    max_length: int = _option(1024, "Tokens of the longest sample.")
+    overlong: Overlong = _option(
+        "cut",
+        "What is done with longer ones: cut, on the right; drop, left out; or error. It is said how many they are.",
+    )
     flatten: bool = _option(False, "Join each batch into one row without padding instead of padding it.")
     attn_implementation: str = _option(
         "auto", "FlashAttention if it runs, or one by transformers' name, such as sdpa or flash_attention_2."
@@ -103,14 +120,18 @@ class TrainArguments:
     resume: bool = _option(False, "Go on from the last checkpoint in the output folder.")
     dtype: Dtype = _option("auto", "auto (full fine-tuning: float32), bfloat16, float16 or float32.")
     trust_remote_code: bool = _option(False, "Run code that comes with the model, with your rights; read it first.")
+    system_prompt: str | None = _option(None, chat.SYSTEM_PROMPT)
+    chat_template_kwargs: dict | str | None = _option(None, chat.CHAT_TEMPLATE_KWARGS)
     #: Names of the settings that were given, whether here or to transformers, rather than left at their defaults.
     given: frozenset[str] = field(default=frozenset(), init=False)
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, get_args(Method))
         _check_dtype(self.dtype)
+        chat.chat_settings(self)
         _check_least(1, self, "lora_r", "lora_alpha", "max_length")
         _check_least(0, self, "safety_samples", "drift_steps")
+        check_choice("overlong", self.overlong, get_args(Overlong))
         check_choice("drift_gate_action", self.drift_gate_action, get_args(GateAction))
 
 
@@ -131,10 +152,13 @@ class DriftArguments:
     batch_size: int = _option(32, "Prompts per batch.")
     dtype: Dtype = _option("auto", "auto, bfloat16, float16 or float32.")
     trust_remote_code: bool = _option(False, "Run code that comes with the model, with your rights; read it first.")
+    system_prompt: str | None = _option(None, chat.SYSTEM_PROMPT)
+    chat_template_kwargs: dict | str | None = _option(None, chat.CHAT_TEMPLATE_KWARGS)
 
     def __post_init__(self) -> None:
         _check_least(1, self, "batch_size")
         _check_dtype(self.dtype)
+        chat.chat_settings(self)
         if len({value is None for value in (self.monitors, self.positive, self.negative)}) > 1:
             raise ProConError(
                 "monitors are read on labelled prompts: give --monitors, --positive and --negative together"
@@ -173,11 +197,16 @@ class EvalArguments:
     batch_size: int = _option(32, "Prompts per batch.")
     dtype: Dtype = _option("auto", "auto, bfloat16, float16 or float32.")
     trust_remote_code: bool = _option(False, "Run code that comes with the model, with your rights; read it first.")
+    system_prompt: str | None = _option(None, chat.SYSTEM_PROMPT)
+    chat_template_kwargs: dict | str | None = _option(None, chat.CHAT_TEMPLATE_KWARGS)
+    thinking_markers: str | None = _option(None, chat.THINKING_MARKERS)
+    thinking_tokens: int = _option(1024, chat.THINKING_TOKENS)
 
     def __post_init__(self) -> None:
         _check_least(1, self, "max_new_tokens", "task_max_new_tokens", "batch_size")
         _check_least(0, self, "max_prompts", "lm_eval_limit")
         _check_dtype(self.dtype)
+        chat.chat_settings(self)
 
 
 @dataclass

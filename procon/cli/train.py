@@ -18,11 +18,13 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from procon.cli.arguments import TrainArguments
+from procon.cli.chat import chat_settings
 from procon.data import (
     flattening_collator,
     load_conversations,
     mix_safety,
     padding_collator,
+    parse_columns,
     safety_conversations,
     tokenize_conversations,
 )
@@ -140,7 +142,13 @@ def _plan(arguments: TrainArguments, config: ProConConfig, checkpoint: Checkpoin
     if config.schedule().active and not checkpoint and (defence is None or defence.is_procon):
         on_main(config.check_probe_file)
     needs = defence.needs if defence else {"directions"} if config.schedule().active else set()
-    conversations = load_conversations(arguments.data)
+    conversations = load_conversations(
+        arguments.data,
+        config=arguments.data_config,
+        split=arguments.data_split,
+        revision=arguments.data_revision,
+        columns=parse_columns(arguments.data_columns),
+    )
     aligning = "alignment_dataset" in needs
     # A defence that trains on safety data separately gets them mixed into the training set as well only if a number
     # of them is given.
@@ -171,7 +179,9 @@ def _trainer(arguments: TrainArguments, job: _Job, output: Path) -> tuple[Traine
     directions = job.directions
     if directions:
         directions.check_fits(find_decoder(model))
-    dataset = tokenize_conversations(job.conversations, tokenizer, max_length=arguments.max_length)
+    chat = chat_settings(arguments)
+    settings: dict[str, Any] = {"chat": chat, "max_length": arguments.max_length, "overlong": arguments.overlong}
+    dataset = tokenize_conversations(job.conversations, tokenizer, **settings)
     set_seed(job.config.seed)
     # A new adapter changes nothing yet, and one that does not fit shows before the minutes of extraction.
     model = _trainable(model, arguments)
@@ -179,10 +189,11 @@ def _trainer(arguments: TrainArguments, job: _Job, output: Path) -> tuple[Traine
         # Before there is a trainer, as that makes the output folder.
         with job.config.main_process_first(local=False, desc="refusal directions"):
             if job.config.process_index == 0:
-                RefusalDirections.extract(model, tokenizer).save(output / DIRECTIONS)
+                RefusalDirections.extract(model, tokenizer, chat=chat).save(output / DIRECTIONS)
             directions = RefusalDirections.load(output)
     common: dict[str, Any] = {
         "directions": directions,
+        "chat": chat,
         "train_dataset": dataset,
         "data_collator": _collator(arguments, model, tokenizer),
         "processing_class": tokenizer,
@@ -190,11 +201,11 @@ def _trainer(arguments: TrainArguments, job: _Job, output: Path) -> tuple[Traine
     if job.defence is None:
         return ProConTrainer(model, job.config, **common), tokenizer
     if job.alignment is not None:
-        common["alignment_dataset"] = tokenize_conversations(job.alignment, tokenizer, max_length=arguments.max_length)
-    settings, base = job.settings, arguments.base
+        common["alignment_dataset"] = tokenize_conversations(job.alignment, tokenizer, **settings)
+    base = arguments.base
     if base and trusted:  # the defence itself would load it without its code
         base = load_model(base, dtype=model.dtype, trust_remote_code=True)[0]
-    return build_trainer(job.defence.name, model, job.config, settings=settings, base=base, **common), tokenizer
+    return build_trainer(job.defence.name, model, job.config, settings=job.settings, base=base, **common), tokenizer
 
 
 def _defence_settings(arguments: TrainArguments, defence: Defence | None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from procon.defences.steering import SteeringTrainer
 from procon.defences.trainer import PlainTrainer
 from procon.directions import BlockDirections
 from procon.errors import ProConError
-from procon.settings import check_setting
+from procon.settings import ChatSettings, check_setting
 from procon.training import ProConArguments, ProConConfig, ProConTrainer
 
 _PROCON = "ProCon, arXiv 2509.06795"
@@ -206,6 +206,7 @@ def build_trainer(
     directions: BlockDirections | None = None,
     alignment_dataset: Dataset | None = None,
     base: PreTrainedModel | str | Path | None = None,
+    chat: ChatSettings | None = None,
     **trainer_arguments: Any,
 ) -> Trainer:
     """The trainer of defence ``name``, which takes of the rest what it needs and leaves what it does not.
@@ -218,6 +219,7 @@ def build_trainer(
         directions: refusal directions of the model as training starts.
         alignment_dataset: tokenised, malicious prompts with refusals.
         base: the model before alignment, or its folder or hub name.
+        chat: how the model is asked as directions and probes are found.
         trainer_arguments: ``train_dataset``, ``data_collator`` and others, as for the Trainer.
 
     Raises:
@@ -232,7 +234,10 @@ def build_trainer(
         if given[need] is None:
             raise ProConError(f"defence {name!r} needs {need}: pass {need}")
         settings[need] = given[need]
+    if defence.is_procon:
+        settings["chat"] = chat
     trainer: Any = defence.trainer(model, args, **settings, **trainer_arguments)
+    trainer.chat = chat or ChatSettings()
     if not defence.is_procon:
         own = {key: value for key, value in settings.items() if key not in defence.needs}
         trainer.details = {"defence": name, "defence_settings": json.loads(json.dumps(own, default=str))}

@@ -23,7 +23,7 @@ from procon.demo.arithmetic import Problem, arithmetic_problems
 from procon.demo.model import fetch_demo_model
 from procon.demo.refusal_tuning import teach_refusal
 from procon.directions import RefusalDirections
-from procon.errors import printable
+from procon.errors import ProConError, printable
 from procon.evaluation import evaluate, measure_drift
 from procon.files import check_writable
 from procon.models import load_model
@@ -153,6 +153,10 @@ def _starting_model(
     """The model that both runs start from; one that had to be taught to refuse is kept in ``folder``."""
     model, tokenizer = load_model(name or fetch_demo_model(), trust_remote_code=trust_remote_code)
     rate = measure_refusal(model, tokenizer, builtin_prompts("validation").malicious)
+    if rate is None:
+        raise ProConError(
+            "no reply to malicious prompts came to the end of its thought: give a model that can do without"
+        )
     if rate >= ENOUGH_REFUSAL:
         console.print(f"It refuses {rate:.0%} of malicious prompts.")
         return model, tokenizer

@@ -22,11 +22,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from procon.chat import ContrastPrompts, builtin_prompts
+from procon.chat import ContrastPrompts, builtin_prompts, describe_chat
 from procon.directions import ContrastMeans, RefusalDirections
 from procon.errors import ProConError
-from procon.evaluation import Drift, Judge, Metric, evaluate, measure_drift
-from procon.settings import GateAction
+from procon.evaluation import Drift, Evaluation, Judge, Metric, NothingFinished, evaluate, measure_drift
+from procon.settings import ChatSettings, GateAction
 from procon.training.console import log_with_details, show_beside_bar
 from procon.training.drift_gate import DriftGate
 from procon.training.output import output_folder
@@ -39,15 +39,19 @@ class ProbeCallback(TrainerCallback, ABC):
     """Logs :meth:`measure` through ``trainer`` every ``steps`` optimiser steps, and after the last one.
 
     Attributes:
+        chat: how the model is asked, as the trainer asks it if not given.
         seconds: wall-clock time spent on measuring so far, not counted as time spent on training.
     """
 
-    def __init__(self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, steps: int) -> None:
+    def __init__(
+        self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, steps: int, chat: ChatSettings | None = None
+    ) -> None:
         if steps < 1:
             raise ProConError(f"steps is {steps}: give a number of optimiser steps, 1 or more")
         self.trainer = trainer
         self.tokenizer = tokenizer
         self.steps = steps
+        self.chat = chat or getattr(trainer, "chat", None)
         self.seconds = 0.0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -113,8 +117,9 @@ class DriftCallback(ProbeCallback):
         prompts: ContrastPrompts | None = None,
         gate: float | None = None,
         gate_action: GateAction = "warn",
+        chat: ChatSettings | None = None,
     ) -> None:
-        super().__init__(trainer, tokenizer, steps)
+        super().__init__(trainer, tokenizer, steps, chat)
         self.prompts = prompts or builtin_prompts("extraction").first(64)
         self.gate = DriftGate.parse(gate, gate_action)
         self.drift: Drift | None = None
@@ -150,15 +155,21 @@ class DriftCallback(ProbeCallback):
             control.should_training_stop = control.should_save = True
 
     def _extract(self) -> RefusalDirections:
-        means = ContrastMeans.measure(self._model, self.tokenizer, self.prompts, progress=False)
-        return replace(RefusalDirections.from_means(means), provenance={"prompts": self.prompts.hash})
+        means = ContrastMeans.measure(self._model, self.tokenizer, self.prompts, chat=self.chat, progress=False)
+        return replace(RefusalDirections.from_means(means), provenance=self._asked())
+
+    def _asked(self) -> dict[str, Any]:
+        """What is asked, and how: of the reference and of all that is compared with it."""
+        return {"prompts": self.prompts.hash, "chat": describe_chat(self.tokenizer, self.chat)}
 
     def measure(self) -> dict[str, float]:
         return _summary(self._measure_drift())
 
     def _measure_drift(self) -> Drift:
         def measure() -> Drift:
-            return measure_drift(self._model, self.tokenizer, self._reference, self.prompts, progress=False)
+            return measure_drift(
+                self._model, self.tokenizer, self._reference, self.prompts, chat=self.chat, progress=False
+            )
 
         # Ranks round differently, and one that stopped alone would leave the others waiting for it.
         self.drift = drift = on_main(measure, all_call=True)
@@ -172,10 +183,11 @@ class DriftCallback(ProbeCallback):
                 f"there is no drift reference {str(path)!r}: the run that is resumed did not measure drift, or had "
                 "another output folder; copy the file from there, or resume without DriftCallback (--drift_steps 0)"
             )
-        if found.provenance.get("prompts") != self.prompts.hash:
+        if {"chat": describe_chat(None, None), **found.provenance} != self._asked():
             raise ProConError(
-                f"drift reference {str(path)!r} was measured on other prompts: resume with the prompts that the run "
-                "began with, or without DriftCallback (--drift_steps 0)"
+                f"drift reference {str(path)!r} was measured on other prompts, or asked in another way: resume with "
+                "the prompts, system prompt and chat_template_kwargs that the run began with, or without DriftCallback "
+                "(--drift_steps 0)"
             )
         return found
 
@@ -225,8 +237,9 @@ class EvaluationCallback(ProbeCallback):
         metric: str | Metric = "exact",
         max_new_tokens: int = 24,
         task_max_new_tokens: int = 64,
+        chat: ChatSettings | None = None,
     ) -> None:
-        super().__init__(trainer, tokenizer, steps)
+        super().__init__(trainer, tokenizer, steps, chat)
         self.prompts = prompts or builtin_prompts("validation").first(24)
         self.task = task
         self.judge, self.metric = judge, metric
@@ -234,19 +247,29 @@ class EvaluationCallback(ProbeCallback):
         self.task_max_new_tokens = task_max_new_tokens
 
     def measure(self) -> dict[str, float]:
-        found = evaluate(
+        try:
+            found = self._evaluate()
+        except NothingFinished as error:
+            logger.warning(str(error))
+            return {"procon/unfinished": 1.0}
+        logs = {
+            "procon/refusal_malicious": found.refusal_malicious.value,
+            "procon/refusal_benign": found.refusal_benign.value,
+        }
+        if found.unfinished is not None and found.unfinished.hits:
+            logs["procon/unfinished"] = found.unfinished.value
+        return logs if found.task is None else {**logs, "procon/task": found.task.value}
+
+    def _evaluate(self) -> Evaluation:
+        return evaluate(
             self._model,
             self.tokenizer,
             prompts=self.prompts,
             task=self.task,
             judge=self.judge,
             metric=self.metric,
+            chat=self.chat,
             max_new_tokens=self.max_new_tokens,
             task_max_new_tokens=self.task_max_new_tokens,
             progress=False,
         )
-        logs = {
-            "procon/refusal_malicious": found.refusal_malicious.value,
-            "procon/refusal_benign": found.refusal_benign.value,
-        }
-        return logs if found.task is None else {**logs, "procon/task": found.task.value}

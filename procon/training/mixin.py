@@ -18,6 +18,7 @@ from procon.constraint import ProjectionConstraint, constrained_tokens, probe_pe
 from procon.constraint.guards import check_finite, refuse_data_parallel
 from procon.directions import DIRECTIONS, BlockDirections, load_directions
 from procon.errors import ProConError
+from procon.settings import ChatSettings
 from procon.training.anchored import NO_ANCHORS, TARGET
 from procon.training.block_weights import as_json
 from procon.training.checkpoints import Checkpoint
@@ -50,6 +51,8 @@ class ProConMixin(StrengthMixin):
         directions: refusal directions of the model as training starts, or directions of other concepts, or the file
             that they were saved in. If not given, refusal directions are extracted with the built-in prompts when
             training starts, which needs a tokenizer as ``processing_class``, and kept in the output folder.
+        chat: how the model is asked as directions, block weights and probes are found: system prompt and variables of
+            its chat template. A resumed run must ask in the same way.
 
     With ``procon_block_weights="causal"`` the blocks' weights are found when training starts, too, with the tokenizer.
 
@@ -77,8 +80,13 @@ class ProConMixin(StrengthMixin):
             )
 
     def __init__(
-        self, *trainer_args: Any, directions: BlockDirections | str | Path | None = None, **trainer_kwargs: Any
+        self,
+        *trainer_args: Any,
+        directions: BlockDirections | str | Path | None = None,
+        chat: ChatSettings | None = None,
+        **trainer_kwargs: Any,
     ) -> None:
+        self.chat = chat or ChatSettings()
         super().__init__(*trainer_args, **trainer_kwargs)
         args = self.args
         if not isinstance(args, ProConArguments):

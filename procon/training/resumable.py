@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
+from procon.chat import describe_chat
 from procon.errors import ProConError
 from procon.files import sync_files, writing
 from procon.models import is_sharded
+from procon.settings import ChatSettings
 from procon.training.checkpoints import Checkpoint, break_seal, delete_superseded, latest, open_checkpoint, seal
 from procon.training.model_card import write_unconstrained
 from procon.training.output import claim, locked, output_folder
@@ -40,9 +42,11 @@ class ResumableMixin(_Trainer):
 
     Attributes:
         details: more that a resumed run must share, such as a defence and its settings; JSON.
+        chat: how the model is asked in this run, by what it needs of its start and by callbacks.
     """
 
     details: dict[str, Any] = {}  # noqa: RUF012  # set as a whole
+    chat: ChatSettings = ChatSettings()
     _run: dict[str, Any] | None = None
 
     def train(
@@ -148,6 +152,7 @@ class ResumableMixin(_Trainer):
             "version": __version__,
             "constrained": False,
             "schedule": "0",
+            "chat": describe_chat(cast(Any, self.processing_class), self.chat),
             "run": self._run,
             "arguments": self._run_arguments(),
         }

@@ -14,11 +14,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from procon.cli import main
+from procon.cli.chat import chat_settings
 from procon.cli.parsing import COMMANDS, parse
+from procon.data import parse_columns
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.evaluation import Evaluation
 from procon.models import load_model
+from procon.settings import ChatSettings
 from procon.version import __version__
 
 #: A progress bar, or a line of the command's own.
@@ -78,7 +81,7 @@ def test_help_of_each_command(name, capsys):
     text = capsys.readouterr().out
     assert text.startswith(f"usage: procon {name} [settings]")
     # The settings that most users need, not the hundred that TrainingArguments has.
-    assert len(re.findall(r"^  --", text, flags=re.MULTILINE)) < 60
+    assert len(re.findall(r"^  --", text, flags=re.MULTILINE)) < 64
     if name == "train":
         assert "--procon_schedule" in text
         assert "--learning_rate" in text
@@ -109,6 +112,9 @@ directions: ~
 adam_beta1: 0.8
 label_names: [labels]
 lr_scheduler_kwargs: {num_cycles: 2}
+chat_template_kwargs: {enable_thinking: true, reasoning_effort: low}
+system_prompt: Be kind.
+data_columns: [prompt=Q, response=A]
 seed: 5
 """
 
@@ -131,6 +137,9 @@ def test_yaml_settings_are_read_as_flags_are(tmp_path):
     assert config.blocks() == [1, 2]
     assert config.label_names == ["labels"]
     assert config.lr_scheduler_kwargs == {"num_cycles": 2}
+    expected = ChatSettings("Be kind.", {"enable_thinking": True, "reasoning_effort": "low"})
+    assert chat_settings(arguments) == expected
+    assert parse_columns(arguments.data_columns) == {"prompt": "Q", "response": "A"}
 
 
 @pytest.mark.parametrize("config_first", [True, False])
@@ -235,6 +244,22 @@ def assert_one_line(place: Path, argv: list[str], message: str, capsys) -> None:
         ([*TRAIN, "--lora_r", "0"], "lora_r is 0: give 1 or more"),
         ([*TRAIN, "--max_length", "5"], "none of the 4 samples has a response token .*raise max_length"),
         ([*TRAIN, "--max_length", "0"], "max_length is 0"),
+        ([*TRAIN, "--max_length", "20", "--overlong", "error"], "4 of 4 samples are longer than max_length 20"),
+        ([*TRAIN, "--overlong", "keep"], "overlong is 'keep': choose one of cut, drop, error"),
+        ([*TRAIN, "--data_config", "main"], "data_config is 'main', and data 'data.jsonl' is a file: leave it out"),
+        ([*TRAIN, "--data_columns", "prompt"], "data_columns has 'prompt': give each column once"),
+        ([*TRAIN, "--data_columns", "prompt=q,response=a"], "'data.jsonl' has no column 'q', but"),
+        ([*TRAIN, "--chat-template-kwargs", "off"], "chat_template_kwargs is 'off': give a JSON object"),
+        (
+            [*TRAIN, "--chat-template-kwargs", '{"thinks": 0}'],
+            "chat_template_kwargs has 'thinks', which the chat template",
+        ),
+        (
+            ["eval", "--model", "./none", "--system-prompt", " "],
+            "system_prompt is ' ': give a text that says something",
+        ),
+        (["eval", "--model", "./none", "--thinking-markers", "a,b,c"], "thinking_markers is .*: give what begins"),
+        (["directions", "--model", "./none", "--thinking-tokens", "0"], "thinking_tokens is 0: give a whole number"),
         ([*TRAIN, "--procon_schedule", "-0.5"], "alpha is -0.5: give a finite number, 0 or more"),
         ([*TRAIN, "--procon_schedule", "procon_s:-1"], "alpha is -1"),
         ([*TRAIN, "--procon_schedule", "sometimes"], "alpha schedule 'sometimes' is not understood: give"),
@@ -296,7 +321,7 @@ EXTRACT = ["directions", "--model", "model", *PROMPT_FILES]
     [
         (write("data.jsonl", ""), TRAIN, "data file 'data.jsonl' is empty"),
         (write("data.jsonl", '{"prompt": "a", '), TRAIN, "'data.jsonl' cannot be read as json"),
-        (write("data.jsonl", '{"text": "a"}'), TRAIN, r"has the columns \['text'\]; .*: rename its columns"),
+        (write("data.jsonl", '{"query": "a"}'), TRAIN, r"has the columns \['query'\]; .*: rename its columns"),
         (write("data.jsonl", '{"prompt": "a", "completion": 1}'), TRAIN, "row 1: completion is 1: give a text"),
         (
             write("t.jsonl", '{"messages": [{"role": "user", "content": "a"}]}'),
