@@ -14,12 +14,16 @@ Method = Literal["lora", "full"]
 _Default = TypeVar("_Default")
 
 
-def _option(default: _Default, text: str) -> _Default:
-    return field(default=default, metadata={"help": text})
+#: Titles under which ``--help`` lists settings that are more than a few.
+MODEL_AND_DATA, ADAPTER, DEFENCE, DRIFT = "model and data", "adapter", "defence and safety data", "drift"
 
 
-def _required(text: str) -> Any:
-    return field(metadata={"help": text})
+def _option(default: _Default, text: str, group: str = "") -> _Default:
+    return field(default=default, metadata={"help": text, "group": group})
+
+
+def _required(text: str, group: str = "") -> Any:
+    return field(metadata={"help": text, "group": group})
 
 
 def _check_least(least: int, arguments: object, *names: str) -> None:
@@ -71,38 +75,54 @@ class DirectionsArguments:
 class TrainArguments:
     """Fine-tune a chat model on your data under the projection constraint, or another defence."""
 
-    model: str = _required("Chat model to start from: a folder or hub name; a LoRA folder is trained further.")
+    model: str = _required(
+        "Chat model to start from: a folder or hub name; a LoRA folder is trained further.", MODEL_AND_DATA
+    )
     data: str = _required(
         "Training data: .json, .jsonl, .csv, .parquet, or a hub name. Columns: messages, prompt + "
-        "completion, or instruction + output."
+        "completion, or instruction + output.",
+        MODEL_AND_DATA,
     )
-    directions: str | None = _option(None, "Directions file; extracted from the model at the start if not given.")
+    directions: str | None = _option(
+        None, "Directions file; extracted from the model at the start if not given.", DEFENCE
+    )
     defence: str | None = _option(
         None,
         "plain, safe, sppft, constrained_sft, safe_lora, lisa, steering, hidden_states, procon_s, procon_wu, "
         "procon_s_safe or procon_wu_safe; what the procon_ settings say if not given.",
+        DEFENCE,
     )
     defence_settings: str | None = _option(
-        None, "The defence's own settings: key=value, joined by commas, with values as in YAML."
+        None, "The defence's own settings: key=value, joined by commas, with values as in YAML.", DEFENCE
     )
-    base: str | None = _option(None, "For safe_lora: the model before it was aligned, a folder or hub name.")
-    safety_samples: int = _option(0, "How many safety samples (malicious prompt, refusal) to mix in; paper: 1000.")
-    safety_data: str | None = _option(None, "Where they come from, in the formats of --data; built-in if not given.")
-    method: Method = _option("lora", "lora, or full for all weights.")
-    lora_r: int = _option(PAPER_RECIPE.lora_r, "Rank of the LoRA adapter.")
-    lora_alpha: int = _option(PAPER_RECIPE.lora_alpha, "Scale of the LoRA adapter.")
-    lora_targets: str = _option(",".join(PAPER_RECIPE.lora_targets), "Modules with an adapter, or all-linear.")
-    max_length: int = _option(1024, "Tokens a sample is cut to.")
-    flatten: bool = _option(False, "Join each batch into one row without padding instead of padding it.")
+    base: str | None = _option(None, "For safe_lora: the model before it was aligned, a folder or hub name.", DEFENCE)
+    safety_samples: int = _option(
+        0, "How many safety samples (malicious prompt, refusal) to mix in; paper: 1000.", DEFENCE
+    )
+    safety_data: str | None = _option(
+        None, "Where they come from, in the formats of --data; built-in if not given.", DEFENCE
+    )
+    method: Method = _option("lora", "lora, or full for all weights.", ADAPTER)
+    lora_r: int = _option(PAPER_RECIPE.lora_r, "Rank of the LoRA adapter.", ADAPTER)
+    lora_alpha: int = _option(PAPER_RECIPE.lora_alpha, "Scale of the LoRA adapter.", ADAPTER)
+    lora_targets: str = _option(",".join(PAPER_RECIPE.lora_targets), "Modules with an adapter, or all-linear.", ADAPTER)
+    max_length: int = _option(1024, "Tokens a sample is cut to.", MODEL_AND_DATA)
+    flatten: bool = _option(
+        False, "Join each batch into one row without padding instead of padding it.", MODEL_AND_DATA
+    )
     attn_implementation: str = _option(
-        "auto", "FlashAttention where it runs, or one by transformers' name, such as sdpa or flash_attention_2."
+        "auto",
+        "FlashAttention where it runs, or one by transformers' name, such as sdpa or flash_attention_2.",
+        MODEL_AND_DATA,
     )
-    drift_steps: int = _option(50, "Measure drift every so many steps; 0 for never.")
-    drift_gate: float | None = _option(None, "Lowest mean cosine allowed, such as 0.9; none if not given.")
-    drift_gate_action: GateAction = _option("warn", "What to do below it: warn, or stop with a checkpoint.")
-    resume: bool = _option(False, "Go on from the last checkpoint in the output folder.")
-    dtype: Dtype = _option("auto", "auto (full fine-tuning: float32), bfloat16, float16 or float32.")
-    trust_remote_code: bool = _option(False, "Run code that comes with the model, with your rights; read it first.")
+    drift_steps: int = _option(50, "Measure drift every so many steps; 0 for never.", DRIFT)
+    drift_gate: float | None = _option(None, "Lowest mean cosine allowed, such as 0.9; none if not given.", DRIFT)
+    drift_gate_action: GateAction = _option("warn", "What to do below it: warn, or stop with a checkpoint.", DRIFT)
+    resume: bool = _option(False, "Go on from the last checkpoint in the output folder.", MODEL_AND_DATA)
+    dtype: Dtype = _option("auto", "auto (full fine-tuning: float32), bfloat16, float16 or float32.", MODEL_AND_DATA)
+    trust_remote_code: bool = _option(
+        False, "Run code that comes with the model, with your rights; read it first.", MODEL_AND_DATA
+    )
     #: Names of the settings that were given, whether here or to transformers, rather than left at their defaults.
     given: frozenset[str] = field(default=frozenset(), init=False)
 
