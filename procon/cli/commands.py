@@ -24,7 +24,7 @@ from procon.directions.refusal_directions import check_k
 from procon.errors import ProConError, printable
 from procon.evaluation import Drift, compare_monitors, evaluate, measure_drift
 from procon.files import check_writable, save_json
-from procon.models import load_model, parse_dtype
+from procon.models import check_model_name, load_model, parse_dtype
 from procon.report import Run, print_table
 from procon.report.cells import MONITOR_CAPTION
 
@@ -77,6 +77,8 @@ def drift(arguments: DriftArguments) -> None:
     output = _output_file(arguments.output) if arguments.output else None
     prompts = _prompts(arguments.malicious, arguments.benign, "extraction")
     monitors = Monitors.read(arguments)
+    for name in (arguments.start, arguments.tuned):
+        check_model_name(name)
     model, tokenizer = _load(arguments.start, arguments)
     before = monitors.measure(model, tokenizer, arguments.batch_size) if monitors else {}
     means = ContrastMeans.measure(model, tokenizer, prompts, batch_size=arguments.batch_size)

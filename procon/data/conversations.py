@@ -22,6 +22,7 @@ from procon.chat import Message, builtin_prompts, builtin_refusals
 from procon.data.files import check_file, content_hash, is_data_file, read_rows
 from procon.errors import ProConError
 from procon.files import MAX_TEXT
+from procon.models import check_name
 
 _Converter = Callable[[dict[str, Any]], list[Message]]
 
@@ -63,6 +64,7 @@ def load_conversations(source: str | Path, *, split: str = "train") -> Dataset:
                 lambda: Dataset.from_generator(_conversations_of_file, features=_CHECKED, gen_kwargs=arguments), source
             )
         return _settled(checked, str(source))
+    check_name(source, "data", "give a .json, .jsonl, .csv or .parquet file, or a dataset name")
     with _quiet():
         dataset = _read(lambda: datasets.load_dataset(str(source), split=split), source)
     return to_conversations(dataset, name=str(source))
