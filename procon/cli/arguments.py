@@ -10,6 +10,7 @@ from procon.settings import PAPER_RECIPE, GateAction, check_choice
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Method = Literal["lora", "full"]
+Shell = Literal["bash", "zsh", "fish"]
 
 _Default = TypeVar("_Default")
 
@@ -192,3 +193,41 @@ class QuickstartArguments:
     seed: int = _option(0, "Seed of adapters and data order.")
     trust_remote_code: bool = _option(False, "Run code that comes with the model, with your rights; read it first.")
     control: bool = _option(False, "Add a third run, constrained along random directions: about two minutes more.")
+    start_only: bool = _option(False, "Make the model that both runs start from, say where it is, and stop there.")
+
+
+@dataclass
+class ReportArguments:
+    """Put runs side by side: one HTML page, and a table."""
+
+    runs: list[str] = _required(
+        "Run files, files of procon eval --output, training output folders, or run files of the study."
+    )
+    output: str = _option("report.html", "HTML file to write.")
+    title: str | None = _option(None, "Its title; the names of the runs if not given.")
+
+
+@dataclass
+class CompareArguments:
+    """Compare two runs: rates with paired differences, verdicts that flipped, and settings that differ."""
+
+    first: str = _required("The one to compare with, of any kind that procon report takes.")
+    second: str = _required("The one to compare.")
+    output: str | None = _option(None, "JSON file to write all of it to.")
+
+
+@dataclass
+class EnvArguments:
+    """Say which versions, devices and environment variables there are: lines to paste into an issue."""
+
+    json: bool = _option(False, "As JSON.")
+
+
+@dataclass
+class CompletionArguments:
+    """Print a script for tab completion, for your shell to read: eval "$(procon completion bash)"."""
+
+    shell: Shell = _required("Shell that reads it.")
+
+    def __post_init__(self) -> None:
+        check_choice("shell", self.shell, get_args(Shell))

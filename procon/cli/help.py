@@ -103,6 +103,11 @@ def _setting(field: Field[Any], hint: Any, text: str, prefix: str = "") -> Setti
     return Setting(name, text, default, kind, choices, required, several)
 
 
+def kind_of(command: Command, name: str) -> tuple[str, tuple[str, ...], bool]:
+    """What the value of a command's own setting is, its choices, and whether there are several."""
+    return _kind(name, get_type_hints(command.arguments)[name])
+
+
 def _kind(name: str, hint: Any) -> tuple[str, tuple[str, ...], bool]:
     """What the value is, its choices, and whether there are several, by name and type."""
     if get_origin(hint) in (Union, types.UnionType):
@@ -157,10 +162,7 @@ def _add(section: Any, setting: Setting) -> None:
     elif setting.several:
         values["nargs"] = "+"
     action = section.add_argument(f"--{setting.name}", help=text.replace("%", "%%"), **values)
-    # What tab completion offers for the value; shtab reads both.
-    action.completes = setting
-    if setting.choices:
-        action.choices = setting.choices
+    action.choices = ("true", "false") if setting.kind == "SWITCH" else setting.choices or None  # for completion
 
 
 class _Formatter(argparse.HelpFormatter):

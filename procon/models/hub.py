@@ -34,8 +34,8 @@ def check_model_name(name: str | Path) -> None:
         return
     if reason := _away(constants.ENDPOINT):
         raise ProConError(
-            f"model {str(name)!r} cannot be loaded (no folder here, not in the cache, and {constants.ENDPOINT} cannot be "
-            f"reached: {reason}): give a folder or a hub name"
+            f"model {str(name)!r} cannot be loaded (no folder here, not in the cache, and {constants.ENDPOINT} cannot "
+            f"be reached: {reason}): give a folder or a hub name"
         )
 
 
