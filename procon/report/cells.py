@@ -36,6 +36,8 @@ def check_runs(runs: Sequence[Run]) -> None:
 
 def _rates(run: Run) -> list[Rate | None]:
     evaluation = run.evaluation
+    if evaluation is None:
+        return [None] * 4
     return [evaluation.refusal_malicious, evaluation.refusal_benign, evaluation.degenerate, evaluation.task]
 
 
