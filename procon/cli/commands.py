@@ -18,6 +18,7 @@ from procon.cli.concepts import ConceptFiles, describe, read_others
 from procon.cli.monitors import Monitors, rows_of
 from procon.cli.monitors import describe as describe_monitors
 from procon.data import load_conversations
+from procon.demo.quickstart import make_start
 from procon.demo.quickstart import quickstart as run_quickstart
 from procon.directions import ContrastMeans, Directions, RefusalDirections
 from procon.directions.refusal_directions import check_k
@@ -31,6 +32,9 @@ from procon.report.cells import MONITOR_CAPTION
 
 def quickstart(arguments: QuickstartArguments) -> None:
     """``procon quickstart``"""
+    if arguments.start_only:
+        make_start(arguments.model, arguments.output_dir, trust_remote_code=arguments.trust_remote_code)
+        return
     run_quickstart(
         arguments.model,
         arguments.output_dir,
