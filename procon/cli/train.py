@@ -31,7 +31,7 @@ from procon.defences import Defence, build_trainer, find_defence
 from procon.directions import DIRECTIONS, BlockDirections, RefusalDirections, load_directions
 from procon.errors import ProConError, printable
 from procon.files import check_writable
-from procon.models import check_model_name, find_decoder, load_model, parse_dtype
+from procon.models import check_name, find_decoder, load_model, parse_dtype
 from procon.training import DriftCallback, JsonlCallback, ProConConfig, ProConTrainer
 from procon.training.checkpoints import Checkpoint, has_checkpoints, latest
 from procon.training.drift_gate import DriftGate
@@ -71,7 +71,7 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
             "--procon_overwrite true to delete them"
         )
     for name in filter(None, (arguments.model, arguments.base)):
-        check_model_name(name)
+        check_name(name)
     # If the output folder is there already, the lock shows whether it can be written.
     for folder in filter(None, (None if output.is_dir() else output, config.procon_anchors_dir)):
         check_writable(Path(folder) / "any")

@@ -214,13 +214,13 @@ def _fine_tune(
     )
     for probe in probes:
         trainer.add_callback(probe)
-    seconds = trainer.train().metrics["train_runtime"] - sum(probe.seconds for probe in probes)
+    times = trainer.train().metrics
     trainer.save_model()
     run = Run(
         label=label,
         evaluation=evaluate(tuned, tokenizer, task=task, label=label, **REPLY_TOKENS),
         cosine=measure_drift(tuned, tokenizer, reference, builtin_prompts("extraction")).cosine.tolist(),
-        seconds_per_step=seconds / trainer.state.global_step,
+        seconds_per_step=times.get("step_cpu_seconds", times["step_seconds"]),
         history=trainer.state.log_history,
     )
     tuned.unload()

@@ -161,7 +161,8 @@ def _training(folder: Path) -> Source:
     last = next((row for row in reversed(history) if any(name.startswith(_BY_BLOCK) for name in row)), {})
     cosine = {int(name.removeprefix(_BY_BLOCK)): value for name, value in last.items() if name.startswith(_BY_BLOCK)}
     by_block = [cosine.get(block, math.nan) for block in range(max(cosine) + 1)] if cosine else None
-    seconds = next((row["step_cpu_seconds"] for row in reversed(history) if "step_cpu_seconds" in row), None)
+    times = next((row for row in reversed(history) if "step_seconds" in row), {})
+    seconds = times.get("step_cpu_seconds", times.get("step_seconds"))
     settings = {name: value for name, value in record.items() if name not in _NO_SETTINGS}
     settings |= {**record.get("run", {}), **record.get("arguments", {})}
     run = _checked(folder.name or str(folder), _evaluation_in(folder), by_block, seconds, history)

@@ -33,7 +33,7 @@ def output(tmp_path) -> Path:
         {"step": 2, "loss": 2.0, "procon/penalty": 0.5, "procon/alpha": 0.2},
         {"step": 4, "procon/drift_cos": 0.9, "procon/drift_cos_block/01": 0.8, "procon/drift_cos_block/02": 1.0},
         {"step": 4, "loss": 1.0, "procon/penalty": 0.7, "procon/alpha": 0.2},
-        {"step": 4, "train_runtime": 9.0, "step_cpu_seconds": 1.5},
+        {"step": 4, "train_runtime": 9.0, "step_seconds": 4.0, "step_cpu_seconds": 1.5},
     ]
     write_record(folder, {"schedule": "0.2", "run": {"seed": 3}, "arguments": {"learning_rate": 1e-3}, "did": {}})
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
