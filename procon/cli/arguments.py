@@ -12,16 +12,21 @@ from procon.settings import PAPER_RECIPE, GateAction, check_choice
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Method = Literal["lora", "full"]
 Overlong = Literal["cut", "drop", "error"]
+Shell = Literal["bash", "zsh", "fish"]
 
 _Default = TypeVar("_Default")
 
 
-def _option(default: _Default, text: str) -> _Default:
-    return field(default=default, metadata={"help": text})
+#: Titles under which ``--help`` lists settings that are more than a few.
+MODEL_AND_DATA, ADAPTER, DEFENCE, DRIFT = "model and data", "adapter", "defence and safety data", "drift"
 
 
-def _required(text: str) -> Any:
-    return field(metadata={"help": text})
+def _option(default: _Default, text: str, group: str = "") -> _Default:
+    return field(default=default, metadata={"help": text, "group": group})
+
+
+def _required(text: str, group: str = "") -> Any:
+    return field(metadata={"help": text, "group": group})
 
 
 def _check_least(least: int, arguments: object, *names: str) -> None:
@@ -78,50 +83,69 @@ class DirectionsArguments:
 class TrainArguments:
     """Fine-tune a chat model on your data under the projection constraint, or another defence."""
 
-    model: str = _required("Chat model to start from: a folder or hub name; a LoRA folder is trained further.")
+    model: str = _required(
+        "Chat model to start from: a folder or hub name; a LoRA folder is trained further.", MODEL_AND_DATA
+    )
     data: str = _required(
         "Training data: .json, .jsonl, .csv, .parquet, or a hub name. Columns: messages, conversations, prompt + "
-        "completion, instruction + output, question + answer, or text."
+        "completion, instruction + output, question + answer, or text.",
+        MODEL_AND_DATA,
     )
-    data_config: str | None = _option(None, "Of a hub data set: which of its configurations.")
-    data_split: str = _option("train", "Of a hub data set: which split, such as train[:1000].")
-    data_revision: str | None = _option(None, "Of a hub data set: branch, tag or commit.")
+    data_config: str | None = _option(None, "Of a hub data set: which of its configurations.", MODEL_AND_DATA)
+    data_split: str = _option("train", "Of a hub data set: which split, such as train[:1000].", MODEL_AND_DATA)
+    data_revision: str | None = _option(None, "Of a hub data set: branch, tag or commit.", MODEL_AND_DATA)
     data_columns: str | None = _option(
-        None, "What the columns are called, if otherwise: prompt=NAME,response=NAME; or messages, system, tools, text."
+        None,
+        "What the columns are called, if otherwise: prompt=NAME,response=NAME; or messages, system, tools, text.",
+        MODEL_AND_DATA,
     )
-    directions: str | None = _option(None, "Directions file; extracted from the model at the start if not given.")
+    directions: str | None = _option(
+        None, "Directions file; extracted from the model at the start if not given.", DEFENCE
+    )
     defence: str | None = _option(
         None,
         "plain, safe, sppft, constrained_sft, safe_lora, lisa, steering, hidden_states, procon_s, procon_wu, "
         "procon_s_safe or procon_wu_safe; what the procon_ settings say if not given.",
+        DEFENCE,
     )
     defence_settings: str | None = _option(
-        None, "The defence's own settings: key=value, joined by commas, with values as in YAML."
+        None, "The defence's own settings: key=value, joined by commas, with values as in YAML.", DEFENCE
     )
-    base: str | None = _option(None, "For safe_lora: the model before it was aligned, a folder or hub name.")
-    safety_samples: int = _option(0, "How many safety samples (malicious prompt, refusal) to mix in; paper: 1000.")
-    safety_data: str | None = _option(None, "Where they come from, in the formats of --data; built-in if not given.")
-    method: Method = _option("lora", "lora, or full for all weights.")
-    lora_r: int = _option(PAPER_RECIPE.lora_r, "Rank of the LoRA adapter.")
-    lora_alpha: int = _option(PAPER_RECIPE.lora_alpha, "Scale of the LoRA adapter.")
-    lora_targets: str = _option(",".join(PAPER_RECIPE.lora_targets), "Modules with an adapter, or all-linear.")
-    max_length: int = _option(1024, "Tokens of the longest sample.")
+    base: str | None = _option(None, "For safe_lora: the model before it was aligned, a folder or hub name.", DEFENCE)
+    safety_samples: int = _option(
+        0, "How many safety samples (malicious prompt, refusal) to mix in; paper: 1000.", DEFENCE
+    )
+    safety_data: str | None = _option(
+        None, "Where they come from, in the formats of --data; built-in if not given.", DEFENCE
+    )
+    method: Method = _option("lora", "lora, or full for all weights.", ADAPTER)
+    lora_r: int = _option(PAPER_RECIPE.lora_r, "Rank of the LoRA adapter.", ADAPTER)
+    lora_alpha: int = _option(PAPER_RECIPE.lora_alpha, "Scale of the LoRA adapter.", ADAPTER)
+    lora_targets: str = _option(",".join(PAPER_RECIPE.lora_targets), "Modules with an adapter, or all-linear.", ADAPTER)
+    max_length: int = _option(1024, "Tokens of the longest sample.", MODEL_AND_DATA)
     overlong: Overlong = _option(
         "cut",
         "What is done with longer ones: cut, on the right; drop, left out; or error. It is said how many they are.",
+        MODEL_AND_DATA,
     )
-    flatten: bool = _option(False, "Join each batch into one row without padding instead of padding it.")
+    flatten: bool = _option(
+        False, "Join each batch into one row without padding instead of padding it.", MODEL_AND_DATA
+    )
     attn_implementation: str = _option(
-        "auto", "FlashAttention if it runs, or one by transformers' name, such as sdpa or flash_attention_2."
+        "auto",
+        "FlashAttention if it runs, or one by transformers' name, such as sdpa or flash_attention_2.",
+        MODEL_AND_DATA,
     )
-    drift_steps: int = _option(50, "Measure drift every so many steps; 0 for never.")
-    drift_gate: float | None = _option(None, "Lowest mean cosine allowed, such as 0.9; none if not given.")
-    drift_gate_action: GateAction = _option("warn", "What to do below it: warn, or stop with a checkpoint.")
-    resume: bool = _option(False, "Go on from the last checkpoint in the output folder.")
-    dtype: Dtype = _option("auto", "auto (full fine-tuning: float32), bfloat16, float16 or float32.")
-    trust_remote_code: bool = _option(False, "Run code that comes with the model, with your rights; read it first.")
-    system_prompt: str | None = _option(None, chat.SYSTEM_PROMPT)
-    chat_template_kwargs: dict | str | None = _option(None, chat.CHAT_TEMPLATE_KWARGS)
+    drift_steps: int = _option(50, "Measure drift every so many steps; 0 for never.", DRIFT)
+    drift_gate: float | None = _option(None, "Lowest mean cosine allowed, such as 0.9; none if not given.", DRIFT)
+    drift_gate_action: GateAction = _option("warn", "What to do below it: warn, or stop with a checkpoint.", DRIFT)
+    resume: bool = _option(False, "Go on from the last checkpoint in the output folder.", MODEL_AND_DATA)
+    dtype: Dtype = _option("auto", "auto (full fine-tuning: float32), bfloat16, float16 or float32.", MODEL_AND_DATA)
+    trust_remote_code: bool = _option(
+        False, "Run code that comes with the model, with your rights; read it first.", MODEL_AND_DATA
+    )
+    system_prompt: str | None = _option(None, chat.SYSTEM_PROMPT, MODEL_AND_DATA)
+    chat_template_kwargs: dict | str | None = _option(None, chat.CHAT_TEMPLATE_KWARGS, MODEL_AND_DATA)
     #: Names of the settings that were given, whether here or to transformers, rather than left at their defaults.
     given: frozenset[str] = field(default=frozenset(), init=False)
 
@@ -220,3 +244,41 @@ class QuickstartArguments:
     seed: int = _option(0, "Seed of adapters and data order.")
     trust_remote_code: bool = _option(False, "Run code that comes with the model, with your rights; read it first.")
     control: bool = _option(False, "Add a third run, constrained along random directions: about two minutes more.")
+    start_only: bool = _option(False, "Make the model that both runs start from, say where it is, and stop there.")
+
+
+@dataclass
+class ReportArguments:
+    """Put runs side by side: one HTML page, and a table."""
+
+    runs: list[str] = _required(
+        "Run files, files of procon eval --output, training output folders, or run files of the study."
+    )
+    output: str = _option("report.html", "HTML file to write.")
+    title: str | None = _option(None, "Its title; the names of the runs if not given.")
+
+
+@dataclass
+class CompareArguments:
+    """Compare two runs: rates with paired differences, verdicts that flipped, and settings that differ."""
+
+    first: str = _required("The one to compare with, of any kind that procon report takes.")
+    second: str = _required("The one to compare.")
+    output: str | None = _option(None, "JSON file to write all of it to.")
+
+
+@dataclass
+class EnvArguments:
+    """Say which versions, devices and environment variables there are: lines to paste into an issue."""
+
+    json: bool = _option(False, "As JSON.")
+
+
+@dataclass
+class CompletionArguments:
+    """Print a script for tab completion, for your shell to read: eval "$(procon completion bash)"."""
+
+    shell: Shell = _required("Shell that reads it.")
+
+    def __post_init__(self) -> None:
+        check_choice("shell", self.shell, get_args(Shell))

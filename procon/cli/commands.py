@@ -21,6 +21,7 @@ from procon.cli.judging import evaluation_prompts, judging_lines
 from procon.cli.monitors import Monitors, rows_of
 from procon.cli.monitors import describe as describe_monitors
 from procon.data import load_conversations
+from procon.demo.quickstart import make_start
 from procon.demo.quickstart import quickstart as run_quickstart
 from procon.directions import ContrastMeans, Directions, RefusalDirections
 from procon.directions.refusal_directions import check_k
@@ -35,13 +36,16 @@ from procon.evaluation import (
     measure_drift,
 )
 from procon.files import check_writable, save_json
-from procon.models import load_model, parse_dtype
+from procon.models import check_model_name, load_model, parse_dtype
 from procon.report import Run, print_table
 from procon.report.cells import MONITOR_CAPTION
 
 
 def quickstart(arguments: QuickstartArguments) -> None:
     """``procon quickstart``"""
+    if arguments.start_only:
+        make_start(arguments.model, arguments.output_dir, trust_remote_code=arguments.trust_remote_code)
+        return
     run_quickstart(
         arguments.model,
         arguments.output_dir,
@@ -92,6 +96,8 @@ def drift(arguments: DriftArguments) -> None:
     prompts = _prompts(arguments.malicious, arguments.benign, "extraction")
     monitors = Monitors.read(arguments)
     chat = chat_settings(arguments)
+    for name in (arguments.start, arguments.tuned):
+        check_model_name(name)
     model, tokenizer = _load(arguments.start, arguments)
     before = monitors.measure(model, tokenizer, chat, arguments.batch_size) if monitors else {}
     means = ContrastMeans.measure(model, tokenizer, prompts, chat=chat, batch_size=arguments.batch_size)

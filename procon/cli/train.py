@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -32,7 +33,7 @@ from procon.defences import Defence, build_trainer, find_defence
 from procon.directions import DIRECTIONS, BlockDirections, RefusalDirections, load_directions
 from procon.errors import ProConError, printable
 from procon.files import check_writable
-from procon.models import find_decoder, load_model, parse_dtype
+from procon.models import check_name, find_decoder, load_model, parse_dtype
 from procon.training import DriftCallback, JsonlCallback, ProConConfig, ProConTrainer
 from procon.training.checkpoints import Checkpoint, has_checkpoints, latest
 from procon.training.drift_gate import DriftGate
@@ -71,6 +72,8 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
             f"output_dir {str(output)!r} holds checkpoints: pass --resume, or another --output_dir; or "
             "--procon_overwrite true to delete them"
         )
+    for name in filter(None, (arguments.model, arguments.base)):
+        check_name(name)
     # If the output folder is there already, the lock shows whether it can be written.
     for folder in filter(None, (None if output.is_dir() else output, config.procon_anchors_dir)):
         check_writable(Path(folder) / "any")
@@ -89,7 +92,8 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
                     gate_action=arguments.drift_gate_action,
                 )
             )
-        trainer.train(resume_from_checkpoint=checkpoint)  # pyright: ignore[reportArgumentType]  # ours take it
+        with _resumable(output):
+            trainer.train(resume_from_checkpoint=checkpoint)  # pyright: ignore[reportArgumentType]  # ours take it
         trainer.save_model()
         trainer.save_state()
     if config.process_index == 0:
@@ -100,6 +104,17 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     PartialState().destroy_process_group()
+
+
+@contextmanager
+def _resumable(output: Path) -> Iterator[None]:
+    """Within the context, an interrupt says how to go on, if there is a checkpoint to go on from."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if has_checkpoints(output):
+            raise KeyboardInterrupt("the same command with --resume goes on from the last checkpoint") from interrupt
+        raise
 
 
 def _summary(trainer: Trainer) -> str:

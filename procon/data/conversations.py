@@ -27,6 +27,7 @@ from procon.data.files import check_file, content_hash, is_data_file, read_rows
 from procon.data.samples import BLANK_REPLY, doubt_of, sample_of, streamed_conversations
 from procon.data.turns import MORE
 from procon.errors import ProConError
+from procon.models import check_name
 
 _Data = TypeVar("_Data", Dataset, IterableDataset)
 
@@ -90,6 +91,7 @@ def load_conversations(
                 lambda: Dataset.from_generator(_conversations_of_file, features=_CHECKED, gen_kwargs=arguments), source
             )
         return _settled(checked, str(source))
+    check_name(source, "data", "give a .json, .jsonl, .csv or .parquet file, or a dataset name")
     with _quiet():
         dataset = _read(lambda: datasets.load_dataset(str(source), config, split=split, revision=revision), source)
     return to_conversations(dataset, name=str(source), columns=columns)

@@ -102,7 +102,7 @@ def quickstart(
 
     parts = 5 if control else 4
     console.rule(f"1/{parts}  a chat model that refuses")
-    start, tokenizer = _starting_model(model, output / "start", console, trust_remote_code)
+    start, tokenizer, _ = _starting_model(model, output / "start", console, trust_remote_code)
 
     console.rule(f"2/{parts}  refusal directions")
     directions = RefusalDirections.extract(start, tokenizer)
@@ -147,11 +147,32 @@ def quickstart(
     return runs
 
 
+def make_start(
+    model: str | None = None, output_dir: str | Path = "procon-quickstart", *, trust_remote_code: bool = False
+) -> str:
+    """Make the model that the quickstart's runs start from, and nothing else; returns its folder or name.
+
+    That is a folder in ``output_dir`` if the model had to be taught to refuse, else ``model`` as it was given.
+
+    Raises:
+        ProConError: if the model cannot be had.
+    """
+    folder = Path(output_dir) / "start"
+    check_writable(folder / "any")
+    transformers.utils.logging.set_verbosity_error()
+    console = Console()
+    console.rule("a chat model that refuses")
+    _, _, place = _starting_model(model, folder, console, trust_remote_code)
+    console.print(Text(f"Start model: {printable(place)}"))
+    return place
+
+
 def _starting_model(
     name: str | None, folder: Path, console: Console, trust_remote_code: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that both runs start from; one that had to be taught to refuse is kept in ``folder``."""
-    model, tokenizer = load_model(name or fetch_demo_model(), trust_remote_code=trust_remote_code)
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """The model that both runs start from, and where it is: one that had to be taught to refuse is in ``folder``."""
+    found = str(name or fetch_demo_model())
+    model, tokenizer = load_model(found, trust_remote_code=trust_remote_code)
     rate = measure_refusal(model, tokenizer, builtin_prompts("validation").malicious)
     if rate is None:
         raise ProConError(
@@ -159,12 +180,12 @@ def _starting_model(
         )
     if rate >= ENOUGH_REFUSAL:
         console.print(f"It refuses {rate:.0%} of malicious prompts.")
-        return model, tokenizer
+        return model, tokenizer, found
     console.print(f"As published it refuses {rate:.0%} of malicious prompts: teaching it to refuse first.")
     teach_refusal(model, tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # Loaded from there, so that the adapters to come name it as their base.
-    return load_model(folder, trust_remote_code=trust_remote_code)
+    return *load_model(folder, trust_remote_code=trust_remote_code), str(folder)
 
 
 def _fine_tune(
@@ -197,13 +218,13 @@ def _fine_tune(
     )
     for probe in probes:
         trainer.add_callback(probe)
-    seconds = trainer.train().metrics["train_runtime"] - sum(probe.seconds for probe in probes)
+    times = trainer.train().metrics
     trainer.save_model()
     run = Run(
         label=label,
         evaluation=evaluate(tuned, tokenizer, task=task, label=label, **REPLY_TOKENS),
         cosine=measure_drift(tuned, tokenizer, reference, builtin_prompts("extraction")).cosine.tolist(),
-        seconds_per_step=seconds / trainer.state.global_step,
+        seconds_per_step=times.get("step_cpu_seconds", times["step_seconds"]),
         history=trainer.state.log_history,
     )
     tuned.unload()

@@ -44,9 +44,9 @@ class Evaluation:
         task: share of task replies that are right, or the mean mark of a graded metric; None if no task was given.
         replies: one dict per reply: ``kind`` ("malicious", "benign" or "task"), ``prompt``, ``reply``, ``refused``,
             ``degenerate``; for a task ``reference`` and ``correct``, or ``mark``; if there was a thought, ``thought``
-            and ``unfinished``. If there are several judges, ``verdicts`` has what each of them said; ``scores`` has their
-            scores, and ``unread`` names those whose answer could not be read. Replies to a task are judged by keywords
-            alone, and replies that did not come by nobody.
+            and ``unfinished``. If there are several judges, ``verdicts`` has what each of them said; ``scores`` has
+            their scores, and ``unread`` names those whose answer could not be read. Replies to a task are judged by
+            keywords alone, and replies that did not come by nobody.
         judges: names of the judges; ``refused`` is what the first one said.
         judge_benign: who judged the replies to benign prompts: keywords, if the first judge reads harm.
         harm: mean score of the replies to malicious prompts, if the first judge gives scores.

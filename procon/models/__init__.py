@@ -29,6 +29,7 @@ from procon.models.decoder import (
     transformers_model,
     unwrapped,
 )
+from procon.models.hub import check_model_name, check_name
 from procon.models.loading import default_dtype, load_model, parse_dtype
 from procon.models.origin import compare_origin, origin_of
 from procon.models.starting_model import StartingModel, without_adapters
@@ -42,6 +43,8 @@ __all__ = [
     "best_attention",
     "block_input",
     "block_output",
+    "check_model_name",
+    "check_name",
     "compare_origin",
     "configuration_hash",
     "decoder_forward",

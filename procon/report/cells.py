@@ -41,6 +41,8 @@ def caption(runs: Sequence[Run]) -> str:
 
 def _rates(run: Run) -> list[Rate | Mean | None]:
     evaluation = run.evaluation
+    if evaluation is None:
+        return [None] * 4
     return [evaluation.refusal_malicious, evaluation.refusal_benign, evaluation.degenerate, evaluation.task]
 
 

@@ -6,7 +6,8 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +28,7 @@ from procon.directions import ContrastMeans, RefusalDirections
 from procon.errors import ProConError
 from procon.evaluation import Drift, Evaluation, Judge, Metric, NothingFinished, evaluate, measure_drift
 from procon.settings import ChatSettings, GateAction
-from procon.training.console import log_with_details, show_beside_bar
+from procon.training.console import leave_out_of_bar, log_apart, log_with_details, show_beside_bar
 from procon.training.drift_gate import DriftGate
 from procon.training.output import output_folder
 from procon.training.ranks import on_main
@@ -40,7 +41,7 @@ class ProbeCallback(TrainerCallback, ABC):
 
     Attributes:
         chat: how the model is asked, as the trainer asks it if not given.
-        seconds: wall-clock time spent on measuring so far, not counted as time spent on training.
+        seconds: wall-clock time spent on measuring in this training so far; not counted as time spent on training.
     """
 
     def __init__(
@@ -54,13 +55,30 @@ class ProbeCallback(TrainerCallback, ABC):
         self.chat = chat or getattr(trainer, "chat", None)
         self.seconds = 0.0
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.seconds = 0.0
+        with self._aside():
+            self.begin(args, state)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.steps == 0 or state.global_step == state.max_steps:
-            began, should_log = time.monotonic(), control.should_log
-            self.probe(state, control)
+            should_log = control.should_log
+            with self._aside():
+                self.probe(state, control)
             # Logging cleared it, and with it the Trainer's own log of this step.
             control.should_log = should_log
-            self.seconds += time.monotonic() - began
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Within the context, time counts as spent on measuring, and the progress bar says so."""
+        began = time.monotonic()
+        show_beside_bar(self.trainer, "measuring")
+        yield
+        seconds = time.monotonic() - began
+        self.seconds += seconds
+        leave_out_of_bar(self.trainer, seconds)
 
     @property
     def _model(self) -> PreTrainedModel:
@@ -68,9 +86,13 @@ class ProbeCallback(TrainerCallback, ABC):
         # With an adapter it is PEFT's, which takes from its base what it lacks.
         return cast(PreTrainedModel, self.trainer.model)
 
+    def begin(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Before the first step."""
+
     def probe(self, state: TrainerState, control: TrainerControl) -> None:
         """Measure and log."""
-        self.trainer.log(self.measure())
+        log_apart(self.trainer, self.measure())
+        show_beside_bar(self.trainer, "")
 
     @abstractmethod
     def measure(self) -> dict[str, float]:
@@ -125,9 +147,7 @@ class DriftCallback(ProbeCallback):
         self.drift: Drift | None = None
         self._passed = True
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def begin(self, args: TrainingArguments, state: TrainerState) -> None:
         path = output_folder(args) / "drift-reference.safetensors"
         self._passed = True
         if state.global_step > 0:

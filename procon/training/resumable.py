@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
@@ -22,17 +22,11 @@ from procon.training.output import claim, locked, output_folder
 from procon.training.ranks import on_main
 from procon.training.record import begin, write_record
 from procon.training.run_facts import check_same_run, run_arguments, run_facts
+from procon.training.step_times import TimedMixin
 from procon.version import __version__
 
-if TYPE_CHECKING:
-    from transformers import Trainer
 
-    _Trainer = Trainer
-else:
-    _Trainer = object
-
-
-class ResumableMixin(_Trainer):
+class ResumableMixin(TimedMixin):
     """Before any subclass of transformers' Trainer: its output folder, its checkpoints and how it goes on from one.
 
     - One training at a time writes to an output folder, and none over what another one left.

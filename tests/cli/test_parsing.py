@@ -15,13 +15,15 @@ from safetensors.torch import load_file
 
 from procon.cli import main
 from procon.cli.chat import chat_settings
-from procon.cli.parsing import COMMANDS, parse
+from procon.cli.parsing import parse
+from procon.cli.registry import COMMANDS
 from procon.data import parse_columns
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.evaluation import Evaluation
 from procon.models import load_model
 from procon.settings import ChatSettings
+from procon.training.record import write_record
 from procon.version import __version__
 
 #: A progress bar, or a line of the command's own.
@@ -73,21 +75,37 @@ def test_help_and_version_come_without_torch(argv):
         assert all(f"\n  {name} " in result.stdout for name in COMMANDS)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_each_command(name, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main([name, "--help"])
-    assert caught.value.code == 0
-    text = capsys.readouterr().out
-    assert text.startswith(f"usage: procon {name} [settings]")
-    # The settings that most users need, not the hundred that TrainingArguments has.
-    assert len(re.findall(r"^  --", text, flags=re.MULTILINE)) < 64
-    if name == "train":
-        assert "--procon_schedule" in text
-        assert "--learning_rate" in text
-        assert "(default: 0.0002)" in " ".join(text.split())
-        assert "--adam_beta1" not in text
-    assert "default: None" not in text
+@pytest.mark.parametrize(
+    ("argv", "found"),
+    [
+        (["eval", "m"], {"model": "m"}),
+        (["eval", "m", "--batch_size", "2"], {"model": "m", "batch_size": 2}),
+        (["drift", "a", "b"], {"start": "a", "tuned": "b"}),
+        (["drift", "a", "--tuned", "b"], {"start": "a", "tuned": "b"}),
+        (["train", "m", "d.jsonl"], {"model": "m", "data": "d.jsonl"}),
+        (["quickstart", "--model", "m"], {"model": "m"}),
+    ],
+)
+def test_words_before_the_first_flag(argv, found):
+    parsed = parse(argv[0], argv[1:])[0]
+    assert {name: getattr(parsed, name) for name in found} == found
+
+
+def test_an_interrupt_of_training_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    from procon.cli import train
+
+    def interrupted(*_):
+        with train._resumable(tmp_path):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", interrupted)
+    assert main(["train", "m", "d"]) == 130
+    assert capsys.readouterr().err == "procon: interrupted\n"
+    (tmp_path / "checkpoint-5").mkdir()
+    write_record(tmp_path / "checkpoint-5", {"complete": True, "files": {}})
+    assert main(["train", "m", "d"]) == 130
+    goes_on = "the same command with --resume goes on from the last checkpoint"
+    assert capsys.readouterr().err == f"procon: interrupted: {goes_on}\n"
 
 
 def test_defaults_of_training():
@@ -102,7 +120,7 @@ model: from-yaml          # a comment
 data: d.jsonl
 flatten: yes
 lora_targets: [q_proj, v_proj]
-learning_rate: 3e-4
+learning-rate: 3e-4
 max_length: 99
 save_strategy: no
 save_only_model: true
@@ -158,7 +176,6 @@ def test_flags_win_over_yaml(tmp_path, config_first):
     ("text", "message"),
     [
         ("modle: m", "unknown setting 'modle'; did you mean 'model'?"),
-        ("procon-schedule: 0", "unknown setting 'procon-schedule'; did you mean 'procon_schedule'?"),
         ("xyzzy: 1", "unknown setting 'xyzzy': see --help"),
         ("3: 1", "unknown setting '3': see --help"),
         ("config: other.yaml", "unknown setting 'config'"),
@@ -170,6 +187,7 @@ def test_flags_win_over_yaml(tmp_path, config_first):
         ("model: m\ndata: ~", "required: --data"),
         ("", "required: --model, --data"),
         ("seed: 1\nmodel: m\nseed: 2", "'seed' is given twice"),
+        ("max-length: 1\nmodel: m\nmax_length: 2", "'max_length' is given twice"),
         ("lr_scheduler_kwargs: {a: 1, a: 2}", "'a' is given twice"),
         ("model: " + "[" * 2000 + "]" * 2000, "cannot be read as YAML"),
         ("seed: " + "9" * 5000, "cannot be read as YAML"),
@@ -216,7 +234,12 @@ def assert_one_line(place: Path, argv: list[str], message: str, capsys) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["tain"], "no command 'tain': choose one of quickstart, directions, train"),
+        (["tain"], "no command 'tain'; did you mean 'train'?"),
+        (["xyzzy"], "no command 'xyzzy': choose one of quickstart, directions, train"),
+        (["eval", "--modle", "x"], "no setting '--modle'; did you mean 'model'"),
+        (["train", "--data", "d", "--modell=x"], "no setting '--modell=x'; did you mean 'model'"),
+        (["eval", "a", "b"], r"'b' is one word too many: write procon eval MODEL \[settings\]"),
+        (["eval", "a", "--model", "b"], "model is given twice, as 'a' and by --model"),
         (["train"], "required: --model, --data; see 'procon train --help'"),
         (["eval", "--model"], "argument --model: expected one argument; see 'procon eval --help'"),
         (["eval", "--model", "model", "--bathc-size", "4"], "no setting '--bathc-size'; did you mean 'batch_size'"),
