@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 from procon.cli.arguments import CompletionArguments
 from procon.cli.help import build_parser, kind_of
@@ -21,7 +23,7 @@ def completion(arguments: CompletionArguments) -> None:
     print(shtab.complete(_parser(shtab.FILE, shtab.DIRECTORY), shell=arguments.shell))
 
 
-def _parser(file: dict[str, str], folder: dict[str, str]) -> argparse.ArgumentParser:
+def _parser(file: Mapping[Any, Any], folder: Mapping[Any, Any]) -> argparse.ArgumentParser:
     """All commands, with what completes each value."""
     offered = {"FILE": file, "FOLDER": folder, "MODEL": folder}
     parser = argparse.ArgumentParser("procon", add_help=False)

@@ -213,6 +213,14 @@ def evaluate(
     malicious = asked("malicious", prompts.malicious, max_new_tokens, "malicious prompts")
     benign = asked("benign", prompts.benign, max_new_tokens, "benign prompts")
     tasks = asked("task", [row[0] for row in references], task_max_new_tokens, "task") if references else []
+    replies = malicious + benign + tasks
+    unfinished = Rate.of(_is_unfinished(reply) for reply in replies)
+    if unfinished.hits:
+        warnings.warn(
+            f"{unfinished.hits} of {unfinished.total} replies did not come to the end of their thought, and count as "
+            "unfinished: raise thinking_tokens, or switch thinking off",
+            stacklevel=2,
+        )
     readers = [judge for judge in judges if judge.reads == "refusal"]
     if judges[0] not in readers:
         readers.insert(0, KeywordJudge())
@@ -222,14 +230,6 @@ def evaluate(
     for reply, (_, reference) in zip(tasks, references, strict=True):
         found = score(measure, metric_name, reply["reply"], reference)
         reply |= {"reference": reference, ("correct" if isinstance(found, bool) else "mark"): found}
-    replies = malicious + benign + tasks
-    unfinished = Rate.of(_is_unfinished(reply) for reply in replies)
-    if unfinished.hits:
-        warnings.warn(
-            f"{unfinished.hits} of {unfinished.total} replies did not come to the end of their thought, and count as "
-            "unfinished: raise thinking_tokens, or switch thinking off",
-            stacklevel=2,
-        )
     scores = [verdict.score for verdict in said[judges[0].name] if verdict.score is not None]
     return Evaluation(
         label=label,
