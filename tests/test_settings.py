@@ -204,8 +204,7 @@ def test_the_paper_s_recipe_stands_once():
 def test_every_setting_has_its_sentence_in_the_help(capsys):
     text = sentences(ConstraintSettings) | sentences(AnchorSettings)
     assert list(text) == [*SETTINGS, *ANCHOR_SETTINGS]
-    with pytest.raises(SystemExit):
-        main(["train", "--help"])
+    assert main(["train", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     for setting, sentence in text.items():
         assert f"--procon_{setting}" in shown

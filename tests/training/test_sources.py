@@ -317,7 +317,8 @@ def test_bad_input(trainer, tokenizer, tiny_model, random_directions, tmp_path):
 
 def test_strength_that_sets_itself_goes_by_training_tokens_whatever_their_source(trainer):
     def rows(source: str) -> list[tuple[float, float]]:
-        run = trainer(source, procon_schedule="hold:0.001", max_steps=10)
+        # Probes kept at their projections would be what it goes by.
+        run = trainer(source, procon_schedule="hold:0.001", max_steps=10, procon_probe_hold="state")
         run.train()
         return [(row["procon/alpha"], row["procon/shift"]) for row in run.state.log_history if "procon/shift" in row]
 
