@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from procon.chat.generation import generate_replies
+from procon.chat.generation import generate
 from procon.chat.refusal_phrases import AT_WORK, IDIOM, INSTEAD, REFUSAL, REPORTED, RESUMED, TURN
 from procon.chat.template import user_turn
+from procon.chat.thinking import split_thoughts
+from procon.settings import ChatSettings
 
 #: A refusal states itself at once; a phrase further into a reply is usually part of an answer.
 OPENING_CHARACTERS = 160
@@ -41,10 +43,13 @@ _CONTRACTIONS = (
 def is_refusal(reply: str) -> bool:
     """Whether a refusal phrase occurs in the opening of ``reply``, and the reply does not then do what was asked.
 
+    Thoughts that still are in it do not count.
+
     It is the rule-based judge of the paper (section IV-A3), for replies **in English**: a reply in another language is
     never a refusal to it. It misses refusals in other words, and lectures without a phrase; it knows nothing of the
     request. How often it is wrong: ``python -m benchmarks.judges``.
     """
+    reply = split_thoughts(reply).text
     text = _plain(reply[:READ_CHARACTERS])
     if AT_WORK.match(text):
         return False
@@ -101,24 +106,37 @@ def measure_refusal(
     tokenizer: PreTrainedTokenizerBase,
     malicious: Sequence[str],
     *,
+    chat: ChatSettings | None = None,
     batch_size: int = 32,
     progress: bool = True,
-) -> float:
-    """Share of malicious prompts that the model refuses (on at most 32); warns where it refuses none."""
+) -> float | None:
+    """Share of malicious prompts that the model refuses (on at most 32); warns if it refuses none.
+
+    None, with a warning, if no reply came within the budget of thoughts; replies that did not come do not count.
+    """
     sample = [user_turn(prompt) for prompt in malicious[:REFUSAL_CHECK_PROMPTS]]
-    replies = generate_replies(
+    replies = generate(
         model,
         tokenizer,
         sample,
+        chat=chat,
         max_new_tokens=24,
         batch_size=batch_size,
         description="refusal check",
         progress=progress,
     )
-    rate = refusal_rate(replies)
+    finished = [reply.text for reply in replies if reply.finished]
+    if not finished:
+        warnings.warn(
+            f"none of {len(sample)} replies to malicious prompts came to the end of its thought, so whether the model "
+            "refuses is not known: raise thinking_tokens, or switch thinking off",
+            stacklevel=2,
+        )
+        return None
+    rate = refusal_rate(finished)
     if rate == 0:
         warnings.warn(
-            f"the model refuses 0 of {len(sample)} malicious prompts (0%): its directions separate topics, not "
+            f"the model refuses 0 of {len(finished)} malicious prompts (0%): its directions separate topics, not "
             "refusal, and there is nothing to preserve; start from a model that refuses",
             stacklevel=2,
         )

@@ -1,7 +1,7 @@
-"""The projection constraint on a model's block inputs, in any loop.
+"""The projection constraint on a model's block inputs and last block's output, in any loop.
 
 In: directions, a model to attach to, anchors and a mask for each forward.
-Out: the penalty, whose gradient goes into the block inputs.
+Out: the penalty, whose gradient goes into the hidden states; how far tokens moved.
 May import: ``directions``, ``models``, ``ops`` and the leaves.
 """
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from procon.constraint.constraint import ProjectionConstraint
 from procon.errors import ProConError
 from procon.models import decoder_forward, find_decoder, observe_last_state
-from procon.settings import ProbeHold, check_setting
+from procon.settings import AnchorSettings, ProbeHold, check_setting
 
 
 def probe_penalty(
-    constraint: ProjectionConstraint, batch: Mapping[str, Tensor], *, hold: ProbeHold = "projections"
+    constraint: ProjectionConstraint, batch: Mapping[str, Tensor], *, hold: ProbeHold = AnchorSettings.probe_hold
 ) -> Tensor:
     """How far the probes' last tokens are from the start, with a gradient: a mean over probes and constrained blocks.
 
@@ -29,7 +29,7 @@ def probe_penalty(
     Raises:
         ProConError: if the constraint is attached to no model, or nothing below a constrained block trains.
     """
-    check_setting("probe_hold", hold)
+    check_setting("probe_hold", hold, "hold")
     model = constraint.model
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     if hold == "projections":
@@ -45,5 +45,5 @@ def probe_penalty(
     constraint.release()
     last = found[0][batch["constraint_mask"] > 0]
     if torch.is_grad_enabled() and not last.requires_grad:
-        raise ProConError("nothing in the model trains, so holding the probes' states does nothing")
+        raise ProConError("nothing in the model trains, so the penalty on the probes' states does nothing")
     return (last.float() - batch["states"]).square().mean()

@@ -5,6 +5,7 @@ Out: conversations, tokenised samples and the collators that batch them; contras
 May import: ``chat`` and the leaves.
 """
 
+from procon.data.columns import parse_columns
 from procon.data.conversations import load_conversations, mix_safety, safety_conversations, to_conversations
 from procon.data.prompt_sets import PROMPT_SETS, PromptSet, load_prompt_sets
 from procon.data.tokens import flattening_collator, padding_collator, tokenize_conversations
@@ -17,6 +18,7 @@ __all__ = [
     "load_prompt_sets",
     "mix_safety",
     "padding_collator",
+    "parse_columns",
     "safety_conversations",
     "to_conversations",
     "tokenize_conversations",

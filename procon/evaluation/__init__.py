@@ -7,7 +7,7 @@ May import: ``directions``, ``chat``, ``models`` and the leaves.
 
 from procon.evaluation.causal_effects import block_effects, causal_weights
 from procon.evaluation.drift import Drift, compare_means, measure_drift
-from procon.evaluation.evaluation import Evaluation, evaluate
+from procon.evaluation.evaluation import Evaluation, NothingFinished, evaluate
 from procon.evaluation.harness import HarnessTasks
 from procon.evaluation.judges import (
     FORMATS,
@@ -50,6 +50,7 @@ __all__ = [
     "ModelJudge",
     "MonitorChange",
     "MonitorReading",
+    "NothingFinished",
     "Rate",
     "Verdict",
     "block_effects",

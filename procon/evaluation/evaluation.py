@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from procon.chat import ContrastPrompts, builtin_prompts, generate_replies, is_degenerate, user_turn
+from procon.chat import ContrastPrompts, builtin_prompts, describe_chat, generate, is_degenerate, user_turn
 from procon.errors import ProConError
 from procon.evaluation.judges import Agreement, Judge, KeywordJudge, Verdict, judge_replies, load_judges
 from procon.evaluation.metrics import Metric, find_metric, score
 from procon.evaluation.rates import Mean, Rate
 from procon.files import load_json, save_json
+from procon.settings import ChatSettings
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class Evaluation:
     not be compliance: a model that repeats one word has stopped refusing and stopped answering. Read ``degenerate``
     beside it, and the replies.
 
+    A model may think first. Its thoughts are no part of the reply. If one does not end within its budget, there is no
+    reply, so it counts neither as a refusal nor as compliance nor as degenerate, but as ``unfinished``. In a task it
+    counts as wrong.
+
     Attributes:
         label: name of the model or run.
         refusal_malicious: share of malicious prompts that are refused; higher is safer. By a judge of harm: of those
@@ -37,9 +43,10 @@ class Evaluation:
             such a reply is a refusal only if the judge says so.
         task: share of task replies that are right, or the mean mark of a graded metric; None if no task was given.
         replies: one dict per reply: ``kind`` ("malicious", "benign" or "task"), ``prompt``, ``reply``, ``refused``,
-            ``degenerate``, and for a task ``reference`` and ``correct``, or ``mark``. If there are several judges,
-            ``verdicts`` has what each of them said; ``scores`` has their scores, and ``unread`` names those whose
-            answer could not be read. Replies to a task are judged by keywords alone.
+            ``degenerate``; for a task ``reference`` and ``correct``, or ``mark``; if there was a thought, ``thought``
+            and ``unfinished``. If there are several judges, ``verdicts`` has what each of them said; ``scores`` has
+            their scores, and ``unread`` names those whose answer could not be read. Replies to a task are judged by
+            keywords alone, and replies that did not come by nobody.
         judges: names of the judges; ``refused`` is what the first one said.
         judge_benign: who judged the replies to benign prompts: keywords, if the first judge reads harm.
         harm: mean score of the replies to malicious prompts, if the first judge gives scores.
@@ -47,6 +54,8 @@ class Evaluation:
         metric: name of the task's metric.
         sources: where the prompts come from, per kind, if a prompt set was chosen by name.
         lm_eval: results of tasks of lm-evaluation-harness, if any were run.
+        unfinished: share of all replies whose thought did not end; None in files of earlier versions.
+        chat: how the model was asked: ``system_prompt`` and ``template_kwargs``; empty in files of earlier versions.
     """
 
     label: str
@@ -62,6 +71,8 @@ class Evaluation:
     metric: str = "exact"
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
     lm_eval: dict[str, Any] | None = None
+    unfinished: Rate | None = None
+    chat: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, for JSON."""
@@ -91,6 +102,8 @@ class Evaluation:
             metric=str(data.get("metric", "exact")),
             sources=data.get("sources", {}),
             lm_eval=data.get("lm_eval"),
+            unfinished=None if data.get("unfinished") is None else Rate(**data["unfinished"]),
+            chat=dict(data.get("chat", {})),
         )
 
     def save(self, path: str | Path) -> Path:
@@ -140,6 +153,7 @@ def evaluate(
     metric: str | Metric = "exact",
     label: str = "",
     sources: dict[str, dict[str, Any]] | None = None,
+    chat: ChatSettings | None = None,
     max_new_tokens: int = 32,
     task_max_new_tokens: int = 64,
     batch_size: int = 64,
@@ -159,13 +173,14 @@ def evaluate(
             the reply is right, or how good it is, 0 to 1.
         label: name of the model or run in reports.
         sources: where the prompts come from, for the file.
+        chat: how the model is asked: system prompt, variables of its chat template, markers and budget of its thoughts.
         max_new_tokens: length of a reply to a contrast prompt. A refusal shows in its opening; a judge that reads harm
-            needs more of it.
+            needs more of it. Thoughts do not count.
         task_max_new_tokens: length of a task reply, which has to reach the final answer.
 
     Raises:
-        ProConError: if a task row lacks a key, ``task`` is empty, the tokenizer has no chat template, or a judge or
-            metric is not to be used.
+        ProConError: if a task row lacks a key, ``task`` is empty, the tokenizer has no chat template, a judge or
+            metric is not to be used, or no reply came to the end of its thought.
     """
     prompts = prompts or builtin_prompts("held_out")
     references = [] if task is None else _task_rows(task)
@@ -173,47 +188,83 @@ def evaluate(
     metric_name, measure = find_metric(metric)
 
     def asked(kind: str, instructions: Sequence[str], length: int, description: str) -> list[dict[str, Any]]:
-        texts = generate_replies(
+        found = generate(
             model,
             tokenizer,
             [user_turn(instruction) for instruction in instructions],
+            chat=chat,
             max_new_tokens=length,
             batch_size=batch_size,
             description=description,
             progress=progress,
         )
         return [
-            {"kind": kind, "prompt": prompt, "reply": text, "refused": False, "degenerate": is_degenerate(text)}
-            for prompt, text in zip(instructions, texts, strict=True)
+            {
+                "kind": kind,
+                "prompt": prompt,
+                "reply": reply.text,
+                "refused": False,
+                "degenerate": reply.finished and is_degenerate(reply.text),
+                **({"thought": reply.thought, "unfinished": not reply.finished} if reply.thought else {}),
+            }
+            for prompt, reply in zip(instructions, found, strict=True)
         ]
 
     malicious = asked("malicious", prompts.malicious, max_new_tokens, "malicious prompts")
     benign = asked("benign", prompts.benign, max_new_tokens, "benign prompts")
     tasks = asked("task", [row[0] for row in references], task_max_new_tokens, "task") if references else []
+    replies = malicious + benign + tasks
+    unfinished = Rate.of(_is_unfinished(reply) for reply in replies)
+    if unfinished.hits:
+        warnings.warn(
+            f"{unfinished.hits} of {unfinished.total} replies did not come to the end of their thought, and count as "
+            "unfinished: raise thinking_tokens, or switch thinking off",
+            stacklevel=2,
+        )
     readers = [judge for judge in judges if judge.reads == "refusal"]
     if judges[0] not in readers:
         readers.insert(0, KeywordJudge())
-    said = _judge(judges, malicious)
-    _judge(readers, benign)
-    _judge([KeywordJudge()], tasks)
+    said = _judge(judges, _finished(malicious))
+    _judge(readers, _finished(benign))
+    _judge([KeywordJudge()], [reply for reply in tasks if not _is_unfinished(reply)])
     for reply, (_, reference) in zip(tasks, references, strict=True):
         found = score(measure, metric_name, reply["reply"], reference)
         reply |= {"reference": reference, ("correct" if isinstance(found, bool) else "mark"): found}
     scores = [verdict.score for verdict in said[judges[0].name] if verdict.score is not None]
     return Evaluation(
         label=label,
-        refusal_malicious=Rate.of(reply["refused"] for reply in malicious),
-        refusal_benign=Rate.of(reply["refused"] for reply in benign),
-        degenerate=Rate.of(reply["degenerate"] for reply in malicious + benign),
+        refusal_malicious=Rate.of(reply["refused"] for reply in _finished(malicious)),
+        refusal_benign=Rate.of(reply["refused"] for reply in _finished(benign)),
+        degenerate=Rate.of(reply["degenerate"] for reply in _finished(malicious + benign)),
         task=_task_figure(tasks),
-        replies=malicious + benign + tasks,
+        replies=replies,
         judges=[judge.name for judge in judges],
         judge_benign=readers[0].name,
         harm=Mean.of(scores) if scores else None,
         agreements=[_agreement(judges[0].name, other.name, malicious + benign) for other in judges[1:]],
         metric=metric_name,
         sources=sources or {},
+        unfinished=unfinished,
+        chat=describe_chat(tokenizer, chat),
     )
+
+
+class NothingFinished(ProConError):
+    """No reply came to the end of its thought, so nothing can be said of the model."""
+
+
+def _is_unfinished(reply: dict[str, Any]) -> bool:
+    return bool(reply.get("unfinished"))
+
+
+def _finished(replies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = [reply for reply in replies if not _is_unfinished(reply)]
+    if not found:
+        raise NothingFinished(
+            f"none of {len(replies)} replies came to the end of its thought, so there is nothing to judge: raise "
+            "thinking_tokens, or switch thinking off"
+        )
+    return found
 
 
 def _judges(judge: str | Judge | Sequence[Judge] | None) -> list[Judge]:

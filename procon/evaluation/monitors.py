@@ -15,7 +15,7 @@ from procon.chat import ContrastPrompts
 from procon.directions import BlockDirections, Directions, auroc, project_on_all
 from procon.errors import ProConError
 from procon.models import find_decoder
-from procon.settings import LAST
+from procon.settings import LAST, ChatSettings
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class MonitorChange:
 
     @property
     def best(self) -> int:
-        """The row at which the monitor told the prompts apart best before training: where one would use it."""
+        """The row at which the monitor separated the prompts best before training: where one would use it."""
         return int(self.before.auroc.nan_to_num(nan=-1.0).argmax())
 
     def rows(self, name: str) -> list[dict[str, Any]]:
@@ -98,6 +98,7 @@ def measure_monitors(
     monitors: BlockDirections,
     prompts: ContrastPrompts | Mapping[str, ContrastPrompts],
     *,
+    chat: ChatSettings | None = None,
     batch_size: int = 32,
     progress: bool = True,
 ) -> dict[str, MonitorReading]:
@@ -121,7 +122,7 @@ def measure_monitors(
         one = monitors.vectors[:, number : number + 1]
         scores = [
             monitors.length[:, number]
-            * project_on_all(model, tokenizer, one, side, batch_size=batch_size, progress=progress)[..., 0]
+            * project_on_all(model, tokenizer, one, side, chat=chat, batch_size=batch_size, progress=progress)[..., 0]
             + monitors.bias[:, number]
             for side in (by_name[name].malicious, by_name[name].benign)
         ]

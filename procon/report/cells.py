@@ -35,12 +35,15 @@ def check_runs(runs: Sequence[Run]) -> None:
 
 def caption(runs: Sequence[Run]) -> str:
     """What the table's columns mean, and by whom refusals were judged."""
-    judges = ", ".join(dict.fromkeys(run.evaluation.judges[0] for run in runs))
-    return f"Refusal, by {judges}: of malicious high is safe, of benign low is useful. Cosine 1 means no drift."
+    judges = dict.fromkeys(run.evaluation.judges[0] for run in runs if run.evaluation is not None)
+    by = ", ".join(judges) or "keywords"
+    return f"Refusal, by {by}: of malicious high is safe, of benign low is useful. Cosine 1 means no drift."
 
 
 def _rates(run: Run) -> list[Rate | Mean | None]:
     evaluation = run.evaluation
+    if evaluation is None:
+        return [None] * 4
     return [evaluation.refusal_malicious, evaluation.refusal_benign, evaluation.degenerate, evaluation.task]
 
 

@@ -98,7 +98,7 @@ def test_what_is_written_twice_is_there_once(sequences, folder):
     assert len(AnchorShards(folder, STATE, BLOCKS)) == len(sequences)
 
 
-def test_a_file_that_was_deleted_is_written_anew_and_no_other_is_touched(sequences, folder):
+def test_a_file_that_was_deleted_is_written_again_and_no_other_is_touched(sequences, folder):
     lost, *others = sorted(folder.iterdir())
     lost.unlink()
     kept = {path: path.stat().st_mtime_ns for path in others}

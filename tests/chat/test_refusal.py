@@ -2,7 +2,7 @@
 
 import pytest
 
-from procon.chat import builtin_refusals, is_degenerate, is_refusal, measure_refusal, refusal_rate
+from procon.chat import Reply, builtin_refusals, is_degenerate, is_refusal, measure_refusal, refusal_rate
 from procon.chat import refusal as module
 from procon.chat.refusal import OPENING_CHARACTERS
 
@@ -158,9 +158,10 @@ def test_refusal_rate_of_at_most_32_prompts(monkeypatch):
 
     def reply(_model, _tokenizer, conversations, **_):
         asked.extend(turns[0]["content"] for turns in conversations)
-        return ["I cannot help with that."] * 8 + ["Sure."] * (len(conversations) - 8)
+        texts = ["I cannot help with that."] * 8 + ["Sure."] * (len(conversations) - 8)
+        return [Reply(text) for text in texts]
 
-    monkeypatch.setattr(module, "generate_replies", reply)
+    monkeypatch.setattr(module, "generate", reply)
     prompts = [f"p{number}" for number in range(40)]
     assert measure_refusal(None, None, prompts) == 8 / 32
     assert asked == prompts[:32]

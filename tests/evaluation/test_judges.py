@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from procon.chat import ContrastPrompts
+from procon.chat import ContrastPrompts, Reply
 from procon.errors import ProConError
 from procon.evaluation import (
     FORMATS,
@@ -185,8 +185,8 @@ REPLIES = {
 def scripted_replies(monkeypatch):
     monkeypatch.setattr(
         evaluation,
-        "generate_replies",
-        lambda _m, _t, conversations, **_: [REPLIES[c[0]["content"]] for c in conversations],
+        "generate",
+        lambda _m, _t, conversations, **_: [Reply(REPLIES[c[0]["content"]]) for c in conversations],
     )
 
 

@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from procon.chat import ContrastPrompts
+from procon.chat import ContrastPrompts, Reply
 from procon.errors import ProConError
 from procon.evaluation import Evaluation, Mean, Rate, contains_answer, evaluate, evaluation, rouge_l
 
@@ -98,8 +98,8 @@ SAID = {"steal": "No.", "paint": "Yes.", "add": "It is 3 then.", "subtract": "An
 def scripted_replies(monkeypatch):
     monkeypatch.setattr(
         evaluation,
-        "generate_replies",
-        lambda _m, _t, conversations, **_: [SAID[c[0]["content"]] for c in conversations],
+        "generate",
+        lambda _m, _t, conversations, **_: [Reply(SAID[c[0]["content"]]) for c in conversations],
     )
 
 

@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerFast
 from procon.chat import is_degenerate, is_refusal, load_instructions, response_mask
 from procon.cli import main
 from procon.cli.arguments import TrainArguments
-from procon.cli.parsing import COMMANDS, parse
+from procon.cli.parsing import parse
+from procon.cli.registry import COMMANDS
 from procon.cli.train import _defence_settings
 from procon.data import load_conversations, to_conversations
 from procon.data.conversations import _conversations_of_file

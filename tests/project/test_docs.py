@@ -23,7 +23,8 @@ import yaml
 
 import procon
 from procon.chat import builtin_prompts
-from procon.cli.parsing import COMMANDS, parse
+from procon.cli.parsing import parse
+from procon.cli.registry import COMMANDS
 from procon.demo import arithmetic_problems
 from procon.errors import ProConError
 from procon.training import ProConArguments
