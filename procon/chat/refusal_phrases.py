@@ -99,7 +99,7 @@ RESUMED = re.compile(
 
 #: and if it does something better instead.
 INSTEAD = re.compile(
-    r"\b(?:alternativ\w*|authorit\w*|avoid\w*|consent\w*|counsel\w*|defend\w*|ethical\w*|guard\w*|harmless|help ?line"
+    r"\b(?:alternatives?|authorit\w*|avoid\w*|consent\w*|counsel\w*|defend\w*|ethical\w*|guard\w*|harmless|help ?line"
     r"|instead|law(?:ful|fully|yer)?|legal\w*|legitimate\w*|police|prevent\w*|professional\w*|protect\w*|respect\w*"
-    r"|risks?|safe\w*|secur\w*|therap\w*)\b"
+    r"|risks?|safe\w*|secur(?:e|ed|ely|ing|ity)|therap\w*)\b"
 )
