@@ -159,24 +159,30 @@ def _paper_note(part: Part, job: str) -> str:
 
 
 def _provenance(name: str, outcomes: Outcomes) -> str:
-    made = [run["made"] for run in outcomes.runs]
-    machines = Counter(entry["machine"] for entry in made)
-    packages = ("python", "torch", "transformers", "peft")
-    versions = {package: " and ".join(sorted({entry[package] for entry in made})) for package in packages}
-    commits = Counter(str(entry["commit"]) for entry in made)
-    hours = sum(run["seconds"] for run in outcomes.runs) / 3600
-    trained = sum(run["train_seconds"] for run in outcomes.runs) / 3600
     return f"""\
 ```bash
 python -m benchmarks.study --budget {name}
 python -m benchmarks.study.report --budget {name}
 ```
 
+{provenance_lines(outcomes.runs)}"""
+
+
+def provenance_lines(runs: Sequence[dict]) -> str:
+    """What runs were made by and on, as a list."""
+    made = [run["made"] for run in runs]
+    machines = Counter(entry["machine"] for entry in made)
+    packages = ("python", "torch", "transformers", "peft")
+    versions = {package: " and ".join(sorted({entry[package] for entry in made})) for package in packages}
+    commits = Counter(str(entry["commit"]) for entry in made)
+    hours = sum(run["seconds"] for run in runs) / 3600
+    trained = sum(run["train_seconds"] for run in runs) / 3600
+    return f"""\
 - Machines: {_counted(machines)}.
 - Versions: {", ".join(f"{package} {number}" for package, number in versions.items())}.
 - Commits: {_counted(commits)}.
 - Hours: {hours:.1f}, of which {trained:.1f} were training, summed over runs; several may have run at once.
-- Seeds: {", ".join(map(str, sorted({run["seed"] for run in outcomes.runs})))}."""
+- Seeds: {", ".join(map(str, sorted({run["seed"] for run in runs})))}."""
 
 
 def _counted(found: Counter[str]) -> str:

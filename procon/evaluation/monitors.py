@@ -29,6 +29,8 @@ class MonitorReading:
         positive, negative: ``[L]`` fp32, mean score of the prompts with the concept, and of those without.
         caught, false_alarms: ``[L]`` fp32, share of the prompts with the concept, and of those without, whose score is
             above the threshold; NaN for a monitor without a threshold.
+        scores: ``[n, L]`` fp32 of each prompt with the concept, and ``[m, L]`` of each without, for intervals, curves
+            and other thresholds.
         last_output: whether the last row is that of the last block's output.
     """
 
@@ -37,6 +39,7 @@ class MonitorReading:
     negative: Tensor
     caught: Tensor
     false_alarms: Tensor
+    scores: tuple[Tensor, Tensor]
     last_output: bool = False
 
 
@@ -154,6 +157,7 @@ def _reading(positive: Tensor, negative: Tensor, there: Tensor, threshold: Tenso
         negative=known(negative.mean(0), there),
         caught=known((positive > threshold).float().mean(0), set_there),
         false_alarms=known((negative > threshold).float().mean(0), set_there),
+        scores=(known(positive, there), known(negative, there)),
     )
 
 
