@@ -28,12 +28,13 @@ def report_overlong(lengths: Sequence[int], max_length: int | None, overlong: Ov
     if max_length is None or not longer:
         return
     first = next(at for at, length in enumerate(lengths, 1) if length > max_length)
-    those = (
-        f"{len(longer)} of {len(lengths)} samples are longer than max_length {max_length}, the longest {max(longer)}"
-    )
-    those += f" tokens, first row {first}"
     if overlong == "error":
-        raise ProConError(f"{those}: raise max_length, or set overlong to 'cut' or 'drop'")
+        raise ProConError(
+            f"{len(longer)} of {len(lengths)} samples are longer than max_length {max_length}, the longest has "
+            f"{max(longer)} tokens, first row {first}: raise max_length, or set overlong to 'cut' or 'drop'"
+        )
+    those = f"{len(longer)} of {len(lengths)} samples are longer than max_length {max_length}, the longest has "
+    those += f"{max(longer)} tokens, first row {first}"
     if overlong == "drop":
         warnings.warn(f"{those}, and are left out", stacklevel=3)
         return

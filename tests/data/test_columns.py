@@ -233,7 +233,7 @@ def rows_of_unequal_length() -> Dataset:
 def test_cut_rows_and_tokens_are_counted(rows_of_unequal_length, tokenizer):
     whole = [len(row["labels"]) for row in tokenize_conversations(rows_of_unequal_length, tokenizer, progress=False)]
     settings = {"max_length": whole[2] - 2, "progress": False}
-    lost, these = 20 + 2, f"2 of 3 samples are longer than max_length {whole[2] - 2}, the longest {whole[1]} tokens"
+    lost, these = 20 + 2, f"2 of 3 samples are longer than max_length {whole[2] - 2}, the longest has {whole[1]} tokens"
     with pytest.warns(UserWarning, match=f"{these}, first row 2, and are cut: {lost} of {sum(whole)} tokens"):
         cut = tokenize_conversations(rows_of_unequal_length, tokenizer, **settings)
     assert [len(row["labels"]) for row in cut] == [whole[0], whole[2] - 2, whole[2] - 2]

@@ -321,12 +321,16 @@ def test_versions_are_those_of_requirements():
 # Errors
 
 
+#: ProConError and its kinds.
+ERRORS = ("ProConError", "NothingFinished")
+
+
 def raised_messages() -> dict[str, str]:
-    """Every message of a ProConError in the source, with … for what is filled in, and where it is raised."""
+    """Every message of such an error in the source, with … for what is filled in, and where it is raised."""
     found = {}
     for file in [*(ROOT / "procon").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "ProConError" and node.args:
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) in ERRORS and node.args:
                 found[_template(node.args[0])] = f"{file.relative_to(ROOT)}:{node.lineno}"
     return found
 

@@ -309,7 +309,9 @@ def test_a_run_resumed_without_a_reference_is_refused(make_trainer, trainer, tmp
 
     saving = {"save_strategy": "steps", "save_steps": 2, "procon_overwrite": True}
     trainer(prompts=builtin_prompts("extraction").first(2), **saving)[0].train()
-    with pytest.raises(ProConError, match="was measured on other prompts, or asked in another way: resume with the prompts"):
+    with pytest.raises(
+        ProConError, match="was measured on other prompts, or asked in another way: resume with the prompts"
+    ):
         made.train(resume_from_checkpoint=checkpoint)
 
 
