@@ -30,7 +30,11 @@ EXTRAS = {
     ],
 }
 EXTRAS["test"] = [
-    *(requirement for name in ("completion", "demo", "trl", "train", "docs", "study", "lint") for requirement in EXTRAS[name]),
+    *(
+        requirement
+        for name in ("completion", "demo", "trl", "train", "docs", "study", "lint")
+        for requirement in EXTRAS[name]
+    ),
     "bitsandbytes>=0.50.2",
     "deepspeed>=0.19",
     "hypothesis>=6.100",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from procon.cli.arguments import CompletionArguments
 from procon.cli.help import build_parser, kind_of
@@ -21,7 +22,7 @@ def completion(arguments: CompletionArguments) -> None:
     print(shtab.complete(_parser(shtab.FILE, shtab.DIRECTORY), shell=arguments.shell))
 
 
-def _parser(file: dict[str, str], folder: dict[str, str]) -> argparse.ArgumentParser:
+def _parser(file: Any, folder: Any) -> argparse.ArgumentParser:
     """All commands, with what completes each value."""
     offered = {"FILE": file, "FOLDER": folder, "MODEL": folder}
     parser = argparse.ArgumentParser("procon", add_help=False)
