@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from typing import Any
 
 from procon.cli.arguments import CompletionArguments
@@ -23,7 +22,7 @@ def completion(arguments: CompletionArguments) -> None:
     print(shtab.complete(_parser(shtab.FILE, shtab.DIRECTORY), shell=arguments.shell))
 
 
-def _parser(file: Mapping[Any, Any], folder: Mapping[Any, Any]) -> argparse.ArgumentParser:
+def _parser(file: Any, folder: Any) -> argparse.ArgumentParser:
     """All commands, with what completes each value."""
     offered = {"FILE": file, "FOLDER": folder, "MODEL": folder}
     parser = argparse.ArgumentParser("procon", add_help=False)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 import yaml
 
 from procon.cli.help import help_of, usage
+from procon.cli.noise import others_apart
 from procon.cli.registry import COMMANDS, Command
 from procon.cli.training_arguments import OWN_DEFAULTS
-from procon.errors import ProConError, printable, visible
+from procon.errors import ProConError
 from procon.version import __version__
 
 # torch and transformers are imported by the command that runs, not here: `procon --help` must come at once.
@@ -28,26 +26,8 @@ from procon.version import __version__
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for bad input, reported in one line on standard error."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    with warnings.catch_warnings(), _visible_logs():
-        warnings.showwarning = _show_warning
+    with others_apart():
         return _main(argv)
-
-
-@contextmanager
-def _visible_logs() -> Iterator[None]:
-    """Within the context, what libraries log of a model's own names has no commands to the terminal in it."""
-    make = logging.getLogRecordFactory()
-
-    def make_visible(*arguments: Any, **further: Any) -> logging.LogRecord:
-        record = make(*arguments, **further)
-        record.msg, record.args = visible(record.getMessage()), ()
-        return record
-
-    logging.setLogRecordFactory(make_visible)
-    try:
-        yield
-    finally:
-        logging.setLogRecordFactory(make)
 
 
 def _main(argv: list[str]) -> int:
@@ -282,15 +262,3 @@ def _overview() -> str:
     lines += [f"  {name:<12}{command.arguments.__doc__}" for name, command in COMMANDS.items()]
     lines += ["", "Begin with `procon quickstart`. Each command explains its settings: procon help COMMAND"]
     return "\n".join(lines)
-
-
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    if issubclass(category, UserWarning) and not issubclass(category, (FutureWarning, DeprecationWarning)):
-        print(f"procon: warning: {' '.join(printable(str(message)).split())}", file=sys.stderr)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 
 from procon.cli.arguments import TrainArguments
 from procon.cli.chat import chat_settings
+from procon.cli.preface import Preface
 from procon.data import (
     flattening_collator,
     load_conversations,
@@ -36,6 +37,7 @@ from procon.files import check_writable
 from procon.models import check_name, find_decoder, load_model, parse_dtype
 from procon.training import DriftCallback, JsonlCallback, ProConConfig, ProConTrainer
 from procon.training.checkpoints import Checkpoint, has_checkpoints, latest
+from procon.training.console_rows import show_rows
 from procon.training.drift_gate import DriftGate
 from procon.training.output import locked, output_folder
 from procon.training.ranks import on_main
@@ -82,6 +84,8 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
         job = _plan(arguments, config, checkpoint)
         trainer, tokenizer = _trainer(arguments, job, output)
         trainer.add_callback(JsonlCallback())
+        show_rows(trainer)
+        trainer.add_callback(Preface(trainer, arguments.model))
         if arguments.drift_steps:
             trainer.add_callback(
                 DriftCallback(

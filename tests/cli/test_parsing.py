@@ -27,7 +27,7 @@ from procon.training.record import write_record
 from procon.version import __version__
 
 #: A progress bar, or a line of the command's own.
-EXPECTED_LINE = re.compile(r".*\[\d\d:\d\d[<,].*(/s|s/\w+)\]|procon: (warning|error): .*|")
+EXPECTED_LINE = re.compile(r".*\[\d\d:\d\d[<,].*(/s|s/\w+)\]|\w+: (warning|error): .*|")
 
 
 @pytest.fixture
