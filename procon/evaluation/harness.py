@@ -59,12 +59,14 @@ class HarnessTasks:
         Raises:
             ProConError: if a task cannot be run.
         """
-        from lm_eval import simple_evaluate
+        import lm_eval
         from lm_eval.models.huggingface import HFLM
 
+        harness: Any = lm_eval  # its decorators hide the signatures from type checkers
+        wrapper: Any = HFLM
         try:
-            found = simple_evaluate(
-                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            found = harness.simple_evaluate(
+                wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
                 tasks=list(self.names),
                 task_manager=self._manager,
                 limit=limit or None,
