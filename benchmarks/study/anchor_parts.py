@@ -43,22 +43,17 @@ CANDIDATES = (
     SBR,
     probing("probes_deep_1", "probes, deep half and last output, weight 1", 1, **_DEEP),
     probing("tokens_probes_deep_1", "the same and training tokens, alpha 0.1", 1, alpha=0.1, **_DEEP, **_WITH_TOKENS),
-    probing(
-        "tokens_sbr", "SBR and training tokens, alpha 0.1", 10, alpha=0.1, procon_probe_hold="state", **_WITH_TOKENS
-    ),
-    probing("probes_deep_3", "probes, deep half and last output, weight 3", 3, **_DEEP),
-    probing("probes_all_1", "probes, all blocks and last output, weight 1", 1, procon_blocks="all,last"),
 )
 
 
-def source_parts(start: Method, plain: Method, procon_s: Method) -> tuple[Part, ...]:
+def source_parts(start: Method, plain: Method) -> tuple[Part, ...]:
     """The part in which the settings of probes are chosen."""
     return (
         Part(
             "sources",
             "Where anchors come from, four times the steps",
             "Which tokens should be kept where they were, if training is long?",
-            (start, longer(plain), longer(procon_s), *map(longer, CANDIDATES)),
+            (start, longer(plain), *map(longer, CANDIDATES)),
             seeds=(0,),
             split="validation",
         ),

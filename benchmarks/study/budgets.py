@@ -1,4 +1,4 @@
-"""The budgets: ``smoke`` for continuous integration, ``table`` for two CPU cores, ``full`` for GPUs."""
+"""The budgets: ``smoke`` for continuous integration, ``table`` and ``anchors`` for two CPU cores, ``full`` for GPUs."""
 
 from __future__ import annotations
 
@@ -238,25 +238,10 @@ _FULL_TABLE = replace(
 
 BUDGETS: dict[str, Budget] = {
     "table": Budget(
-        (
-            *(
-                TABLE,
-                LAYERS,
-                STRENGTH,
-                CONTROL,
-                CHOICE,
-                BASELINES,
-                WARMUP,
-                DEPTH,
-                CONVERGENCE,
-                SUBSPACE,
-                FORMAT,
-                ROUNDING,
-            ),
-            *source_parts(START, PLAIN, PROCON_S),
-        ),
+        (TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, BASELINES, WARMUP, DEPTH, CONVERGENCE, SUBSPACE, FORMAT, ROUNDING),
         Size(),
     ),
+    "anchors": Budget(source_parts(START, PLAIN), Size()),
     "full": Budget(
         (_FULL_TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, SUBSPACE),
         Size(train=6400, test=512, epochs=10, pairs=192, poisoned=100, safety=1000),
