@@ -101,5 +101,5 @@ RESUMED = re.compile(
 INSTEAD = re.compile(
     r"\b(?:alternatives?|authorit\w*|avoid\w*|consent\w*|counsel\w*|defend\w*|ethical\w*|guard\w*|harmless|help ?line"
     r"|instead|law(?:ful|fully|yer)?|legal\w*|legitimate\w*|police|prevent\w*|professional\w*|protect\w*|respect\w*"
-    r"|risks?|safe\w*|secur(?:e|ed|ely|ing|ity)|therap\w*)\b"
+    r"|risks?|safe\w*|secured?|securely|securing|security|therap\w*)\b"
 )

@@ -5,6 +5,7 @@ It is a package of its own (extra ``lm-eval``); nothing of it is imported before
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from importlib.metadata import version
@@ -34,14 +35,12 @@ class HarnessTasks:
             raise ProConError(f"lm_eval is {names!r:.40}: name tasks of lm-evaluation-harness, joined by commas")
         if importlib.util.find_spec("lm_eval") is None:
             raise ProConError("lm-evaluation-harness is not installed: pip install 'lm_eval>=0.4.13'")
-        from lm_eval.tasks import TaskManager
-
         files = [name for name in self.names if name.endswith((".yaml", ".yml"))]
         for file in files:
             if not Path(file).is_file():
                 raise ProConError(f"lm_eval task file {file!r} does not exist: check the path")
         # To index the harness's own tasks takes seconds.
-        self._manager = TaskManager(include_defaults=len(files) < len(self.names))
+        self._manager: Any = _module("lm_eval.tasks").TaskManager(include_defaults=len(files) < len(self.names))
         for name in self.names:
             if name not in files and not self._manager.match_tasks([name]):
                 raise ProConError(f"lm-evaluation-harness has no task {name!r:.60}: see `lm_eval ls tasks`")
@@ -59,14 +58,12 @@ class HarnessTasks:
         Raises:
             ProConError: if a task cannot be run.
         """
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-
-        harness: Any = lm_eval  # its decorators hide the signatures from type checkers
-        wrapper: Any = HFLM
         try:
-            found = harness.simple_evaluate(
-                wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            wrapped = _module("lm_eval.models.huggingface").HFLM(
+                pretrained=model, tokenizer=tokenizer, batch_size=batch_size
+            )
+            found = _module("lm_eval").simple_evaluate(
+                wrapped,
                 tasks=list(self.names),
                 task_manager=self._manager,
                 limit=limit or None,
@@ -81,6 +78,11 @@ class HarnessTasks:
             ) from error
         parts = {name: found.get(name, {}) for name in ("results", "versions", "n-shot", "n-samples")}
         return _plain({"lm_eval": version("lm_eval"), "tasks": self.names, "limit": limit or None, **parts})
+
+
+def _module(name: str) -> Any:
+    """A module of the harness, which type checkers need not find."""
+    return importlib.import_module(name)
 
 
 def _plain(results: dict[str, Any]) -> dict[str, Any]:
