@@ -17,6 +17,7 @@ from procon import (
     AlphaSchedule,
     AnchoredCollator,
     Anchors,
+    ChatSettings,
     ConstraintSettings,
     LiveAnchors,
     Probes,
@@ -30,6 +31,7 @@ from procon import (
 )
 from procon.cli import main
 from procon.cli.arguments import TrainArguments
+from procon.cli.chat import chat_settings
 from procon.cli.parsing import parse
 from procon.integrations import ConstrainedForward, ProConCallback
 from procon.settings import (
@@ -162,6 +164,13 @@ def test_training_arguments_and_the_command_have_the_defaults():
         assert {setting: getattr(made, f"procon_{setting}") for setting in SETTINGS} == vars(DEFAULTS)
         assert {setting: getattr(made, f"procon_{setting}") for setting in ANCHOR_SETTINGS} == vars(AnchorSettings())
     assert AlphaSchedule.parse(DEFAULTS.schedule) == AlphaSchedule.constant()
+
+
+@pytest.mark.parametrize("argv", [["directions"], ["train", "--data", "d"], ["eval"], ["drift", "--tuned", "m"]])
+def test_commands_ask_a_model_by_the_defaults(argv):
+    command, *given = argv
+    model = "--start" if command == "drift" else "--model"
+    assert chat_settings(parse(command, [model, "m", *given])[0]) == ChatSettings()
 
 
 def trl_config(kind: str) -> type:

@@ -27,12 +27,12 @@ class Variant(Method):
 
 
 def recorded(name: str, label: str, directions: str, **config: Any) -> Variant:
-    """Anchors of the training tokens; all else as the library recommends, but for ``config``."""
+    """Anchors of the training tokens; the rest as the library recommends, but for ``config``."""
     return Variant(name, label, "procon_s", config=config, directions=directions)
 
 
 def probes(name: str, label: str, directions: str, twins: int = 4, **config: Any) -> Variant:
-    """Anchors at prompts that the monitors were trained on; all else as the library recommends, but for ``config``."""
+    """Anchors at prompts that the monitors were trained on; the rest as the library recommends, but for ``config``."""
     return Variant(
         name, label, "procon_s", config={"procon_anchors": "probes", **config}, directions=directions, twins=twins
     )

@@ -1,4 +1,4 @@
-"""Run files as readings: how well a monitor tells prompts apart, and where its threshold has come to lie."""
+"""Run files as readings: how well a monitor separates prompts, and where its threshold has come to lie."""
 
 from __future__ import annotations
 

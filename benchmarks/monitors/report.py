@@ -38,9 +38,9 @@ last prompt token, trained on {PAIRS["extraction"]} twins, prompts with its conc
 - *language*: requests in French, Spanish or German, against the same requests in English;
 - *sentiment*: remarks of unhappy customers, against remarks of happy ones on the same matter.
 
-A monitor reads where it told {PAIRS["validation"]} validation twins apart best; where several blocks are alike, at the
-deepest. It says yes above a score of 0. Then the model is fine-tuned on arithmetic for 160 steps, which has nothing to
-do with any of the three, and the same monitors, untouched, read it again."""
+A monitor reads at the block that separated {PAIRS["validation"]} validation twins best; if several blocks are alike, at
+the deepest. It says yes above a score of 0. Then the model is fine-tuned on arithmetic for 160 steps, which has nothing
+to do with any of the three, and the same monitors, untouched, read it again."""
 
 READING = """\
 - *AUROC*: probability that a prompt with the concept scores higher than one without it; 0.5 is chance. Of several

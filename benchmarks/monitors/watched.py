@@ -102,9 +102,9 @@ class Watched:
 
 
 def _train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, concept: str, pairs: int) -> Directions:
-    """A monitor at the site where it tells validation prompts apart best; of several, at the deepest.
+    """A monitor at the site where it separates validation prompts best; of several, at the deepest.
 
-    It says yes where yes is more likely than no, at a score of 0.
+    It says yes if yes is more likely than no, at a score of 0.
     """
     train, validation = (labelled_prompts(concept, split, pairs) for split in _TRAINING)
     states, others = (_states(model, tokenizer, prompts) for prompts in (train, validation))

@@ -37,7 +37,7 @@ def response_mask(
        the end of a prompt and the start of a reply counts as the reply's.
 
     What the prompt ends with before a reply, such as the line feed after a role, is not the assistant's, even if the
-    template marks it. Neither is a thought that is empty, as templates write it where thinking is off.
+    template marks it. Neither is a thought that is empty, as templates write it if thinking is off.
 
     Args:
         tools: that the assistant may call, as the template takes them.

@@ -40,7 +40,7 @@ _ANYWHERE = (
     "sorry,? but",
     "i apologi[sz]e,? but",
     "my apologies,? but",
-    # An apology for oneself, and then what one is not, or too little to tell. "I'm sorry to hear that" is sympathy.
+    # An apology for oneself, and then what one is not, or too little to judge. "I'm sorry to hear that" is sympathy.
     "(?:i am sorry|i apologi[sz]e|my apologies) for (?:any|the|my|your)\\b[^.!?]{0,40}, but"
     "(?=[^.!?]*\\b(?:not|cannot|unable|only)\\b|[^.!?]{0,40}\\b(?:ai|assistant|bot|chatbot|model)\\b|[^.!?]{0,60}$)",
     "cannot (?:assist|comply|fulfill?|help with|provide|support)",

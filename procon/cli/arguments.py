@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from procon.cli import chat
 from procon.errors import ProConError
-from procon.settings import PAPER_RECIPE, GateAction, check_choice
+from procon.settings import PAPER_RECIPE, ChatSettings, GateAction, check_choice
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Method = Literal["lora", "full"]
@@ -61,7 +61,7 @@ class DirectionsArguments:
     system_prompt: str | None = _option(None, chat.SYSTEM_PROMPT)
     chat_template_kwargs: dict | str | None = _option(None, chat.CHAT_TEMPLATE_KWARGS)
     thinking_markers: str | None = _option(None, chat.THINKING_MARKERS)
-    thinking_tokens: int = _option(1024, chat.THINKING_TOKENS)
+    thinking_tokens: int = _option(ChatSettings.thinking_tokens, chat.THINKING_TOKENS)
 
     def __post_init__(self) -> None:
         _check_least(1, self, "batch_size")
@@ -224,7 +224,7 @@ class EvalArguments:
     system_prompt: str | None = _option(None, chat.SYSTEM_PROMPT)
     chat_template_kwargs: dict | str | None = _option(None, chat.CHAT_TEMPLATE_KWARGS)
     thinking_markers: str | None = _option(None, chat.THINKING_MARKERS)
-    thinking_tokens: int = _option(1024, chat.THINKING_TOKENS)
+    thinking_tokens: int = _option(ChatSettings.thinking_tokens, chat.THINKING_TOKENS)
 
     def __post_init__(self) -> None:
         _check_least(1, self, "max_new_tokens", "task_max_new_tokens", "batch_size")

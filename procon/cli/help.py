@@ -24,7 +24,7 @@ _NOTES = (
 )
 _TRAINING_NOTE = "All of transformers' TrainingArguments are accepted, not only those listed."
 
-#: What the values of some settings are; those of others are told by their type.
+#: What the values of some settings are; those of others follow from their type.
 _FILES = {
     *("add", "benign", "config", "data", "directions", "malicious", "monitors", "negative", "output", "positive"),
     *("procon_probes", "runs", "safety_data", "task", "vectors", "first", "second"),

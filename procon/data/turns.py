@@ -131,7 +131,7 @@ def _present(value: Any) -> Any:
 
 
 def checked_text(value: object, name: str) -> str:
-    """The text; ProConError if it is none, too long, or of half characters."""
+    """The text; ProConError if it is not a text, too long, or of half characters."""
     if not isinstance(value, str):
         raise ProConError(f"{name} is {value!r:.60}: give a text")
     if len(value) > MAX_TEXT:

@@ -1,4 +1,4 @@
-"""Names on the hub: told from paths, and asked for only if the hub is there, so that a wrong one fails at once."""
+"""Names on the hub: apart from paths, and asked for only if the hub is there, so that a wrong one fails at once."""
 
 from __future__ import annotations
 

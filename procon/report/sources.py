@@ -1,4 +1,4 @@
-"""What can be reported: files and folders of several kinds, told apart by their content, each read as a run."""
+"""What can be reported: files and folders of several kinds, recognised by their content, each read as a run."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def row(step: int, logs: Mapping[str, Any]) -> str:
     order = [name for name in _NAMES if name in logs]
     order += [name for name in logs if name not in _NAMES and name not in _LEFT_OUT]
     head = f"step {step:<5}"
-    # Names and numbers stay together: a space that is none to break a line at.
+    # Names and numbers stay together: no line breaks at this space.
     parts = [f"{_NAMES.get(name, name)} {_number(logs[name])}".replace(" ", "\0") for name in order]
     lines = wrap("  ".join(parts), _WIDTH - len(head) - 1, break_long_words=False, break_on_hyphens=False)
     return "\n".join(f"{head if place == 0 else ' ' * len(head)} {line}" for place, line in enumerate(lines)).replace(
