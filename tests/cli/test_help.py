@@ -84,5 +84,5 @@ def test_groups_of_training(monkeypatch):
 
 
 def test_help_of_no_command(capsys):
-    assert main(["help", "trian"]) == 2
-    assert "no command 'trian'; did you mean 'train'?" in capsys.readouterr().err
+    assert main(["help", "trai"]) == 2
+    assert "no command 'trai'; did you mean 'train'?" in capsys.readouterr().err
