@@ -14,7 +14,7 @@ EXTRAS = {
     "trl": ["trl>=1.9,<2"],
     "train": ["tensorboard>=2.16", "wandb>=0.17"],
     "flash": ["flash-attn>=2.7"],
-    "completion": ["shtab>=1.7"],
+    "completion": ["shtab>=1.13"],
     "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=1"],
     "study": ["markdown>=3.6", "scikit-learn>=1.6", "scipy>=1.13"],
     # One version of mutmut: another one makes other mutants.
