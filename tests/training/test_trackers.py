@@ -169,6 +169,17 @@ def test_json_lines_of_a_resumed_run_have_no_step_twice(make, tmp_path, first):
     assert comparable(resumed) == comparable(whole)
 
 
+def test_probes_leave_trls_own_metrics_to_the_rows_of_the_loss(make):
+    trainer = make("SFTTrainer")
+    trainer.train()
+    rows = trainer.state.log_history
+    steps = {row["step"] for row in rows if "procon/drift_cos" in row}
+    assert steps & {row["step"] for row in rows if "loss" in row}
+    for row in rows:
+        assert ("mean_token_accuracy" in row) == ("loss" in row)
+        assert ("entropy" in row) == ("loss" in row)
+
+
 def test_json_lines_are_strict_json(make, tmp_path):
     trainer = make(max_steps=1, eval_strategy="no", save_strategy="no")
     trainer.add_callback(JsonlCallback())
