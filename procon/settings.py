@@ -34,7 +34,7 @@ Reduction = Literal["token", "sequence"]
 Fuse = Literal["auto", "never"]
 Backend = Literal["auto", "triton", "eager"]
 AnchorSource = Literal["recorded", "live", "probes", "recorded+probes", "live+probes"]
-ProbeHold = Literal["projections", "state"]
+ProbeHold = Literal["projections", "state", "both"]
 
 #: The word for the output of the last block, among blocks.
 LAST = "last"
@@ -141,8 +141,8 @@ class AnchorSettings:
     """Weight of the probes' penalty beside that of the training tokens; alpha multiplies both."""
 
     probe_hold: ProbeHold = "projections"
-    """What is kept at the probes' last tokens: projections, along the directions; or state, the whole last hidden state
-    (SBR)."""
+    """What is kept at the probes' last tokens: projections, along the directions; state, the whole last hidden state
+    (SBR); or both."""
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -159,10 +159,15 @@ class AnchorSettings:
         return next((source for source in ("recorded", "live") if source in self.anchors), None)
 
     @property
+    def holds_projections(self) -> bool:
+        """Whether probes are kept at their projections, alone or beside the whole state."""
+        return self.has_probes and self.probe_hold != "state"
+
+    @property
     def measured(self) -> Literal["probes", "tokens"] | None:
         """What a strength that sets itself goes by: the probes' shift, if they are kept at their projections; else the
         training tokens'; None if neither has anchors along the directions."""
-        if self.has_probes and self.probe_hold == "projections":
+        if self.holds_projections:
             return "probes"
         return "tokens" if self.of_tokens else None
 

@@ -69,7 +69,7 @@ WRONG = {
     "probe_count": ("0", "is 0: give a whole number, 1 or more"),
     "probe_every": ("0", "is 0: give a whole number, 1 or more"),
     "probe_weight": ("-1.0", "is -1.0: give a finite number above 0"),
-    "probe_hold": ("everything", "is 'everything': choose one of projections, state"),
+    "probe_hold": ("everything", "is 'everything': choose one of projections, state, both"),
 }
 
 #: Any text may be a file of probe prompts; whether it is one shows before a model is read, too.

@@ -7,7 +7,15 @@ May import: ``directions``, ``models``, ``ops`` and the leaves.
 
 from procon.constraint.blocks import select_among, select_blocks
 from procon.constraint.constraint import ProjectionConstraint
-from procon.constraint.probing import probe_penalty
+from procon.constraint.probing import ProbeDeparture, probe_departure, probe_penalty
 from procon.constraint.token_count import constrained_tokens
 
-__all__ = ["ProjectionConstraint", "constrained_tokens", "probe_penalty", "select_among", "select_blocks"]
+__all__ = [
+    "ProbeDeparture",
+    "ProjectionConstraint",
+    "constrained_tokens",
+    "probe_departure",
+    "probe_penalty",
+    "select_among",
+    "select_blocks",
+]

@@ -106,7 +106,7 @@ class AnchoredMixin(_Resumable):
         if self.alpha_schedule.hold is not None:
             constraint.check_shift()
         anchors = self.args.anchor_settings()
-        if anchors.has_probes and anchors.probe_hold == "projections":
+        if anchors.holds_projections:
             check_units(directions, constraint.blocks)
         return constraint
 

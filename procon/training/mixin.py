@@ -14,7 +14,7 @@ from transformers.trainer_utils import TrainOutput
 
 from procon.anchors import LiveAnchors
 from procon.anchors.probes import PROBES
-from procon.constraint import ProjectionConstraint, constrained_tokens, probe_penalty
+from procon.constraint import ProjectionConstraint, constrained_tokens, probe_departure
 from procon.constraint.guards import check_finite, refuse_data_parallel
 from procon.directions import DIRECTIONS, BlockDirections, load_directions
 from procon.errors import ProConError
@@ -284,11 +284,11 @@ class ProConMixin(StrengthMixin):
                 raise ProConError(NO_ANCHORS)
             self._probed = True  # once in an optimiser step
             batch = self._probes.batch(self.args.device)
+            found = probe_departure(constraint, batch, hold=settings.probe_hold)
             # Ranks that have the same probes have a part each.
-            share = probe_penalty(constraint, batch, hold=settings.probe_hold) / self._ranks_apart
-            if self.hold is not None and settings.measured == "probes":
-                self.hold.measure(share)
-            shares.append(settings.probe_weight * share)
+            if self.hold is not None and found.projections is not None:
+                self.hold.measure(found.projections / self._ranks_apart)
+            shares.append(settings.probe_weight / self._ranks_apart * found.penalty)
         return shares
 
     def _gradient_of(self, alpha: float) -> float | None:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from procon.constraint import probe_penalty
+from procon.constraint import probe_departure
 from procon.errors import ProConError
 from procon.integrations import ProConCallback
 from procon.training import ProConConfig, mixin
@@ -54,20 +54,22 @@ def test_what_it_measures_is_the_penalty_where_gap_and_blocks_are_one(make_train
     assert measured == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
-@pytest.mark.parametrize("anchors", ["probes", "recorded+probes"])
-def test_with_probes_it_goes_by_theirs(make_trainer, monkeypatch, anchors):
+@pytest.mark.parametrize(("anchors", "kept"), [("probes", "projections"), ("recorded+probes", "both")])
+def test_with_probes_it_goes_by_theirs(make_trainer, monkeypatch, anchors, kept):
     """At the steps that run them, by the root of their mean square; whatever the training tokens do."""
     weight = 50.0
     settings = {"procon_anchors": anchors, "procon_probe_every": 2, "procon_probe_count": 3, "max_steps": 6}
+    settings["procon_probe_hold"] = kept
     trainer = make_trainer("Trainer", "hold:0.01", save_strategy="no", procon_probe_weight=weight, **settings)
     measured, step, squares = [], trainer.hold.step, []
     trainer.hold.step = lambda shift: (measured.append(shift.item()), step(shift))
 
     def noted(*args, **kwargs):
-        squares.append(probe_penalty(*args, **kwargs))
-        return squares[-1]
+        found = probe_departure(*args, **kwargs)
+        squares.append(found.projections)
+        return found
 
-    monkeypatch.setattr(mixin, "probe_penalty", noted)
+    monkeypatch.setattr(mixin, "probe_departure", noted)
     trainer.train()
     assert len(measured) == 3
     assert measured == pytest.approx([math.sqrt(square.item()) for square in squares], rel=1e-6)

@@ -170,7 +170,7 @@ def at_last_tokens(model, probes):
     return found, last[0][rows]
 
 
-@pytest.mark.parametrize("hold", ["projections", "state"])
+@pytest.mark.parametrize("hold", ["projections", "state", "both"])
 @pytest.mark.parametrize("fuse", ["auto", "never"])
 def test_the_probes_penalty_and_its_gradient_are_those_by_definition(
     tiny_model, tokenizer, random_directions, hold, fuse
@@ -190,15 +190,16 @@ def test_the_probes_penalty_and_its_gradient_are_those_by_definition(
     model.zero_grad()
 
     sites, last = at_last_tokens(model, probes)
-    if hold == "state":
-        expected = (last - probes.states.double()).square().mean()
-    else:
+    expected = torch.zeros(()).double()
+    if hold != "projections":
+        expected = expected + (last - probes.states.double()).square().mean()
+    if hold != "state":
         shifts = [
             ((sites[block] @ directions.first[block].double()) - probes.anchors[:, block].double())
             / directions.gap[block].double()
             for block in (0, 1, 2)
         ]
-        expected = torch.stack(shifts).square().mean()
+        expected = expected + torch.stack(shifts).square().mean()
     torch.testing.assert_close(penalty.double(), expected, rtol=1e-5, atol=0)
     expected.backward()
     by_definition = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
