@@ -67,7 +67,8 @@ def _of_sharegpt(turn: Mapping[str, Any]) -> dict[str, Any]:
     speaker, value = turn["from"], turn.get("value")
     if speaker == "function_call":
         return {"role": "assistant", "content": None, "tool_calls": _json(value, "a function_call")}
-    return {**turn, "role": _SPEAKERS.get(speaker, speaker), "content": value}
+    role = _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
+    return {**turn, "role": role, "content": value}
 
 
 def _part(part: object, column: str) -> str:

@@ -174,6 +174,7 @@ def test_wrong_columns_are_refused(text, message):
         ({"messages": ASKED, "tools": "add"}, "tools is 'add': give JSON"),
         ({"messages": ASKED, "tools": "[1]"}, "tools is .*: give a list of objects"),
         ({"conversations": [{"from": "function_call", "value": "add("}]}, "a function_call is 'add.': give JSON"),
+        ({"conversations": [{"from": ["gpt"], "value": "A."}]}, "a turn of conversations is"),
         ({"conversations": [{"from": "gpt", "value": None}]}, "a turn of conversations is"),
     ],
 )

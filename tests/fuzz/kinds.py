@@ -181,20 +181,21 @@ def write(name: str, content: bytes) -> Path:
 
 def take_file(file: tuple[str, bytes]) -> None:
     """Without the cache of ``datasets``, which costs more than the reading."""
-    for row in _conversations_of_file(str(write(f"data{file[0]}", file[1])), ""):
-        check_conversation(row["messages"])
+    for row in _conversations_of_file(str(write(f"data{file[0]}", file[1])), "", {}):
+        check_sample(row)
 
 
-def check_conversation(turns: list[dict[str, str]]) -> None:
-    for turn in turns:
-        assert set(turn) == {"role", "content"}
-        assert all((len(item.encode()) and len(item) <= MAX_TEXT) or item == "" for item in turn.values())
+def check_sample(row: dict[str, Any]) -> None:
+    for turn in row.get("messages") or [{"role": "", "content": row["text"]}]:
+        assert set(turn) >= {"role", "content"}
+        texts = (turn["role"], turn["content"])
+        assert all((len(item.encode()) and len(item) <= MAX_TEXT) or item == "" for item in texts)
 
 
 def take_whole_file(file: tuple[str, bytes]) -> None:
     loaded = load_conversations(write(f"whole{file[0]}", file[1]))
     for row in loaded:
-        check_conversation(row["messages"])
+        check_sample(row)
 
 
 def make_prompts(random: Random) -> tuple[str, bytes]:
@@ -243,11 +244,12 @@ def make_conversation(random: Random) -> tuple[int, list[Any]]:
 
 
 def take_conversation(given: tuple[int, list[Any]]) -> None:
-    from procon.data.conversations import _checked, _converter
+    from procon.data.columns import converter
+    from procon.data.conversations import _checked
 
     template, turns = given
     row = {"messages": turns}
-    messages = _checked(_converter(row, "rows"), row, "rows", 1)["messages"]
+    messages = _checked(converter(row, "rows"), row, "rows", 1)["messages"]
     tokenizer().chat_template = TEMPLATES[template]
     ids, mask = response_mask(tokenizer(), messages)
     assert len(ids) == len(mask)
@@ -260,7 +262,7 @@ def take_rows(rows: Any) -> None:
     except Exception as error:  # of Arrow's types: no dataset has these rows
         raise ProConError("no dataset") from error
     for row in to_conversations(dataset):
-        check_conversation(row["messages"])
+        check_sample(row)
 
 
 # YAML and flags
