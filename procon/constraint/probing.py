@@ -51,7 +51,7 @@ def probe_departure(
         return ProbeDeparture(projections, None)
     last = found[0][batch["constraint_mask"] > 0]
     if torch.is_grad_enabled() and not last.requires_grad:
-        raise ProConError("nothing in the model trains, so holding the probes' states does nothing")
+        raise ProConError("nothing in the model trains, so the penalty on the probes' states does nothing")
     return ProbeDeparture(projections, (last.float() - batch["states"]).square().mean())
 
 
