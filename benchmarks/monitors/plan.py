@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.study.budgets import DEVELOPMENT
 from benchmarks.study.methods import Method
 from benchmarks.study.plan import Budget, Part, Size
 
-#: In multiples of the study's training: 160 steps, after which plain fine-tuning has forgotten to refuse altogether.
-LENGTH = 4.0
+#: In multiples of the study's 40 steps.
+SHORT, LONG = 1.0, 4.0
 
 
 @dataclass(frozen=True)
@@ -22,33 +22,45 @@ class Variant(Method):
         twins: of each concept, among the monitors' training prompts: the probes.
     """
 
-    length: float = LENGTH
     twins: int = 0
 
 
-def recorded(name: str, label: str, directions: str, **config: Any) -> Variant:
-    """Anchors of the training tokens; the rest as the library recommends, but for ``config``."""
-    return Variant(name, label, "procon_s", config=config, directions=directions)
+def anchored(name: str, label: str, directions: str, twins: int = 0, **config: Any) -> Variant:
+    """Anchors in the deep half of the blocks, where monitors read; all else as the library has it, but for ``config``.
+
+    Args:
+        twins: of each concept, as probes; none if training tokens alone are anchored.
+    """
+    config = {"procon_blocks": "0.5,last", **config}
+    return Variant(name, label, "procon_s", config=config, directions=directions, twins=twins)
 
 
-def probes(name: str, label: str, directions: str, twins: int = 4, **config: Any) -> Variant:
-    """Anchors at prompts that the monitors were trained on; the rest as the library recommends, but for ``config``."""
-    return Variant(
-        name, label, "procon_s", config={"procon_anchors": "probes", **config}, directions=directions, twins=twins
-    )
+def longer(variant: Variant) -> Variant:
+    """The same, for four times the steps."""
+    return replace(variant, name=f"{variant.name}_x{LONG:g}", label=variant.label, length=LONG)
 
 
 START = Variant("start", "start", length=0)
 PLAIN = Variant("plain", "plain fine-tuning")
-REFUSAL = recorded("refusal", "refusal alone, training tokens", "refusal")
-RECORDED = recorded("recorded", "refusal and monitors, training tokens", "refusal+monitors", procon_blocks="all,last")
-PROBES = probes("probes", "refusal and monitors, probes", "refusal+monitors", procon_blocks="all,last")
+
+ALL = "refusal+monitors"
+PROBES = anchored("probes", "monitors and refusal, at probes", ALL, 4, procon_anchors="probes")
+
+VARIANTS = (
+    PROBES,
+    anchored("tokens", "monitors and refusal, at training tokens", ALL),
+    anchored("refusal_probes", "refusal alone, at the same probes", "refusal", 4, procon_anchors="probes"),
+    anchored(
+        "probes_weak", "as the first, a tenth of the weight", ALL, 4, procon_anchors="probes", procon_probe_weight=5.0
+    ),
+    anchored("both", "monitors and refusal, at probes and training tokens", ALL, 4, procon_anchors="recorded+probes"),
+)
 
 CHOICE = Part(
     "choice",
     "What was tried",
     "Which anchors keep the monitors valid?",
-    (START, PLAIN, RECORDED, PROBES),
+    (START, PLAIN, *VARIANTS),
     seeds=(DEVELOPMENT,),
     split="validation",
 )
@@ -57,8 +69,8 @@ RESULT = Part(
     "result",
     "Before and after",
     "Do anchored monitors still read the model?",
-    (START, PLAIN, PROBES),
+    (START, longer(PLAIN), longer(PROBES)),
     seeds=(0, 1),
 )
 
-BUDGET = Budget((CHOICE, RESULT), Size())
+BUDGET = Budget((CHOICE, RESULT), Size(test=64))
