@@ -11,7 +11,7 @@ import numpy as np
 from transformers import HfArgumentParser
 
 from benchmarks.monitors.__main__ import RUNS
-from benchmarks.monitors.plan import BUDGET, CHOICE, PLAIN, RESULT, START
+from benchmarks.monitors.plan import BUDGET, CHOICE, RESULT, START
 from benchmarks.monitors.prompts import CONCEPTS, PAIRS
 from benchmarks.monitors.readings import Loss, Reading, Readings
 from benchmarks.study.methods import Method
@@ -78,17 +78,28 @@ def compose(readings: Readings) -> str:
     """The page as Markdown."""
     sections = ["# Monitors through fine-tuning", GENERATED, METHOD]
     if readings.of(RESULT, START):
-        sections += [f"## {RESULT.title}", RESULT.question, auroc_table(RESULT, readings).markdown()]
+        sections += [
+            f"## {RESULT.title}",
+            f"{RESULT.question} After {_steps(RESULT, readings)} steps.",
+            auroc_table(RESULT, readings).markdown(),
+        ]
         sections += [verdict(readings), READING]
         sections += ["### Scores and the threshold", threshold_table(RESULT, readings).markdown()]
         sections += ["### Refusals and the task", rates_table(RESULT, readings).markdown()]
     if DISCUSSION.is_file():
         sections.append(DISCUSSION.read_text(encoding="utf-8").strip())
     if readings.of(CHOICE, START):
-        sections += [f"## {CHOICE.title}", f"{CHOICE.question} Measured on the validation prompts, with another seed."]
+        how = f"Measured on the validation prompts, with another seed, after {_steps(CHOICE, readings)} steps."
+        sections += [f"## {CHOICE.title}", f"{CHOICE.question} {how}"]
         sections += [choice_table(CHOICE, readings).markdown()]
     sections += ["## How this was made", _made(readings)]
     return "\n\n".join(sections) + "\n"
+
+
+def _steps(part: Part, readings: Readings) -> str:
+    """Of training, in the runs that are there."""
+    found = {run["steps"] for method in part.methods[1:] for run in readings.of(part, method)}
+    return " or ".join(map(str, sorted(found)))
 
 
 def verdict(readings: Readings) -> str:
@@ -97,14 +108,12 @@ def verdict(readings: Readings) -> str:
         f"The goal was a loss below {GOAL} for every monitor with anchors, where plain fine-tuning loses {CHALLENGE} "
         "or more on at least one. "
     )
-    losses = {method.name: _losses(RESULT, method, readings) for method in RESULT.methods[1:]}
-    if not all(losses.values()):
+    plain, anchored = (_losses(RESULT, method, readings) for method in RESULT.methods[1:])
+    if not (plain and anchored):
         return f"{goal}It is open: runs are missing."
-    plain = losses.pop(PLAIN.name)
     worst = max(loss.mean for loss in plain.values())
     if worst < CHALLENGE:
         return f"{goal}It cannot be judged: plain fine-tuning loses {worst:.3f} at most."
-    (anchored,) = losses.values()
     missed = [name for name, loss in anchored.items() if loss.mean >= GOAL]
     challenged = _listed([name for name, loss in plain.items() if loss.mean >= CHALLENGE])
     if missed:
