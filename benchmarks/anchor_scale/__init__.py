@@ -1,1 +1,1 @@
-"""What each source of anchors costs, by arithmetic from what was measured, and the store itself at ten million sequences."""
+"""What each source of anchors costs: arithmetic from measured figures, and the store at ten million sequences."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.harness.shapes import SHAPES
+from procon.settings import AnchorSettings
 
 #: Bytes of an anchor: one fp32 number per token, site and direction.
 ANCHOR_BYTES = 4
@@ -17,6 +18,10 @@ INDEX_BYTES_ON_DISK = 32
 
 #: Bytes of a sequence's entry in the index of an opened store: the same, with its length and its file; its key twice.
 INDEX_BYTES_IN_MEMORY = 48
+
+#: Probes as a trainer has them by default: prompts, and steps from one run to the next. Each has so many tokens, as a
+#: short request in a chat template.
+PROBES, PROBE_EVERY, PROBE_TOKENS = AnchorSettings.probe_count, AnchorSettings.probe_every, 40
 
 #: Of a step's work in units of one forward: backward through activations alone, or to the weights as well.
 BACKWARD_FORWARDS = {"lora": 1, "full": 2}
@@ -152,19 +157,8 @@ def exchange_seconds(stored: int, ranks: Ranks, bytes_per_second: float) -> floa
 
 
 def index_bytes(sequences: int, ranks: Ranks) -> int:
-    """Bytes of memory on one host for the index of recorded anchors: each rank has its own, its forked workers share it."""
+    """Bytes of memory on one host for the index of recorded anchors: one per rank, which its forked workers share."""
     return sequences * INDEX_BYTES_IN_MEMORY * ranks.on_a_host
-
-
-def lookup_seconds(rows_bytes: int, fixed: float, per_byte: float) -> float:
-    """Seconds of one core to look up a sequence whose anchors take ``rows_bytes``."""
-    return fixed + rows_bytes * per_byte
-
-
-def line_through(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
-    """Value at 0 and slope of the line through two points ``(x, y)``; neither is below 0 where they are times."""
-    slope = max((second[1] - first[1]) / (second[0] - first[0]), 0.0)
-    return max(first[1] - slope * first[0], 0.0), slope
 
 
 def forward_share(model: Model, training: str) -> float:
@@ -187,18 +181,8 @@ def recording_share(forward: float, passes: int) -> float:
     return forward / passes
 
 
-def probe_share(step: float, every: int) -> float:
-    """Time of the probes as a share of plain training.
-
-    Args:
-        step: time of a step that runs the probes over that of a plain step.
-        every: steps from one such step to the next.
-    """
-    return (step - 1) / every
-
-
-def probe_token_share(count: int, tokens: int, every: int, step_tokens: int) -> float:
-    """The same by arithmetic: tokens of the probes over those that one rank trains on in the same steps.
+def probe_share(count: int, tokens: int, every: int, step_tokens: int) -> float:
+    """Time of the probes as a share of plain training: their tokens over those that one rank trains on in these steps.
 
     Args:
         count: prompts.
@@ -222,13 +206,3 @@ def tokens_within(capacity: float, sites: int, tokens_per_sequence: int, directi
     """Constrained tokens whose recorded anchors take ``capacity`` bytes of disk."""
     per_sequence = recorded_bytes(tokens_per_sequence, sites, 1, directions)
     return capacity / per_sequence * tokens_per_sequence
-
-
-def passes_that_pay(recording: float, live: float) -> float:
-    """Passes over the data from which recording them takes less time than live anchors do.
-
-    Args:
-        recording: time to record the data over that of a plain epoch.
-        live: time of a step with live anchors over that of a plain step, less 1.
-    """
-    return recording / live

@@ -199,7 +199,7 @@ def simulate(job: Job, run: Callable[..., Record] = in_own_process) -> Record:
         run: calls a stage with its arguments.
     """
     long = replace(job, folder=job.folder / "long", **LONG)
-    stages: Mapping[str, tuple[Callable[..., Record], Any]] = {
+    stages: Mapping[str, tuple[Callable[..., Record], *tuple[Any, ...]]] = {
         "write": (write, job),
         "open_cold": (open_cold, job),
         "open_warm": (open_warm, job),
@@ -211,6 +211,7 @@ def simulate(job: Job, run: Callable[..., Record] = in_own_process) -> Record:
         "remember": (remember, job),
         "exchange": (exchange, job),
         "write_long": (write, long),
+        "verify_long": (verify, long),
         "look_up_long": (look_up, long),
     }
     sizes = {"sequences": job.sequences, "tokens": job.tokens, "sites": job.sites, "long": LONG}
