@@ -62,7 +62,8 @@ class Measured:
         write: processor's time to hash, check and write.
         verify: processor's time to read and verify.
         open_per_sequence: processor's seconds to open the store, over its sequences.
-        exchange_bytes_per_second: from one process to another, onto its disk.
+        exchange_bytes_per_second: from one process to another and onto its disk, by the processor's time of the busier
+            one: a network is at best as fast.
         seen_bytes: memory that a recording takes for each sequence that it has recorded.
     """
 
@@ -98,7 +99,7 @@ class Measured:
             write=processor("write"),
             verify=processor("verify"),
             open_per_sequence=simulation["open_cold"]["cpu_seconds"] / counts[0],
-            exchange_bytes_per_second=simulation["exchange"]["bytes"] / simulation["exchange"]["seconds"],
+            exchange_bytes_per_second=simulation["exchange"]["bytes"] / simulation["exchange"]["cpu_seconds"],
             seen_bytes=simulation["remember"]["resident_bytes"] / simulation["remember"]["sequences"],
         )
 
