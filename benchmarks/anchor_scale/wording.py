@@ -42,7 +42,7 @@ def in_percent(value: float) -> str:
 def in_powers(value: float) -> str:
     """To two digits, as a multiple of a power of ten."""
     mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa} x 10<sup>{int(exponent)}</sup>"
+    return f"{mantissa} &times; 10<sup>{int(exponent)}</sup>"
 
 
 def power(value: int) -> str:
