@@ -76,7 +76,10 @@ FAMILIES: dict[str, tuple[str, str | None, str | None]] = {
 
 
 def template_of(family: str) -> str:
-    return importlib.resources.files("trl").joinpath("chat_templates", f"{family}.jinja").read_text(encoding="utf-8")
+    path = importlib.resources.files("trl").joinpath("chat_templates", f"{family}.jinja")
+    if not path.is_file():
+        pytest.skip(f"this TRL has no template of {family}")
+    return path.read_text(encoding="utf-8")
 
 
 @pytest.fixture

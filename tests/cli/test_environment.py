@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def test_lines_to_paste(capsys, monkeypatch):
     assert all(line.startswith("- ") and ": " in line for line in lines)
     assert f"- ProCon: {__version__}" in lines
     text = "\n".join(lines)
-    assert f"torch {torch.__version__}" in text
+    assert f"torch {version('torch')}" in text
     assert f"transformers {transformers.__version__}" in text
     assert "PROCON_CACHE=/a\\x1bplace" in text
     if not torch.cuda.is_available():
@@ -34,7 +35,7 @@ def test_as_json(capsys):
     assert main(["env", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts == describe_environment()
-    assert facts["packages"]["torch"] == torch.__version__
+    assert facts["packages"]["torch"] == version("torch")
 
 
 @pytest.mark.parametrize(
