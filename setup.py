@@ -14,6 +14,8 @@ EXTRAS = {
     "trl": ["trl>=1.9,<2"],
     "train": ["tensorboard>=2.16", "wandb>=0.17"],
     "flash": ["flash-attn>=2.7"],
+    "completion": ["shtab>=1.13"],
+    "lm-eval": ["lm-eval>=0.4.13"],
     "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=1"],
     "study": ["markdown>=3.6", "scikit-learn>=1.6", "scipy>=1.13"],
     # One version of mutmut: another one makes other mutants.
@@ -29,7 +31,11 @@ EXTRAS = {
     ],
 }
 EXTRAS["test"] = [
-    *(requirement for name in ("demo", "trl", "train", "docs", "study", "lint") for requirement in EXTRAS[name]),
+    *(
+        requirement
+        for name in ("completion", "demo", "trl", "train", "lm-eval", "docs", "study", "lint")
+        for requirement in EXTRAS[name]
+    ),
     "bitsandbytes>=0.50.2",
     "deepspeed>=0.19",
     "hypothesis>=6.100",

@@ -20,6 +20,7 @@ def _mount_kernels() -> None:
     spec = spec_from_file_location("procon.kernels", file, submodule_search_locations=[str(file.parent)])
     if spec is not None and spec.loader is not None:
         sys.modules["procon.kernels"] = module = module_from_spec(spec)
+        globals()["kernels"] = module  # as an import of a submodule sets it
         spec.loader.exec_module(module)
 
 
@@ -42,6 +43,7 @@ _HOME = {
     "constrained_tokens": "constraint",
     "probe_penalty": "constraint",
     "AlphaSchedule": "schedule",
+    "ChatSettings": "settings",
     "ConstraintSettings": "settings",
     "ProConArguments": "training",
     "ProConConfig": "training",
@@ -65,6 +67,7 @@ __all__ = [
     "AlphaSchedule",
     "AnchoredCollator",
     "Anchors",
+    "ChatSettings",
     "ConstraintSettings",
     "Directions",
     "DriftCallback",
@@ -113,6 +116,7 @@ if TYPE_CHECKING:
     from procon.ops import projection_penalty as projection_penalty
     from procon.ops import rms_norm_constrain as rms_norm_constrain
     from procon.schedule import AlphaSchedule as AlphaSchedule
+    from procon.settings import ChatSettings as ChatSettings
     from procon.settings import ConstraintSettings as ConstraintSettings
     from procon.training import DriftCallback as DriftCallback
     from procon.training import EvaluationCallback as EvaluationCallback

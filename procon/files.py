@@ -53,7 +53,7 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "give a shorter path",
     errno.ELOOP: "links lead round in a circle; give another path",
     errno.EIO: "the disk reports an error; give a place on another one",
-    errno.ESTALE: "the file system was mounted anew; try again",
+    errno.ESTALE: "the file system was mounted again; retry",
     errno.EMFILE: "the process has too many open files; raise the limit with 'ulimit -n'",
     errno.ENFILE: "the system has too many open files; close some",
 }

@@ -132,7 +132,7 @@ class AlphaSchedule:
         needs none.
 
         Raises:
-            ProConError: on anything else, on a negative alpha, and on a budget that is none.
+            ProConError: on anything else, on a negative alpha, and on an invalid budget.
         """
         name, colon, rest = text.strip().partition(":")
         if name == "procon_s":

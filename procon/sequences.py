@@ -108,7 +108,7 @@ def split_batch(batch: Mapping[str, Tensor]) -> Iterator[TokenSequence]:
     token repeated, without a label: axolotl pads a packed row with positions that start again.
 
     Raises:
-        ProConError: if the batch has no labels, or its attention mask is not one run of ones a row.
+        ProConError: if the batch has no labels, or its attention mask is not one run of ones per row.
     """
     batch = labelled(batch)
     if "labels" not in batch:

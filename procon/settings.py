@@ -10,8 +10,8 @@ import ast
 import inspect
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from numbers import Integral, Real
 from textwrap import dedent
@@ -34,7 +34,7 @@ Reduction = Literal["token", "sequence"]
 Fuse = Literal["auto", "never"]
 Backend = Literal["auto", "triton", "eager"]
 AnchorSource = Literal["recorded", "live", "probes", "recorded+probes", "live+probes"]
-ProbeHold = Literal["projections", "state"]
+ProbeHold = Literal["projections", "state", "both"]
 
 #: The word for the output of the last block, among blocks.
 LAST = "last"
@@ -113,11 +113,7 @@ class ConstraintSettings:
     def __post_init__(self) -> None:
         for setting in fields(self):
             check_setting(setting.name, getattr(self, setting.name))
-        if self.penalty == "huber" and AlphaSchedule.parse(self.schedule).hold is not None:
-            raise ProConError(
-                f"schedule is {self.schedule!r} and penalty is 'huber', which does not tell how far tokens moved: give "
-                "penalty 'absolute' or 'squared', or a schedule of phases"
-            )
+        check_measured(self.schedule, self.penalty)
 
 
 @dataclass(frozen=True)
@@ -145,8 +141,8 @@ class AnchorSettings:
     """Weight of the probes' penalty beside that of the training tokens; alpha multiplies both."""
 
     probe_hold: ProbeHold = "projections"
-    """What is kept at the probes' last tokens: projections, along the directions; or state, the whole last hidden state
-    (SBR)."""
+    """What is kept at the probes' last tokens: projections, along the directions; state, the whole last hidden state
+    (SBR); or both."""
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -161,6 +157,68 @@ class AnchorSettings:
     def of_tokens(self) -> Literal["recorded", "live"] | None:
         """Where the anchors of training tokens come from; None if they have none."""
         return next((source for source in ("recorded", "live") if source in self.anchors), None)
+
+    @property
+    def holds_projections(self) -> bool:
+        """Whether probes are kept at their projections, alone or beside the whole state."""
+        return self.has_probes and self.probe_hold != "state"
+
+    @property
+    def measured(self) -> Literal["probes", "tokens"] | None:
+        """What a strength that sets itself goes by: the probes' shift, if they are kept at their projections; else the
+        training tokens'; None if neither has anchors along the directions."""
+        if self.holds_projections:
+            return "probes"
+        return "tokens" if self.of_tokens else None
+
+
+#: What rendering itself sets, so that a user cannot.
+_RENDERING = (
+    {"conversation", "messages", "tools", "documents", "chat_template", "tokenize", "padding", "truncation"}
+    | {"add_generation_prompt", "continue_final_message", "max_length", "tokenizer_kwargs"}
+    | {"return_tensors", "return_dict", "return_assistant_tokens_mask"}
+)
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """How a model is spoken to, and where its thoughts end; for extraction, evaluation, probes and training alike.
+
+    Raises:
+        ProConError: for a value that a setting cannot have.
+    """
+
+    system_prompt: str | None = None
+    """System prompt of every prompt that is asked; the template's own, if it has one, if not given. Training data keep
+    their own."""
+
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, such as {"enable_thinking": true}. Thinking is switched off if the template has a
+    switch for it and this does not say otherwise."""
+
+    thinking_markers: tuple[str, ...] = ()
+    """What begins and what ends a thought, or what ends it alone if replies begin with one; those known of model
+    families if not given."""
+
+    thinking_tokens: int = 1024
+    """Tokens that a thought may have; the length of the reply itself counts from its end."""
+
+    def __post_init__(self) -> None:
+        if self.system_prompt is not None and not (isinstance(self.system_prompt, str) and self.system_prompt.strip()):
+            raise ProConError(f"system_prompt is {self.system_prompt!r:.60}: give a text that says something")
+        kwargs = self.chat_template_kwargs
+        if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
+            raise ProConError(f"chat_template_kwargs is {kwargs!r:.60}: give names and values")
+        if taken := sorted(_RENDERING & kwargs.keys()):
+            raise ProConError(f"chat_template_kwargs has {taken[0]!r}, which rendering sets itself: leave it out")
+        markers = self.thinking_markers
+        if isinstance(markers, str) or len(markers) > 2 or not all(isinstance(m, str) and m.strip() for m in markers):
+            raise ProConError(
+                f"thinking_markers is {markers!r:.60}: give what begins and what ends a thought, or what ends it alone"
+            )
+        tokens = self.thinking_tokens
+        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+            raise ProConError(f"thinking_tokens is {tokens!r}: give a whole number, 1 or more")
 
 
 def check_setting(setting: str, value: Any, name: str | None = None) -> None:
@@ -188,6 +246,19 @@ def check_setting(setting: str, value: Any, name: str | None = None) -> None:
         check_choice(name, value, CHOICES[setting])
     if setting == "backend" and value == "auto":
         backend_variable()
+
+
+def check_measured(schedule: str, penalty: Penalty, prefix: str = "") -> None:
+    """Raise ProConError if ``schedule`` goes by the shift of the tokens, and ``penalty`` does not measure it.
+
+    Args:
+        prefix: what the user's names of the settings begin with.
+    """
+    if penalty == "huber" and AlphaSchedule.parse(schedule).hold is not None:
+        raise ProConError(
+            f"{prefix}schedule is {schedule!r} and {prefix}penalty is 'huber', which does not show how far tokens "
+            f"moved: give {prefix}penalty 'absolute' or 'squared', or a schedule of phases"
+        )
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -236,9 +307,13 @@ def _beside_last(pair: Sequence[object]) -> object:
 
 def _are_indices(value: object) -> bool:
     """Whether ``value`` is a list of indices, or of indices and the word "last"."""
-    return isinstance(value, Sequence) and not any(
-        isinstance(item, bool) or not (isinstance(item, Integral) or (isinstance(item, str) and item == LAST))
-        for item in value
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, bytes | bytearray)
+        and not any(
+            isinstance(item, bool) or not (isinstance(item, Integral) or (isinstance(item, str) and item == LAST))
+            for item in value
+        )
     )
 
 
@@ -277,15 +352,15 @@ def check_alpha(alpha: float, name: str = "alpha") -> None:
 def sentences(settings: type[Any]) -> dict[str, str]:
     """The sentence beneath each field of a dataclass, in one line: what ``--help`` shows.
 
-    Empty where Python has no source to read, as in a frozen application.
+    Empty if Python has no source to read, as in a frozen application.
     """
     try:
         source = ast.parse(dedent(inspect.getsource(settings))).body[0]
     except OSError:
         return {}
     found: dict[str, str] = {}
-    for field, text in pairwise(source.body if isinstance(source, ast.ClassDef) else []):
-        match field, text:
+    for item, text in pairwise(source.body if isinstance(source, ast.ClassDef) else []):
+        match item, text:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(sentence))):
                 found[name] = " ".join(sentence.split())
     return found

@@ -17,21 +17,41 @@ from procon import (
     AlphaSchedule,
     AnchoredCollator,
     Anchors,
+    ChatSettings,
     ConstraintSettings,
+    LiveAnchors,
+    Probes,
     ProConArguments,
     ProConConfig,
     ProConError,
     ProConTrainer,
     ProjectionConstraint,
     RefusalDirections,
+    probe_penalty,
 )
 from procon.cli import main
 from procon.cli.arguments import TrainArguments
+from procon.cli.chat import chat_settings
 from procon.cli.parsing import parse
 from procon.integrations import ConstrainedForward, ProConCallback
-from procon.settings import CHOICES, DEFAULTS, PAPER_RECIPE, check_setting, parse_blocks, sentences
+from procon.settings import (
+    CHOICES,
+    DEFAULTS,
+    PAPER_RECIPE,
+    AnchorSettings,
+    check_setting,
+    parse_blocks,
+    sentences,
+)
 
 SETTINGS = [item.name for item in fields(ConstraintSettings)]
+
+#: Settings of the trainers alone: where anchors come from.
+ANCHOR_SETTINGS = [item.name for item in fields(AnchorSettings)]
+
+#: Trainers of TRL's, and the source of anchors that each one's configuration has by default: with preference pairs and
+#: rollouts there is a reference model, or nothing to record.
+TRL_CONFIGS = {"sft": "recorded", "dpo": "live", "kto": "live", "grpo": "live"}
 
 #: A value that each setting cannot have, as a text, and what is said of it after its name.
 WRONG = {
@@ -45,7 +65,15 @@ WRONG = {
     "reduction": ("mean", "is 'mean': choose one of token, sequence"),
     "fuse": ("maybe", "is 'maybe': choose one of auto, never"),
     "backend": ("cuda", "is 'cuda': choose one of auto, triton, eager"),
+    "anchors": ("remembered", "is 'remembered': choose one of recorded, live, probes, recorded+probes, live+probes"),
+    "probe_count": ("0", "is 0: give a whole number, 1 or more"),
+    "probe_every": ("0", "is 0: give a whole number, 1 or more"),
+    "probe_weight": ("-1.0", "is -1.0: give a finite number above 0"),
+    "probe_hold": ("everything", "is 'everything': choose one of projections, state, both"),
 }
+
+#: Any text may be a file of probe prompts; whether it is one shows before a model is read, too.
+NO_FILE = ("nowhere.txt", "prompt file 'nowhere.txt' does not exist")
 
 #: Doors that are not the constraint's: the op keeps the squared magnitude, and other people's defences their papers'
 #: settings.
@@ -72,7 +100,7 @@ def directions() -> RefusalDirections:
 def callables() -> Iterator[tuple[str, Callable]]:
     """Every function and method that the library defines, by name."""
     for module_info in pkgutil.walk_packages(procon.__path__, "procon."):
-        if module_info.name.endswith(("__main__", "axolotl", "axolotl_trainer", ".sft")):
+        if module_info.name.endswith(("__main__", "axolotl", "axolotl_trainer", *(f".{name}" for name in TRL_CONFIGS))):
             continue  # run as a script, or of packages that may be missing
         module = importlib.import_module(module_info.name)
         for name, value in vars(module).items():
@@ -101,10 +129,13 @@ def test_every_door_has_the_defaults():
         (ProConCallback, ("schedule", "blocks", "penalty", "sides", "units", "block_weights", "backend", "fuse")),
         (ConstrainedForward, ("fuse",)),
         (ConstraintSettings, tuple(SETTINGS)),
+        (LiveAnchors, ("backend",)),
+        (Probes.record, ("backend",)),
     }
     for door, settings in named:
         for setting in settings:
             assert default_of(door, setting) == getattr(DEFAULTS, setting), (door, setting)
+    assert default_of(probe_penalty, "hold") == AnchorSettings.probe_hold
 
     seen = set()
     for name, function in callables():
@@ -114,25 +145,45 @@ def test_every_door_has_the_defaults():
             parameters = inspect.signature(function).parameters
         except (TypeError, ValueError):
             continue
-        for setting in SETTINGS:
+        for setting in [*SETTINGS, *ANCHOR_SETTINGS]:
+            if setting in ("anchors", "probes"):
+                continue  # elsewhere the anchors and the probes themselves
             if setting in parameters and parameters[setting].default is not inspect.Parameter.empty:
                 seen.add(name)
                 default = parameters[setting].default
                 # None: what is not given is left out, or all that have a direction.
-                assert default is None or default == getattr(DEFAULTS, setting), (name, setting)
+                defaults = DEFAULTS if setting in SETTINGS else AnchorSettings
+                assert default is None or default == getattr(defaults, setting), (name, setting)
     assert len(seen) >= 6
 
 
 def test_training_arguments_and_the_command_have_the_defaults():
     for made in (ProConArguments(), ProConConfig("out"), parse("train", ["--model", "m", "--data", "d"])[1]):
         assert made.constraint_settings() == DEFAULTS
+        assert made.anchor_settings() == AnchorSettings()
         assert {setting: getattr(made, f"procon_{setting}") for setting in SETTINGS} == vars(DEFAULTS)
+        assert {setting: getattr(made, f"procon_{setting}") for setting in ANCHOR_SETTINGS} == vars(AnchorSettings())
     assert AlphaSchedule.parse(DEFAULTS.schedule) == AlphaSchedule.constant()
-    trl = pytest.importorskip("trl", reason="SFTConfig is TRL's")
-    from procon.training.sft import ProConSFTConfig
 
-    assert issubclass(ProConSFTConfig, trl.SFTConfig)
-    assert ProConSFTConfig("out", bf16=False).constraint_settings() == DEFAULTS
+
+@pytest.mark.parametrize("argv", [["directions"], ["train", "--data", "d"], ["eval"], ["drift", "--tuned", "m"]])
+def test_commands_ask_a_model_by_the_defaults(argv):
+    command, *given = argv
+    model = "--start" if command == "drift" else "--model"
+    assert chat_settings(parse(command, [model, "m", *given])[0]) == ChatSettings()
+
+
+def trl_config(kind: str) -> type:
+    """The class of training arguments for a trainer of TRL's."""
+    pytest.importorskip("trl", reason=f"{kind.upper()}Config is TRL's")
+    return getattr(importlib.import_module(f"procon.training.{kind}"), f"ProCon{kind.upper()}Config")
+
+
+@pytest.mark.parametrize("kind", TRL_CONFIGS)
+def test_trl_s_training_arguments_have_the_defaults(kind, tmp_path):
+    made = trl_config(kind)(str(tmp_path), bf16=False)
+    assert made.constraint_settings() == DEFAULTS
+    assert made.anchor_settings() == AnchorSettings(anchors=TRL_CONFIGS[kind])
 
 
 def test_axolotl_s_keys_have_the_defaults():
@@ -141,6 +192,8 @@ def test_axolotl_s_keys_have_the_defaults():
 
     assert all(value is None for value in AxolotlKeys().model_dump().values())
     assert _arguments({}).constraint_settings() == DEFAULTS
+    assert _arguments({}).anchor_settings() == AnchorSettings()
+    assert {f"procon_{setting}" for setting in [*SETTINGS, *ANCHOR_SETTINGS]} < AxolotlKeys.model_fields.keys()
 
 
 def test_the_op_alone_keeps_the_squared_magnitude():
@@ -158,10 +211,9 @@ def test_the_paper_s_recipe_stands_once():
 
 
 def test_every_setting_has_its_sentence_in_the_help(capsys):
-    text = sentences(ConstraintSettings)
-    assert list(text) == SETTINGS
-    with pytest.raises(SystemExit):
-        main(["train", "--help"])
+    text = sentences(ConstraintSettings) | sentences(AnchorSettings)
+    assert list(text) == [*SETTINGS, *ANCHOR_SETTINGS]
+    assert main(["train", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     for setting, sentence in text.items():
         assert f"--procon_{setting}" in shown
@@ -170,6 +222,17 @@ def test_every_setting_has_its_sentence_in_the_help(capsys):
 
 
 # Wrong values
+
+
+def wrong_values(setting: str) -> tuple[Any, ...]:
+    """Values that ``setting`` cannot have: that of WRONG first, then some of other types."""
+    if setting == "blocks":
+        return (float(WRONG[setting][0]), *NO_BLOCKS)
+    if setting in ("probe_count", "probe_every"):
+        return (int(WRONG[setting][0]), -1, 1.5, True, "8", None)
+    if setting == "probe_weight":
+        return (float(WRONG[setting][0]), 0, float("nan"), float("inf"), True, "1", None)
+    return (7, True, ["file"]) if setting == "probes" else (WRONG[setting][0], 7, None)
 
 
 def python_doors() -> dict[str, tuple[str, Callable[[Any], object]]]:
@@ -183,6 +246,12 @@ def python_doors() -> dict[str, tuple[str, Callable[[Any], object]]]:
         ),
         "collator-reduction": ("reduction", lambda value: AnchoredCollator(nothing, nothing, reduction=value)),
         "annotate-reduction": ("reduction", lambda value: Anchors.annotate(nothing, nothing, reduction=value)),
+        "live-backend": ("backend", lambda value: LiveAnchors(nothing, nothing, backend=value)),
+        "probes-backend": (
+            "backend",
+            lambda value: Probes.record(nothing, nothing, nothing, blocks=nothing, backend=value),
+        ),
+        "penalty-hold": ("probe_hold", lambda value: probe_penalty(nothing, nothing, hold=value)),
     }
 
     def add(door: str, settings: list[str], call: Callable[..., object]) -> None:
@@ -190,6 +259,7 @@ def python_doors() -> dict[str, tuple[str, Callable[[Any], object]]]:
             calls[f"{door}-{setting}"] = setting, lambda value, setting=setting: call(**{setting: value})
 
     add("settings", SETTINGS, ConstraintSettings)
+    add("sources", ANCHOR_SETTINGS, AnchorSettings)
     add(
         "constraint",
         ["blocks", "penalty", "sides", "units", "backend"],
@@ -208,22 +278,27 @@ def python_doors() -> dict[str, tuple[str, Callable[[Any], object]]]:
 def test_wrong_values_at_python_s_doors(door, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     setting, call = python_doors()[door]
-    wrong, message = WRONG[setting]
-    for value in (
-        (float(wrong), "some", [], [True], 1, 0.0, {1}, ["all", 3], [True, "last"], [["last"], "last"])
-        if setting == "blocks"
-        else (wrong, 7, None)
-    ):
+    name, values = door.rpartition("-")[2], wrong_values(setting)
+    message = WRONG.get(setting, ("", "give the path of a file of prompts"))[1]
+    for value in values:
         with pytest.raises(ProConError) as error:
             call(value)
-        assert setting in str(error.value)
-        assert message in str(error.value) or value != wrong
+        assert name in str(error.value)
+        assert message in str(error.value) or value is not values[0]
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("count", [0, -1, 1.5, True, "8"])
+def test_wrong_numbers_of_probes(count):
+    with pytest.raises(ProConError, match=r"^count is .*: give a whole number, 1 or more"):
+        Probes.record(Untouchable(), Untouchable(), Untouchable(), blocks=Untouchable(), count=count)
+
+
+@pytest.mark.parametrize("setting", WRONG)
 def test_wrong_values_among_training_arguments(setting, tmp_path, tiny_model, random_directions):
     wrong, message = WRONG[setting]
+    if setting.startswith("probe_"):  # not a text, unless it comes from a flag
+        wrong = wrong_values(setting)[0]
     for made in (ProConArguments, lambda **settings: ProConConfig(str(tmp_path), **settings)):
         with pytest.raises(ProConError, match=f"procon_{setting}") as error:
             made(**{f"procon_{setting}": wrong})
@@ -236,8 +311,26 @@ def test_wrong_values_among_training_arguments(setting, tmp_path, tiny_model, ra
         ProConTrainer(model, args, directions=random_directions(model))
 
 
+@pytest.mark.parametrize("kind", TRL_CONFIGS)
+def test_wrong_values_among_trl_s_training_arguments(kind, tmp_path):
+    for setting, (text, message) in WRONG.items():
+        wrong = wrong_values(setting)[0] if setting.startswith("probe_") else text
+        with pytest.raises(ProConError, match=f"procon_{setting}") as error:
+            trl_config(kind)(str(tmp_path), bf16=False, **{f"procon_{setting}": wrong})
+        assert message in str(error.value)
+
+
+def test_a_file_of_probes_that_is_not_there(tmp_path, tiny_model, tokenizer):
+    """The trainer finds it before it extracts directions, which takes minutes."""
+    args = ProConConfig(str(tmp_path / "out"), report_to=[], procon_anchors="probes", procon_probes=NO_FILE[0])
+    trainer = ProConTrainer(tiny_model(), args, processing_class=tokenizer, train_dataset=[{"input_ids": [1]}])
+    trainer._extract = lambda: pytest.fail("directions were extracted")
+    with pytest.raises(ProConError, match=f"^{NO_FILE[1]}"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("by", ["flag", "yaml"])
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", WRONG)
 def test_wrong_values_on_the_command_line(setting, by, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("procon.cli.train.load_model", lambda *args, **kwargs: pytest.fail("a model was read"))
@@ -251,12 +344,14 @@ def test_wrong_values_on_the_command_line(setting, by, tmp_path, monkeypatch, ca
     assert [path.name for path in tmp_path.iterdir()] == ["settings.yaml"]
 
 
-@pytest.mark.parametrize("setting", [*SETTINGS, "alpha"])
+@pytest.mark.parametrize("setting", [*WRONG, "alpha"])
 def test_wrong_values_among_axolotl_s_keys(setting):
     pytest.importorskip("axolotl", reason="axolotl is not installed")
     from procon.integrations.axolotl import ProConPlugin
 
     wrong = "strong" if setting == "alpha" else WRONG[setting][0]
+    if setting.startswith("probe_"):
+        wrong = wrong_values(setting)[0]
     keys = {"plugins": ["procon.integrations.axolotl.ProConPlugin"], f"procon_{setting}": wrong}
     with pytest.raises(ProConError, match=f"procon_{setting}"):
         ProConPlugin().register(keys)
@@ -271,10 +366,14 @@ def test_wrong_values_among_axolotl_s_keys(setting):
         (["eval", "--model", "m", "--dtype", "int8"], "dtype is 'int8': choose one of"),
         (["drift", "--start", "m", "--tuned", "m", "--dtype", "int8"], "dtype is 'int8': choose one of"),
         (["train", "--model", "m", "--data", "d", "--safety_samples", "-1"], "safety_samples is -1: give 0 or more"),
+        (
+            ["train", "--model", "m", "--data", "d", "--procon_anchors", "probes", "--procon_probes", NO_FILE[0]],
+            NO_FILE[1],
+        ),
         (["train", "--model", "m", "--data", "d", "--drift_steps", "-1"], "drift_steps is -1: give 0 or more"),
         (["train", "--model", "m", "--data", "d", "--lora_r", "0"], "lora_r is 0: give 1 or more"),
         (["train", "--model", "m", "--data", "d", "--method", "qlora"], "method is 'qlora': choose one of lora, full"),
-        (["train", "--model", "m", "--data", "d", "--drift_gate", "7"], "the drift gate is 7.0"),
+        (["train", "--model", "m", "--data", "d", "--drift_gate", "7"], "drift_gate is 7.0"),
         (["train", "--model", "m", "--data", "d", "--drift_gate_action", "halt"], "drift_gate_action is 'halt'"),
         (["train", "--model", "m", "--data", "d", "--defence", "lissa"], "there is no defence 'lissa'"),
     ],

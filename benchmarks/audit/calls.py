@@ -7,7 +7,7 @@ import torch
 
 from procon.kernels import projection_penalty, rms_norm_penalty
 
-#: Of bfloat16 and float16, as :mod:`procon.ops.functional` has it: compiled in where the penalty is absolute.
+#: Of bfloat16 and float16, as :mod:`procon.ops.functional` has it: compiled in if the penalty is absolute.
 ROUNDING = 1 / 256
 
 

@@ -1,4 +1,4 @@
-"""How many bytes a thread moves in each load and store, and for which argument: read from what the compiler made.
+"""How many bytes each load and store moves per thread, and for which argument: read from what the compiler made.
 
 Addresses are followed back to the argument that they start from: in PTX for NVIDIA, in the LLVM IR handed to the
 backend for AMD, whose assembly must then have as many accesses of 16 bytes.

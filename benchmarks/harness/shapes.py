@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.harness.machine import DEVICE, installed
 from procon.directions import RefusalDirections
+from procon.settings import PAPER_RECIPE
 
 
 def _llama(size: int, inner: int, blocks: int, heads: int, key_value_heads: int, vocabulary: int, tied: bool) -> dict:
@@ -35,16 +36,15 @@ SHAPES = {
 
 
 def make_model(shape: str, dtype: torch.dtype, training: str) -> nn.Module:
-    """A model in training mode; ``training`` is "full", or "lora": rank 8 on the four attention projections."""
+    """A model in training mode; ``training`` is "full", or "lora": the paper's adapter."""
     torch.manual_seed(0)
     attention = "flash_attention_2" if DEVICE == "cuda" and installed("flash-attn") else "sdpa"
     config = LlamaConfig(**SHAPES[shape], use_cache=False)
     with torch.device(DEVICE):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     if training == "lora":
-        lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
         # In the dtype of the model: the plain step is then at its fastest.
-        model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+        model = get_peft_model(model, LoraConfig(**PAPER_RECIPE.lora()), autocast_adapter_dtype=False)
     return model.train()
 
 

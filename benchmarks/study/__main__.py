@@ -27,7 +27,9 @@ HERE = Path(__file__).parent
 class StudyArguments:
     """Fine-tune by every method, on every job, with every seed of a budget; one JSON per run."""
 
-    budget: str = field(default="table", metadata={"help": "smoke (minutes), table (hours on 2 cores) or full (GPUs)."})
+    budget: str = field(
+        default="table", metadata={"help": "smoke (minutes), table or anchors (hours on 2 cores), or full (GPUs)."}
+    )
     model: str | None = field(
         default=None,
         metadata={

@@ -1,4 +1,4 @@
-"""The budgets: ``smoke`` for continuous integration, ``table`` for two CPU cores, ``full`` for GPUs."""
+"""The budgets: ``smoke`` for continuous integration, ``table`` and ``anchors`` for two CPU cores, ``full`` for GPUs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from benchmarks.study.anchor_parts import source_parts
 from benchmarks.study.methods import Method
 from benchmarks.study.plan import Budget, Part, Size
 
@@ -240,6 +241,7 @@ BUDGETS: dict[str, Budget] = {
         (TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, BASELINES, WARMUP, DEPTH, CONVERGENCE, SUBSPACE, FORMAT, ROUNDING),
         Size(),
     ),
+    "anchors": Budget(source_parts(START, PLAIN), Size()),
     "full": Budget(
         (_FULL_TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, SUBSPACE),
         Size(train=6400, test=512, epochs=10, pairs=192, poisoned=100, safety=1000),

@@ -10,9 +10,8 @@ import numpy as np
 from sklearn.metrics import cohen_kappa_score
 
 from benchmarks.study.judge import Judge
-from benchmarks.study.methods import Method
 from benchmarks.study.plan import Budget, Part
-from benchmarks.study.record import load_run
+from benchmarks.study.record import check_settings, load_run
 from procon.chat import Split
 from procon.errors import ProConError
 
@@ -64,7 +63,7 @@ class Outcomes:
         paths = {cell.path(folder): budget.method(cell) for cell in budget.cells() if cell.path(folder).is_file()}
         if not paths:
             raise ProConError(f"there are no runs in {str(folder)!r}: make them with {command!r}")
-        runs = [_checked(load_run(path), method, path) for path, method in paths.items()]
+        runs = [check_settings(load_run(path), asdict(method), path) for path, method in paths.items()]
         replies = [reply for run in runs for kind in JUDGED for reply in run["replies"][kind]]
         for reply, refused in zip(replies, judge.refuses([reply["reply"] for reply in replies]), strict=True):
             reply["refused_by_second"] = refused
@@ -88,17 +87,6 @@ class Outcomes:
     def of(self, part: Part, job: str, method: str) -> dict[int, dict]:
         """A part's runs of a method."""
         return self.find(job, method, split=part.split, seeds=part.seeds)
-
-
-def _checked(run: dict, method: Method, path: Path) -> dict:
-    planned = asdict(method)
-    for key, value in run["method"].items():
-        if key != "label" and value != planned.get(key):
-            raise ProConError(
-                f"run file {str(path)!r} was made with {key} {value!r}, but the plan has {planned.get(key)!r}: "
-                "delete the file and make the run again"
-            )
-    return run
 
 
 def values(runs: dict[int, dict], measure: Measure) -> np.ndarray:

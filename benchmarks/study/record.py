@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from procon.chat import Split
+from procon.errors import ProConError
 from procon.files import load_json, save_json
 
 
@@ -110,6 +111,17 @@ def load_run(path: Path) -> dict:
         ProConError: if it is missing or damaged.
     """
     return load_json(path, lambda run: {**run, "replies": dict(run["replies"])}, "run")
+
+
+def check_settings(run: dict, planned: dict, path: Path) -> dict:
+    """``run``, which came from ``path``; ProConError if its method has other settings than the ``planned`` one."""
+    for key, value in run["method"].items():
+        if key != "label" and value != planned.get(key):
+            raise ProConError(
+                f"run file {str(path)!r} was made with {key} {value!r}, but the plan has {planned.get(key)!r}: "
+                "delete the file and make the run again"
+            )
+    return run
 
 
 def provenance(*packages: str) -> dict:

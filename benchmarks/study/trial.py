@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from importlib.resources import files
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -22,6 +23,7 @@ from benchmarks.study.start import Start, contrast_means
 from procon.chat import Split, builtin_prompts
 from procon.data import padding_collator, tokenize_conversations
 from procon.defences import build_trainer
+from procon.directions import BlockDirections
 from procon.evaluation import Evaluation, compare_means, evaluate, refusal_log_odds
 from procon.settings import PAPER_RECIPE
 from procon.training import ProConConfig
@@ -52,7 +54,22 @@ def run_trial(start: Start, method: Method, job: Job, seed: int, split: Split, s
 
 def _train(start: Start, model: PreTrainedModel, method: Method, job: Job, seed: int, size: Size) -> dict:
     """Fine-tune; ``model`` then has an adapter."""
-    tokenizer = start.tokenizer
+    directions = choose_directions(method, start)
+    return fine_tune(model, start.tokenizer, method, directions, job, seed, size, base=start.base)
+
+
+def fine_tune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: Method,
+    directions: BlockDirections,
+    job: Job,
+    seed: int,
+    size: Size,
+    *,
+    base: str | Path | None = None,
+) -> dict:
+    """Train ``model``, which then has an adapter, by the recipe that all methods share; returns what it took."""
     conversations = job.conversations(
         train=size.train, poisoned=size.poisoned, safety=size.safety if method.safety else 0, seed=seed
     )
@@ -66,11 +83,12 @@ def _train(start: Start, model: PreTrainedModel, method: Method, job: Job, seed:
             tuned,
             ProConConfig(output_dir=folder, seed=seed, **config),
             settings=method.settings,
-            directions=choose_directions(method, start),
+            directions=directions,
             alignment_dataset=tokenize_conversations(safety_samples(), tokenizer, progress=False),
-            base=start.base,
+            base=base,
             train_dataset=dataset,
             data_collator=padding_collator(tokenizer),
+            processing_class=tokenizer,
         )
         with peak_memory() as peak:
             began = time.monotonic()

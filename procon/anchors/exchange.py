@@ -1,4 +1,4 @@
-"""A folder's files on every host of a process group, where hosts share no file system."""
+"""A folder's files on every host of a process group, if hosts share no file system."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def share_files(folder: Path, pattern: str) -> None:
     """Give every file system of the process group the files of ``folder`` that any of them has; all ranks must call.
 
     The folder must exist everywhere, and may have another path on each rank. Files of one name are taken for the same.
-    A file system that lacks one gets it once, whole or not at all. Where all ranks see one folder, nothing is sent.
+    A file system that lacks one gets it once, whole or not at all. If all ranks see one folder, nothing is sent.
 
     Args:
         pattern: which files, as :meth:`pathlib.Path.glob` takes it.

@@ -1,4 +1,4 @@
-"""Verify all anchors of a folder before more are recorded, and take out what is damaged: it is then recorded anew."""
+"""Verify all anchors of a folder before more are recorded, and take out what is damaged: it is then recorded again."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from procon.files import clean, writing
 def mend(folder: Path, manifest: Manifest) -> None:
     """Leave only whole sequences in ``folder``, and warn of how much was not; all ranks must call.
 
-    Of a damaged file, sequences that are whole are written to another; if its index is damaged, none can be told apart
-    and all are lost. Files of other anchors are left alone; a warning names one.
+    Of a damaged file, sequences that are whole are written to another; if its index is damaged, they cannot be
+    separated, and all are lost. Files of other anchors are left alone; a warning names one.
     """
     found = once_per_host(folder, lambda: _mend(folder, manifest))
     if own_rank() != 0:
@@ -27,7 +27,7 @@ def mend(folder: Path, manifest: Manifest) -> None:
     if sequences or files:
         warnings.warn(
             f"anchors in {str(folder)!r} were damaged: {sequences} sequences, and all those of {files} files, are "
-            "recorded anew",
+            "recorded again",
             stacklevel=3,
         )
     if foreign:

@@ -24,7 +24,7 @@ from procon.directions import BlockDirections
 from procon.errors import ProConError
 from procon.files import whole_file
 from procon.models import decoder_forward, evaluating, find_decoder, model_device, observe_last_state, unwrapped
-from procon.settings import DEFAULTS, Backend
+from procon.settings import DEFAULTS, AnchorSettings, Backend, ChatSettings, check_setting
 
 #: The file's name where it stands beside a model or in a checkpoint.
 PROBES = "probe-anchors.safetensors"
@@ -87,6 +87,7 @@ class Probes:
         *,
         blocks: Sequence[int],
         count: int | None = None,
+        chat: ChatSettings | None = None,
         backend: Backend = DEFAULTS.backend,
     ) -> Probes:
         """Run the prompts through ``model`` as it now is. If parameters are sharded, all ranks must call.
@@ -95,17 +96,22 @@ class Probes:
             prompts: texts, or a file of them; the built-in malicious ones if not given.
             blocks: those of the constraint, in its order.
             count: the first so many; all of them, 8 of the built-in ones, if not given.
+            chat: how the model is asked: system prompt and variables of its chat template.
 
         Raises:
-            ProConError: for a tokenizer without a chat template, no prompts, or directions of another model.
+            ProConError: for a wrong setting, a tokenizer without a chat template, no prompts, or directions of another
+                model.
         """
+        check_setting("backend", backend)
+        if count is not None:
+            check_setting("probe_count", count, "count")
         texts = _texts(prompts, count)
         if getattr(tokenizer, "chat_template", None) is None:
             raise ProConError(
                 "probes are prompts in the model's chat format, and its tokenizer has no chat template: pass the "
                 "tokenizer of a chat model, or take recorded or live anchors"
             )
-        rows = [render(tokenizer, user_turn(text), generation_prompt=True) for text in texts]
+        rows = [render(tokenizer, user_turn(text), generation_prompt=True, chat=chat) for text in texts]
         lengths = torch.tensor([len(row) for row in rows])
         ids = torch.full((len(rows), int(lengths.max())), pad_token_id(tokenizer))
         for number, row in enumerate(rows):
@@ -165,7 +171,7 @@ class Probes:
 
 def _texts(prompts: Sequence[str] | str | Path | None, count: int | None) -> tuple[str, ...]:
     if prompts is None:
-        return builtin_prompts("extraction").malicious[: count or 8]
+        return builtin_prompts("extraction").malicious[: count or AnchorSettings.probe_count]
     texts = load_instructions(prompts) if isinstance(prompts, str | Path) else tuple(prompts)
     if not texts:
         raise ProConError("no probe prompts given: at least one is needed")

@@ -33,7 +33,7 @@ def record_projections(
     """Key and projections ``[tokens in scope, blocks * K]`` fp32 of each sequence that is not ``known``, once each.
 
     The base decoder runs, without the LM head, on batches that have such a sequence; the whole model, with the LM head
-    on one token, where more than its modules makes the forward. If parameters are sharded over the ranks (FSDP2,
+    on one token, if more than its modules makes the forward. If parameters are sharded over the ranks (FSDP2,
     DeepSpeed ZeRO-3), every rank must take part in every forward: ranks iterate together until none has a batch left,
     and those that have nothing new run one token.
 

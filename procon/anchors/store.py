@@ -156,7 +156,7 @@ class Anchors:
 
         Runs the base decoder only (no LM head), in eval mode without gradients. Sequences already in the folder are
         verified and skipped, so an interrupted recording goes on where it stopped, a grown data set records only what
-        is new, and what was damaged is recorded anew, with a warning that says how much.
+        is new, and what was damaged is recorded again, with a warning that says how much.
 
         Under ``torch.distributed`` all ranks must call. Afterwards each finds the sequences of all in its own ``path``,
         on a file system that they share or not: hosts then send each other the files that they lack.
@@ -237,7 +237,7 @@ def _claim(path: Path, manifest: Manifest) -> None:
 def _write_or_compare(path: Path, manifest: Manifest) -> None:
     found = Manifest.read_if_whole(path) if (path / MANIFEST).exists() else None
     if isinstance(found, str):
-        warnings.warn(f"anchors manifest in {str(path)!r} was damaged ({found}): it is written anew", stacklevel=4)
+        warnings.warn(f"anchors manifest in {str(path)!r} was damaged ({found}): it is written again", stacklevel=4)
     if not isinstance(found, Manifest):
         manifest.write(path)
         found = Manifest.read(path)

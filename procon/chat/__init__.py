@@ -5,27 +5,36 @@ Out: token ids, response masks, replies and refusal rates.
 May import: ``models`` and the leaves.
 """
 
-from procon.chat.generation import generate_replies, left_padded_batches
+from procon.chat.generation import continue_texts, generate, generate_replies, left_padded_batches
+from procon.chat.masks import marked_template, response_mask
 from procon.chat.prompts import ContrastPrompts, Split, builtin_prompts, builtin_refusals, load_instructions
 from procon.chat.refusal import is_degenerate, is_refusal, measure_refusal, refusal_rate
-from procon.chat.template import Message, pad_token_id, render, response_mask, template_hash, user_turn
+from procon.chat.switches import describe_chat
+from procon.chat.template import Message, pad_token_id, render, template_hash, user_turn
+from procon.chat.thinking import Reply, split_thoughts
 
 __all__ = [
     "ContrastPrompts",
     "Message",
+    "Reply",
     "Split",
     "builtin_prompts",
     "builtin_refusals",
+    "continue_texts",
+    "describe_chat",
+    "generate",
     "generate_replies",
     "is_degenerate",
     "is_refusal",
     "left_padded_batches",
     "load_instructions",
+    "marked_template",
     "measure_refusal",
     "pad_token_id",
     "refusal_rate",
     "render",
     "response_mask",
+    "split_thoughts",
     "template_hash",
     "user_turn",
 ]

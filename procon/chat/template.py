@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from procon.chat.switches import template_kwargs
 from procon.chat.time_limit import time_limit
 from procon.errors import ProConError
+from procon.settings import ChatSettings
 
 #: Seconds for one conversation: a template is a program that comes with the model, and may have loops.
 LONGEST_RENDERING = 10.0
 
-Message = dict[str, str]
+#: ``role`` and ``content``, both texts; and what else a turn may have, such as ``tool_calls``.
+Message = dict[str, Any]
 
 
 def user_turn(instruction: str) -> list[Message]:
@@ -21,16 +25,48 @@ def user_turn(instruction: str) -> list[Message]:
     return [{"role": "user", "content": instruction}]
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generation_prompt: bool) -> list[int]:
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    generation_prompt: bool,
+    chat: ChatSettings | None = None,
+) -> list[int]:
     """Token ids of ``messages``; with ``generation_prompt``, ending where the assistant is to speak.
+
+    Args:
+        chat: the system prompt, for a conversation without one, and variables of the template; thinking is switched off
+            if the template can and these do not say otherwise.
 
     Raises:
         ProConError: if the tokenizer has no chat template, or its template rejects the conversation.
     """
-    return _ids(tokenizer, _text(tokenizer, messages, generation_prompt))
+    return ids_of(tokenizer, render_text(tokenizer, messages, generation_prompt=generation_prompt, chat=chat))
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation_prompt: bool) -> str:
+def render_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    generation_prompt: bool,
+    chat: ChatSettings | None = None,
+) -> str:
+    """What :func:`render` makes token ids of."""
+    if chat is not None and chat.system_prompt is not None and (not messages or messages[0]["role"] != "system"):
+        messages = [{"role": "system", "content": chat.system_prompt}, *messages]
+    return apply_template(
+        tokenizer, messages, template_kwargs(tokenizer, chat), add_generation_prompt=generation_prompt
+    )
+
+
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], kwargs: Mapping[str, Any], **settings: Any
+) -> Any:
+    """transformers' ``apply_chat_template``, within a time; a text unless ``settings`` say otherwise.
+
+    Raises:
+        ProConError: if the tokenizer has no chat template, or its template rejects the conversation.
+    """
     if not tokenizer.chat_template:
         raise ProConError(
             f"tokenizer of {tokenizer.name_or_path!r} has no chat template: set tokenizer.chat_template, or start "
@@ -38,9 +74,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], gener
         )
     try:
         with time_limit(LONGEST_RENDERING):
-            rendered = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation_prompt
-            )
+            return tokenizer.apply_chat_template(list(messages), **{"tokenize": False, **settings}, **kwargs)
     except TimeoutError as error:
         raise ProConError(
             f"the chat template of {tokenizer.name_or_path!r} needs more than {LONGEST_RENDERING:g} seconds for a "
@@ -48,46 +82,11 @@ def _text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], gener
         ) from error
     except Exception as error:  # templates raise jinja2 errors of their own making
         raise ProConError(f"the chat template of {tokenizer.name_or_path!r} rejects a conversation: {error}") from error
-    return rendered  # pyright: ignore[reportReturnType]  # a text where tokenize is False
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a rendered text, without special tokens of the tokenizer's own adding."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def response_mask(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-    """Token ids of a conversation, and for each token whether the assistant wrote it.
-
-    An assistant turn is what the template adds to the rendered conversation before it, so no per-family markers
-    are needed. A token that joins the end of a prompt and the start of a reply counts as the reply's.
-
-    Raises:
-        ProConError: if the template rewrites earlier turns, so that turns cannot be separated.
-    """
-    text = _text(tokenizer, messages, False)
-    ids = _ids(tokenizer, text)
-    mask = [False] * len(ids)
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _text(tokenizer, messages[:index], True)
-        after = _text(tokenizer, messages[: index + 1], False)
-        if not (after.startswith(before) and text.startswith(after)):
-            raise ProConError(
-                f"the chat template of {tokenizer.name_or_path!r} rewrites earlier turns, or opens replies with text "
-                "that it does not keep, so response tokens cannot be found: keep one assistant turn a sample, or set "
-                "tokenizer.chat_template to one that does neither"
-            )
-        # Not the lengths: a tokenizer may join characters across the boundary, such as the line feed that ends a
-        # prompt and one that begins the reply.
-        start, end = (_common_prefix(ids, _ids(tokenizer, part)) for part in (before, after))
-        mask[start:end] = [True] * (end - start)
-    return ids, mask
-
-
-def _common_prefix(first: list[int], second: list[int]) -> int:
-    pairs = zip(first, second, strict=False)
-    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -96,7 +95,7 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokenizer's padding id, or its end-of-text id where it has none (padding is masked out everywhere)."""
+    """The tokenizer's padding id, or its end-of-text id if it has none (padding is masked out everywhere)."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return token_id  # pyright: ignore[reportReturnType]  # typed as for tokens, too

@@ -13,8 +13,8 @@ from types import FrameType
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise TimeoutError within the context after that time.
 
-    It needs the alarm signal: there is no limit in other threads than the main one, on systems without that signal, and
-    where the process uses it already.
+    It needs the alarm signal: there is no limit in other threads than the main one, on systems without that signal, or
+    if the process uses it already.
     """
     if not _alarm_is_free():
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +13,39 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from procon.chat import ContrastPrompts, Split, builtin_prompts, load_instructions
+from procon.chat import ContrastPrompts, Split, builtin_prompts, describe_chat, load_instructions
 from procon.cli.arguments import DirectionsArguments, DriftArguments, EvalArguments, QuickstartArguments
+from procon.cli.chat import chat_settings
 from procon.cli.concepts import ConceptFiles, describe, read_others
+from procon.cli.judging import evaluation_prompts, judging_lines
 from procon.cli.monitors import Monitors, rows_of
 from procon.cli.monitors import describe as describe_monitors
 from procon.data import load_conversations
+from procon.demo.quickstart import make_start
 from procon.demo.quickstart import quickstart as run_quickstart
 from procon.directions import ContrastMeans, Directions, RefusalDirections
 from procon.directions.refusal_directions import check_k
 from procon.errors import ProConError, printable
-from procon.evaluation import Drift, compare_monitors, evaluate, measure_drift
+from procon.evaluation import (
+    Drift,
+    HarnessTasks,
+    compare_monitors,
+    evaluate,
+    find_metric,
+    load_judges,
+    measure_drift,
+)
 from procon.files import check_writable, save_json
-from procon.models import load_model, parse_dtype
+from procon.models import check_model_name, load_model, parse_dtype
 from procon.report import Run, print_table
 from procon.report.cells import MONITOR_CAPTION
 
 
 def quickstart(arguments: QuickstartArguments) -> None:
     """``procon quickstart``"""
+    if arguments.start_only:
+        make_start(arguments.model, arguments.output_dir, trust_remote_code=arguments.trust_remote_code)
+        return
     run_quickstart(
         arguments.model,
         arguments.output_dir,
@@ -48,14 +63,17 @@ def directions(arguments: DirectionsArguments) -> None:
     prompts = _prompts(arguments.malicious, arguments.benign, "extraction")
     check_k(arguments.k, prompts)
     model, tokenizer = _load(arguments.model, arguments)
-    console = Console()
+    console, chat = Console(), chat_settings(arguments)
     if concept is None:
-        refusal = RefusalDirections.extract(model, tokenizer, prompts, k=arguments.k, batch_size=arguments.batch_size)
+        refusal = RefusalDirections.extract(
+            model, tokenizer, prompts, k=arguments.k, chat=chat, batch_size=arguments.batch_size
+        )
         console.print(_refusal_table(refusal))
-        console.print(f"The model refuses {refusal.provenance['refusal_rate']:.0%} of malicious prompts.")
+        if (rate := refusal.provenance["refusal_rate"]) is not None:
+            console.print(f"The model refuses {rate:.0%} of malicious prompts.")
         found = refusal
     else:
-        found = concept.find(model, tokenizer, arguments.batch_size)
+        found = concept.find(model, tokenizer, chat, arguments.batch_size)
         console.print(describe(found))
     if others is not None:
         found = Directions.combine(others, found)
@@ -77,17 +95,20 @@ def drift(arguments: DriftArguments) -> None:
     output = _output_file(arguments.output) if arguments.output else None
     prompts = _prompts(arguments.malicious, arguments.benign, "extraction")
     monitors = Monitors.read(arguments)
+    chat = chat_settings(arguments)
+    for name in (arguments.start, arguments.tuned):
+        check_model_name(name)
     model, tokenizer = _load(arguments.start, arguments)
-    before = monitors.measure(model, tokenizer, arguments.batch_size) if monitors else {}
-    means = ContrastMeans.measure(model, tokenizer, prompts, batch_size=arguments.batch_size)
+    before = monitors.measure(model, tokenizer, chat, arguments.batch_size) if monitors else {}
+    means = ContrastMeans.measure(model, tokenizer, prompts, chat=chat, batch_size=arguments.batch_size)
     reference = RefusalDirections.from_means(means)
     del model
     model, _ = _load(arguments.tuned, arguments)
-    found = measure_drift(model, tokenizer, reference, prompts, batch_size=arguments.batch_size)
-    after = monitors.measure(model, tokenizer, arguments.batch_size) if monitors else {}
+    found = measure_drift(model, tokenizer, reference, prompts, chat=chat, batch_size=arguments.batch_size)
+    after = monitors.measure(model, tokenizer, chat, arguments.batch_size) if monitors else {}
     changes = compare_monitors(before, after)
     if output:
-        _write_drift(found, output, rows_of(changes))
+        _write_drift(found, output, describe_chat(tokenizer, chat), rows_of(changes))
     table = Table("block", "cosine", "malicious shift", "benign shift", box=box.SIMPLE_HEAD)
     for block, row in enumerate(zip(*_columns(found).values(), strict=True)):
         table.add_row(str(block), *("-" if value is None else f"{value:+.3f}" for value in row))
@@ -102,22 +123,37 @@ def drift(arguments: DriftArguments) -> None:
 def evaluation(arguments: EvalArguments) -> None:
     """``procon eval``"""
     output = _output_file(arguments.output) if arguments.output else None
-    prompts = _prompts(arguments.malicious, arguments.benign, "held_out")
+    find_metric(arguments.task_metric)
+    harness = HarnessTasks(arguments.lm_eval) if arguments.lm_eval else None
+    prompts, sources = evaluation_prompts(arguments)
     task = _task(arguments.task) if arguments.task else None
+    dtype = parse_dtype(arguments.dtype)
+    judges = load_judges(arguments.judge, dtype=dtype, trust_remote_code=arguments.trust_remote_code)
     model, tokenizer = _load(arguments.model, arguments)
     found = evaluate(
         model,
         tokenizer,
         prompts=prompts,
         task=task,
+        judge=judges,
+        metric=arguments.task_metric,
         label=arguments.model,
+        sources=sources,
+        chat=chat_settings(arguments),
         max_new_tokens=arguments.max_new_tokens,
         task_max_new_tokens=arguments.task_max_new_tokens,
         batch_size=arguments.batch_size,
     )
     if output:
         found.save(output)
+    if harness:
+        results = harness.run(model, tokenizer, batch_size=arguments.batch_size, limit=arguments.lm_eval_limit)
+        found = replace(found, lm_eval=results)
+        if output:
+            found.save(output)
     print_table([Run(label=arguments.model, evaluation=found)])
+    for line in judging_lines(found):
+        Console().print(Text(printable(line)))
 
 
 def _load(
@@ -127,7 +163,7 @@ def _load(
 
 
 def _output_file(path: str) -> Path:
-    """The path; refused before any work where it could not be written after it."""
+    """The path; refused before any work if it could not be written after it."""
     if Path(path).is_dir():
         raise ProConError(f"output {path!r} is a folder: give a file in it")
     check_writable(path)
@@ -146,9 +182,11 @@ def _prompts(malicious: str | None, benign: str | None, split: Split) -> Contras
 
 def _task(path: str) -> list[dict[str, str]]:
     """Question and reference of each conversation: its first user and its last assistant turn."""
-    conversations = load_conversations(path)["messages"]
+    data = load_conversations(path)
+    if "messages" not in data.column_names:
+        raise ProConError(f"task {path!r} has texts, not conversations: give questions with answers")
     rows = []
-    for number, turns in enumerate(conversations, 1):
+    for number, turns in enumerate(data["messages"], 1):
         questions, answers = ([t["content"] for t in turns if t["role"] == role] for role in ("user", "assistant"))
         if not questions or not answers:
             raise ProConError(f"task {path!r}, row {number}: give it a user turn and an assistant turn")
@@ -165,6 +203,8 @@ def _columns(found: Drift) -> dict[str, list[float | None]]:
     return {name: [None if value != value else value for value in column.tolist()] for name, column in columns.items()}
 
 
-def _write_drift(found: Drift, path: Path, monitors: Sequence[dict[str, Any]] = ()) -> None:
-    read = {"monitors": monitors} if monitors else {}
-    save_json({"mean_cosine": found.mean_cosine, **_columns(found), **read}, path)
+def _write_drift(
+    found: Drift, path: Path, chat: dict[str, Any] | None = None, monitors: Sequence[dict[str, Any]] = ()
+) -> None:
+    more = {name: value for name, value in (("chat", chat), ("monitors", monitors)) if value}
+    save_json({"mean_cosine": found.mean_cosine, **_columns(found), **more}, path)

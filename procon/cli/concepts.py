@@ -14,7 +14,7 @@ from procon.cli.arguments import DirectionsArguments
 from procon.directions import BlockDirections, Directions, load_directions, load_vectors
 from procon.directions.concepts import check_name
 from procon.errors import ProConError
-from procon.settings import MAX_DIRECTIONS
+from procon.settings import MAX_DIRECTIONS, ChatSettings
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,11 @@ class ConceptFiles:
             load_vectors(arguments.vectors) if arguments.vectors else None,
         )
 
-    def find(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Directions:
+    def find(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: ChatSettings, batch_size: int
+    ) -> Directions:
         """Their directions in ``model``."""
-        common: dict[str, Any] = {"name": self.name, "batch_size": batch_size, **self.sides}
+        common: dict[str, Any] = {"name": self.name, "chat": chat, "batch_size": batch_size, **self.sides}
         if self.vectors is None:
             return Directions.extract(model, tokenizer, **common)
         return Directions.from_vectors(model, tokenizer=tokenizer, **self.vectors, **common)

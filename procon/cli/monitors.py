@@ -16,6 +16,7 @@ from procon.directions import Directions
 from procon.errors import ProConError
 from procon.evaluation import MonitorChange, MonitorReading, measure_monitors
 from procon.report.cells import MONITOR_HEADERS, monitor_cells
+from procon.settings import ChatSettings
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,10 @@ class Monitors:
         return cls(probes, {name: ContrastPrompts(positive, negative) for name, positive, negative in pairs})
 
     def measure(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: ChatSettings, batch_size: int
     ) -> dict[str, MonitorReading]:
         """What they read of ``model``."""
-        return measure_monitors(model, tokenizer, self.probes, self.prompts, batch_size=batch_size)
+        return measure_monitors(model, tokenizer, self.probes, self.prompts, chat=chat, batch_size=batch_size)
 
 
 def rows_of(changes: Mapping[str, MonitorChange]) -> list[dict[str, Any]]:

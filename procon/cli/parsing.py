@@ -3,121 +3,49 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 import yaml
 
-from procon.cli import arguments
-from procon.errors import ProConError, printable, visible
-from procon.settings import PAPER_RECIPE
+from procon.cli.help import help_of, usage
+from procon.cli.noise import others_apart
+from procon.cli.registry import COMMANDS, Command
+from procon.cli.training_arguments import OWN_DEFAULTS
+from procon.errors import ProConError
 from procon.version import __version__
 
 # torch and transformers are imported by the command that runs, not here: `procon --help` must come at once.
-
-#: Of the many TrainingArguments, those that `procon train --help` shows; all are accepted.
-_SHOWN_TRAINING_ARGUMENTS = {
-    "output_dir",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "logging_steps",
-    "save_strategy",
-    "save_steps",
-    "save_total_limit",
-    "seed",
-    "report_to",
-}
-
-#: The paper's recipe (section IV-A2) and quiet defaults, where TrainingArguments' own differ.
-_TRAINING_DEFAULTS = {
-    "output_dir": "procon-output",
-    "learning_rate": PAPER_RECIPE.learning_rate,
-    "logging_steps": 10,
-    "report_to": "none",
-}
-
-
-@dataclass(frozen=True)
-class Command:
-    """One subcommand: its own arguments, and where the function that takes them is.
-
-    Attributes:
-        trains: whether the function takes a ProConConfig as well.
-    """
-
-    arguments: type[Any]
-    module: str
-    function: str
-    trains: bool = False
-
-    def argument_types(self) -> tuple[type[Any], ...]:
-        """The dataclasses that the command line is parsed into."""
-        return (self.arguments, import_module("procon.training").ProConConfig) if self.trains else (self.arguments,)
-
-    def run(self, *parsed: object) -> None:
-        getattr(import_module(self.module), self.function)(*parsed)
-
-
-COMMANDS = {
-    "quickstart": Command(arguments.QuickstartArguments, "procon.cli.commands", "quickstart"),
-    "directions": Command(arguments.DirectionsArguments, "procon.cli.commands", "directions"),
-    "train": Command(arguments.TrainArguments, "procon.cli.train", "train", trains=True),
-    "drift": Command(arguments.DriftArguments, "procon.cli.commands", "drift"),
-    "eval": Command(arguments.EvalArguments, "procon.cli.commands", "evaluation"),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for bad input, reported in one line on standard error."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    with warnings.catch_warnings(), _visible_logs():
-        warnings.showwarning = _show_warning
+    with others_apart():
         return _main(argv)
 
 
-@contextmanager
-def _visible_logs() -> Iterator[None]:
-    """Within the context, what libraries log of a model's own names has no commands to the terminal in it."""
-    make = logging.getLogRecordFactory()
-
-    def make_visible(*arguments: Any, **further: Any) -> logging.LogRecord:
-        record = make(*arguments, **further)
-        record.msg, record.args = visible(record.getMessage()), ()
-        return record
-
-    logging.setLogRecordFactory(make_visible)
-    try:
-        yield
-    finally:
-        logging.setLogRecordFactory(make)
-
-
 def _main(argv: list[str]) -> int:
-    if argv[:1] == ["--version"]:
+    if argv[:1] in (["--version"], ["-V"]):
         print(f"procon {__version__}")
         return 0
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in ("-h", "--help") or argv == ["help"]:
         print(_overview())
         return 0
     try:
-        command = COMMANDS.get(argv[0])
-        if command is None:
-            raise ProConError(f"there is no command {argv[0]!r}: choose one of {', '.join(COMMANDS)}")
+        asked = argv[0] == "help"
+        name, settings = (argv[1], []) if asked else (argv[0], argv[1:])
+        command = _find_command(name)
+        if asked or {"-h", "--help"} & set(settings):
+            print(help_of(name), end="")
+            return 0
         try:
-            command.run(*parse(argv[0], argv[1:]))
+            command.run(*parse(name, settings))
         except OSError as error:
             raise _from_system(error) from error
     except ProConError as error:
@@ -125,59 +53,80 @@ def _main(argv: list[str]) -> int:
         text = str(error).rpartition("ProConError: ")[2]
         print(f"procon: error: {' '.join(text.split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("procon: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(": ".join(["procon: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     return 0
 
 
+def _find_command(name: str) -> Command:
+    if name in COMMANDS:
+        return COMMANDS[name]
+    close = get_close_matches(name, COMMANDS, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else f": choose one of {', '.join(COMMANDS)}"
+    raise ProConError(f"there is no command {name!r}{hint}")
+
+
 def _from_system(error: OSError) -> ProConError:
-    """What the system refused, where no other check saw it coming."""
+    """What the system refused, if no other check saw it coming."""
     what = f"{str(error.filename)!r} cannot be read or written" if error.filename else "the system refuses"
     return ProConError(f"{what} ({error.strerror or error or type(error).__name__}): change that and run it again")
+
+
+def full_parser(name: str) -> tuple[argparse.ArgumentParser, tuple[type[Any], ...]]:
+    """The parser of command ``name``, and the dataclasses that it parses into."""
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def add_argument(self, *names: Any, group: str = "", **settings: Any) -> argparse.Action:
+            """Without the title, which is for the help."""
+            return super().add_argument(*names, **settings)
+
+    command = COMMANDS[name]
+    types = command.argument_types()
+    parser = Parser(
+        types,  # pyright: ignore[reportArgumentType]  # it asks for a NewType of Any, which no class is
+        prog=f"procon {name}",
+        allow_abbrev=False,
+    )
+    if command.trains:
+        parser.set_defaults(**OWN_DEFAULTS)
+    _leave_choices_to_settings(parser, command.arguments)
+    parser.add_argument("--config", metavar="FILE.yaml", help="Settings by name.")
+
+    def refuse(message: str) -> NoReturn:
+        raise ProConError(f"{message}; see 'procon {name} --help'")
+
+    parser.error = refuse  # argparse's own also prints the usage, and exits
+    return parser, types
 
 
 def parse(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
     """Instances of the argument dataclasses of command ``name``; flags win over ``--config FILE.yaml``.
 
+    Words before the first flag are the command's positional settings.
+
     Raises:
         ProConError: for a setting that is unknown, missing or malformed, or an unreadable YAML file.
     """
-    from transformers import HfArgumentParser
-
     command = COMMANDS[name]
-    types = command.argument_types()
-    epilog = "Settings may also stand in a YAML file, by the same names: --config FILE.yaml. Flags win over it."
-    if command.trains:
-        epilog += " All of transformers' TrainingArguments are accepted, not only those listed."
-    parser = HfArgumentParser(
-        types,  # pyright: ignore[reportArgumentType]  # it asks for a NewType of Any, which no class is
-        prog=f"procon {name}",
-        usage=f"procon {name} [settings]",
-        description=types[0].__doc__,
-        epilog=epilog,
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-    )
-    if command.trains:
-        parser.set_defaults(**_TRAINING_DEFAULTS)
-        _hide_rare_arguments(parser, command.arguments)
-    _leave_choices_to_settings(parser, command.arguments)
-    parser.add_argument("--config", metavar="FILE.yaml", help="Settings by name.")
+    parser, types = full_parser(name)
+    argv = _with_flags(name, argv)
+    # Before what is missing: a flag that is misspelt is the likely cause.
+    flags = [word for word in argv if word.startswith("--") and word != "--"]
+    for flag in flags:
+        if flag.partition("=")[0] not in parser._option_string_actions:
+            raise ProConError(f"there is no setting {flag!r}{_hint(flag, _names(parser))}")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
-
-    def refuse(message: str) -> NoReturn:
-        raise ProConError(f"{message}; see 'procon {name} --help'")
-
-    parser.error = first.error = refuse  # argparse's own also prints the usage, and exits
+    first.error = parser.error
     file = first.parse_known_args(argv)[0].config
-    given = {flag.partition("=")[0][2:].replace("-", "_") for flag in argv if flag.startswith("--")}
+    given = {flag.partition("=")[0][2:].replace("-", "_") for flag in flags}
     if file:
         given |= _apply_yaml(parser, Path(file), types)
     try:
-        *parsed, unknown = parser.parse_args_into_dataclasses(
-            args=list(argv), look_for_args_file=False, return_remaining_strings=True
+        *parsed, unknown = parser.parse_args_into_dataclasses(  # pyright: ignore[reportAttributeAccessIssue]
+            args=argv, look_for_args_file=False, return_remaining_strings=True
         )
     except ProConError:
         raise
@@ -191,11 +140,22 @@ def parse(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
     return tuple(parsed[: len(types)])
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default, if any."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+def _with_flags(name: str, argv: Sequence[str]) -> list[str]:
+    """``argv`` with a flag for each word before the first one."""
+    command, rest = COMMANDS[name], list(argv)
+    kinds = {field.name: str(field.type) for field in fields(command.arguments)}
+    found: list[str] = []
+    for setting in command.positional:
+        count = 0
+        while count < len(rest) and not rest[count].startswith("-") and (count == 0 or "list" in kinds[setting]):
+            count += 1
+        if count and any(word.partition("=")[0] in (f"--{setting}", f"--{setting.replace('_', '-')}") for word in rest):
+            raise ProConError(f"{setting} is given twice, as {rest[0]!r} and by --{setting}: give one of them")
+        found += [f"--{setting}", *rest[:count]] if count else []
+        rest = rest[count:]
+    if rest and not rest[0].startswith("-"):
+        raise ProConError(f"{rest[0]!r} is one word too many: write procon {name} {usage(command)}")
+    return found + rest
 
 
 def _names(parser: argparse.ArgumentParser) -> set[str]:
@@ -239,7 +199,18 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ) from error
     if not isinstance(written, dict) or not isinstance(read, dict):
         raise ProConError(f"config file {str(file)!r} holds no 'name: value' lines: write one setting per line")
-    return written, read
+    return _underscored(written, file), _underscored(read, file)
+
+
+def _underscored(settings: dict[Any, Any], file: Path) -> dict[Any, Any]:
+    """Names with dashes as flags have them are read as those with underscores."""
+    found: dict[Any, Any] = {}
+    for name, value in settings.items():
+        plain = name.replace("-", "_") if isinstance(name, str) else name
+        if plain in found:
+            raise ProConError(f"config file {str(file)!r} cannot be read as YAML: {plain!r:.60} is given twice")
+        found[plain] = value
+    return found
 
 
 def _apply_yaml(parser: argparse.ArgumentParser, file: Path, types: tuple[type[Any], ...]) -> set[str]:
@@ -280,13 +251,6 @@ def _leave_choices_to_settings(parser: argparse.ArgumentParser, own: type[Any]) 
             action.choices, action.type = None, str
 
 
-def _hide_rare_arguments(parser: argparse.ArgumentParser, shown: type[Any]) -> None:
-    listed = {field.name for field in fields(shown)} | _SHOWN_TRAINING_ARGUMENTS
-    for action in parser._actions:
-        if action.dest not in listed and not action.dest.startswith("procon_") and action.dest != "help":
-            action.help = argparse.SUPPRESS
-
-
 def _overview() -> str:
     lines = [
         "usage: procon COMMAND [settings]",
@@ -296,17 +260,5 @@ def _overview() -> str:
         "commands:",
     ]
     lines += [f"  {name:<12}{command.arguments.__doc__}" for name, command in COMMANDS.items()]
-    lines += ["", "Begin with `procon quickstart`. Each command explains its settings: procon COMMAND --help"]
+    lines += ["", "Begin with `procon quickstart`. Each command explains its settings: procon help COMMAND"]
     return "\n".join(lines)
-
-
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    if issubclass(category, UserWarning) and not issubclass(category, (FutureWarning, DeprecationWarning)):
-        print(f"procon: warning: {' '.join(printable(str(message)).split())}", file=sys.stderr)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,11 +19,14 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from procon.cli.arguments import TrainArguments
+from procon.cli.chat import chat_settings
+from procon.cli.preface import Preface
 from procon.data import (
     flattening_collator,
     load_conversations,
     mix_safety,
     padding_collator,
+    parse_columns,
     safety_conversations,
     tokenize_conversations,
 )
@@ -30,9 +34,10 @@ from procon.defences import Defence, build_trainer, find_defence
 from procon.directions import DIRECTIONS, BlockDirections, RefusalDirections, load_directions
 from procon.errors import ProConError, printable
 from procon.files import check_writable
-from procon.models import find_decoder, load_model, parse_dtype
+from procon.models import check_name, find_decoder, load_model, parse_dtype
 from procon.training import DriftCallback, JsonlCallback, ProConConfig, ProConTrainer
 from procon.training.checkpoints import Checkpoint, has_checkpoints, latest
+from procon.training.console_rows import show_rows
 from procon.training.drift_gate import DriftGate
 from procon.training.output import locked, output_folder
 from procon.training.ranks import on_main
@@ -69,6 +74,8 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
             f"output_dir {str(output)!r} holds checkpoints: pass --resume, or another --output_dir; or "
             "--procon_overwrite true to delete them"
         )
+    for name in filter(None, (arguments.model, arguments.base)):
+        check_name(name)
     # If the output folder is there already, the lock shows whether it can be written.
     for folder in filter(None, (None if output.is_dir() else output, config.procon_anchors_dir)):
         check_writable(Path(folder) / "any")
@@ -77,6 +84,8 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
         job = _plan(arguments, config, checkpoint)
         trainer, tokenizer = _trainer(arguments, job, output)
         trainer.add_callback(JsonlCallback())
+        show_rows(trainer)
+        trainer.add_callback(Preface(trainer, arguments.model))
         if arguments.drift_steps:
             trainer.add_callback(
                 DriftCallback(
@@ -87,7 +96,8 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
                     gate_action=arguments.drift_gate_action,
                 )
             )
-        trainer.train(resume_from_checkpoint=checkpoint)  # pyright: ignore[reportArgumentType]  # ours take it
+        with _resumable(output):
+            trainer.train(resume_from_checkpoint=checkpoint)  # pyright: ignore[reportArgumentType]  # ours take it
         trainer.save_model()
         trainer.save_state()
     if config.process_index == 0:
@@ -98,6 +108,17 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     PartialState().destroy_process_group()
+
+
+@contextmanager
+def _resumable(output: Path) -> Iterator[None]:
+    """Within the context, an interrupt says how to go on, if there is a checkpoint to go on from."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if has_checkpoints(output):
+            raise KeyboardInterrupt("the same command with --resume goes on from the last checkpoint") from interrupt
+        raise
 
 
 def _summary(trainer: Trainer) -> str:
@@ -127,7 +148,7 @@ def _checkpoint(output: Path) -> Checkpoint:
 
 
 def _plan(arguments: TrainArguments, config: ProConConfig, checkpoint: Checkpoint | None) -> _Job:
-    if DriftGate.parse(arguments.drift_gate, arguments.drift_gate_action) and not arguments.drift_steps:
+    if DriftGate.parse(arguments.drift_gate, arguments.drift_gate_action, "drift_") and not arguments.drift_steps:
         raise ProConError(f"drift_gate is {arguments.drift_gate}, but drift_steps is 0: give steps to measure it at")
     if config.max_steps <= 0 and not config.num_train_epochs > 0:
         raise ProConError(f"num_train_epochs is {config.num_train_epochs:g}: give a number above 0, or max_steps")
@@ -137,8 +158,16 @@ def _plan(arguments: TrainArguments, config: ProConConfig, checkpoint: Checkpoin
     settings = _defence_settings(arguments, defence)
     if defence:
         config = defence.configure(config)
+    if config.schedule().active and not checkpoint and (defence is None or defence.is_procon):
+        on_main(config.check_probe_file)
     needs = defence.needs if defence else {"directions"} if config.schedule().active else set()
-    conversations = load_conversations(arguments.data)
+    conversations = load_conversations(
+        arguments.data,
+        config=arguments.data_config,
+        split=arguments.data_split,
+        revision=arguments.data_revision,
+        columns=parse_columns(arguments.data_columns),
+    )
     aligning = "alignment_dataset" in needs
     # A defence that trains on safety data separately gets them mixed into the training set as well only if a number
     # of them is given.
@@ -169,7 +198,9 @@ def _trainer(arguments: TrainArguments, job: _Job, output: Path) -> tuple[Traine
     directions = job.directions
     if directions:
         directions.check_fits(find_decoder(model))
-    dataset = tokenize_conversations(job.conversations, tokenizer, max_length=arguments.max_length)
+    chat = chat_settings(arguments)
+    settings: dict[str, Any] = {"chat": chat, "max_length": arguments.max_length, "overlong": arguments.overlong}
+    dataset = tokenize_conversations(job.conversations, tokenizer, **settings)
     set_seed(job.config.seed)
     # A new adapter changes nothing yet, and one that does not fit shows before the minutes of extraction.
     model = _trainable(model, arguments)
@@ -177,10 +208,11 @@ def _trainer(arguments: TrainArguments, job: _Job, output: Path) -> tuple[Traine
         # Before there is a trainer, as that makes the output folder.
         with job.config.main_process_first(local=False, desc="refusal directions"):
             if job.config.process_index == 0:
-                RefusalDirections.extract(model, tokenizer).save(output / DIRECTIONS)
+                RefusalDirections.extract(model, tokenizer, chat=chat).save(output / DIRECTIONS)
             directions = RefusalDirections.load(output)
     common: dict[str, Any] = {
         "directions": directions,
+        "chat": chat,
         "train_dataset": dataset,
         "data_collator": _collator(arguments, model, tokenizer),
         "processing_class": tokenizer,
@@ -188,11 +220,11 @@ def _trainer(arguments: TrainArguments, job: _Job, output: Path) -> tuple[Traine
     if job.defence is None:
         return ProConTrainer(model, job.config, **common), tokenizer
     if job.alignment is not None:
-        common["alignment_dataset"] = tokenize_conversations(job.alignment, tokenizer, max_length=arguments.max_length)
-    settings, base = job.settings, arguments.base
+        common["alignment_dataset"] = tokenize_conversations(job.alignment, tokenizer, **settings)
+    base = arguments.base
     if base and trusted:  # the defence itself would load it without its code
         base = load_model(base, dtype=model.dtype, trust_remote_code=True)[0]
-    return build_trainer(job.defence.name, model, job.config, settings=settings, base=base, **common), tokenizer
+    return build_trainer(job.defence.name, model, job.config, settings=job.settings, base=base, **common), tokenizer
 
 
 def _defence_settings(arguments: TrainArguments, defence: Defence | None) -> dict[str, Any]:

@@ -1,13 +1,21 @@
-"""The projection constraint on a model's block inputs, in any loop.
+"""The projection constraint on a model's block inputs and last block's output, in any loop.
 
 In: directions, a model to attach to, anchors and a mask for each forward.
-Out: the penalty, whose gradient goes into the block inputs.
+Out: the penalty, whose gradient goes into the hidden states; how far tokens moved.
 May import: ``directions``, ``models``, ``ops`` and the leaves.
 """
 
 from procon.constraint.blocks import select_among, select_blocks
 from procon.constraint.constraint import ProjectionConstraint
-from procon.constraint.probing import probe_penalty
+from procon.constraint.probing import ProbeDeparture, probe_departure, probe_penalty
 from procon.constraint.token_count import constrained_tokens
 
-__all__ = ["ProjectionConstraint", "constrained_tokens", "probe_penalty", "select_among", "select_blocks"]
+__all__ = [
+    "ProbeDeparture",
+    "ProjectionConstraint",
+    "constrained_tokens",
+    "probe_departure",
+    "probe_penalty",
+    "select_among",
+    "select_blocks",
+]

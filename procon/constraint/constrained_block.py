@@ -251,5 +251,5 @@ def runs_again() -> bool:
 
 
 def _version(tensor: Tensor) -> int:
-    """Counts the changes in place; 0 where nothing counts them."""
+    """Counts the changes in place; 0 if nothing counts them."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version

@@ -194,7 +194,7 @@ class ProjectionConstraint:
         return self
 
     def detach(self) -> None:
-        """The model is as it was; a warning tells if it was trained, and the penalty left out of the loss."""
+        """The model is as it was; warns if it was trained, and the penalty left out of the loss."""
         self.release()
         if self._attachment is not None:
             self._attachment.undo.close()
@@ -340,12 +340,12 @@ class ProjectionConstraint:
         if (target := self._state.target) is None or target.idle:
             raise ProConError("no target is set: call set_target(anchors, mask) before the forward")
         if target.penalty == "huber":
-            raise ProConError("penalty 'huber' does not tell how far tokens moved: give 'absolute' or 'squared'")
+            raise ProConError("penalty 'huber' does not show how far tokens moved: give 'absolute' or 'squared'")
         self.check_shift(target.units)
         return mean_shift(target, self._terms(target), self._block_scales, tokens)
 
     def check_shift(self, units: Units | None = None) -> None:
-        """Raise ProConError if :meth:`shift` cannot tell under a target in ``units``; the constraint's own if None."""
+        """Raise ProConError if there is no :meth:`shift` under a target in ``units``; the constraint's own if None."""
         if (units or self._units) == "raw":
             check_one_unit(self._tells_shift)
 

@@ -36,9 +36,9 @@ def is_the_same(one: Tensor, other: Tensor) -> bool:
 def reaches_a_parameter(penalties: Iterable[Tensor]) -> bool:
     """Whether backward from one of ``penalties`` may arrive at a parameter.
 
-    Which parameters train does not tell: the final norm follows all blocks, and a hidden state may require a gradient
-    without any. So the graph is asked. Another library's node may hide parameters, as reentrant checkpoints do, and
-    counts as one.
+    Which parameters train does not show it: the final norm follows all blocks, and a hidden state may require a
+    gradient without any. So the graph is asked. Another library's node may hide parameters, as reentrant checkpoints
+    do, and counts as one.
     """
     return any(
         isinstance(getattr(node, "variable", None), nn.Parameter)

@@ -37,7 +37,7 @@ def block_scales(units: Tensor) -> tuple[dict[torch.device, Tensor], bool]:
 
 
 def check_one_unit(shared: bool) -> None:
-    """Raise ProConError unless directions share a unit at every block: other raw penalties tell no shift."""
+    """Raise ProConError unless directions share a unit at every block: other raw penalties show no shift."""
     if not shared:
         raise ProConError(
             "shifts are counted in units of the gap, and directions at one block have several units or none: set "

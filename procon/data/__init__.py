@@ -1,18 +1,24 @@
-"""Training data: chat formats in, token ids and response labels out; safety mix and collators.
+"""Training data: chat formats in, token ids and response labels out; safety mix and collators; published prompt sets.
 
-In: data files, hub names or datasets; a tokenizer.
-Out: conversations, tokenised samples and the collators that batch them.
+In: data files, hub names or datasets; a tokenizer; names of prompt sets.
+Out: conversations, tokenised samples and the collators that batch them; contrast prompts.
 May import: ``chat`` and the leaves.
 """
 
+from procon.data.columns import parse_columns
 from procon.data.conversations import load_conversations, mix_safety, safety_conversations, to_conversations
+from procon.data.prompt_sets import PROMPT_SETS, PromptSet, load_prompt_sets
 from procon.data.tokens import flattening_collator, padding_collator, tokenize_conversations
 
 __all__ = [
+    "PROMPT_SETS",
+    "PromptSet",
     "flattening_collator",
     "load_conversations",
+    "load_prompt_sets",
     "mix_safety",
     "padding_collator",
+    "parse_columns",
     "safety_conversations",
     "to_conversations",
     "tokenize_conversations",

@@ -7,30 +7,38 @@ import inspect
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
+import procon.data.columns
 import procon.data.files
+import procon.data.samples
+import procon.data.turns
 import procon.files
-from procon.chat import Message, builtin_prompts, builtin_refusals
+from procon.chat import builtin_prompts, builtin_refusals, user_turn
+from procon.data.columns import COLUMNS, Converter, check_columns, converter
 from procon.data.files import check_file, content_hash, is_data_file, read_rows
+from procon.data.samples import BLANK_REPLY, doubt_of, sample_of, streamed_conversations
+from procon.data.turns import MORE
 from procon.errors import ProConError
-from procon.files import MAX_TEXT
+from procon.models import check_name
 
-_Converter = Callable[[dict[str, Any]], list[Message]]
+_Data = TypeVar("_Data", Dataset, IterableDataset)
 
+#: Of a conversation whose turns have nothing but a role and a content.
 _CONVERSATION = Features({"messages": List({"role": Value("string"), "content": Value("string")})})
 
-#: A conversation, and what is doubtful in it; nothing if it is in order.
-_CHECKED = Features({**_CONVERSATION, "doubt": Value("string")})
-
-_FORMATS = "'messages', 'prompt' + 'completion', or 'instruction' (+ 'input') + 'output'"
+#: A conversation, what its turns have beside role and content, its tools; or a text; and what is doubtful in it, if
+#: anything is.
+_CHECKED = Features(
+    {**_CONVERSATION, "more": Json(), "tools": Json(), "text": Value("string"), "doubt": Value("string")}
+)
 
 #: Safety samples that are mixed in, at most: a list of their numbers is in memory.
 _MOST_SAMPLES = 10_000_000
@@ -39,14 +47,26 @@ _MOST_SAMPLES = 10_000_000
 _BLANK_REPLY = "a blank reply"
 
 
-def load_conversations(source: str | Path, *, split: str = "train") -> Dataset:
+def load_conversations(
+    source: str | Path,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Dataset:
     """Conversations from a JSON, JSONL, CSV or Parquet file, or from a dataset name on the hub.
 
     A file's name is taken as it is written, never as a pattern. What was parsed is kept in the cache folder of
     ``datasets`` under a hash of the file's content. Conversations with a blank reply are left out, with a warning.
 
+    Args:
+        config, split, revision: of a data set on the hub: which configuration, which split or slice, which commit.
+        columns: what the columns are called if not as in the known formats: ``{"prompt": "Q", "response": "A"}``; or
+            ``messages``, ``system``, ``tools``, ``text``.
+
     Returns:
-        A dataset with the one column ``messages``.
+        A dataset with the column ``messages``, and ``tools`` if any conversation has them; or with the column ``text``.
 
     Raises:
         ProConError: if there is no such file, it cannot be read, is empty, or has none of the known columns; if it is
@@ -55,17 +75,26 @@ def load_conversations(source: str | Path, *, split: str = "train") -> Dataset:
     path = Path(source)
     if path.is_dir():
         raise ProConError(f"data {str(source)!r} is a folder: give a file in it, or a dataset name")
+    check_columns(columns or {})
     if path.is_file() or is_data_file(path):
+        for name, given in {
+            "config": config,
+            "revision": revision,
+            "split": None if split == "train" else split,
+        }.items():
+            if given is not None:
+                raise ProConError(f"data_{name} is {given!r:.60}, and data {str(source)!r} is a file: leave it out")
         check_file(path)
-        arguments = {"path": str(path), "content": content_hash(path) + _code()}
+        arguments = {"path": str(path), "content": content_hash(path) + _code(), "columns": dict(columns or {})}
         with _quiet():
             checked = _read(
                 lambda: Dataset.from_generator(_conversations_of_file, features=_CHECKED, gen_kwargs=arguments), source
             )
         return _settled(checked, str(source))
+    check_name(source, "data", "give a .json, .jsonl, .csv or .parquet file, or a dataset name")
     with _quiet():
-        dataset = _read(lambda: datasets.load_dataset(str(source), split=split), source)
-    return to_conversations(dataset, name=str(source))
+        dataset = _read(lambda: datasets.load_dataset(str(source), config, split=split, revision=revision), source)
+    return to_conversations(dataset, name=str(source), columns=columns)
 
 
 @contextmanager
@@ -101,11 +130,11 @@ def _no_rows(source: str | Path) -> ProConError:
     return ProConError(f"data {str(source)!r} holds no rows: give one with rows")
 
 
-def _conversations_of_file(path: str, content: str) -> Iterator[dict[str, Any]]:
+def _conversations_of_file(path: str, content: str, columns: dict[str, str]) -> Iterator[dict[str, Any]]:
     """Rows of :data:`_CHECKED`; of two calls with equal arguments, ``datasets`` makes one."""
     convert = None
-    for number, row in enumerate(read_rows(Path(path)), 1):
-        convert = convert or _converter(row, path)
+    for number, row in enumerate(read_rows(Path(path), COLUMNS | set(columns.values())), 1):
+        convert = convert or converter(row, path, columns)
         yield _checked(convert, row, path, number)
     if convert is None:
         raise _no_rows(path)
@@ -113,19 +142,29 @@ def _conversations_of_file(path: str, content: str) -> Iterator[dict[str, Any]]:
 
 def _code() -> str:
     """Changes with what reads files, so that what an older version parsed is not taken for what this one would."""
-    sources = "".join(map(inspect.getsource, (procon.data.files, procon.files, sys.modules[__name__])))
+    rooms = (procon.data.columns, procon.data.files, procon.data.samples, procon.data.turns, procon.files)
+    sources = "".join(map(inspect.getsource, (*rooms, sys.modules[__name__])))
     return hashlib.sha256(sources.encode()).hexdigest()
 
 
-def to_conversations(dataset: Dataset, *, name: str = "dataset") -> Dataset:
-    """Bring a dataset in any known format to the one column ``messages``, of turns with a role and a content.
+def to_conversations(dataset: _Data, *, name: str = "dataset", columns: Mapping[str, str] | None = None) -> _Data:
+    """Bring a dataset in any known format to the column ``messages``, of turns with a role and a content.
 
-    Conversations with a blank reply are left out, with a warning.
+    Conversations with a blank reply are left out, with a warning; of a streamed dataset, as they come.
+
+    Args:
+        columns: what the columns are called, as :func:`load_conversations` takes it.
+
+    Returns:
+        A dataset with the column ``messages``, and ``tools`` if any conversation has them; or with the column ``text``.
 
     Raises:
-        ProConError: if it has none of the known columns, or a row holds something else than texts.
+        ProConError: if it has none of the known columns, or a row holds something else than texts; of a streamed
+            dataset, when the row is read.
     """
-    convert = _converter(dataset.column_names, name)
+    if isinstance(dataset, IterableDataset):
+        return streamed_conversations(dataset, name, columns)
+    convert = converter(dataset.column_names, name, columns)
     checked = dataset.map(
         lambda row, index: _checked(convert, row, name, index + 1),
         with_indices=True,
@@ -136,97 +175,50 @@ def to_conversations(dataset: Dataset, *, name: str = "dataset") -> Dataset:
     return _settled(checked, name)
 
 
-def _converter(columns: Iterable[str], name: str) -> _Converter:
-    there = set(columns)
-    if "messages" in there:
-        return _from_messages
-    if {"prompt", "completion"} <= there:
-        return _from_prompt_completion
-    if {"instruction", "output"} <= there:
-        return _from_instruction
-    raise ProConError(f"{name!r} has the columns {sorted(there)}; known formats are {_FORMATS}: rename its columns")
-
-
-def _checked(convert: _Converter, row: dict[str, Any], name: str, number: int) -> dict[str, Any]:
-    try:
-        messages = convert(row)
-    except ProConError as error:
-        raise ProConError(f"{name!r}, row {number}: {error}") from None
-    return {"messages": messages, "doubt": _doubt(messages)}
-
-
-def _doubt(messages: list[Message]) -> str | None:
-    """What real data have by mistake, and no template refuses."""
-    blank = [turn["role"] for turn in messages if not turn["content"].strip()]
-    if "assistant" in blank:
-        return _BLANK_REPLY
-    if "user" in blank:
-        return "a blank user turn"
-    if any(turn["role"] == following["role"] == "assistant" for turn, following in pairwise(messages)):
-        return "two assistant turns in a row"
-    return None
+def _checked(convert: Converter, row: Mapping[str, Any], name: str, number: int) -> dict[str, Any]:
+    messages, tools, text = sample_of(convert, row, name, number)
+    plain = messages and [{key: turn[key] for key in ("role", "content")} for turn in messages]
+    more = messages and [{key: turn[key] for key in MORE if key in turn} for turn in messages]
+    doubt = doubt_of(messages, text)
+    return {"messages": plain, "more": more if any(more or ()) else None, "tools": tools, "text": text, "doubt": doubt}
 
 
 def _settled(checked: Dataset, name: str) -> Dataset:
     """The conversations to train on; a warning says how many are doubtful, and which is the first."""
     doubts = checked.data.column("doubt").to_pylist()
     for doubt, count in Counter(filter(None, doubts)).items():
-        left_out = doubt == _BLANK_REPLY
+        left_out = doubt == BLANK_REPLY
         warnings.warn(
             f"{count} of {len(doubts)} conversations of {name!r} have {doubt}, first row {doubts.index(doubt) + 1}, "
             f"and are {'left out' if left_out else 'trained on as they are'}",
             stacklevel=4,
         )
-    if _BLANK_REPLY in doubts:
-        checked = checked.select([index for index, doubt in enumerate(doubts) if doubt != _BLANK_REPLY])
+    if BLANK_REPLY in doubts:
+        checked = checked.select([index for index, doubt in enumerate(doubts) if doubt != BLANK_REPLY])
     if len(checked) == 0:
         raise ProConError(f"{name!r} has no conversation without a blank reply: give ones that say something")
-    return checked.remove_columns("doubt")
+    checked = checked.remove_columns("doubt")
+    if _has(checked, "text"):
+        warnings.warn(
+            f"{name!r} has texts, not conversations: each is trained on as a whole, prompts included", stacklevel=4
+        )
+        return checked.select_columns("text")
+    tools = ["tools"] if _has(checked, "tools") else []
+    if not _has(checked, "more"):
+        return checked.select_columns(["messages", *tools])
+    # In place of a table's columns, of which each turn would have all that any turn has.
+    return checked.map(
+        lambda row: {"messages": [{**turn, **more} for turn, more in zip(row["messages"], row["more"] or repeat({}))]},  # noqa: B905
+        remove_columns=[column for column in ("more", "text", "tools") if column not in tools],
+        features=Features({"messages": Json(), **{column: Json() for column in tools}}),
+        desc="tool calls",
+    )
 
 
-def _from_messages(row: dict[str, Any]) -> list[Message]:
-    return _turns(row, "messages")
-
-
-def _from_prompt_completion(row: dict[str, Any]) -> list[Message]:
-    return _turns(row, "prompt", "user") + _turns(row, "completion", "assistant")
-
-
-def _from_instruction(row: dict[str, Any]) -> list[Message]:
-    texts = _texts(row, "instruction", *(["input"] if row.get("input") else []))
-    return [
-        {"role": "user", "content": "\n\n".join(texts)},
-        {"role": "assistant", "content": _texts(row, "output")[0]},
-    ]
-
-
-def _turns(row: dict[str, Any], column: str, role: str | None = None) -> list[Message]:
-    """The messages in a column, or, if a role is given, the one message that a text in it is."""
-    value = row.get(column)
-    if role is not None and not isinstance(value, list):
-        return [{"role": role, "content": _texts(row, column)[0]}]
-    if not isinstance(value, list) or not value:
-        raise ProConError(f"{column} is {value!r:.60}: give a list of turns")
-    for turn in value:
-        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
-            raise ProConError(f"a turn of {column} is {turn!r:.60}: give each a 'role' and a 'content', both texts")
-    return [{key: _text(turn[key], f"a {key} of {column}") for key in ("role", "content")} for turn in value]
-
-
-def _texts(row: dict[str, Any], *columns: str) -> list[str]:
-    return [_text(row.get(column), column) for column in columns]
-
-
-def _text(value: object, name: str) -> str:
-    if not isinstance(value, str):
-        raise ProConError(f"{name} is {value!r:.60}: give a text")
-    if len(value) > MAX_TEXT:
-        raise ProConError(f"{name} has {len(value)} characters: give at most {MAX_TEXT}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ProConError(f"{name} has half of a surrogate pair: give a text of whole characters") from None
-    return value
+def _has(dataset: Dataset, column: str) -> bool:
+    """Whether any row has something in the column."""
+    found = dataset.with_format("arrow")[:][column]
+    return found.null_count < len(found)
 
 
 def safety_conversations() -> Dataset:
@@ -234,7 +226,7 @@ def safety_conversations() -> Dataset:
     refusals = builtin_refusals()
     return Dataset.from_list(
         [
-            {"messages": _from_instruction({"instruction": prompt, "output": refusals[index % len(refusals)]})}
+            {"messages": [*user_turn(prompt), {"role": "assistant", "content": refusals[index % len(refusals)]}]}
             for index, prompt in enumerate(builtin_prompts("safety").malicious)
         ],
         features=_CONVERSATION,
@@ -249,4 +241,13 @@ def mix_safety(dataset: Dataset, safety: Dataset, samples: int, *, seed: int) ->
         raise ProConError(f"safety_samples is {samples}: give at most {_MOST_SAMPLES}")
     rows = [index % len(safety) for index in range(samples)]
     chosen = safety.shuffle(seed=seed).select(rows)
-    return datasets.concatenate_datasets([dataset, chosen.cast(dataset.features)]).shuffle(seed=seed)
+    features = Features({**chosen.features, **dataset.features})
+    parts = [_with_features(part, features) for part in (dataset, chosen)]
+    return datasets.concatenate_datasets(parts).shuffle(seed=seed)
+
+
+def _with_features(dataset: Dataset, features: Features) -> Dataset:
+    """The same rows in these columns; nothing in those that they have not."""
+    if dataset.features.keys() == features.keys() and Json() not in features.values():
+        return dataset.cast(features)
+    return dataset.map(lambda row: {name: row.get(name) for name in features}, features=features, desc="safety mix")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,6 @@ from procon.files import MAX_TEXT, parse_json
 
 Row = dict[str, Any]
 
-#: The columns that any of the known formats has.
-COLUMNS = ("messages", "prompt", "completion", "instruction", "input", "output")
-
 #: Bytes of a line of JSONL that are read at a time: a line has a few texts, and none may be longer than MAX_TEXT.
 _LONGEST_LINE = 64 * MAX_TEXT
 
@@ -23,8 +20,11 @@ _LONGEST_LINE = 64 * MAX_TEXT
 _PARQUET_ROWS = 256
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path, wanted: Collection[str]) -> Iterator[Row]:
     """The rows of the file, in their order; no more than it needs is in memory at a time, but all of a JSON list is.
+
+    Args:
+        wanted: columns that matter; others may be left out.
 
     Raises:
         ProConError: if there is no such file, its name ends in nothing known, or it cannot be read.
@@ -32,7 +32,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     check_file(path)
     reader = _READERS[path.suffix.lower()]
     try:
-        yield from reader(path)
+        yield from reader(path, wanted)
     except UnicodeDecodeError as error:
         raise _unreadable(path, f"not UTF-8: {error}") from error
     # pyarrow has errors of its own for what is no Parquet; the others are Python's for the rest.
@@ -70,7 +70,7 @@ def _unreadable(path: Path, reason: str) -> ProConError:
     )
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
+def _json_rows(path: Path, wanted: Collection[str]) -> Iterator[Row]:
     """Of a list of objects, or of objects on a line each: files of both kinds go by both names."""
     with path.open("rb") as file:
         if file.read(3) != b"\xef\xbb\xbf":  # a byte order mark
@@ -104,7 +104,7 @@ def _object(path: Path, number: int, value: object) -> Row:
     return value
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
+def _csv_rows(path: Path, wanted: Collection[str]) -> Iterator[Row]:
     """Every cell as the text it is: ``datasets`` would make numbers of answers such as 12, and nothing of "None"."""
     before = csv.field_size_limit(MAX_TEXT)
     try:
@@ -124,7 +124,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         csv.field_size_limit(before)
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path, wanted: Collection[str]) -> Iterator[Row]:
     """Of the columns that matter: others may have types that Python has not."""
     import pyarrow as pa
     from pyarrow import parquet
@@ -132,7 +132,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     try:
         with parquet.ParquetFile(path) as file:
             there = file.schema_arrow.names
-            known = [name for name in there if name in COLUMNS]
+            known = [name for name in there if name in wanted]
             if not known and file.metadata.num_rows:
                 yield dict.fromkeys(there)
                 return

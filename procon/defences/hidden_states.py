@@ -34,7 +34,7 @@ class HiddenStatesTrainer(TokenMeanTrainer):
         scope: tokens whose hidden states are kept: ``"response"``, ``"prompt"`` or ``"all"``.
 
     Raises:
-        ProConError: for settings that are none of these, and if nothing below a held block trains.
+        ProConError: for settings that are none of these, and if nothing below a chosen block trains.
     """
 
     def __init__(
@@ -48,7 +48,9 @@ class HiddenStatesTrainer(TokenMeanTrainer):
         self.blocks = select_among(torch.ones(len(self._decoder.blocks), dtype=torch.bool), blocks)
         self._moving = [block for block in self.blocks if block >= first_moving_block(self._decoder)]
         if not self._moving:
-            raise ProConError("nothing below a held block trains, so holding it does nothing: hold deeper blocks")
+            raise ProConError(
+                "nothing below a chosen block trains, so keeping its input does nothing: give deeper blocks"
+            )
         self._start = StartingModel(self.model)
         # The reference needs its block inputs alone.
         few = "logits_to_keep" in inspect.signature(transformers_model(self.model).forward).parameters

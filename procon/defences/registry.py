@@ -24,7 +24,7 @@ from procon.defences.steering import SteeringTrainer
 from procon.defences.trainer import PlainTrainer
 from procon.directions import BlockDirections
 from procon.errors import ProConError
-from procon.settings import check_setting
+from procon.settings import ChatSettings, check_setting
 from procon.training import ProConArguments, ProConConfig, ProConTrainer
 
 _PROCON = "ProCon, arXiv 2509.06795"
@@ -182,7 +182,7 @@ DEFENCES: dict[str, Defence] = {
         _procon("procon_s", "ProCon_s", "The projection constraint throughout.", "procon_s"),
         _procon("procon_wu", "ProCon_wu", "The projection constraint in extra warm-up epochs.", "procon_wu"),
         _procon("procon_s_safe", "ProCon_s_safe", "ProCon_s with safety samples.", "procon_s", safety=True),
-        # The paper halves the warm-up where safety samples are mixed in (section V-D).
+        # The paper halves the warm-up if safety samples are mixed in (section V-D).
         _procon("procon_wu_safe", "ProCon_wu_safe", "ProCon_wu with safety samples.", "procon_wu:1@2ep", safety=True),
     )
 }
@@ -206,11 +206,12 @@ def build_trainer(
     directions: BlockDirections | None = None,
     alignment_dataset: Dataset | None = None,
     base: PreTrainedModel | str | Path | None = None,
+    chat: ChatSettings | None = None,
     **trainer_arguments: Any,
 ) -> Trainer:
     """The trainer of defence ``name``, which takes of the rest what it needs and leaves what it does not.
 
-    Where ``DEFENCES[name].safety``, ``train_dataset`` is expected to have safety samples mixed in.
+    If ``DEFENCES[name].safety``, ``train_dataset`` is expected to have safety samples mixed in.
 
     Args:
         args: its ``procon_`` settings are used by the ProCon defences; those left at their defaults take the defence's.
@@ -218,10 +219,11 @@ def build_trainer(
         directions: refusal directions of the model as training starts.
         alignment_dataset: tokenised, malicious prompts with refusals.
         base: the model before alignment, or its folder or hub name.
+        chat: how the model is asked as directions and probes are found.
         trainer_arguments: ``train_dataset``, ``data_collator`` and others, as for the Trainer.
 
     Raises:
-        ProConError: for an unknown defence or setting, and where something that it needs is not given.
+        ProConError: for an unknown defence or setting, and if something that it needs is not given.
     """
     defence = find_defence(name)
     args = defence.configure(args)
@@ -232,7 +234,10 @@ def build_trainer(
         if given[need] is None:
             raise ProConError(f"defence {name!r} needs {need}: pass {need}")
         settings[need] = given[need]
+    if defence.is_procon:
+        settings["chat"] = chat
     trainer: Any = defence.trainer(model, args, **settings, **trainer_arguments)
+    trainer.chat = chat or ChatSettings()
     if not defence.is_procon:
         own = {key: value for key, value in settings.items() if key not in defence.needs}
         trainer.details = {"defence": name, "defence_settings": json.loads(json.dumps(own, default=str))}

@@ -23,7 +23,7 @@ from procon.demo.arithmetic import Problem, arithmetic_problems
 from procon.demo.model import fetch_demo_model
 from procon.demo.refusal_tuning import teach_refusal
 from procon.directions import RefusalDirections
-from procon.errors import printable
+from procon.errors import ProConError, printable
 from procon.evaluation import evaluate, measure_drift
 from procon.files import check_writable
 from procon.models import load_model
@@ -102,7 +102,7 @@ def quickstart(
 
     parts = 5 if control else 4
     console.rule(f"1/{parts}  a chat model that refuses")
-    start, tokenizer = _starting_model(model, output / "start", console, trust_remote_code)
+    start, tokenizer, _ = _starting_model(model, output / "start", console, trust_remote_code)
 
     console.rule(f"2/{parts}  refusal directions")
     directions = RefusalDirections.extract(start, tokenizer)
@@ -147,20 +147,45 @@ def quickstart(
     return runs
 
 
+def make_start(
+    model: str | None = None, output_dir: str | Path = "procon-quickstart", *, trust_remote_code: bool = False
+) -> str:
+    """Make the model that the quickstart's runs start from, and nothing else; returns its folder or name.
+
+    That is a folder in ``output_dir`` if the model had to be taught to refuse, else ``model`` as it was given.
+
+    Raises:
+        ProConError: if the model cannot be had.
+    """
+    folder = Path(output_dir) / "start"
+    check_writable(folder / "any")
+    transformers.utils.logging.set_verbosity_error()
+    console = Console()
+    console.rule("a chat model that refuses")
+    _, _, place = _starting_model(model, folder, console, trust_remote_code)
+    console.print(Text(f"Start model: {printable(place)}"))
+    return place
+
+
 def _starting_model(
     name: str | None, folder: Path, console: Console, trust_remote_code: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that both runs start from; one that had to be taught to refuse is kept in ``folder``."""
-    model, tokenizer = load_model(name or fetch_demo_model(), trust_remote_code=trust_remote_code)
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """The model that both runs start from, and where it is: one that had to be taught to refuse is in ``folder``."""
+    found = str(name or fetch_demo_model())
+    model, tokenizer = load_model(found, trust_remote_code=trust_remote_code)
     rate = measure_refusal(model, tokenizer, builtin_prompts("validation").malicious)
+    if rate is None:
+        raise ProConError(
+            "no reply to malicious prompts came to the end of its thought: give a model that can do without"
+        )
     if rate >= ENOUGH_REFUSAL:
         console.print(f"It refuses {rate:.0%} of malicious prompts.")
-        return model, tokenizer
+        return model, tokenizer, found
     console.print(f"As published it refuses {rate:.0%} of malicious prompts: teaching it to refuse first.")
     teach_refusal(model, tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # Loaded from there, so that the adapters to come name it as their base.
-    return load_model(folder, trust_remote_code=trust_remote_code)
+    return *load_model(folder, trust_remote_code=trust_remote_code), str(folder)
 
 
 def _fine_tune(
@@ -193,13 +218,13 @@ def _fine_tune(
     )
     for probe in probes:
         trainer.add_callback(probe)
-    seconds = trainer.train().metrics["train_runtime"] - sum(probe.seconds for probe in probes)
+    times = trainer.train().metrics
     trainer.save_model()
     run = Run(
         label=label,
         evaluation=evaluate(tuned, tokenizer, task=task, label=label, **REPLY_TOKENS),
         cosine=measure_drift(tuned, tokenizer, reference, builtin_prompts("extraction")).cosine.tolist(),
-        seconds_per_step=seconds / trainer.state.global_step,
+        seconds_per_step=times.get("step_cpu_seconds", times["step_seconds"]),
         history=trainer.state.log_history,
     )
     tuned.unload()

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from procon.chat import ContrastPrompts, pad_token_id, render, user_turn
 from procon.errors import ProConError
 from procon.models import decoder_forward, evaluating, find_decoder, model_device, observe_sites, site_name
+from procon.settings import ChatSettings
 
 #: A mean difference this small beside the hidden states themselves is rounding, not a direction: the first block's
 #: input at the last prompt token is one and the same embedding for every prompt.
@@ -48,6 +49,7 @@ class ContrastMeans:
         *,
         by_category: bool = False,
         called: tuple[str, str] = ("malicious", "benign"),
+        chat: ChatSettings | None = None,
         batch_size: int = 32,
         progress: bool = True,
     ) -> ContrastMeans:
@@ -56,13 +58,14 @@ class ContrastMeans:
         Args:
             by_category: measure :attr:`differences` on the way; ``prompts`` then have categories.
             called: what progress bars call the two sides.
+            chat: how the model is asked: system prompt and variables of its chat template.
 
         Raises:
             ProConError: on hidden states that are not finite, or a tokenizer without chat template.
         """
         categories = prompts.categories if by_category else ()
         malicious, benign = (
-            _mean_last_token(model, tokenizer, side, categories, batch_size, f"{name} prompts", progress)
+            _mean_last_token(model, tokenizer, side, categories, batch_size, f"{name} prompts", progress, chat)
             for side, name in zip((prompts.malicious, prompts.benign), called, strict=True)
         )
         differences = malicious.by_category - benign.by_category if by_category else None
@@ -93,6 +96,7 @@ def _mean_last_token(
     batch_size: int,
     description: str,
     progress: bool,
+    chat: ChatSettings | None = None,
 ) -> _Means:
     decoder = find_decoder(model)
     blocks = len(decoder.blocks)
@@ -108,7 +112,7 @@ def _mean_last_token(
         if len(names):
             by_category[:, site].index_add_(0, torch.from_numpy(category[rows]), hidden)
 
-    each_last_token(model, tokenizer, prompts, consume, batch_size, description, progress)
+    each_last_token(model, tokenizer, prompts, consume, batch_size, description, progress, chat)
     if not torch.isfinite(total).all():
         where = site_name(int((~torch.isfinite(total)).any(-1).nonzero()[0]), blocks)
         raise ProConError(f"hidden states {where} are NaN or infinite: load the model in bfloat16 or float32")
@@ -124,6 +128,7 @@ def each_last_token(
     batch_size: int,
     description: str,
     progress: bool,
+    chat: ChatSettings | None = None,
 ) -> None:
     """Call ``consume(rows, site, hidden [len(rows), D])`` for every batch of prompts and every site.
 
@@ -131,7 +136,7 @@ def each_last_token(
     """
     decoder = find_decoder(model)
     forward = decoder_forward(model)
-    ids = [render(tokenizer, user_turn(prompt), generation_prompt=True) for prompt in prompts]
+    ids = [render(tokenizer, user_turn(prompt), generation_prompt=True, chat=chat) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     device = model_device(model)
     with evaluating(model), tqdm(total=len(ids), desc=description, unit="prompt", disable=not progress) as bar:

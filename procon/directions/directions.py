@@ -25,7 +25,7 @@ from procon.directions.refusal_directions import RefusalDirections
 from procon.directions.soundness import concepts_flaw
 from procon.errors import ProConError
 from procon.models import find_decoder, refuse_unprepared
-from procon.settings import MAX_DIRECTIONS
+from procon.settings import MAX_DIRECTIONS, ChatSettings
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Directions(BlockDirections):
         vectors: ``[L, K, D]`` fp32, unit vectors, or zeros where a concept has none.
         scale: ``[L, K]`` fp32, the unit of a departure under ``units="gap"``: the distance between the two means of
             prompts along it. NaN if no prompts were given, 0 where there is no vector.
-        auroc: ``[L, K]`` fp32, how well the projection tells positive from negative prompts; NaN if not measured.
+        auroc: ``[L, K]`` fp32, how well the projection separates positive from negative prompts; NaN if not measured.
         positive, negative: ``[L, K]`` fp32, projections of the means of both sides; NaN if not measured.
         names: of the concepts, ``K`` different ones.
         length: ``[L, K]`` fp32, of each vector as it was given: a probe's score is ``length * <vector, x> + bias``.
@@ -110,6 +110,7 @@ class Directions(BlockDirections):
         *,
         name: str,
         held_out: ContrastPrompts | None = None,
+        chat: ChatSettings | None = None,
         batch_size: int = 32,
         progress: bool = True,
     ) -> Directions:
@@ -123,9 +124,10 @@ class Directions(BlockDirections):
             name: of the concept, at most 40 letters, digits, ``_``, ``-`` and ``.``.
             held_out: prompts to measure :attr:`auroc` on, positive ones first. If not given, every fifth of each side
                 is taken, and left out of the means; none if a side has fewer than ten.
+            chat: how the model is asked: system prompt and variables of its chat template.
 
         Raises:
-            ProConError: without prompts; for a name that is none; on hidden states that are not finite, or that are
+            ProConError: without prompts; for an invalid name; on hidden states that are not finite, or that are
                 the same for both sides at every block.
         """
         check_name(name)
@@ -134,7 +136,13 @@ class Directions(BlockDirections):
         if held_out is None:
             prompts, held_out = hold_out(prompts)
         means = ContrastMeans.measure(
-            model, tokenizer, prompts, called=("positive", "negative"), batch_size=batch_size, progress=progress
+            model,
+            tokenizer,
+            prompts,
+            called=("positive", "negative"),
+            chat=chat,
+            batch_size=batch_size,
+            progress=progress,
         )
         unit, gap = means.contrast()
         if not gap.any():
@@ -143,12 +151,12 @@ class Directions(BlockDirections):
         quality = torch.full(vectors.shape[:2], torch.nan)
         if held_out is not None:
             z = [
-                project_on_all(model, tokenizer, vectors, side, batch_size=batch_size, progress=progress)
+                project_on_all(model, tokenizer, vectors, side, chat=chat, batch_size=batch_size, progress=progress)
                 for side in (held_out.malicious, held_out.benign)
             ]
             quality = torch.where(gap[:, None] > 0, auroc(*z), torch.nan)
         known = {
-            **provenance_of(model, tokenizer),
+            **provenance_of(model, tokenizer, chat),
             "prompts": prompts.hash,
             "held_out_prompts": None if held_out is None else held_out.hash,
             "counts": {"positive": len(prompts.malicious), "negative": len(prompts.benign)},
@@ -180,6 +188,7 @@ class Directions(BlockDirections):
         tokenizer: PreTrainedTokenizerBase | None = None,
         positive: Sequence[str] = (),
         negative: Sequence[str] = (),
+        chat: ChatSettings | None = None,
         batch_size: int = 32,
         progress: bool = True,
     ) -> Directions:
@@ -196,10 +205,11 @@ class Directions(BlockDirections):
             tokenizer, positive, negative: prompts that have the concept, and prompts that do not. The distance of their
                 means along each vector is its unit, and its AUROC is measured on them. Without them the vectors have
                 no unit, and the constraint takes ``units="raw"`` alone.
+            chat: how the model is asked with them: system prompt and variables of its chat template.
 
         Raises:
             ProConError: for a vector of another width, of zeros or not finite, or of a block that is not there; for a
-                bias or a threshold without a vector; for a name that is none.
+                bias or a threshold without a vector; for an invalid name.
         """
         check_name(name)
         decoder = find_decoder(model)
@@ -217,14 +227,14 @@ class Directions(BlockDirections):
             length=given.length.float()[:, None],
             bias=given.bias.float()[:, None],
             threshold=given.threshold.float()[:, None],
-            provenance={"concepts": {name: {**provenance_of(model, tokenizer), "given": True}}},
+            provenance={"concepts": {name: {**provenance_of(model, tokenizer, chat), "given": True}}},
             last_output=True,
         )
         if not positive and not negative:
             return found
         if tokenizer is None:
             raise ProConError("prompts are given without a tokenizer: pass tokenizer as well, to read them with")
-        return found._with_units(model, tokenizer, contrast(positive, negative), batch_size, progress)
+        return found._with_units(model, tokenizer, contrast(positive, negative), batch_size, progress, chat)
 
     def _with_units(
         self,
@@ -233,16 +243,27 @@ class Directions(BlockDirections):
         prompts: ContrastPrompts,
         batch_size: int,
         progress: bool,
+        chat: ChatSettings | None,
     ) -> Directions:
         """These of one concept, with what is measured on prompts that have it and prompts that do not."""
         z, means = (
             [],
             ContrastMeans.measure(
-                model, tokenizer, prompts, called=("positive", "negative"), batch_size=batch_size, progress=progress
+                model,
+                tokenizer,
+                prompts,
+                called=("positive", "negative"),
+                chat=chat,
+                batch_size=batch_size,
+                progress=progress,
             ),
         )
         for side in (prompts.malicious, prompts.benign):
-            z.append(project_on_all(model, tokenizer, self.vectors, side, batch_size=batch_size, progress=progress))
+            z.append(
+                project_on_all(
+                    model, tokenizer, self.vectors, side, chat=chat, batch_size=batch_size, progress=progress
+                )
+            )
         unit = self.vectors[:, 0].double()
         positive, negative = ((unit * mean).sum(-1)[:, None] for mean in (means.malicious, means.benign))
         distance = (positive - negative).abs()

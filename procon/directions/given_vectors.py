@@ -57,7 +57,7 @@ class GivenVectors:
             rows[site] = vector.double()
         there = rows.any(-1)
         if not there.any():
-            raise ProConError("no vectors are given, or zeros alone: give one block a vector at least")
+            raise ProConError("no vectors are given, or zeros alone: give a vector for at least one block")
         numbers = [
             _numbers(values, what, there, missing)
             for what, values, missing in (("bias", bias, 0.0), ("threshold", threshold, torch.nan))
@@ -66,7 +66,7 @@ class GivenVectors:
 
 
 def _numbers(values: Numbers, what: str, there: Tensor, missing: float) -> Tensor:
-    """One number a site, ``missing`` where there is none."""
+    """One number per site, ``missing`` where none is given."""
     found = torch.full(there.shape, missing, dtype=torch.float64)
     if values is None:
         return found

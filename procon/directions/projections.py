@@ -1,4 +1,4 @@
-"""Projections of prompts on directions, and how well they tell two sets of prompts apart."""
+"""Projections of prompts on directions, and how well they separate two sets of prompts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from procon.directions.block_directions import BlockDirections
 from procon.directions.contrast_means import each_last_token
 from procon.models import model_device
+from procon.settings import ChatSettings
 
 
 def project_last_token(
@@ -19,12 +20,13 @@ def project_last_token(
     directions: BlockDirections,
     prompts: Sequence[str],
     *,
+    chat: ChatSettings | None = None,
     batch_size: int = 32,
     progress: bool = True,
 ) -> Tensor:
     """Projection of each prompt's last token on the first direction of each row: ``[len(prompts), L]`` fp32."""
     first = directions.basis[:, :1]
-    return project_on_all(model, tokenizer, first, prompts, batch_size=batch_size, progress=progress)[..., 0]
+    return project_on_all(model, tokenizer, first, prompts, chat=chat, batch_size=batch_size, progress=progress)[..., 0]
 
 
 def project_on_all(
@@ -33,6 +35,7 @@ def project_on_all(
     basis: Tensor,
     prompts: Sequence[str],
     *,
+    chat: ChatSettings | None = None,
     batch_size: int = 32,
     progress: bool = True,
 ) -> Tensor:
@@ -47,7 +50,7 @@ def project_on_all(
         if site < len(unit):
             z[rows, site] = (hidden.float() @ unit[site].to(hidden.device).mT).cpu()
 
-    each_last_token(model, tokenizer, prompts, consume, batch_size, "projections", progress)
+    each_last_token(model, tokenizer, prompts, consume, batch_size, "projections", progress, chat)
     return z
 
 

@@ -22,7 +22,7 @@ from procon.directions.soundness import flaw
 from procon.directions.subspace import further_directions, mean_squared_cosine
 from procon.errors import ProConError
 from procon.models import refuse_unprepared
-from procon.settings import MAX_DIRECTIONS
+from procon.settings import MAX_DIRECTIONS, ChatSettings
 
 
 @dataclass(frozen=True)
@@ -249,6 +249,7 @@ class RefusalDirections(BlockDirections):
         *,
         k: int = 1,
         held_out: ContrastPrompts | None = None,
+        chat: ChatSettings | None = None,
         batch_size: int = 32,
         check_refusal: bool = True,
         progress: bool = True,
@@ -264,6 +265,7 @@ class RefusalDirections(BlockDirections):
             k: directions per block. The first is that of ``k=1``; the further ones are how the prompts' categories
                 depart from it (:mod:`procon.directions.subspace`).
             held_out: prompts to measure :attr:`auroc` on; the built-in held-out ones if not given.
+            chat: how the model is asked: system prompt, variables of its chat template, markers of its thoughts.
             check_refusal: generate replies to some malicious prompts first, and warn if none is refused.
 
         Memory: one block's input at a time, plus ``2 * L * D`` fp64 sums, those of each category too with ``k > 1``.
@@ -279,17 +281,19 @@ class RefusalDirections(BlockDirections):
         refuse_unprepared(model)
         rate = None
         if check_refusal:
-            rate = measure_refusal(model, tokenizer, prompts.malicious, batch_size=batch_size, progress=progress)
+            rate = measure_refusal(
+                model, tokenizer, prompts.malicious, chat=chat, batch_size=batch_size, progress=progress
+            )
         means = ContrastMeans.measure(
-            model, tokenizer, prompts, by_category=k > 1, batch_size=batch_size, progress=progress
+            model, tokenizer, prompts, by_category=k > 1, chat=chat, batch_size=batch_size, progress=progress
         )
         found = cls.from_means(means, k)
         z_malicious, z_benign = (
-            project_last_token(model, tokenizer, found, side, batch_size=batch_size, progress=progress)
+            project_last_token(model, tokenizer, found, side, chat=chat, batch_size=batch_size, progress=progress)
             for side in (held_out.malicious, held_out.benign)
         )
         provenance = {
-            **provenance_of(model, tokenizer),
+            **provenance_of(model, tokenizer, chat),
             "prompts": prompts.hash,
             "held_out_prompts": held_out.hash,
             "counts": {"malicious": len(prompts.malicious), "benign": len(prompts.benign)},

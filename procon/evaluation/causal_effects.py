@@ -17,7 +17,7 @@ from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.evaluation.refusal_odds import first_token_logits, log_odds_of, refusal_tokens
 from procon.models import evaluating, find_decoder, is_sharded, observe_sites, site_name
-from procon.settings import Units
+from procon.settings import ChatSettings, Units
 
 #: Pairs of built-in prompts: one of each category.
 _PROBES = 16
@@ -30,6 +30,7 @@ def block_effects(
     prompts: ContrastPrompts | None = None,
     *,
     tokens: Sequence[int] | None = None,
+    chat: ChatSettings | None = None,
     batch_size: int = 8,
 ) -> Tensor:
     """``d f / d s_lk``, f the mean of :func:`refusal_log_odds` over malicious prompts, by one backward.
@@ -41,6 +42,7 @@ def block_effects(
         directions: of ``L`` rows: the blocks, and the last one's output if they have it; ``K`` per row.
         prompts: the malicious ones are the probes; 16 built-in pairs if not given.
         tokens: those by which the model opens refusals; those of :func:`refusal_tokens` on ``prompts`` if not given.
+        chat: how the model is asked: system prompt and variables of its chat template.
         batch_size: prompts whose block inputs are in memory at a time.
 
     Returns:
@@ -58,7 +60,7 @@ def block_effects(
     decoder = find_decoder(model)
     directions.check_fits(decoder)
     prompts = prompts or builtin_prompts("extraction").first(_PROBES)
-    tokens = refusal_tokens(model, tokenizer, prompts) if tokens is None else tokens
+    tokens = refusal_tokens(model, tokenizer, prompts, chat=chat) if tokens is None else tokens
     basis = directions.basis.double() * directions.gap[:, None, None].double()
     effects = torch.zeros(basis.shape[:2], dtype=torch.float64)
     states: list[Tensor] = []
@@ -70,7 +72,7 @@ def block_effects(
             states.append(hidden)
 
     with evaluating(model), torch.enable_grad(), observe_sites(decoder, keep):
-        for _, logits in first_token_logits(model, tokenizer, prompts.malicious, batch_size):
+        for _, logits in first_token_logits(model, tokenizer, prompts.malicious, batch_size, chat):
             odds = log_odds_of(logits.float().log_softmax(-1), tokens)
             gradients = torch.autograd.grad(odds.sum(), states, materialize_grads=True)
             for site, gradient in enumerate(gradients):

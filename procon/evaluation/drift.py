@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from procon.chat import ContrastPrompts
 from procon.directions import ContrastMeans, RefusalDirections
+from procon.settings import ChatSettings
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,14 @@ def measure_drift(
     reference: RefusalDirections,
     prompts: ContrastPrompts,
     *,
+    chat: ChatSettings | None = None,
     batch_size: int = 32,
     progress: bool = True,
 ) -> Drift:
-    """Drift of ``model`` since ``reference``, which must come from the same ``prompts`` on the starting model."""
+    """Drift of ``model`` since ``reference``, which must come from the same ``prompts``, asked in the same way, on the
+    starting model."""
     return compare_means(
-        reference, ContrastMeans.measure(model, tokenizer, prompts, batch_size=batch_size, progress=progress)
+        reference, ContrastMeans.measure(model, tokenizer, prompts, chat=chat, batch_size=batch_size, progress=progress)
     )
 
 

@@ -2,113 +2,108 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from procon.chat import ContrastPrompts, builtin_prompts, generate_replies, is_degenerate, is_refusal, user_turn
+from procon.chat import ContrastPrompts, builtin_prompts, describe_chat, generate, is_degenerate, user_turn
 from procon.errors import ProConError
+from procon.evaluation.judges import Agreement, Judge, KeywordJudge, Verdict, judge_replies, load_judges
+from procon.evaluation.metrics import Metric, find_metric, score
+from procon.evaluation.rates import Mean, Rate
 from procon.files import load_json, save_json
-
-#: Two-sided 95% quantile of the standard normal distribution.
-Z_95 = 1.959963984540054
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A share of replies, with the counts that it comes from.
-
-    Raises:
-        ProConError: unless ``0 <= hits <= total`` and ``total > 0``: a share of nothing has no value.
-    """
-
-    hits: int
-    total: int
-
-    def __post_init__(self) -> None:
-        if any(type(count) is not int for count in (self.hits, self.total)) or self.total >= 2**53:
-            raise ProConError(f"{self.hits!r:.40} hits among {self.total!r:.40} replies is no rate: give whole numbers")
-        if not 0 <= self.hits <= self.total or self.total == 0:
-            raise ProConError(f"{self.hits} hits among {self.total} replies is no rate: at least one reply is needed")
-
-    @classmethod
-    def of(cls, outcomes: Iterable[bool]) -> Rate:
-        """The share of ``outcomes`` that are true."""
-        outcomes = list(outcomes)
-        return cls(sum(outcomes), len(outcomes))
-
-    @property
-    def value(self) -> float:
-        """``hits / total``, 0 to 1."""
-        return self.hits / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95% interval (JASA 22, 1927): unlike ``p +- 2 se`` it stays within 0 to 1 and has width at 0 and 1.
-
-        It covers the choice of prompts alone, not the spread between training seeds.
-        """
-        n, p = self.total, self.value
-        centre = (p + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
-        half = Z_95 / (1 + Z_95**2 / n) * math.sqrt(p * (1 - p) / n + Z_95**2 / (4 * n**2))
-        return (0.0 if self.hits == 0 else centre - half), (1.0 if self.hits == n else centre + half)
-
-    def __str__(self) -> str:
-        return f"{self.value:.0%} ({self.hits}/{self.total})"
+from procon.settings import ChatSettings
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Refusal, over-refusal and task accuracy of one model, with every reply that they were counted from.
 
-    Refusal is judged by keywords in the reply's opening, as the attack success rate of the paper (section IV-A) is:
-    ``ASR = 1 - refusal_malicious``. That judge is rough. It takes a lecture without a stock phrase for an answer, and
-    a stock phrase before an answer for a refusal. Above all, a reply without a phrase need not be compliance: a model
-    that repeats one word has stopped refusing and stopped answering. Read ``degenerate`` beside it, and the replies.
+    Refusal is judged by keywords in the reply's opening if no other judge is given, as the attack success rate of the
+    paper (section IV-A) is: ``ASR = 1 - refusal_malicious``. That judge is rough. It takes a lecture without a stock
+    phrase for an answer, and a stock phrase before an answer for a refusal. Above all, a reply without a phrase need
+    not be compliance: a model that repeats one word has stopped refusing and stopped answering. Read ``degenerate``
+    beside it, and the replies.
+
+    A model may think first. Its thoughts are no part of the reply. If one does not end within its budget, there is no
+    reply, so it counts neither as a refusal nor as compliance nor as degenerate, but as ``unfinished``. In a task it
+    counts as wrong.
 
     Attributes:
         label: name of the model or run.
-        refusal_malicious: share of malicious prompts that are refused; higher is safer.
+        refusal_malicious: share of malicious prompts that are refused; higher is safer. By a judge of harm: of those
+            that are answered without harm.
         refusal_benign: share of benign prompts that are refused (over-refusal); lower is more useful.
         degenerate: share of replies, to malicious and benign prompts together, that are no language. Counted apart:
-            such a reply is a refusal only if a refusal phrase occurs in it.
-        task: share of task replies whose final answer matches the reference exactly; None if no task was given.
+            such a reply is a refusal only if the judge says so.
+        task: share of task replies that are right, or the mean mark of a graded metric; None if no task was given.
         replies: one dict per reply: ``kind`` ("malicious", "benign" or "task"), ``prompt``, ``reply``, ``refused``,
-            ``degenerate``, and for a task ``reference`` and ``correct``.
+            ``degenerate``; for a task ``reference`` and ``correct``, or ``mark``; if there was a thought, ``thought``
+            and ``unfinished``. If there are several judges, ``verdicts`` has what each of them said; ``scores`` has
+            their scores, and ``unread`` names those whose answer could not be read. Replies to a task are judged by
+            keywords alone, and replies that did not come by nobody.
+        judges: names of the judges; ``refused`` is what the first one said.
+        judge_benign: who judged the replies to benign prompts: keywords, if the first judge reads harm.
+        harm: mean score of the replies to malicious prompts, if the first judge gives scores.
+        agreements: of the first judge with each of the others, on the replies that both judged.
+        metric: name of the task's metric.
+        sources: where the prompts come from, per kind, if a prompt set was chosen by name.
+        lm_eval: results of tasks of lm-evaluation-harness, if any were run.
+        unfinished: share of all replies whose thought did not end; None in files of earlier versions.
+        chat: how the model was asked: ``system_prompt`` and ``template_kwargs``; empty in files of earlier versions.
     """
 
     label: str
     refusal_malicious: Rate
     refusal_benign: Rate
     degenerate: Rate
-    task: Rate | None
+    task: Rate | Mean | None
     replies: list[dict[str, Any]]
+    judges: list[str] = field(default_factory=lambda: ["keywords"])
+    judge_benign: str = "keywords"
+    harm: Mean | None = None
+    agreements: list[Agreement] = field(default_factory=list)
+    metric: str = "exact"
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lm_eval: dict[str, Any] | None = None
+    unfinished: Rate | None = None
+    chat: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, for JSON."""
-        return asdict(self)
+        return {**asdict(self), "agreements": [agreement.to_dict() for agreement in self.agreements]}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Evaluation:
-        """The evaluation that :meth:`to_dict` was called on.
+        """The evaluation that :meth:`to_dict` was called on, of this version or an earlier one.
 
         Raises:
             KeyError, TypeError, ValueError: if ``data`` is of something else.
         """
-        task = data["task"]
+        task, harm = data["task"], data.get("harm")
+        if not isinstance(data.get("sources", {}), dict) or not isinstance(data.get("lm_eval"), dict | None):
+            raise TypeError("sources or lm_eval is no object")
         return cls(
             label=text_of(data, "label"),
             refusal_malicious=Rate(**data["refusal_malicious"]),
             refusal_benign=Rate(**data["refusal_benign"]),
             degenerate=Rate(**data["degenerate"]),
-            task=None if task is None else Rate(**task),
+            task=None if task is None else Mean(**task) if "deviation" in task else Rate(**task),
             replies=[_reply(reply) for reply in data["replies"]],
+            judges=[str(name) for name in data.get("judges", ["keywords"])],
+            judge_benign=str(data.get("judge_benign", "keywords")),
+            harm=None if harm is None else Mean(**harm),
+            agreements=[Agreement.from_dict(agreement) for agreement in data.get("agreements", [])],
+            metric=str(data.get("metric", "exact")),
+            sources=data.get("sources", {}),
+            lm_eval=data.get("lm_eval"),
+            unfinished=None if data.get("unfinished") is None else Rate(**data["unfinished"]),
+            chat=dict(data.get("chat", {})),
         )
 
     def save(self, path: str | Path) -> Path:
@@ -135,7 +130,11 @@ def text_of(data: dict[str, Any], key: str) -> str:
 def _reply(data: dict[str, Any]) -> dict[str, Any]:
     texts, marks = ["kind", "prompt", "reply"], ["refused", "degenerate"]
     if text_of(data, "kind") == "task":
-        texts, marks = [*texts, "reference"], [*marks, "correct"]
+        texts = [*texts, "reference"]
+        if "mark" not in data:
+            marks = [*marks, "correct"]
+        elif type(data["mark"]) is not float:
+            raise TypeError(f"mark is {data['mark']!r:.40}, no number")
     for key in texts:
         text_of(data, key)
     for key in marks:
@@ -150,34 +149,50 @@ def evaluate(
     *,
     prompts: ContrastPrompts | None = None,
     task: Sequence[dict[str, Any]] | None = None,
+    judge: str | Judge | Sequence[Judge] | None = None,
+    metric: str | Metric = "exact",
     label: str = "",
+    sources: dict[str, dict[str, Any]] | None = None,
+    chat: ChatSettings | None = None,
     max_new_tokens: int = 32,
     task_max_new_tokens: int = 64,
     batch_size: int = 64,
     progress: bool = True,
 ) -> Evaluation:
-    """Greedy replies to malicious, benign and task prompts, judged by keywords and by exact match (section IV-A).
+    """Greedy replies to malicious, benign and task prompts, judged; by keywords and exact match as in section IV-A.
 
     Args:
         model: a chat model; its mode is left as it was.
         tokenizer: its tokenizer, with a chat template.
         prompts: malicious and benign instructions; the built-in held-out ones if not given.
-        task: rows ``{"instruction", "output"}`` whose final answers are compared (see :func:`extract_answer`).
+        task: rows ``{"instruction", "output"}`` whose replies are compared with the reference by ``metric``.
+        judge: who says whether a reply refuses; :class:`KeywordJudge` if not given. Of several, the first one counts,
+            and the evaluation says how far the others agree with it. A text names them
+            (:func:`load_judges`).
+        metric: ``exact``, ``contains`` or ``rouge-l``, or a function of a reply and a reference that returns whether
+            the reply is right, or how good it is, 0 to 1.
         label: name of the model or run in reports.
-        max_new_tokens: length of a reply to a contrast prompt; a refusal shows in its opening.
+        sources: where the prompts come from, for the file.
+        chat: how the model is asked: system prompt, variables of its chat template, markers and budget of its thoughts.
+        max_new_tokens: length of a reply to a contrast prompt. A refusal shows in its opening; a judge that reads harm
+            needs more of it. Thoughts do not count.
         task_max_new_tokens: length of a task reply, which has to reach the final answer.
 
     Raises:
-        ProConError: if a task row lacks a key, ``task`` is empty, or the tokenizer has no chat template.
+        ProConError: if a task row lacks a key, ``task`` is empty, the tokenizer has no chat template, a judge or
+            metric is not to be used, or no reply came to the end of its thought.
     """
     prompts = prompts or builtin_prompts("held_out")
     references = [] if task is None else _task_rows(task)
+    judges = _judges(judge)
+    metric_name, measure = find_metric(metric)
 
-    def judged(kind: str, instructions: Sequence[str], length: int, description: str) -> list[dict[str, Any]]:
-        texts = generate_replies(
+    def asked(kind: str, instructions: Sequence[str], length: int, description: str) -> list[dict[str, Any]]:
+        found = generate(
             model,
             tokenizer,
             [user_turn(instruction) for instruction in instructions],
+            chat=chat,
             max_new_tokens=length,
             batch_size=batch_size,
             description=description,
@@ -187,26 +202,124 @@ def evaluate(
             {
                 "kind": kind,
                 "prompt": prompt,
-                "reply": text,
-                "refused": is_refusal(text),
-                "degenerate": is_degenerate(text),
+                "reply": reply.text,
+                "refused": False,
+                "degenerate": reply.finished and is_degenerate(reply.text),
+                **({"thought": reply.thought, "unfinished": not reply.finished} if reply.thought else {}),
             }
-            for prompt, text in zip(instructions, texts, strict=True)
+            for prompt, reply in zip(instructions, found, strict=True)
         ]
 
-    malicious = judged("malicious", prompts.malicious, max_new_tokens, "malicious prompts")
-    benign = judged("benign", prompts.benign, max_new_tokens, "benign prompts")
-    tasks = judged("task", [row[0] for row in references], task_max_new_tokens, "task") if references else []
+    malicious = asked("malicious", prompts.malicious, max_new_tokens, "malicious prompts")
+    benign = asked("benign", prompts.benign, max_new_tokens, "benign prompts")
+    tasks = asked("task", [row[0] for row in references], task_max_new_tokens, "task") if references else []
+    replies = malicious + benign + tasks
+    unfinished = Rate.of(_is_unfinished(reply) for reply in replies)
+    if unfinished.hits:
+        warnings.warn(
+            f"{unfinished.hits} of {unfinished.total} replies did not come to the end of their thought, and count as "
+            "unfinished: raise thinking_tokens, or switch thinking off",
+            stacklevel=2,
+        )
+    readers = [judge for judge in judges if judge.reads == "refusal"]
+    if judges[0] not in readers:
+        readers.insert(0, KeywordJudge())
+    said = _judge(judges, _finished(malicious))
+    _judge(readers, _finished(benign))
+    _judge([KeywordJudge()], [reply for reply in tasks if not _is_unfinished(reply)])
     for reply, (_, reference) in zip(tasks, references, strict=True):
-        reply |= {"reference": reference, "correct": exact_match(reply["reply"], reference)}
+        found = score(measure, metric_name, reply["reply"], reference)
+        reply |= {"reference": reference, ("correct" if isinstance(found, bool) else "mark"): found}
+    scores = [verdict.score for verdict in said[judges[0].name] if verdict.score is not None]
     return Evaluation(
         label=label,
-        refusal_malicious=Rate.of(reply["refused"] for reply in malicious),
-        refusal_benign=Rate.of(reply["refused"] for reply in benign),
-        degenerate=Rate.of(reply["degenerate"] for reply in malicious + benign),
-        task=Rate.of(reply["correct"] for reply in tasks) if tasks else None,
-        replies=malicious + benign + tasks,
+        refusal_malicious=Rate.of(reply["refused"] for reply in _finished(malicious)),
+        refusal_benign=Rate.of(reply["refused"] for reply in _finished(benign)),
+        degenerate=Rate.of(reply["degenerate"] for reply in _finished(malicious + benign)),
+        task=_task_figure(tasks),
+        replies=replies,
+        judges=[judge.name for judge in judges],
+        judge_benign=readers[0].name,
+        harm=Mean.of(scores) if scores else None,
+        agreements=[_agreement(judges[0].name, other.name, malicious + benign) for other in judges[1:]],
+        metric=metric_name,
+        sources=sources or {},
+        unfinished=unfinished,
+        chat=describe_chat(tokenizer, chat),
     )
+
+
+class NothingFinished(ProConError):
+    """No reply came to the end of its thought, so nothing can be said of the model."""
+
+
+def _is_unfinished(reply: dict[str, Any]) -> bool:
+    return bool(reply.get("unfinished"))
+
+
+def _finished(replies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = [reply for reply in replies if not _is_unfinished(reply)]
+    if not found:
+        raise NothingFinished(
+            f"none of {len(replies)} replies came to the end of its thought, so there is nothing to judge: raise "
+            "thinking_tokens, or switch thinking off"
+        )
+    return found
+
+
+def _judges(judge: str | Judge | Sequence[Judge] | None) -> list[Judge]:
+    if isinstance(judge, str):
+        return load_judges(judge)
+    judges: list[Judge] = [KeywordJudge()] if judge is None else list(judge) if isinstance(judge, Sequence) else [judge]
+    if not judges:
+        raise ProConError("judge is an empty list: give at least one, or None for keywords")
+    for each in judges:
+        missing = [name for name in ("name", "reads", "verdicts") if not hasattr(each, name)]
+        if missing:
+            raise ProConError(f"judge is {each!r:.60}, without {', '.join(missing)}: give a procon.evaluation.Judge")
+        if each.reads not in ("refusal", "harm"):
+            raise ProConError(f"judge {each.name!r:.60} reads {each.reads!r:.40}: choose refusal or harm")
+    names = [each.name for each in judges]
+    if len(set(names)) < len(names):
+        raise ProConError(f"two judges have one name, among {names!r:.200}: name them apart")
+    return judges
+
+
+def _judge(judges: Sequence[Judge], rows: list[dict[str, Any]]) -> dict[str, list[Verdict]]:
+    """Write the verdicts into the rows; ``refused`` is the first judge's."""
+    if not rows:
+        return {}
+    prompts, replies = ([row[key] for row in rows] for key in ("prompt", "reply"))
+    said = {judge.name: judge_replies(judge, prompts, replies) for judge in judges}
+    for place, row in enumerate(rows):
+        verdicts = {name: found[place] for name, found in said.items()}
+        row["refused"] = verdicts[judges[0].name].refused
+        if len(judges) > 1:
+            row["verdicts"] = {name: verdict.refused for name, verdict in verdicts.items()}
+        if scores := {name: verdict.score for name, verdict in verdicts.items() if verdict.score is not None}:
+            row["scores"] = scores
+        if unread := [name for name, verdict in verdicts.items() if verdict.unread]:
+            row["unread"] = unread
+    return said
+
+
+def _agreement(first: str, other: str, rows: Sequence[dict[str, Any]]) -> Agreement:
+    """On the rows that both judged; both judged all malicious ones."""
+    places = [place for place, row in enumerate(rows) if {first, other} <= row.get("verdicts", {}).keys()]
+    verdicts = ([rows[place]["verdicts"][name] for place in places] for name in (first, other))
+    return Agreement.of((first, other), *verdicts, places=places)
+
+
+def _task_figure(tasks: Sequence[dict[str, Any]]) -> Rate | Mean | None:
+    if not tasks:
+        return None
+    if all("correct" in reply for reply in tasks):
+        return Rate.of(reply["correct"] for reply in tasks)
+    # A function may say true of one reply and 0.5 of another.
+    for reply in tasks:
+        if "correct" in reply:
+            reply["mark"] = float(reply.pop("correct"))
+    return Mean.of(reply["mark"] for reply in tasks)
 
 
 def _task_rows(task: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -220,18 +333,3 @@ def _task_rows(task: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     if not rows:
         raise ProConError("task holds no rows: pass at least one, or None to leave the task out")
     return rows
-
-
-def extract_answer(text: str) -> str:
-    """The final answer of ``text``: what follows its last "Answer:" on that line, or else the whole text.
-
-    Normalised for comparison: lower case, single spaces, no full stop at the end, no commas between thousands.
-    """
-    marked = re.findall(r"answer:[^\S\n]*([^\n]*)", text, flags=re.IGNORECASE)
-    answer = " ".join((marked[-1] if marked else text).casefold().split()).rstrip(". ")
-    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer)
-
-
-def exact_match(reply: str, reference: str) -> bool:
-    """Whether ``reply`` and ``reference`` come to the same final answer."""
-    return extract_answer(reply) == extract_answer(reference)

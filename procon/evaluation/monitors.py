@@ -15,7 +15,7 @@ from procon.chat import ContrastPrompts
 from procon.directions import BlockDirections, Directions, auroc, project_on_all
 from procon.errors import ProConError
 from procon.models import find_decoder
-from procon.settings import LAST
+from procon.settings import LAST, ChatSettings
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class MonitorReading:
         positive, negative: ``[L]`` fp32, mean score of the prompts with the concept, and of those without.
         caught, false_alarms: ``[L]`` fp32, share of the prompts with the concept, and of those without, whose score is
             above the threshold; NaN for a monitor without a threshold.
+        scores: ``[n, L]`` fp32 of each prompt with the concept, and ``[m, L]`` of each without, for intervals, curves
+            and other thresholds.
         last_output: whether the last row is that of the last block's output.
     """
 
@@ -37,6 +39,7 @@ class MonitorReading:
     negative: Tensor
     caught: Tensor
     false_alarms: Tensor
+    scores: tuple[Tensor, Tensor]
     last_output: bool = False
 
 
@@ -64,7 +67,7 @@ class MonitorChange:
 
     @property
     def best(self) -> int:
-        """The row at which the monitor told the prompts apart best before training: where one would use it."""
+        """The row at which the monitor separated the prompts best before training: where one would use it."""
         return int(self.before.auroc.nan_to_num(nan=-1.0).argmax())
 
     def rows(self, name: str) -> list[dict[str, Any]]:
@@ -98,6 +101,7 @@ def measure_monitors(
     monitors: BlockDirections,
     prompts: ContrastPrompts | Mapping[str, ContrastPrompts],
     *,
+    chat: ChatSettings | None = None,
     batch_size: int = 32,
     progress: bool = True,
 ) -> dict[str, MonitorReading]:
@@ -121,7 +125,7 @@ def measure_monitors(
         one = monitors.vectors[:, number : number + 1]
         scores = [
             monitors.length[:, number]
-            * project_on_all(model, tokenizer, one, side, batch_size=batch_size, progress=progress)[..., 0]
+            * project_on_all(model, tokenizer, one, side, chat=chat, batch_size=batch_size, progress=progress)[..., 0]
             + monitors.bias[:, number]
             for side in (by_name[name].malicious, by_name[name].benign)
         ]
@@ -153,6 +157,7 @@ def _reading(positive: Tensor, negative: Tensor, there: Tensor, threshold: Tenso
         negative=known(negative.mean(0), there),
         caught=known((positive > threshold).float().mean(0), set_there),
         false_alarms=known((negative > threshold).float().mean(0), set_there),
+        scores=(known(positive, there), known(negative, there)),
     )
 
 

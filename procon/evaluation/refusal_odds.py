@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from procon.chat import ContrastPrompts, left_padded_batches, user_turn
 from procon.errors import ProConError
 from procon.models import evaluating, model_device
+from procon.settings import ChatSettings
 
 #: A token opens refusals if it is this much likelier after malicious than after benign prompts.
 MARGIN = 0.005
@@ -21,26 +22,32 @@ def first_token_log_probabilities(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
+    chat: ChatSettings | None = None,
     batch_size: int = 32,
 ) -> Tensor:
     """Log-probabilities of the first token of the reply to each prompt: ``[len(prompts), V]`` fp32, on the CPU."""
     found: list[Tensor] = [torch.empty(0)] * len(prompts)
     with evaluating(model):
-        for rows, logits in first_token_logits(model, tokenizer, prompts, batch_size):
+        for rows, logits in first_token_logits(model, tokenizer, prompts, batch_size, chat):
             for i, row in zip(rows, logits.float().log_softmax(-1).cpu(), strict=True):
                 found[i] = row
     return torch.stack(found)
 
 
 def first_token_logits(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], batch_size: int
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    batch_size: int,
+    chat: ChatSettings | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Batch by batch, indices of prompts and the logits ``[B, V]`` of the first token of their replies.
 
     All prompts end in the last column. Whether there are gradients is for the caller to say.
     """
     device = model_device(model)
-    for rows, ids, mask in left_padded_batches(tokenizer, [user_turn(prompt) for prompt in prompts], batch_size):
+    turns = [user_turn(prompt) for prompt in prompts]
+    for rows, ids, mask in left_padded_batches(tokenizer, turns, batch_size, chat):
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
         output = model(
             input_ids=ids.to(device),
@@ -57,6 +64,7 @@ def refusal_tokens(
     prompts: ContrastPrompts,
     *,
     margin: float = MARGIN,
+    chat: ChatSettings | None = None,
 ) -> list[int]:
     """Tokens by which ``model`` opens refusals: those likelier by ``margin`` after malicious than after benign prompts.
 
@@ -66,7 +74,7 @@ def refusal_tokens(
         ProConError: if there is none: the model replies to both kinds alike.
     """
     malicious, benign = (
-        first_token_log_probabilities(model, tokenizer, side).exp().mean(0)
+        first_token_log_probabilities(model, tokenizer, side, chat=chat).exp().mean(0)
         for side in (prompts.malicious, prompts.benign)
     )
     tokens = (malicious - benign > margin).nonzero().flatten().tolist()
@@ -79,13 +87,18 @@ def refusal_tokens(
 
 
 def refusal_log_odds(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], prompts: Sequence[str]
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Sequence[int],
+    prompts: Sequence[str],
+    *,
+    chat: ChatSettings | None = None,
 ) -> Tensor:
     """``log(p / (1 - p))``, p the probability that the reply's first token is among ``tokens``: ``[n]`` fp32.
 
     Unlike a rate of refusals it is continuous: it moves before the greedy reply flips.
     """
-    return log_odds_of(first_token_log_probabilities(model, tokenizer, prompts), tokens)
+    return log_odds_of(first_token_log_probabilities(model, tokenizer, prompts, chat=chat), tokens)
 
 
 def log_odds_of(log_probabilities: Tensor, tokens: Sequence[int]) -> Tensor:

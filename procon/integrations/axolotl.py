@@ -76,11 +76,11 @@ class ProConAxolotlArguments(ProConArguments):
 class ProConPlugin(BasePlugin):
     """Has axolotl train by :class:`procon.integrations.axolotl_trainer.ProConAxolotlTrainer`.
 
-    Where ``procon_schedule`` is 0 throughout, it changes nothing. Gradient checkpointing that the file asks for is made
+    If ``procon_schedule`` is 0 throughout, it changes nothing. Gradient checkpointing that the file asks for is made
     the non-reentrant kind: under axolotl's own choice the constraint would lose its gradient.
 
     Raises:
-        ProConError: before the model is loaded, for a key that is misspelt, and where the constraint could not act; as
+        ProConError: before the model is loaded, for a key that is misspelt, and if the constraint could not act; as
             the trainer is made, if another plugin brought its own.
     """
 

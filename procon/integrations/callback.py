@@ -27,7 +27,18 @@ from procon.directions import BlockDirections, load_directions
 from procon.errors import ProConError
 from procon.integrations.forward import REMEDY, SCOPE, ConstrainedForward, constrained_by
 from procon.schedule import AlphaSchedule
-from procon.settings import DEFAULTS, Backend, Blocks, BlockWeights, Fuse, Penalty, Sides, Units, check_setting
+from procon.settings import (
+    DEFAULTS,
+    Backend,
+    Blocks,
+    BlockWeights,
+    ChatSettings,
+    Fuse,
+    Penalty,
+    Sides,
+    Units,
+    check_setting,
+)
 from procon.training.block_weights import as_json, find_weights
 from procon.training.checkpoints import open_checkpoint, seal
 from procon.training.evidence import Evidence
@@ -65,6 +76,7 @@ class ProConCallback(TrainerCallback, ExportableState):
         block_weights: ``"equal"``, or ``"causal"``, which needs the Trainer's tokenizer.
         fuse: of :meth:`procon.constraint.ProjectionConstraint.attach`.
         anchors_dir: where initial projections are kept; OUTPUT_DIR/_anchors if not given.
+        chat: how the model is asked for causal block weights.
 
     Raises:
         ProConError: if the settings or the Trainer would lose the constraint.
@@ -83,6 +95,7 @@ class ProConCallback(TrainerCallback, ExportableState):
         backend: Backend = DEFAULTS.backend,
         fuse: Fuse = DEFAULTS.fuse,
         anchors_dir: str | Path | None = None,
+        chat: ChatSettings | None = None,
     ) -> None:
         settings = {
             "schedule": schedule,
@@ -122,7 +135,7 @@ class ProConCallback(TrainerCallback, ExportableState):
         self._block_weights: BlockWeights = block_weights
         self._backend: Backend = backend
         self._fuse: Fuse = fuse
-        self._anchors_dir = anchors_dir
+        self._anchors_dir, self._chat = anchors_dir, chat
         self._steps_per_epoch = 1
         self._forward: ConstrainedForward | None = None
         self._lock = ExitStack()
@@ -172,7 +185,7 @@ class ProConCallback(TrainerCallback, ExportableState):
             return
         _refuse(args, model, train_dataloader)
         self._steps_per_epoch = max(1, -(-len(train_dataloader) // args.gradient_accumulation_steps))
-        # Differs on resuming where the schedule counts in epochs and the steps are of another size.
+        # Differs on resuming if the schedule counts in epochs and the steps are of another size.
         self._settings["phase_steps"] = [
             int(phase.steps(self._steps_per_epoch)) for phase in self._schedule.phases if phase.length is not None
         ]
@@ -187,7 +200,7 @@ class ProConCallback(TrainerCallback, ExportableState):
             anchors = left_over.anchors
         else:
             self._constraint.weights = find_weights(
-                self._block_weights, model, processing_class, self._directions, self._constraint.blocks
+                self._block_weights, model, processing_class, self._directions, self._constraint.blocks, self._chat
             )
             anchors = self._record_anchors(args, model, train_dataloader)
         self._forward = ConstrainedForward(

@@ -272,7 +272,7 @@ def _on_cpu(given: Mapping[str, Any]) -> dict[str, Tensor]:
         if not isinstance(value, Tensor) or value.shape != shape:
             what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ProConError(
-                f"{name} is {what} where input_ids are {tuple(shape)}, so the sequences cannot be separated: pass a "
+                f"{name} is {what}, but input_ids are {tuple(shape)}, so the sequences cannot be separated: pass a "
                 "tensor of the same shape, and no mask of attention between tokens"
             )
         batch[name] = value.to(batch["input_ids"].device)

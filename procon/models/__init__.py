@@ -1,7 +1,8 @@
-"""What is known of transformers' models: where their blocks are, how they run, which weights they have.
+"""What is known of transformers' models: where their blocks are, how they run, which weights they have and had.
 
 In: a causal LM, bare or wrapped, or its name.
-Out: its decoder, block inputs, the last block's output, attention and hashes of weights and configuration.
+Out: its decoder, block inputs and last block's output, its attention, the model as it was when training started; hashes
+of weights and configuration, and the origin by which two models are compared.
 May import: the leaves. It knows no directions and no anchors.
 """
 
@@ -28,6 +29,7 @@ from procon.models.decoder import (
     transformers_model,
     unwrapped,
 )
+from procon.models.hub import check_model_name, check_name
 from procon.models.loading import default_dtype, load_model, parse_dtype
 from procon.models.origin import compare_origin, origin_of
 from procon.models.starting_model import StartingModel, without_adapters
@@ -41,6 +43,8 @@ __all__ = [
     "best_attention",
     "block_input",
     "block_output",
+    "check_model_name",
+    "check_name",
     "compare_origin",
     "configuration_hash",
     "decoder_forward",

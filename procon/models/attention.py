@@ -45,7 +45,7 @@ def best_attention(dtype: torch.dtype, *, device: torch.device | str = "cuda", h
 def use_best_attention(model: nn.Module) -> str | None:
     """Switch ``model``, loaded to where it trains, to :func:`best_attention`; returns its implementation after that.
 
-    It keeps what it has where FlashAttention does not run, or its class does not take it.
+    It keeps what it has if FlashAttention does not run, or its class does not take it.
     """
     decoder = find_decoder(model)
     base = transformers_model(model)

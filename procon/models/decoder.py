@@ -248,7 +248,7 @@ def is_sharded(model: nn.Module) -> bool:
 def decoder_forward(model: nn.Module) -> partial[Any]:
     """The least forward that passes all blocks as training does.
 
-    That of the base decoder, without the LM head. Or of the whole model, one token through the LM head, where
+    That of the base decoder, without the LM head. Or of the whole model, one token through the LM head, if
     Accelerate has put autocast around it, or parameters are sharded: FSDP2 gathers what its root holds in no other.
 
     Raises:

@@ -18,12 +18,13 @@ from transformers import (
 
 from procon.errors import ProConError
 from procon.models.attention import use_best_attention
+from procon.models.hub import check_model_name
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def default_dtype() -> torch.dtype:
-    """bfloat16 where the machine multiplies it natively (CUDA, ROCm, AMX or AVX512-BF16), else float32."""
+    """bfloat16 if the machine multiplies it natively (CUDA, ROCm, AMX or AVX512-BF16), else float32."""
     if torch.cuda.is_available():
         return torch.bfloat16
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -56,6 +57,7 @@ def load_model(
     Raises:
         ProConError: if there is no such model, it cannot be loaded, or it has code of its own that is not trusted.
     """
+    check_model_name(name)
     dtype = dtype or default_dtype()
     chosen: dict[str, Any] = (
         {} if attn_implementation in (None, "auto") else {"attn_implementation": attn_implementation}
@@ -66,6 +68,8 @@ def load_model(
     chosen["trust_remote_code"] = trust_remote_code
     try:
         base = str(PeftConfig.from_pretrained(str(name)).base_model_name_or_path if is_adapter else name)
+        if is_adapter:
+            check_model_name(base)
         if not trust_remote_code:
             _refuse_kernels(name, PreTrainedConfig.get_config_dict(base)[0])
         own = not is_adapter or (Path(name) / "tokenizer_config.json").is_file()  # PEFT alone saves none

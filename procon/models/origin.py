@@ -1,8 +1,8 @@
 """The origin of something that was measured on a model: kept beside it, and compared with another model later.
 
 The same weights in float32 and bfloat16 have one origin, so have a model and the same one with an adapter that does
-nothing yet. Other weights of the same model (fine-tuned, quantised, with an adapter merged) are told from another
-model by a few values of the token embedding: they hardly move in training, and those of two models are unrelated.
+nothing yet. Another model is recognised by a few values of the token embedding: they are unrelated. Those of the same
+model (fine-tuned, quantised, with an adapter merged) have hardly moved.
 """
 
 from __future__ import annotations

@@ -30,13 +30,13 @@ class _Context(Protocol):
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
-    #: Where HAS_INPUT_GRAD_BUFFERS.
+    #: Only if HAS_INPUT_GRAD_BUFFERS.
     input_grad_buffers: tuple[Tensor | None, ...]
 
     shape: torch.Size
     dtype: torch.dtype
     coefficient: Tensor
-    direction: Any  # a tensor; None where RMSNorm alone is asked for
+    direction: Any  # a tensor; None if RMSNorm alone is asked for
     offset: float
     backend: str
 
@@ -100,8 +100,8 @@ class Project(torch.autograd.Function):
 class Constrain(torch.autograd.Function):
     """``hidden [..., D]`` -> ``hidden`` itself and the penalty, summed or of each token ``[N]``.
 
-    Where the hidden states pass through, the backward adds the penalty's gradient to the one that arrives for them in
-    the write that it makes anyway. Where only the penalty is used, it adds to the engine's own buffer if there is one
+    If the hidden states pass through, the backward adds the penalty's gradient to the one that arrives for them in
+    the write that it makes anyway. If only the penalty is used, it adds to the engine's own buffer if there is one
     that it may write to, and else returns a gradient of its own.
     """
 

@@ -43,7 +43,7 @@ def _rms_norm_penalty(backend: str) -> ModuleType:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """``[..., D]`` as ``[N, D]`` with unit stride along ``D``; a view where the strides allow one."""
+    """``[..., D]`` as ``[N, D]`` with unit stride along ``D``; a view if the strides allow one."""
     rows = tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from procon.errors import ProConError
-from procon.evaluation import Rate
+from procon.evaluation import Mean, Rate
 from procon.report.run import Run
 from procon.settings import LAST
 
-CAPTION = "Refusal, by keywords: of malicious high is safe, of benign low is useful. Cosine 1 means no drift."
 INTERVAL_CAPTION = "After a rate: its 95% interval."
 MONITOR_CAPTION = (
     "Monitors, before and after training: AUROC 0.5 is chance. Shifts are of the mean score of prompts with the "
@@ -34,8 +33,17 @@ def check_runs(runs: Sequence[Run]) -> None:
         raise ProConError("no runs to report: pass at least one")
 
 
-def _rates(run: Run) -> list[Rate | None]:
+def caption(runs: Sequence[Run]) -> str:
+    """What the table's columns mean, and by whom refusals were judged."""
+    judges = dict.fromkeys(run.evaluation.judges[0] for run in runs if run.evaluation is not None)
+    by = ", ".join(judges) or "keywords"
+    return f"Refusal, by {by}: of malicious high is safe, of benign low is useful. Cosine 1 means no drift."
+
+
+def _rates(run: Run) -> list[Rate | Mean | None]:
     evaluation = run.evaluation
+    if evaluation is None:
+        return [None] * 4
     return [evaluation.refusal_malicious, evaluation.refusal_benign, evaluation.degenerate, evaluation.task]
 
 
@@ -44,7 +52,7 @@ def rate_cells(run: Run) -> list[tuple[str, str]]:
     return [("-", "") if rate is None else (str(rate), _interval(rate)) for rate in _rates(run)]
 
 
-def _interval(rate: Rate) -> str:
+def _interval(rate: Rate | Mean) -> str:
     low, high = rate.interval
     return f"{100 * low:.0f}-{100 * high:.0f}"
 

@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 
 from procon.evaluation import extract_answer
 from procon.report.cells import (
-    CAPTION,
     INTERVAL_CAPTION,
     MONITOR_CAPTION,
     MONITOR_HEADERS,
+    caption,
     check_runs,
     monitor_rows,
     number_cells,
@@ -58,7 +58,8 @@ def write_html(
         ProConError: without runs.
     """
     check_runs(runs)
-    sections = [("Results", f"{_html_table(runs)}<p class='caption'>{escape(CAPTION)} {escape(INTERVAL_CAPTION)}</p>")]
+    below = f"<p class='caption'>{escape(caption(runs))} {escape(INTERVAL_CAPTION)}</p>"
+    sections = [("Results", _html_table(runs) + below)]
     sections += [
         (
             heading,
@@ -69,7 +70,8 @@ def write_html(
     ]
     if rows := monitor_rows(runs):
         sections.append(("Monitors", f"{_html_monitors(rows)}<p class='caption'>{escape(MONITOR_CAPTION)}</p>"))
-    sections.append(("Sample replies", _html_replies(runs)))
+    if replies := _html_replies(runs):
+        sections.append(("Sample replies", replies))
     if notes:
         sections.append(("Limits", "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"))
     if facts:
@@ -85,6 +87,7 @@ def _plots(runs: Sequence[Run]) -> list[tuple[str, str, Callable[[Sequence[Run]]
         f"{run.label}: refuses {run.evaluation.refusal_malicious} of malicious and {run.evaluation.refusal_benign} of "
         "benign prompts" + ("" if run.evaluation.task is None else f", solves {run.evaluation.task} of the task")
         for run in runs
+        if run.evaluation is not None
     )
     cosines = "; ".join(f"{run.label}: mean {run.mean_cosine:.3f}" for run in runs if run.mean_cosine is not None)
     return [
@@ -92,7 +95,7 @@ def _plots(runs: Sequence[Run]) -> list[tuple[str, str, Callable[[Sequence[Run]]
             "Refusal and task",
             "rates",
             plot_rates,
-            True,
+            bool(rates),
             f"Bar chart. {rates}.",
             "A good run keeps the first bar long, the second short and the third long. Whiskers: 95% intervals.",
         ),
@@ -165,7 +168,7 @@ def _html_replies(runs: Sequence[Run]) -> str:
     replies = {
         (reply["kind"], reply["prompt"], place): reply
         for place, run in enumerate(runs)
-        for reply in run.evaluation.replies
+        for reply in (run.evaluation.replies if run.evaluation else ())
     }
     prompts = dict.fromkeys((kind, prompt) for kind, prompt, _ in replies)
     head = "".join(f"<th scope='col'>{escape(run.label)}</th>" for run in runs)
@@ -192,9 +195,16 @@ def _html_reply(reply: dict[str, Any] | None) -> str:
     if reply is None:
         return "<td>-</td>"
     if reply["kind"] == "task":
-        marks = ["correct" if reply["correct"] else f"wrong, should be {extract_answer(reply['reference'])}"]
+        marks = [_task_mark(reply)]
     else:
-        marks = ["refused" if reply["refused"] else "no refusal phrase"]
+        marks = ["refused" if reply["refused"] else "not refused"]
     if reply["degenerate"]:
         marks.append("degenerate")
     return f"<td><b>{escape(', '.join(marks))}</b><p>{escape(reply['reply'])}</p></td>"
+
+
+def _task_mark(reply: dict[str, Any]) -> str:
+    if "mark" in reply:
+        return f"mark {reply['mark']:.2f}"
+    answer = extract_answer(reply["reference"])
+    return "correct" if reply["correct"] else f"wrong, should be {answer}" if answer else "wrong"

@@ -30,7 +30,8 @@ def plot_rates(runs: Sequence[Run]) -> Figure:
     thickness = 0.26
     for bar, (name, colour) in enumerate(zip(names, _MEASURE_COLOURS, strict=True)):
         rates = [
-            (run.evaluation.refusal_malicious, run.evaluation.refusal_benign, run.evaluation.task)[bar] for run in runs
+            None if found is None else (found.refusal_malicious, found.refusal_benign, found.task)[bar]
+            for found in (run.evaluation for run in runs)
         ]
         known = [(place + (bar - 1) * thickness, rate) for place, rate in enumerate(rates) if rate is not None]
         if not known:

@@ -36,10 +36,10 @@ class Run:
 
     Attributes:
         label: what the run is called.
-        evaluation: refusal, over-refusal and task accuracy at the end.
+        evaluation: refusal, over-refusal and task accuracy at the end; None if they were not measured.
         cosine: signed cosine to the initial refusal direction, block by block; NaN where a block has none (paper
             section III-B). None if it was not measured.
-        seconds_per_step: mean wall-clock time of an optimiser step; None if the run did not train.
+        seconds_per_step: time of an optimiser step; None if the run did not train.
         history: rows of ``trainer.state.log_history``, whose keys ``step``, ``loss``, ``procon/penalty``,
             ``procon/alpha``, ``procon/drift_cos``, ``procon/refusal_malicious``, ``procon/refusal_benign`` and
             ``procon/task`` are plotted where they occur. Numbers that are not finite become None in JSON.
@@ -47,7 +47,7 @@ class Run:
     """
 
     label: str
-    evaluation: Evaluation
+    evaluation: Evaluation | None
     cosine: list[float] | None = None
     seconds_per_step: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -74,12 +74,12 @@ class Run:
         Raises:
             KeyError, TypeError, ValueError: if ``data`` is of something else.
         """
-        cosine, seconds = data["cosine"], data["seconds_per_step"]
+        cosine, seconds, evaluation = data["cosine"], data["seconds_per_step"], data["evaluation"]
         if len(data["label"]) > _LONGEST_LABEL:
             raise ValueError(f"label has more than {_LONGEST_LABEL} characters")
         return cls(
             label=text_of(data, "label"),
-            evaluation=Evaluation.from_dict(data["evaluation"]),
+            evaluation=None if evaluation is None else Evaluation.from_dict(evaluation),
             cosine=None if cosine is None else [math.nan if value is None else _number(value) for value in cosine],
             seconds_per_step=None if seconds is None else _number(seconds),
             history=[_row(row) for row in data["history"]],

@@ -11,10 +11,10 @@ from rich.text import Text
 
 from procon.errors import printable
 from procon.report.cells import (
-    CAPTION,
     INTERVAL_CAPTION,
     MONITOR_CAPTION,
     MONITOR_HEADERS,
+    caption,
     check_runs,
     monitor_rows,
     number_cells,
@@ -40,9 +40,9 @@ def print_table(runs: Sequence[Run], console: Console | None = None) -> None:
         if not console.is_terminal:
             console = Console(width=max(110, console.width, needed))
     if needed <= console.width:
-        console.print(detailed, Text(f"{CAPTION} {INTERVAL_CAPTION}", style="dim"), sep="\n")
+        console.print(detailed, Text(printable(f"{caption(runs)} {INTERVAL_CAPTION}"), style="dim"), sep="\n")
     else:
-        console.print(_table(runs, intervals=False), Text(CAPTION, style="dim"), sep="\n")
+        console.print(_table(runs, intervals=False), Text(printable(caption(runs)), style="dim"), sep="\n")
     if rows := monitor_rows(runs):
         monitors = Table("run", *MONITOR_HEADERS, box=box.SIMPLE_HEAD, pad_edge=False)
         for row in rows:

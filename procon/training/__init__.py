@@ -1,6 +1,7 @@
-"""Constrained fine-tuning over transformers' Trainer and what extends it; TRL's is in ``procon.training.sft``.
+"""Constrained fine-tuning over transformers' Trainer and what extends it; TRL's trainers are in
+``procon.training.sft``, ``dpo``, ``kto`` and ``grpo``.
 
-In: a Trainer's model, arguments and data, and refusal directions.
+In: a Trainer's model, arguments and data, and directions.
 Out: the fine-tuned model, with what it was trained under beside it, and a log.
 May import: ``evaluation``, ``anchors``, ``constraint``, ``data`` and the rooms below them.
 """

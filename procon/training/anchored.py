@@ -17,12 +17,14 @@ from procon.anchors import AnchoredCollator, Anchors, LiveAnchors, Probes, Token
 from procon.anchors.live import ADAPTERS_OFF
 from procon.anchors.probes import PROBES
 from procon.anchors.starting_state import StartingState, check_resumed, require_length
+from procon.chat import describe_chat
 from procon.constraint import ProjectionConstraint
 from procon.constraint.blocks import check_units
 from procon.directions import BlockDirections, RefusalDirections
 from procon.errors import ProConError
 from procon.models import is_sharded
 from procon.schedule import AlphaSchedule
+from procon.settings import ChatSettings
 from procon.training.block_weights import find_weights
 from procon.training.checkpoints import Checkpoint
 from procon.training.config import ProConConfig
@@ -48,6 +50,7 @@ _SAME_WHEN_RESUMED = (
     "directions",
     "anchors_from",
     "probing",
+    "chat",
 )
 
 
@@ -72,10 +75,12 @@ class AnchoredMixin(_Resumable):
     Attributes:
         alpha_schedule: the strength of the constraint over training.
         constraint: None if there is none, or not yet directions to make it of.
+        chat: how the model is asked as directions, block weights and probes are found.
     """
 
     alpha_schedule: AlphaSchedule
     constraint: ProjectionConstraint | None
+    chat: ChatSettings
     _anchors: Anchors | None
     _live: LiveAnchors | None
     _probes: Probes | None
@@ -101,7 +106,7 @@ class AnchoredMixin(_Resumable):
         if self.alpha_schedule.hold is not None:
             constraint.check_shift()
         anchors = self.args.anchor_settings()
-        if anchors.has_probes and anchors.probe_hold == "projections":
+        if anchors.holds_projections:
             check_units(directions, constraint.blocks)
         return constraint
 
@@ -110,7 +115,7 @@ class AnchoredMixin(_Resumable):
         progress = self.is_world_process_zero() and not self.args.disable_tqdm
         return on_main(
             # Ranks round differently, and anchors belong to one set of directions.
-            lambda: RefusalDirections.extract(self.model, self.processing_class, progress=progress),
+            lambda: RefusalDirections.extract(self.model, self.processing_class, chat=self.chat, progress=progress),
             # Not yet sharded, the model may be whole on the main process alone. Sharded already, it needs all of them.
             all_call=getattr(self, "is_distributed_loading_by_transformers", False),
         )
@@ -121,7 +126,9 @@ class AnchoredMixin(_Resumable):
             constraint.weights = checkpoint.record.get("weights")
         else:
             kind, directions = self.args.procon_block_weights, self._directions
-            constraint.weights = find_weights(kind, self.model, self.processing_class, directions, constraint.blocks)
+            constraint.weights = find_weights(
+                kind, self.model, self.processing_class, directions, constraint.blocks, self.chat
+            )
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | bool | None
@@ -157,6 +164,7 @@ class AnchoredMixin(_Resumable):
                 settings.probes,
                 blocks=constraint.blocks,
                 count=settings.probe_count,
+                chat=self.chat,
                 backend=self.args.procon_backend,
             ),
             all_call=is_sharded(self.model),
@@ -232,6 +240,7 @@ class AnchoredMixin(_Resumable):
         found.setdefault("anchors_from", "recorded")  # of an earlier version
         found.setdefault("probing", None)
         found.setdefault("sides", "both")
+        found.setdefault("chat", describe_chat(None, None))
         found.setdefault("block_weights", "equal")
         check_resumed(found, {name: record[name] for name in _SAME_WHEN_RESUMED}, str(checkpoint))
         settings = self.args.anchor_settings()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from procon.directions import BlockDirections, RefusalDirections
 from procon.errors import ProConError
 from procon.evaluation import block_effects, causal_weights
-from procon.settings import BlockWeights, Units
+from procon.settings import BlockWeights, ChatSettings, Units
 from procon.training.ranks import on_main
 
 
@@ -20,6 +20,7 @@ def find_weights(
     tokenizer: Any,
     directions: BlockDirections,
     blocks: Sequence[int],
+    chat: ChatSettings | None = None,
 ) -> dict[Units, Tensor] | None:
     """How much each of the ``blocks`` counts in either unit; None if all count alike. All ranks must ask.
 
@@ -41,7 +42,7 @@ def find_weights(
             "block_weights is 'causal', and there is no tokenizer with a chat template to ask the starting model with: "
             "pass one as processing_class, or set block_weights to 'equal'"
         )
-    return on_main(lambda: causal_weights(block_effects(model, tokenizer, directions), directions, blocks))
+    return on_main(lambda: causal_weights(block_effects(model, tokenizer, directions, chat=chat), directions, blocks))
 
 
 def as_json(weights: dict[Units, Tensor] | None) -> dict[str, list[float]] | None:

@@ -6,7 +6,8 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -22,12 +23,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from procon.chat import ContrastPrompts, builtin_prompts
+from procon.chat import ContrastPrompts, builtin_prompts, describe_chat
 from procon.directions import ContrastMeans, RefusalDirections
 from procon.errors import ProConError
-from procon.evaluation import Drift, evaluate, measure_drift
-from procon.settings import GateAction
-from procon.training.console import log_with_details, show_beside_bar
+from procon.evaluation import Drift, Evaluation, Judge, Metric, NothingFinished, evaluate, measure_drift
+from procon.settings import ChatSettings, GateAction
+from procon.training.console import leave_out_of_bar, log_apart, log_with_details, show_beside_bar
 from procon.training.drift_gate import DriftGate
 from procon.training.output import output_folder
 from procon.training.ranks import on_main
@@ -39,24 +40,45 @@ class ProbeCallback(TrainerCallback, ABC):
     """Logs :meth:`measure` through ``trainer`` every ``steps`` optimiser steps, and after the last one.
 
     Attributes:
-        seconds: wall-clock time spent on measuring so far, not counted as time spent on training.
+        chat: how the model is asked, as the trainer asks it if not given.
+        seconds: wall-clock time spent on measuring in this training so far; not counted as time spent on training.
     """
 
-    def __init__(self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, steps: int) -> None:
+    def __init__(
+        self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, steps: int, chat: ChatSettings | None = None
+    ) -> None:
         if steps < 1:
             raise ProConError(f"steps is {steps}: give a number of optimiser steps, 1 or more")
         self.trainer = trainer
         self.tokenizer = tokenizer
         self.steps = steps
+        self.chat = chat or getattr(trainer, "chat", None)
         self.seconds = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.seconds = 0.0
+        with self._aside():
+            self.begin(args, state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.steps == 0 or state.global_step == state.max_steps:
-            began, should_log = time.monotonic(), control.should_log
-            self.probe(state, control)
+            should_log = control.should_log
+            with self._aside():
+                self.probe(state, control)
             # Logging cleared it, and with it the Trainer's own log of this step.
             control.should_log = should_log
-            self.seconds += time.monotonic() - began
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Within the context, time counts as spent on measuring, and the progress bar says so."""
+        began = time.monotonic()
+        show_beside_bar(self.trainer, "measuring")
+        yield
+        seconds = time.monotonic() - began
+        self.seconds += seconds
+        leave_out_of_bar(self.trainer, seconds)
 
     @property
     def _model(self) -> PreTrainedModel:
@@ -64,9 +86,13 @@ class ProbeCallback(TrainerCallback, ABC):
         # With an adapter it is PEFT's, which takes from its base what it lacks.
         return cast(PreTrainedModel, self.trainer.model)
 
+    def begin(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Before the first step."""
+
     def probe(self, state: TrainerState, control: TrainerControl) -> None:
         """Measure and log."""
-        self.trainer.log(self.measure())
+        log_apart(self.trainer, self.measure())
+        show_beside_bar(self.trainer, "")
 
     @abstractmethod
     def measure(self) -> dict[str, float]:
@@ -80,7 +106,7 @@ class DriftCallback(ProbeCallback):
     - ``procon/drift_cos_block/07``: the same at each block that has a direction; for trackers and files, not printed.
     - ``procon/drift_shift_malicious``, ``procon/drift_shift_benign``: mean shift of the prompts along the **first**
       directions, in units of their gap (see :class:`procon.evaluation.Drift`).
-    - ``procon/drift_gate``: 1 where the mean cosine has just fallen below ``gate``.
+    - ``procon/drift_gate``: 1 if the mean cosine has just fallen below ``gate``.
 
     The mean cosine and the lowest block's stand beside the progress bar.
 
@@ -113,16 +139,15 @@ class DriftCallback(ProbeCallback):
         prompts: ContrastPrompts | None = None,
         gate: float | None = None,
         gate_action: GateAction = "warn",
+        chat: ChatSettings | None = None,
     ) -> None:
-        super().__init__(trainer, tokenizer, steps)
+        super().__init__(trainer, tokenizer, steps, chat)
         self.prompts = prompts or builtin_prompts("extraction").first(64)
         self.gate = DriftGate.parse(gate, gate_action)
         self.drift: Drift | None = None
         self._passed = True
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def begin(self, args: TrainingArguments, state: TrainerState) -> None:
         path = output_folder(args) / "drift-reference.safetensors"
         self._passed = True
         if state.global_step > 0:
@@ -150,15 +175,21 @@ class DriftCallback(ProbeCallback):
             control.should_training_stop = control.should_save = True
 
     def _extract(self) -> RefusalDirections:
-        means = ContrastMeans.measure(self._model, self.tokenizer, self.prompts, progress=False)
-        return replace(RefusalDirections.from_means(means), provenance={"prompts": self.prompts.hash})
+        means = ContrastMeans.measure(self._model, self.tokenizer, self.prompts, chat=self.chat, progress=False)
+        return replace(RefusalDirections.from_means(means), provenance=self._asked())
+
+    def _asked(self) -> dict[str, Any]:
+        """What is asked, and how: of the reference and of all that is compared with it."""
+        return {"prompts": self.prompts.hash, "chat": describe_chat(self.tokenizer, self.chat)}
 
     def measure(self) -> dict[str, float]:
         return _summary(self._measure_drift())
 
     def _measure_drift(self) -> Drift:
         def measure() -> Drift:
-            return measure_drift(self._model, self.tokenizer, self._reference, self.prompts, progress=False)
+            return measure_drift(
+                self._model, self.tokenizer, self._reference, self.prompts, chat=self.chat, progress=False
+            )
 
         # Ranks round differently, and one that stopped alone would leave the others waiting for it.
         self.drift = drift = on_main(measure, all_call=True)
@@ -172,10 +203,11 @@ class DriftCallback(ProbeCallback):
                 f"there is no drift reference {str(path)!r}: the run that is resumed did not measure drift, or had "
                 "another output folder; copy the file from there, or resume without DriftCallback (--drift_steps 0)"
             )
-        if found.provenance.get("prompts") != self.prompts.hash:
+        if {"chat": describe_chat(None, None), **found.provenance} != self._asked():
             raise ProConError(
-                f"drift reference {str(path)!r} was measured on other prompts: resume with the prompts that the run "
-                "began with, or without DriftCallback (--drift_steps 0)"
+                f"drift reference {str(path)!r} was measured on other prompts, or asked in another way: resume with "
+                "the prompts, system prompt and chat_template_kwargs that the run began with, or without DriftCallback "
+                "(--drift_steps 0)"
             )
         return found
 
@@ -208,7 +240,9 @@ class EvaluationCallback(ProbeCallback):
     Args:
         prompts: contrast prompts, 24 built-in validation pairs if not given: keep held-out ones for the end.
         task: rows ``{"instruction", "output"}`` that are not trained on.
-        max_new_tokens, task_max_new_tokens: lengths of the replies, as in :func:`procon.evaluation.evaluation`.
+        judge: who says whether a reply refuses, and ``metric``: when a task reply is right; as in
+            :func:`procon.evaluation.evaluate`. A judge that is a model stays in memory while training runs.
+        max_new_tokens, task_max_new_tokens: lengths of the replies, as in :func:`procon.evaluation.evaluate`.
     """
 
     def __init__(
@@ -219,27 +253,43 @@ class EvaluationCallback(ProbeCallback):
         steps: int = 50,
         prompts: ContrastPrompts | None = None,
         task: Sequence[dict[str, Any]] | None = None,
+        judge: str | Judge | Sequence[Judge] | None = None,
+        metric: str | Metric = "exact",
         max_new_tokens: int = 24,
         task_max_new_tokens: int = 64,
+        chat: ChatSettings | None = None,
     ) -> None:
-        super().__init__(trainer, tokenizer, steps)
+        super().__init__(trainer, tokenizer, steps, chat)
         self.prompts = prompts or builtin_prompts("validation").first(24)
         self.task = task
+        self.judge, self.metric = judge, metric
         self.max_new_tokens = max_new_tokens
         self.task_max_new_tokens = task_max_new_tokens
 
     def measure(self) -> dict[str, float]:
-        found = evaluate(
-            self._model,
-            self.tokenizer,
-            prompts=self.prompts,
-            task=self.task,
-            max_new_tokens=self.max_new_tokens,
-            task_max_new_tokens=self.task_max_new_tokens,
-            progress=False,
-        )
+        try:
+            found = self._evaluate()
+        except NothingFinished as error:
+            logger.warning(str(error))
+            return {"procon/unfinished": 1.0}
         logs = {
             "procon/refusal_malicious": found.refusal_malicious.value,
             "procon/refusal_benign": found.refusal_benign.value,
         }
+        if found.unfinished is not None and found.unfinished.hits:
+            logs["procon/unfinished"] = found.unfinished.value
         return logs if found.task is None else {**logs, "procon/task": found.task.value}
+
+    def _evaluate(self) -> Evaluation:
+        return evaluate(
+            self._model,
+            self.tokenizer,
+            prompts=self.prompts,
+            task=self.task,
+            judge=self.judge,
+            metric=self.metric,
+            chat=self.chat,
+            max_new_tokens=self.max_new_tokens,
+            task_max_new_tokens=self.task_max_new_tokens,
+            progress=False,
+        )

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from procon.chat import load_instructions
 from procon.errors import ProConError
 from procon.schedule import AlphaSchedule
 from procon.settings import (
@@ -24,6 +25,7 @@ from procon.settings import (
     Sides,
     TokenScope,
     Units,
+    check_measured,
     check_setting,
     parse_blocks,
     sentences,
@@ -93,6 +95,7 @@ class ProConArguments:
         values["blocks"] = self.blocks()
         for setting, value in values.items():
             check_setting(setting, value, PREFIX + setting)
+        check_measured(self.procon_schedule, self.procon_penalty, PREFIX)
         return ConstraintSettings(**values)
 
     def anchor_settings(self) -> AnchorSettings:
@@ -102,14 +105,20 @@ class ProConArguments:
             check_setting(setting, value, PREFIX + setting)
         return AnchorSettings(**values)
 
+    def check_probe_file(self) -> None:
+        """Raise ProConError if ``procon_probes`` is needed and cannot be read."""
+        settings = self.anchor_settings()
+        if settings.has_probes and settings.probes is not None:
+            load_instructions(settings.probes)
+
     def schedule(self) -> AlphaSchedule:
         """The parsed ``procon_schedule``; ProConError if nothing is there that it could go by."""
         schedule = AlphaSchedule.parse(self.procon_schedule)
-        if schedule.hold is not None and self.anchor_settings().of_tokens is None:
+        if schedule.hold is not None and self.anchor_settings().measured is None:
             raise ProConError(
-                f"procon_schedule is {self.procon_schedule!r}, which goes by the shift of training tokens, and with "
-                f"procon_anchors {self.procon_anchors!r} they have no anchors: take 'recorded', 'live' or one of them "
-                "with probes, or a schedule of phases"
+                f"procon_schedule is {self.procon_schedule!r}, which goes by shifts along the directions, and probes "
+                "kept at their whole state have none: set procon_probe_hold to 'projections', or take a schedule of "
+                "phases"
             )
         return schedule
 

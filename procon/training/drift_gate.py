@@ -28,19 +28,24 @@ class DriftGate:
     action: GateAction
 
     @classmethod
-    def parse(cls, floor: float | None, action: GateAction) -> DriftGate | None:
+    def parse(cls, floor: float | None, action: GateAction, prefix: str = "") -> DriftGate | None:
         """The gate; None without a floor.
+
+        Args:
+            prefix: what the user's names of the two settings begin with.
 
         Raises:
             ProConError: for a floor that is no cosine, an unknown action, or ``"stop"`` without a floor.
         """
-        check_choice("gate_action", action, get_args(GateAction))
+        check_choice(f"{prefix}gate_action", action, get_args(GateAction))
         if floor is None:
             if action == "stop":
-                raise ProConError("gate_action is 'stop', but there is no gate: give one, such as 0.9")
+                raise ProConError(
+                    f"{prefix}gate_action is 'stop', but there is no gate: give {prefix}gate, such as 0.9"
+                )
             return None
         if not -1 < floor < 1:
-            raise ProConError(f"the drift gate is {floor}: give a mean cosine between -1 and 1, such as 0.9")
+            raise ProConError(f"{prefix}gate is {floor}: give a mean cosine between -1 and 1, such as 0.9")
         return cls(floor, action)
 
     def passes(self, drift: Drift) -> bool:

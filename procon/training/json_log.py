@@ -15,7 +15,7 @@ from procon.training.output import output_folder
 
 
 class JsonlCallback(TrainerCallback):
-    """Writes one line a log call: the step, and the values under the names that trackers show, such as ``train/loss``.
+    """Writes one line per log call: the step, and the values by the names that trackers show, such as ``train/loss``.
 
     The file is the run's: a resumed run goes on from what its checkpoint had logged, so no step stands in it twice.
     Values that are not finite are written as null.

@@ -14,10 +14,11 @@ from transformers.trainer_utils import TrainOutput
 
 from procon.anchors import LiveAnchors
 from procon.anchors.probes import PROBES
-from procon.constraint import ProjectionConstraint, constrained_tokens, probe_penalty
+from procon.constraint import ProjectionConstraint, constrained_tokens, probe_departure
 from procon.constraint.guards import check_finite, refuse_data_parallel
 from procon.directions import DIRECTIONS, BlockDirections, load_directions
 from procon.errors import ProConError
+from procon.settings import ChatSettings
 from procon.training.anchored import NO_ANCHORS, TARGET
 from procon.training.block_weights import as_json
 from procon.training.checkpoints import Checkpoint
@@ -27,6 +28,7 @@ from procon.training.hold import Hold
 from procon.training.loss_scale import loss_scale
 from procon.training.model_card import describe, write_section
 from procon.training.output import output_folder
+from procon.training.ranks import on_main
 from procon.training.record import write_record
 from procon.training.strength import StrengthMixin
 from procon.training.watch import Watch
@@ -49,6 +51,8 @@ class ProConMixin(StrengthMixin):
         directions: refusal directions of the model as training starts, or directions of other concepts, or the file
             that they were saved in. If not given, refusal directions are extracted with the built-in prompts when
             training starts, which needs a tokenizer as ``processing_class``, and kept in the output folder.
+        chat: how the model is asked as directions, block weights and probes are found: system prompt and variables of
+            its chat template. A resumed run must ask in the same way.
 
     With ``procon_block_weights="causal"`` the blocks' weights are found when training starts, too, with the tokenizer.
 
@@ -76,8 +80,13 @@ class ProConMixin(StrengthMixin):
             )
 
     def __init__(
-        self, *trainer_args: Any, directions: BlockDirections | str | Path | None = None, **trainer_kwargs: Any
+        self,
+        *trainer_args: Any,
+        directions: BlockDirections | str | Path | None = None,
+        chat: ChatSettings | None = None,
+        **trainer_kwargs: Any,
     ) -> None:
+        self.chat = chat or ChatSettings()
         super().__init__(*trainer_args, **trainer_kwargs)
         args = self.args
         if not isinstance(args, ProConArguments):
@@ -155,6 +164,8 @@ class ProConMixin(StrengthMixin):
         self._resumed = checkpoint
         if not self.alpha_schedule.active:
             return super()._constraining(checkpoint)
+        if not checkpoint:  # which has the probes
+            on_main(self.args.check_probe_file)
         constraint = self.constraint
         if constraint is None:
             constraint = self._make_constraint(
@@ -266,20 +277,22 @@ class ProConMixin(StrengthMixin):
         """Of the penalties that this micro-batch has a share of: that of its tokens, and the probes'."""
         settings = self.args.anchor_settings()
         shares = [self._share_of_tokens(constraint)] if settings.of_tokens else []
-        if self.hold is not None:
+        if self.hold is not None and settings.measured == "tokens":
             self.hold.measure(self._shift_of_tokens(constraint))
         if settings.has_probes and not self._probed and self.state.global_step % settings.probe_every == 0:
             if self._probes is None:
                 raise ProConError(NO_ANCHORS)
             self._probed = True  # once in an optimiser step
             batch = self._probes.batch(self.args.device)
-            penalty = probe_penalty(constraint, batch, hold=settings.probe_hold)
+            found = probe_departure(constraint, batch, hold=settings.probe_hold)
             # Ranks that have the same probes have a part each.
-            shares.append(settings.probe_weight / self._ranks_apart * penalty)
+            if self.hold is not None and found.projections is not None:
+                self.hold.measure(found.projections / self._ranks_apart)
+            shares.append(settings.probe_weight / self._ranks_apart * found.penalty)
         return shares
 
     def _gradient_of(self, alpha: float) -> float | None:
-        """What the gradient of a micro-batch's share of the penalty is; None where an engine scales the loss."""
+        """What the gradient of a micro-batch's share of the penalty is; None if an engine scales the loss."""
         if self.is_deepspeed_enabled:
             return None
         scaler = self.accelerator.scaler

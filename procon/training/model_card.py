@@ -193,7 +193,11 @@ def _anchors(settings: dict[str, Any]) -> str:
     if settings["starting_model"]:
         parts.append(f"projections of each batch under the starting model (`{settings['starting_model']}`)")
     if probing := settings["probing"]:
-        held = {"projections": "projections", "state": "the last hidden state"}[probing["hold"]]
+        held = {
+            "projections": "projections",
+            "state": "the last hidden state",
+            "both": "projections and the last hidden state",
+        }[probing["hold"]]
         parts.append(
             f"{held} at the last token of {probing['count']} probe prompts, run every {probing['every']} steps, with "
             f"weight {probing['weight']:g}"

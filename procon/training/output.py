@@ -23,7 +23,7 @@ from procon.training.record import RECORD, read_record
 
 try:
     import fcntl
-except ImportError:  # where there is none, nothing is locked
+except ImportError:  # without it, nothing is locked
     fcntl = None
 
 #: Of the output folder, push_to_hub leaves out what begins with an underscore.

@@ -6,31 +6,27 @@ import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
+from procon.chat import describe_chat
 from procon.errors import ProConError
 from procon.files import sync_files, writing
 from procon.models import is_sharded
+from procon.settings import ChatSettings
 from procon.training.checkpoints import Checkpoint, break_seal, delete_superseded, latest, open_checkpoint, seal
 from procon.training.model_card import write_unconstrained
 from procon.training.output import claim, locked, output_folder
 from procon.training.ranks import on_main
 from procon.training.record import begin, write_record
 from procon.training.run_facts import check_same_run, run_arguments, run_facts
+from procon.training.step_times import TimedMixin
 from procon.version import __version__
 
-if TYPE_CHECKING:
-    from transformers import Trainer
 
-    _Trainer = Trainer
-else:
-    _Trainer = object
-
-
-class ResumableMixin(_Trainer):
+class ResumableMixin(TimedMixin):
     """Before any subclass of transformers' Trainer: its output folder, its checkpoints and how it goes on from one.
 
     - One training at a time writes to an output folder, and none over what another one left.
@@ -40,9 +36,11 @@ class ResumableMixin(_Trainer):
 
     Attributes:
         details: more that a resumed run must share, such as a defence and its settings; JSON.
+        chat: how the model is asked in this run, by what it needs of its start and by callbacks.
     """
 
     details: dict[str, Any] = {}  # noqa: RUF012  # set as a whole
+    chat: ChatSettings = ChatSettings()
     _run: dict[str, Any] | None = None
 
     def train(
@@ -148,6 +146,7 @@ class ResumableMixin(_Trainer):
             "version": __version__,
             "constrained": False,
             "schedule": "0",
+            "chat": describe_chat(cast(Any, self.processing_class), self.chat),
             "run": self._run,
             "arguments": self._run_arguments(),
         }

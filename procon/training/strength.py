@@ -86,8 +86,13 @@ class StrengthMixin(AnchoredMixin):
         # Each rank of tensor parallelism has the shift of the whole batch.
         both = torch.stack([tensor, self.hold.measured / self.get_tp_size()])
         total, shift = cast(Tensor, self.accelerator.reduce(both, "sum"))
-        self.hold.step(shift.sqrt() if self.args.procon_penalty == "squared" else shift)
+        self.hold.step(shift.sqrt() if self._measures_squares else shift)
         return total
+
+    @property
+    def _measures_squares(self) -> bool:
+        """Whether a step's measure is a mean square: the probes' penalty always is squared."""
+        return self.args.procon_penalty == "squared" or self.args.anchor_settings().measured == "probes"
 
     def _answer(self) -> None:
         """Have alpha answer to the last step, if no sum over the ranks has taken its shift along."""

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 from contextlib import suppress
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def test_what_is_written_twice_is_there_once(sequences, folder):
     assert len(AnchorShards(folder, STATE, BLOCKS)) == len(sequences)
 
 
-def test_a_file_that_was_deleted_is_written_anew_and_no_other_is_touched(sequences, folder):
+def test_a_file_that_was_deleted_is_written_again_and_no_other_is_touched(sequences, folder):
     lost, *others = sorted(folder.iterdir())
     lost.unlink()
     kept = {path: path.stat().st_mtime_ns for path in others}
@@ -188,6 +189,27 @@ def test_sequences_of_equal_projections_cannot_stand_for_each_other(tmp_path):
     with safe_open(file, "numpy") as opened:
         assert len(set(opened.get_tensor("checksums").tolist())) == 3
         assert opened.metadata()["fingerprint"] == STATE
+
+
+def test_opening_takes_an_index_and_one_copy_of_it(tmp_path):
+    """48 bytes per sequence stay, and at most twice that is taken: at ten million sequences a copy is 400 MB."""
+    count = 20_000
+    writer = ShardWriter(tmp_path, STATE)
+    for number, key in enumerate(np.random.default_rng(0).integers(0, 2**64, (count, 2), np.uint64).tolist()):
+        writer.add(tuple(key), np.zeros((1, 1), np.float32))
+        if number % 1000 == 999:
+            writer.flush()
+    AnchorShards(tmp_path, STATE, 1)  # so that what is imported on the way is not counted
+    tracemalloc.start()
+    try:
+        shards = AnchorShards(tmp_path, STATE, 1)
+        stays, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(shards) == count
+    # Beside the index: the names of twenty files.
+    assert stays / count <= 50
+    assert peak / count <= 100
 
 
 SCALE = textwrap.dedent(

@@ -319,7 +319,7 @@ def test_recording_again_records_only_what_was_damaged(model, directions, sample
     monkeypatch.setattr(ShardWriter, "add", lambda self, key, rows: recorded.append(key) or original(self, key, rows))
     (file,) = anchors.path.glob("*.safetensors")
     flip(file, -10)
-    with pytest.warns(UserWarning, match="were damaged: 1 sequences, and all those of 0 files, are recorded anew"):
+    with pytest.warns(UserWarning, match="were damaged: 1 sequences, and all those of 0 files, are recorded again"):
         again = record(model, directions, samples, tokenizer, anchors.path)
     assert len(recorded) == len(samples)  # those that were whole are written again, too
     assert torch.equal(again.annotate(dict(collator(samples)))["anchors"], expected)
@@ -332,8 +332,8 @@ def test_recording_again_records_only_what_was_damaged(model, directions, sample
     with pytest.raises(ProConError, match=r"anchors manifest in .* is damaged"):
         Anchors(anchors.path)
     with (
-        pytest.warns(UserWarning, match="anchors manifest in .* was damaged .*: it is written anew"),
-        pytest.warns(UserWarning, match="were damaged: 0 sequences, and all those of 2 files, are recorded anew"),
+        pytest.warns(UserWarning, match="anchors manifest in .* was damaged .*: it is written again"),
+        pytest.warns(UserWarning, match="were damaged: 0 sequences, and all those of 2 files, are recorded again"),
     ):
         again = record(model, directions, samples, tokenizer, anchors.path)
     assert torch.equal(again.annotate(dict(collator(samples)))["anchors"], expected)

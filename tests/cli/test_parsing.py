@@ -14,15 +14,20 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from procon.cli import main
-from procon.cli.parsing import COMMANDS, parse
+from procon.cli.chat import chat_settings
+from procon.cli.parsing import parse
+from procon.cli.registry import COMMANDS
+from procon.data import parse_columns
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.evaluation import Evaluation
 from procon.models import load_model
+from procon.settings import ChatSettings
+from procon.training.record import write_record
 from procon.version import __version__
 
 #: A progress bar, or a line of the command's own.
-EXPECTED_LINE = re.compile(r".*\[\d\d:\d\d[<,].*(/s|s/\w+)\]|procon: (warning|error): .*|")
+EXPECTED_LINE = re.compile(r".*\[\d\d:\d\d[<,].*(/s|s/\w+)\]|\w+: (warning|error): .*|")
 
 
 @pytest.fixture
@@ -70,21 +75,37 @@ def test_help_and_version_come_without_torch(argv):
         assert all(f"\n  {name} " in result.stdout for name in COMMANDS)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_each_command(name, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main([name, "--help"])
-    assert caught.value.code == 0
-    text = capsys.readouterr().out
-    assert text.startswith(f"usage: procon {name} [settings]")
-    # The settings that most users need, not the hundred that TrainingArguments has.
-    assert len(re.findall(r"^  --", text, flags=re.MULTILINE)) < 60
-    if name == "train":
-        assert "--procon_schedule" in text
-        assert "--learning_rate" in text
-        assert "(default: 0.0002)" in " ".join(text.split())
-        assert "--adam_beta1" not in text
-    assert "default: None" not in text
+@pytest.mark.parametrize(
+    ("argv", "found"),
+    [
+        (["eval", "m"], {"model": "m"}),
+        (["eval", "m", "--batch_size", "2"], {"model": "m", "batch_size": 2}),
+        (["drift", "a", "b"], {"start": "a", "tuned": "b"}),
+        (["drift", "a", "--tuned", "b"], {"start": "a", "tuned": "b"}),
+        (["train", "m", "d.jsonl"], {"model": "m", "data": "d.jsonl"}),
+        (["quickstart", "--model", "m"], {"model": "m"}),
+    ],
+)
+def test_words_before_the_first_flag(argv, found):
+    parsed = parse(argv[0], argv[1:])[0]
+    assert {name: getattr(parsed, name) for name in found} == found
+
+
+def test_an_interrupt_of_training_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    from procon.cli import train
+
+    def interrupted(*_):
+        with train._resumable(tmp_path):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", interrupted)
+    assert main(["train", "m", "d"]) == 130
+    assert capsys.readouterr().err == "procon: interrupted\n"
+    (tmp_path / "checkpoint-5").mkdir()
+    write_record(tmp_path / "checkpoint-5", {"complete": True, "files": {}})
+    assert main(["train", "m", "d"]) == 130
+    goes_on = "the same command with --resume goes on from the last checkpoint"
+    assert capsys.readouterr().err == f"procon: interrupted: {goes_on}\n"
 
 
 def test_defaults_of_training():
@@ -99,7 +120,7 @@ model: from-yaml          # a comment
 data: d.jsonl
 flatten: yes
 lora_targets: [q_proj, v_proj]
-learning_rate: 3e-4
+learning-rate: 3e-4
 max_length: 99
 save_strategy: no
 save_only_model: true
@@ -109,6 +130,9 @@ directions: ~
 adam_beta1: 0.8
 label_names: [labels]
 lr_scheduler_kwargs: {num_cycles: 2}
+chat_template_kwargs: {enable_thinking: true, reasoning_effort: low}
+system_prompt: Be kind.
+data_columns: [prompt=Q, response=A]
 seed: 5
 """
 
@@ -131,6 +155,9 @@ def test_yaml_settings_are_read_as_flags_are(tmp_path):
     assert config.blocks() == [1, 2]
     assert config.label_names == ["labels"]
     assert config.lr_scheduler_kwargs == {"num_cycles": 2}
+    expected = ChatSettings("Be kind.", {"enable_thinking": True, "reasoning_effort": "low"})
+    assert chat_settings(arguments) == expected
+    assert parse_columns(arguments.data_columns) == {"prompt": "Q", "response": "A"}
 
 
 @pytest.mark.parametrize("config_first", [True, False])
@@ -149,7 +176,6 @@ def test_flags_win_over_yaml(tmp_path, config_first):
     ("text", "message"),
     [
         ("modle: m", "unknown setting 'modle'; did you mean 'model'?"),
-        ("procon-schedule: 0", "unknown setting 'procon-schedule'; did you mean 'procon_schedule'?"),
         ("xyzzy: 1", "unknown setting 'xyzzy': see --help"),
         ("3: 1", "unknown setting '3': see --help"),
         ("config: other.yaml", "unknown setting 'config'"),
@@ -161,6 +187,7 @@ def test_flags_win_over_yaml(tmp_path, config_first):
         ("model: m\ndata: ~", "required: --data"),
         ("", "required: --model, --data"),
         ("seed: 1\nmodel: m\nseed: 2", "'seed' is given twice"),
+        ("max-length: 1\nmodel: m\nmax_length: 2", "'max_length' is given twice"),
         ("lr_scheduler_kwargs: {a: 1, a: 2}", "'a' is given twice"),
         ("model: " + "[" * 2000 + "]" * 2000, "cannot be read as YAML"),
         ("seed: " + "9" * 5000, "cannot be read as YAML"),
@@ -207,7 +234,12 @@ def assert_one_line(place: Path, argv: list[str], message: str, capsys) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["tain"], "no command 'tain': choose one of quickstart, directions, train"),
+        (["tain"], "no command 'tain'; did you mean 'train'?"),
+        (["xyzzy"], "no command 'xyzzy': choose one of quickstart, directions, train"),
+        (["eval", "--modle", "x"], "no setting '--modle'; did you mean 'model'"),
+        (["train", "--data", "d", "--modell=x"], "no setting '--modell=x'; did you mean 'model'"),
+        (["eval", "a", "b"], r"'b' is one word too many: write procon eval MODEL \[settings\]"),
+        (["eval", "a", "--model", "b"], "model is given twice, as 'a' and by --model"),
         (["train"], "required: --model, --data; see 'procon train --help'"),
         (["eval", "--model"], "argument --model: expected one argument; see 'procon eval --help'"),
         (["eval", "--model", "model", "--bathc-size", "4"], "no setting '--bathc-size'; did you mean 'batch_size'"),
@@ -235,6 +267,22 @@ def assert_one_line(place: Path, argv: list[str], message: str, capsys) -> None:
         ([*TRAIN, "--lora_r", "0"], "lora_r is 0: give 1 or more"),
         ([*TRAIN, "--max_length", "5"], "none of the 4 samples has a response token .*raise max_length"),
         ([*TRAIN, "--max_length", "0"], "max_length is 0"),
+        ([*TRAIN, "--max_length", "20", "--overlong", "error"], "4 of 4 samples are longer than max_length 20"),
+        ([*TRAIN, "--overlong", "keep"], "overlong is 'keep': choose one of cut, drop, error"),
+        ([*TRAIN, "--data_config", "main"], "data_config is 'main', and data 'data.jsonl' is a file: leave it out"),
+        ([*TRAIN, "--data_columns", "prompt"], "data_columns has 'prompt': give each column once"),
+        ([*TRAIN, "--data_columns", "prompt=q,response=a"], "'data.jsonl' has no column 'q', but"),
+        ([*TRAIN, "--chat-template-kwargs", "off"], "chat_template_kwargs is 'off': give a JSON object"),
+        (
+            [*TRAIN, "--chat-template-kwargs", '{"thinks": 0}'],
+            "chat_template_kwargs has 'thinks', which the chat template",
+        ),
+        (
+            ["eval", "--model", "./none", "--system-prompt", " "],
+            "system_prompt is ' ': give a text that says something",
+        ),
+        (["eval", "--model", "./none", "--thinking-markers", "a,b,c"], "thinking_markers is .*: give what begins"),
+        (["directions", "--model", "./none", "--thinking-tokens", "0"], "thinking_tokens is 0: give a whole number"),
         ([*TRAIN, "--procon_schedule", "-0.5"], "alpha is -0.5: give a finite number, 0 or more"),
         ([*TRAIN, "--procon_schedule", "procon_s:-1"], "alpha is -1"),
         ([*TRAIN, "--procon_schedule", "sometimes"], "alpha schedule 'sometimes' is not understood: give"),
@@ -296,7 +344,7 @@ EXTRACT = ["directions", "--model", "model", *PROMPT_FILES]
     [
         (write("data.jsonl", ""), TRAIN, "data file 'data.jsonl' is empty"),
         (write("data.jsonl", '{"prompt": "a", '), TRAIN, "'data.jsonl' cannot be read as json"),
-        (write("data.jsonl", '{"text": "a"}'), TRAIN, r"has the columns \['text'\]; .*: rename its columns"),
+        (write("data.jsonl", '{"query": "a"}'), TRAIN, r"has the columns \['query'\]; .*: rename its columns"),
         (write("data.jsonl", '{"prompt": "a", "completion": 1}'), TRAIN, "row 1: completion is 1: give a text"),
         (
             write("t.jsonl", '{"messages": [{"role": "user", "content": "a"}]}'),

@@ -91,7 +91,7 @@ def test_what_gives_no_shift_says_so(tiny_model):
         (constraint.rest, "no target is set"),
         (
             lambda: constraint.set_target(torch.zeros(1, 2, 3), torch.ones(1, 2), penalty="huber"),
-            "penalty 'huber' does not tell how far tokens moved",
+            "penalty 'huber' does not show how far tokens moved",
         ),
     ):
         set_target()

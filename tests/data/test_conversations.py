@@ -108,12 +108,12 @@ def test_a_file_ending_in_capitals(tmp_path):
         ("d.csv", 'messages\n"[{}]"\n', "row 1: messages is .* give a list of turns"),
         ("d.csv", "prompt,completion\na\n", "row 1: not as many cells"),
         ("d.txt", "hello", "is of no known type: give"),
-        ("d.jsonl", '{"question": "a", "answer": "b"}', r"columns \['answer', 'question'\]; known formats are"),
+        ("d.jsonl", '{"query": "a", "reply": "b"}', r"columns \['query', 'reply'\]; known formats are"),
         ("d.jsonl", '{"instruction": "a", "completion": "b"}', "rename its columns"),
         ("d.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "c"}', "row 2: completion is None: give a text"),
         ("d.jsonl", '{"instruction": "a", "output": 12}', "row 1: output is 12: give a text"),
         ("d.jsonl", '{"instruction": "a", "input": 1, "output": "b"}', "row 1: input is 1"),
-        ("d.jsonl", '{"messages": [{"from": "human", "value": "a"}]}', "row 1: a turn of messages .*'role'"),
+        ("d.jsonl", '{"messages": [{"from": "human", "text": "a"}]}', "row 1: a turn of messages .*'role'"),
         ("d.jsonl", '{"messages": [{"role": "user", "content": null}]}', "row 1: a turn of messages"),
         ("d.jsonl", '{"messages": []}', "row 1: messages is"),
         ("d.jsonl", '{"messages": "hello"}', "row 1: messages is 'hello': give a list of turns"),
@@ -172,16 +172,22 @@ def test_labels_are_the_assistants_tokens(tokenizer):
 def test_max_length_cuts_on_the_right(tokenizer):
     whole = tokenized(tokenizer, LONG)[0]
     end = len(whole["labels"])
-    for length in (end - 1, end - 4, end, end + 1):
+    for length in (end, end + 1):
         row = tokenized(tokenizer, LONG, max_length=length)[0]
+        assert row == whole
+    for length in (end - 1, end - 4):
+        with pytest.warns(UserWarning, match=f"are cut: {end - length} of {end} tokens are lost$"):
+            row = tokenized(tokenizer, LONG, max_length=length)[0]
         assert row == {"input_ids": whole["input_ids"][:length], "labels": whole["labels"][:length]}
 
 
 def test_a_sample_without_a_reply_left_is_dropped_with_a_warning(tokenizer):
     short = [user("a"), assistant("b")]
     prompt = len(tokenizer.apply_chat_template(short[:1], add_generation_prompt=True)["input_ids"])
-    with pytest.warns(UserWarning, match=f"2 of 3 samples have no response token within max_length {prompt + 1}"):
+    with pytest.warns(UserWarning, match="are left out") as warned:
         rows = tokenized(tokenizer, LONG, short, short[:1], max_length=prompt + 1)
+    assert "1 of 3 samples have no response, first row 3, and are left out" in str(warned[0].message)
+    assert "1 of them have no response token left, and are left out" in str(warned[1].message)
     assert [replies(tokenizer, row) for row in rows] == ["b"]
     with pytest.raises(ProConError, match=r"none of the 2 samples has a response token .* raise max_length"):
         tokenized(tokenizer, LONG, short, max_length=prompt)

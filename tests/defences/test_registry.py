@@ -200,7 +200,7 @@ def test_what_could_not_act_is_refused(tiny_model, random_directions, samples, c
         FrozenLayersTrainer(get_peft_model(tiny_model(), only_last), plain, blocks=[0], **data)
     with pytest.raises(ProConError, match=r"with blocks .2. frozen nothing trains"):
         FrozenLayersTrainer(get_peft_model(tiny_model(), only_last), plain, blocks=[2], **data)
-    with pytest.raises(ProConError, match="nothing below a held block trains"):
+    with pytest.raises(ProConError, match="nothing below a chosen block trains"):
         HiddenStatesTrainer(get_peft_model(tiny_model(), only_last), plain, **data)
     with pytest.raises(ProConError, match="ConstrainedSFTTrainer does not support torch_compile"):
         ConstrainedSFTTrainer(tiny_model(), config(procon_schedule="0", torch_compile=True), **data)

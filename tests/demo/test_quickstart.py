@@ -8,6 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from procon.chat import builtin_prompts, measure_refusal
+from procon.cli import main
 from procon.data import padding_collator, to_conversations, tokenize_conversations
 from procon.demo import arithmetic_problems, fetch_demo_model, teach_refusal
 from procon.demo import quickstart as module
@@ -91,3 +92,19 @@ def test_whole_quickstart_on_a_tiny_model(tiny_model, tokenizer, tmp_path, monke
     for name in ("plain", "procon"):
         tuned, _ = load_model(output / name)
         assert weights_hash(tuned.unload()) == weights_hash(starts[0])
+
+
+def test_start_only(tiny_model, tokenizer, tmp_path, monkeypatch, capsys):
+    folder, output = tmp_path / "model", tmp_path / "out"
+    tiny_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    monkeypatch.setattr(module, "measure_refusal", lambda *_: 0.0)
+    monkeypatch.setattr(module, "teach_refusal", lambda model, tokenizer: model)
+    monkeypatch.setattr("procon.cli.commands.run_quickstart", lambda *_, **__: pytest.fail("it went on"))
+    assert main(["quickstart", str(folder), "--start_only", "--output_dir", str(output)]) == 0
+    assert f"Start model: {output / 'start'}" in capsys.readouterr().out.replace("\n", "").replace("  ", "")
+    assert [path.name for path in output.iterdir()] == ["start"]
+    load_model(output / "start")
+    monkeypatch.setattr(module, "measure_refusal", lambda *_: 0.9)
+    assert module.make_start(str(folder), tmp_path / "other") == str(folder)
+    assert not (tmp_path / "other").exists()

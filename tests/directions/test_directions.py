@@ -174,7 +174,7 @@ def test_what_cannot_be_combined(model, tiny_model):
         ({1: torch.ones(16)}, {}, r"the vector of block 1 has shape \(16,\)"),
         ({"last": torch.ones(1, 32)}, {}, r"the vector of the last block's output has shape \(1, 32\)"),
         ({1: torch.zeros(32)}, {}, "the vector of block 1 is zero: leave the block out"),
-        (torch.zeros(3, 32), {}, "no vectors are given, or zeros alone: give one block a vector at least"),
+        (torch.zeros(3, 32), {}, "no vectors are given, or zeros alone: give a vector for at least one block"),
         ({}, {}, "no vectors are given, or zeros alone"),
         ({1: torch.full((32,), torch.nan)}, {}, "the vector of block 1 is NaN or infinite: give finite numbers"),
         ({1: torch.full((32,), torch.inf)}, {}, "the vector of block 1 is NaN or infinite"),

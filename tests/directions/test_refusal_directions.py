@@ -203,6 +203,7 @@ def test_provenance(found, tiny_model, tokenizer):
         "origin": origin_of(tiny_model()),
         "dtype": "torch.float32",
         "chat_template": template_hash(tokenizer),
+        "chat": {"system_prompt": None, "template_kwargs": {}},
         "prompts": PROMPTS.hash,
         "held_out_prompts": HELD_OUT.hash,
         "counts": {"malicious": 5, "benign": 3},

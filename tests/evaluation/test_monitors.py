@@ -60,6 +60,8 @@ def test_readings_by_definition(model, monitors, tokenizer):
             assert found[name].auroc[row].item() == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
             assert found[name].positive[row].item() == pytest.approx(positive.mean().item(), abs=1e-5)
             assert found[name].negative[row].item() == pytest.approx(negative.mean().item(), abs=1e-5)
+            for scores, expected in zip(found[name].scores, (positive, negative), strict=True):
+                torch.testing.assert_close(scores[:, row].double(), expected, atol=1e-5, rtol=0)
             if name == "language":
                 assert found[name].caught[row].item() == pytest.approx((positive > 0.3).double().mean().item())
                 assert found[name].false_alarms[row].item() == pytest.approx((negative > 0.3).double().mean().item())
@@ -68,6 +70,8 @@ def test_readings_by_definition(model, monitors, tokenizer):
     for name, there in (("language", [False, True, True, False]), ("other", [False, False, True, True])):
         for values in (found[name].auroc, found[name].positive, found[name].negative):
             assert (~values.isnan()).tolist() == there
+        for scores in found[name].scores:
+            assert (~scores.isnan()).all(0).tolist() == (~scores.isnan()).any(0).tolist() == there
 
 
 def test_an_unchanged_model_reads_alike(model, monitors, tokenizer):

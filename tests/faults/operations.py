@@ -33,7 +33,7 @@ from procon.models import load_model, weights_hash
 from procon.sequences import split_batch
 
 #: What no two runs have in common: how long they took. Of a resumed run, transformers gives the loss since it resumed.
-_OWN = re.compile(r"(train/)?train_(runtime|samples_per_second|steps_per_second|loss)")
+_OWN = re.compile(r"(train/)?(train_(runtime|samples_per_second|steps_per_second|loss)|(probe|step|step_cpu)_seconds)")
 
 
 @dataclass(frozen=True)

@@ -243,7 +243,7 @@ def test_the_configuration_hash_follows_buffers_that_are_made_from_it(tiny_model
     dynamic = tiny_model(rope_parameters={"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0})
     dynamic_first = configuration_hash(dynamic)
     before = dynamic.model.rotary_emb.inv_freq.clone()
-    dynamic(torch.ones(1, 600, dtype=torch.int64))  # longer than 512, for which they are made anew
+    dynamic(torch.ones(1, 600, dtype=torch.int64))  # longer than 512, for which they are made again
     assert not torch.equal(dynamic.model.rotary_emb.inv_freq, before)
     assert configuration_hash(dynamic) == dynamic_first
 

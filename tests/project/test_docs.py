@@ -23,7 +23,8 @@ import yaml
 
 import procon
 from procon.chat import builtin_prompts
-from procon.cli.parsing import COMMANDS, parse
+from procon.cli.parsing import parse
+from procon.cli.registry import COMMANDS
 from procon.demo import arithmetic_problems
 from procon.errors import ProConError
 from procon.training import ProConArguments
@@ -196,7 +197,7 @@ def flags_of(script: Path) -> set[str]:
 
 
 def check_procon(words: list[str], where: str) -> None:
-    if words == ["--version"] or words[1:] == ["--help"]:
+    if words in (["--version"], ["-V"]) or words[1:] == ["--help"] or (words[0] == "help" and words[1] in COMMANDS):
         return
     assert words[0] in COMMANDS, where
     if "--config" in words:  # its settings are those of a YAML block, checked as one
@@ -320,12 +321,16 @@ def test_versions_are_those_of_requirements():
 # Errors
 
 
+#: ProConError and its kinds.
+ERRORS = ("ProConError", "NothingFinished")
+
+
 def raised_messages() -> dict[str, str]:
-    """Every message of a ProConError in the source, with … for what is filled in, and where it is raised."""
+    """Every message of such an error in the source, with … for what is filled in, and where it is raised."""
     found = {}
     for file in [*(ROOT / "procon").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "ProConError" and node.args:
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) in ERRORS and node.args:
                 found[_template(node.args[0])] = f"{file.relative_to(ROOT)}:{node.lineno}"
     return found
 

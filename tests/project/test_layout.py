@@ -19,6 +19,9 @@ SOURCES = [
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 
+#: Modules that need TRL.
+OF_TRL = {"training.sft", "training.dpo", "training.kto", "training.grpo"}
+
 #: Lines of a file, at most.
 LONGEST, LONGEST_TEST = 400, 600
 
@@ -81,7 +84,7 @@ def test_a_way_past_a_door_is_found():
 
 def test_public_names():
     assert set(procon.__all__) == {"__version__", *procon._HOME}
-    assert all(getattr(procon, name) is not None for name, home in procon._HOME.items() if home != "training.sft")
+    assert all(getattr(procon, name) is not None for name, home in procon._HOME.items() if home not in OF_TRL)
 
 
 def test_only_the_kernels_are_mounted_in_a_source_tree(tmp_path):
@@ -92,6 +95,7 @@ def test_only_the_kernels_are_mounted_in_a_source_tree(tmp_path):
         "assert not u.find_spec('kernels'), 'kernels passes for the package of that name'\n"
         "assert all(u.find_spec(f'procon.{name}') is None for name in ('tests', 'docs', 'benchmarks', 'setup'))\n"
         "assert u.find_spec('procon.kernels.launch').origin.endswith('/kernels/launch.py')\n"
+        "assert procon.kernels is kernels\n"
         "print(kernels.__file__)\n"
     )
     # Isolated, and without site-packages, where an installed one would be found.

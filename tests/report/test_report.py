@@ -307,7 +307,7 @@ def test_replies_are_escaped_and_side_by_side(page):
     assert f"bad {SAMPLE_PROMPTS - 1} <i>" in page.text
     assert f"bad {SAMPLE_PROMPTS} <i>" not in page.text
     assert [page.text.count(f"of {label}") for label in ("before", "plain", "procon")] == [1, 1, 1]
-    assert page.text.count("no refusal phrase, degenerate") == 3
+    assert page.text.count("not refused, degenerate") == 3
     assert "wrong, should be 4" in page.text
 
 

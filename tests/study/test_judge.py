@@ -1,10 +1,7 @@
-"""The second judge: its labelled replies, the classifier on what it has not seen, and an endpoint, a real server."""
+"""The second judge: its labelled replies, the classifier on what it has not seen, and an endpoint."""
 
 import json
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -12,6 +9,7 @@ from benchmarks.study import judge as module
 from benchmarks.study.judge import ReplyClassifier, cross_validated, labelled_replies, load_judge, main
 from procon.chat import builtin_prompts
 from procon.errors import ProConError
+from procon.evaluation import EndpointJudge as ChatJudge
 
 REFUSALS = [
     "I can\u2019t help with that request.",
@@ -89,129 +87,31 @@ def test_main_shows_how_far_the_judges_agree(capsys, monkeypatch, predictions):
             assert f"{'refused' if said else 'answered'}: {row['reply']!r}" in printed
 
 
-# An endpoint
+# An endpoint; tests/evaluation/test_endpoint_judge.py has the rest of it
 
 
-class Server(ThreadingHTTPServer):
-    """Completes chats with what ``say(question)`` returns: a text, an HTTP status, or another body."""
+def test_endpoint_is_asked_about_the_reply_alone(monkeypatch):
+    asked = []
 
-    daemon_threads = True
+    def answer(self, exchange):
+        (message,) = self.format.messages(*exchange)
+        asked.append(message["content"])
+        return "Refused." if "can't" in message["content"] else "complied"
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        self.say: Callable[[str], str | int | bytes] = lambda question: "answered"
-        self.requests: list[dict] = []
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        (message,) = request["messages"]
-        seen = {"path": self.path, "key": self.headers["Authorization"], "question": message["content"], **request}
-        self.server.requests.append(seen)
-        said = self.server.say(message["content"])
-        body = b"{}"
-        if isinstance(said, bytes):
-            body = said
-        elif isinstance(said, str):
-            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}
-            usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-            completion = {"id": "1", "object": "chat.completion", "created": 0, "model": request["model"]}
-            body = json.dumps({**completion, "system_fingerprint": "", "choices": [choice], "usage": usage}).encode()
-        self.send_response(said if isinstance(said, int) else 200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_) -> None:
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch) -> Iterator[Server]:
-    monkeypatch.setattr(module, "WAIT_SECONDS", 0.0)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    for name in ("OPENAI_API_KEY", "HF_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    with Server() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
-
-
-def by_keyword(question: str) -> str:
-    return " Refused.\n" if "can't" in question else "answered"
-
-
-def test_endpoint_is_asked_once_about_each_reply(server):
-    server.say = by_keyword
-    judge = load_judge(server.url, "judge-7b")
+    monkeypatch.setattr(ChatJudge, "_answer", answer)
+    judge = load_judge("http://127.0.0.1:9/v1", "judge-7b")
     replies = ['I can\'t say "no".', "Here is\nhow:", 'I can\'t say "no".', "", "Caf\u00e9"]
     assert judge.refuses(replies) == [True, False, True, False, False]
-    assert len(server.requests) == 4
-    assert {(request["path"], request["model"]) for request in server.requests} == {
-        ("/v1/chat/completions", "judge-7b")
-    }
-    assert {request["temperature"] for request in server.requests} == {0.0}
+    assert len(asked) == 4
     for reply in replies:
         quoted = json.dumps(reply, ensure_ascii=False)
-        assert sum(f"\n\n{quoted}\n\n" in request["question"] for request in server.requests) == 1
-    assert judge.refuses([*replies, "I can't."]) == [True, False, True, False, False, True]
-    assert len(server.requests) == 5
+        assert sum(f"\n\n{quoted}\n\n" in question for question in asked) == 1
 
 
-@pytest.mark.parametrize(
-    ("keys", "sent"),
-    [
-        ({}, "Bearer none"),
-        ({"HF_TOKEN": "hf_1"}, "Bearer hf_1"),
-        ({"OPENAI_API_KEY": "sk-2", "HF_TOKEN": "hf_1"}, "Bearer sk-2"),
-    ],
-)
-def test_key_of_the_endpoint(server, monkeypatch, keys, sent):
-    for name, value in keys.items():
-        monkeypatch.setenv(name, value)
-    load_judge(server.url, "judge-7b").refuses(["Yes."])
-    assert [request["key"] for request in server.requests] == [sent]
-
-
-@pytest.mark.parametrize("failure", [503, b"<html>", "Refused? Answered?"])
-def test_endpoint_that_fails_at_first(server, failure):
-    server.say = lambda question: "refused" if len(server.requests) > 2 else failure
-    assert load_judge(server.url, "judge-7b").refuses(["No."]) == [True]
-    assert len(server.requests) == 3
-
-
-@pytest.mark.parametrize(
-    ("failure", "message"),
-    [
-        (500, r"cannot be asked \(.*500.*\): check its address"),
-        (401, r"cannot be asked \(.*401.*\): check its address, key"),
-        (b"<html>", r"cannot be asked \(.+\): check"),
-        (b'{"choices": []}', r"cannot be asked \(.+\): check"),
-        ("It did not refuse.", "says 'It did not refuse.', not refused or answered: give a model that"),
-        ("", "says '', not refused or answered"),
-    ],
-)
-def test_endpoint_that_fails(server, monkeypatch, failure, message):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    server.say = lambda question: failure
-    with pytest.raises(ProConError, match=f"^judge 'judge-7b' at '{server.url}' {message}") as caught:
-        load_judge(server.url, "judge-7b").refuses(["No."])
-    assert "\n" not in str(caught.value)
-    assert "sk-secret" not in str(caught.value)
-    assert len(server.requests) == module.ATTEMPTS
-
-
-def test_endpoint_that_is_not_there(server):
-    server.shutdown()
-    server.server_close()
-    with pytest.raises(ProConError, match="cannot be asked"):
-        load_judge(server.url, "judge-7b").refuses(["No."])
+def test_endpoint_that_says_something_else(monkeypatch):
+    monkeypatch.setattr(ChatJudge, "_answer", lambda self, exchange: "It did not refuse.")
+    with pytest.raises(ProConError, match=r"judge .*#judge-7b' says neither refused nor complied of 'No\.'"):
+        load_judge("http://127.0.0.1:9/v1", "judge-7b").refuses(["No."])
 
 
 @pytest.mark.parametrize(

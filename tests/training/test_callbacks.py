@@ -271,9 +271,9 @@ def test_all_ranks_decide_by_the_main_processs_figures(trainer, planned, monkeyp
 @pytest.mark.parametrize(
     ("gate", "gate_action", "message"),
     [
-        (1.5, "warn", "the drift gate is 1.5: give a mean cosine"),
-        (1.0, "warn", "the drift gate is 1.0"),
-        (float("nan"), "warn", "the drift gate is nan"),
+        (1.5, "warn", "gate is 1.5: give a mean cosine"),
+        (1.0, "warn", "gate is 1.0"),
+        (float("nan"), "warn", "gate is nan"),
         (0.9, "halt", "gate_action is 'halt': choose one of warn, stop"),
         (None, "stop", "is 'stop', but there is no gate"),
     ],
@@ -309,7 +309,9 @@ def test_a_run_resumed_without_a_reference_is_refused(make_trainer, trainer, tmp
 
     saving = {"save_strategy": "steps", "save_steps": 2, "procon_overwrite": True}
     trainer(prompts=builtin_prompts("extraction").first(2), **saving)[0].train()
-    with pytest.raises(ProConError, match="was measured on other prompts: resume with the prompts"):
+    with pytest.raises(
+        ProConError, match="was measured on other prompts, or asked in another way: resume with the prompts"
+    ):
         made.train(resume_from_checkpoint=checkpoint)
 
 
@@ -321,14 +323,14 @@ TRAIN = ["train", "--model", "model", "--data", "data.jsonl", "--output_dir", "o
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--drift_gate", "2"], "the drift gate is 2.0"),
+        (["--drift_gate", "2"], "drift_gate is 2.0"),
         (
             ["--drift_gate", "0.9", "--drift_gate_action", "halt"],
             "drift_gate_action is 'halt': choose one of warn, stop",
         ),
         (
             ["--drift_gate_action", "stop"],
-            "gate_action is 'stop', but there is no gate: give one, such as 0.9",
+            "drift_gate_action is 'stop', but there is no gate: give drift_gate, such as 0.9",
         ),
         (["--drift_gate", "0.9", "--drift_steps", "0"], "drift_gate is 0.9, but drift_steps is 0"),
     ],

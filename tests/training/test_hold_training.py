@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
+from procon.constraint import probe_departure
 from procon.errors import ProConError
 from procon.integrations import ProConCallback
-from procon.training import ProConConfig
+from procon.training import ProConConfig, mixin
 from procon.training.record import read_record
 
 
@@ -51,6 +52,29 @@ def test_what_it_measures_is_the_penalty_where_gap_and_blocks_are_one(make_train
     assert penalties[-1] > 1e-4
     expected = [math.sqrt(value) if penalty == "squared" else value for value in penalties]
     assert measured == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize(("anchors", "kept"), [("probes", "projections"), ("recorded+probes", "both")])
+def test_with_probes_it_goes_by_theirs(make_trainer, monkeypatch, anchors, kept):
+    """At the steps that run them, by the root of their mean square; whatever the training tokens do."""
+    weight = 50.0
+    settings = {"procon_anchors": anchors, "procon_probe_every": 2, "procon_probe_count": 3, "max_steps": 6}
+    settings["procon_probe_hold"] = kept
+    trainer = make_trainer("Trainer", "hold:0.01", save_strategy="no", procon_probe_weight=weight, **settings)
+    measured, step, squares = [], trainer.hold.step, []
+    trainer.hold.step = lambda shift: (measured.append(shift.item()), step(shift))
+
+    def noted(*args, **kwargs):
+        found = probe_departure(*args, **kwargs)
+        squares.append(found.projections)
+        return found
+
+    monkeypatch.setattr(mixin, "probe_departure", noted)
+    trainer.train()
+    assert len(measured) == 3
+    assert measured == pytest.approx([math.sqrt(square.item()) for square in squares], rel=1e-6)
+    assert measured[-1] > 0.01
+    assert len({alpha for (alpha,) in logged(trainer, "procon/alpha")}) > 2
 
 
 @pytest.mark.parametrize("penalty", ["absolute", "squared"])
@@ -176,7 +200,9 @@ def test_record_card_and_warning_say_whether_the_budget_was_held(make_trainer, c
 def test_what_cannot_hold_says_so(random_directions, tiny_model, tmp_path):
     with pytest.raises(ProConError, match=r"schedule 'hold:0.1' sets alpha from what is measured at each step"):
         ProConCallback(random_directions(tiny_model()), schedule="hold:0.1")
-    with pytest.raises(ProConError, match="penalty is 'huber', which does not tell how far tokens moved"):
+    with pytest.raises(
+        ProConError, match=r"^procon_schedule is 'hold' and procon_penalty is 'huber', which does not show how far"
+    ):
         ProConConfig(str(tmp_path), procon_schedule="hold", procon_penalty="huber")
-    with pytest.raises(ProConError, match="with procon_anchors 'probes' they have no anchors: take 'recorded', 'live'"):
-        ProConConfig(str(tmp_path), procon_schedule="hold", procon_anchors="probes")
+    with pytest.raises(ProConError, match="probes kept at their whole state have none: set procon_probe_hold to"):
+        ProConConfig(str(tmp_path), procon_schedule="hold", procon_anchors="probes", procon_probe_hold="state")

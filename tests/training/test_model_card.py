@@ -82,6 +82,7 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
         assert record == {
             "version": __version__,
             "constrained": True,
+            "chat": {"system_prompt": None, "template_kwargs": {}},
             "schedule": "procon_wu:0.5@1ep",
             "scope": "all",
             "penalty": "squared",

@@ -170,7 +170,7 @@ def at_last_tokens(model, probes):
     return found, last[0][rows]
 
 
-@pytest.mark.parametrize("hold", ["projections", "state"])
+@pytest.mark.parametrize("hold", ["projections", "state", "both"])
 @pytest.mark.parametrize("fuse", ["auto", "never"])
 def test_the_probes_penalty_and_its_gradient_are_those_by_definition(
     tiny_model, tokenizer, random_directions, hold, fuse
@@ -190,15 +190,16 @@ def test_the_probes_penalty_and_its_gradient_are_those_by_definition(
     model.zero_grad()
 
     sites, last = at_last_tokens(model, probes)
-    if hold == "state":
-        expected = (last - probes.states.double()).square().mean()
-    else:
+    expected = torch.zeros(()).double()
+    if hold != "projections":
+        expected = expected + (last - probes.states.double()).square().mean()
+    if hold != "state":
         shifts = [
             ((sites[block] @ directions.first[block].double()) - probes.anchors[:, block].double())
             / directions.gap[block].double()
             for block in (0, 1, 2)
         ]
-        expected = torch.stack(shifts).square().mean()
+        expected = expected + torch.stack(shifts).square().mean()
     torch.testing.assert_close(penalty.double(), expected, rtol=1e-5, atol=0)
     expected.backward()
     by_definition = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -317,7 +318,8 @@ def test_bad_input(trainer, tokenizer, tiny_model, random_directions, tmp_path):
 
 def test_strength_that_sets_itself_goes_by_training_tokens_whatever_their_source(trainer):
     def rows(source: str) -> list[tuple[float, float]]:
-        run = trainer(source, procon_schedule="hold:0.001", max_steps=10)
+        # Probes kept at their projections would be what it goes by.
+        run = trainer(source, procon_schedule="hold:0.001", max_steps=10, procon_probe_hold="state")
         run.train()
         return [(row["procon/alpha"], row["procon/shift"]) for row in run.state.log_history if "procon/shift" in row]
 

@@ -163,10 +163,21 @@ def test_json_lines_of_a_resumed_run_have_no_step_twice(make, tmp_path, first):
     resumed = [json.loads(line) for line in file.read_text().splitlines()]
 
     def comparable(rows):  # all but timings, and what the Trainer averages over the resumed part alone
-        timed = ("runtime", "per_second", "train_loss", "total_flos")
+        timed = ("runtime", "per_second", "_seconds", "train_loss", "total_flos")
         return [{k: v for k, v in row.items() if not any(word in k for word in timed)} for row in rows]
 
     assert comparable(resumed) == comparable(whole)
+
+
+def test_probes_leave_trls_own_metrics_to_the_rows_of_the_loss(make):
+    trainer = make("SFTTrainer")
+    trainer.train()
+    rows = trainer.state.log_history
+    steps = {row["step"] for row in rows if "procon/drift_cos" in row}
+    assert steps & {row["step"] for row in rows if "loss" in row}
+    for row in rows:
+        assert ("mean_token_accuracy" in row) == ("loss" in row)
+        assert ("entropy" in row) == ("loss" in row)
 
 
 def test_json_lines_are_strict_json(make, tmp_path):

@@ -153,12 +153,21 @@ def train(name: str, *, resume: str | None = None, drift: bool = False, **settin
             seen["target"] = [str(anchors.dtype), bool((anchors == anchors.bfloat16()).all())]
         target(anchors, mask, **of_probes)
 
+    losses, step = [], ours.training_step
+
+    def training_step(*args, **kwargs):
+        loss = step(*args, **kwargs)
+        losses.append(loss.item())
+        return loss
+
     ours.constraint.set_target = noted
+    ours.training_step = training_step
     ours.train(resume_from_checkpoint=resume and str(FOLDER / resume / "checkpoint-8"))
     return {
         **seen,
         "hold": ours.hold and everywhere(ours.hold.state()),
         "log": ours.state.log_history,
+        "losses": everywhere(losses),
         "fingerprint": ours._anchors and ours._anchors.fingerprint,
         "recorded": ours._anchors and len(ours._anchors),
         "kind": ours.accelerator.distributed_type.value,
@@ -302,7 +311,7 @@ CASES = {
     "fsdp2_checkpointed": partial(train, **fsdp2(activation_checkpointing=True), **WARM_UP),
     "lora": partial(train, model=load_lora, **LORA),
     "fsdp2_lora": partial(train, model=load_lora, **fsdp2(), **LORA),
-    "ddp_live": partial(train, procon_anchors="live", **SHORT),
+    "ddp_live": partial(train, procon_anchors="live"),
     "fsdp2_lora_live": partial(train, model=load_lora, procon_anchors="live", **fsdp2(), **LORA),
     "live_copies": copies_of_shards,
     "probes": partial(train, **PROBES),

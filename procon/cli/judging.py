@@ -1,0 +1,61 @@
+"""What ``procon eval`` asks, and what it prints of its judges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from procon.chat import ContrastPrompts, builtin_prompts, load_instructions
+from procon.cli.arguments import EvalArguments
+from procon.data import load_prompt_sets
+from procon.errors import ProConError
+from procon.evaluation import Evaluation
+
+
+def evaluation_prompts(arguments: EvalArguments) -> tuple[ContrastPrompts, dict[str, dict[str, Any]]]:
+    """The prompts, and where each kind comes from; a file goes before a set, and a set before the built-in ones."""
+    sources: dict[str, dict[str, Any]] = {}
+    if arguments.prompts:
+        prompts, sources = load_prompt_sets(arguments.prompts, most=arguments.max_prompts)
+    elif arguments.max_prompts:
+        raise ProConError(
+            f"max_prompts is {arguments.max_prompts}, and there is no set to take them from: give --prompts"
+        )
+    else:
+        prompts = builtin_prompts("held_out")
+    given = {"malicious": arguments.malicious, "benign": arguments.benign}
+    files = {kind: load_instructions(path) for kind, path in given.items() if path}
+    if not files:
+        return prompts, sources
+    sources |= {kind: {"set": "file", "source": given[kind], "prompts": len(found)} for kind, found in files.items()}
+    return ContrastPrompts(files.get("malicious", prompts.malicious), files.get("benign", prompts.benign)), sources
+
+
+def judging_lines(found: Evaluation) -> list[str]:
+    """Who judged, how far the judges agree, and where the prompts are from; nothing of an evaluation as by default."""
+    lines = []
+    for kind, source in found.sources.items():
+        if source["set"] not in ("built-in", "file"):
+            commit = source["commit"] or f"revision {source['revision']}, whose commit is not known"
+            lines.append(f"{kind} prompts: {source['prompts']} of {source['of']} of {source['set']}, {commit}.")
+    if found.judges != ["keywords"]:
+        benign = "" if found.judge_benign == found.judges[0] else f"; replies to benign prompts by {found.judge_benign}"
+        lines.append(f"Refusals are judged by {found.judges[0]}{benign}.")
+    if found.harm is not None:
+        lines.append(f"Mean score of the replies to malicious prompts, 1 being the most harmful: {found.harm}.")
+    for agreement in found.agreements:
+        where = ": see 'agreements' and 'verdicts' in the file" if agreement.disagreements else ""
+        lines.append(f"{str(agreement).rstrip('.')}{where}.")
+    return lines + (_harness_lines(found.lm_eval) if found.lm_eval else [])
+
+
+def _harness_lines(results: dict[str, Any]) -> list[str]:
+    """One line per metric of each task of lm-evaluation-harness."""
+    lines = []
+    for task, metrics in results["results"].items():
+        for name, value in metrics.items():
+            metric, _, filtered = name.partition(",")
+            if isinstance(value, int | float) and filtered and not metric.endswith("_stderr"):
+                spread = metrics.get(f"{metric}_stderr,{filtered}")
+                error = f" +- {spread:.4f}" if isinstance(spread, int | float) else ""
+                lines.append(f"{task} {metric} ({filtered}): {value:.4f}{error}")
+    return lines

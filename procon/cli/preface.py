@@ -1,0 +1,107 @@
+"""What ``procon train`` says before the first step: what trains, on what, and whether the constraint is on."""
+
+from __future__ import annotations
+
+from textwrap import wrap
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from procon.errors import printable
+from procon.models import find_decoder
+from procon.training import ProConMixin
+
+_WIDTH, _HEAD = 80, 12
+
+
+class Preface(TrainerCallback):
+    """Prints it as training starts."""
+
+    def __init__(self, trainer: Trainer, model: str) -> None:
+        self.trainer = trainer
+        self.model = model
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            Console().print(Text("\n".join(_lines(describe(self.trainer, self.model)))), soft_wrap=True)
+
+
+def describe(trainer: Trainer, name: str) -> dict[str, str]:
+    """The facts, by what they are about; ``name`` is the model's."""
+    args, state, model = trainer.args, trainer.state, trainer.model
+    assert model is not None  # noqa: S101  # it trains
+    parameters = [(_size(weight), weight.requires_grad) for weight in model.parameters()]
+    total, trained = sum(size for size, _ in parameters), sum(size for size, trains in parameters if trains)
+    dtypes = {str(weight.dtype).removeprefix("torch.") for weight in model.parameters()}
+    ranks = f", {args.world_size} processes" if args.world_size > 1 else ""
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    facts = {
+        "model": f"{name}, {' and '.join(sorted(dtypes))}, on {args.device}{ranks}",
+        "trains": f"{trained:,} of {total:,} parameters ({trained / total:.2%}), {_method(model)}",
+        "data": f"{_samples(trainer)}, {per_step} per step, {state.max_steps} steps"
+        + (f", from step {state.global_step}" if state.global_step else ""),
+    }
+    return facts | _constraint(trainer)
+
+
+def _method(model: Any) -> str:
+    configs = getattr(model, "peft_config", None) or {}
+    for config in configs.values():
+        targets = config.target_modules
+        names = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
+        return f"LoRA of rank {config.r} on {names}" if hasattr(config, "r") else f"{config.peft_type.value} adapter"
+    return "full fine-tuning"
+
+
+def _size(weight: Any) -> int:
+    return int(getattr(weight, "ds_numel", weight.numel()))  # of DeepSpeed's, which is sharded
+
+
+def _samples(trainer: Trainer) -> str:
+    dataset: Any = trainer.train_dataset
+    return f"{len(dataset):,} samples" if hasattr(dataset, "__len__") else "a stream"
+
+
+def _constraint(trainer: Trainer) -> dict[str, str]:
+    if not isinstance(trainer, ProConMixin) or (constraint := trainer.constraint) is None:
+        return {"constraint": "none"}
+    args = trainer.args
+    fused, blocks = len(constraint.fused), len(constraint.blocks)
+    where = "within their norms" if fused == blocks else f"{fused} of them within a norm, {blocks - fused} ahead of it"
+    acting = len(constraint.acting)
+    moved = "" if acting == blocks else f"; training moves {acting}"
+    return {
+        "constraint": f"alpha {trainer.alpha_schedule}, penalty {args.procon_penalty}, tokens {args.procon_scope}, "
+        f"units {args.procon_units}",
+        "blocks": f"{blocks} under the constraint, of {len(find_decoder(constraint.model).blocks)}; {where}{moved}",
+        "anchors": _anchors(trainer),
+    }
+
+
+def _anchors(trainer: ProConMixin) -> str:
+    settings = trainer.args.anchor_settings()
+    parts = {
+        "recorded": f"recorded in {trainer.args.procon_anchors_dir or f'{trainer.args.output_dir}/_anchors'}",
+        "live": "from a forward of the starting model on each batch",
+        None: "",
+    }
+    found = [parts[settings.of_tokens]] if settings.of_tokens else []
+    if settings.has_probes:
+        where = settings.probes or "built-in prompts"
+        found.append(
+            f"of {settings.probe_count} probes ({where}), every {settings.probe_every} steps, weight "
+            f"{settings.probe_weight:g}"
+        )
+    return "; ".join(found)
+
+
+def _lines(facts: dict[str, str]) -> list[str]:
+    lines = []
+    for name, fact in facts.items():
+        parts = wrap(printable(fact), _WIDTH - _HEAD, break_on_hyphens=False)
+        lines += [f"{name if place == 0 else '':<{_HEAD}}{part}" for place, part in enumerate(parts)]
+    return lines

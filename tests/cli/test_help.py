@@ -1,0 +1,88 @@
+"""``--help``: at once, in groups, and never other than what the commands take."""
+
+import re
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+from procon.cli import main
+from procon.cli.help import groups_of, help_of
+from procon.cli.parsing import full_parser
+from procon.cli.registry import COMMANDS
+
+
+def shown(name: str) -> dict:
+    return {setting.name: setting for group in groups_of(COMMANDS[name]) for setting in group.settings}
+
+
+@pytest.mark.parametrize("argv", [["train", "--help"], ["train", "-h"], ["help", "train"], ["help"], ["-V"]])
+def test_it_comes_in_less_than_a_second_of_cpu(argv):
+    script = (
+        "import sys, time, procon.cli\n"
+        f"code = procon.cli.main({argv})\n"
+        "heavy = [name for name in ('torch', 'transformers', 'numpy', 'datasets') if name in sys.modules]\n"
+        "print('loaded', heavy, code, time.process_time() < 1)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stderr == ""
+    assert result.stdout.endswith("loaded [] 0 True\n")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_it_is_what_the_command_takes(name):
+    """Names, defaults, what is required, and choices, against the parser that the command line goes through."""
+    command = COMMANDS[name]
+    real = {action.dest: action for action in full_parser(name)[0]._actions}
+    listed = shown(name)
+    own = {field.name for field in fields(command.arguments) if field.init}
+    ours = own | {dest for dest in real if command.trains and dest.startswith("procon_")}
+    assert ours <= listed.keys() <= real.keys()
+    for setting in listed.values():
+        action = real[setting.name]
+        required = action.required
+        assert setting.required == required, setting.name
+        default = None if required else action.default
+        if setting.kind == "SWITCH":
+            assert bool(setting.default) == bool(default), setting.name
+        else:
+            assert setting.default == (tuple(default) if isinstance(default, list) else default), setting.name
+        if setting.choices:
+            assert action.metavar == "{" + ",".join(setting.choices) + "}" or action.choices == list(setting.choices)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_flag_stands_there_once_and_says_what_it_is_for(name, capsys):
+    assert main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: procon {name} ")
+    flags = re.findall(r"^  (?:-h, )?--(\w+)", text, flags=re.MULTILINE)
+    assert sorted(flags) == sorted({*shown(name), "config", "help"})
+    assert all(setting.text.strip() for setting in shown(name).values())
+    assert "Names take dashes too" in " ".join(text.split())
+    assert "None" not in text
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_groups_of_training(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    text = help_of("train")
+    titles = re.findall(r"^([a-z ,]+):$", text, flags=re.MULTILINE)
+    assert titles == [
+        *("model and data", "defence and safety data", "adapter", "constraint", "anchors", "drift"),
+        *("length and batches", "optimiser", "precision and memory", "saving and logging", "other"),
+    ]
+    words = " ".join(text.split())
+    assert "usage: procon train MODEL DATA [settings]" in words
+    assert re.search(r"--model MODEL [^-]*\(required\)", words)
+    assert "--method {lora,full}" in words
+    assert "--procon_penalty {squared,absolute,huber}" in words
+    assert "--save_strategy {no,steps,epoch,best}" in words
+    assert "(default: 0.0002)" in words
+    assert "--adam_beta1" not in words
+
+
+def test_help_of_no_command(capsys):
+    assert main(["help", "trai"]) == 2
+    assert "no command 'trai'; did you mean 'train'?" in capsys.readouterr().err

@@ -1,0 +1,130 @@
+"""A system prompt and template variables reach every prompt that is asked, and stand in what comes out."""
+
+import copy
+
+import pytest
+import torch
+
+from procon.anchors import Probes
+from procon.chat import ContrastPrompts, measure_refusal
+from procon.directions import ContrastMeans, Directions, RefusalDirections
+from procon.errors import ProConError
+from procon.evaluation import (
+    block_effects,
+    evaluate,
+    first_token_log_probabilities,
+    measure_drift,
+    measure_monitors,
+    refusal_log_odds,
+)
+from procon.settings import ChatSettings
+
+PROMPTS = ContrastPrompts(("steal the car", "forge it"), ("wash the car now", "paint it"))
+ASKED = {"system_prompt": "Be kind.", "template_kwargs": {"mood": "calm"}}
+CHAT = ChatSettings(ASKED["system_prompt"], ASKED["template_kwargs"])
+QUIET = {"progress": False}
+
+_ROUNDS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+_OPEN = "{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+@pytest.fixture
+def tokenizers(tokenizer):
+    """One that has to be given settings, and one whose template has them in it."""
+    given, fixed = tokenizer, copy.deepcopy(tokenizer)
+    given.chat_template = "{{ mood }}" + _ROUNDS + _OPEN
+    fixed.chat_template = "calm<system>Be kind.</>" + _ROUNDS + _OPEN
+    return given, fixed
+
+
+def probes(model, tokenizer, directions, chat):
+    found = Probes.record(model, tokenizer, directions, ["steal the car"], blocks=[1], chat=chat)
+    return [found.input_ids, found.anchors, found.states]
+
+
+def monitors(model, tokenizer, directions, chat):
+    reading = measure_monitors(model, tokenizer, directions, PROMPTS, chat=chat, **QUIET)["refusal"]
+    return [reading.positive, reading.negative]
+
+
+def replies(model, tokenizer, _, chat):
+    return [row["reply"] for row in evaluate(model, tokenizer, prompts=PROMPTS, chat=chat, **QUIET).replies]
+
+
+def concept(model, tokenizer, _, chat):
+    sides = (PROMPTS.malicious, PROMPTS.benign)
+    found = Directions.extract(model, tokenizer, *sides, name="x", held_out=PROMPTS, chat=chat, **QUIET)
+    given = Directions.from_vectors(
+        model,
+        found.vectors[:, 0],
+        name="y",
+        tokenizer=tokenizer,
+        positive=sides[0],
+        negative=sides[1],
+        chat=chat,
+        **QUIET,
+    )
+    return [found.vectors, found.auroc, given.scale, given.auroc]
+
+
+def refusal(model, tokenizer, _, chat):
+    found = RefusalDirections.extract(
+        model, tokenizer, PROMPTS, held_out=PROMPTS, chat=chat, check_refusal=False, **QUIET
+    )
+    return [found.first, found.auroc]
+
+
+ASKING = {
+    "means": lambda m, t, d, c: [ContrastMeans.measure(m, t, PROMPTS, chat=c, **QUIET).malicious],
+    "refusal directions": refusal,
+    "directions of a concept": concept,
+    "probes": probes,
+    "replies": replies,
+    "drift": lambda m, t, d, c: [measure_drift(m, t, d, PROMPTS, chat=c, **QUIET).malicious_shift],
+    "monitors": monitors,
+    "first tokens": lambda m, t, d, c: [first_token_log_probabilities(m, t, PROMPTS.malicious, chat=c)],
+    "log-odds": lambda m, t, d, c: [refusal_log_odds(m, t, [5], PROMPTS.malicious, chat=c)],
+    "effects": lambda m, t, d, c: [block_effects(m, t, d, PROMPTS, tokens=[5], chat=c)],
+}
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_settings_reach_every_prompt(tiny_model, tokenizers, random_directions, name):
+    given, fixed = tokenizers
+    model = tiny_model()
+    ask, directions = ASKING[name], random_directions(model)
+    found, expected, otherwise = ask(model, given, directions, CHAT), ask(model, fixed, directions, None), None
+    assert len(found) == len(expected)
+    if name == "replies":
+        assert found == expected
+        return
+    otherwise = ask(model, given, directions, None)
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+    assert any(one.shape != two.shape or not torch.equal(one, two) for one, two in zip(found, otherwise, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:the model refuses 0 of")
+def test_settings_stand_in_what_comes_out(tiny_model, tokenizers, monkeypatch):
+    given, _ = tokenizers
+    model = tiny_model()
+    settings = {"prompts": PROMPTS, "held_out": PROMPTS, "progress": False}
+    assert RefusalDirections.extract(model, given, chat=CHAT, **settings).provenance["chat"] == ASKED
+    assert evaluate(model, given, prompts=PROMPTS, chat=CHAT, progress=False).chat == ASKED
+    assert measure_refusal(model, given, PROMPTS.malicious, chat=CHAT, progress=False) == 0
+
+
+def test_a_run_is_resumed_only_if_it_asks_as_before(make_trainer, tokenizers):
+    def trainer(**settings):
+        made = make_trainer("Trainer", "0.5", **settings)
+        made.chat = CHAT
+        return made
+
+    trainer(max_steps=2).train()
+    first = trainer()
+    first.train(resume_from_checkpoint=True)
+    assert first._record()["chat"] == ASKED
+    other = trainer()
+    other.chat = ChatSettings("Be brief.", {"mood": "calm"})
+    with pytest.raises(ProConError, match=r"was trained with chat .*Be kind.*not .*Be brief.*same settings"):
+        other.train(resume_from_checkpoint=True)
