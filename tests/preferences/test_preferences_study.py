@@ -88,6 +88,7 @@ def test_runs_and_page(small, capsys):
     ]
 
 
+@pytest.mark.skipif(not RUNS.is_dir(), reason="the runs are not made yet")
 def test_the_page_is_that_of_the_run_files():
     """The page and its figures come from the run files, byte for byte."""
     docs = RUNS.parents[2] / "docs"
