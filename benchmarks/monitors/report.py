@@ -14,9 +14,9 @@ from benchmarks.monitors.__main__ import RUNS
 from benchmarks.monitors.plan import BUDGET, CHOICE, RESULT, START
 from benchmarks.monitors.prompts import CONCEPTS, PAIRS
 from benchmarks.monitors.readings import Loss, Reading, Readings
+from benchmarks.study.made import how_made
 from benchmarks.study.methods import Method
 from benchmarks.study.plan import Part
-from benchmarks.study.report import provenance_lines
 from benchmarks.study.table import NONE, NOT_RUN, Table
 from procon.errors import ProConError
 from procon.files import write_text
@@ -221,13 +221,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _made(readings: Readings) -> str:
-    return f"""\
-```bash
-python -m benchmarks.monitors
-python -m benchmarks.monitors.report
-```
-
-{provenance_lines(readings.runs)}"""
+    return how_made(readings.runs, ["python -m benchmarks.monitors", "python -m benchmarks.monitors.report"])
 
 
 if __name__ == "__main__":

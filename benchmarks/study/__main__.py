@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import re
 import sys
-import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
-import datasets
-import torch
-import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import HfArgumentParser
 
 from benchmarks.study.budgets import BUDGETS
+from benchmarks.study.missing import find_missing, make_missing, quiet
 from benchmarks.study.plan import Budget
-from benchmarks.study.record import Cell, claimed, load_run, save_run
+from benchmarks.study.record import Cell, save_run
 from benchmarks.study.start import Start, demo_start
 from benchmarks.study.trial import run_trial
 from procon.demo import fetch_demo_model
@@ -68,84 +65,22 @@ def run_study(arguments: StudyArguments) -> None:
         raise ProConError(f"budget is {arguments.budget!r}: choose one of {', '.join(BUDGETS)}")
     runs = Path(arguments.runs or HERE / "runs" / arguments.budget)
     cells = [cell for cell in budget.cells() if re.search(arguments.only, cell.name)]
-    missing = [cell for cell in cells if not cell.path(runs).is_file()]
     console = Console()
-    console.print(f"{len(cells) - len(missing)} of {len(cells)} runs are in {runs}.")
+    missing = find_missing(cells, runs, console, listed=arguments.list)
     if arguments.list or not missing:
-        for cell in missing:
-            console.print(f"  missing: {cell}")
         return
-    _quiet(arguments.threads)
+    quiet(arguments.threads)
     model, base = arguments.model, arguments.base
     if model is None:
         model, base = demo_start(Path(arguments.work)), base or fetch_demo_model()
     start = Start.open(model, extraction=budget.size.extraction, pairs=budget.size.pairs, base=base)
-    _run_missing(budget, missing, start, runs, console)
-
-
-def _run_missing(budget: Budget, missing: list[Cell], start: Start, runs: Path, console: Console) -> None:
-    """In the plan's order; what another process makes in the meantime is skipped.
-
-    Raises:
-        ProConError: at the end, if some failed: hours of others do not wait for one that diverges.
-    """
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[left]}"),
-    )
-    began, failed = time.monotonic(), []
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("runs", total=len(missing), left="")
-        for cell in missing:
-            with claimed(cell.path(runs)) as mine:
-                if mine:
-                    progress.update(task, description=str(cell))
-                    try:
-                        path = _make(cell, budget, start, runs)
-                    except Exception:
-                        failed.append(cell.name)
-                        console.print_exception()
-                    else:
-                        console.print(summary(cell, load_run(path)), soft_wrap=True)
-            # From the runs that are there now, whichever process made them.
-            done = sum(other.path(runs).is_file() for other in missing)
-            elapsed = time.monotonic() - began
-            left = (len(missing) - done) * elapsed / max(done, 1)
-            progress.update(task, completed=done, left=f"about {left / 60:.0f} min left" if done else "")
-    if failed:
-        raise ProConError(
-            f"failed, for the reasons above: {', '.join(failed)}; the other runs are there, try these again"
-        )
+    make_missing(missing, partial(_make, budget=budget, start=start, runs=runs), runs, console)
 
 
 def _make(cell: Cell, budget: Budget, start: Start, runs: Path) -> Path:
     method = budget.method(cell)
     run = run_trial(start, method, budget.job(cell), cell.seed, cell.split, budget.size)
     return save_run(cell, asdict(method), run, runs)
-
-
-def summary(cell: Cell, run: dict) -> str:
-    """One line on a run."""
-    replies = run["replies"]
-
-    def share(kind: str, key: str) -> str:
-        return f"{sum(reply[key] for reply in replies[kind]) / len(replies[kind]):.0%}"
-
-    return (
-        f"{cell}: refuses {share('malicious', 'refused')} of malicious and {share('benign', 'refused')} of benign "
-        f"prompts, task {share('task', 'correct')}, {run['train_seconds']:.0f} s of training"
-    )
-
-
-def _quiet(threads: int) -> None:
-    if threads:
-        torch.set_num_threads(threads)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 if __name__ == "__main__":

@@ -51,15 +51,18 @@ class Outcomes:
     runs: tuple[dict, ...]
 
     @classmethod
-    def load(cls, budget: Budget, folder: Path, judge: Judge) -> Outcomes:
+    def load(cls, budget: Budget, folder: Path, judge: Judge, command: str = "python -m benchmarks.study") -> Outcomes:
         """A budget's runs that are there, with the second judge's verdict on each reply to a contrast prompt.
+
+        Args:
+            command: makes the runs; named if there are none.
 
         Raises:
             ProConError: if there is none, or for a file that is damaged or was made with other settings.
         """
         paths = {cell.path(folder): budget.method(cell) for cell in budget.cells() if cell.path(folder).is_file()}
         if not paths:
-            raise ProConError(f"there are no runs in {str(folder)!r}: make them with 'python -m benchmarks.study'")
+            raise ProConError(f"there are no runs in {str(folder)!r}: make them with {command!r}")
         runs = [check_settings(load_run(path), asdict(method), path) for path, method in paths.items()]
         replies = [reply for run in runs for kind in JUDGED for reply in run["replies"][kind]]
         for reply, refused in zip(replies, judge.refuses([reply["reply"] for reply in replies]), strict=True):

@@ -7,7 +7,7 @@ import os
 import platform
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -95,11 +95,11 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def save_run(cell: Cell, method: dict, measured: dict, runs: Path) -> Path:
-    """Write the run file with what it was made by and on."""
+def save_run(cell: Cell, method: dict, measured: dict, runs: Path, packages: Sequence[str] = ()) -> Path:
+    """Write the run file with what it was made by and on; ``packages`` are those that not every study has."""
     # In run files, which are never edited, a job is called a setting.
     return save_json(
-        {"setting": cell.job, "method": method, "seed": cell.seed, "made": provenance(), **measured},
+        {"setting": cell.job, "method": method, "seed": cell.seed, "made": provenance(*packages), **measured},
         cell.path(runs),
     )
 
@@ -124,14 +124,14 @@ def check_settings(run: dict, planned: dict, path: Path) -> dict:
     return run
 
 
-def provenance() -> dict:
+def provenance(*packages: str) -> dict:
     """Date, machine, versions and commit."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{_processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads, "
         + ("GPU " + torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
         "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "transformers", "peft")},
+        **{package: version(package) for package in ("torch", "transformers", "peft", *packages)},
         "commit": _commit(),
     }
 

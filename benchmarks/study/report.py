@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from benchmarks.study.figures import Drawing, drift_place_drawing, part_drawings
 from benchmarks.study.hypotheses import judge_hypotheses
 from benchmarks.study.jobs import JOBS
 from benchmarks.study.judge import load_judge
+from benchmarks.study.made import how_made
 from benchmarks.study.outcomes import Outcomes, judges_agree
 from benchmarks.study.plan import Budget, Part
 from benchmarks.study.preset import candidates, choose, confirm
@@ -112,7 +112,7 @@ def compose(budget: Budget, name: str, outcomes: Outcomes, judge: str) -> tuple[
         sections += ["## Where the drift lies", figure(drift_place_drawing(plain))]
     if DISCUSSION.is_file():
         sections.append(DISCUSSION.read_text(encoding="utf-8").strip())
-    sections += ["## What this does not show", LIMITS, "## How this was made", _provenance(name, outcomes)]
+    sections += ["## What this does not show", LIMITS, "## How this was made", how_made(outcomes.runs, _commands(name))]
     return "\n\n".join(filter(None, sections)) + "\n", drawings
 
 
@@ -158,35 +158,8 @@ def _paper_note(part: Part, job: str) -> str:
     return f"The paper's figures are from its {' and '.join(tables)}." if tables else ""
 
 
-def _provenance(name: str, outcomes: Outcomes) -> str:
-    return f"""\
-```bash
-python -m benchmarks.study --budget {name}
-python -m benchmarks.study.report --budget {name}
-```
-
-{provenance_lines(outcomes.runs)}"""
-
-
-def provenance_lines(runs: Sequence[dict]) -> str:
-    """What runs were made by and on, as a list."""
-    made = [run["made"] for run in runs]
-    machines = Counter(entry["machine"] for entry in made)
-    packages = ("python", "torch", "transformers", "peft")
-    versions = {package: " and ".join(sorted({entry[package] for entry in made})) for package in packages}
-    commits = Counter(str(entry["commit"]) for entry in made)
-    hours = sum(run["seconds"] for run in runs) / 3600
-    trained = sum(run["train_seconds"] for run in runs) / 3600
-    return f"""\
-- Machines: {_counted(machines)}.
-- Versions: {", ".join(f"{package} {number}" for package, number in versions.items())}.
-- Commits: {_counted(commits)}.
-- Hours: {hours:.1f}, of which {trained:.1f} were training, summed over runs; several may have run at once.
-- Seeds: {", ".join(map(str, sorted({run["seed"] for run in runs})))}."""
-
-
-def _counted(found: Counter[str]) -> str:
-    return "; ".join(f"{name} ({n} {'run' if n == 1 else 'runs'})" for name, n in found.most_common())
+def _commands(name: str) -> list[str]:
+    return [f"python -m benchmarks.study --budget {name}", f"python -m benchmarks.study.report --budget {name}"]
 
 
 def to_html(text: str, drawings: Sequence[Drawing]) -> str:

@@ -100,13 +100,13 @@ def cost_table(part: Part, job: str, outcomes: Outcomes) -> Table:
     """Perplexity, drift, displacement, time, memory and seeds."""
     columns: list[tuple[str, Callable[[dict[int, dict]], str]]] = [
         ("perplexity", lambda runs: f"{_mean(run['perplexity'] for run in runs.values()):.1f}"),
-        ("cosine", lambda runs: _over_blocks(runs, "drift", "cosine", "{:.3f}")),
-        ("shift", lambda runs: _over_blocks(runs, "drift", "malicious_shift", "{:+.2f}")),
-        ("off r", lambda runs: _over_blocks(runs, "displacement", "off", "{:.2f}")),
-        ("share along r", lambda runs: _over_blocks(runs, "displacement", "direction_share", "{:.1%}")),
-        ("time", _time),
+        ("cosine", lambda runs: over_blocks(runs, "drift", "cosine", "{:.3f}")),
+        ("shift", lambda runs: over_blocks(runs, "drift", "malicious_shift", "{:+.2f}")),
+        ("off r", lambda runs: over_blocks(runs, "displacement", "off", "{:.2f}")),
+        ("share along r", lambda runs: over_blocks(runs, "displacement", "direction_share", "{:.1%}")),
+        ("time", time_cell),
         ("memory", _memory),
-        ("seeds", lambda runs: _seeds(runs, part)),
+        ("seeds", lambda runs: seeds_cell(runs, part)),
     ]
     rows = []
     for method in part.methods:
@@ -117,7 +117,8 @@ def cost_table(part: Part, job: str, outcomes: Outcomes) -> Table:
     return Table(["method", *(header for header, _ in columns)], rows)
 
 
-def _seeds(runs: dict[int, dict], part: Part) -> str:
+def seeds_cell(runs: dict[int, dict], part: Part) -> str:
+    """How many of a part's seeds have a run."""
     if any(run["train_seconds"] for run in runs.values()):
         return f"{len(runs)} of {len(part.seeds)}"
     return NONE
@@ -127,13 +128,13 @@ def _mean(numbers) -> float:
     return float(np.mean(list(numbers)))
 
 
-def _over_blocks(runs: dict[int, dict], group: str, name: str, form: str) -> str:
+def over_blocks(runs: dict[int, dict], group: str, name: str, form: str) -> str:
     """The mean over the blocks that have a direction."""
     known = [value for value in by_block(runs, group, name) if not np.isnan(value)]
     return form.format(np.mean(known)) if known else NONE
 
 
-def _time(runs: dict[int, dict]) -> str:
+def time_cell(runs: dict[int, dict]) -> str:
     """From the shortest to the longest: runs are not timed in turns, and other work on the machine shows."""
     known = [run["train_seconds"] for run in runs.values() if run["train_seconds"]]
     if not known:

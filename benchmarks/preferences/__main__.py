@@ -1,0 +1,68 @@
+"""``python -m benchmarks.preferences``: make the missing runs, in any number of processes."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from transformers import HfArgumentParser
+
+from benchmarks.preferences.plan import ALGORITHMS, PLAN, RUNS
+from benchmarks.preferences.trial import run_trial
+from benchmarks.study.missing import find_missing, make_missing, quiet
+from benchmarks.study.record import Cell, save_run
+from benchmarks.study.start import Start, demo_start
+from procon.errors import ProConError
+
+
+@dataclass
+class PreferencesArguments:
+    """Train by DPO and by GRPO, plain and constrained, with every seed; one JSON per run."""
+
+    runs: str = field(default=str(RUNS), metadata={"help": "Folder of run files."})
+    work: str = field(default="procon-study", metadata={"help": "Folder for the start model, as of the study."})
+    only: str = field(
+        default="", metadata={"help": "Make only runs whose name this regular expression finds: ^dpo/.*/seed-0"}
+    )
+    threads: int = field(default=0, metadata={"help": "CPU threads of this process; torch's choice if 0."})
+    list: bool = field(default=False, metadata={"help": "Show how many runs are made and which are missing, and stop."})
+
+
+def main(argv: list[str] | None = None) -> int:
+    (arguments,) = HfArgumentParser(
+        PreferencesArguments, prog="python -m benchmarks.preferences"
+    ).parse_args_into_dataclasses(argv)
+    try:
+        run_preferences(arguments)
+    except ProConError as error:
+        print(f"preferences: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_preferences(arguments: PreferencesArguments) -> None:
+    """Make every missing run; prints one line per run and how long the rest will take."""
+    runs = Path(arguments.runs)
+    cells = [cell for cell in PLAN.cells() if re.search(arguments.only, cell.name)]
+    console = Console()
+    missing = find_missing(cells, runs, console, listed=arguments.list)
+    if arguments.list or not missing:
+        return
+    quiet(arguments.threads)
+    size = PLAN.size
+    start = Start.open(demo_start(Path(arguments.work)), extraction=size.extraction, pairs=size.pairs)
+    make_missing(missing, partial(_make, start=start, runs=runs), runs, console)
+
+
+def _make(cell: Cell, start: Start, runs: Path) -> Path:
+    method = PLAN.method(cell)
+    run = run_trial(start, method, ALGORITHMS[cell.job], cell.seed, cell.split, PLAN.size)
+    return save_run(cell, asdict(method), run, runs, packages=("trl",))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Make the missing runs of a plan, in any number of processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.study.record import Cell, claimed, load_run
+from procon.errors import ProConError
+
+
+def find_missing(cells: Sequence[Cell], runs: Path, console: Console, *, listed: bool) -> list[Cell]:
+    """The cells that have no run yet; prints how many have, and if ``listed`` which have not."""
+    missing = [cell for cell in cells if not cell.path(runs).is_file()]
+    console.print(f"{len(cells) - len(missing)} of {len(cells)} runs are in {runs}.")
+    if listed:
+        for cell in missing:
+            console.print(f"  missing: {cell}")
+    return missing
+
+
+def make_missing(missing: Sequence[Cell], make: Callable[[Cell], Path], runs: Path, console: Console) -> None:
+    """In the order given; what another process makes in the meantime is skipped.
+
+    Args:
+        make: makes the run of a cell, and returns its file.
+
+    Raises:
+        ProConError: at the end, if some failed: hours of others do not wait for one that diverges.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    began, failed = time.monotonic(), []
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("runs", total=len(missing), left="")
+        for cell in missing:
+            with claimed(cell.path(runs)) as mine:
+                if mine:
+                    progress.update(task, description=str(cell))
+                    try:
+                        path = make(cell)
+                    except Exception:
+                        failed.append(cell.name)
+                        console.print_exception()
+                    else:
+                        console.print(summary(cell, load_run(path)), soft_wrap=True)
+            # From the runs that are there now, whichever process made them.
+            done = sum(other.path(runs).is_file() for other in missing)
+            elapsed = time.monotonic() - began
+            left = (len(missing) - done) * elapsed / max(done, 1)
+            progress.update(task, completed=done, left=f"about {left / 60:.0f} min left" if done else "")
+    if failed:
+        raise ProConError(
+            f"failed, for the reasons above: {', '.join(failed)}; the other runs are there, try these again"
+        )
+
+
+def summary(cell: Cell, run: dict) -> str:
+    """One line on a run."""
+    replies = run["replies"]
+
+    def share(kind: str, key: str) -> str:
+        return f"{sum(reply[key] for reply in replies[kind]) / len(replies[kind]):.0%}"
+
+    return (
+        f"{cell}: refuses {share('malicious', 'refused')} of malicious and {share('benign', 'refused')} of benign "
+        f"prompts, task {share('task', 'correct')}, {run['train_seconds']:.0f} s of training"
+    )
+
+
+def quiet(threads: int) -> None:
+    """No logs or bars of other packages; ``threads`` of torch if above 0."""
+    if threads:
+        torch.set_num_threads(threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
