@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
-import datasets
-import torch
-import transformers
+from rich.console import Console
 from transformers import HfArgumentParser
 
 from benchmarks.monitors.plan import BUDGET, Variant
 from benchmarks.monitors.trial import run_trial
 from benchmarks.monitors.watched import Watched
-from benchmarks.study.record import claimed, save_run
+from benchmarks.study.missing import find_missing, make_missing, quiet
+from benchmarks.study.record import Cell, save_run
 from benchmarks.study.start import demo_start
 from procon.errors import ProConError
 
@@ -45,29 +45,24 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_runs(arguments: MonitorArguments) -> None:
-    """Make every run that is missing; what another process makes in the meantime is skipped."""
+    """Make every run that is missing; prints one line per run and how long the rest will take."""
     runs, work = Path(arguments.runs), Path(arguments.work)
     cells = [cell for cell in BUDGET.cells() if re.search(arguments.only, cell.name)]
-    missing = [cell for cell in cells if not cell.path(runs).is_file()]
-    print(f"{len(cells) - len(missing)} of {len(cells)} runs are in {runs}.")
+    console = Console()
+    missing = find_missing(cells, runs, console, listed=arguments.list)
     if arguments.list or not missing:
-        for cell in missing:
-            print(f"  missing: {cell}")
         return
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    quiet(arguments.threads)
     watched = Watched.open(demo_start(work), work, BUDGET.size)
-    for cell in missing:
-        with claimed(cell.path(runs)) as mine:
-            if mine:
-                variant = BUDGET.method(cell)
-                assert isinstance(variant, Variant)
-                run = run_trial(watched, variant, BUDGET.job(cell), cell.seed, cell.split, BUDGET.size, work)
-                save_run(cell, asdict(variant), run, runs)
-                print(f"{cell}: {run['train_seconds']:.0f} s of training, rates {run['rates']}", flush=True)
+    make_missing(missing, partial(_make, watched=watched, runs=runs, work=work), runs, console)
+
+
+def _make(cell: Cell, watched: Watched, runs: Path, work: Path) -> str:
+    variant = BUDGET.method(cell)
+    assert isinstance(variant, Variant)
+    run = run_trial(watched, variant, BUDGET.job(cell), cell.seed, cell.split, BUDGET.size, work)
+    save_run(cell, asdict(variant), run, runs)
+    return f"{cell}: {run['train_seconds']:.0f} s of training, rates {run['rates']}"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from transformers import HfArgumentParser
 
 from benchmarks.preferences.plan import ALGORITHMS, PLAN, RUNS
 from benchmarks.preferences.trial import run_trial
-from benchmarks.study.missing import find_missing, make_missing, quiet
+from benchmarks.study.missing import find_missing, make_missing, quiet, summary
 from benchmarks.study.record import Cell, save_run
 from benchmarks.study.start import Start, demo_start
 from procon.errors import ProConError
@@ -58,10 +58,11 @@ def run_preferences(arguments: PreferencesArguments) -> None:
     make_missing(missing, partial(_make, start=start, runs=runs), runs, console)
 
 
-def _make(cell: Cell, start: Start, runs: Path) -> Path:
+def _make(cell: Cell, start: Start, runs: Path) -> str:
     method = PLAN.method(cell)
     run = run_trial(start, method, ALGORITHMS[cell.job], cell.seed, cell.split, PLAN.size)
-    return save_run(cell, asdict(method), run, runs, packages=("trl",))
+    save_run(cell, asdict(method), run, runs, packages=("trl",))
+    return summary(cell, run)
 
 
 if __name__ == "__main__":

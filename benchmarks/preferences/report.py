@@ -15,7 +15,7 @@ from benchmarks.preferences.table import learned_table
 from benchmarks.preferences.wording import LIMITS, READING
 from benchmarks.study.figures import Drawing
 from benchmarks.study.judge import load_judge
-from benchmarks.study.made import how_made
+from benchmarks.study.made import how_made, when_made
 from benchmarks.study.outcomes import Outcomes
 from benchmarks.study.plan import Budget, Part
 from benchmarks.study.table import kept_table
@@ -80,12 +80,10 @@ def compose(plan: Budget, outcomes: Outcomes) -> tuple[str, list[Drawing]]:
 
 
 def _summary(plan: Budget, outcomes: Outcomes) -> str:
-    dates = sorted(run["made"]["date"][:10] for run in outcomes.runs)
-    made = f"on {dates[0]}" if dates[0] == dates[-1] else f"from {dates[0]} to {dates[-1]}"
     return (
         "What DPO and GRPO, by TRL's trainers, do to the refusals of a small chat model, and what they do under the "
         "constraint. All numbers and figures on this page are computed from run files. Of the "
-        f"{len(plan.cells())} runs that are planned, {len(outcomes.runs)} are there, made {made}."
+        f"{len(plan.cells())} runs that are planned, {len(outcomes.runs)} are there, made {when_made(outcomes.runs)}."
     )
 
 

@@ -10,7 +10,7 @@ from benchmarks.preferences.learned import PROGRESS, REWARD
 from benchmarks.study.intervals import Estimate
 from benchmarks.study.outcomes import Outcomes, values
 from benchmarks.study.plan import Part
-from benchmarks.study.table import NONE, NOT_RUN, Table, over_blocks, seeds_cell, time_cell
+from benchmarks.study.table import NONE, NOT_RUN, Table, by_method, over_blocks, seeds_cell, time_cell
 
 _Runs = dict[int, dict]
 
@@ -29,15 +29,10 @@ def learned_table(part: Part, job: str, outcomes: Outcomes) -> Table:
         ("time", time_cell),
         ("seeds", lambda runs: seeds_cell(runs, part)),
     ]
-    rows = []
-    for method in part.methods:
-        runs = outcomes.of(part, job, method.name)
-        rows.append(
-            [method.label, *([cell(runs) for _, cell in columns] if runs else [NOT_RUN, *[NONE] * (len(columns) - 1)])]
-        )
-    shown = [i for i in range(len(columns) + 1) if i == 0 or any(row[i] not in (NONE, NOT_RUN) for row in rows)]
-    header = ["method", *(header for header, _ in columns)]
-    return Table([header[i] for i in shown], [[row[i] for i in shown] for row in rows])
+    table = by_method(part, job, outcomes, columns)
+    # What no method of this algorithm has is left out.
+    shown = [i for i in range(len(columns) + 1) if i == 0 or any(row[i] not in (NONE, NOT_RUN) for row in table.rows)]
+    return Table([table.header[i] for i in shown], [[row[i] for i in shown] for row in table.rows])
 
 
 def _trained(runs: _Runs) -> bool:

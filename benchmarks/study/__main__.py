@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import HfArgumentParser
 
 from benchmarks.study.budgets import BUDGETS
-from benchmarks.study.missing import find_missing, make_missing, quiet
+from benchmarks.study.missing import find_missing, make_missing, quiet, summary
 from benchmarks.study.plan import Budget
 from benchmarks.study.record import Cell, save_run
 from benchmarks.study.start import Start, demo_start
@@ -77,10 +77,11 @@ def run_study(arguments: StudyArguments) -> None:
     make_missing(missing, partial(_make, budget=budget, start=start, runs=runs), runs, console)
 
 
-def _make(cell: Cell, budget: Budget, start: Start, runs: Path) -> Path:
+def _make(cell: Cell, budget: Budget, start: Start, runs: Path) -> str:
     method = budget.method(cell)
     run = run_trial(start, method, budget.job(cell), cell.seed, cell.split, budget.size)
-    return save_run(cell, asdict(method), run, runs)
+    save_run(cell, asdict(method), run, runs)
+    return summary(cell, run)
 
 
 if __name__ == "__main__":

@@ -28,5 +28,11 @@ def how_made(runs: Sequence[dict], commands: Sequence[str], packages: Sequence[s
 - Seeds: {", ".join(map(str, sorted({run["seed"] for run in runs})))}."""
 
 
+def when_made(runs: Sequence[dict]) -> str:
+    """The day on which runs were made, or the first and the last."""
+    dates = sorted(run["made"]["date"][:10] for run in runs)
+    return f"on {dates[0]}" if dates[0] == dates[-1] else f"from {dates[0]} to {dates[-1]}"
+
+
 def _counted(found: Counter[str]) -> str:
     return "; ".join(f"{name} ({n} {'run' if n == 1 else 'runs'})" for name, n in found.most_common())

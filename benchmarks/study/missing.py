@@ -12,7 +12,7 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.study.record import Cell, claimed, load_run
+from benchmarks.study.record import Cell, claimed
 from procon.errors import ProConError
 
 
@@ -26,11 +26,11 @@ def find_missing(cells: Sequence[Cell], runs: Path, console: Console, *, listed:
     return missing
 
 
-def make_missing(missing: Sequence[Cell], make: Callable[[Cell], Path], runs: Path, console: Console) -> None:
+def make_missing(missing: Sequence[Cell], make: Callable[[Cell], str], runs: Path, console: Console) -> None:
     """In the order given; what another process makes in the meantime is skipped.
 
     Args:
-        make: makes the run of a cell, and returns its file.
+        make: makes the run of a cell, writes its file, and returns a line on it.
 
     Raises:
         ProConError: at the end, if some failed: hours of others do not wait for one that diverges.
@@ -50,12 +50,12 @@ def make_missing(missing: Sequence[Cell], make: Callable[[Cell], Path], runs: Pa
                 if mine:
                     progress.update(task, description=str(cell))
                     try:
-                        path = make(cell)
+                        line = make(cell)
                     except Exception:
                         failed.append(cell.name)
                         console.print_exception()
                     else:
-                        console.print(summary(cell, load_run(path)), soft_wrap=True)
+                        console.print(line, soft_wrap=True)
             # From the runs that are there now, whichever process made them.
             done = sum(other.path(runs).is_file() for other in missing)
             elapsed = time.monotonic() - began

@@ -17,7 +17,7 @@ from benchmarks.study.figures import Drawing, drift_place_drawing, part_drawings
 from benchmarks.study.hypotheses import judge_hypotheses
 from benchmarks.study.jobs import JOBS
 from benchmarks.study.judge import load_judge
-from benchmarks.study.made import how_made
+from benchmarks.study.made import how_made, when_made
 from benchmarks.study.outcomes import Outcomes, judges_agree
 from benchmarks.study.plan import Budget, Part
 from benchmarks.study.preset import candidates, choose, confirm
@@ -117,13 +117,11 @@ def compose(budget: Budget, name: str, outcomes: Outcomes, judge: str) -> tuple[
 
 
 def _summary(budget: Budget, name: str, outcomes: Outcomes) -> str:
-    dates = sorted(run["made"]["date"][:10] for run in outcomes.runs)
-    made = f"on {dates[0]}" if dates[0] == dates[-1] else f"from {dates[0]} to {dates[-1]}"
     return (
         "What fine-tuning does to a chat model's refusals, with each defence and without. All numbers, figures and "
         "verdicts on this page are computed from run files. Of the "
-        f"{len(budget.cells())} runs that the budget `{name}` plans, {len(outcomes.runs)} are there, made {made}. "
-        "The same in one file: [report.html](report.html)."
+        f"{len(budget.cells())} runs that the budget `{name}` plans, {len(outcomes.runs)} are there, made "
+        f"{when_made(outcomes.runs)}. The same in one file: [report.html](report.html)."
     )
 
 

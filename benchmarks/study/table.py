@@ -108,6 +108,13 @@ def cost_table(part: Part, job: str, outcomes: Outcomes) -> Table:
         ("memory", _memory),
         ("seeds", lambda runs: seeds_cell(runs, part)),
     ]
+    return by_method(part, job, outcomes, columns)
+
+
+def by_method(
+    part: Part, job: str, outcomes: Outcomes, columns: Sequence[tuple[str, Callable[[dict[int, dict]], str]]]
+) -> Table:
+    """One row per method of a part; a column is a header, and what it says of a method's runs."""
     rows = []
     for method in part.methods:
         runs = outcomes.of(part, job, method.name)
