@@ -246,24 +246,10 @@ class Directions(BlockDirections):
         chat: ChatSettings | None,
     ) -> Directions:
         """These of one concept, with what is measured on prompts that have it and prompts that do not."""
-        z, means = (
-            [],
-            ContrastMeans.measure(
-                model,
-                tokenizer,
-                prompts,
-                called=("positive", "negative"),
-                chat=chat,
-                batch_size=batch_size,
-                progress=progress,
-            ),
-        )
-        for side in (prompts.malicious, prompts.benign):
-            z.append(
-                project_on_all(
-                    model, tokenizer, self.vectors, side, chat=chat, batch_size=batch_size, progress=progress
-                )
-            )
+        asked = {"chat": chat, "batch_size": batch_size, "progress": progress}
+        means = ContrastMeans.measure(model, tokenizer, prompts, called=("positive", "negative"), **asked)
+        sides = (prompts.malicious, prompts.benign)
+        z = [project_on_all(model, tokenizer, self.vectors, side, **asked) for side in sides]
         unit = self.vectors[:, 0].double()
         positive, negative = ((unit * mean).sum(-1)[:, None] for mean in (means.malicious, means.benign))
         distance = (positive - negative).abs()
