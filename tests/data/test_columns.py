@@ -19,11 +19,6 @@ from procon.errors import ProConError
 from procon.sequences import IGNORE_INDEX
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch, tmp_path_factory):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-
-
 def turn(role: str, content: str, **more) -> dict:
     return {"role": role, "content": content, **more}
 
