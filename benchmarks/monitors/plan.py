@@ -26,7 +26,7 @@ class Variant(Method):
 
 
 def anchored(name: str, label: str, directions: str, twins: int = 0, **config: Any) -> Variant:
-    """Anchors in the deep half of the blocks, where monitors read; all else as the library has it, but for ``config``.
+    """Anchors in the deep half of the blocks, where monitors read; the rest as the library has it, but for ``config``.
 
     Args:
         twins: of each concept, as probes; none if training tokens alone are anchored.

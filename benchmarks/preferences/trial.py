@@ -70,7 +70,7 @@ def _train(
 
 
 def _held_out_pairs(trainer: Trainer) -> dict:
-    """How well pairs that were not trained on are told apart, if there are any."""
+    """How well pairs that were not trained on are separated, if there are any."""
     if trainer.eval_dataset is None:
         return {}
     found = trainer.evaluate()
