@@ -30,6 +30,7 @@ from procon.models import load_model
 from procon.report import Run, print_table, write_html
 from procon.settings import PAPER_RECIPE
 from procon.training import DriftCallback, EvaluationCallback, ProConArguments, ProConConfig, ProConTrainer
+from procon.training.console_rows import show_rows
 from procon.version import __version__
 
 #: Below this share of refused malicious prompts there is too little to preserve, and the model is taught first.
@@ -216,6 +217,7 @@ def _fine_tune(
             **REPLY_TOKENS,
         ),
     )
+    show_rows(trainer)
     for probe in probes:
         trainer.add_callback(probe)
     times = trainer.train().metrics

@@ -86,6 +86,7 @@ def test_whole_quickstart_on_a_tiny_model(tiny_model, tokenizer, tmp_path, monke
     saved = json.loads((output / "runs" / "plain.json").read_text())
     assert saved["evaluation"]["refusal_malicious"]["total"] == runs[1].evaluation.refusal_malicious.total >= 48
     printed = capsys.readouterr().out
+    assert "{'" not in printed  # rows, not dictionaries
     for heading in ("malicious", "accuracy", "cosine", "per step"):
         assert heading in printed
     # An adapter names the start as its base, and both runs began from the same weights.
