@@ -14,6 +14,8 @@ ALPHA = 0.2
 #: Multiples of the study's steps.
 LONG = 4.0
 
+SEEDS = (0, 1)
+
 
 def probing(
     name: str, label: str, weight: float, *, alpha: float = ALPHA, directions: str = "refusal", **config: Any
@@ -33,28 +35,63 @@ def longer(method: Method, length: float = LONG) -> Method:
     return replace(method, name=f"{method.name}_x{length:g}", label=f"{method.label}, {length:g}x", length=length)
 
 
+_EVERYWHERE = {"procon_blocks": "all,last"}
 _DEEP = {"procon_blocks": "0.5,last"}
 _WITH_TOKENS = {"procon_anchors": "recorded+probes"}
+_BOTH = {"procon_probe_hold": "both"}
 
 #: SBR (arXiv 2605.05995): the whole last hidden state of eight probes, after the final norm, mean squared.
 SBR = probing("sbr", "SBR", 10, procon_probe_hold="state")
+PROBES = probing("probes_10", "probes, projections", 10, **_EVERYWHERE)
+BOTH = probing("both_10", "probes, projections and state", 10, **_EVERYWHERE, **_BOTH)
+TOKENS_BOTH = probing(
+    "tokens_both_10",
+    "the same and training tokens, alpha 0.05",
+    10,
+    alpha=0.05,
+    **_EVERYWHERE,
+    **_BOTH,
+    **_WITH_TOKENS,
+)
+RANDOM = probing("probes_10_random", "probes, random directions", 10, directions="random:1", **_EVERYWHERE)
 
-CANDIDATES = (
-    SBR,
+#: What is compared at every length and with every seed; with the start, plain training and ProCon_s.
+SOURCES = (SBR, PROBES, BOTH, TOKENS_BOTH, RANDOM)
+
+#: Other settings, at the length at which they were tried.
+SETTINGS = (
+    probing("both_3", "probes, projections and state, weight 3", 3, **_EVERYWHERE, **_BOTH),
     probing("probes_deep_1", "probes, deep half and last output, weight 1", 1, **_DEEP),
     probing("tokens_probes_deep_1", "the same and training tokens, alpha 0.1", 1, alpha=0.1, **_DEEP, **_WITH_TOKENS),
 )
 
 
-def source_parts(start: Method, plain: Method) -> tuple[Part, ...]:
-    """The part in which the settings of probes are chosen."""
+def source_parts(start: Method, plain: Method, procon_s: Method) -> tuple[Part, ...]:
+    """The parts in which sources of anchors are compared, and the settings of probes chosen."""
+    compared = (plain, procon_s, *SOURCES)
     return (
         Part(
-            "sources",
+            "sources_long",
             "Where anchors come from, four times the steps",
             "Which tokens should be kept where they were, if training is long?",
-            (start, longer(plain), *map(longer, CANDIDATES)),
-            seeds=(0,),
+            (start, *map(longer, compared)),
+            seeds=SEEDS,
+            split="validation",
+        ),
+        Part(
+            "sources",
+            "Where anchors come from",
+            "Which tokens should be kept where they were, at the study's length?",
+            (start, *compared),
+            seeds=SEEDS,
+            split="validation",
+        ),
+        Part(
+            "settings",
+            "Settings of probes, four times the steps",
+            "How strongly should probes be kept, and where?",
+            (start, *map(longer, (plain, SBR, PROBES, BOTH, TOKENS_BOTH, *SETTINGS))),
+            seeds=SEEDS[:1],
             split="validation",
         ),
     )

@@ -241,7 +241,7 @@ BUDGETS: dict[str, Budget] = {
         (TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, BASELINES, WARMUP, DEPTH, CONVERGENCE, SUBSPACE, FORMAT, ROUNDING),
         Size(),
     ),
-    "anchors": Budget(source_parts(START, PLAIN), Size()),
+    "anchors": Budget(source_parts(START, PLAIN, PROCON_S), Size()),
     "full": Budget(
         (_FULL_TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, SUBSPACE),
         Size(train=6400, test=512, epochs=10, pairs=192, poisoned=100, safety=1000),
