@@ -45,6 +45,9 @@ _BENCHMARKS = importlib.util.spec_from_file_location(
 )
 sys.modules["benchmarks"] = importlib.util.module_from_spec(_BENCHMARKS)
 
+# And what tests run in processes of their own: those processes find it there too.
+sys.path.append(str(Path(__file__).parent / "workers"))
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Long tests first: at the end, one process would wait for the other's.

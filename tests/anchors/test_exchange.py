@@ -4,27 +4,25 @@ A folder of its own stands for a host's file system: ranks 0 and 1 share one, ra
 """
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from forked import run_ranks
 
 from procon.anchors.exchange import gather, on_all_ranks, once_per_host, own_rank, share_files
 
 WORKER = textwrap.dedent(
     """
-    import json, sys
+    import json, os, sys
     from pathlib import Path
     import torch.distributed as dist
     from procon.anchors import exchange
     from procon.anchors.exchange import on_all_ranks, once_per_host, share_files
     from procon.errors import ProConError
 
-    root, rank = Path(sys.argv[1]), int(sys.argv[2])
-    dist.init_process_group("gloo", init_method=f"file://{root}/rendezvous", rank=rank, world_size=3)
+    root, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    dist.init_process_group("gloo")
     exchange.PIECE_BYTES = 64
     sent = []
     broadcast = dist.broadcast_object_list
@@ -93,13 +91,7 @@ def shared(tmp_path_factory):
     write(root / "conflict" / "two", {"a.bin": b"123"})
     script = root / "worker.py"
     script.write_text(WORKER)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ranks = [
-        subprocess.Popen([sys.executable, str(script), str(root), str(rank)], env=environment, stderr=subprocess.PIPE)
-        for rank in range(3)
-    ]
-    errors = [rank.communicate(timeout=120)[1].decode() for rank in ranks]
-    assert not any(rank.returncode for rank in ranks), errors
+    run_ranks(3, script, root)
     return root, [json.loads((root / f"{rank}.json").read_text()) for rank in range(3)]
 
 

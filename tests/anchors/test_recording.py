@@ -3,13 +3,11 @@
 A folder of its own stands for a rank's file system.
 """
 
-import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
 import torch
+from forked import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -24,9 +22,8 @@ COMMON = textwrap.dedent(
     from procon.models import find_decoder
     from procon.directions import RefusalDirections
 
-    root, rank = Path(sys.argv[1]), int(sys.argv[2])
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    dist.init_process_group("gloo", init_method=f"file://{root}/rendezvous", rank=rank, world_size=2)
+    root, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    dist.init_process_group("gloo")
     ones = torch.ones(3)
     generator = torch.Generator().manual_seed(1)
     unit = torch.nn.functional.normalize(torch.randn(3, 32, generator=generator), dim=1)
@@ -125,6 +122,8 @@ ZERO_3 = COMMON + textwrap.dedent(
     """
     import deepspeed
 
+    # Ranks on one CPU would first compile a way to share memory, which takes a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     expected = definition(make(torch.float32))
     deepspeed.init_distributed("gloo")
     model = make(torch.float32)
@@ -145,22 +144,7 @@ ZERO_3 = COMMON + textwrap.dedent(
 def run(worker: str, root) -> list[dict]:
     script = root / "worker.py"
     script.write_text(worker)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(root), str(rank)],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [rank.communicate(timeout=240)[1].decode()[-3000:] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert not any(rank.returncode for rank in ranks), "\n".join(errors)
+    run_ranks(2, script, root)
     return [torch.load(root / f"{rank}.pt") for rank in range(2)]
 
 

@@ -21,14 +21,14 @@ from procon.training import ProConConfig, ProConTrainer
 @pytest.mark.slow
 def test_real_model_refuses_and_trains_under_the_constraint(tmp_path):
     model, tokenizer = load_model(fetch_demo_model())
-    held_out = builtin_prompts("held_out").first(16)
+    held_out = builtin_prompts("held_out").first(8)
     assert measure_refusal(model, tokenizer, held_out.malicious, progress=False) <= 0.25
     model = teach_refusal(model, tokenizer)
     # The packaged adapter refuses 95% of held-out prompts in bfloat16; 75% leaves room for another dtype's rounding.
     assert measure_refusal(model, tokenizer, held_out.malicious, progress=False) >= 0.75
 
     directions = RefusalDirections.extract(
-        model, tokenizer, builtin_prompts("extraction").first(48), check_refusal=False, progress=False
+        model, tokenizer, builtin_prompts("extraction").first(32), check_refusal=False, progress=False
     )
     assert directions.usable.tolist() == [False] + [True] * 30  # RoPE: the first block sees the token alone
     assert directions.auroc[15:].min() > 0.8

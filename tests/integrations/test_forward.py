@@ -3,16 +3,14 @@ trainer that would lose it is stopped."""
 
 import copy
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from forked import run_ranks
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -575,15 +573,7 @@ def test_two_ranks_give_the_gradient_of_one(tiny_model, tokenizer, samples, tmp_
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "rows.json").write_text(json.dumps(samples))
     worker = Path(__file__).parents[1] / "workers" / "forward_mode.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    result = subprocess.run(
-        [*command, str(worker), str(tmp_path), __file__, "2"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_ranks(2, worker, tmp_path, __file__, "2")
     start = model.double()
     moved = copy.deepcopy(start)
     move(moved)

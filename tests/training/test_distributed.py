@@ -2,15 +2,13 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from forked import run_python, run_ranks
 
 from procon.data import padding_collator
 from procon.directions import RefusalDirections
@@ -66,15 +64,11 @@ REFUSED = {
 
 def launch(folder: Path, ranks: int, cases: list[str], *, group: bool = True) -> dict:
     """What ``workers/trainer.py`` finds."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if group else []
-    result = subprocess.run(
-        [sys.executable, *torchrun, str(WORKERS / "trainer.py"), str(folder), *cases],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    script = [WORKERS / "trainer.py", folder, *cases]
+    if group:
+        run_ranks(ranks, *script)
+    else:
+        run_python(*script)
     return json.loads((folder / f"{ranks}.json").read_text())
 
 

@@ -1,14 +1,12 @@
 """A run killed with SIGKILL and resumed ends in the same adapter, bit for bit."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from forked import Python, run_python
 
 from procon.directions import DIRECTIONS
 
@@ -29,14 +27,7 @@ def command(model: Path, data: Path, output: Path, *more: str) -> list[str]:
         "disable_tqdm": True,
     }
     flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "procon.cli", "train", *flags, *more]
-
-
-def run(arguments: list[str], code: int = 0) -> None:
-    result = subprocess.run(
-        arguments, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
-    )
-    assert result.returncode == code, result.stderr[-3000:]
+    return ["-m", "procon.cli", "train", *flags, *more]
 
 
 @pytest.mark.slow
@@ -47,25 +38,19 @@ def test_killed_and_resumed_equals_uninterrupted(tiny_model, tokenizer, tmp_path
     rows = [{"prompt": f"count to {n} please", "completion": " ".join(map(str, range(n)))} for n in range(1, 21)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    run(command(model, data, tmp_path / "whole"))
+    run_python(*command(model, data, tmp_path / "whole"))
 
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        command(model, data, killed),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    process = Python(*command(model, data, killed))
     deadline = time.monotonic() + 300
     while not (killed / "checkpoint-4").exists():
-        assert process.poll() is None, "training ended before it could be killed"
+        assert process.runs, "training ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
     assert not (killed / "adapter_model.safetensors").exists()
     # Killed while it was writing checkpoint-4, or after: both must end alike.
-    run(command(model, data, killed, "--resume"))
+    run_python(*command(model, data, killed, "--resume"))
 
     final = "adapter_model.safetensors"
     assert (killed / final).read_bytes() == (tmp_path / "whole" / final).read_bytes()
@@ -133,14 +118,14 @@ def test_packed_sft_killed_in_a_checkpoint_and_resumed_equals_uninterrupted(tiny
     tokenizer.save_pretrained(tmp_path / "model")
 
     def sft(folder: str, way: str) -> list[str]:
-        return [sys.executable, "-c", SFT_SCRIPT, str(tmp_path / "model"), str(tmp_path / folder), way]
+        return ["-c", SFT_SCRIPT, str(tmp_path / "model"), str(tmp_path / folder), way]
 
-    run(sft("whole", "whole"))
-    run(sft("killed", "killed"), code=-signal.SIGKILL)
+    run_python(*sft("whole", "whole"))
+    run_python(*sft("killed", "killed"), code=-signal.SIGKILL)
     killed = tmp_path / "killed"
     assert (killed / "checkpoint-6" / "adapter_model.safetensors").exists()
     assert not (killed / "checkpoint-6" / "trainer_state.json").exists()
-    run(sft("killed", "resumed"))
+    run_python(*sft("killed", "resumed"))
 
     histories = [
         json.loads((tmp_path / folder / "checkpoint-8" / "trainer_state.json").read_text())["log_history"]
