@@ -61,6 +61,9 @@ SOURCES = (SBR, PROBES, BOTH, TOKENS_BOTH, RANDOM)
 #: Other settings, at the length at which they were tried.
 SETTINGS = (
     probing("both_3", "probes, projections and state, weight 3", 3, **_EVERYWHERE, **_BOTH),
+    probing(
+        "tokens_both_10_0.2", "the same and training tokens, alpha 0.2", 10, **_EVERYWHERE, **_BOTH, **_WITH_TOKENS
+    ),
     probing("probes_deep_1", "probes, deep half and last output, weight 1", 1, **_DEEP),
     probing("tokens_probes_deep_1", "the same and training tokens, alpha 0.1", 1, alpha=0.1, **_DEEP, **_WITH_TOKENS),
 )
