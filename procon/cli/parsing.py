@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 import yaml
 
+from procon.cli import launcher
+from procon.cli.evaluation import evaluation_defaults
 from procon.cli.help import help_of, usage
 from procon.cli.noise import others_apart
 from procon.cli.registry import COMMANDS, Command
@@ -45,7 +47,12 @@ def _main(argv: list[str]) -> int:
             print(help_of(name), end="")
             return 0
         try:
-            command.run(*parse(name, settings))
+            parsed = _parse_once(name, settings)
+            if parsed is None:
+                return 2
+            if command.trains and launcher.asks_for_processes(parsed[0]):
+                return launcher.launch(parsed[0], settings, use_cpu=parsed[1].use_cpu)
+            command.run(*parsed)
         except OSError as error:
             raise _from_system(error) from error
     except ProConError as error:
@@ -57,6 +64,16 @@ def _main(argv: list[str]) -> int:
         print(": ".join(["procon: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     return 0
+
+
+def _parse_once(name: str, argv: Sequence[str]) -> tuple[Any, ...] | None:
+    """As :func:`parse`; None in all but the first of several processes if they are refused: one line is enough."""
+    try:
+        return parse(name, argv)
+    except ProConError:
+        if launcher.is_first():
+            raise
+        return None
 
 
 def _find_command(name: str) -> Command:
@@ -124,6 +141,8 @@ def parse(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
     given = {flag.partition("=")[0][2:].replace("-", "_") for flag in flags}
     if file:
         given |= _apply_yaml(parser, Path(file), types)
+    if command.trains:
+        parser.set_defaults(**evaluation_defaults(parser.parse_known_args(argv)[0], given))
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(  # pyright: ignore[reportAttributeAccessIssue]
             args=argv, look_for_args_file=False, return_remaining_strings=True
