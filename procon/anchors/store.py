@@ -177,9 +177,9 @@ class Anchors:
                 one token, which shows whether autocast is on.
 
         Raises:
-            ProConError: if the directions are of another model, or the folder belongs to another model state, precision,
-                directions, blocks or scope; on projections that are not finite; or on inputs that a text decoder does
-                not take.
+            ProConError: if the directions are of another model, or the folder belongs to another model state or
+                precision, directions, blocks or scope; on projections that are not finite; or on inputs that a text
+                decoder does not take.
         """
         check_setting("scope", scope)
         check_setting("backend", backend)

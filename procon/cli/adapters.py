@@ -9,45 +9,21 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from procon.cli.arguments import TrainArguments
+from procon.cli.contradictions import OF_ADAPTERS
 from procon.errors import ProConError
 from procon.models import adapter_targets, load_model, spread
 from procon.settings import PAPER_RECIPE
-from procon.training import ProConConfig
 
 #: Of the output folder, where the merged model goes.
 MERGED = "merged"
-
-_OF_ADAPTERS = ("lora_r", "lora_alpha", "lora_targets", "lora_dropout", "use_dora", "use_rslora", "modules_to_save")
-
-
-def check_adapter(arguments: TrainArguments, config: ProConConfig) -> None:
-    """Raise ProConError for settings that contradict each other, before a model is loaded."""
-    bits = next((name for name in ("load_in_4bit", "load_in_8bit") if getattr(arguments, name)), None)
-    if arguments.method == "full":
-        if bits:
-            raise ProConError(f"{bits} is set, and quantised weights do not train: take --method lora")
-        for name in ("merge", *(name for name in _OF_ADAPTERS if name in arguments.given)):
-            if name in arguments.given:
-                raise ProConError(f"{name} is of an adapter, and method is 'full': leave it out, or take --method lora")
-    if arguments.merge and bits:
-        raise ProConError(
-            f"merge and {bits} are both set, and an adapter merged into rounded weights is another model: leave --merge "
-            "out, and merge into the base in full precision if you want to"
-        )
-    devices = arguments.loading()["device_map"]
-    if devices is not None and config.world_size > 1:
-        raise ProConError(
-            f"device_map is {devices!r:.60}, and each of the {config.world_size} processes has a device of its own: "
-            "leave it out"
-        )
 
 
 def trainable(model: PreTrainedModel, arguments: TrainArguments) -> PreTrainedModel:
     """``model`` with what is to train requiring gradients."""
     if {"cpu", "disk"} & set(devices := spread(model)):
         raise ProConError(
-            f"the model is spread over {', '.join(devices)}, and what lies in memory or on the disk does not train: load "
-            "it in fewer bits (--load_in_4bit), or share it among processes (--accelerate_config fsdp2)"
+            f"the model is spread over {', '.join(devices)}, and what lies in memory or on the disk does not train: "
+            "load it in fewer bits (--load_in_4bit), or share it among processes (--accelerate_config fsdp2)"
         )
     if arguments.method == "full":
         if isinstance(model, PeftModel):
@@ -59,7 +35,7 @@ def trainable(model: PreTrainedModel, arguments: TrainArguments) -> PreTrainedMo
         # The Trainer switches checkpointing on.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if isinstance(model, PeftModel):
-        for name in _OF_ADAPTERS:
+        for name in OF_ADAPTERS:
             if name in arguments.given:
                 raise ProConError(f"{name} is of a new adapter, and model {arguments.model!r} is one: leave it out")
         model.set_adapter(cast(str, model.active_adapter))  # its only one; loaded for inference, it was frozen
@@ -95,7 +71,7 @@ def _names(text: str) -> list[str]:
 
 
 def write_merged(output: Path, tokenizer: PreTrainedTokenizerBase, arguments: TrainArguments) -> Path:
-    """The adapter in ``output`` merged into its base, loaded from there as it was: the one that trained may be sharded."""
+    """Merge the adapter in ``output`` into its base, both loaded again: what trained may be sharded."""
     folder = output / MERGED
     model, _ = load_model(output, **{**arguments.loading(), "device_map": "cpu"})
     merged = cast(PeftModel, model).merge_and_unload()

@@ -128,9 +128,7 @@ class TrainArguments(LoadingArguments):
         "What is done with longer ones: cut, on the right; drop, left out; or error. It is said how many they are.",
         MODEL_AND_DATA,
     )
-    flatten: bool = option(
-        False, "Join each batch into one row without padding instead of padding it.", MODEL_AND_DATA
-    )
+    flatten: bool = option(False, "Join each batch into one row without padding instead of padding it.", MODEL_AND_DATA)
     attn_implementation: str | None = option("auto", ATTENTION, LOADING)
     drift_steps: int = option(50, "Measure drift every so many steps; 0 for never.", DRIFT)
     drift_gate: float | None = option(None, "Lowest mean cosine allowed, such as 0.9; none if not given.", DRIFT)

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
 from procon.chat import ContrastPrompts, Split, builtin_prompts, describe_chat, load_instructions
 from procon.cli.arguments import DirectionsArguments, DriftArguments, EvalArguments, QuickstartArguments
 from procon.cli.chat import chat_settings
@@ -64,9 +65,7 @@ def directions(arguments: DirectionsArguments) -> None:
     batch_size = first_batch_size(arguments.batch_size, model)
     console, chat = Console(), chat_settings(arguments)
     if concept is None:
-        refusal = RefusalDirections.extract(
-            model, tokenizer, prompts, k=arguments.k, chat=chat, batch_size=batch_size
-        )
+        refusal = RefusalDirections.extract(model, tokenizer, prompts, k=arguments.k, chat=chat, batch_size=batch_size)
         console.print(_refusal_table(refusal))
         if (rate := refusal.provenance["refusal_rate"]) is not None:
             console.print(f"The model refuses {rate:.0%} of malicious prompts.")

@@ -28,11 +28,6 @@ def is_started() -> bool:
     return _STARTED in os.environ or "LOCAL_RANK" in os.environ
 
 
-def is_first() -> bool:
-    """Whether this process speaks for those beside it."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
 def asks_for_processes(arguments: TrainArguments) -> bool:
     """Whether the settings are of several processes, and this one is yet to start them.
 
@@ -108,8 +103,8 @@ def _processes(arguments: TrainArguments, config: Path, devices: int) -> int:
         raise ProConError(f"accelerate_config {str(config)!r} cannot be read ({error}): check the file") from error
     if not devices and kind in _SHARDED:
         raise ProConError(
-            f"accelerate_config is {arguments.accelerate_config!r}, which keeps a model in parts over GPUs, and there is "
-            "none: take ddp"
+            f"accelerate_config is {arguments.accelerate_config!r}, which keeps a model in parts over GPUs, and there "
+            "is none: take ddp"
         )
     processes = arguments.num_processes or own or devices
     if not processes:

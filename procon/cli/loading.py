@@ -38,7 +38,7 @@ class LoadingArguments:
 
     dtype: Dtype = option(
         "auto",
-        "Of the weights; auto: bfloat16 if the machine multiplies it natively, else float32, as for training all weights.",
+        "Of the weights; auto: bfloat16 if the machine multiplies it natively, else float32, as to train all weights.",
         LOADING,
     )
     device_map: dict | str | None = option(
@@ -93,8 +93,8 @@ class LoadingArguments:
         elif self.device_map is None or (isinstance(found, str) and (found in _SPREAD or _is_device(found))):
             return found
         raise ProConError(
-            f"device_map is {str(self.device_map)!r:.80}: give {', '.join(_SPREAD)}, a device such as cuda:1 or cpu, or "
-            """a JSON object such as '{"": "cuda:1"}'"""
+            f"device_map is {str(self.device_map)!r:.80}: give {', '.join(_SPREAD)}, a device such as cuda:1 or cpu, "
+            """or a JSON object such as '{"": "cuda:1"}'"""
         )
 
 
@@ -105,4 +105,4 @@ def _is_device(device: object) -> bool:
 def check_batch_size(given: str) -> None:
     """Raise ProConError unless it is ``"auto"`` or a number."""
     if given != "auto" and not re.fullmatch("0*[1-9][0-9]{0,8}", str(given)):
-        raise ProConError(f"batch_size is {str(given):.40}: give 1 or more, or auto")
+        raise ProConError(f"batch_size is {given!s:.40}: give 1 or more, or auto")

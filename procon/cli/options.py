@@ -1,4 +1,4 @@
-"""Fields of the argument dataclasses: a default or none, a sentence for ``--help``, and the title that it stands under."""
+"""Fields of the argument dataclasses: a default or none, a sentence for ``--help``, and the title that it is under."""
 
 from __future__ import annotations
 

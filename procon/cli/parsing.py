@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from procon.cli import launcher
+from procon.cli import contradictions, launcher
 from procon.cli.evaluation import evaluation_defaults
 from procon.cli.help import help_of, usage
 from procon.cli.noise import others_apart
@@ -47,9 +47,7 @@ def _main(argv: list[str]) -> int:
             print(help_of(name), end="")
             return 0
         try:
-            parsed = _parse_once(name, settings)
-            if parsed is None:
-                return 2
+            parsed = parse(name, settings)
             if command.trains and launcher.asks_for_processes(parsed[0]):
                 return launcher.launch(parsed[0], settings, use_cpu=parsed[1].use_cpu)
             command.run(*parsed)
@@ -64,16 +62,6 @@ def _main(argv: list[str]) -> int:
         print(": ".join(["procon: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     return 0
-
-
-def _parse_once(name: str, argv: Sequence[str]) -> tuple[Any, ...] | None:
-    """As :func:`parse`; None in all but the first of several processes if they are refused: one line is enough."""
-    try:
-        return parse(name, argv)
-    except ProConError:
-        if launcher.is_first():
-            raise
-        return None
 
 
 def _find_command(name: str) -> Command:
@@ -156,6 +144,7 @@ def parse(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
     if command.trains:
         import_module("procon.cli.training_numbers").check(parsed[1])
         parsed[0].given = frozenset(given)
+        contradictions.check(parsed[0], parsed[1])
     return tuple(parsed[: len(types)])
 
 

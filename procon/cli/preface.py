@@ -79,8 +79,10 @@ def _method(model: Any) -> str:
         kind = f"rs{kind}" if getattr(config, "use_rslora", False) else kind
         whole = ", ".join(getattr(config, "modules_to_save", None) or ())
         dropout = getattr(config, "lora_dropout", 0)
-        return f"{kind} of rank {config.r} on {names}" + (f", dropout {dropout:g}" if dropout else "") + (
-            f"; {whole} as a whole" if whole else ""
+        return (
+            f"{kind} of rank {config.r} on {names}"
+            + (f", dropout {dropout:g}" if dropout else "")
+            + (f"; {whole} as a whole" if whole else "")
         )
     return "full fine-tuning"
 

@@ -16,10 +16,9 @@ from rich.console import Console
 from rich.text import Text
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
-from procon.cli.adapters import check_adapter, trainable, write_merged
+from procon.cli.adapters import trainable, write_merged
 from procon.cli.arguments import TrainArguments
 from procon.cli.chat import chat_settings
-from procon.cli.evaluation import check_evaluation
 from procon.cli.preface import Preface
 from procon.data import (
     flattening_collator,
@@ -72,8 +71,11 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
     """``procon train``"""
     output = output_folder(config)
     check_loading(**arguments.loading())
-    check_adapter(arguments, config)
-    check_evaluation(arguments, config)
+    if arguments.device_map is not None and config.world_size > 1:
+        raise ProConError(
+            f"device_map is {str(arguments.device_map)!r:.60}, and each of the {config.world_size} processes has a "
+            "device of its own: leave it out"
+        )
     if not (arguments.resume or config.procon_overwrite) and has_checkpoints(output):
         raise ProConError(
             f"output_dir {str(output)!r} holds checkpoints: pass --resume, or another --output_dir; or "
@@ -195,7 +197,9 @@ def _plan(arguments: TrainArguments, config: ProConConfig, checkpoint: Checkpoin
     elif directed and checkpoint:
         beside = (checkpoint.path / DIRECTIONS).is_file()
         directions = load_directions(checkpoint.path if beside else output_folder(config))
-    return _Job(config, defence, settings, conversations, evaluation, safety if aligning else None, directed, directions)
+    return _Job(
+        config, defence, settings, conversations, evaluation, safety if aligning else None, directed, directions
+    )
 
 
 def _conversations(arguments: TrainArguments, seed: int) -> tuple[Dataset, Dataset | None]:
@@ -206,8 +210,8 @@ def _conversations(arguments: TrainArguments, seed: int) -> tuple[Dataset, Datas
     if arguments.eval_share:
         if (rows := round(arguments.eval_share * len(data))) in (0, len(data)):
             raise ProConError(
-                f"eval_share is {arguments.eval_share:g}, which is {rows} of the {len(data)} samples: give a share that "
-                "leaves samples on both sides"
+                f"eval_share is {arguments.eval_share:g}, which is {rows} of the {len(data)} samples: give a share "
+                "that leaves samples on both sides"
             )
         parts = data.train_test_split(test_size=rows, seed=seed)
         return parts["train"], parts["test"]

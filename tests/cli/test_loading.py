@@ -98,14 +98,19 @@ def test_training_on_the_cpu_loads_to_the_cpu(place, loaded):
         (["--merge", "--load_in_4bit"], "merge and load_in_4bit are both set, and an adapter merged into rounded"),
         (["--lora_dropout", "1"], "lora_dropout is 1: give a share, 0 or more and less than 1"),
         (["--lora_targets", "nothing"], "lora_targets 'nothing' do not fit the model"),
-        (["--model", "adapter", "--lora_r", "4"], "lora_r is of a new adapter, and model 'adapter' is one: leave it out"),
+        (
+            ["--model", "adapter", "--lora_r", "4"],
+            "lora_r is of a new adapter, and model 'adapter' is one: leave it out",
+        ),
         (["--device_map", '{"model": "cpu", "lm_head": "disk"}'], "what lies in memory or on the disk does not train"),
     ],
 )
 def test_what_cannot_train_is_refused(place, tiny_model, flags, message, capsys):
     from peft import LoraConfig, get_peft_model
 
-    get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).save_pretrained("adapter")
+    get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).save_pretrained(
+        "adapter"
+    )
     file = Path("adapter/adapter_config.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "model"}))
     argv = [word for word in LOADS["train"] if word != "model"] if "--model" in flags else LOADS["train"]
@@ -133,7 +138,9 @@ def test_qlora_by_the_command_line(place, random_directions, tiny_model, bits, c
     assert [row["step"] for row in rows if "eval/loss" in row] == [2, 4]
     record = json.loads(Path("tuned/procon.json").read_text())
     assert record["did"]["constrained_steps"] == 4
-    assert any(weight.any() for name, weight in load_file("tuned/adapter_model.safetensors").items() if "lora_B" in name)
+    assert any(
+        weight.any() for name, weight in load_file("tuned/adapter_model.safetensors").items() if "lora_B" in name
+    )
     model, _ = load_model("tuned", **{f"load_in_{bits}bit": True})
     assert any(isinstance(module, layer) for module in model.modules())
     assert isinstance(model.get_submodule("base_model.model.lm_head"), nn.Linear)
