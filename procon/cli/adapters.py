@@ -32,8 +32,7 @@ def trainable(model: PreTrainedModel, arguments: TrainArguments) -> PreTrainedMo
             )
         return model
     if getattr(model, "is_quantized", False):
-        # The Trainer switches checkpointing on.
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # which the Trainer switches on
     if isinstance(model, PeftModel):
         for name in OF_ADAPTERS:
             if name in arguments.given:

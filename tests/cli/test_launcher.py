@@ -39,6 +39,7 @@ def run(*argv: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does_with_twice_the_batch(here):
     flags = ["--max_steps", "3", "--logging_steps", "1", "--learning_rate", "1e-2", "--method", "full", "--use_cpu"]
     assert main([*TRAIN, *flags, "--output_dir", "one", "--per_device_train_batch_size", "4"]) == 0
@@ -65,7 +66,7 @@ def test_what_is_wrong_is_said_before_processes_are_started(here, monkeypatch, c
         (
             ["--accelerate_config", "fsdp3"],
             0,
-            "accelerate_config is 'fsdp3': choose one of ddp, fsdp2, zero2, zero3, or",
+            "accelerate_config is 'fsdp3': choose one of ddp, fsdp2, zero2, zero3,",
         ),
         (["--accelerate_config", "fsdp2"], 0, "accelerate_config is 'fsdp2', which keeps a model in parts over GPUs"),
         (["--accelerate_config", "own.yaml"], 0, "there is no GPU, so it is not known how many processes to start"),

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
@@ -106,8 +107,6 @@ def test_training_on_the_cpu_loads_to_the_cpu(place, loaded):
     ],
 )
 def test_what_cannot_train_is_refused(place, tiny_model, flags, message, capsys):
-    from peft import LoraConfig, get_peft_model
-
     get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).save_pretrained(
         "adapter"
     )

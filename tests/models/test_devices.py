@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from procon.anchors import Anchors
@@ -86,7 +87,7 @@ def test_devices_that_are_not_there(monkeypatch, device_map, there, message):
 def test_bits_need_bitsandbytes(monkeypatch, tmp_path):
     """Found out before the model is looked for."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ProConError, match="^load_in_8bit needs bitsandbytes, which is not installed: pip install"):
+    with pytest.raises(ProConError, match=r"^load_in_8bit needs bitsandbytes, which is not installed: pip install"):
         load_model(tmp_path / "none", load_in_8bit=True)
 
 
@@ -124,8 +125,6 @@ def test_a_device_map_changes_nothing(saved, tiny_model, tokenizer, random_direc
 
 
 def test_a_lora_folder_goes_where_the_map_says(saved, tiny_model, tmp_path):
-    from peft import LoraConfig, get_peft_model
-
     get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).save_pretrained(
         tmp_path / "lora"
     )
