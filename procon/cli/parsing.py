@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from procon.cli import contradictions, launcher
+from procon.cli import contradictions
 from procon.cli.evaluation import evaluation_defaults
 from procon.cli.help import help_of, usage
 from procon.cli.noise import others_apart
@@ -48,8 +48,10 @@ def _main(argv: list[str]) -> int:
             return 0
         try:
             parsed = parse(name, settings)
-            if command.trains and launcher.asks_for_processes(parsed[0]):
-                return launcher.launch(parsed[0], settings, use_cpu=parsed[1].use_cpu)
+            if command.trains:
+                launcher = import_module("procon.cli.launcher")
+                if launcher.asks_for_processes(parsed[0]):
+                    return launcher.launch(parsed[0], settings, use_cpu=parsed[1].use_cpu)
             command.run(*parsed)
         except OSError as error:
             raise _from_system(error) from error

@@ -149,7 +149,7 @@ class ResumableMixin(BestMixin):
             "chat": describe_chat(cast(Any, self.processing_class), self.chat),
             "run": self._run,
             "arguments": self._run_arguments(),
-            "best": self.best,
+            **({"best": self.best} if self.best else {}),
         }
 
     def _describe(self, folder: Path) -> None:

@@ -132,4 +132,4 @@ def test_a_best_model_that_was_never_evaluated_is_said(here, caplog):
     flags = ["--eval_data", "other.jsonl", "--eval_delay", "5", "--load_best_model_at_end", "--max_steps", "2"]
     assert main([*TRAIN, *flags]) == 0
     assert "no checkpoint was evaluated, so the model is that of the last step" in caplog.text
-    assert json.loads(Path("tuned/procon.json").read_text())["best"] is None
+    assert "best" not in json.loads(Path("tuned/procon.json").read_text())
