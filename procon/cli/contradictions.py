@@ -27,6 +27,11 @@ def _check_adapter(arguments: TrainArguments) -> None:
         for name in ("merge", *OF_ADAPTERS):
             if name in arguments.given:
                 raise ProConError(f"{name} is of an adapter, and method is 'full': leave it out, or take --method lora")
+    if bits and arguments.accelerate_config in ("fsdp2", "zero3"):
+        raise ProConError(
+            f"{bits} is set, and accelerate_config {arguments.accelerate_config!r} would take quantised weights apart: "
+            "take ddp or zero2, or leave the bits out"
+        )
     if arguments.merge and bits:
         raise ProConError(
             f"merge and {bits} are both set, and an adapter merged into rounded weights is another model: leave "

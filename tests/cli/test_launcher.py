@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,26 +25,20 @@ def steps(folder: str) -> list[tuple[float, float]]:
     return [(row["train/loss"], row["train/procon/penalty"]) for row in rows if "train/loss" in row]
 
 
-def run(*argv: str) -> subprocess.CompletedProcess:
-    """The command in a process of its own, as a terminal has it."""
-    started = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "RANK")}
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "procon.cli", *argv],
-        env=started | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.mark.slow
-def test_two_processes_train_as_one_does_with_twice_the_batch(here):
+def test_two_processes_train_as_one_does_with_twice_the_batch(here, monkeypatch, capfd):
+    for name in ("LOCAL_RANK", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     flags = ["--max_steps", "3", "--logging_steps", "1", "--learning_rate", "1e-2", "--method", "full", "--use_cpu"]
     assert main([*TRAIN, *flags, "--output_dir", "one", "--per_device_train_batch_size", "4"]) == 0
-    two = run(*TRAIN, *flags, "--output_dir", "two", "--per_device_train_batch_size", "2", "--num-processes", "2")
-    assert two.returncode == 0, two.stderr[-3000:]
-    assert re.search(r"model, float32, on cpu\S*, 2 processes", " ".join(two.stdout.split()))
-    assert two.stdout.count("Written: two") == 1
+    capfd.readouterr()
+    flags += ["--output_dir", "two", "--per_device_train_batch_size", "2", "--num-processes", "2"]
+    assert main([*TRAIN, *flags]) == 0, capfd.readouterr().err[-3000:]
+    said = capfd.readouterr().out
+    assert re.search(r"model, float32, on cpu\S*, 2 processes", " ".join(said.split()))
+    assert said.count("Written: two") == 1
     assert len(steps("two")) == 3
     for ours, theirs in zip(steps("two"), steps("one"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)

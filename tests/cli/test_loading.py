@@ -97,6 +97,7 @@ def test_training_on_the_cpu_loads_to_the_cpu(place, loaded):
         (["--method", "full", "--load_in_8bit"], "load_in_8bit is set, and quantised weights do not train"),
         (["--method", "full", "--use_dora"], "use_dora is of an adapter, and method is 'full': leave it out"),
         (["--merge", "--load_in_4bit"], "merge and load_in_4bit are both set, and an adapter merged into rounded"),
+        (["--load_in_4bit", "--accelerate_config", "fsdp2"], "'fsdp2' would take quantised weights apart: take ddp"),
         (["--lora_dropout", "1"], "lora_dropout is 1: give a share, 0 or more and less than 1"),
         (["--lora_targets", "nothing"], "lora_targets 'nothing' do not fit the model"),
         (
