@@ -60,7 +60,11 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["procon", "procon.*"]), "procon.kernels"],
     package_dir={"procon": "procon", "procon.kernels": "kernels"},
-    package_data={"procon.assets": ["*.jsonl", "refusal-adapters/*/*"], "procon": ["py.typed"]},
+    package_data={
+        "procon.assets": ["*.jsonl", "refusal-adapters/*/*"],
+        "procon.cli": ["accelerate_configs/*.yaml"],
+        "procon": ["py.typed"],
+    },
     install_requires=[
         "torch>=2.11,<2.16",
         "transformers>=5.16.1,<6",

@@ -10,15 +10,13 @@ from torch import Tensor, nn
 
 from procon.anchors.exchange import gather
 from procon.anchors.packing import check_packing
+from procon.anchors.precision import ONE_TOKEN
 from procon.anchors.projections import project_sites
 from procon.anchors.shards import Key
 from procon.errors import ProConError
 from procon.models import Decoder, decoder_forward, find_decoder, is_sharded, model_device, site_name
 from procon.sequences import TokenSequence, decoder_inputs, split_batch
 from procon.settings import Backend, TokenScope
-
-#: What a rank without new sequences runs while others need its part of the parameters.
-_ONE_TOKEN = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
 
 
 def record_projections(
@@ -69,12 +67,12 @@ def record_projections(
         if not states:
             return
         if not checked and any(packed for _, packed in states):
-            inputs = decoder_inputs(batch or _ONE_TOKEN, device)
+            inputs = decoder_inputs(batch or ONE_TOKEN, device)
             check_packing(forward, decoder, inputs, sequences)
             checked = True
         if not any(new for new, _ in states):
             continue
-        z = _project_batch(forward, decoder, batch if batch and new else _ONE_TOKEN, unit, blocks, backend, device)
+        z = _project_batch(forward, decoder, batch if batch and new else ONE_TOKEN, unit, blocks, backend, device)
         for key, sequence in new.items():
             rows = z[sequence.row, sequence.span][torch.from_numpy(sequence.in_scope(scope))]
             _check_finite(rows, blocks, sequence, len(decoder.blocks))

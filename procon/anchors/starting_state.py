@@ -44,7 +44,7 @@ class StartingState:
         """The anchors of ``model`` as it now is, recorded unless they are there; see :meth:`Anchors.record`.
 
         Args:
-            precision: that of Accelerate's autocast, ``"no"`` without.
+            precision: that of Accelerate's autocast, ``"no"`` without; see :func:`procon.anchors.store.fingerprint`.
         """
         state = fingerprint(model, directions, blocks, scope, precision)
         return Anchors.record(

@@ -22,6 +22,7 @@ from procon.anchors.checked_blocks import checked_blocks
 from procon.anchors.exchange import gather, on_all_ranks, own_rank, share_files
 from procon.anchors.manifest import MANIFEST, Manifest
 from procon.anchors.mending import mend
+from procon.anchors.precision import running_precision
 from procon.anchors.recording import record_projections
 from procon.anchors.shards import AnchorShards, ShardWriter
 from procon.anchors.token_mask import mask_tokens
@@ -82,13 +83,14 @@ class Anchors:
     def check_fits(self, model: nn.Module, directions: BlockDirections) -> None:
         """Raise ProConError unless these are the anchors of ``model`` as it now is, with the adapters that are on.
 
-        For a loop that opens anchors instead of recording them; takes a pass over all weights.
+        For a loop that opens anchors instead of recording them; takes a pass over all weights, and one forward: call it
+        under the autocast that training has.
         """
         found = fingerprint(unwrapped(model), directions, self.blocks, self.scope)
         if found != self.fingerprint:
             raise ProConError(
-                f"anchors in {str(self.path)!r} were recorded for another model state, other adapters or directions: "
-                "record them from the model that training starts from"
+                f"anchors in {str(self.path)!r} were recorded for another model state or precision, other adapters or "
+                "directions: record them from the model that training starts from, as it trains"
             )
 
     def lookup(self, sequence: TokenSequence, describe: Callable[[Sequence[int]], str] | None = None) -> np.ndarray:
@@ -171,12 +173,13 @@ class Anchors:
                 that have a direction if not given.
             scope: which tokens of a sequence; a constraint acts on those that were recorded.
             backend: of :func:`procon.ops.project`.
-            fingerprint: that of :func:`fingerprint`, if it is known: it takes a pass over all weights.
+            fingerprint: that of :func:`fingerprint`, if it is known: it takes a pass over all weights and a forward of
+                one token, which shows whether autocast is on.
 
         Raises:
-            ProConError: if the directions are of another model, or the folder belongs to another model state,
-                directions, blocks or scope; on projections that are not finite; or on inputs that a text decoder does
-                not take.
+            ProConError: if the directions are of another model, or the folder belongs to another model state or
+                precision, directions, blocks or scope; on projections that are not finite; or on inputs that a text
+                decoder does not take.
         """
         check_setting("scope", scope)
         check_setting("backend", backend)
@@ -209,13 +212,14 @@ def fingerprint(
     scope: TokenScope,
     precision: str = "no",
 ) -> str:
-    """A short hash of all that anchors depend on, the data aside.
+    """A short hash of all that anchors depend on, the data aside; of a sharded model, all ranks must call.
 
-    That is weights and dtype, configuration, directions, blocks and scope.
+    That is weights and dtype, the precision in which they run, configuration, directions, blocks and scope.
 
     Args:
-        precision: that of Accelerate's autocast, ``"no"`` without: the same weights give other projections under it.
+        precision: that of Accelerate, if it is known; else a forward of one token shows it.
     """
+    precision = running_precision(model) if precision == "no" else precision
     forward = [weights_hash(model), configuration_hash(model), str(token_embedding(model).weight.dtype)]
     parts = [*forward, directions.hash, list(map(int, blocks)), scope]
     if precision != "no":
@@ -243,6 +247,6 @@ def _write_or_compare(path: Path, manifest: Manifest) -> None:
         found = Manifest.read(path)
     if found != manifest:
         raise ProConError(
-            f"anchors in {str(path)!r} were recorded for another model state, directions, blocks or scope: give "
-            "another folder, or delete this one to record again"
+            f"anchors in {str(path)!r} were recorded for another model state or precision, directions, blocks or "
+            "scope: give another folder, or delete this one to record again"
         )

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from procon.chat.reply_budget import SLACK, ReplyBudget
 from procon.chat.template import Message, ids_of, pad_token_id, render, render_text
 from procon.chat.thinking import KNOWN_MARKERS, Markers, Reply, opens_thought, split_thoughts, thinking_markers
-from procon.models import evaluating, model_device
+from procon.models import evaluating, in_batches, model_device
 from procon.settings import ChatSettings
 
 
@@ -28,22 +28,26 @@ def left_padded_batches(
     All end in the last column, where the reply begins.
     """
     prompts = [render(tokenizer, conversation, generation_prompt=True, chat=chat) for conversation in conversations]
-    yield from _left_padded(prompts, pad_token_id(tokenizer), batch_size)
-
-
-def _left_padded(
-    prompts: Sequence[Sequence[int]], pad: int, batch_size: int
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    pad = pad_token_id(tokenizer)
+    order = _longest_first(prompts)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        width = len(prompts[rows[0]])
-        ids = torch.full((len(rows), width), pad)
-        mask = torch.zeros((len(rows), width), dtype=torch.long)
-        for row, i in enumerate(rows):
-            ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[row, width - len(prompts[i]) :] = 1
-        yield rows, ids, mask
+        yield rows, *_padded([prompts[i] for i in rows], pad)
+
+
+def _longest_first(prompts: Sequence[Sequence[int]]) -> list[int]:
+    return sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+
+
+def _padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask of a batch that begins with its longest prompt."""
+    width = len(prompts[0])
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros((len(prompts), width), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask
 
 
 def generate(
@@ -59,7 +63,8 @@ def generate(
 ) -> list[Reply]:
     """The model's greedy reply to each conversation, in the order given, with what it thought before.
 
-    Prompts are batched by length, padded on the left; the model's mode and the tokenizer are left as they were.
+    Prompts are batched by length, padded on the left; the model's mode and the tokenizer are left as they were. When
+    memory runs out, half as many are run at a time.
 
     Args:
         chat: system prompt, template variables, markers of thoughts and their budget.
@@ -127,16 +132,20 @@ def _continue(
     config = GenerationConfig(max_new_tokens=length, do_sample=False, pad_token_id=pad, eos_token_id=eos)
     found: list[list[int]] = [[]] * len(prompts)
     device = model_device(model)
+
+    def run(rows: Sequence[int]) -> None:
+        ids, mask = _padded([prompts[i] for i in rows], pad)
+        inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        if criteria := stopping(list(rows), ids.shape[1]):
+            inputs["stopping_criteria"] = criteria
+        # To torch's stub, an attribute that nn.Module itself has not is a tensor or a module.
+        output = model.generate(**inputs, generation_config=config)  # pyright: ignore[reportCallIssue]
+        for i, generated in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
+            found[i] = _up_to_end(generated, eos)
+        bar.update(len(rows))
+
     with evaluating(model), tqdm(total=len(prompts), desc=description, unit="reply", disable=not progress) as bar:
-        for rows, ids, mask in _left_padded(prompts, pad, batch_size):
-            inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-            if criteria := stopping(rows, ids.shape[1]):
-                inputs["stopping_criteria"] = criteria
-            # To torch's stub, an attribute that nn.Module itself has not is a tensor or a module.
-            output = model.generate(**inputs, generation_config=config)  # pyright: ignore[reportCallIssue]
-            for i, generated in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
-                found[i] = _up_to_end(generated, eos)
-            bar.update(len(rows))
+        in_batches(_longest_first(prompts), batch_size, run)
     return found
 
 

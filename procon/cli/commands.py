@@ -11,7 +11,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from procon.chat import ContrastPrompts, Split, builtin_prompts, describe_chat, load_instructions
 from procon.cli.arguments import DirectionsArguments, DriftArguments, EvalArguments, QuickstartArguments
@@ -36,7 +35,7 @@ from procon.evaluation import (
     measure_drift,
 )
 from procon.files import check_writable, save_json
-from procon.models import check_model_name, load_model, parse_dtype
+from procon.models import check_model_name, first_batch_size, load_model
 from procon.report import Run, print_table
 from procon.report.cells import MONITOR_CAPTION
 
@@ -62,18 +61,17 @@ def directions(arguments: DirectionsArguments) -> None:
     others = read_others(arguments.add, arguments.name)
     prompts = _prompts(arguments.malicious, arguments.benign, "extraction")
     check_k(arguments.k, prompts)
-    model, tokenizer = _load(arguments.model, arguments)
+    model, tokenizer = load_model(arguments.model, **arguments.loading())
+    batch_size = first_batch_size(arguments.batch_size, model)
     console, chat = Console(), chat_settings(arguments)
     if concept is None:
-        refusal = RefusalDirections.extract(
-            model, tokenizer, prompts, k=arguments.k, chat=chat, batch_size=arguments.batch_size
-        )
+        refusal = RefusalDirections.extract(model, tokenizer, prompts, k=arguments.k, chat=chat, batch_size=batch_size)
         console.print(_refusal_table(refusal))
         if (rate := refusal.provenance["refusal_rate"]) is not None:
             console.print(f"The model refuses {rate:.0%} of malicious prompts.")
         found = refusal
     else:
-        found = concept.find(model, tokenizer, chat, arguments.batch_size)
+        found = concept.find(model, tokenizer, chat, batch_size)
         console.print(describe(found))
     if others is not None:
         found = Directions.combine(others, found)
@@ -98,14 +96,15 @@ def drift(arguments: DriftArguments) -> None:
     chat = chat_settings(arguments)
     for name in (arguments.start, arguments.tuned):
         check_model_name(name)
-    model, tokenizer = _load(arguments.start, arguments)
-    before = monitors.measure(model, tokenizer, chat, arguments.batch_size) if monitors else {}
-    means = ContrastMeans.measure(model, tokenizer, prompts, chat=chat, batch_size=arguments.batch_size)
+    model, tokenizer = load_model(arguments.start, **arguments.loading())
+    batch_size = first_batch_size(arguments.batch_size, model)
+    before = monitors.measure(model, tokenizer, chat, batch_size) if monitors else {}
+    means = ContrastMeans.measure(model, tokenizer, prompts, chat=chat, batch_size=batch_size)
     reference = RefusalDirections.from_means(means)
     del model
-    model, _ = _load(arguments.tuned, arguments)
-    found = measure_drift(model, tokenizer, reference, prompts, chat=chat, batch_size=arguments.batch_size)
-    after = monitors.measure(model, tokenizer, chat, arguments.batch_size) if monitors else {}
+    model, _ = load_model(arguments.tuned, **arguments.loading())
+    found = measure_drift(model, tokenizer, reference, prompts, chat=chat, batch_size=batch_size)
+    after = monitors.measure(model, tokenizer, chat, batch_size) if monitors else {}
     changes = compare_monitors(before, after)
     if output:
         _write_drift(found, output, describe_chat(tokenizer, chat), rows_of(changes))
@@ -127,9 +126,9 @@ def evaluation(arguments: EvalArguments) -> None:
     harness = HarnessTasks(arguments.lm_eval) if arguments.lm_eval else None
     prompts, sources = evaluation_prompts(arguments)
     task = _task(arguments.task) if arguments.task else None
-    dtype = parse_dtype(arguments.dtype)
-    judges = load_judges(arguments.judge, dtype=dtype, trust_remote_code=arguments.trust_remote_code)
-    model, tokenizer = _load(arguments.model, arguments)
+    judges = load_judges(arguments.judge, **arguments.loading())
+    model, tokenizer = load_model(arguments.model, **arguments.loading())
+    batch_size = first_batch_size(arguments.batch_size, model)
     found = evaluate(
         model,
         tokenizer,
@@ -142,24 +141,18 @@ def evaluation(arguments: EvalArguments) -> None:
         chat=chat_settings(arguments),
         max_new_tokens=arguments.max_new_tokens,
         task_max_new_tokens=arguments.task_max_new_tokens,
-        batch_size=arguments.batch_size,
+        batch_size=batch_size,
     )
     if output:
         found.save(output)
     if harness:
-        results = harness.run(model, tokenizer, batch_size=arguments.batch_size, limit=arguments.lm_eval_limit)
+        results = harness.run(model, tokenizer, batch_size=batch_size, limit=arguments.lm_eval_limit)
         found = replace(found, lm_eval=results)
         if output:
             found.save(output)
     print_table([Run(label=arguments.model, evaluation=found)])
     for line in judging_lines(found):
         Console().print(Text(printable(line)))
-
-
-def _load(
-    name: str, arguments: DirectionsArguments | DriftArguments | EvalArguments
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    return load_model(name, dtype=parse_dtype(arguments.dtype), trust_remote_code=arguments.trust_remote_code)
 
 
 def _output_file(path: str) -> Path:

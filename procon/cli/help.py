@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from procon.cli.arguments import DRIFT
+from procon.cli.arguments import DRIFT, MODEL_AND_DATA, PROCESSES
+from procon.cli.loading import LOADING
 from procon.cli.registry import COMMANDS, Command
 from procon.cli.training_arguments import OtherProConArguments, ShownTrainingArguments
 from procon.settings import CHOICES, AnchorSettings, ConstraintSettings, sentences
@@ -27,7 +28,7 @@ _TRAINING_NOTE = "All of transformers' TrainingArguments are accepted, not only 
 #: What the values of some settings are; those of others follow from their type.
 _FILES = {
     *("add", "benign", "config", "data", "directions", "malicious", "monitors", "negative", "output", "positive"),
-    *("procon_probes", "runs", "safety_data", "task", "vectors", "first", "second"),
+    *("eval_data", "procon_probes", "runs", "safety_data", "task", "vectors", "first", "second"),
 }
 _FOLDERS = {"output_dir", "procon_anchors_dir"}
 _MODELS = {"model", "start", "tuned", "base"}
@@ -64,15 +65,20 @@ class Group:
 def groups_of(command: Command) -> list[Group]:
     """What the help of ``command`` lists, in its order."""
     found = dict(_grouped(command.arguments))
+    # Of the class that the others extend, so its fields come first.
+    loading = found.pop(LOADING, [])
     if not command.trains:
-        return [Group(title, settings) for title, settings in found.items()]
-    drift = found.pop(DRIFT, [])
+        return [Group(title, settings) for title, settings in {**found, LOADING: loading}.items() if settings]
+    drift, processes = found.pop(DRIFT), found.pop(PROCESSES)
+    found = {MODEL_AND_DATA: found.pop(MODEL_AND_DATA), LOADING: loading, **found}
     found |= {
         "constraint": [*_prefixed(ConstraintSettings), *dict(_grouped(OtherProConArguments)).pop("settings")],
         "anchors": _prefixed(AnchorSettings),
         DRIFT: drift,
     }
-    found |= dict(_grouped(ShownTrainingArguments))
+    for title, settings in _grouped(ShownTrainingArguments):
+        found[title] = [*found.get(title, []), *settings]
+    found[PROCESSES] = processes
     return [Group(title, settings) for title, settings in found.items() if settings]
 
 

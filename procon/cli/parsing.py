@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 import yaml
 
+from procon.cli import contradictions
+from procon.cli.evaluation import evaluation_defaults
 from procon.cli.help import help_of, usage
 from procon.cli.noise import others_apart
 from procon.cli.registry import COMMANDS, Command
@@ -45,7 +47,12 @@ def _main(argv: list[str]) -> int:
             print(help_of(name), end="")
             return 0
         try:
-            command.run(*parse(name, settings))
+            parsed = parse(name, settings)
+            if command.trains:
+                launcher = import_module("procon.cli.launcher")
+                if launcher.asks_for_processes(parsed[0]):
+                    return launcher.launch(parsed[0], settings, use_cpu=parsed[1].use_cpu)
+            command.run(*parsed)
         except OSError as error:
             raise _from_system(error) from error
     except ProConError as error:
@@ -124,6 +131,8 @@ def parse(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
     given = {flag.partition("=")[0][2:].replace("-", "_") for flag in flags}
     if file:
         given |= _apply_yaml(parser, Path(file), types)
+    if command.trains:
+        parser.set_defaults(**evaluation_defaults(parser.parse_known_args(argv)[0], given))
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(  # pyright: ignore[reportAttributeAccessIssue]
             args=argv, look_for_args_file=False, return_remaining_strings=True
@@ -137,6 +146,7 @@ def parse(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
     if command.trains:
         import_module("procon.cli.training_numbers").check(parsed[1])
         parsed[0].given = frozenset(given)
+        contradictions.check(parsed[0], parsed[1])
     return tuple(parsed[: len(types)])
 
 

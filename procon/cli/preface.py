@@ -10,7 +10,7 @@ from rich.text import Text
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from procon.errors import printable
-from procon.models import find_decoder
+from procon.models import find_decoder, spread
 from procon.training import ProConMixin
 
 _WIDTH, _HEAD = 80, 12
@@ -36,16 +36,36 @@ def describe(trainer: Trainer, name: str) -> dict[str, str]:
     assert model is not None  # noqa: S101  # it trains
     parameters = [(_size(weight), weight.requires_grad) for weight in model.parameters()]
     total, trained = sum(size for size, _ in parameters), sum(size for size, trains in parameters if trains)
-    dtypes = {str(weight.dtype).removeprefix("torch.") for weight in model.parameters()}
-    ranks = f", {args.world_size} processes" if args.world_size > 1 else ""
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     facts = {
-        "model": f"{name}, {' and '.join(sorted(dtypes))}, on {args.device}{ranks}",
+        "model": f"{name}, {_weights(model)}, {_where(model, args)}",
         "trains": f"{trained:,} of {total:,} parameters ({trained / total:.2%}), {_method(model)}",
-        "data": f"{_samples(trainer)}, {per_step} per step, {state.max_steps} steps"
+        "data": f"{_samples(trainer.train_dataset)}, {per_step} per step, {state.max_steps} steps"
         + (f", from step {state.global_step}" if state.global_step else ""),
     }
-    return facts | _constraint(trainer)
+    return facts | _evaluation(trainer) | _constraint(trainer)
+
+
+def _weights(model: Any) -> str:
+    """Dtypes of the weights that are numbers, and how the others are quantised."""
+    dtypes = {str(weight.dtype).removeprefix("torch.") for weight in model.parameters() if weight.is_floating_point()}
+    bits = [f"{bits} bits" for bits in (4, 8) if getattr(model, f"is_loaded_in_{bits}bit", False)]
+    return " and ".join([*bits, *sorted(dtypes)])
+
+
+def _where(model: Any, args: TrainingArguments) -> str:
+    if devices := spread(model):
+        return f"over {', '.join(devices)}"
+    return f"on {args.device}" + (f", {args.world_size} processes" if args.world_size > 1 else "")
+
+
+def _evaluation(trainer: Trainer) -> dict[str, str]:
+    args, dataset = trainer.args, trainer.eval_dataset
+    if dataset is None or args.eval_strategy == "no":
+        return {}
+    when = "after each epoch" if args.eval_strategy == "epoch" else f"every {args.eval_steps:g} steps"
+    best = "; the best checkpoint is kept" if args.load_best_model_at_end else ""
+    return {"evaluation": f"{_samples(dataset)}, {when}{best}"}
 
 
 def _method(model: Any) -> str:
@@ -53,7 +73,17 @@ def _method(model: Any) -> str:
     for config in configs.values():
         targets = config.target_modules
         names = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
-        return f"LoRA of rank {config.r} on {names}" if hasattr(config, "r") else f"{config.peft_type.value} adapter"
+        if not hasattr(config, "r"):
+            return f"{config.peft_type.value} adapter"
+        kind = "DoRA" if getattr(config, "use_dora", False) else "LoRA"
+        kind = f"rs{kind}" if getattr(config, "use_rslora", False) else kind
+        whole = ", ".join(getattr(config, "modules_to_save", None) or ())
+        dropout = getattr(config, "lora_dropout", 0)
+        return (
+            f"{kind} of rank {config.r} on {names}"
+            + (f", dropout {dropout:g}" if dropout else "")
+            + (f"; {whole} as a whole" if whole else "")
+        )
     return "full fine-tuning"
 
 
@@ -61,8 +91,7 @@ def _size(weight: Any) -> int:
     return int(getattr(weight, "ds_numel", weight.numel()))  # of DeepSpeed's, which is sharded
 
 
-def _samples(trainer: Trainer) -> str:
-    dataset: Any = trainer.train_dataset
+def _samples(dataset: Any) -> str:
     return f"{len(dataset):,} samples" if hasattr(dataset, "__len__") else "a stream"
 
 

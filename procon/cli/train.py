@@ -7,17 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 import yaml
 from accelerate import PartialState
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
+from procon.cli.adapters import trainable, write_merged
 from procon.cli.arguments import TrainArguments
 from procon.cli.chat import chat_settings
 from procon.cli.preface import Preface
@@ -34,7 +33,7 @@ from procon.defences import Defence, build_trainer, find_defence
 from procon.directions import DIRECTIONS, BlockDirections, RefusalDirections, load_directions
 from procon.errors import ProConError, printable
 from procon.files import check_writable
-from procon.models import check_name, find_decoder, load_model, parse_dtype
+from procon.models import check_loading, check_name, find_decoder, load_model
 from procon.training import DriftCallback, JsonlCallback, ProConConfig, ProConTrainer
 from procon.training.checkpoints import Checkpoint, has_checkpoints, latest
 from procon.training.console_rows import show_rows
@@ -52,6 +51,7 @@ class _Job:
         defence: the defence asked for; None for what the ``procon_`` settings say.
         settings: the defence's own.
         conversations: what is trained on, safety samples included.
+        evaluation: what is evaluated on while training; None if nothing is.
         alignment: safety data that the defence trains on separately; None if it does not.
         directed: whether refusal directions are needed.
         directions: those that were given, or that the resumed run had; None if they are to be extracted.
@@ -61,6 +61,7 @@ class _Job:
     defence: Defence | None
     settings: dict[str, Any]
     conversations: Dataset
+    evaluation: Dataset | None
     alignment: Dataset | None
     directed: bool
     directions: BlockDirections | None
@@ -69,6 +70,12 @@ class _Job:
 def train(arguments: TrainArguments, config: ProConConfig) -> None:
     """``procon train``"""
     output = output_folder(config)
+    check_loading(**arguments.loading())
+    if arguments.device_map is not None and config.world_size > 1:
+        raise ProConError(
+            f"device_map is {str(arguments.device_map)!r:.60}, and each of the {config.world_size} processes has a "
+            "device of its own: leave it out"
+        )
     if not (arguments.resume or config.procon_overwrite) and has_checkpoints(output):
         raise ProConError(
             f"output_dir {str(output)!r} holds checkpoints: pass --resume, or another --output_dir; or "
@@ -86,6 +93,10 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
         trainer.add_callback(JsonlCallback())
         show_rows(trainer)
         trainer.add_callback(Preface(trainer, arguments.model))
+        if arguments.early_stopping_patience:
+            trainer.add_callback(
+                EarlyStoppingCallback(arguments.early_stopping_patience, arguments.early_stopping_threshold)
+            )
         if arguments.drift_steps:
             trainer.add_callback(
                 DriftCallback(
@@ -103,7 +114,14 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
     if config.process_index == 0:
         name, console = printable(str(output)), Console()
         console.print(Text(_summary(trainer)))
+        if best := getattr(trainer, "best", None):
+            console.print(
+                Text(f"Kept: the checkpoint of step {best['step']}, with the lowest loss, {best['value']:.4g}.")
+            )
         console.print(Text(f"Written: {name}, its log in log.jsonl. Measure it: procon eval --model {name}"))
+        if arguments.merge:
+            merged = printable(str(write_merged(output, tokenizer, arguments)))
+            console.print(Text(f"Merged: {merged}, a model without an adapter."))
     # Ranks leave together: one that is gone early takes the others' connections with it.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
@@ -161,13 +179,7 @@ def _plan(arguments: TrainArguments, config: ProConConfig, checkpoint: Checkpoin
     if config.schedule().active and not checkpoint and (defence is None or defence.is_procon):
         on_main(config.check_probe_file)
     needs = defence.needs if defence else {"directions"} if config.schedule().active else set()
-    conversations = load_conversations(
-        arguments.data,
-        config=arguments.data_config,
-        split=arguments.data_split,
-        revision=arguments.data_revision,
-        columns=parse_columns(arguments.data_columns),
-    )
+    conversations, evaluation = _conversations(arguments, config.seed)
     aligning = "alignment_dataset" in needs
     # A defence that trains on safety data separately gets them mixed into the training set as well only if a number
     # of them is given.
@@ -185,16 +197,38 @@ def _plan(arguments: TrainArguments, config: ProConConfig, checkpoint: Checkpoin
     elif directed and checkpoint:
         beside = (checkpoint.path / DIRECTIONS).is_file()
         directions = load_directions(checkpoint.path if beside else output_folder(config))
-    return _Job(config, defence, settings, conversations, safety if aligning else None, directed, directions)
+    return _Job(
+        config, defence, settings, conversations, evaluation, safety if aligning else None, directed, directions
+    )
+
+
+def _conversations(arguments: TrainArguments, seed: int) -> tuple[Dataset, Dataset | None]:
+    """What is trained on, and what is evaluated on."""
+    columns = parse_columns(arguments.data_columns)
+    of_hub: dict[str, Any] = {"config": arguments.data_config, "revision": arguments.data_revision}
+    data = load_conversations(arguments.data, split=arguments.data_split, columns=columns, **of_hub)
+    if arguments.eval_share:
+        if (rows := round(arguments.eval_share * len(data))) in (0, len(data)):
+            raise ProConError(
+                f"eval_share is {arguments.eval_share:g}, which is {rows} of the {len(data)} samples: give a share "
+                "that leaves samples on both sides"
+            )
+        parts = data.train_test_split(test_size=rows, seed=seed)
+        return parts["train"], parts["test"]
+    split = {"split": arguments.eval_split} if arguments.eval_split else {}
+    if arguments.eval_data:
+        return data, load_conversations(arguments.eval_data, columns=columns, **split)
+    return data, load_conversations(arguments.data, columns=columns, **of_hub, **split) if split else None
 
 
 def _trainer(arguments: TrainArguments, job: _Job, output: Path) -> tuple[Trainer, PreTrainedTokenizerBase]:
     """The trainer, with a model, an adapter and directions, extracted now if there are none; and the tokenizer."""
-    dtype = torch.float32 if arguments.method == "full" and arguments.dtype == "auto" else parse_dtype(arguments.dtype)
-    trusted = arguments.trust_remote_code
-    model, tokenizer = load_model(
-        arguments.model, dtype=dtype, attn_implementation=arguments.attn_implementation, trust_remote_code=trusted
-    )
+    loading = arguments.loading()
+    if arguments.method == "full" and arguments.dtype == "auto":
+        loading["dtype"] = "float32"
+    if job.config.use_cpu and loading["device_map"] is None:
+        loading["device_map"] = "cpu"
+    model, tokenizer = load_model(arguments.model, **loading)
     directions = job.directions
     if directions:
         directions.check_fits(find_decoder(model))
@@ -203,7 +237,7 @@ def _trainer(arguments: TrainArguments, job: _Job, output: Path) -> tuple[Traine
     dataset = tokenize_conversations(job.conversations, tokenizer, **settings)
     set_seed(job.config.seed)
     # A new adapter changes nothing yet, and one that does not fit shows before the minutes of extraction.
-    model = _trainable(model, arguments)
+    model = trainable(model, arguments)
     if job.directed and directions is None:
         # Before there is a trainer, as that makes the output folder.
         with job.config.main_process_first(local=False, desc="refusal directions"):
@@ -214,6 +248,7 @@ def _trainer(arguments: TrainArguments, job: _Job, output: Path) -> tuple[Traine
         "directions": directions,
         "chat": chat,
         "train_dataset": dataset,
+        "eval_dataset": tokenize_conversations(job.evaluation, tokenizer, **settings) if job.evaluation else None,
         "data_collator": _collator(arguments, model, tokenizer),
         "processing_class": tokenizer,
     }
@@ -222,7 +257,7 @@ def _trainer(arguments: TrainArguments, job: _Job, output: Path) -> tuple[Traine
     if job.alignment is not None:
         common["alignment_dataset"] = tokenize_conversations(job.alignment, tokenizer, **settings)
     base = arguments.base
-    if base and trusted:  # the defence itself would load it without its code
+    if base and arguments.trust_remote_code:  # the defence itself would load it without its code
         base = load_model(base, dtype=model.dtype, trust_remote_code=True)[0]
     return build_trainer(job.defence.name, model, job.config, settings=job.settings, base=base, **common), tokenizer
 
@@ -255,30 +290,6 @@ def _yaml_value(text: str) -> Any:
         return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
-
-
-def _trainable(model: PreTrainedModel, arguments: TrainArguments) -> PreTrainedModel:
-    if arguments.method == "full":
-        if isinstance(model, PeftModel):
-            raise ProConError(
-                f"model {arguments.model!r} is a LoRA folder: merge it into its base, or use --method lora"
-            )
-        return model
-    if isinstance(model, PeftModel):
-        model.set_adapter(cast(str, model.active_adapter))  # its only one; loaded for inference, it was frozen
-        return model
-    targets = arguments.lora_targets
-    names = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
-    try:
-        adapted = get_peft_model(
-            model,
-            LoraConfig(
-                r=arguments.lora_r, lora_alpha=arguments.lora_alpha, target_modules=names, task_type="CAUSAL_LM"
-            ),
-        )
-        return cast(PreTrainedModel, adapted)  # it takes from its base what it lacks
-    except ValueError as error:
-        raise ProConError(f"lora_targets {targets!r} do not fit the model ({error}): try all-linear") from error
 
 
 def _collator(

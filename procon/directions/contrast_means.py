@@ -14,7 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 from procon.chat import ContrastPrompts, pad_token_id, render, user_turn
 from procon.errors import ProConError
-from procon.models import decoder_forward, evaluating, find_decoder, model_device, observe_sites, site_name
+from procon.models import (
+    decoder_forward,
+    evaluating,
+    find_decoder,
+    in_batches,
+    model_device,
+    observe_sites,
+    site_name,
+)
 from procon.settings import ChatSettings
 
 #: A mean difference this small beside the hidden states themselves is rounding, not a direction: the first block's
@@ -132,6 +140,8 @@ def each_last_token(
 ) -> None:
     """Call ``consume(rows, site, hidden [len(rows), D])`` for every batch of prompts and every site.
 
+    A batch that does not fit in memory is run again by halves.
+
     Sites are the inputs of the ``L`` blocks, and ``L``, the output of the last one.
     """
     decoder = find_decoder(model)
@@ -139,15 +149,21 @@ def each_last_token(
     ids = [render(tokenizer, user_turn(prompt), generation_prompt=True, chat=chat) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     device = model_device(model)
+
+    def run(rows: Sequence[int]) -> None:
+        lengths = torch.tensor([len(ids[i]) for i in rows])
+        batch = torch.full((len(rows), int(lengths.max())), pad_token_id(tokenizer))
+        for row, i in enumerate(rows):
+            batch[row, : len(ids[i])] = torch.tensor(ids[i])
+        mask = (torch.arange(batch.shape[1]) < lengths[:, None]).long()
+        last = (torch.arange(len(rows)), lengths - 1)
+        states: list[tuple[int, Tensor]] = []
+        with observe_sites(decoder, lambda site, hidden: states.append((site, hidden[last]))):
+            forward(input_ids=batch.to(device), attention_mask=mask.to(device))
+        # Once all of it is there: a batch that does not fit is run again by halves.
+        for site, hidden in states:
+            consume(list(rows), site, hidden)
+        bar.update(len(rows))
+
     with evaluating(model), tqdm(total=len(ids), desc=description, unit="prompt", disable=not progress) as bar:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            lengths = torch.tensor([len(ids[i]) for i in rows])
-            batch = torch.full((len(rows), int(lengths.max())), pad_token_id(tokenizer))
-            for row, i in enumerate(rows):
-                batch[row, : len(ids[i])] = torch.tensor(ids[i])
-            mask = (torch.arange(batch.shape[1]) < lengths[:, None]).long()
-            last = (torch.arange(len(rows)), lengths - 1)
-            with observe_sites(decoder, lambda site, h: consume(rows, site, h[last])):  # noqa: B023
-                forward(input_ids=batch.to(device), attention_mask=mask.to(device))
-            bar.update(len(rows))
+        in_batches(order, batch_size, run)

@@ -76,7 +76,7 @@ def block_effects(
             odds = log_odds_of(logits.float().log_softmax(-1), tokens)
             gradients = torch.autograd.grad(odds.sum(), states, materialize_grads=True)
             for site, gradient in enumerate(gradients):
-                effects[site] += basis[site] @ gradient[:, -1].double().sum(0).cpu()
+                effects[site] += basis[site] @ gradient[:, -1].cpu().double().sum(0)
             states.clear()
     if not torch.isfinite(effects).all():
         raise ProConError(

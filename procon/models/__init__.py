@@ -6,7 +6,9 @@ of weights and configuration, and the origin by which two models are compared.
 May import: the leaves. It knows no directions and no anchors.
 """
 
+from procon.models.adapter_targets import adapter_targets
 from procon.models.attention import best_attention, use_best_attention
+from procon.models.batches import first_batch_size, in_batches
 from procon.models.decoder import (
     Decoder,
     active_adapters,
@@ -19,6 +21,7 @@ from procon.models.decoder import (
     find_decoder,
     first_moving_block,
     is_sharded,
+    keep_quantised,
     model_device,
     observe_block_inputs,
     observe_last_state,
@@ -29,8 +32,9 @@ from procon.models.decoder import (
     transformers_model,
     unwrapped,
 )
+from procon.models.devices import default_device, spread
 from procon.models.hub import check_model_name, check_name
-from procon.models.loading import default_dtype, load_model, parse_dtype
+from procon.models.loading import check_loading, default_dtype, load_model, parse_dtype
 from procon.models.origin import compare_origin, origin_of
 from procon.models.starting_model import StartingModel, without_adapters
 from procon.models.weights import configuration_hash, frozen_hash, weights_hash
@@ -40,21 +44,27 @@ __all__ = [
     "StartingModel",
     "active_adapters",
     "adapter_layer",
+    "adapter_targets",
     "best_attention",
     "block_input",
     "block_output",
+    "check_loading",
     "check_model_name",
     "check_name",
     "compare_origin",
     "configuration_hash",
     "decoder_forward",
+    "default_device",
     "default_dtype",
     "evaluating",
     "final_norms",
     "find_decoder",
+    "first_batch_size",
     "first_moving_block",
     "frozen_hash",
+    "in_batches",
     "is_sharded",
+    "keep_quantised",
     "load_model",
     "model_device",
     "observe_block_inputs",
@@ -64,6 +74,7 @@ __all__ = [
     "parse_dtype",
     "refuse_unprepared",
     "site_name",
+    "spread",
     "token_embedding",
     "transformers_model",
     "unwrapped",

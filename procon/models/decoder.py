@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from procon.errors import ProConError
+from procon.models.devices import input_device
 
 
 @dataclass(frozen=True)
@@ -228,16 +229,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; every module's own training flag is restored afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     for module, _ in flags:
-        # In eval mode on a CPU, bitsandbytes repacks 4-bit weights for good: coarser, and without a gradient. And it
-        # rounds what 8-bit weights multiply, as it does not in training.
-        weight = module._parameters.get("weight")
-        module.training = hasattr(weight, "quant_state") or hasattr(weight, "SCB")
+        module.training = False
+    keep_quantised(model)
     try:
         with torch.no_grad():
             yield
     finally:
         for module, training in flags:
             module.training = training
+
+
+def keep_quantised(model: nn.Module) -> None:
+    """Put layers whose weights bitsandbytes has quantised in training mode, in which they compute as training does.
+
+    In eval mode on a CPU, it repacks 4-bit weights for good: coarser, and without a gradient. And it rounds what 8-bit
+    weights multiply.
+    """
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):
+            module.training = True
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -274,4 +285,4 @@ def refuse_unprepared(model: nn.Module) -> None:
 
 def model_device(model: nn.Module) -> torch.device:
     """The device that inputs of ``model`` go to."""
-    return token_embedding(model).weight.device
+    return input_device(token_embedding(model))

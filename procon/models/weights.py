@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from procon.models.decoder import transformers_model
+from procon.models.devices import offloaded
 
 #: Values per row of the table in which the bits of a tensor are summed.
 _COLUMNS = 4093
@@ -63,7 +64,7 @@ def _hash(model: nn.Module, *, only_frozen: bool) -> str:
     for name, tensor in sorted(tensors.items()):
         if only_frozen and tensor.requires_grad:
             continue
-        value = whole(tensor)
+        value = offloaded(model, name) if tensor.is_meta else whole(tensor)
         flat = value.reshape(-1).float() if value.is_floating_point() else value.reshape(-1)
         bits = flat.view(torch.int32) if flat.is_floating_point() else flat
         digest.update(f"{name}{tuple(value.shape)}".encode())

@@ -36,6 +36,7 @@ _NAMES = {
     "step_seconds": "seconds per step",
     "step_cpu_seconds": "CPU seconds per step",
     "probe_seconds": "seconds of probes",
+    "evaluation_seconds": "of evaluation",
     "grad_norm": "grad norm",
     "learning_rate": "lr",
     "epoch": "epoch",

@@ -337,9 +337,9 @@ class ProConMixin(StrengthMixin):
         args, record = self.args, super()._record()
         if not self.alpha_schedule.active:
             return record
-        did = self.evidence.did(self.state.global_step)
+        did = self.best_did or self.evidence.did(self.state.global_step)
         if self.hold is not None:
-            did["hold"] = self.hold.did()
+            did.setdefault("hold", self.hold.did())
             record["hold"] = self.hold.state()
         record |= {
             "constrained": did["constrained_steps"] > 0,

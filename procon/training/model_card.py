@@ -81,12 +81,15 @@ def describe(settings: dict[str, Any], directions: BlockDirections, log_history:
         directions: those of the run.
         log_history: the Trainer's, of which the last value of each measure is shown.
     """
-    did = settings["did"]
+    did, best = settings["did"], settings.get("best")
+    if best:
+        log_history = [entry for entry in log_history if entry["step"] <= best["step"]]
     if not did["constrained_steps"]:
         return describe_unconstrained(f"none of its {did['steps']} steps was under it ({settings['schedule']})")
     mean = did["mean_penalty"]
     rows = {
         "optimiser steps under the constraint": f"{did['constrained_steps']} of {did['steps']}",
+        **({"kept": _kept(best)} if best else {}),
         "blocks that it acted on": _blocks(did["blocks_acted"], directions.block_count),
         "mean penalty, before alpha": "not finite" if mean is None else f"{mean:.3g}",
         "strength (alpha)": _strength(AlphaSchedule.parse(settings["schedule"])),
@@ -157,6 +160,10 @@ def _with_section(card: Path, section: str) -> str:
 
 def _replaced(text: str, marked: str) -> tuple[str, int]:
     return re.subn(f"{_BEGIN}.*?{_END}", lambda _: marked, text, flags=re.DOTALL)
+
+
+def _kept(best: dict[str, Any]) -> str:
+    return f"the checkpoint of step {best['step']}, with the best {best['metric']}, {best['value']:.4g}"
 
 
 def _hold(did: dict[str, Any] | None) -> dict[str, str]:

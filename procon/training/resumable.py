@@ -16,17 +16,17 @@ from procon.errors import ProConError
 from procon.files import sync_files, writing
 from procon.models import is_sharded
 from procon.settings import ChatSettings
+from procon.training.best import BestMixin
 from procon.training.checkpoints import Checkpoint, break_seal, delete_superseded, latest, open_checkpoint, seal
 from procon.training.model_card import write_unconstrained
 from procon.training.output import claim, locked, output_folder
 from procon.training.ranks import on_main
 from procon.training.record import begin, write_record
 from procon.training.run_facts import check_same_run, run_arguments, run_facts
-from procon.training.step_times import TimedMixin
 from procon.version import __version__
 
 
-class ResumableMixin(TimedMixin):
+class ResumableMixin(BestMixin):
     """Before any subclass of transformers' Trainer: its output folder, its checkpoints and how it goes on from one.
 
     - One training at a time writes to an output folder, and none over what another one left.
@@ -149,6 +149,7 @@ class ResumableMixin(TimedMixin):
             "chat": describe_chat(cast(Any, self.processing_class), self.chat),
             "run": self._run,
             "arguments": self._run_arguments(),
+            **({"best": self.best} if self.best else {}),
         }
 
     def _describe(self, folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from procon.training.callbacks import ProbeCallback
+from procon.training.console import leave_out_of_bar
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -24,16 +25,19 @@ class StepTimes(TrainerCallback):
     Attributes:
         seconds: by the clock.
         cpu_seconds: of all threads of this process. On a CPU they are what a step costs, however busy the machine is.
+        evaluation: seconds that evaluation took in this training so far.
     """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.cpu_seconds: list[float] = []
+        self.evaluation = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.seconds, self.cpu_seconds = [], []
+        self.evaluation = 0.0
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -48,8 +52,8 @@ class StepTimes(TrainerCallback):
 class TimedMixin(_Trainer):
     """Before any subclass of transformers' Trainer: what it logs at the end counts training alone.
 
-    - ``train_runtime``, and samples and steps per second, are without the time that :class:`ProbeCallback` took, which
-      stands beside them as ``probe_seconds``.
+    - ``train_runtime``, and samples and steps per second, are without the time that :class:`ProbeCallback` took and
+      that of evaluation, which stand beside them as ``probe_seconds`` and ``evaluation_seconds``.
     - ``step_seconds`` is the median time of an optimiser step; on a CPU, ``step_cpu_seconds`` the same in CPU time.
     """
 
@@ -57,6 +61,15 @@ class TimedMixin(_Trainer):
         super().__init__(*args, **kwargs)
         self._step_times = StepTimes()
         self.add_callback(self._step_times)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        began = time.monotonic()
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            seconds = time.monotonic() - began
+            self._step_times.evaluation += seconds
+            leave_out_of_bar(self, seconds)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "train_runtime" in logs:
@@ -66,11 +79,14 @@ class TimedMixin(_Trainer):
     def _times(self, logs: dict[str, float]) -> dict[str, float]:
         callbacks = self.callback_handler.callbacks
         probing = sum(callback.seconds for callback in callbacks if isinstance(callback, ProbeCallback))
+        evaluation = self._step_times.evaluation
         whole = logs["train_runtime"]
-        training = whole - probing
+        training = whole - probing - evaluation
         found: dict[str, float] = {}
-        if probing and training > 0:
-            found = {"train_runtime": round(training, 4), "probe_seconds": round(probing, 4)}
+        if (probing or evaluation) and training > 0:
+            found = {"train_runtime": round(training, 4)}
+            found |= {"probe_seconds": round(probing, 4)} if probing else {}
+            found |= {"evaluation_seconds": round(evaluation, 4)} if evaluation else {}
             for name in ("train_samples_per_second", "train_steps_per_second"):
                 if name in logs:
                     found[name] = round(logs[name] * whole / training, 3)

@@ -70,8 +70,9 @@ def test_groups_of_training(monkeypatch):
     text = help_of("train")
     titles = re.findall(r"^([a-z ,]+):$", text, flags=re.MULTILINE)
     assert titles == [
-        *("model and data", "defence and safety data", "adapter", "constraint", "anchors", "drift"),
-        *("length and batches", "optimiser", "precision and memory", "saving and logging", "other"),
+        *("model and data", "loading the model", "evaluation while training", "defence and safety data", "adapter"),
+        *("constraint", "anchors", "drift", "length and batches", "optimiser", "precision and memory"),
+        *("saving and logging", "processes", "other"),
     ]
     words = " ".join(text.split())
     assert "usage: procon train MODEL DATA [settings]" in words

@@ -182,7 +182,7 @@ def test_anchors_belong_to_the_adapter_that_was_on(two_adapters, batch, random_d
     model.set_adapter("second")
     with pytest.raises(ProConError, match="recorded for another model state"):
         Anchors.record(model, [batch], directions, tmp_path, progress=False, scope="response")
-    with pytest.raises(ProConError, match="another model state, other adapters or directions"):
+    with pytest.raises(ProConError, match="another model state or precision, other adapters or directions"):
         anchors.check_fits(model, directions)
     with model.disable_adapter(), pytest.raises(ProConError, match="other adapters"):
         anchors.check_fits(model, directions)

@@ -313,9 +313,11 @@ def test_anchors_of_several_directions(model, samples, tokenizer, tmp_path):
         == 3
     )
     assert json.loads((tmp_path / "1" / "anchors.json").read_text())["k"] == 1
-    with pytest.raises(ProConError, match="recorded for another model state, directions"):
+    with pytest.raises(ProConError, match="recorded for another model state or precision, directions"):
         record(two, "three", blocks=(0, 2))
-    with pytest.raises(ProConError, match="recorded for another model state, other adapters or directions"):
+    with pytest.raises(
+        ProConError, match="recorded for another model state or precision, other adapters or directions"
+    ):
         anchors.check_fits(model, two)
 
 

@@ -358,7 +358,7 @@ def make_defence_settings(random: Random) -> tuple[str, str]:
 
 def take_defence_settings(given: tuple[str, str]) -> None:
     defence, settings = given
-    arguments = TrainArguments("m", "d", defence=defence, defence_settings=settings)
+    arguments = TrainArguments(model="m", data="d", defence=defence, defence_settings=settings)
     _defence_settings(arguments, find_defence(defence))
 
 

@@ -1,8 +1,11 @@
 """Evaluation while training: the plain trainer's, on samples that have no anchors."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2}
@@ -86,3 +89,22 @@ def test_evaluation_within_training_leaves_training_alone(make_trainer, base):
     assert penalties(evaluated) == penalties(never)
     weights = dict(never.model.named_parameters())
     assert all(torch.equal(weights[name], weight) for name, weight in evaluated.model.named_parameters())
+
+
+@pytest.mark.parametrize("base", ["Trainer", "SFTTrainer"])
+def test_the_best_checkpoint_is_what_the_record_speaks_of(make_trainer, tmp_path, base):
+    """Training makes it worse, so the first is the best: the model, the folder and the record are of that one."""
+    settings = {"eval_steps": 1, "save_steps": 1, "lr_scheduler_type": "constant", "learning_rate": 3.0}
+    trainer = make_trainer(base, "procon_s:1", load_best_model_at_end=True, eval_strategy="steps", **settings)
+    trainer.train()
+    trainer.save_model()
+    losses = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
+    best = min(losses, key=losses.__getitem__)
+    assert best < 4
+    assert trainer.best == {"step": best, "metric": "eval_loss", "value": losses[best]}
+    of_best, kept = (load_file(tmp_path / "out" / name / "model.safetensors") for name in (f"checkpoint-{best}", "."))
+    assert all(torch.equal(weight, kept[name]) for name, weight in of_best.items())
+    record = json.loads((tmp_path / "out" / "procon.json").read_text())
+    assert record["best"] == trainer.best
+    assert record["did"]["steps"] == record["did"]["constrained_steps"] == best
+    assert len(penalties(trainer)) == 4

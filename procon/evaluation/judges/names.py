@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
+from typing import Any
 
 from procon.errors import ProConError
 from procon.evaluation.judges.endpoint import EndpointJudge
@@ -18,9 +17,8 @@ from procon.models import load_model
 def load_judges(
     names: str | Sequence[str],
     *,
-    dtype: torch.dtype | None = None,
-    trust_remote_code: bool = False,
     progress: bool = True,
+    **loading: Any,
 ) -> list[Judge]:
     """The judges with these names, in a text joined by commas, or in a list.
 
@@ -33,6 +31,10 @@ def load_judges(
 
     Models are loaded, and endpoints are asked a first question, so that what is wrong with them shows here.
 
+    Args:
+        loading: of :func:`procon.models.load_model`, for judges that are models: dtype, devices, bits, and whether code
+            that comes with them is trusted.
+
     Raises:
         ProConError: if a name is none of these or is given twice, a model cannot be loaded, or an endpoint does not
             answer.
@@ -42,7 +44,7 @@ def load_judges(
         if texts.count(text) > 1:
             raise ProConError(f"judge {text!r:.80} is given twice: give each once")
     read = [_read(text) for text in texts]
-    return [_load(text, *parts, dtype, trust_remote_code, progress) for text, parts in zip(texts, read, strict=True)]
+    return [_load(text, *parts, progress, loading) for text, parts in zip(texts, read, strict=True)]
 
 
 def _read(text: str) -> tuple[Format | None, str | None]:
@@ -67,9 +69,8 @@ def _load(
     text: str,
     format: Format | None,
     where: str | None,
-    dtype: torch.dtype | None,
-    trust_remote_code: bool,
     progress: bool,
+    loading: dict[str, Any],
 ) -> Judge:
     if format is None or where is None:
         return KeywordJudge()
@@ -78,5 +79,5 @@ def _load(
         judge = EndpointJudge(url, model or None, format=format, name=text)
         judge.check()
         return judge
-    model, tokenizer = load_model(where, dtype=dtype, trust_remote_code=trust_remote_code)
+    model, tokenizer = load_model(where, **loading)
     return ModelJudge(format, model, tokenizer, name=text, progress=progress)

@@ -1,0 +1,58 @@
+"""When memory runs out, half as many prompts are run at a time, and nothing else changes."""
+
+import pytest
+import torch
+
+from procon.chat import ContrastPrompts, generate_replies
+from procon.directions import ContrastMeans
+from procon.errors import ProConError
+from procon.models import first_batch_size, in_batches
+
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB."
+PROMPTS = [f"Count to {n}." + " Please." * (n % 4) for n in range(9)]
+
+
+@pytest.fixture
+def cramped(tiny_model):
+    """A model whose last block has memory for two prompts, and the sizes of the batches that it was given."""
+    model, sizes = tiny_model(), []
+
+    def allocate(module, args, kwargs) -> None:
+        rows = len(args[0] if args else kwargs["hidden_states"])
+        sizes.append(rows)
+        if rows > 2:
+            raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+
+    model.model.layers[-1].register_forward_pre_hook(allocate, with_kwargs=True)
+    return model, sizes
+
+
+def test_means_of_prompts_are_counted_once(cramped, tiny_model, tokenizer, caplog):
+    """Also those that went through the first blocks before memory ran out."""
+    model, sizes = cramped
+    prompts = ContrastPrompts(tuple(PROMPTS), tuple(PROMPTS[::-1][:5]))
+    found = ContrastMeans.measure(model, tokenizer, prompts, batch_size=8, progress=False)
+    expected = ContrastMeans.measure(tiny_model(), tokenizer, prompts, batch_size=2, progress=False)
+    assert torch.equal(found.malicious, expected.malicious)
+    assert torch.equal(found.benign, expected.benign)
+    assert sizes == [8, 4, 2, 2, 2, 2, 1, 5, 2, 2, 1]
+    assert "memory ran out with 8 prompts at once: going on with 4" in caplog.text
+
+
+def test_replies_stay_in_their_places(cramped, tiny_model, tokenizer):
+    model, _ = cramped
+    turns = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    settings = {"max_new_tokens": 3, "progress": False}
+    found = generate_replies(model, tokenizer, turns, batch_size=64, **settings)
+    assert found == generate_replies(tiny_model(), tokenizer, turns, batch_size=2, **settings)
+
+
+def test_one_that_does_not_fit(tiny_model):
+    def full(batch) -> None:
+        raise RuntimeError("MPS backend out of memory")
+
+    with pytest.raises(ProConError, match="memory ran out with one prompt at a time: load the model in fewer bits"):
+        in_batches([1, 2, 3], 2, full)
+    with pytest.raises(RuntimeError, match="another"):
+        in_batches([1], 1, lambda batch: (_ for _ in ()).throw(RuntimeError("another error")))
+    assert (first_batch_size("auto", tiny_model()), first_batch_size(7, tiny_model())) == (32, 7)
