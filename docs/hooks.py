@@ -3,7 +3,8 @@
 - A drawing stands in its page, where it takes the page's colours, light or dark. In the repository it is a file of its
   own, which any reader of Markdown shows.
 - Formulas become MathML, which browsers lay out by themselves: no script, no font and no server of anyone else.
-- A name in a table may go on in the next line after an underscore, a point or a slash, and nowhere else.
+- A name in a table may go on in the next line after an underscore, a point, a slash or a bracket, and nowhere else.
+- Links of the changelog, which lies in the repository's root, lead to pages of the site.
 - The foot of each page has the version.
 """
 
@@ -13,7 +14,7 @@ import re
 import runpy
 from html import unescape
 from pathlib import Path
-from posixpath import dirname, join, normpath
+from posixpath import dirname, join, normpath, relpath
 
 from latex2mathml.converter import convert
 
@@ -23,7 +24,11 @@ _IMAGE = re.compile(r'<p><img [^>]*?src="(?P<source>[^":]+\.svg)"[^>]*></p>')
 _ALONE = re.compile(r"<\?xml.*?\?>\s*|<style>.*?</style>", re.DOTALL)
 _FORMULA = re.compile(r'<(?P<tag>div|span) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL)
 _CELL = re.compile(r"<t[dh]\b.*?</t[dh]>", re.DOTALL)
-_CODE = re.compile(r"(?<=<code>)[^<]+(?=</code>)")
+_TEXT = re.compile(r"(?<=>)[^<]+(?=<)")
+_JOINT = re.compile(r"(?<=[A-Za-z_])([_./(]+)(?=[A-Za-z])")
+
+#: In what the site shows of the repository's own pages.
+_ROOTED = re.compile(r'(?<=href=")docs/([\w/-]+)\.md')
 
 
 def on_config(config):
@@ -40,11 +45,13 @@ def on_post_page(output: str, page, config) -> str:
         svg = (Path(config.docs_dir) / path).read_text(encoding="utf-8")
         return f"<figure>{_ALONE.sub('', svg)}</figure>"
 
-    return _CELL.sub(_with_breaks, _FORMULA.sub(_mathml, _IMAGE.sub(drawing, output)))
+    output = _FORMULA.sub(_mathml, _IMAGE.sub(drawing, output))
+    output = _ROOTED.sub(lambda link: join(relpath(".", page.url), link[1], ""), output)
+    return _CELL.sub(_with_breaks, output)
 
 
 def _with_breaks(cell: re.Match[str]) -> str:
-    return _CODE.sub(lambda name: re.sub(r"(?<=\w)([_./]+)(?=\w)", r"\1<wbr>", name[0]), cell[0])
+    return _TEXT.sub(lambda text: _JOINT.sub(r"\1<wbr>", text[0]), cell[0])
 
 
 def _mathml(formula: re.Match[str]) -> str:

@@ -113,9 +113,9 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1rem; fon
 dt { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 40rem) {
-  table { font-size: .8rem; }
+  table { font-size: .78rem; }
   th, td { padding: .35rem .25rem; }
-  tbody th { min-width: 4rem; }
+  tbody th { min-width: 3.5rem; }
 }
 """
 )

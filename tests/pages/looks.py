@@ -46,7 +46,7 @@ _TOO_WIDE = """width => {
     for (const part of name.childNodes) {
       const word = document.createRange();
       word.selectNodeContents(part);
-      if (/^[\\w./]+$/.test(part.textContent) && new Set([...word.getClientRects()].map(line => line.top)).size > 1)
+      if (/^[\\w./(]+$/.test(part.textContent) && new Set([...word.getClientRects()].map(line => line.top)).size > 1)
         faults.push(`${what(name)} breaks in a word`);
     }
   }

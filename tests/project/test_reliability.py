@@ -77,10 +77,10 @@ def table(rows: list[dict[str, Any]], columns: list[str]) -> list[str]:
 
 
 def rest(rows: list[dict[str, Any]], name: str, columns: list[str]) -> list[str]:
-    """The other columns, four at a time."""
+    """The other columns, three at a time."""
     lines = []
-    for first in range(0, len(columns), 4):
-        lines += [*table(rows, [name, *columns[first : first + 4]]), ""]
+    for first in range(0, len(columns), 3):
+        lines += [*table(rows, [name, *columns[first : first + 3]]), ""]
     return lines
 
 
