@@ -51,7 +51,12 @@ def on_post_page(output: str, page, config) -> str:
 
 
 def _with_breaks(cell: re.Match[str]) -> str:
-    return _TEXT.sub(lambda text: _JOINT.sub(r"\1<wbr>", text[0]), cell[0])
+    def joints(text: re.Match[str]) -> str:
+        # A short name breaks on a phone alone.
+        mark = "<wbr class='phone'>" if len(text[0]) < 24 else "<wbr>"
+        return _JOINT.sub(rf"\1{mark}", text[0])
+
+    return _TEXT.sub(joints, cell[0])
 
 
 def _mathml(formula: re.Match[str]) -> str:

@@ -93,8 +93,9 @@ def headline_drawing(part: Part, job: str, outcomes: Outcomes) -> Drawing:
     points = _rates(methods, runs)
     return Drawing(
         "headline",
-        "Each row is a way of fine-tuning one model on arithmetic; the first is the model before it. Dots: mean over seeds; "
-        "lines: 95% intervals.",
+        "Each row is a way of fine-tuning one model on arithmetic; the first is the model before it. IFT is plain "
+        "fine-tuning, ProCon_s the constraint throughout, ProCon_wu the constraint in a warm-up alone, _safe means "
+        "with safety samples, and the rest are other defences. Dots: mean over seeds; lines: 95% intervals.",
         f"Dots by method. {_in_words(points)}.",
         partial(plot_kept, points),
     )

@@ -128,7 +128,9 @@ def compose(budget: Budget, name: str, outcomes: Outcomes, judge: str) -> tuple[
         if jobs:
             sections += [f"## {part.title}", _question(part)]
         for job in jobs:
-            sections += [f"### {_capital(JOBS[job].label)}", kept_table(part, job, outcomes).markdown()]
+            if len(part.jobs) > 1:
+                sections.append(f"### {_capital(JOBS[job].label)}")
+            sections.append(kept_table(part, job, outcomes).markdown())
             sections.append(figure(part_drawing(part, job, outcomes)))
             sections.append(
                 folded("Second judge, log-odds, degenerate replies", judged_table(part, job, outcomes).markdown())
@@ -198,9 +200,12 @@ def _capital(text: str) -> str:
 
 
 def _question(part: Part) -> str:
+    data = f" Training data: {JOBS[part.jobs[0]].label}." if len(part.jobs) == 1 else ""
     if part.split == "held_out":
-        return part.question
-    return f"{part.question} Measured on the {part.split} prompts, which serve for choices: no claim rests on them."
+        return part.question + data
+    return (
+        f"{part.question}{data} Measured on the {part.split} prompts, which serve for choices: no claim rests on them."
+    )
 
 
 def _paper_note(part: Part, job: str) -> str:

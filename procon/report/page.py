@@ -92,7 +92,7 @@ thead th { vertical-align: bottom; font-weight: 600; }
 tbody th { font-weight: 600; overflow-wrap: anywhere; min-width: 5rem; }
 table { font-variant-numeric: tabular-nums; }
 .number { text-align: right; }
-td small { display: block; white-space: nowrap; }
+td small { display: block; white-space: nowrap; font-size: .9em; }
 .replies { display: grid; gap: .8rem; }
 .replies h3 { margin: .8rem 0 0; font-size: .9rem; }
 .replies dl { margin: 0; grid-template-columns: repeat(auto-fit, minmax(min(100%, 14rem), 1fr)); gap: .6rem 1.2rem; }
@@ -100,8 +100,8 @@ td small { display: block; white-space: nowrap; }
 .replies dd { font-size: .85rem; }
 .replies p { margin: .2rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 small, figcaption, .caption, .replies b { color: var(--soft); }
-figcaption, .caption, small { font-size: .85rem; }
-.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 0 2rem; }
+figcaption, .caption { font-size: .85rem; }
+.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: .6rem 2rem; }
 figure { margin: 0; }
 figure svg { display: block; width: 100%; max-width: 34rem; height: auto; }
 svg text { font-family: system-ui, sans-serif !important; }

@@ -50,7 +50,7 @@ def take(tab, shown: list[tuple[str, Path]], folder: Path) -> None:
     """Pictures of whole pages, named by page, width and scheme."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in shown:
-        tab.goto(path.as_uri())
+        looks.visit(tab, path)
         for width in looks.WIDTHS:
             tab.set_viewport_size({"width": width, "height": 800})
             for scheme in looks.SCHEMES:

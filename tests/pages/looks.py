@@ -13,16 +13,23 @@ CONTRAST = 4.5
 #: Pixels, of letters in a figure on a phone.
 LETTERS = 9
 
-#: All that is folded is opened: a reader opens it too. Nothing moves while it is measured.
-_OPEN = """() => {
-  for (const each of document.querySelectorAll('details')) each.open = true;
+#: All that is folded is opened: a reader opens it too.
+_OPEN = "for (const each of document.querySelectorAll('details')) each.open = true;"
+
+#: Nothing moves while it is looked at.
+_STILL = """() => {
   const still = document.createElement('style');
   still.textContent = '* { transition: none !important; animation: none !important; }';
   document.head.append(still);
 }"""
 
-#: Of the page's own scheme, where it has a switch.
-_SCHEME = "scheme => document.body.dataset.mdColorScheme && (document.body.dataset.mdColorScheme = scheme)"
+#: Of the page's own scheme, if it has a switch. Its script answers the reader's system first.
+_SCHEME = """async scheme => {
+  const answered = () => new Promise(done => requestAnimationFrame(() => setTimeout(done)));
+  await answered();
+  if (document.body.dataset.mdColorScheme) document.body.dataset.mdColorScheme = scheme;
+  await answered();
+}"""
 
 _TOO_WIDE = """width => {
   const faults = [];
@@ -42,7 +49,7 @@ _TOO_WIDE = """width => {
       if (cell.scrollWidth > cell.clientWidth + 1) faults.push(`${what(cell)} is wider than its cell`);
     }
   }
-  for (const name of main.querySelectorAll('td code')) {
+  for (const name of main.querySelectorAll('td code, th code')) {
     for (const part of name.childNodes) {
       const word = document.createRange();
       word.selectNodeContents(part);
@@ -111,7 +118,7 @@ _TOO_FAINT = """() => {
 def faults(tab, page: Path) -> list[str]:
     """What is too wide at each width, and too faint in each scheme."""
     found = []
-    tab.goto(page.as_uri())
+    visit(tab, page)
     tab.evaluate(_OPEN)
     for width in WIDTHS:
         tab.set_viewport_size({"width": width, "height": 800})
@@ -120,6 +127,12 @@ def faults(tab, page: Path) -> list[str]:
         show(tab, scheme)
         found += [f"in the {scheme}, {fault}" for fault in tab.evaluate(_TOO_FAINT)]
     return found
+
+
+def visit(tab, page: Path) -> None:
+    """Go to a page in which nothing moves."""
+    tab.goto(page.as_uri())
+    tab.evaluate(_STILL)
 
 
 def show(tab, scheme: str) -> None:

@@ -16,7 +16,6 @@ from benchmarks.study.table import (
     paper_table,
 )
 
-
 OURS = (kept_table, judged_table, moved_table, cost_table)
 
 
