@@ -130,7 +130,8 @@ def _plots(runs: Sequence[Run]) -> list[tuple[str, str, Callable[[Sequence[Run]]
             "loss",
             plot_loss_and_penalty,
             logged(runs, "loss", "procon/penalty"),
-            f"Line charts. {PLAIN_LOSS}, {_ends(runs, 'plain_loss')} Constraint penalty, {_ends(runs, 'procon/penalty')}",
+            f"Line charts. {PLAIN_LOSS}, {_ends(runs, 'plain_loss')} "
+            f"Constraint penalty, {_ends(runs, 'procon/penalty')}",
             "Apart from each other: the loss on the training data without the constraint's part, and how far the "
             "constrained tokens have moved along the initial directions, before alpha.",
         ),

@@ -63,13 +63,14 @@ _TOO_WIDE = """width => {
     for (const text of figure.querySelectorAll('text')) {
       const at = text.getBoundingClientRect();
       const label = text.textContent.trim();
-      const letters = parseFloat(getComputedStyle(text).fontSize) * Math.abs(text.getScreenCTM().a || text.getScreenCTM().b);
-      if (width < 400 && letters < LETTERS) faults.push(`"${label}" in a figure has letters of ${letters.toFixed(1)} px`);
+      const place = text.getScreenCTM();
+      const size = parseFloat(getComputedStyle(text).fontSize) * Math.abs(place.a || place.b);
+      if (width < 400 && size < LETTERS) faults.push(`"${label}" in a figure has letters of ${size.toFixed(1)} px`);
       if (at.left < box.left - 1 || at.right > box.right + 1) faults.push(`"${label}" in a figure is cut off`);
       for (const [other, name] of shown) {
         const across = Math.min(at.right, other.right) - Math.max(at.left, other.left);
         const down = Math.min(at.bottom, other.bottom) - Math.max(at.top, other.top);
-        if (across > 1 && down > 0.35 * at.height) faults.push(`"${label}" and "${name}" in a figure lie on each other`);
+        if (across > 1 && down > 0.35 * at.height) faults.push(`"${label}" and "${name}" lie on each other`);
       }
       shown.push([at, label]);
     }
@@ -109,7 +110,8 @@ _TOO_FAINT = """() => {
     const ink = over(parse(drawn ? style.fill : style.color), ground);
     const [high, low] = [light(ink), light(ground)].sort((a, b) => b - a);
     const ratio = (high + 0.05) / (low + 0.05);
-    if (ratio < CONTRAST) faults.add(`"${element.textContent.trim().slice(0, 40)}" has a contrast of ${ratio.toFixed(1)}`);
+    const words = element.textContent.trim().slice(0, 40);
+    if (ratio < CONTRAST) faults.add(`"${words}" has a contrast of ${ratio.toFixed(1)}`);
   }
   return [...faults];
 }""".replace("CONTRAST", str(CONTRAST))
