@@ -24,7 +24,7 @@ COLOURS = ("#2f7fd1", "#d9660b", "#1f9d6b", "#a05fc9", "#d1495b", "#7d858c")
 DASHES = ("-", "--", "-.", ":")
 # Stand-ins that the page turns into its own text and rule colours, which differ between light and dark.
 INK, RULE = "#010203", "#040506"
-#: Of every figure, in inches, and how many letters that is. A phone shows its text nearly as large as it is drawn, and a
+#: Of every figure, in inches, and how many letters that is. A phone shows its text nearly as large as drawn, and a
 #: desktop two figures side by side.
 WIDTH, _LETTERS = 4.8, 56
 PLOT_STYLE: dict[RcKeyType, Any] = {
