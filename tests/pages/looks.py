@@ -17,10 +17,12 @@ LETTERS = 9
 _OPEN = "for (const each of document.querySelectorAll('details')) each.open = true;"
 
 #: Nothing moves while it is looked at.
-_STILL = """() => {
+_STILL = """async () => {
   const still = document.createElement('style');
   still.textContent = '* { transition: none !important; animation: none !important; }';
   document.head.append(still);
+  // The page's own scripts put their last hand to it.
+  await new Promise(done => requestAnimationFrame(() => setTimeout(done)));
 }"""
 
 #: Of the page's own scheme, if it has a switch. Its script answers the reader's system first.
@@ -133,7 +135,7 @@ def faults(tab, page: Path) -> list[str]:
 
 def visit(tab, page: Path) -> None:
     """Go to a page in which nothing moves."""
-    tab.goto(page.as_uri())
+    tab.goto(page.as_uri(), wait_until="domcontentloaded")
     tab.evaluate(_STILL)
 
 
