@@ -76,30 +76,15 @@ def _measured(measure: Measure) -> Callable[[dict[int, dict]], str]:
 
 def kept_table(part: Part, job: str, outcomes: Outcomes) -> Table:
     """What counts: refusals, over-refusals and the task."""
-    return by_method(
-        part,
-        job,
-        outcomes,
-        [
-            ("refuses malicious", _measured(REFUSAL)),
-            ("refuses benign", _measured(OVER_REFUSAL)),
-            ("task", _measured(TASK)),
-        ],
-    )
+    measures = {"refuses malicious": REFUSAL, "refuses benign": OVER_REFUSAL, "task": TASK}
+    return by_method(part, job, outcomes, [(header, _measured(measure)) for header, measure in measures.items()])
 
 
 def judged_table(part: Part, job: str, outcomes: Outcomes) -> Table:
     """What else is known of the replies."""
-    return by_method(
-        part,
-        job,
-        outcomes,
-        [
-            ("second judge", _measured(SECOND_JUDGE)),
-            ("log-odds", _measured(LOG_ODDS)),
-            ("degenerate", lambda runs: f"{100 * values(runs, DEGENERATE).mean():.0f}%"),
-        ],
-    )
+    columns = [("second judge", _measured(SECOND_JUDGE)), ("log-odds", _measured(LOG_ODDS))]
+    columns.append(("degenerate", lambda runs: f"{100 * values(runs, DEGENERATE).mean():.0f}%"))
+    return by_method(part, job, outcomes, columns)
 
 
 def paper_table(part: Part, job: str) -> Table | None:
