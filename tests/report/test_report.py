@@ -290,7 +290,7 @@ def page(runs, tmp_path) -> Page:
 
 
 def test_page_holds_everything(page, runs):
-    # Two tables, each prompt with its replies, and a legend for each plot of lines that the run has data for. Beside the
+    # Two tables, each prompt with its replies, a legend for each plot of lines that the run has data for. Beside the
     # bars, labels go over two lines.
     prompts = SAMPLE_PROMPTS + 1 + 1
     assert [page.text.count(run.label) for run in runs[1:]] == [2 + prompts + 1, 2 + prompts + 4]
