@@ -16,7 +16,7 @@ EXTRAS = {
     "flash": ["flash-attn>=2.7"],
     "completion": ["shtab>=1.13"],
     "lm-eval": ["lm-eval>=0.4.13"],
-    "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=1"],
+    "docs": ["latex2mathml>=3.77", "mkdocs-material>=9.6", "mkdocstrings[python]>=1", "ruff>=0.12"],
     "study": ["markdown>=3.6", "scikit-learn>=1.6", "scipy>=1.13"],
     # One version of mutmut: another one makes other mutants.
     "mutation": ["coverage>=7.6", "mutmut==3.8.1"],
@@ -41,6 +41,7 @@ EXTRAS["test"] = [
     "hypothesis>=6.100",
     "lightning>=2.6",
     "liger-kernel>=0.8",
+    "playwright>=1.50",
     "pytest>=8",
     "pytest-benchmark>=5",
     "pytest-xdist>=3.6",

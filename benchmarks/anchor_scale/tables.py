@@ -150,15 +150,16 @@ def lookup_table(measured: Measured) -> Table:
 
 def time_table() -> Table:
     """Time of each source over that of plain training."""
-    cases = [(model, training) for training in _TRAININGS for model in MODELS]
-    header = ["", *(f"{model.name}, {_TRAININGS[training]}" for model, training in cases)]
-    forwards = [forward_share(*case) for case in cases]
-    rows = [["`live`, whatever the passes", *map(in_percent, forwards)]]
-    for passes in (1, 2, 3, 10):
-        name = f"`recorded`, {passes} pass{'es' if passes > 1 else ''}"
-        rows.append([name, *(in_percent(recording_share(forward, passes)) for forward in forwards)])
-    share = probe_share(PROBES, PROBE_TOKENS, PROBE_EVERY, STEP_TOKENS)
-    return Table(header, [*rows, ["`probes`", *[in_percent(share)] * len(cases)]])
+    passes = (1, 2, 3, 10)
+    header = ["", "`live`", *(f"{n} pass{'es' if n > 1 else ''}" for n in passes), "`probes`"]
+    probes = in_percent(probe_share(PROBES, PROBE_TOKENS, PROBE_EVERY, STEP_TOKENS))
+    rows = []
+    for training, name in _TRAININGS.items():
+        for model in MODELS:
+            forward = forward_share(model, training)
+            shares = [in_percent(share) for share in (forward, *(recording_share(forward, n) for n in passes))]
+            rows.append([f"{model.name}, {name}", *shares, probes])
+    return Table(header, rows)
 
 
 def check_table(ratios: dict[str, Ratio], naive: dict[str, Ratio]) -> Table:

@@ -36,7 +36,7 @@ def drawing(part: Part, job: str, outcomes: Outcomes) -> Drawing:
     )
     return Drawing(
         part.name,
-        f"Left: the {progress.label} over training, as logged, mean over seeds. Right: refusals of malicious prompts "
+        f"Above: the {progress.label} over training, as logged, mean over seeds. Below: refusals of malicious prompts "
         "against the reward of replies to held-out problems, with 95% intervals.",
         f"Line chart and scatter plot. {words}.",
         partial(plot, lines, points, progress.label),
@@ -44,14 +44,14 @@ def drawing(part: Part, job: str, outcomes: Outcomes) -> Drawing:
 
 
 def plot(lines: dict[str, _Line], points: dict[str, _Point], label: str) -> Figure:
-    """Progress by step (left), refusal by reward (right); a method has one colour in both."""
-    figure = new_figure(4.2)
-    left, right = figure.subplots(1, 2)
+    """Progress by step (above), refusal by reward (below); a method has one colour in both."""
+    figure = new_figure(6.6)
+    above, below = figure.subplots(2)
     for place, (name, (reward, refusal)) in enumerate(points.items()):
         colour = COLOURS[place % len(COLOURS)]
         if name in lines:
-            left.plot(*lines[name], color=colour, linestyle=DASHES[place % len(DASHES)], linewidth=1.8)
-        right.errorbar(
+            above.plot(*lines[name], color=colour, linestyle=DASHES[place % len(DASHES)], linewidth=1.8)
+        below.errorbar(
             reward.mean,
             refusal.mean,
             xerr=_whiskers(reward.mean, reward.interval),
@@ -61,13 +61,13 @@ def plot(lines: dict[str, _Line], points: dict[str, _Point], label: str) -> Figu
             elinewidth=0.8,
             label=name,
         )
-    left.set_xlabel("optimiser step")
-    left.set_ylabel(label)
-    left.xaxis.set_major_locator(whole_numbers())
-    right.set_xlabel("reward of replies to held-out problems")
-    right.set_ylabel("refusal of malicious prompts")
-    right.set_ylim(-0.03, 1.03)
-    right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    above.set_xlabel("optimiser step")
+    above.set_ylabel(label)
+    above.xaxis.set_major_locator(whole_numbers())
+    below.set_xlabel("reward of replies to held-out problems")
+    below.set_ylabel("refusal of malicious prompts")
+    below.set_ylim(-0.03, 1.03)
+    below.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     legend_above(figure)
     return figure
 

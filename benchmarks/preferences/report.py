@@ -11,14 +11,14 @@ from transformers import HfArgumentParser
 
 from benchmarks.preferences.figures import drawing
 from benchmarks.preferences.plan import ALGORITHMS, PLAN, RUNS
-from benchmarks.preferences.table import learned_table
+from benchmarks.preferences.table import learned_table, moved_table
 from benchmarks.preferences.wording import LIMITS, READING
 from benchmarks.study.figures import Drawing
 from benchmarks.study.judge import load_judge
 from benchmarks.study.made import how_made, when_made
 from benchmarks.study.outcomes import Outcomes
 from benchmarks.study.plan import Budget, Part
-from benchmarks.study.table import kept_table
+from benchmarks.study.table import folded, judged_table, kept_table
 from procon.errors import ProConError
 from procon.files import write_text
 
@@ -71,7 +71,11 @@ def compose(plan: Budget, outcomes: Outcomes) -> tuple[str, list[Drawing]]:
         sections += [kept_table(part, job, outcomes).markdown(), learned_table(part, job, outcomes).markdown()]
         shown = drawing(part, job, outcomes)
         drawings.append(shown)
-        sections.append(f"![{shown.alt}]({FIGURES}/{shown.name}.svg)\n\n{shown.caption}")
+        sections.append(shown.markdown(FIGURES))
+        sections.append(
+            folded("Second judge, log-odds, degenerate replies", judged_table(part, job, outcomes).markdown())
+        )
+        sections.append(folded("Drift, time, seeds", moved_table(part, job, outcomes).markdown()))
     if DISCUSSION.is_file():
         sections.append(DISCUSSION.read_text(encoding="utf-8").strip())
     made = how_made(outcomes.runs, [COMMAND, f"{COMMAND}.report"], ("trl",))

@@ -1,4 +1,4 @@
-"""What each method learned and what it did to the model."""
+"""What each method learned, and what it did to the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _Runs = dict[int, dict]
 
 
 def learned_table(part: Part, job: str, outcomes: Outcomes) -> Table:
-    """Progress by the log, on held-out problems and pairs, drift, time and seeds; no column that has nothing to say."""
+    """Progress by the log, and on held-out problems and pairs; no column that has nothing to say."""
     progress = PROGRESS[job]
     columns: list[tuple[str, Callable[[_Runs], str]]] = [
         (f"{progress.label} in training", lambda runs: f"{progress.final(runs):.2f}" if _trained(runs) else NONE),
@@ -24,15 +24,22 @@ def learned_table(part: Part, job: str, outcomes: Outcomes) -> Table:
         ("pairs right, held-out", lambda runs: _of_pairs(runs, "accuracies", "{:.0%}")),
         ("margin, held-out", lambda runs: _of_pairs(runs, "margins", "{:.1f}")),
         ("KL in training", lambda runs: _logged(runs, "kl")),
-        ("cosine", lambda runs: over_blocks(runs, "drift", "cosine", "{:.3f}")),
-        ("shift", lambda runs: over_blocks(runs, "drift", "malicious_shift", "{:+.2f}")),
-        ("time", time_cell),
-        ("seeds", lambda runs: seeds_cell(runs, part)),
     ]
     table = by_method(part, job, outcomes, columns)
     # What no method of this algorithm has is left out.
     shown = [i for i in range(len(columns) + 1) if i == 0 or any(row[i] not in (NONE, NOT_RUN) for row in table.rows)]
     return Table([table.header[i] for i in shown], [[row[i] for i in shown] for row in table.rows])
+
+
+def moved_table(part: Part, job: str, outcomes: Outcomes) -> Table:
+    """Drift, time and seeds."""
+    columns: list[tuple[str, Callable[[_Runs], str]]] = [
+        ("cosine", lambda runs: over_blocks(runs, "drift", "cosine", "{:.3f}")),
+        ("shift", lambda runs: over_blocks(runs, "drift", "malicious_shift", "{:+.2f}")),
+        ("time", time_cell),
+        ("seeds", lambda runs: seeds_cell(runs, part)),
+    ]
+    return by_method(part, job, outcomes, columns)
 
 
 def _trained(runs: _Runs) -> bool:

@@ -17,9 +17,17 @@ from benchmarks.study.methods import Method
 from benchmarks.study.outcomes import REFUSAL, TASK, Measure, Outcomes, by_block, values
 from benchmarks.study.plan import Part
 from benchmarks.study.sweep import Sweep, find_sweeps
-from procon.report.page import COLOURS, DASHES, INK, RULE, draw_svg, legend_above, new_figure, to_svg, whole_numbers
-
-_MARKERS = "osD^vP*<>phdX"
+from procon.report.page import (
+    COLOURS,
+    DASHES,
+    INK,
+    RULE,
+    legend_above,
+    new_figure,
+    to_svg,
+    to_svg_file,
+    whole_numbers,
+)
 
 #: Kinds of directions in a sweep.
 _KINDS = {
@@ -50,83 +58,173 @@ class Drawing:
     plot: partial[Figure]
 
     def file(self) -> str:
-        """A whole SVG file, dark on white, so that it can be read wherever it is shown."""
-        svg = draw_svg(partial(_on_white, self.plot))
-        return f'<?xml version="1.0" encoding="utf-8"?>\n{svg.replace(INK, "#1b1f24").replace(RULE, "#c4cad1")}'
+        """A whole SVG file, which may stand alone."""
+        return to_svg_file(self.plot, self.name, self.alt)
 
     def element(self) -> str:
         """An ``<svg>`` element for a page of :mod:`procon.report.page`."""
         return to_svg(self.plot, self.name, self.alt)
 
-
-def _on_white(plot: partial[Figure]) -> Figure:
-    figure = plot()
-    figure.set_facecolor("white")
-    return figure
+    def markdown(self, folder: str) -> str:
+        """What shows the file of that folder, and the caption below it."""
+        return f"![{self.alt}]({folder}/{self.name}.svg)\n\n{self.caption}"
 
 
-def part_drawings(part: Part, job: str, outcomes: Outcomes) -> list[Drawing]:
+def part_drawing(part: Part, job: str, outcomes: Outcomes) -> Drawing | None:
     """What a part has data for on a job: a sweep by strength, otherwise its methods against each other."""
-    runs = {method.name: found for method in part.methods if (found := outcomes.of(part, job, method.name))}
-    methods = [method for method in part.methods if method.name in runs]
+    runs, methods = _found(part, job, outcomes)
     name = f"{part.name}-{job}"
     if sweeps := find_sweeps(methods):
-        return [_sweep_drawing(f"{name}-strength", sweeps, runs, outcomes.of(part, job, "plain"))]
-    if len(methods) < 2:
-        return []
-    drawings = [_scatter_drawing(f"{name}-front", methods, runs)]
-    # A part that only serves for choices has one figure.
-    return drawings if part.split != "held_out" else [*drawings, _drift_drawing(f"{name}-drift", methods, runs)]
+        return _sweep_drawing(f"{name}-strength", sweeps, runs, outcomes.of(part, job, "plain"))
+    return _scatter_drawing(f"{name}-front", methods, runs) if len(methods) > 1 else None
+
+
+def drift_drawing(part: Part, job: str, outcomes: Outcomes) -> Drawing | None:
+    """How far each method lets the directions drift; a part that only serves for choices has one figure, another."""
+    runs, methods = _found(part, job, outcomes)
+    if len(methods) < 2 or part.split != "held_out" or find_sweeps(methods):
+        return None
+    return _drift_drawing(f"{part.name}-{job}-drift", methods, runs)
+
+
+def headline_drawing(part: Part, job: str, outcomes: Outcomes) -> Drawing:
+    """What every method of a part keeps, and what it learns."""
+    runs, methods = _found(part, job, outcomes)
+    points = _rates(methods, runs)
+    return Drawing(
+        "headline",
+        "Each row is a way of fine-tuning one model on arithmetic; the first is the model before it. IFT is plain "
+        "fine-tuning, ProCon_s the constraint throughout, ProCon_wu the constraint in a warm-up alone, _safe means "
+        "with safety samples, and the rest are other defences. Dots: mean over seeds; lines: 95% intervals.",
+        f"Dots by method. {_in_words(points)}.",
+        partial(plot_kept, points),
+    )
+
+
+def _found(part: Part, job: str, outcomes: Outcomes) -> tuple[dict[str, _Runs], list[Method]]:
+    """The runs that are there, by method."""
+    runs = {method.name: found for method in part.methods if (found := outcomes.of(part, job, method.name))}
+    return runs, [method for method in part.methods if method.name in runs]
 
 
 def _style(place: int) -> dict:
     return {"color": COLOURS[place % len(COLOURS)], "linestyle": DASHES[place % len(DASHES)], "linewidth": 1.8}
 
 
-# Refusal against task
+def label_beside(axes: Axes, labels: Sequence[tuple[str, float, float]], colours: Sequence[str]) -> None:
+    """Write each label in a column beside the axes, from the top as its point lies, with a line that leads to it.
+
+    Limits and scales of the axes must be set.
+    """
+    height = 0.75 * axes.get_figure().get_figheight() * 72  # points, of the axes, more or less
+    gap = 12.5 / height
+    to_axes = axes.transScale + axes.transLimits
+    order = sorted(range(len(labels)), key=lambda i: labels[i][2])
+    places = spread([to_axes.transform(labels[i][1:])[1] for i in order], gap)
+    for i, place in zip(order, places, strict=True):
+        label, x, y = labels[i]
+        axes.annotate(
+            label,
+            (x, y),
+            xytext=(1.06, place),
+            textcoords="axes fraction",
+            verticalalignment="center",
+            arrowprops={"arrowstyle": "-", "color": colours[i], "linewidth": 0.7, "shrinkA": 1, "shrinkB": 3},
+        )
 
 
-def _scatter_drawing(name: str, methods: Sequence[Method], runs: dict[str, _Runs]) -> Drawing:
-    points = {
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Ascending places, moved apart to at least ``gap``, and within 0 and 1 as far as there is room."""
+    found: list[float] = []
+    for place in places:
+        found.append(max(place, found[-1] + gap) if found else max(place, 0.0))
+    for i in reversed(range(len(found))):
+        found[i] = min(found[i], found[i + 1] - gap if i + 1 < len(found) else 1.0)
+    return found
+
+
+# Refusal and task
+
+
+_Points = dict[str, tuple[Estimate, Estimate]]
+
+
+def _rates(methods: Sequence[Method], runs: dict[str, _Runs]) -> _Points:
+    """Task accuracy and refusals by label."""
+    return {
         method.label: tuple(Estimate.of(values(runs[method.name], measure)) for measure in (TASK, REFUSAL))
         for method in methods
     }
-    words = "; ".join(
+
+
+def _in_words(points: _Points) -> str:
+    return "; ".join(
         f"{label}: task {task.mean:.0%}, refuses {refusal.mean:.0%}" for label, (task, refusal) in points.items()
     )
+
+
+def plot_kept(points: _Points) -> Figure:
+    """Refusals and task accuracy, a row per label."""
+    figure = new_figure(0.9 + 0.3 * len(points))
+    axes = figure.subplots()
+    rows = range(len(points))
+    measures = ("refuses malicious prompts", "o", 1), ("solves the task", "D", 0)
+    for (name, marker, place), colour in zip(measures, COLOURS, strict=False):
+        rates = [rates[place] for rates in points.values()]
+        ends = [_whiskers(rate) for rate in rates]
+        axes.errorbar(
+            [rate.mean for rate in rates],
+            [row + 0.13 * (-1 if place else 1) for row in rows],
+            xerr=np.concatenate(ends, 1),
+            fmt=marker,
+            markersize=5,
+            color=colour,
+            elinewidth=0.8,
+            label=name,
+        )
+    axes.set_yticks(rows, list(points))
+    axes.set_ylim(len(points) - 0.5, -0.5)
+    axes.set_xlim(-0.03, 1.03)
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    legend_above(figure)
+    return figure
+
+
+def _scatter_drawing(name: str, methods: Sequence[Method], runs: dict[str, _Runs]) -> Drawing:
+    points = _rates(methods, runs)
     return Drawing(
         name,
         "Refusal of malicious prompts against task accuracy, with 95% intervals. Points on the dotted line are the "
         "Pareto front: no other method is as good at both.",
-        f"Scatter plot. {words}.",
+        f"Scatter plot. {_in_words(points)}.",
         partial(plot_front, points),
     )
 
 
-def plot_front(points: dict[str, tuple[Estimate, Estimate]]) -> Figure:
-    """Task accuracy (x) and refusal (y) by label, one marker each, and the front of those that none beats at both."""
-    figure = new_figure(4.8)
+def plot_front(points: _Points) -> Figure:
+    """Task accuracy (x) and refusal (y) by label, and the front of those that none beats at both, in colour."""
+    figure = new_figure(max(3.2, 0.9 + 0.23 * len(points)))
     axes = figure.subplots()
-    for place, (label, (task, refusal)) in enumerate(points.items()):
-        colour = COLOURS[place % len(COLOURS)]
+    places = [(task.mean, refusal.mean) for task, refusal in points.values()]
+    front = pareto_front(places)
+    for place, (task, refusal) in zip(places, points.values(), strict=True):
         axes.errorbar(
             task.mean,
             refusal.mean,
             xerr=_whiskers(task),
             yerr=_whiskers(refusal),
-            fmt=_MARKERS[place % len(_MARKERS)],
-            color=colour,
+            fmt="o",
+            markersize=5,
+            color=COLOURS[0] if place in front else COLOURS[-1],
             elinewidth=0.8,
-            label=label,
         )
-    front = pareto_front([(task.mean, refusal.mean) for task, refusal in points.values()])
     axes.plot(*zip(*front, strict=True), color=INK, linewidth=0.8, linestyle=":", zorder=0)
     axes.set_xlabel("task accuracy")
     axes.set_ylabel("refusal of malicious prompts")
     axes.set_ylim(-0.03, 1.03)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1, decimals=0))
-    legend_above(figure)
+    label_beside(axes, [(label, *place) for label, place in zip(points, places, strict=True)], [RULE] * len(points))
     return figure
 
 
@@ -157,19 +255,34 @@ def _drift_drawing(name: str, methods: Sequence[Method], runs: dict[str, _Runs])
     )
 
 
-def plot_by_block(lines: dict[str, np.ndarray], label: str, chance: float | None = None) -> Figure:
+def plot_by_block(
+    lines: dict[str, np.ndarray], label: str, chance: float | None = None, *, logarithmic: bool = False
+) -> Figure:
     """``[L]`` values by name, and a level line at ``chance``."""
-    figure = new_figure(4.0)
+    figure = new_figure(max(3.2, 0.9 + 0.23 * len(lines)))
     axes = figure.subplots()
-    for place, (name, line) in enumerate(lines.items()):
-        axes.plot(range(len(line)), line, label=name, **_style(place))
+    for place, line in enumerate(lines.values()):
+        axes.plot(range(len(line)), line, **_style(place))
+    ends = [(name, *_end(line)) for name, line in lines.items()]
+    colours = [COLOURS[place % len(COLOURS)] for place in range(len(lines))]
     if chance is not None:
-        axes.axhline(chance, color=INK, linewidth=0.8, linestyle=":", label="a random direction (1/D)")
+        axes.axhline(chance, color=INK, linewidth=0.8, linestyle=":")
+        ends.append(("a random direction", max(end[1] for end in ends), chance))
+        colours.append(INK)
+    if logarithmic:
+        axes.set_yscale("log")
     axes.set_xlabel("decoder block (its input)")
     axes.set_ylabel(label)
     axes.xaxis.set_major_locator(whole_numbers())
-    legend_above(figure)
+    axes.autoscale_view()
+    label_beside(axes, ends, colours)
     return figure
+
+
+def _end(line: np.ndarray) -> tuple[int, float]:
+    """The last point of a line."""
+    (known,) = np.nonzero(~np.isnan(line))
+    return int(known[-1]), float(line[known[-1]])
 
 
 def drift_place_drawing(runs: _Runs) -> Drawing:
@@ -177,9 +290,9 @@ def drift_place_drawing(runs: _Runs) -> Drawing:
     shares = {
         label: by_block(runs, "displacement", name)
         for label, name in (
-            ("along the refusal direction", "direction_share"),
-            (f"within the first {PRINCIPAL} principal directions", "principal_share"),
-            (f"within the {MASSIVE} largest dimensions", "massive_share"),
+            ("the refusal direction", "direction_share"),
+            (f"{PRINCIPAL} principal directions", "principal_share"),
+            (f"{MASSIVE} largest dimensions", "massive_share"),
         )
     }
     chance = 1 / next(iter(runs.values()))["hidden_size"]
@@ -187,16 +300,16 @@ def drift_place_drawing(runs: _Runs) -> Drawing:
     return Drawing(
         "where-drift-lies",
         "Shares of the squared displacement of hidden states at the last prompt token under plain fine-tuning, mean "
-        "over seeds. The dotted line is the share that one random direction would have.",
+        "over seeds: along the refusal direction, within the first principal directions, within the largest "
+        "dimensions. The dotted line is the share that one random direction would have, 1/D.",
         f"Line chart by block, logarithmic. {words}; a random direction: {chance:.2%}.",
         partial(_plot_shares, shares, chance),
     )
 
 
 def _plot_shares(shares: dict[str, np.ndarray], chance: float) -> Figure:
-    figure = plot_by_block(shares, "share of the squared displacement", chance)
+    figure = plot_by_block(shares, "share of the squared displacement", chance, logarithmic=True)
     (axes,) = figure.axes
-    axes.set_yscale("log")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     return figure
 
@@ -231,11 +344,14 @@ def _curve(sweep: Sweep, kind: str, runs: dict[str, _Runs], measure: Measure) ->
 
 
 def plot_sweeps(sweeps: Sequence[Sweep], runs: dict[str, _Runs], plain: _Runs) -> Figure:
-    """Both measures by alpha, and one against the other: a row of panels per recipe, a line per kind of directions."""
-    figure = new_figure(0.8 + 2.6 * len(sweeps))
-    grid = figure.subplots(len(sweeps), 3, squeeze=False, sharey=True)
+    """Both measures by alpha, and below them one against the other, per recipe; a line per kind of directions."""
+    figure = new_figure(0.9 + 4.2 * len(sweeps))
+    grid = figure.add_gridspec(2 * len(sweeps), 2)
     kinds = list(dict.fromkeys(kind for sweep in sweeps for kind in sweep.methods))
-    for (refusal, task, exchange), sweep in zip(grid, sweeps, strict=True):
+    for row, sweep in enumerate(sweeps):
+        refusal = figure.add_subplot(grid[2 * row, 0])
+        task = figure.add_subplot(grid[2 * row, 1])
+        exchange = figure.add_subplot(grid[2 * row + 1, :])
         for place, kind in enumerate(kinds):
             if kind in sweep.methods:
                 style = {"marker": "o", "markersize": 3, "label": _KINDS[kind], **_style(place)}
@@ -245,22 +361,23 @@ def plot_sweeps(sweeps: Sequence[Sweep], runs: dict[str, _Runs], plain: _Runs) -
                 task.plot(alphas, tasks, **style)
                 exchange.plot(tasks, refusals, **style)
         title = sweep.title_among(sweeps)
-        for axes, measure, name in ((refusal, REFUSAL, "refusal of malicious"), (task, TASK, "task accuracy")):
+        for axes, measure, name in ((refusal, REFUSAL, "refuses malicious"), (task, TASK, "task accuracy")):
             if plain:
                 axes.axhline(values(plain, measure).mean(), color=INK, linewidth=0.8, linestyle=":", label="IFT")
-            _by_alpha(axes, f"{name}, {title}" if title else name, sweep.alphas)
-        exchange.set_title("refusal by task accuracy")
+            axes.set_title(name)
+            _by_alpha(axes, f"alpha, {title}" if title else "alpha", sweep.alphas)
+        exchange.set_title(f"refuses malicious, by task accuracy{f', {title}' if title else ''}")
         exchange.set_xlabel("task accuracy")
         exchange.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        refusal.set_ylim(-0.03, 1.03)
-        refusal.yaxis.set_major_formatter(PercentFormatter(1))
+        for axes in (refusal, task, exchange):
+            axes.set_ylim(-0.03, 1.03)
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
     legend_above(figure)
     return figure
 
 
-def _by_alpha(axes: Axes, title: str, alphas: Sequence[float]) -> None:
-    axes.set_title(title)
+def _by_alpha(axes: Axes, label: str, alphas: Sequence[float]) -> None:
     axes.set_xscale("log")
     axes.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("alpha")
+    axes.set_xlabel(label)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -40,9 +41,24 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        """A table with the first column to the left and the others to the right."""
-        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
+        """A table with its numbers to the right, and all else to the left."""
+        columns = range(len(self.header))
+        rule = ["---:" if column and self._has_numbers(column) else "---" for column in columns]
+        lines = [self.header, rule, *self.rows]
         return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+    def _has_numbers(self, column: int) -> bool:
+        return all(row[column] in (NOT_RUN, NONE, "") or _NUMBER.match(row[column]) for row in self.rows)
+
+
+#: What a cell with a number begins with.
+_NUMBER = re.compile(r"[*<+-]* ?[\d.]*\d")
+
+
+def folded(summary: str, *parts: str) -> str:
+    """What a reader opens, as Markdown within a tag of HTML; nothing without parts."""
+    there = [part for part in parts if part]
+    return "\n\n".join([f"<details markdown><summary>{summary}</summary>", *there, "</details>"]) if there else ""
 
 
 def estimate_cell(estimate: Estimate, rate: bool) -> str:
@@ -59,29 +75,27 @@ def _measured(measure: Measure) -> Callable[[dict[int, dict]], str]:
 
 
 def kept_table(part: Part, job: str, outcomes: Outcomes) -> Table:
-    """Refusal, over-refusal, degenerate replies and task, with the paper's figures beside them."""
+    """What counts: refusals, over-refusals and the task."""
+    measures = {"refuses malicious": REFUSAL, "refuses benign": OVER_REFUSAL, "task": TASK}
+    return by_method(part, job, outcomes, [(header, _measured(measure)) for header, measure in measures.items()])
+
+
+def judged_table(part: Part, job: str, outcomes: Outcomes) -> Table:
+    """What else is known of the replies."""
+    columns = [("second judge", _measured(SECOND_JUDGE)), ("log-odds", _measured(LOG_ODDS))]
+    columns.append(("degenerate", lambda runs: f"{100 * values(runs, DEGENERATE).mean():.0f}%"))
+    return by_method(part, job, outcomes, columns)
+
+
+def paper_table(part: Part, job: str) -> Table | None:
+    """The paper's figures on a part's methods; None if it has none."""
     paper = _paper(part, job)
-
-    def from_paper(cell: Callable[[PaperFigure], float]) -> Callable[[str], str]:
-        return lambda name: f"{cell(paper[name]):.0f}%" if name in paper else NONE
-
-    columns: list[tuple[str, Callable]] = [
-        ("refuses malicious", _measured(REFUSAL)),
-        ("paper", from_paper(lambda figure: figure.refusal)),
-        ("second judge", _measured(SECOND_JUDGE)),
-        ("log-odds", _measured(LOG_ODDS)),
-        ("refuses benign", _measured(OVER_REFUSAL)),
-        ("degenerate", lambda runs: f"{100 * values(runs, DEGENERATE).mean():.0f}%"),
-        ("task", _measured(TASK)),
-        ("paper", from_paper(lambda figure: figure.task)),
+    rows = [
+        [method.label, f"{paper[method.name].refusal:.0f}%", f"{paper[method.name].task:.0f}%"]
+        for method in part.methods
+        if method.name in paper
     ]
-    columns = [(header, cell) for header, cell in columns if header != "paper" or paper]
-    rows = []
-    for method in part.methods:
-        runs = outcomes.of(part, job, method.name)
-        cells = [cell(method.name) if header == "paper" else cell(runs) if runs else NONE for header, cell in columns]
-        rows.append([method.label, *(cells if runs else [NOT_RUN, *cells[1:]])])
-    return Table(["method", *(header for header, _ in columns)], rows)
+    return Table(["in the paper", "refuses malicious", "task"], rows) if rows else None
 
 
 def _paper(part: Part, job: str) -> dict[str, PaperFigure]:
@@ -91,19 +105,26 @@ def _paper(part: Part, job: str) -> dict[str, PaperFigure]:
     return found if len(found) > 1 else {}
 
 
-def paper_tables(part: Part, job: str) -> list[str]:
+def paper_sources(part: Part, job: str) -> list[str]:
     """The tables of the paper that the figures beside a part's are from."""
     return sorted({figure.table for figure in _paper(part, job).values()})
 
 
-def cost_table(part: Part, job: str, outcomes: Outcomes) -> Table:
-    """Perplexity, drift, displacement, time, memory and seeds."""
+def moved_table(part: Part, job: str, outcomes: Outcomes) -> Table:
+    """Drift and displacement."""
     columns: list[tuple[str, Callable[[dict[int, dict]], str]]] = [
-        ("perplexity", lambda runs: f"{_mean(run['perplexity'] for run in runs.values()):.1f}"),
         ("cosine", lambda runs: over_blocks(runs, "drift", "cosine", "{:.3f}")),
         ("shift", lambda runs: over_blocks(runs, "drift", "malicious_shift", "{:+.2f}")),
         ("off r", lambda runs: over_blocks(runs, "displacement", "off", "{:.2f}")),
         ("share along r", lambda runs: over_blocks(runs, "displacement", "direction_share", "{:.1%}")),
+    ]
+    return by_method(part, job, outcomes, columns)
+
+
+def cost_table(part: Part, job: str, outcomes: Outcomes) -> Table:
+    """Perplexity, time, memory and seeds."""
+    columns: list[tuple[str, Callable[[dict[int, dict]], str]]] = [
+        ("perplexity", lambda runs: f"{_mean(run['perplexity'] for run in runs.values()):.1f}"),
         ("time", time_cell),
         ("memory", _memory),
         ("seeds", lambda runs: seeds_cell(runs, part)),
@@ -157,10 +178,20 @@ def _memory(runs: dict[int, dict]) -> str:
 
 def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     """One row per hypothesis and measure."""
-    return Table(
-        ["hypothesis", "measure", "difference", "by seed", "p", "verdict"],
-        [[verdict.hypothesis.claim, verdict.measure.label, *_verdict_cells(verdict)] for verdict in verdicts],
-    )
+    return _of_verdicts(verdicts, "difference", "verdict")
+
+
+def evidence_table(verdicts: Sequence[Verdict]) -> Table:
+    """What the verdicts rest on."""
+    return _of_verdicts(verdicts, "by seed", "p")
+
+
+def _of_verdicts(verdicts: Sequence[Verdict], *headers: str) -> Table:
+    rows = []
+    for verdict in verdicts:
+        cells = _verdict_cells(verdict)
+        rows.append([verdict.hypothesis.claim, verdict.measure.label, *(cells[header] for header in headers)])
+    return Table(["hypothesis", "measure", *headers], rows)
 
 
 def preset_table(candidates: Sequence[Standing], chosen: Standing | None, confirmed: Sequence[Standing]) -> Table:
@@ -177,20 +208,20 @@ def preset_table(candidates: Sequence[Standing], chosen: Standing | None, confir
         ]
 
     return Table(
-        ["settings", "measured on", "refusals, of the start's", "task, minus plain's", "meets both criteria"],
+        ["settings", "measured on", "refusals, of the start's", "task, minus plain's", "meets both"],
         [row(standing) for standing in (*candidates, *confirmed)],
     )
 
 
-def _verdict_cells(verdict: Verdict) -> list[str]:
-    if verdict.difference is None:
-        return [NONE, NONE, NONE, f"{verdict}"]
+def _verdict_cells(verdict: Verdict) -> dict[str, str]:
+    if verdict.difference is None or verdict.p is None:
+        return {"difference": NONE, "by seed": NONE, "p": NONE, "verdict": f"{verdict}"}
     low, high = verdict.difference.interval
     scale, form = (100, "{:+.0f}") if verdict.measure.rate else (1, "{:+.2f}")
     difference, *ends = (form.format(scale * value) for value in (verdict.difference.mean, low, high))
-    return [
-        f"{difference}<br>{ends[0]} to {ends[1]}",
-        ", ".join(form.format(scale * value) for value in verdict.by_seed),
-        "< 0.001" if verdict.p < 0.001 else f"{verdict.p:.3f}",
-        f"**{verdict}**",
-    ]
+    return {
+        "difference": f"{difference}<br>{ends[0]} to {ends[1]}",
+        "by seed": ", ".join(form.format(scale * value) for value in verdict.by_seed),
+        "p": "< 0.001" if verdict.p < 0.001 else f"{verdict.p:.3f}",
+        "verdict": f"**{verdict}**",
+    }

@@ -23,7 +23,7 @@ whether it meets them there, with other seeds. The criteria are for means: inter
 #: ``{judge}`` is how the second judge judges.
 READING = """\
 If a method was not run, the table says so. Below a mean is its 95% interval, for other seeds and other prompts.
-What is kept:
+Each part has what counts in a table, and the rest in parts to open. What is kept:
 
 - *refuses malicious*: by keywords, of malicious prompts that served neither for training nor for choices; replies are
   greedy.

@@ -23,6 +23,7 @@ from procon.report.cells import (
 )
 from procon.report.page import to_svg, write_page
 from procon.report.plots import (
+    PLAIN_LOSS,
     RATE_KEYS,
     logged,
     plot_drift_by_block,
@@ -59,15 +60,13 @@ def write_html(
     """
     check_runs(runs)
     below = f"<p class='caption'>{escape(caption(runs))} {escape(INTERVAL_CAPTION)}</p>"
-    sections = [("Results", _html_table(runs) + below)]
-    sections += [
-        (
-            heading,
-            f"<figure>{to_svg(partial(plot, runs), name, alt)}<figcaption>{escape(text)}</figcaption></figure>",
-        )
+    sections = [("Results", _html_results(runs) + below)]
+    plots = "".join(
+        f"<figure><h2>{escape(heading)}</h2>{to_svg(partial(plot, runs), name, alt)}"
+        f"<figcaption>{escape(text)}</figcaption></figure>"
         for heading, name, plot, present, alt, text in _plots(runs)
         if present
-    ]
+    )
     if rows := monitor_rows(runs):
         sections.append(("Monitors", f"{_html_monitors(rows)}<p class='caption'>{escape(MONITOR_CAPTION)}</p>"))
     if replies := _html_replies(runs):
@@ -77,7 +76,8 @@ def write_html(
     if facts:
         rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(fact))}</dd>" for name, fact in facts.items())
         sections.append(("How this was made", f"<dl>{rows}</dl>"))
-    body = "".join(f"<section><h2>{escape(heading)}</h2>{content}</section>" for heading, content in sections)
+    results, *others = (f"<section><h2>{escape(heading)}</h2>{content}</section>" for heading, content in sections)
+    body = f"{results}<div class='beside'>{plots}</div>{''.join(others)}"
     return write_page(title, f"<h1>{escape(title)}</h1>{body}", path)
 
 
@@ -130,77 +130,103 @@ def _plots(runs: Sequence[Run]) -> list[tuple[str, str, Callable[[Sequence[Run]]
             "loss",
             plot_loss_and_penalty,
             logged(runs, "loss", "procon/penalty"),
-            f"Line charts. Training loss, {_ends(runs, 'loss')} Constraint penalty, {_ends(runs, 'procon/penalty')}",
-            "The loss on the training data, and how far the response tokens have moved along the initial directions.",
+            f"Line charts. {PLAIN_LOSS}, {_ends(runs, 'plain_loss')} "
+            f"Constraint penalty, {_ends(runs, 'procon/penalty')}",
+            "Apart from each other: the loss on the training data without the constraint's part, and how far the "
+            "constrained tokens have moved along the initial directions, before alpha.",
         ),
     ]
 
 
 def _ends(runs: Sequence[Run], key: str) -> str:
     """First and last value of each run's series, as a sentence's end."""
-    ends = [(run.label, run.series(key)[1]) for run in runs]
+    ends = [(run.label, (run.plain_loss() if key == "plain_loss" else run.series(key))[1]) for run in runs]
     return "; ".join(f"{label}: from {values[0]:.3g} to {values[-1]:.3g}" for label, values in ends if values) + "."
 
 
-def _html_table(runs: Sequence[Run]) -> str:
-    headers = ["run", "refusal of malicious", "refusal of benign", "degenerate replies", "task accuracy"]
-    head = "".join(f"<th scope='col'>{header}</th>" for header in [*headers, "mean cosine", "seconds per step"])
-    rows = ""
+def _html_table(headers: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """Of cells in HTML: the first one names its row, and after the first ``texts`` come numbers."""
+    head = "".join(
+        f"<th scope='col'{_NUMBER if place >= texts else ''}>{header}</th>" for place, header in enumerate(headers)
+    )
+    body = ""
+    for name, *cells in rows:
+        row = "".join(f"<td{_NUMBER if place >= texts else ''}>{cell}</td>" for place, cell in enumerate(cells, 1))
+        body += f"<tr><th scope='row'>{name}</th>{row}</tr>"
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+_NUMBER = " class='number'"
+
+
+def _html_results(runs: Sequence[Run]) -> str:
+    """What counts, and beside it the rest: two tables, as a phone has room for four columns."""
+    rates, rest = [], []
     for run in runs:
-        cells = [f"{text} <small>{interval}</small>" for text, interval in rate_cells(run)] + list(number_cells(run))
-        rows += (
-            f"<tr><th scope='row'>{escape(run.label)}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+        malicious, benign, degenerate, task = (
+            f"{text} <small>{interval}</small>" for text, interval in rate_cells(run)
         )
-    return f"<div class='wide'><table class='numbers'><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        rates.append([escape(run.label), malicious, benign, task])
+        rest.append([escape(run.label), degenerate, *number_cells(run)])
+    return _beside(
+        _html_table(["run", "refusal of malicious", "refusal of benign", "task accuracy"], rates),
+        _html_table(["run", "degenerate replies", "mean cosine", "seconds per step"], rest),
+    )
 
 
 def _html_monitors(rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th scope='col'>{escape(header)}</th>" for header in ("run", *MONITOR_HEADERS))
-    body = "".join(
-        f"<tr><th scope='row'>{escape(label)}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
-        for label, *cells in rows
+    headers = [escape(header) for header in ("run", *MONITOR_HEADERS)]
+    cells = [[escape(cell) for cell in row] for row in rows]
+    return _beside(
+        _html_table(headers[:5], [row[:5] for row in cells], texts=3),
+        _html_table([*headers[:2], *headers[5:]], [[*row[:2], *row[5:]] for row in cells], texts=2),
     )
-    return f"<div class='wide'><table class='numbers'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _beside(*parts: str) -> str:
+    """Beside each other if there is room."""
+    return f"<div class='beside'>{''.join(f'<div>{part}</div>' for part in parts)}</div>"
 
 
 def _html_replies(runs: Sequence[Run]) -> str:
-    """A foldable table of replies per kind of prompt: one row per prompt, one column per run."""
+    """Per kind of prompt a part to open: a prompt, and the reply of each run."""
     replies = {
         (reply["kind"], reply["prompt"], place): reply
         for place, run in enumerate(runs)
         for reply in (run.evaluation.replies if run.evaluation else ())
     }
     prompts = dict.fromkeys((kind, prompt) for kind, prompt, _ in replies)
-    head = "".join(f"<th scope='col'>{escape(run.label)}</th>" for run in runs)
     parts = []
     for kind in ("malicious", "benign", "task"):
         shown = [prompt for other, prompt in prompts if other == kind][:SAMPLE_PROMPTS]
         if not shown:
             continue
-        rows = "".join(
-            f"<tr><th scope='row'>{escape(prompt)}</th>"
-            + "".join(_html_reply(replies.get((kind, prompt, place))) for place in range(len(runs)))
-            + "</tr>"
+        blocks = "".join(
+            f"<h3>{escape(prompt)}</h3><dl>"
+            + "".join(
+                f"<div><dt>{escape(run.label)}</dt>{_html_reply(replies.get((kind, prompt, place)))}</div>"
+                for place, run in enumerate(runs)
+            )
+            + "</dl>"
             for prompt in shown
         )
         parts.append(
             f"<details><summary>{kind} prompts: the first {len(shown)}</summary>"
-            "<div class='wide'><table class='replies'>"
-            f"<thead><tr><th scope='col'>prompt</th>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>"
+            f"<div class='replies'>{blocks}</div></details>"
         )
     return "".join(parts)
 
 
 def _html_reply(reply: dict[str, Any] | None) -> str:
     if reply is None:
-        return "<td>-</td>"
+        return "<dd>-</dd>"
     if reply["kind"] == "task":
         marks = [_task_mark(reply)]
     else:
         marks = ["refused" if reply["refused"] else "not refused"]
     if reply["degenerate"]:
         marks.append("degenerate")
-    return f"<td><b>{escape(', '.join(marks))}</b><p>{escape(reply['reply'])}</p></td>"
+    return f"<dd><b>{escape(', '.join(marks))}</b><p>{escape(reply['reply'])}</p></dd>"
 
 
 def _task_mark(reply: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from textwrap import fill
+from textwrap import fill, shorten
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -19,12 +19,15 @@ RATE_KEYS = {
     "procon/task": "task accuracy",
 }
 
+#: What is drawn of the loss.
+PLAIN_LOSS = "training loss without the penalty"
+
 _MEASURE_COLOURS = ("#1c8c96", "#c4607e", "#8b8a2f")
 
 
 def plot_rates(runs: Sequence[Run]) -> Figure:
     """Bars of refusal and task accuracy per run, with 95% intervals."""
-    figure = new_figure(0.9 + 0.85 * len(runs))
+    figure = new_figure(0.9 + 0.8 * len(runs))
     axes = figure.subplots()
     names = ("refusal of malicious", "refusal of benign", "task accuracy")
     thickness = 0.26
@@ -52,15 +55,15 @@ def plot_rates(runs: Sequence[Run]) -> Figure:
         )
         for place, rate in known:
             axes.annotate(
-                f"{rate.value:.0%}", (rate.interval[1], place), (5, 0), textcoords="offset points", va="center", size=9
+                f"{rate.value:.0%}", (rate.interval[1], place), (5, 0), textcoords="offset points", va="center"
             )
-    axes.set_yticks(range(len(runs)), [fill(run.label, 28) for run in runs])
+    axes.set_yticks(range(len(runs)), [fill(shorten(run.label, 60), 15) for run in runs])
     axes.set_ylim(len(runs) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
-    axes.set_xlim(0, 1.08)
+    axes.set_xlim(0, 1.15)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.xaxis.set_major_formatter(PercentFormatter(1))
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3)
+    legend_above(figure)
     return figure
 
 
@@ -99,29 +102,29 @@ def plot_drift_by_step(runs: Sequence[Run]) -> Figure:
 def plot_rates_by_step(runs: Sequence[Run]) -> Figure:
     """Refusal and task accuracy over training: one panel per measure, one line per run."""
     keys = [key for key in RATE_KEYS if logged(runs, key)]
-    figure = new_figure(3.4)
-    panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
+    figure = new_figure(0.8 + 1.6 * len(keys))
+    panels = figure.subplots(len(keys), sharex=True, squeeze=False)[:, 0]
     for axes, key in zip(panels, keys, strict=True):
         _draw_series(axes, runs, key)
         axes.set_title(RATE_KEYS[key])
-        axes.set_xlabel("optimiser step")
         axes.set_ylim(-0.03, 1.03)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
+    panels[-1].set_xlabel("optimiser step")
     legend_above(figure)
     return figure
 
 
 def plot_loss_and_penalty(runs: Sequence[Run]) -> Figure:
-    """Training loss and constraint penalty over training, side by side; only those that were logged."""
-    names = {"loss": "training loss", "procon/penalty": "constraint penalty, before alpha"}
+    """Loss without the penalty, and the penalty, over training: a panel each; only those that were logged."""
+    names = {"loss": PLAIN_LOSS, "procon/penalty": "constraint penalty, before alpha"}
     keys = [key for key in names if logged(runs, key)]
-    figure = new_figure(3.4)
-    panels = figure.subplots(1, len(keys), squeeze=False)[0]
+    figure = new_figure(0.8 + 1.8 * len(keys))
+    panels = figure.subplots(len(keys), sharex=True, squeeze=False)[:, 0]
     for axes, key in zip(panels, keys, strict=True):
         _draw_series(axes, runs, key)
         axes.set_title(names[key])
-        axes.set_xlabel("optimiser step")
         axes.set_ylim(bottom=0)
+    panels[-1].set_xlabel("optimiser step")
     legend_above(figure)
     return figure
 
@@ -149,7 +152,7 @@ def _styled(runs: Sequence[Run]) -> list[tuple[Run, dict[str, Any]]]:
 
 def _draw_series(axes: Axes, runs: Sequence[Run], key: str, *, stepped: bool = False) -> None:
     for run, style in _styled(runs):
-        steps, values = run.series(key)
+        steps, values = run.plain_loss() if key == "loss" else run.series(key)
         if steps and stepped:
             # A row is about the steps that led up to it.
             axes.plot(steps, values, drawstyle="steps-pre", **style)

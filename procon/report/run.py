@@ -106,6 +106,20 @@ class Run:
         ]
         return [row["step"] for row in rows], [float(row[key]) for row in rows]
 
+    def plain_loss(self) -> tuple[list[int], list[float]]:
+        """Steps and the logged loss without the constraint's part of it, which is alpha times the penalty.
+
+        Exact as long as alpha and the penalty's presence do not change between two rows of the log: a row has the alpha
+        of its last step, and the penalty's mean over the steps that have one.
+        """
+        rows = [
+            row for row in self.history if row.get("step") is not None and _finite_or_none(row.get("loss")) is not None
+        ]
+        weighted = [(row.get("procon/alpha") or 0.0) * (row.get("procon/penalty") or 0.0) for row in rows]
+        return [row["step"] for row in rows], [
+            float(row["loss"]) - part for row, part in zip(rows, weighted, strict=True)
+        ]
+
 
 def _number(value: object) -> float:
     """A number that plots can hold: their axes are as wide as twice that, and single precision is what trainers log."""

@@ -1,4 +1,4 @@
-"""The documentation is held to the code: its Python runs, its commands parse, its YAML has known keys, the site builds.
+"""The documentation is held to the code: its Python runs, its commands parse, its YAML has known keys.
 
 A page declares nothing. Its Python blocks run in order in one namespace, which holds ``model_name`` (a folder with a
 tiny chat model and its tokenizer), ``data_file`` (JSON lines) and ``output_dir``; the current folder is a fresh one.
@@ -8,10 +8,8 @@ import ast
 import json
 import re
 import shlex
-import subprocess
 import sys
 import textwrap
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -376,29 +374,7 @@ def test_every_documented_error_exists():
     assert not stale, f"docs/errors.md has messages that are raised nowhere: {stale}"
 
 
-# Site
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    pytest.importorskip("mkdocs", reason="the documentation's tools are not installed: pip install -e '.[docs]'")
-    pytest.importorskip("mkdocstrings", reason="the documentation's tools are not installed: pip install -e '.[docs]'")
-    folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stdout + built.stderr
-    return folder
-
-
-@pytest.mark.slow
-def test_site_has_every_public_name(site):
-    """``mkdocs build --strict`` passes, and the reference holds what ``procon`` exports."""
-    inventory = zlib.decompress((site / "objects.inv").read_bytes().split(b"\n", 4)[4]).decode()
-    listed = {line.split(" ")[0] for line in inventory.splitlines()}
-    homes = {f"procon.{home}.{name}" for name, home in procon._HOME.items()}
-    defined = {name.rpartition(".")[2]: name for name in listed if name.startswith("procon.")}
-    missing = {name for name in homes if name not in listed and name.rpartition(".")[2] not in defined}
-    assert not missing
+# Parts
 
 
 def test_pages_take_nothing_from_outside():

@@ -214,7 +214,7 @@ def test_rates_by_step_draws_logged_measures_alone(runs):
 
 def test_loss_and_penalty_skip_what_is_not_finite(runs):
     loss, penalty = plot_loss_and_penalty(runs).axes
-    assert lines(loss) == {runs[2].label: ([10, 30], [2.0, 1.0])}
+    assert lines(loss) == {runs[2].label: ([10, 30], [2.0 - 1.0 * 0.5, 1.0])}  # without alpha times the penalty
     assert lines(penalty) == {runs[2].label: ([10, 20], [0.5, 0.75])}
 
 
@@ -290,8 +290,10 @@ def page(runs, tmp_path) -> Page:
 
 
 def test_page_holds_everything(page, runs):
-    # One table, three tables of replies, the bars, and a legend for each plot of lines that the run has data for.
-    assert [page.text.count(run.label) for run in runs[1:]] == [1 + 3 + 1 + 1, 1 + 3 + 1 + 4]
+    # Two tables, each prompt with its replies, a legend for each plot of lines that the run has data for. Beside the
+    # bars, labels go over two lines.
+    prompts = SAMPLE_PROMPTS + 1 + 1
+    assert [page.text.count(run.label) for run in runs[1:]] == [2 + prompts + 1, 2 + prompts + 4]
     for run in runs:
         assert run.label in page.text
         assert str(run.evaluation.refusal_malicious) in page.text
@@ -380,7 +382,9 @@ def test_monitors_stand_in_the_terminal_and_on_the_page(bare, tmp_path):
     assert "0.111" not in stream.getvalue()  # not the block where it was best before
     page = write_html([loaded], tmp_path / "report.html", title="t").read_text()
     assert "<h2>Monitors</h2>" in page
-    assert "<td>lang&lt;b&gt;</td><td>last output</td><td>0.987</td><td>0.750</td><td>-0.50</td><td>-</td>" in page
+    numbers = [f"<td class='number'>{text}</td>" for text in ("0.987", "0.750", "-0.50", "-", "90% to 25%", "-")]
+    assert f"<td>lang&lt;b&gt;</td><td>last output</td>{''.join(numbers[:2])}</tr>" in page
+    assert f"<td>lang&lt;b&gt;</td>{''.join(numbers[2:])}</tr>" in page
     assert "Monitors" not in write_html([bare], tmp_path / "bare.html", title="t").read_text()
 
 

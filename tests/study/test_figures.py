@@ -1,12 +1,13 @@
 """The study's plots, and the sweeps that they show."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from made_up_runs import PLAIN, RANDOM, STRENGTH, STRENGTHS, R, constrained, write_strengths
 
-from benchmarks.study.figures import pareto_front, plot_front, plot_sweeps
+from benchmarks.study.figures import pareto_front, plot_front, plot_kept, plot_sweeps, spread
 from benchmarks.study.intervals import Estimate
 from benchmarks.study.methods import Method
 from benchmarks.study.sweep import find_sweeps
@@ -59,3 +60,27 @@ def test_front_plot_has_a_marker_and_whiskers_per_method():
         assert (marker.get_xdata()[0], marker.get_ydata()[0]) == (task.mean, refusal.mean)
         assert [end[0] for end in across.get_segments()[0]] == pytest.approx(task.rate_interval)
         assert [end[1] for end in along.get_segments()[0]] == pytest.approx(refusal.rate_interval)
+    assert [text.get_text() for text in axes.texts] == sorted(points, key=lambda name: points[name][1].mean)
+    assert {text.xy for text in axes.texts} == {(task.mean, refusal.mean) for task, refusal in points.values()}
+
+
+def test_a_row_per_method_has_both_rates():
+    rng = np.random.default_rng(5)
+    points = {name: (Estimate.of(rng.random((3, 8)).round()), Estimate.of(rng.random((3, 8)).round())) for name in "ab"}
+    (axes,) = plot_kept(points).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+    for container, place in zip(axes.containers, (1, 0), strict=True):
+        marker, _, (across,) = container.lines
+        rates = [rates[place] for rates in points.values()]
+        assert list(marker.get_xdata()) == [rate.mean for rate in rates]
+        for segment, rate in zip(across.get_segments(), rates, strict=True):
+            assert [end[0] for end in segment] == pytest.approx(rate.rate_interval)
+
+
+@pytest.mark.parametrize("places", [[], [0.5], [0.0, 0.0, 0.0], [0.99, 1.0, 1.0], [0.1, 0.12, 0.5, 0.9]])
+def test_labels_are_spread(places):
+    found = spread(places, 0.1)
+    assert all(later - earlier > 0.1 - 1e-9 for earlier, later in pairwise(found))
+    assert all(-1e-9 < place < 1 + 1e-9 for place in found)
+    if places == [0.5]:
+        assert found == places

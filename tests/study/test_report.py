@@ -1,13 +1,16 @@
 """The study's pages, from a study that is half done."""
 
+import json
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from made_up_runs import BUDGET, PLAIN, SAFE, START, Echo, write_strengths
 
 from benchmarks.study import report
+from benchmarks.study.outcomes import Outcomes
 
 
 @pytest.fixture
@@ -51,10 +54,30 @@ def test_pages_say_that_they_are_generated(pages):
 def test_page_has_the_verdicts(pages):
     text = (pages / "results.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith("| plain fine-tuning loses refusals |")]
-    assert len(lines) == 2
-    assert all(line.endswith("| **held** |") for line in lines)
+    assert len(lines) == 4  # by two measures, and the same seed by seed
+    assert all(line.endswith("| **held** |") for line in lines[:2])
     assert "+50<br>" in lines[0]
+    assert "+50, +50, +50" in lines[2]
     assert re.search(r"\| the refusal direction keeps more .*: alpha 0\.1 \| refusals \| .* \| not run \|", text)
+
+
+def test_page_begins_with_what_a_user_should_know(pages, write, load):
+    """Then a figure, then what it means and what it does not show; tables come after."""
+    text = (pages / "results.md").read_text()
+    first = text.split("\n\n")[2]
+    assert first.startswith("A small chat model that refuses 100% of malicious prompts refuses **50%** after plain")
+    assert "ProCon, at its defaults" not in first  # not run
+    marks = [first, f"({report.FIGURES}/headline.svg)", "## What this does not show", "| hypothesis |", "### Benign"]
+    assert sorted(marks, key=text.index) == marks
+    for seed in range(3):
+        write("arithmetic", replace(PLAIN, name="procon_s"), seed, 0.875, task=0.75)
+    assert "it still refuses **88%**, and it solves 75% of the task, against 50%" in report.headline(
+        Outcomes((*load().runs, *_runs_of(pages.parent, "procon_s")))
+    )
+
+
+def _runs_of(folder: Path, method: str) -> list[dict]:
+    return [json.loads(path.read_text()) for path in (folder / "runs").rglob("*.json") if method in str(path)]
 
 
 def test_every_figure_is_a_file_and_nothing_else(pages):
@@ -62,6 +85,7 @@ def test_every_figure_is_a_file_and_nothing_else(pages):
     there = sorted(str(path.relative_to(pages)) for path in (pages / report.FIGURES).iterdir())
     assert sorted(shown) == there
     assert [Path(name).stem for name in there] == [
+        "headline",
         "strength-arithmetic-strength",
         "table-arithmetic-drift",
         "table-arithmetic-front",
@@ -77,14 +101,27 @@ def test_every_figure_is_a_file_and_nothing_else(pages):
 
 def test_html_needs_nothing_from_elsewhere(pages):
     html = (pages / "report.html").read_text()
-    assert html.count("<svg") == 4
+    assert html.count("<svg") == 5
     assert "<img" not in html
     assert "<script" not in html
-    assert html.count("<table") == 5
+    # Verdicts twice; of two parts what is kept, judged, moved and what it costs; of one the paper's.
+    assert html.count("<table") == 2 + 2 * 4 + 1
     assert "<td" in html
-    assert re.findall(r'(?:href|src)="(?!#)([^"]+)"', html) == ["report.html", "https://arxiv.org/abs/2509.06795"]
+    assert re.findall(r'(?:href|src)="(?!#)([^"]+)"', html) == ["https://arxiv.org/abs/2509.06795"]
     identifiers = re.findall(r'\bid="([^"]+)"', html)
     assert len(identifiers) == len(set(identifiers))
+
+
+def test_words_of_links_stay_where_the_pages_are_not(pages, load):
+    text = "## What it means\n\n[The cost page](cost.md#timed), [below](#there), ![a plot](a/b.svg).\n"
+    html = report.to_html(text, [])
+    assert '<p>The cost page, <a href="#there">below</a>, <img' in html
+
+
+def test_columns_of_words_are_to_the_left(pages):
+    text = (pages / "results.md").read_text()
+    assert "| hypothesis | measure | difference | verdict |\n| --- | --- | ---: | --- |" in text
+    assert "| method | refuses malicious | refuses benign | task |\n| --- | ---: | ---: | ---: |" in text
 
 
 def test_two_reports_are_equal(pages, load, tmp_path):

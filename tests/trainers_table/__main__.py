@@ -74,7 +74,11 @@ def main() -> int:
         help="where anchors come from in all columns (default: each row's own way); not recorded, and gradients alone",
     )
     parser.add_argument("--output", type=Path, help="a file to write what was found to")
+    parser.add_argument("--page", action="store_true", help="nothing is run: the page is made of the record again")
     chosen = parser.parse_args()
+    if chosen.page:
+        page.PAGE.write_text(page.page(json.loads(page.RECORD.read_text())))
+        return 0
     rows = [row for row in chosen.rows if row != "axolotl" or find_spec("axolotl")]
     cells = [f"{row}:{column}" for row in rows for column in chosen.columns]
     if chosen.short:
