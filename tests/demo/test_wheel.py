@@ -1,4 +1,4 @@
-"""A file of a wheel by each way: pip, the pip that Python brings, uv, and a plain download; from an index of our own."""
+"""A file of a wheel by each way: pip, the pip that Python brings, uv, and a download; from an index of our own."""
 
 import os
 import shutil

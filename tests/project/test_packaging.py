@@ -147,7 +147,7 @@ def test_the_notebook_installs_from_the_checkout(setup):
 
 def test_the_notebook_runs(place):
     """Its cells after the installation, in order, on a tiny model and a few samples."""
-    install, parameters, *rest = cells()
+    _, parameters, *rest = cells()
     (marked,) = cells("parameters")
     assert parameters == marked
     names: dict = {}
