@@ -112,7 +112,7 @@ setup(
         "Triton",
         "regularization",
     ],
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=[*find_packages(include=["procon", "procon.*"]), "procon.kernels"],

@@ -56,7 +56,7 @@ def test_the_index_page_has_no_link_that_is_dead_there(setup):
 
 
 def test_metadata(setup):
-    assert setup["license"] == "Apache-2.0"
+    assert setup["license_expression"] == "Apache-2.0"
     assert setup["keywords"]
     assert all(address.startswith("https://") for address in setup["project_urls"].values())
     assert not any(line.startswith("License ::") for line in setup["classifiers"])  # `license` says it
