@@ -82,13 +82,15 @@ EXTRAS["test"] = [
 
 
 def readme() -> str:
-    """The README for the page of a package index, which has no other file: a link to one becomes its path."""
+    """The README for the page of a package index, which has no other file, and other names for headings: a link becomes a path."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.sub(r"\[([^\]]+)\]\((?!https?:)([^)#]+)[^)]*\)", _as_path, text)
+    return re.sub(r"\[([^\]]+)\]\((?!https?:)([^)#]*)[^)]*\)", _as_path, text)
 
 
 def _as_path(link: re.Match[str]) -> str:
     words, path = link[1], link[2]
+    if not path:  # a heading of the page itself
+        return words
     return f"`{path}`" if words == path else f"{words} (`{path}` in the source)"
 
 
