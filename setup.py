@@ -83,7 +83,7 @@ EXTRAS["test"] = [
 
 
 def readme() -> str:
-    """The README for the page of a package index, which has no other file, and other names for headings: a link becomes a path."""
+    """The README for the page of a package index, which has no other file: a link to one becomes its path."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     return re.sub(r"\[([^\]]+)\]\((?!https?:)([^)#]*)[^)]*\)", _as_path, text)
 
