@@ -85,6 +85,7 @@ def in_context(path: str) -> bool:
 
 def test_the_image_has_all_that_the_build_reads(setup, tmp_path):
     """What COPY takes out of the context makes the same wheel as the checkout."""
+    pytest.importorskip("setuptools", minversion="77", reason="pyproject.toml has it build with 77 or newer")
     for keyword, rest in instructions():
         if keyword != "COPY":
             continue
