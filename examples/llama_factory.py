@@ -8,8 +8,8 @@ the run stops and says why. It also stops with DFT, EAFT and ASFT, which make lo
 constrained; the other settings have their defaults.
 
 Tested on a CPU with LLaMA-Factory 0.9.5 and the newest versions that it takes: transformers 5.6.0, peft 0.18.1,
-accelerate 1.11.0, trl 0.24.0 (LoRA, 5 steps of 2 micro-batches). They are older than ProCon's own lower limits,
-so install it without its requirements: `pip install --no-deps procon-llm`.
+accelerate 1.11.0, trl 0.24.0 (LoRA, 5 steps of 2 micro-batches). The extra `llama-factory` admits them:
+`pip install '.[llama-factory]'` in a checkout.
 """
 
 from __future__ import annotations

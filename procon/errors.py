@@ -1,8 +1,11 @@
-"""The one exception that a user is expected to meet, and texts from outside as one line that is safe to print."""
+"""The one exception that a user is expected to meet, also for an extra that is not installed; and texts from outside as
+one line that is safe to print."""
 
 from __future__ import annotations
 
 import re
+import sys
+from importlib.util import find_spec
 
 #: Characters of a line, at most, and of its end, where the remedy stands.
 _LONGEST, _END = 2_000, 700
@@ -34,3 +37,44 @@ class ProConError(ValueError):
     # Not when it is made: compiled code makes it too, and its compiler follows no constructor of an error's own.
     def __str__(self) -> str:
         return printable(super().__str__())
+
+
+_TRAIN = ("transformers", "accelerate", "peft", "datasets", "jinja2", "tqdm", "xxhash")
+_REPORT = (*_TRAIN, "matplotlib", "rich")
+_CLI = (*_REPORT, "yaml")
+
+#: What each extra of ``setup.py`` that the library asks for brings, by the names that are imported.
+EXTRAS = {
+    "train": _TRAIN,
+    "trl": (*_TRAIN, "trl"),
+    "report": _REPORT,
+    "cli": _CLI,
+    "demo": (*_CLI, "gguf"),
+    "completion": (*_CLI, "shtab"),
+    "lm-eval": (*_TRAIN, "lm_eval"),
+}
+
+
+def require_extra(extra: str, for_: str) -> str:
+    """Refuse what needs an extra that is not installed; returns the extra's name.
+
+    The door of a room says by ``__extra__`` which one it needs, ahead of its imports.
+
+    Args:
+        extra: one of :data:`EXTRAS`.
+        for_: what needs it, as the user knows it.
+
+    Raises:
+        ProConError: naming the first package that is missing, and the extra.
+    """
+    for package in EXTRAS[extra]:
+        if not _is_installed(package):
+            # No ImportError, after which axolotl, for one, would train without its plugin.
+            raise ProConError(f"{for_} needs {package}, which is not installed: pip install 'procon-llm[{extra}]'")
+    return extra
+
+
+def _is_installed(package: str) -> bool:
+    if package in sys.modules:
+        return sys.modules[package] is not None
+    return find_spec(package) is not None

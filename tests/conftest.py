@@ -1,7 +1,10 @@
 """Set-up shared by all tests.
 
-Triton's interpreter where there is no GPU, poisoned allocations, the fp64 oracle, a tokenizer and tiny models.
+Triton's interpreter where there is no GPU, poisoned allocations, the fp64 oracle, a tokenizer and tiny models. What the
+tests of the op use of it needs torch and pytest alone: `.ci/run packages` runs them in the light core.
 """
+
+from __future__ import annotations
 
 import copy
 import importlib.util
@@ -10,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 # Processes that run tests side by side have a core each, and lose more than they win by more threads than that.
@@ -19,7 +22,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 # Triton reads it when a kernel is declared, its own ones included, so it has to be there before anything imports
@@ -27,16 +29,8 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from accelerate.state import AcceleratorState
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
 # The benchmarks are not installed. They alone are made importable, and not the folder that they are in: its kernels/
 # would pass for Hugging Face's package of that name.
@@ -52,6 +46,12 @@ sys.path.append(str(Path(__file__).parent / "workers"))
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Long tests first: at the end, one process would wait for the other's.
     items.sort(key=lambda item: "slow" not in item.keywords)
+    if importlib.util.find_spec("triton") is None:
+        for item in items:
+            if {"triton", "kernels"} & set(
+                map(str, item.callspec.params.values() if hasattr(item, "callspec") else ())
+            ):
+                item.add_marker(pytest.mark.skip(reason="Triton is not installed, which the kernels are written in"))
     if torch.cuda.is_available():
         return
     for item in items:
@@ -69,7 +69,8 @@ def _no_settings_of_another_test() -> Iterator[None]:
     """Training arguments leave their precision and plugins in the environment and in Accelerate's shared state."""
     with mock.patch.dict(os.environ):
         yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
@@ -164,6 +165,9 @@ _TEXT_CONFIGS = {"gemma3": "gemma3_text"}
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, and three special ones (ids 0 to 2); conversations in ChatML."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     words = ["<|pad|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     model = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, merges=[]))
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -182,6 +186,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def tiny_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedModel]:
     """``tiny_model(family, **config)``: a random causal LM of 3 blocks and width 32, the same at every call."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     def make(family: str = "llama", **config) -> PreTrainedModel:
         settings = {
@@ -214,6 +219,7 @@ def make_trainer(tiny_model, tokenizer, tmp_path) -> Callable[..., Trainer]:
     """
     from datasets import Dataset
     from peft import get_peft_model
+    from transformers import Trainer, TrainingArguments, set_seed
 
     from procon.data import padding_collator
     from procon.directions import RefusalDirections

@@ -6,6 +6,10 @@ Out: projections, beside the tokens that they belong to.
 May import: ``directions``, ``chat``, ``models``, ``ops`` and the leaves; not ``data``, which loads ``datasets``.
 """
 
+from procon.errors import require_extra
+
+__extra__ = require_extra("train", __name__)
+
 from procon.anchors.collator import AnchoredCollator
 from procon.anchors.live import LiveAnchors
 from procon.anchors.probes import Probes

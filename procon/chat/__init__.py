@@ -5,6 +5,10 @@ Out: token ids, response masks, replies and refusal rates.
 May import: ``models`` and the leaves.
 """
 
+from procon.errors import require_extra
+
+__extra__ = require_extra("train", __name__)
+
 from procon.chat.generation import continue_texts, generate, generate_replies, left_padded_batches
 from procon.chat.masks import marked_template, response_mask
 from procon.chat.prompts import ContrastPrompts, Split, builtin_prompts, builtin_refusals, load_instructions

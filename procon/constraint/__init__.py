@@ -5,6 +5,10 @@ Out: the penalty, whose gradient goes into the hidden states; how far tokens mov
 May import: ``directions``, ``models``, ``ops`` and the leaves.
 """
 
+from procon.errors import require_extra
+
+__extra__ = require_extra("train", __name__)
+
 from procon.constraint.blocks import select_among, select_blocks
 from procon.constraint.constraint import ProjectionConstraint
 from procon.constraint.probing import ProbeDeparture, probe_departure, probe_penalty

@@ -5,6 +5,10 @@ Out: conversations, tokenised samples and the collators that batch them; contras
 May import: ``chat`` and the leaves.
 """
 
+from procon.errors import require_extra
+
+__extra__ = require_extra("train", __name__)
+
 from procon.data.columns import parse_columns
 from procon.data.conversations import load_conversations, mix_safety, safety_conversations, to_conversations
 from procon.data.prompt_sets import PROMPT_SETS, PromptSet, load_prompt_sets

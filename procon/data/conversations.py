@@ -9,12 +9,13 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from itertools import repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
-from datasets import Dataset, Features, IterableDataset, Json, List, Value
+from datasets import Dataset, Features, IterableDataset, List, Value
 
 import procon.data.columns
 import procon.data.files
@@ -34,11 +35,21 @@ _Data = TypeVar("_Data", Dataset, IterableDataset)
 #: Of a conversation whose turns have nothing but a role and a content.
 _CONVERSATION = Features({"messages": List({"role": Value("string"), "content": Value("string")})})
 
-#: A conversation, what its turns have beside role and content, its tools; or a text; and what is doubtful in it, if
-#: anything is.
-_CHECKED = Features(
-    {**_CONVERSATION, "more": Json(), "tools": Json(), "text": Value("string"), "doubt": Value("string")}
-)
+
+def _json() -> Any:
+    """A column of whatever JSON can hold."""
+    if not hasattr(datasets, "Json"):  # which only LLaMA-Factory's versions lack
+        raise ProConError(f"datasets is {datasets.__version__}: conversations are read with 4.8.4 or newer")
+    return datasets.Json()
+
+
+@cache
+def _checked_features() -> Features:
+    """A conversation, what its turns have beside role and content, its tools; or a text; and what is doubtful in it, if
+    anything is."""
+    more = {"more": _json(), "tools": _json(), "text": Value("string"), "doubt": Value("string")}
+    return Features({**_CONVERSATION, **more})
+
 
 #: Safety samples that are mixed in, at most: a list of their numbers is in memory.
 _MOST_SAMPLES = 10_000_000
@@ -88,7 +99,10 @@ def load_conversations(
         arguments = {"path": str(path), "content": content_hash(path) + _code(), "columns": dict(columns or {})}
         with _quiet():
             checked = _read(
-                lambda: Dataset.from_generator(_conversations_of_file, features=_CHECKED, gen_kwargs=arguments), source
+                lambda: Dataset.from_generator(
+                    _conversations_of_file, features=_checked_features(), gen_kwargs=arguments
+                ),
+                source,
             )
         return _settled(checked, str(source))
     check_name(source, "data", "give a .json, .jsonl, .csv or .parquet file, or a dataset name")
@@ -131,7 +145,7 @@ def _no_rows(source: str | Path) -> ProConError:
 
 
 def _conversations_of_file(path: str, content: str, columns: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """Rows of :data:`_CHECKED`; of two calls with equal arguments, ``datasets`` makes one."""
+    """Rows of :func:`_checked_features`; of two calls with equal arguments, ``datasets`` makes one."""
     convert = None
     for number, row in enumerate(read_rows(Path(path), COLUMNS | set(columns.values())), 1):
         convert = convert or converter(row, path, columns)
@@ -169,7 +183,7 @@ def to_conversations(dataset: _Data, *, name: str = "dataset", columns: Mapping[
         lambda row, index: _checked(convert, row, name, index + 1),
         with_indices=True,
         remove_columns=dataset.column_names,
-        features=_CHECKED,
+        features=_checked_features(),
         desc="conversations",
     )
     return _settled(checked, name)
@@ -210,7 +224,7 @@ def _settled(checked: Dataset, name: str) -> Dataset:
     return checked.map(
         lambda row: {"messages": [{**turn, **more} for turn, more in zip(row["messages"], row["more"] or repeat({}))]},  # noqa: B905
         remove_columns=[column for column in ("more", "text", "tools") if column not in tools],
-        features=Features({"messages": Json(), **{column: Json() for column in tools}}),
+        features=Features({"messages": _json(), **{column: _json() for column in tools}}),
         desc="tool calls",
     )
 
@@ -218,7 +232,7 @@ def _settled(checked: Dataset, name: str) -> Dataset:
 def _has(dataset: Dataset, column: str) -> bool:
     """Whether any row has something in the column."""
     found = dataset.with_format("arrow")[:][column]
-    if not isinstance(dataset.features[column], Json):
+    if not isinstance(dataset.features[column], type(_json())):
         return found.null_count < len(found)
     # Earlier versions of datasets write JSON's own null for a value that is missing.
     return any(value.as_py() not in (None, "null") for value in found)
@@ -251,6 +265,6 @@ def mix_safety(dataset: Dataset, safety: Dataset, samples: int, *, seed: int) ->
 
 def _with_features(dataset: Dataset, features: Features) -> Dataset:
     """The same rows in these columns; nothing in those that they have not."""
-    if dataset.features.keys() == features.keys() and Json() not in features.values():
+    if dataset.features.keys() == features.keys() and _json() not in features.values():
         return dataset.cast(features)
     return dataset.map(lambda row: {name: row.get(name) for name in features}, features=features, desc="safety mix")

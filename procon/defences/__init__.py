@@ -5,6 +5,10 @@ Out: a trainer that fine-tunes under that defence.
 May import: ``training``, ``data`` and the rooms below them.
 """
 
+from procon.errors import require_extra
+
+__extra__ = require_extra("train", __name__)
+
 from procon.defences.constrained_sft import ConstrainedSFTTrainer
 from procon.defences.frozen_layers import FrozenLayersTrainer
 from procon.defences.hidden_states import HiddenStatesTrainer

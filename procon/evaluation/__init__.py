@@ -5,6 +5,10 @@ Out: rates with intervals, log-odds, what each block does to them, cosines and s
 May import: ``directions``, ``chat``, ``models`` and the leaves.
 """
 
+from procon.errors import require_extra
+
+__extra__ = require_extra("train", __name__)
+
 from procon.evaluation.causal_effects import block_effects, causal_weights
 from procon.evaluation.drift import Drift, compare_means, measure_drift
 from procon.evaluation.evaluation import Evaluation, NothingFinished, evaluate

@@ -6,7 +6,6 @@ It is a package of its own (extra ``lm-eval``); nothing of it is imported before
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from procon.errors import ProConError
+from procon.errors import ProConError, require_extra
 
 
 class HarnessTasks:
@@ -33,8 +32,7 @@ class HarnessTasks:
         self.names = [name.strip() for name in names.split(",") if name.strip()]
         if not self.names:
             raise ProConError(f"lm_eval is {names!r:.40}: name tasks of lm-evaluation-harness, joined by commas")
-        if importlib.util.find_spec("lm_eval") is None:
-            raise ProConError("lm-evaluation-harness is not installed: pip install 'lm_eval>=0.4.13'")
+        require_extra("lm-eval", "an evaluation by lm-evaluation-harness")
         files = [name for name in self.names if name.endswith((".yaml", ".yml"))]
         for file in files:
             if not Path(file).is_file():

@@ -5,6 +5,10 @@ Out: the framework's own training, constrained.
 May import: ``training``, ``data`` and the rooms below them.
 """
 
+from procon.errors import require_extra
+
+__extra__ = require_extra("train", __name__)
+
 from procon.integrations.callback import ProConCallback
 from procon.integrations.forward import ConstrainedForward, constrained_by
 

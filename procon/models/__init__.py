@@ -6,6 +6,10 @@ of weights and configuration, and the origin by which two models are compared.
 May import: the leaves. It knows no directions and no anchors.
 """
 
+from procon.errors import require_extra
+
+__extra__ = require_extra("train", __name__)
+
 from procon.models.adapter_targets import adapter_targets
 from procon.models.attention import best_attention, use_best_attention
 from procon.models.batches import first_batch_size, in_batches

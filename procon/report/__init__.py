@@ -5,6 +5,10 @@ Out: text, figures and a page that needs no other file; differences with their i
 May import: ``evaluation`` and the leaves.
 """
 
+from procon.errors import require_extra
+
+__extra__ = require_extra("report", __name__)
+
 from procon.report.comparison import Comparison, compare_runs
 from procon.report.comparison_table import print_comparison
 from procon.report.html import write_html

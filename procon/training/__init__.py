@@ -6,6 +6,10 @@ Out: the fine-tuned model, with what it was trained under beside it, and a log.
 May import: ``evaluation``, ``anchors``, ``constraint``, ``data`` and the rooms below them.
 """
 
+from procon.errors import require_extra
+
+__extra__ = require_extra("train", __name__)
+
 from procon.training.callbacks import DriftCallback, EvaluationCallback
 from procon.training.config import ProConArguments, ProConConfig
 from procon.training.hold import Hold

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from procon.errors import require_extra
+
+__extra__ = require_extra("trl", __name__)
+
 from dataclasses import dataclass
 
 from trl import DPOConfig, DPOTrainer

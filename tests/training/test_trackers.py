@@ -73,7 +73,7 @@ def expected(trainer) -> dict[str, dict[int, float]]:
 
 @pytest.mark.parametrize("base", ["Trainer", "SFTTrainer"])
 def test_tensorboard(make, tmp_path, monkeypatch, base):
-    reason = "tensorboard comes with the extra `train`"
+    reason = "tensorboard comes with the extra `trackers`"
     pytest.importorskip("tensorboard", reason=reason)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -105,7 +105,7 @@ def leveldb_records(data: bytes) -> Iterator[bytes]:
 
 @pytest.mark.parametrize("base", ["Trainer", "SFTTrainer"])
 def test_wandb_offline(make, tmp_path, monkeypatch, base):
-    wandb = pytest.importorskip("wandb", reason="wandb comes with the extra `train`")
+    wandb = pytest.importorskip("wandb", reason="wandb comes with the extra `trackers`")
     from wandb.proto import wandb_internal_pb2
 
     for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "CONFIG_DIR": str(tmp_path)}.items():

@@ -1,0 +1,164 @@
+"""What is installed: metadata, words that are true before a release, the image, the notebook.
+
+Wheel and source archive themselves are built, checked and tested by `.ci/run packages`.
+"""
+
+import contextlib
+import fnmatch
+import io
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TEXTS = [
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "examples").rglob("*.*")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "Dockerfile")),
+]
+
+
+@pytest.fixture(scope="module")
+def setup() -> dict:
+    """What setup.py declares."""
+    with mock.patch("setuptools.setup") as call:
+        runpy.run_path(str(ROOT / "setup.py"))
+    return call.call_args.kwargs
+
+
+def test_no_text_takes_the_package_from_an_index():
+    """Before the first release it is not there: installing is from a checkout. A message adds to what is installed."""
+    taken = re.compile(r"(?:install|add|download)\b[^\n`]*[\s'\"]procon-llm")
+    for text in TEXTS:
+        found = taken.findall(text.read_text(encoding="utf-8").replace("pip install 'procon-llm[…]'", ""))
+        assert not found, f"{text}: {found}"
+
+
+def test_the_index_page_has_no_link_that_is_dead_there(setup):
+    page = setup["long_description"]
+    links = re.findall(r"\]\(([^)]+)\)", page)
+    assert links
+    assert all(link.startswith("https://") for link in links)
+    for path in re.findall(r"`([\w./-]+)` in the source|^\| .*?`(docs/[\w./-]+)`", page):
+        assert (ROOT / (path[0] or path[1])).exists(), path
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = [path for words, path in re.findall(r"\[([^\]]+)\]\((?!https?:|#)([^)]+)\)", readme) if words != path]
+    assert len(re.findall(r"` in the source\)", page)) == len(named)
+
+
+def test_metadata(setup):
+    assert setup["license_expression"] == "Apache-2.0"
+    assert setup["keywords"]
+    assert all(address.startswith("https://") for address in setup["project_urls"].values())
+    assert not any(line.startswith("License ::") for line in setup["classifiers"])  # `license` says it
+
+
+# The image
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Of the Dockerfile: keyword and the rest, lines that go on joined."""
+    text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return [tuple(line.split(" ", 1)) for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def in_context(path: str) -> bool:
+    """Whether .dockerignore lets a path through: the last pattern that fits it, or a folder above it, decides."""
+    kept = True
+    for pattern in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines():
+        if not pattern or pattern.startswith("#"):
+            continue
+        above = [path, *map(str, Path(path).parents)]
+        fits = pattern.lstrip("!").removeprefix("**/")
+        if any(fnmatch.fnmatch(part, fits) or fnmatch.fnmatch(Path(part).name, fits) for part in above if part != "."):
+            kept = pattern.startswith("!")
+    return kept
+
+
+def test_the_image_has_all_that_the_build_reads(setup, tmp_path):
+    """What COPY takes out of the context makes the same wheel as the checkout."""
+    pytest.importorskip("setuptools", minversion="77", reason="pyproject.toml has it build with 77 or newer")
+    for keyword, rest in instructions():
+        if keyword != "COPY":
+            continue
+        *sources, target = rest.split()
+        for source in sources:
+            into = tmp_path / target.strip("/")
+            files = [path for path in [ROOT / source, *(ROOT / source).rglob("*")] if path.is_file()]
+            assert files, source
+            for file in files:
+                relative = file.relative_to(ROOT)
+                if in_context(str(relative)):
+                    place = into / (file.name if file == ROOT / source else file.relative_to(ROOT / source))
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(file, place)
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(tmp_path / "dist")]
+    subprocess.run(command, cwd=tmp_path / "source", check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "procon", "kernels"]
+    files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    expected = {re.sub("^kernels/", "procon/kernels/", name) for name in files}
+    assert expected
+    assert expected <= names
+    assert not [name for name in names - expected if ".dist-info/" not in name]
+
+
+def test_what_the_image_installs_is_declared(setup):
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    (extras,) = re.findall(r'"/source\[([\w,-]+)\]"', text)
+    assert set(extras.split(",")) <= setup["extras_require"].keys()
+    (torch,) = re.findall(r'^ARG TORCH="(.+)"$', text, re.MULTILINE)
+    assert torch in setup["install_requires"]
+    (python,) = re.findall(r"^FROM python:([\d.]+)-slim$", text, re.MULTILINE)
+    assert f"Programming Language :: Python :: {python}" in setup["classifiers"]
+    assert [keyword for keyword, _ in instructions()].index("USER") > max(
+        number for number, (keyword, _) in enumerate(instructions()) if keyword in ("RUN", "COPY")
+    )
+
+
+# The notebook
+
+
+def cells(tag: str | None = None) -> list[str]:
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in code), "commit it without outputs"
+    return ["".join(cell["source"]) for cell in code if tag in (None, *cell["metadata"].get("tags", ()))]
+
+
+def test_the_notebook_installs_from_the_checkout(setup):
+    (install,) = cells("install")
+    assert install == cells()[0]
+    (extra,) = re.findall(r'^%pip install --quiet "\{source\}\[(\w+)\]"$', install, re.MULTILINE)
+    assert extra in setup["extras_require"]
+    assert not [cell for cell in cells()[1:] if re.search(r"^[%!]", cell, re.MULTILINE)]
+
+
+def test_the_notebook_runs(place):
+    """Its cells after the installation, in order, on a tiny model and a few samples."""
+    _, parameters, *rest = cells()
+    (marked,) = cells("parameters")
+    assert parameters == marked
+    names: dict = {}
+    exec(parameters, names)
+    assert {"model_name", "examples", "held_out", "prompts"} <= names.keys()
+    names |= {"model_name": "model", "examples": 16, "held_out": 2, "prompts": 2}
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        for number, cell in enumerate(rest, 2):
+            exec(compile(cell, f"cell {number}", "exec"), names)
+    assert [run.label for run in names["runs"]] == ["start", "plain", "ProCon"]
+    assert [run for run in ("plain", "procon") if Path("notebook", run, "_anchors").is_dir()] == ["procon"]
+    assert Path("notebook/report.html").is_file()
+    assert re.search(r"step 2 +cross-entropy [\d.]+ +penalty [\d.]+", shown.getvalue())
