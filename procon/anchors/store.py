@@ -210,16 +210,16 @@ def fingerprint(
     directions: BlockDirections,
     blocks: Sequence[int],
     scope: TokenScope,
-    precision: str = "no",
+    precision: str | None = None,
 ) -> str:
     """A short hash of all that anchors depend on, the data aside; of a sharded model, all ranks must call.
 
     That is weights and dtype, the precision in which they run, configuration, directions, blocks and scope.
 
     Args:
-        precision: that of Accelerate, if it is known; else a forward of one token shows it.
+        precision: that of Accelerate, ``"no"`` without, if it is known; else a forward of one token shows it.
     """
-    precision = running_precision(model) if precision == "no" else precision
+    precision = running_precision(model) if precision is None else precision
     forward = [weights_hash(model), configuration_hash(model), str(token_embedding(model).weight.dtype)]
     parts = [*forward, directions.hash, list(map(int, blocks)), scope]
     if precision != "no":
