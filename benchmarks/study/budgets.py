@@ -257,6 +257,6 @@ BUDGETS: dict[str, Budget] = {
                 split="validation",
             ),
         ),
-        Size(train=104, test=8, prompts=16, extraction=48, pairs=16),
+        Size(train=136, test=8, prompts=16, extraction=48, pairs=16),
     ),
 }
