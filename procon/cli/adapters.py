@@ -11,11 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from procon.cli.arguments import TrainArguments
 from procon.cli.contradictions import OF_ADAPTERS
 from procon.errors import ProConError
+from procon.files import whole_folder
 from procon.models import adapter_targets, load_model, spread
 from procon.settings import PAPER_RECIPE
-
-#: Of the output folder, where the merged model goes.
-MERGED = "merged"
+from procon.training.output import MERGED
 
 
 def trainable(model: PreTrainedModel, arguments: TrainArguments) -> PreTrainedModel:
@@ -74,6 +73,7 @@ def write_merged(output: Path, tokenizer: PreTrainedTokenizerBase, arguments: Tr
     folder = output / MERGED
     model, _ = load_model(output, **{**arguments.loading(), "device_map": "cpu"})
     merged = cast(PeftModel, model).merge_and_unload()
-    merged.save_pretrained(folder)  # pyright: ignore[reportCallIssue]  # PEFT does not say what it returns
-    tokenizer.save_pretrained(folder)
+    with whole_folder(folder) as partial:
+        merged.save_pretrained(partial)  # pyright: ignore[reportCallIssue]  # PEFT does not say what it returns
+        tokenizer.save_pretrained(partial)
     return folder

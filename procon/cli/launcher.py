@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -116,6 +117,4 @@ def _processes(arguments: TrainArguments, config: Path, devices: int) -> int:
 
 def _same_path() -> dict[str, str]:
     """Processes find what this one finds: no module of the current folder, unless it is searched here as well."""
-    import sys
-
     return {} if sys.path[:1] in ([""], [os.getcwd()]) else {"PYTHONSAFEPATH": "1"}

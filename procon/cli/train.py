@@ -38,7 +38,7 @@ from procon.training import DriftCallback, JsonlCallback, ProConConfig, ProConTr
 from procon.training.checkpoints import Checkpoint, has_checkpoints, latest
 from procon.training.console_rows import show_rows
 from procon.training.drift_gate import DriftGate
-from procon.training.output import locked, output_folder
+from procon.training.output import drop_merged, locked, output_folder
 from procon.training.ranks import on_main
 
 
@@ -109,6 +109,7 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
             )
         with _resumable(output):
             trainer.train(resume_from_checkpoint=checkpoint)  # pyright: ignore[reportArgumentType]  # ours take it
+        on_main(lambda: drop_merged(output))
         trainer.save_model()
         trainer.save_state()
     if config.process_index == 0:

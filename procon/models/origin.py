@@ -18,8 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from procon.models.decoder import token_embedding, transformers_model, unwrapped
-from procon.models.devices import offloaded
-from procon.models.weights import own_name, whole
+from procon.models.weights import own_name, value_in
 
 Relation = Literal["same", "other weights", "another model", "unknown"]
 
@@ -77,14 +76,14 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
         is_adapter = (prefix is not None and not rest.startswith("base_layer.")) or ".modules_to_save." in name
         if is_adapter and prefix is not None and tuners[prefix].disable_adapters:
             continue
-        value = offloaded(model, name) if parameter.is_meta else whole(parameter)
-        yield re.sub(r"\.(base_layer|original_module)(?=\.)", "", own_name(name)), value, is_adapter
+        plain = re.sub(r"\.(base_layer|original_module)(?=\.)", "", own_name(name))
+        yield plain, value_in(model, name, parameter), is_adapter
 
 
 def _embedding_values(model: nn.Module) -> list[float]:
     """A few values with three digits; none if they are not kept as such."""
     embedding = token_embedding(model)
-    weight = offloaded(embedding, "weight") if embedding.weight.is_meta else whole(embedding.weight)
+    weight = value_in(embedding, "weight", embedding.weight)
     if not weight.is_floating_point() or weight.dim() != 2:
         return []
     rows = min(len(weight), _VOCABULARY)

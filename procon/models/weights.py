@@ -64,7 +64,7 @@ def _hash(model: nn.Module, *, only_frozen: bool) -> str:
     for name, tensor in sorted(tensors.items()):
         if only_frozen and tensor.requires_grad:
             continue
-        value = offloaded(model, name) if tensor.is_meta else whole(tensor)
+        value = value_in(model, name, tensor)
         flat = value.reshape(-1).float() if value.is_floating_point() else value.reshape(-1)
         bits = flat.view(torch.int32) if flat.is_floating_point() else flat
         digest.update(f"{name}{tuple(value.shape)}".encode())
@@ -134,6 +134,11 @@ def _sums(bits: Tensor) -> Tensor:
 def own_name(name: str) -> str:
     """A module's or tensor's name without what activation checkpointing and ``torch.compile`` wrap it in."""
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def value_in(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """A parameter or buffer of ``model`` in one piece, wherever it lies: on another rank, in memory, or on the disk."""
+    return offloaded(model, name) if tensor.is_meta else whole(tensor)
 
 
 def whole(tensor: Tensor) -> Tensor:

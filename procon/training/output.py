@@ -29,6 +29,9 @@ except ImportError:  # without it, nothing is locked
 #: Of the output folder, push_to_hub leaves out what begins with an underscore.
 _LOCK = "_training.lock"
 
+#: Of the output folder, the model that its adapter was merged into.
+MERGED = "merged"
+
 #: Weights that a training leaves; what loads the folder takes the first that it knows.
 _WEIGHTS = (
     "adapter_model.safetensors",
@@ -149,10 +152,16 @@ def claim(folder: Path, record: dict[str, Any], *, overwrite: bool) -> None:
                 "pass procon_overwrite=True (--procon_overwrite true) to delete what it left"
             )
         return
-    beside = [folder / name for name in (RECORD, PROBES, "adapter_config.json", "trainer_state.json")]
+    beside = [folder / name for name in (RECORD, PROBES, MERGED, "adapter_config.json", "trainer_state.json")]
     for path in (*beside, *weights, *checkpoints, *folder.glob("model-*-of-*.safetensors")):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     drop_section(folder / "README.md")
+
+
+def drop_merged(folder: Path) -> None:
+    """Delete the merged model in ``folder``, before another adapter than the one in it is written there."""
+    if (folder / MERGED).exists():
+        shutil.rmtree(folder / MERGED)
 
 
 def forget(folder: Path) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from procon.cli import main
 from procon.models import load_model
+from procon.training.output import claim
 
 TRAIN = [
     *("train", "model", "data.jsonl", "--directions", "directions.safetensors", "--drift_steps", "0"),
@@ -61,6 +62,19 @@ def test_the_merged_model_computes_as_the_adapter_does(here, kind, tokenizer, ca
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found, before, atol=1e-2)
     assert "adapter_config.json" not in {path.name for path in Path("tuned/merged").iterdir()}
+
+
+def test_no_merged_model_of_an_earlier_adapter_stays(here):
+    assert main([*TRAIN, "--merge", "--save_steps", "1"]) == 0
+    old = load_file("tuned/merged/model.safetensors")
+    resumed = [*TRAIN, "--max_steps", "2", "--resume"]
+    assert main([*resumed, "--merge"]) == 0  # in place of the old one
+    assert load_file("tuned/merged/model.safetensors").keys() == old.keys()
+    assert main(resumed) == 0
+    assert not Path("tuned/merged").exists()
+    Path("tuned/merged").mkdir()
+    claim(Path("tuned"), {}, overwrite=True)
+    assert not Path("tuned/merged").exists()
 
 
 def test_another_family_s_attention_is_found(here, tiny_model, random_directions, capsys):
