@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
 from transformers import HfArgumentParser
 
 from benchmarks.monitors.plan import BUDGET, Variant
 from benchmarks.monitors.trial import run_trial
 from benchmarks.monitors.watched import Watched
-from benchmarks.study.missing import find_missing, make_missing, quiet
+from benchmarks.study.missing import make_runs
 from benchmarks.study.record import Cell, save_run
 from benchmarks.study.start import demo_start
 from procon.errors import ProConError
@@ -37,27 +35,28 @@ def main(argv: list[str] | None = None) -> int:
     parser = HfArgumentParser(MonitorArguments, prog="python -m benchmarks.monitors")
     (arguments,) = parser.parse_args_into_dataclasses(argv)
     try:
-        make_runs(arguments)
+        run_monitors(arguments)
     except ProConError as error:
         print(f"monitors: error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def make_runs(arguments: MonitorArguments) -> None:
-    """Make every run that is missing; prints one line per run and how long the rest will take."""
+def run_monitors(arguments: MonitorArguments) -> None:
+    """Make every missing run."""
     runs, work = Path(arguments.runs), Path(arguments.work)
-    cells = [cell for cell in BUDGET.cells() if re.search(arguments.only, cell.name)]
-    console = Console()
-    missing = find_missing(cells, runs, console, listed=arguments.list)
-    if arguments.list or not missing:
-        return
-    quiet(arguments.threads)
-    watched = Watched.open(demo_start(work), work, BUDGET.size)
-    make_missing(missing, partial(_make, watched=watched, runs=runs, work=work), runs, console)
+    make_runs(
+        BUDGET.cells(),
+        runs,
+        lambda: Watched.open(demo_start(work), work, BUDGET.size),
+        partial(_make, runs=runs, work=work),
+        only=arguments.only,
+        threads=arguments.threads,
+        listed=arguments.list,
+    )
 
 
-def _make(cell: Cell, watched: Watched, runs: Path, work: Path) -> str:
+def _make(cell: Cell, watched: Watched, *, runs: Path, work: Path) -> str:
     variant = BUDGET.method(cell)
     assert isinstance(variant, Variant)
     run = run_trial(watched, variant, BUDGET.job(cell), cell.seed, cell.split, BUDGET.size, work)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
 from transformers import HfArgumentParser
 
 from benchmarks.preferences.plan import ALGORITHMS, PLAN, RUNS
 from benchmarks.preferences.trial import run_trial
-from benchmarks.study.missing import find_missing, make_missing, quiet, summary
+from benchmarks.study.missing import make_runs, summary
 from benchmarks.study.record import Cell, save_run
 from benchmarks.study.start import Start, demo_start
 from procon.errors import ProConError
@@ -45,20 +43,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_preferences(arguments: PreferencesArguments) -> None:
-    """Make every missing run; prints one line per run and how long the rest will take."""
-    runs = Path(arguments.runs)
-    cells = [cell for cell in PLAN.cells() if re.search(arguments.only, cell.name)]
-    console = Console()
-    missing = find_missing(cells, runs, console, listed=arguments.list)
-    if arguments.list or not missing:
-        return
-    quiet(arguments.threads)
-    size = PLAN.size
-    start = Start.open(demo_start(Path(arguments.work)), extraction=size.extraction, pairs=size.pairs)
-    make_missing(missing, partial(_make, start=start, runs=runs), runs, console)
+    """Make every missing run."""
+    runs, size = Path(arguments.runs), PLAN.size
+    make_runs(
+        PLAN.cells(),
+        runs,
+        lambda: Start.open(demo_start(Path(arguments.work)), extraction=size.extraction, pairs=size.pairs),
+        partial(_make, runs=runs),
+        only=arguments.only,
+        threads=arguments.threads,
+        listed=arguments.list,
+    )
 
 
-def _make(cell: Cell, start: Start, runs: Path) -> str:
+def _make(cell: Cell, start: Start, *, runs: Path) -> str:
     method = PLAN.method(cell)
     run = run_trial(start, method, ALGORITHMS[cell.job], cell.seed, cell.split, PLAN.size)
     save_run(cell, asdict(method), run, runs, packages=("trl",))

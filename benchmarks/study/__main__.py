@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
 from transformers import HfArgumentParser
 
 from benchmarks.study.budgets import BUDGETS
-from benchmarks.study.missing import find_missing, make_missing, quiet, summary
-from benchmarks.study.plan import Budget
+from benchmarks.study.missing import make_runs, summary
+from benchmarks.study.plan import Budget, Size
 from benchmarks.study.record import Cell, save_run
 from benchmarks.study.start import Start, demo_start
 from benchmarks.study.trial import run_trial
@@ -59,25 +57,30 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_study(arguments: StudyArguments) -> None:
-    """Make every missing run; prints one line per run and how long the rest will take."""
+    """Make every missing run of a budget."""
     budget = BUDGETS.get(arguments.budget)
     if budget is None:
         raise ProConError(f"budget is {arguments.budget!r}: choose one of {', '.join(BUDGETS)}")
     runs = Path(arguments.runs or HERE / "runs" / arguments.budget)
-    cells = [cell for cell in budget.cells() if re.search(arguments.only, cell.name)]
-    console = Console()
-    missing = find_missing(cells, runs, console, listed=arguments.list)
-    if arguments.list or not missing:
-        return
-    quiet(arguments.threads)
+    make_runs(
+        budget.cells(),
+        runs,
+        lambda: _start(arguments, budget.size),
+        partial(_make, budget=budget, runs=runs),
+        only=arguments.only,
+        threads=arguments.threads,
+        listed=arguments.list,
+    )
+
+
+def _start(arguments: StudyArguments, size: Size) -> Start:
     model, base = arguments.model, arguments.base
     if model is None:
         model, base = demo_start(Path(arguments.work)), base or fetch_demo_model()
-    start = Start.open(model, extraction=budget.size.extraction, pairs=budget.size.pairs, base=base)
-    make_missing(missing, partial(_make, budget=budget, start=start, runs=runs), runs, console)
+    return Start.open(model, extraction=size.extraction, pairs=size.pairs, base=base)
 
 
-def _make(cell: Cell, budget: Budget, start: Start, runs: Path) -> str:
+def _make(cell: Cell, start: Start, *, budget: Budget, runs: Path) -> str:
     method = budget.method(cell)
     run = run_trial(start, method, budget.job(cell), cell.seed, cell.split, budget.size)
     save_run(cell, asdict(method), run, runs)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import datasets
 import torch
@@ -15,8 +17,41 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.study.record import Cell, claimed
 from procon.errors import ProConError
 
+_Start = TypeVar("_Start")
 
-def find_missing(cells: Sequence[Cell], runs: Path, console: Console, *, listed: bool) -> list[Cell]:
+
+def make_runs(
+    cells: Sequence[Cell],
+    runs: Path,
+    start: Callable[[], _Start],
+    make: Callable[[Cell, _Start], str],
+    *,
+    only: str,
+    threads: int,
+    listed: bool,
+) -> None:
+    """Make every run that is missing; prints one line per run and how long the rest will take.
+
+    Args:
+        start: what all runs begin with; called once, if there is a run to make.
+        make: makes the run of a cell from it, writes its file, and returns a line on it.
+        only: makes runs whose name this regular expression finds.
+        threads: of torch; its own choice if 0.
+        listed: show how many runs are made and which are missing, and make none.
+
+    Raises:
+        ProConError: at the end, if some failed.
+    """
+    console = Console()
+    missing = _find_missing([cell for cell in cells if re.search(only, cell.name)], runs, console, listed=listed)
+    if listed or not missing:
+        return
+    _quiet(threads)
+    begun = start()
+    _make_missing(missing, lambda cell: make(cell, begun), runs, console)
+
+
+def _find_missing(cells: Sequence[Cell], runs: Path, console: Console, *, listed: bool) -> list[Cell]:
     """The cells that have no run yet; prints how many have, and if ``listed`` which have not."""
     missing = [cell for cell in cells if not cell.path(runs).is_file()]
     console.print(f"{len(cells) - len(missing)} of {len(cells)} runs are in {runs}.")
@@ -26,7 +61,7 @@ def find_missing(cells: Sequence[Cell], runs: Path, console: Console, *, listed:
     return missing
 
 
-def make_missing(missing: Sequence[Cell], make: Callable[[Cell], str], runs: Path, console: Console) -> None:
+def _make_missing(missing: Sequence[Cell], make: Callable[[Cell], str], runs: Path, console: Console) -> None:
     """In the order given; what another process makes in the meantime is skipped.
 
     Args:
@@ -80,7 +115,7 @@ def summary(cell: Cell, run: dict) -> str:
     )
 
 
-def quiet(threads: int) -> None:
+def _quiet(threads: int) -> None:
     """No logs or bars of other packages; ``threads`` of torch if above 0."""
     if threads:
         torch.set_num_threads(threads)

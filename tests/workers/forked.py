@@ -32,16 +32,16 @@ class Python:
 
     Args:
         arguments: a script's path, ``-m`` and a module, or ``-c`` and a program; and what it is given.
-        environment: variables in addition to those of this process.
+        environment: variables in addition to those that the session began with.
     """
 
     def __init__(self, *arguments: str | Path, **environment: str):
         descriptor, name = tempfile.mkstemp(suffix=".log")
         os.close(descriptor)
         self._log = Path(name)
-        with mock.patch.dict(os.environ, _BEGAN | _ENVIRONMENT, clear=True):  # of the process that forks, if none runs
-            variables = {**os.environ, **environment}
-            self._process = _CONTEXT.Process(target=_run, args=([*map(str, arguments)], variables, name))
+        common = _BEGAN | _ENVIRONMENT
+        with mock.patch.dict(os.environ, common, clear=True):  # of the process that forks, if none runs
+            self._process = _CONTEXT.Process(target=_run, args=([*map(str, arguments)], common | environment, name))
             self._process.start()
 
     @property
