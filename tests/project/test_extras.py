@@ -3,12 +3,10 @@
 import ast
 import json
 import re
-import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from packaging.requirements import Requirement
@@ -34,11 +32,8 @@ BY_THEMSELVES = {
 }
 
 
-def requirements(name: str) -> set[str]:
-    with mock.patch("setuptools.setup") as setup:
-        runpy.run_path(str(ROOT / "setup.py"))
-    arguments = setup.call_args.kwargs
-    texts = arguments["extras_require"][name] if name else arguments["install_requires"]
+def imported(texts: Iterable[str]) -> set[str]:
+    """The names by which requirements are imported."""
     names = {Requirement(text).name for text in texts}
     return {IMPORTED.get(package, package.replace("-", "_")) for package in names}
 
@@ -94,12 +89,12 @@ def test_an_import_of_neither_is_found():
     assert uncovered(ROOT / "procon" / "training" / "planted.py", "import tqdm\nimport trl") == {"trl"}
 
 
-def test_the_extras_are_those_of_setup():
-    assert requirements("") == CORE
-    assert {name: set(packages) for name, packages in EXTRAS.items()} == {name: requirements(name) for name in EXTRAS}
-    brought = set().union(*(requirements(name) for name in [*EXTRAS, "trackers"]))
-    assert requirements("all") == brought
-    assert requirements("llama-factory") == requirements("cli")
+def test_the_extras_are_those_of_setup(setup):
+    assert imported(setup["install_requires"]) == CORE
+    found = {name: imported(texts) for name, texts in setup["extras_require"].items()}
+    assert {name: set(packages) for name, packages in EXTRAS.items()} == {name: found[name] for name in EXTRAS}
+    assert found["all"] == set().union(*(found[name] for name in [*EXTRAS, "trackers"]))
+    assert found["llama-factory"] == found["cli"]
 
 
 def test_an_extra_that_is_there_is_named():

@@ -8,13 +8,11 @@ import fnmatch
 import io
 import json
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
@@ -24,14 +22,6 @@ TEXTS = [
     *sorted((ROOT / "examples").rglob("*.*")),
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "Dockerfile")),
 ]
-
-
-@pytest.fixture(scope="module")
-def setup() -> dict:
-    """What setup.py declares."""
-    with mock.patch("setuptools.setup") as call:
-        runpy.run_path(str(ROOT / "setup.py"))
-    return call.call_args.kwargs
 
 
 def test_no_text_takes_the_package_from_an_index():

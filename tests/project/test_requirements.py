@@ -1,9 +1,7 @@
 """The versions that CI tests are those that the package asks for."""
 
 import re
-import runpy
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from packaging.requirements import Requirement
@@ -19,12 +17,9 @@ OLDER = {"llama-factory": "llama-factory.txt"}
 
 
 @pytest.fixture(scope="module")
-def extras() -> dict[str, dict[str, Requirement]]:
+def extras(setup) -> dict[str, dict[str, Requirement]]:
     """Of setup.py; the core's requirements under no name."""
-    with mock.patch("setuptools.setup") as setup:
-        runpy.run_path(str(ROOT / "setup.py"))
-    arguments = setup.call_args.kwargs
-    texts = {"": arguments["install_requires"], **arguments["extras_require"]}
+    texts = {"": setup["install_requires"], **setup["extras_require"]}
     return {
         extra: {requirement.name: requirement for requirement in map(Requirement, listed)}
         for extra, listed in texts.items()
