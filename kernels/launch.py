@@ -7,7 +7,7 @@ entries were chosen from ahead-of-time builds: no spills, and every access of hi
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -39,13 +39,16 @@ INTERPRETER = Target("sm_80", 32, 2)
 #: ``{kernel: {architecture or family: {columns: (rows, threads)}}}`` for elements of two bytes; larger ones get as many
 #: times the threads. Threads and not warps, because 1024 of them are the limit whatever their number in a warp. Longer
 #: rows than listed take the last entry.
+#:
+#: On CUDA, a thread's eight columns (16 bytes) are the same in all rows of a tile: what is loaded once for all rows is
+#: then where it is needed, and does not go through shared memory.
 TABLE: dict[str, dict[str, dict[int, tuple[int, int]]]] = {
     # Whole rows, one read: the projection, and RMSNorm forward.
     "forward": {
         "cuda": {
-            256: (16, 256),
-            512: (8, 256),
-            1024: (4, 256),
+            256: (4, 32),
+            512: (4, 64),
+            1024: (2, 128),
             2048: (1, 128),
             4096: (1, 256),
             8192: (1, 256),
@@ -53,15 +56,25 @@ TABLE: dict[str, dict[str, dict[int, tuple[int, int]]]] = {
         },
         "hip": {256: (16, 256), 512: (8, 256), 1024: (4, 256), 4096: (1, 256), 8192: (1, 512), 16384: (1, 1024)},
     },
-    # Whole rows of two tensors, and a sum over the rows: RMSNorm backward.
+    # RMSNorm backward: a row at a time of two tensors, and a sum over the rows.
     "norm_backward": {
-        "cuda": {256: (8, 256), 512: (4, 256), 1024: (2, 256), 2048: (1, 128), 4096: (1, 256), 8192: (1, 512)},
-        "hip": {256: (8, 256), 512: (4, 256), 1024: (2, 256), 2048: (1, 256), 4096: (1, 512), 8192: (1, 1024)},
+        "cuda": {256: (1, 32), 512: (1, 64), 1024: (1, 128), 2048: (1, 128), 4096: (1, 256), 8192: (1, 512)},
+        "hip": {256: (1, 64), 512: (1, 64), 1024: (1, 128), 2048: (1, 256), 4096: (1, 512), 8192: (1, 1024)},
     },
 }
 
+#: From so many directions on, a program of the forward takes two rows, so that it reads the directions half as often.
+MANY_DIRECTIONS = 4
+
 #: Longest row that RMSNorm backward holds in registers between its two uses; a longer one is read again from cache.
 HELD_COLUMNS = 8192
+
+#: Numbers per thread in RMSNorm backward, of about 128 registers: two blocks of 256 threads fill a multiprocessor.
+_NUMBERS = 112
+_MOST_THREADS = 512
+
+#: Bytes of rows on their way to the shared memory of one program: all GPUs since sm_80 have more.
+_BYTES_AHEAD = 64 * 1024
 
 
 def target_of(tensor: torch.Tensor) -> Target:
@@ -89,17 +102,64 @@ def row_tile(kernel: str, size: int, itemsize: int, target: Target) -> Tile:
     return Tile(rows, columns, min(1024, threads * itemsize // 2) // target.warp_size)
 
 
+@cache
+def forward_tile(size: int, itemsize: int, directions: int, target: Target) -> Tile:
+    """Whole rows, whose sums of squares and projections are taken together."""
+    tile = row_tile("forward", size, itemsize, target)
+    return tile._replace(rows=2) if tile.rows == 1 and directions >= MANY_DIRECTIONS else tile
+
+
+class Stream(NamedTuple):
+    """How RMSNorm backward goes through its rows."""
+
+    columns: int
+    warps: int
+    #: Programs that a multiprocessor gets.
+    programs: int
+    #: Whether a row stays in registers between its two uses.
+    held: bool
+    #: Whether the directions stay in registers from row to row.
+    kept: bool
+    #: Rows in flight, the one that is worked on included.
+    stages: int
+
+
+@cache
+def row_stream(size: int, itemsize: int, directions: int, target: Target) -> Stream:
+    """Rows of ``size`` elements of ``itemsize`` bytes, one after the other."""
+    _, columns, warps = row_tile("norm_backward", size, itemsize, target)
+    held = columns <= HELD_COLUMNS
+    threads, kept = warps * target.warp_size, False
+    if held and directions:
+        fitting = threads
+        # Of each column: both tensors, the weight, its gradient and what is computed, and the directions.
+        while (needed := columns // fitting * (5 + directions)) > _NUMBERS and fitting < _MOST_THREADS:
+            fitting *= 2
+        kept = needed <= _NUMBERS
+        threads = fitting if kept else threads
+    ahead = _BYTES_AHEAD // (2 * columns * itemsize) if held and _copies_ahead(target) else 0
+    return Stream(columns, threads // target.warp_size, max(1, _MOST_THREADS // threads), held, kept, 1 + min(2, ahead))
+
+
+def _copies_ahead(target: Target) -> bool:
+    """Whether it copies from global to shared memory while it computes."""
+    return target.family == "cuda" and int(target.architecture.removeprefix("sm_")) >= 80
+
+
 def patch_tile(size: int) -> Tile:
     """Pieces of several rows of ``size`` elements, for elementwise work: a narrow piece wastes little of an odd D."""
     return Tile(8, min(256, triton.next_power_of_2(size)), 4)
 
 
-def programs(tiles: int, target: Target) -> int:
-    """Programs that share ``tiles`` when each keeps a sum of its own: two a multiprocessor, to hide latency.
+def sum_tile() -> Tile:
+    """Rows and columns that a program adds up at a time: few columns, so that many programs share the work."""
+    return Tile(64, 64, 8)
 
-    More would hide it better, but each writes a row of D numbers that have to be added up.
-    """
-    return min(tiles, 2 * target.multiprocessors)
+
+@cache
+def options(warps: int) -> dict[str, Any]:
+    """Of a launch. Products that are added are rounded once: the default of Triton 3.10 is to round them twice."""
+    return {"num_warps": warps, "enable_fp_fusion": True}
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager:

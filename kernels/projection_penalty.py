@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device, patch_tile, row_tile, target_of
+from .launch import forward_tile, on_device, options, patch_tile, target_of
 from .penalty import value_and_slope
+from .sums import row_sums
 
 
 # N changes from batch to batch and must not cause a recompilation.
@@ -49,32 +50,38 @@ def _forward(
     COLUMNS: tl.constexpr,
 ):
     """``per_direction [N, K]`` receives the coefficient, or the projection when PENALTY is None."""
+    dtype = direction.dtype.element_ty
     # A row offset passes 2^31 elements long before memory runs out.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
+    # Of two dimensions from the start: a direction is then loaded as the threads hold a row.
+    column = tl.arange(0, COLUMNS)[None, :]
+    real = column < D
     inside = row < N
     live = inside
     if weight is not None:
         w = tl.load(weight + row * weight_stride, mask=inside, other=0)
         live = inside & (w != 0)
     # Loads with a mask select: whatever a dead row holds, it counts as 0.
-    h = tl.load(
-        hidden + row[:, None] * hidden_stride + column[None, :],
-        mask=live[:, None] & (column < D)[None, :],
-        other=0,
-    ).to(direction.dtype.element_ty)
-    total = tl.zeros([ROWS], direction.dtype.element_ty)
+    h = tl.load(hidden + row[:, None] * hidden_stride + column, mask=live[:, None] & real, other=0).to(dtype)
+    terms = ()
+    for k in tl.static_range(K):
+        r = tl.load(direction + k * D + column, mask=real, other=0, eviction_policy="evict_last")
+        terms += (h * r,)
+    if PENALTY == "absolute" and ROUNDING > 0:
+        terms += (h * h,)
+    sums = row_sums(terms)
+    total = tl.zeros([ROWS], dtype)
     reach = total
     for k in tl.static_range(K):
-        r = tl.load(direction + k * D + column, mask=column < D, other=0, eviction_policy="evict_last")
-        z = tl.sum(h * r[None, :], axis=1)
+        z = sums[k]
         if PENALTY is None:
             result = z
         else:
             if anchor is not None:
                 z -= tl.load(anchor + row * anchor_stride + k * anchor_step, mask=live, other=0)
             if PENALTY == "absolute" and ROUNDING > 0:
-                reach = ROUNDING * tl.sqrt(tl.sum(h * h, axis=1) * tl.sum(r * r, axis=0))
+                r = tl.load(direction + k * D + column, mask=real, other=0, eviction_policy="evict_last")
+                reach = ROUNDING * tl.sqrt(sums[K] * tl.sum(r * r, axis=1))
             value, result = value_and_slope(z, reach, PENALTY, SIDES)
             total += value
             if weight is not None:
@@ -103,16 +110,17 @@ def _backward(
     IN_PLACE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    real = column < D
     inside = row < N
     if IN_PLACE:
         moved = row < 0
         for k in tl.static_range(K):
             moved |= tl.load(coefficient + row * K + k, mask=inside, other=0) != 0
         inside &= moved
-    patch = inside[:, None] & (column < D)[None, :]
+    patch = inside[:, None] & real
     if incoming is not None:
-        arrived = incoming + row[:, None] * incoming_stride + column[None, :]
+        arrived = incoming + row[:, None] * incoming_stride + column
         total = tl.load(arrived, mask=patch, other=0).to(direction.dtype.element_ty)
     else:
         total = tl.zeros([ROWS, COLUMNS], direction.dtype.element_ty)
@@ -120,9 +128,9 @@ def _backward(
         c = tl.load(coefficient + row * K + k, mask=inside, other=0)
         if upstream is not None:
             c *= tl.load(upstream + row * upstream_stride, mask=inside, other=0)
-        r = tl.load(direction + k * D + column, mask=column < D, other=0, eviction_policy="evict_last")
-        total += c[:, None] * r[None, :]
-    tl.store(gradient + row[:, None] * D + column[None, :], total.to(gradient.dtype.element_ty), mask=patch)
+        r = tl.load(direction + k * D + column, mask=real, other=0, eviction_policy="evict_last")
+        total += c[:, None] * r
+    tl.store(gradient + row[:, None] * D + column, total.to(gradient.dtype.element_ty), mask=patch)
 
 
 def _launch_forward(
@@ -137,7 +145,7 @@ def _launch_forward(
     sides: str,
 ) -> None:
     rows, size = hidden.shape
-    tile = row_tile("forward", size, hidden.element_size(), target_of(hidden))
+    tile = forward_tile(size, hidden.element_size(), len(direction), target_of(hidden))
     anchor_stride, anchor_step = (0, 0) if anchor is None else anchor.stride()
     if rows:
         with on_device(hidden):
@@ -160,7 +168,7 @@ def _launch_forward(
                 SIDES=sides,
                 ROWS=tile.rows,
                 COLUMNS=tile.columns,
-                num_warps=tile.warps,  # pyright: ignore[reportCallIssue]  # a launch option
+                **options(tile.warps),
             )
 
 
@@ -235,5 +243,5 @@ def _launch_backward(
                 ROWS=tile.rows,
                 COLUMNS=tile.columns,
                 IN_PLACE=incoming is gradient,
-                num_warps=tile.warps,  # pyright: ignore[reportCallIssue]  # a launch option
+                **options(tile.warps),
             )

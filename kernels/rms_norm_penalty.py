@@ -27,8 +27,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import HELD_COLUMNS, on_device, programs, row_tile, target_of
+from .launch import forward_tile, on_device, options, row_stream, sum_tile, target_of
 from .penalty import value_and_slope
+from .sums import row_sums
 
 
 # N changes from batch to batch and must not cause a recompilation.
@@ -62,19 +63,25 @@ def _forward(
     dtype = inverse_rms.dtype.element_ty
     # A row offset passes 2^31 elements long before memory runs out.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
+    # Of two dimensions from the start: what is the same for all rows is then loaded as the threads hold a row.
+    column = tl.arange(0, COLUMNS)[None, :]
+    real = column < D
     inside = row < N
-    patch = inside[:, None] & (column < D)[None, :]
-    h = tl.load(hidden + row[:, None] * hidden_stride + column[None, :], mask=patch, other=0).to(dtype)
-    square = tl.sum(h * h, axis=1)
-    s = 1 / tl.sqrt(square / D + EPS)
+    patch = inside[:, None] & real
+    h = tl.load(hidden + row[:, None] * hidden_stride + column, mask=patch, other=0).to(dtype)
+    terms = (h * h,)
+    if direction is not None:
+        for k in tl.static_range(K):
+            r = tl.load(direction + k * D + column, mask=real, other=0, eviction_policy="evict_last")
+            terms += (h * r,)
+    sums = row_sums(terms)
+    s = 1 / tl.sqrt(sums[0] / D + EPS)
     tl.store(inverse_rms + row, s, mask=inside)
-    v = tl.load(norm_weight + column, mask=column < D, other=0, eviction_policy="evict_last").to(dtype) + OFFSET
+    v = tl.load(norm_weight + column, mask=real, other=0, eviction_policy="evict_last").to(dtype) + OFFSET
     n = h * s[:, None]
     if CASTING == "llama":
         n = n.to(hidden.dtype.element_ty).to(dtype)
-    y = n * v[None, :]
-    tl.store(normed + row[:, None] * D + column[None, :], y.to(normed.dtype.element_ty), mask=patch)
+    tl.store(normed + row[:, None] * D + column, (n * v).to(normed.dtype.element_ty), mask=patch)
     if direction is not None:
         live = inside
         if weight is not None:
@@ -83,12 +90,12 @@ def _forward(
         total = tl.zeros([ROWS], dtype)
         reach = total
         for k in tl.static_range(K):
-            r = tl.load(direction + k * D + column, mask=column < D, other=0, eviction_policy="evict_last")
-            e = tl.sum(h * r[None, :], axis=1)
+            e = sums[k + 1]
             if anchor is not None:
                 e -= tl.load(anchor + row * anchor_stride + k * anchor_step, mask=live, other=0)
             if PENALTY == "absolute" and ROUNDING > 0:
-                reach = ROUNDING * tl.sqrt(square * tl.sum(r * r, axis=0))
+                r = tl.load(direction + k * D + column, mask=real, other=0, eviction_policy="evict_last")
+                reach = ROUNDING * tl.sqrt(sums[0] * tl.sum(r * r, axis=1))
             # Selected, not multiplied: a dead row may hold NaN.
             value, slope = value_and_slope(tl.where(live, e, 0), tl.where(live, reach, 0), PENALTY, SIDES)
             total += value
@@ -117,47 +124,71 @@ def _backward(
     OFFSET: tl.constexpr,
     D: tl.constexpr,
     K: tl.constexpr,
-    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     HELD: tl.constexpr,
+    KEPT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """``gradient [N, D]`` and ``partial [programs, D]``, a sum over a program's rows; None if not wanted."""
+    """``gradient [N, D]`` and ``partial [programs, D]``, a sum over a program's rows; None if not wanted.
+
+    A program takes a row at a time. While it works on one, the next ones are copied to shared memory.
+    """
     dtype = inverse_rms.dtype.element_ty
-    column = tl.arange(0, COLUMNS)
-    if partial is not None:
-        total = tl.zeros([COLUMNS], dtype)
+    column = tl.arange(0, COLUMNS)[None, :]
+    real = column < D
+    if gradient is not None and HELD:
+        v = tl.load(norm_weight + column, mask=real, other=0).to(dtype) + OFFSET
     if upstream is not None:
         g = tl.load(upstream)
-    for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
-        row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
-        inside = row < N
-        patch = inside[:, None] & (column < D)[None, :]
-        h_at = hidden + row[:, None] * hidden_stride + column[None, :]
-        g_at = incoming + row[:, None] * incoming_stride + column[None, :]
-        s = tl.load(inverse_rms + row, mask=inside, other=0)
-        h = tl.load(h_at, mask=patch, other=0).to(dtype)
-        arrived = tl.load(g_at, mask=patch, other=0).to(dtype)
+        kept = ()
+        for k in tl.static_range(K if KEPT else 0):
+            kept += (tl.load(direction + k * D + column, mask=real, other=0),)
+    if partial is not None:
+        total = tl.zeros([1, COLUMNS], dtype)
+    for row in tl.range(tl.program_id(0), N, tl.num_programs(0), num_stages=STAGES):
+        row = tl.cast(row, tl.int64)
+        h_at = hidden + row * hidden_stride + column
+        g_at = incoming + row * incoming_stride + column
+        h = tl.load(h_at, mask=real, other=0).to(dtype)
+        arrived = tl.load(g_at, mask=real, other=0).to(dtype)
+        s = tl.load(inverse_rms + row)
         if gradient is not None:
-            v = tl.load(norm_weight + column, mask=column < D, other=0, eviction_policy="evict_last").to(dtype) + OFFSET
-            mean = tl.sum(arrived * v[None, :] * h, axis=1) * s / D
+            if not HELD:
+                v = tl.load(norm_weight + column, mask=real, other=0, eviction_policy="evict_last").to(dtype) + OFFSET
+            mean = tl.sum(arrived * v * h, axis=1)[:, None] * s / D
             if not HELD:
                 # Other cache modifiers than above: the compiler would merge the reads and hold the row after all.
-                h = tl.load(h_at, mask=patch, other=0, cache_modifier=".ca").to(dtype)
-                arrived = tl.load(g_at, mask=patch, other=0, cache_modifier=".ca").to(dtype)
-                v = tl.load(norm_weight + column, mask=column < D, other=0, cache_modifier=".ca").to(dtype) + OFFSET
-        n = h * s[:, None]
+                h = tl.load(h_at, mask=real, other=0, cache_modifier=".ca").to(dtype)
+                arrived = tl.load(g_at, mask=real, other=0, cache_modifier=".ca").to(dtype)
+                v = tl.load(norm_weight + column, mask=real, other=0, cache_modifier=".ca").to(dtype) + OFFSET
+        n = h * s
         if partial is not None:
-            total += tl.sum(arrived * n, axis=0)
+            total += arrived * n
         if gradient is not None:
-            dh = s[:, None] * (arrived * v[None, :] - n * mean[:, None])
+            dh = s * (arrived * v - n * mean)
             if upstream is not None:
                 for k in tl.static_range(K):
-                    c = g * tl.load(coefficient + row * K + k, mask=inside, other=0)
-                    r = tl.load(direction + k * D + column, mask=column < D, other=0, eviction_policy="evict_last")
-                    dh += c[:, None] * r[None, :]
-            tl.store(gradient + row[:, None] * D + column[None, :], dh.to(gradient.dtype.element_ty), mask=patch)
+                    if KEPT:
+                        r = kept[k]
+                    else:
+                        r = tl.load(direction + k * D + column, mask=real, other=0, eviction_policy="evict_last")
+                    dh += g * tl.load(coefficient + row * K + k) * r
+            tl.store(gradient + row * D + column, dh.to(gradient.dtype.element_ty), mask=real)
     if partial is not None:
-        tl.store(partial + tl.program_id(0) * D + column, total, mask=column < D)
+        tl.store(partial + tl.program_id(0) * D + column, total, mask=real)
+
+
+@triton.jit(do_not_specialize=["ROWS"])
+def _finish(partial, gradient, ROWS, D: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr):
+    """Columns of ``gradient [D]``: the sums of ``partial [ROWS, D]`` in an order that only ROWS decides."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    real = column < D
+    total = tl.zeros([HEIGHT, COLUMNS], partial.dtype.element_ty)
+    for first in range(0, ROWS, HEIGHT):
+        row = first + tl.arange(0, HEIGHT)[:, None]
+        total += tl.load(partial + row * D + column, mask=(row < ROWS) & real, other=0)
+    result = tl.sum(total, axis=0)[None, :]
+    tl.store(gradient + column, result.to(gradient.dtype.element_ty), mask=real)
 
 
 def rms_norm_penalize(
@@ -189,7 +220,7 @@ def rms_norm_penalize(
     directions = 0 if direction is None else len(direction)
     token_penalty = torch.empty(rows if directions else 0, dtype=computed, device=hidden.device)
     coefficient = torch.empty((rows, directions), dtype=computed, device=hidden.device)
-    tile = row_tile("forward", size, hidden.element_size(), target_of(hidden))
+    tile = forward_tile(size, hidden.element_size(), directions, target_of(hidden))
     anchor_stride, anchor_step = (0, 0) if anchor is None else anchor.stride()
     if rows:
         with on_device(hidden):
@@ -218,7 +249,7 @@ def rms_norm_penalize(
                 K=directions,
                 ROWS=tile.rows,
                 COLUMNS=tile.columns,
-                num_warps=tile.warps,  # pyright: ignore[reportCallIssue]  # a launch option
+                **options(tile.warps),
             )
     return normed, inverse_rms, token_penalty, coefficient
 
@@ -241,14 +272,19 @@ def rms_norm_gradient(
     """
     rows, size = hidden.shape
     target = target_of(hidden)
-    tile = row_tile("norm_backward", size, hidden.element_size(), target)
-    held = tile.columns <= HELD_COLUMNS
+    directions = 0 if upstream is None else coefficient.shape[1]
+    stream = row_stream(size, hidden.element_size(), directions, target)
+    grid = min(rows, stream.programs * target.multiprocessors)
     gradient = torch.empty((rows, size), dtype=hidden.dtype, device=hidden.device)
-    tiles = triton.cdiv(rows, tile.rows)
-    sums = programs(tiles, target)
-    partial = torch.empty((sums, size), dtype=inverse_rms.dtype, device=hidden.device) if needs_weight else None
+    if not needs_weight:
+        for_weight = norm_weight.new_empty(0)
+    elif rows:
+        for_weight = torch.empty_like(norm_weight)
+    else:
+        for_weight = torch.zeros_like(norm_weight)
+    partial = torch.empty((grid, size), dtype=inverse_rms.dtype, device=hidden.device) if needs_weight else None
 
-    def launch(grid: int, gradient: Tensor | None, partial: Tensor | None) -> None:
+    def launch(gradient: Tensor | None, partial: Tensor | None) -> None:
         _backward[(grid,)](
             incoming,
             upstream,
@@ -264,21 +300,31 @@ def rms_norm_gradient(
             hidden.stride(0),
             OFFSET=offset,
             D=size,
-            K=0 if upstream is None else coefficient.shape[1],
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            HELD=held,
-            num_warps=tile.warps,  # pyright: ignore[reportCallIssue]  # a launch option
+            K=directions,
+            COLUMNS=stream.columns,
+            HELD=stream.held,
+            KEPT=stream.kept,
+            STAGES=stream.stages,
+            **options(stream.warps),
         )
 
     if rows:
         with on_device(hidden):
-            if partial is None:
-                launch(tiles, gradient, None)
-            elif held or hidden.element_size() == 2:
-                launch(sums, gradient, partial)
+            if partial is None or stream.held or hidden.element_size() == 2:
+                launch(gradient, partial)
             else:
                 # The sums of a long row in four bytes fill the registers by themselves.
-                launch(tiles, gradient, None)
-                launch(sums, None, partial)
-    return gradient, norm_weight.new_empty(0) if partial is None else partial.sum(0).to(norm_weight.dtype)
+                launch(gradient, None)
+                launch(None, partial)
+            if partial is not None:
+                tile = sum_tile()
+                _finish[(triton.cdiv(size, tile.columns),)](
+                    partial,
+                    for_weight,
+                    grid,
+                    D=size,
+                    HEIGHT=tile.rows,
+                    COLUMNS=tile.columns,
+                    **options(tile.warps),
+                )
+    return gradient, for_weight
