@@ -178,15 +178,15 @@ def _backward(
         tl.store(partial + tl.program_id(0) * D + column, total, mask=real)
 
 
-@triton.jit(do_not_specialize=["ROWS"])
-def _finish(partial, gradient, ROWS, D: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr):
-    """Columns of ``gradient [D]``: the sums of ``partial [ROWS, D]`` in an order that only ROWS decides."""
+@triton.jit(do_not_specialize=["COUNT"])
+def _finish(partial, gradient, COUNT, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Columns of ``gradient [D]``: the sums of ``partial [COUNT, D]``, in an order that only COUNT decides."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     real = column < D
-    total = tl.zeros([HEIGHT, COLUMNS], partial.dtype.element_ty)
-    for first in range(0, ROWS, HEIGHT):
-        row = first + tl.arange(0, HEIGHT)[:, None]
-        total += tl.load(partial + row * D + column, mask=(row < ROWS) & real, other=0)
+    total = tl.zeros([ROWS, COLUMNS], partial.dtype.element_ty)
+    for first in range(0, COUNT, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        total += tl.load(partial + row * D + column, mask=(row < COUNT) & real, other=0)
     result = tl.sum(total, axis=0)[None, :]
     tl.store(gradient + column, result.to(gradient.dtype.element_ty), mask=real)
 
@@ -323,7 +323,7 @@ def rms_norm_gradient(
                     for_weight,
                     grid,
                     D=size,
-                    HEIGHT=tile.rows,
+                    ROWS=tile.rows,
                     COLUMNS=tile.columns,
                     **options(tile.warps),
                 )

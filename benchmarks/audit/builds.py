@@ -154,7 +154,7 @@ def _records(target: str, shape: Shape) -> Iterator[Record]:
                 penalty=shape.penalty,
                 casting=shape.casting,
                 sides=shape.sides,
-                tile={key.lower(): launch.arguments[key] for key in ("ROWS", "COLUMNS")},
+                tile={"rows": launch.arguments.get("ROWS", 1), "columns": launch.arguments["COLUMNS"]},
                 warps=warps,
                 registers=registers,
                 spilled_bytes=spilled,
@@ -210,6 +210,6 @@ def show(records: list[dict]) -> None:
                     str(r["spilled_bytes"]),
                     str(r["shared_bytes"]),
                     f"{r['occupancy']:.0%}",
-                    f"{min(access['narrowest_bytes'] for access in r['accesses'])} B",
+                    f"{min(access['narrowest_bytes'] for access in r['accesses'])} B" if r["accesses"] else "",
                 )
         Console().print(table)
