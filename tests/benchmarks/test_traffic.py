@@ -48,8 +48,10 @@ def test_traffic(tmp_path):
         if call.startswith("fused"):
             # The constraint adds nothing to the norm here, at any length of row.
             plain = records[call.replace("fused", "norm"), size, directions, dtype]
-            for key in ("units_loaded", "units_stored", "other_bytes"):
+            for key in ("units_loaded", "units_stored"):
                 assert record[key] == plain[key], (record, plain)
+            # Programs that keep many directions are larger, and fewer: they write fewer sums of rows.
+            assert record["other_bytes"] <= plain["other_bytes"], (record, plain)
 
     def token_bytes(kind: str, backward: str, size: int, dtype: str) -> float:
         return sum(records[f"{kind} {way}", size, 1, dtype]["token_bytes_per_row"] for way in ("forward", backward))
