@@ -191,9 +191,9 @@ def test_gradient_of_the_penalty(case):
 
     found = accumulate_gradient(incoming, upstream, coefficient, direction, dtype)
 
-    factor = torch.ones(1) if upstream is None else upstream.double().reshape(-1, 1)
-    terms = (factor * coefficient.double()).unsqueeze(2) * direction.double()
-    base = torch.zeros(rows, size).double() if incoming is None else incoming.double()
+    factor = torch.ones(1) if upstream is None else upstream.double().cpu().reshape(-1, 1)
+    terms = (factor * coefficient.double().cpu()).unsqueeze(2) * direction.double().cpu()
+    base = torch.zeros(rows, size).double() if incoming is None else incoming.double().cpu()
     exact = base + terms.sum(1)
     allowed = half(dtype) * exact.abs() + smallest(dtype) + SUM * (base.abs() + terms.abs().sum(1))
     assert found.dtype == dtype
