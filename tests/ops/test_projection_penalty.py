@@ -215,10 +215,10 @@ def test_poison_reaches_the_library():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 @pytest.mark.parametrize(("size", "k"), [(576, 1), (4096, 1), (4096, 4), (8192, 8), (16384, 1)])
-def test_gpu_agrees_with_float64(oracle, dtype, size, k):
+def test_gpu_agrees_with_float64(oracle, dtype, size, k, gpu_rows):
     from procon.kernels import projection_penalty as triton_backend
 
-    hidden, direction, anchor, weight = inputs(1000, size, k, dtype, "cuda")
+    hidden, direction, anchor, weight = inputs(gpu_rows, size, k, dtype, "cuda")
     expected = oracle(hidden, direction, anchor, weight)
     off = 4 * EPS32 * expected.scale
     projection = triton_backend.project(hidden, direction).cpu()

@@ -383,8 +383,8 @@ def test_what_stays_alive_until_backward(backend, device):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize(("size", "k"), [(576, 1), (4096, 1), (8192, 4), (16384, 1)])
-def test_gpu_agrees_with_float64(dtypes, rule, size, k):
-    given = inputs(1000, size, k, dtypes, "cuda")
+def test_gpu_agrees_with_float64(dtypes, rule, size, k, gpu_rows):
+    given = inputs(gpu_rows, size, k, dtypes, "cuda")
     casting, offset = rule
     found, expected = (
         results(
@@ -405,6 +405,19 @@ def test_gpu_agrees_with_float64(dtypes, rule, size, k):
         )
         for backend in ("triton", "eager")
     )
-    for one, other in zip(found, expected, strict=True):
-        eps = torch.finfo(one.dtype).eps
-        assert (one.double() - other.double()).abs().max() <= 16 * eps * other.double().abs().max()
+    h, r, anchor, weight = (given[name].double() for name in ("hidden", "direction", "anchor", "weight"))
+    # How far the projections of the two may lie apart, in float32. Penalty and dx follow.
+    off = 8 * torch.finfo(torch.float32).eps * (h.abs() @ r.abs().T) * weight[:, None]
+    beside = {
+        "normed": 0.0,
+        "penalty": (2 * (h @ r.T - anchor).abs() * off).sum(),
+        "dx": (0.3 * 2 * off @ r.abs()).max(),
+        "dv": 0.0,
+    }
+    if casting == "llama":
+        # n is rounded to the dtype of the states before it meets the weight. An inverse RMS that differs in the last
+        # bit of float32 puts it on the other side of a boundary: one unit in the last place of n, however fine y is.
+        beside["normed"] = torch.finfo(dtypes[0]).eps * expected[0].double().abs().max()
+    for (name, more), one, other in zip(beside.items(), found, expected, strict=True):
+        allowed = 16 * torch.finfo(one.dtype).eps * other.double().abs().max() + more
+        assert (one.double() - other.double()).abs().max() <= allowed, name
