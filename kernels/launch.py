@@ -69,9 +69,10 @@ MANY_DIRECTIONS = 4
 #: Longest row that RMSNorm backward holds in registers between its two uses; a longer one is read again from cache.
 HELD_COLUMNS = 8192
 
-#: Numbers per thread in RMSNorm backward, of about 128 registers: two blocks of 256 threads fill a multiprocessor.
+#: Of a program of RMSNorm backward: numbers per thread, in about 128 registers, and threads, of which so many fill a
+#: multiprocessor.
 _NUMBERS = 112
-_MOST_THREADS = 512
+_THREADS = {"cuda": 512, "hip": 1024}
 
 #: Bytes of rows on their way to the shared memory of one program: all GPUs since sm_80 have more.
 _BYTES_AHEAD = 64 * 1024
@@ -128,17 +129,22 @@ class Stream(NamedTuple):
 def row_stream(size: int, itemsize: int, directions: int, target: Target) -> Stream:
     """Rows of ``size`` elements of ``itemsize`` bytes, one after the other."""
     _, columns, warps = row_tile("norm_backward", size, itemsize, target)
+    threads, most = warps * target.warp_size, _THREADS[target.family]
     held = columns <= HELD_COLUMNS
-    threads, kept = warps * target.warp_size, False
-    if held and directions:
-        fitting = threads
-        # Of each column: both tensors, the weight, its gradient and what is computed, and the directions.
-        while (needed := columns // fitting * (5 + directions)) > _NUMBERS and fitting < _MOST_THREADS:
-            fitting *= 2
-        kept = needed <= _NUMBERS
-        threads = fitting if kept else threads
-    ahead = _BYTES_AHEAD // (2 * columns * itemsize) if held and _copies_ahead(target) else 0
-    return Stream(columns, threads // target.warp_size, max(1, _MOST_THREADS // threads), held, kept, 1 + min(2, ahead))
+    kept = False
+    if held:
+        threads = min(threads, most)
+        # Of each column: both tensors, the weight (of two bytes, it shares a register), its gradient and what is
+        # computed, and the directions.
+        numbers = (5 if itemsize == 2 else 6) + directions
+        larger = (threads << doubled for doubled in range(6) if threads << doubled <= most)
+        fitting = next((count for count in larger if columns // count * numbers <= _NUMBERS), None)
+        kept = directions > 0 and fitting is not None
+        threads = fitting or threads
+    # Directions that do not stay would be copied ahead too, for which there is no room.
+    streams = held and (kept or not directions) and _copies_ahead(target)
+    ahead = min(2, _BYTES_AHEAD // (2 * columns * itemsize)) if streams else 0
+    return Stream(columns, threads // target.warp_size, max(1, most // threads), held, kept, 1 + ahead)
 
 
 def _copies_ahead(target: Target) -> bool:
