@@ -13,8 +13,10 @@ Casting ``"llama"`` rounds n to the dtype of h before it meets the weight; ``"ge
 are those of the norm without the rounding.
 
 Bytes moved, with U = N * D * itemsize: forward 2U + 4N, backward 3U + 4N, as without the constraint, which adds
-4N(2K + 2) bytes forward and 4NK backward: 20 bytes per row for one direction. r and v stay in cache. For the weight's
-gradient each program keeps a float32 sum of its rows and writes it once, and the sums are added up in a fixed order.
+4N(2K + 2) bytes forward and 4NK backward: 20 bytes per row for one direction. In the forward r and v stay in cache; all
+sums of a row, of squares and of projections, cross the threads together. The backward streams: as many programs as fill
+the GPU take one row after the other, which is copied to shared memory while the rows before it are worked on, and keep
+v, r and the sum for the weight's gradient in registers. Those float32 sums are then added up in a fixed order.
 
 Accumulation is in float32, or float64 for float64 hidden states.
 """
