@@ -68,10 +68,11 @@ def failure(folder: str, *options: str) -> str:
         return f"no end within {SECONDS} s"
     if done.returncode == 0:
         return ""
-    found = re.search(r"^(?:FAILED|ERROR) (\S+?)(?: - (.*))?$", done.stdout, re.M)
+    found = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - .*)?$", done.stdout, re.M)
     if found is None:
         raise RuntimeError(f"the tests did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return f"{found[1].removeprefix('tests/')}: {found[2] or ''}"
+    reason = re.search(r"^E +(.+)$", done.stdout, re.M)
+    return f"{found[1]}: {reason[1] if reason else 'no reason given'}"
 
 
 def main() -> int:
