@@ -177,7 +177,7 @@ def _missing(folder: Folder) -> Iterator[str]:
 
 def _again() -> Iterator[str]:
     yield (
-        "```bash\nbash benchmarks/gpu.sh FOLDER                      # until nothing is left\n"
+        "```bash\nbash benchmarks/gpu.sh FOLDER                       # until nothing is left\n"
         "python -m benchmarks.gpu_page FOLDER --output docs  # this page\n```"
     )
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import tune
 from benchmarks.gpu_page.folder import PARTS, read_folder
 from benchmarks.gpu_page.page import write_page
+from benchmarks.harness.interleaved import Samples
 
 MACHINE = {
     "device": "INVENTED CARD",
@@ -51,6 +53,19 @@ def suite(benchmarks: list[dict], device: str = MACHINE["device"]) -> dict:
         "datetime": "1999-12-31T00:00:00",
         "benchmarks": benchmarks,
     }
+
+
+def tuned(file: Path) -> dict:
+    """As tuning writes it: two sizes share an entry, and one kernel cannot run with the tile of the table."""
+    choices = {"listed": tune.Choice(1, 256), "wide": tune.Choice(1, 128), "tall": tune.Choice(2, 512)}
+    seconds = {
+        4096: {"listed": [11.0, 11.2, 10.8], "wide": [10.0, 10.0, 10.0], "tall": [20.0, 20.0, 20.0]},
+        3000: {"listed": [5.0, 5.0, 5.0], "wide": [5.5, 5.5, 5.5]},
+    }
+    results = [tune.found("forward", size, 4096, choices, Samples(times)) for size, times in seconds.items()]
+    results.append(tune.found("norm_backward", 4096, 4096, choices, Samples({"tall": [1.0, 1.0, 1.0]})))
+    tune.write(results, "sm_00", file)
+    return json.loads(file.read_text()) | {"machine": MACHINE}
 
 
 @pytest.fixture
@@ -96,21 +111,7 @@ def invented(tmp_path) -> Callable[..., Path]:
                     for name, seconds in steps.items()
                 ]
             ),
-            "tune": {
-                "machine": MACHINE,
-                "architecture": "sm_00",
-                "rows": 8192,
-                "measured": [
-                    {
-                        "kernel": "forward",
-                        "size": 4096,
-                        "listed": [1, 256],
-                        "best": [1, 128],
-                        "listed_over_best": {"median": 1.1, "low": 1.05, "high": 1.15},
-                    }
-                ],
-                "entries": {"forward": {"4096": [1, 128]}},
-            },
+            "tune": tuned(tmp_path / "tune.json"),
         }
         for name in PARTS:
             record = {"status": 0, "seconds": 10, "limit": 60, "finished": True, "why": ""}
@@ -175,7 +176,11 @@ def test_figures_and_goals(invented, tmp_path):
     assert cells[step][1::2] == ["0.990<br>0.970 to 1.010", "reached"]
     assert cells["Liger, Triton"] == ["0.966<br>0.946 to 0.985"]
     assert cells["ours, without it"] == ["1.077<br>1.055 to 1.098"]
-    assert cells["forward, D = 4096"] == ["1 row, 256 threads", "1 row, 128 threads", "1.100<br>1.050 to 1.150"]
+    listed = "1 row, 256 threads"
+    assert cells["forward, D = 4096"] == [listed, "1 row, 128 threads", "1.100<br>1.080 to 1.120"]
+    assert cells["forward, D = 3000"] == [listed, listed, "1.000<br>1.000 to 1.000"]
+    assert cells["norm_backward, D = 4096"] == [listed, "2 rows, 512 threads", "the table's does not fit"]
+    # One entry for both sizes: 10 + 5.5 is less than 11 + 5.
     assert '"forward": {"sm_00": {4096: (1, 128)}},' in page
     assert cells["tests"] == ["1", "2", "0"]
     assert "compute-sanitizer over the kernels of the suites: ERROR SUMMARY: 3 errors." in page
