@@ -64,9 +64,9 @@ def _timing(stats: dict[str, float], info: dict[str, Any]) -> Timing:
     return Timing(stats["median"], stats["q1"], stats["q3"], info)
 
 
-def ceilings(clones: dict[str, Group]) -> dict[Shape, Timing]:
-    """The clone of each shape."""
-    return {shape_of(name.split()[1]): group["clone"] for name, group in clones.items() if "clone" in group}
+def ceilings(clones: dict[str, Group], contender: str = "clone") -> dict[Shape, Timing]:
+    """The clone, or the addition, of each shape."""
+    return {shape_of(name.split()[1]): group[contender] for name, group in clones.items() if contender in group}
 
 
 def by_shape(groups: dict[str, Group], directions: int | None = None) -> dict[Shape, dict[str, Group]]:

@@ -27,12 +27,7 @@ def goals_table(folder: Folder) -> Table:
 
 def clone_table(folder: Folder) -> Table:
     """GB/s of a clone, and of an addition, by shape."""
-    clones = ceilings(folder.groups("clone"))
-    additions = {
-        shape: group["add"]
-        for shape, group in zip(clones, folder.groups("clone").values(), strict=True)
-        if "add" in group
-    }
+    clones, additions = (ceilings(folder.groups("clone"), contender) for contender in ("clone", "add"))
     return Table(
         ["[tokens, D]", "clone, GB/s", "addition, GB/s"],
         [[str(shape), _rate(clone), _rate(additions.get(shape))] for shape, clone in clones.items()],

@@ -78,6 +78,31 @@ def test_disagreement_is_named():
         check({"one": [torch.ones(3)], "two": [torch.full((3,), torch.nan)]}, 1e-3)
 
 
+def test_a_library_that_fails_takes_no_other_along(monkeypatch):
+    import torch
+
+    from benchmarks import bench_rms_norm_penalty as suite
+    from benchmarks.harness.passes import Shape
+
+    def raises(hidden, weight, eps):
+        raise RuntimeError("no kernel image\nis available")
+
+    peers = {
+        "liger": lambda hidden, weight, eps: torch.nn.functional.rms_norm(hidden, weight.shape, weight, eps),
+        "quack": raises,
+        "cudnn": lambda hidden, weight, eps: 1.1 * hidden * weight,
+    }
+    monkeypatch.setattr(
+        suite, "LEFT_OUT", dict.fromkeys(("compiled", "compiled_constrained", "liger_cute"), "too long")
+    )
+    monkeypatch.setattr(suite, "norm_of", peers.get)
+    monkeypatch.setattr(suite, "time_passes", lambda functions, *_: list(functions))
+    timed, failures = suite._measure.__wrapped__(Shape(16, 64, torch.float32, "hot"))
+    assert timed == ["transformers", "liger", "torch", "ours", "separate", "ours_constrained"]
+    assert failures["quack"] == "failed: RuntimeError: no kernel image"
+    assert failures["cudnn"].endswith("away from that of transformers")
+
+
 def assert_page(content: dict, folder: Path) -> None:
     """The results of a processor make a page too, which does not pass for one of a GPU."""
     for suite in FIELDS:
