@@ -7,8 +7,9 @@
 # command is given again: a part with results is not repeated, unless the limit of the whole cut it short. To repeat
 # one, delete its NAME.part.json. Results of another card or of other kernels belong into another folder.
 #
-# Needs torch, triton, transformers, peft, accelerate, pytest and pytest-benchmark; neither the network nor an
-# installation of this project. PYTHON names the interpreter, PROCON_GPU_SECONDS the limit for the whole (480).
+# Needs torch, triton, transformers, peft, accelerate, jinja2, tqdm, xxhash, pytest and pytest-benchmark, some of its
+# tests also datasets; neither the network nor an installation of this project. PYTHON names the interpreter,
+# PROCON_GPU_SECONDS the limit for the whole (480).
 set -uo pipefail
 
 parts=(tests clone rms_norm_penalty projection_penalty training_step_7b tune host_overhead sanitizer training_step
@@ -79,7 +80,7 @@ part() {
     fi
     local allowed=$((seconds < left ? seconds : left))
     rm -f "$folder/$name".{json,xml,log,part.json}
-    timeout --signal=INT --kill-after=10 "$allowed" "$@" >"$folder/$name.log" 2>&1 </dev/null
+    timeout --signal=INT --kill-after=20 "$allowed" "$@" >"$folder/$name.log" 2>&1 </dev/null
     status=$?
     if [ "$status" = 124 ] || [ "$status" = 137 ]; then
         why="stopped by its limit of $allowed s"

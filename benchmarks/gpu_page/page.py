@@ -159,7 +159,7 @@ def _others(folder: Folder) -> Iterator[str]:
 def _tests(folder: Folder) -> Iterator[str]:
     part = folder.parts["tests"]
     if not part.cases:
-        yield f"**Not run:** part `tests`: {part.trouble or 'no results'}."
+        yield f"**No results:** part `tests`: {part.trouble or 'no results'}."
     elif not any(case.outcome == "passed" for case in part.cases):
         yield "**No test marked `gpu` passed.**"
     sanitizer = folder.parts["sanitizer"]
