@@ -22,6 +22,7 @@ from benchmarks.harness.passes import (
     repeatable_backward,
     run_backward,
     run_forward,
+    shapes,
     time_passes,
 )
 from benchmarks.harness.throughput import throughput
@@ -41,14 +42,10 @@ class Case(NamedTuple):
 
 
 def _cases() -> list[Case]:
-    bf16, fp32 = torch.bfloat16, torch.float32
+    tensors = shapes(torch.bfloat16)
     if SMOKE:
-        return [Case(Shape(16, 64, bf16, "hot"), 2)]
-    if DEVICE == "cuda":
-        large = [Case(Shape(8192, size, bf16, "cold"), 1) for size in (576, 2048, 4096, 8192)]
-        return [*large, Case(Shape(8192, 4096, bf16, "cold"), 4), Case(Shape(1024, 4096, bf16, "hot"), 1)]
-    shapes = [Shape(768, 576, dtype, cache) for dtype in (fp32, bf16) for cache in ("cold", "hot")]
-    return [*(Case(shape, 1) for shape in shapes), Case(Shape(768, 576, bf16, "cold"), 4)]
+        return [Case(tensors[0], 2)]
+    return [Case(tensors[0], 1), Case(tensors[0], 4), *(Case(shape, 1) for shape in tensors[1:])]
 
 
 def _functions(case: Case) -> dict[str, Function]:

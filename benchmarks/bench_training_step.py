@@ -27,7 +27,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from benchmarks.harness.agreement import check_agreement
 from benchmarks.harness.interleaved import Samples, interleave
-from benchmarks.harness.machine import COMPILED, DEVICE, PAIRS, SMOKE, why_no_liger
+from benchmarks.harness.machine import COMPILED, DEVICE, PAIRS, SMOKE
+from benchmarks.harness.peers import why_left_out
 from benchmarks.harness.shapes import make_batch, make_directions, make_model, make_optimizer
 from benchmarks.harness.timers import wall_time
 from procon import ProjectionConstraint
@@ -62,7 +63,7 @@ def _cases() -> list[Case]:
 
 def _why_left_out() -> dict[str, str]:
     reasons = {}
-    if reason := why_no_liger():
+    if reason := why_left_out("liger"):
         reasons["plain_liger"] = reason
     if COMPILED != "models":
         reason = "compiling a whole model is left out: PROCON_BENCHMARK_COMPILE=models tries it"

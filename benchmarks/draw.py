@@ -110,8 +110,8 @@ def draw_roofline(axes: Axes, group: Group, copy_bandwidth: float) -> None:
 
 
 def draw_group(name: str, group: Group, copy_bandwidth: float, folder: Path) -> Path:
-    """Write ``<group>.png``: bars, and beside them the roofline if bytes are known."""
-    kernels = all("bytes" in benchmark["extra_info"] for benchmark in group)
+    """Write ``<group>.png``: bars, and beside them the roofline of what does operations on bytes."""
+    kernels = all(benchmark["extra_info"].get("flops") for benchmark in group)
     figure, axes = pyplot.subplots(1, 2 if kernels else 1, figsize=(11 if kernels else 6, 1.2 + 0.4 * len(group)))
     if kernels:
         draw_roofline(axes[1], group, copy_bandwidth)

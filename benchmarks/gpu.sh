@@ -1,19 +1,43 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go: bash benchmarks/gpu.sh FOLDER
+# Everything that needs a GPU, the most telling first: bash benchmarks/gpu.sh FOLDER [PART...]
 #
-# FOLDER gets a log of each part and the suites' JSON. A part that fails or runs into its time limit does not stop the
-# others; the last lines name it, and the exit status is then 1. Needs torch, triton, transformers, peft, accelerate,
-# pytest and pytest-benchmark; neither the network nor an installation of this project. PYTHON names the interpreter,
+# FOLDER gets a log of each part, its results, and NAME.part.json: how it ended. `python -m benchmarks.gpu_page FOLDER`
+# makes a page of them, there or on another machine. A part that fails or runs into its time limit does not stop the
+# others; the last lines name it, and what is left, and the exit status is then 1. What is left runs when the same
+# command is given again: a part with results is not repeated, unless the limit of the whole cut it short. To repeat
+# one, delete its NAME.part.json. Results of another card or of other kernels belong into another folder.
+#
+# Needs torch, triton, transformers, peft, accelerate, jinja2, tqdm, xxhash, pytest and pytest-benchmark, some of its
+# tests also datasets; neither the network nor an installation of this project. PYTHON names the interpreter,
 # PROCON_GPU_SECONDS the limit for the whole (480).
 set -uo pipefail
 
-if [ $# -ne 1 ]; then
-    echo "usage: bash benchmarks/gpu.sh FOLDER" >&2
+parts=(tests clone rms_norm_penalty projection_penalty training_step_7b tune host_overhead sanitizer training_step
+    training_step_compiled anchors anchor_sources)
+
+if [ $# -lt 1 ]; then
+    echo "usage: bash benchmarks/gpu.sh FOLDER [PART...]; parts: ${parts[*]}" >&2
     exit 2
 fi
-mkdir -p "$1"
+asked=("${@:2}")
+for name in "${asked[@]}"; do
+    if [[ " ${parts[*]} " != *" $name "* ]]; then
+        echo "there is no part '$name'; parts: ${parts[*]}" >&2
+        exit 2
+    fi
+done
+mkdir -p "$1" || exit 2
 folder=$(cd "$1" && pwd)
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 2
+
+card=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
+state="${card:-no NVIDIA card}, kernels $(cat kernels/*.py | cksum | cut -d ' ' -f 1)"
+if [ -e "$folder/state" ] && [ "$(cat "$folder/state")" != "$state" ]; then
+    echo "$1 has results of: $(cat "$folder/state"); here are: $state. Give another folder" >&2
+    exit 2
+fi
+echo "$state" >"$folder/state"
+
 # Python finds these two and not the folder that they are in: its kernels/ would pass for Hugging Face's package of that
 # name. For the same reason it starts with -P, which leaves out the current folder.
 packages=$(mktemp -d)
@@ -23,57 +47,94 @@ export PYTHONPATH=$packages${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 python=(${PYTHON:-python3} -P)
 limit=${PROCON_GPU_SECONDS:-480}
 failed=()
+left_over=()
 
-# part NAME SECONDS COMMAND...: interrupted at its limit, so that pytest still writes what it has.
+# record NAME STATUS SECONDS LIMIT FINISHED WHY
+record() {
+    printf '{"status": %s, "seconds": %d, "limit": %d, "finished": %s, "why": "%s"}\n' "${@:2}" >"$folder/$1.part.json"
+}
+
+# due NAME: it is asked for, and not finished. A part that failed before still makes this command fail.
+due() {
+    local before
+    [ ${#asked[@]} -eq 0 ] || [[ " ${asked[*]} " == *" $1 "* ]] || return 1
+    before=$(sed -n 's/^{"status": \([0-9]*\),.*"finished": true.*/\1/p' "$folder/$1.part.json" 2>/dev/null)
+    [ -n "$before" ] || return 0
+    echo "== $1: finished before, status $before"
+    [ "$before" = 0 ] || failed+=("$1 ($before)")
+    return 1
+}
+
+# part NAME SECONDS RESULT COMMAND...: interrupted at its limit, so that pytest still writes what it has. RESULT is the
+# file without which nothing came of it. With less than half of its time left a part would only take what the next
+# command needs: it is not started.
 part() {
-    local name=$1 seconds=$2 begin=$SECONDS status=0
-    shift 2
-    local left=$((limit - SECONDS))
-    if [ "$left" -lt 10 ]; then
-        status="not started: no time left"
-    else
-        timeout --signal=INT --kill-after=10 "$((seconds < left ? seconds : left))" "$@" >"$folder/$name.log" 2>&1 </dev/null
-        status=$?
+    local name=$1 seconds=$2 result=$folder/$3 begin=$SECONDS left=$((limit - SECONDS)) status=0 finished=false why=
+    shift 3
+    due "$name" || return 0
+    if [ "$left" -lt 10 ] || [ $((2 * left)) -lt "$seconds" ]; then
+        echo "== $name: not started, $left s are left"
+        left_over+=("$name")
+        [ -e "$folder/$name.part.json" ] || record "$name" null 0 "$seconds" false "not started: no time was left"
+        return
     fi
-    echo "== $name: status $status, $((SECONDS - begin)) s"
-    [ "$status" = 0 ] || failed+=("$name ($status)")
-    tail -n 3 "$folder/$name.log" 2>/dev/null
+    local allowed=$((seconds < left ? seconds : left))
+    rm -f "$folder/$name".{json,xml,log,part.json}
+    timeout --signal=INT --kill-after=20 "$allowed" "$@" >"$folder/$name.log" 2>&1 </dev/null
+    status=$?
+    if [ "$status" = 124 ] || [ "$status" = 137 ]; then
+        why="stopped by its limit of $allowed s"
+    fi
+    if [ "$status" = 0 ] || { [ -e "$result" ] && { [ -z "$why" ] || [ "$allowed" = "$seconds" ]; }; }; then
+        finished=true
+    fi
+    record "$name" "$status" $((SECONDS - begin)) "$allowed" "$finished" "$why"
+    echo "== $name: status $status, $((SECONDS - begin)) s${why:+, $why}"
+    if [ "$status" != 0 ]; then
+        [ "$finished" = true ] || left_over+=("$name")
+        failed+=("$name ($status)")
+    fi
+    tail -n 3 "$folder/$name.log"
 }
 
 # suite NAME SECONDS FILE [PYTEST ARGUMENTS]
 suite() {
     local name=$1 seconds=$2 file=$3
     shift 3
-    part "$name" "$seconds" "${python[@]}" -m pytest "benchmarks/$file" --benchmark-only --benchmark-json "$folder/$name.json" "$@"
+    part "$name" "$seconds" "$name.json" "${python[@]}" -m pytest "benchmarks/$file" -p no:cacheprovider \
+        --benchmark-only --benchmark-json "$folder/$name.json" --junitxml "$folder/$name.xml" "$@"
 }
 
-# Other test files import packages that this script does without.
-mapfile -t marked < <(grep -rl 'mark\.gpu' tests --include 'test_*.py')
-part tests 120 "${python[@]}" -m pytest -m gpu "${marked[@]}"
+# Other test files import packages that this script does without. Compilation for the GPU takes most of the time.
+mapfile -t marked < <(grep -rl 'pytest\.mark\.gpu' tests --include 'test_*.py')
+workers=()
+"${python[@]}" -c 'import xdist' 2>/dev/null && workers=(-n 4)
+part tests 120 tests.xml "${python[@]}" -m pytest -m gpu "${workers[@]}" -p no:cacheprovider \
+    --continue-on-collection-errors --junitxml "$folder/tests.xml" "${marked[@]}"
 
-PROCON_BENCHMARK_COMPILE=kernels suite training_step_7b 75 bench_training_step.py -k Llama-2-7B-lora
-suite rms_norm_penalty 60 bench_rms_norm_penalty.py
+suite clone 30 bench_clone.py
+suite rms_norm_penalty 180 bench_rms_norm_penalty.py
 suite projection_penalty 60 bench_projection_penalty.py
+PROCON_BENCHMARK_COMPILE=kernels suite training_step_7b 90 bench_training_step.py -k Llama-2-7B-lora
+part tune 120 tune.json "${python[@]}" -m benchmarks.tune --json "$folder/tune.json" --sizes 4096 2048 8192 1024
 suite host_overhead 40 bench_host_overhead.py
 
-sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer)
-if [ -n "$sanitizer" ]; then
+if sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer); then
     # Without PyTorch's pool each tensor is an allocation of its own, and an access just beyond it shows.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 PROCON_BENCHMARK_SIZE=smoke part sanitizer 75 "$sanitizer" --error-exitcode 9 \
-        "${python[@]}" -m pytest benchmarks/bench_{projection,rms_norm}_penalty.py --benchmark-only \
-        -k "pass_through or ours"
-else
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 PROCON_BENCHMARK_SIZE=smoke part sanitizer 75 sanitizer.log \
+        "$sanitizer" --error-exitcode 9 "${python[@]}" -m pytest \
+        benchmarks/bench_{projection,rms_norm}_penalty.py --benchmark-only -p no:cacheprovider -k "pass_through or ours"
+elif due sanitizer; then
     echo "== sanitizer: compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin"
+    record sanitizer null 0 75 false "compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin"
 fi
 
-part tune 90 "${python[@]}" -m benchmarks.tune --sizes 1024 2048 4096 8192
-suite anchors 60 bench_anchors.py
-suite anchor_sources 60 bench_anchor_sources.py
 PROCON_BENCHMARK_COMPILE=kernels suite training_step 120 bench_training_step.py -k "not Llama-2-7B-lora"
 suite training_step_compiled 120 bench_training_step.py -k Llama-3.2-1B-lora
+suite anchors 60 bench_anchors.py
+suite anchor_sources 60 bench_anchor_sources.py
 
-echo "== $SECONDS s, results in $folder"
-if [ ${#failed[@]} -gt 0 ]; then
-    printf 'failed: %s\n' "${failed[@]}"
-    exit 1
-fi
+echo "== $SECONDS s, results in $folder; a page of them: python -m benchmarks.gpu_page FOLDER"
+[ ${#failed[@]} -eq 0 ] || printf 'failed: %s\n' "${failed[@]}"
+[ ${#left_over[@]} -eq 0 ] || echo "left, give the command again: ${left_over[*]}"
+[ ${#failed[@]} -eq 0 ] && [ ${#left_over[@]} -eq 0 ]

@@ -1,20 +1,23 @@
 """Times tiles for the kernels on a GPU and prints entries for ``kernels/launch.py``: ``python -m benchmarks.tune``.
 
 For each power of two that a row is padded to, an entry is the tile with the least time summed over the listed hidden
-sizes that it serves. Hidden states are bfloat16, cold in cache.
+sizes that it serves. Hidden states are bfloat16, cold in cache. The table's own choice is among the candidates.
 """
 
 import argparse
+import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import cycle
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 import torch
 
-from benchmarks.harness.interleaved import interleave
+from benchmarks.harness import machine
+from benchmarks.harness.interleaved import Ratio, Samples, interleave
 from benchmarks.harness.machine import DEVICE, last_level_cache
 from benchmarks.harness.timers import gpu_time
 
@@ -65,26 +68,55 @@ def _calls(size: int) -> dict[str, Callable[[], object]]:
     return {"forward": forward, "norm_backward": norm_backward}
 
 
-def measure(kernel: str, size: int) -> dict[Choice, float]:
-    """Median seconds of every candidate that the GPU has resources for."""
+class Found(NamedTuple):
+    """What was measured of one kernel at one hidden size."""
+
+    kernel: str
+    size: int
+    columns: int  # to which rows of that size are padded
+    listed: Choice  # by the table
+    seconds: dict[Choice, float]  # medians
+    listed_over_best: Ratio | None  # none if the GPU has too few resources for the listed one
+
+    @property
+    def best(self) -> Choice:
+        return min(self.seconds, key=self.seconds.__getitem__)
+
+    def record(self) -> dict[str, object]:
+        """For a result file."""
+        ranked = sorted(self.seconds.items(), key=lambda item: item[1])
+        return self._asdict() | {
+            "best": self.best,
+            "seconds": [[*choice, seconds] for choice, seconds in ranked],
+            "listed_over_best": self.listed_over_best and self.listed_over_best._asdict(),
+        }
+
+
+def measure(kernel: str, size: int) -> Found:
+    """Time every candidate that the GPU has resources for."""
     import triton
 
     from procon.kernels import launch
 
     call = _calls(size)[kernel]
     columns = triton.next_power_of_2(size)
-    architecture = launch.target_of(torch.empty(0, device=DEVICE)).architecture
-    listed = launch.TABLE[kernel].get(architecture)
+    target = launch.target_of(torch.empty(0, device=DEVICE))
+    entries = launch.TABLE[kernel].get(target.architecture)
+    tile = launch.row_tile(kernel, size, torch.bfloat16.itemsize, target)
+    listed = Choice(tile.rows, tile.warps * target.warp_size)
 
     def with_choice(choice: Choice) -> Callable[[], None]:
         def run() -> None:
-            launch.TABLE[kernel][architecture] = {columns: choice}
+            launch.TABLE[kernel][target.architecture] = {columns: choice}
             launch.row_tile.cache_clear()
             call()
 
         return run
 
-    choices = {f"{choice.rows} rows, {choice.threads} threads": choice for choice in candidates(columns)}
+    choices = {
+        f"{choice.rows} rows, {choice.threads} threads": choice
+        for choice in dict.fromkeys([listed, *candidates(columns)])
+    }
     runs = {}
     try:
         for name, choice in choices.items():
@@ -96,23 +128,54 @@ def measure(kernel: str, size: int) -> dict[Choice, float]:
             runs[name] = run
         samples = interleave(runs, gpu_time, rounds=9, sample_seconds=2e-3, most_calls=16)
     finally:
-        if listed is None:
-            launch.TABLE[kernel].pop(architecture, None)
+        if entries is None:
+            launch.TABLE[kernel].pop(target.architecture, None)
         else:
-            launch.TABLE[kernel][architecture] = listed
+            launch.TABLE[kernel][target.architecture] = entries
         launch.row_tile.cache_clear()
-    return {choices[name]: median(seconds) for name, seconds in samples.seconds.items()}
+    return found(kernel, size, columns, choices, samples)
 
 
-def best(times: dict[int, dict[Choice, float]]) -> Choice:
+def found(kernel: str, size: int, columns: int, choices: Mapping[str, Choice], samples: Samples) -> Found:
+    """The result of ``samples``, which have names of ``choices``; the first of those is the listed one."""
+    medians = {name: median(seconds) for name, seconds in samples.seconds.items()}
+    listed = next(iter(choices))
+    ratio = samples.ratio(listed, min(medians, key=medians.__getitem__)) if listed in medians else None
+    by_choice = {choices[name]: seconds for name, seconds in medians.items()}
+    return Found(kernel, size, columns, choices[listed], by_choice, ratio)
+
+
+def best(times: Iterable[dict[Choice, float]]) -> Choice:
     """The tile with the least time summed over hidden sizes; only those that every size can run count."""
-    common = set.intersection(*(set(by_choice) for by_choice in times.values()))
-    return min(common, key=lambda choice: sum(by_choice[choice] for by_choice in times.values()))
+    times = list(times)
+    common = set.intersection(*map(set, times))
+    return min(common, key=lambda choice: sum(by_choice[choice] for by_choice in times))
+
+
+def entries(results: Iterable[Found]) -> dict[str, dict[int, Choice]]:
+    """Lines of the table, by kernel and padded length."""
+    times: dict[str, dict[int, list[dict[Choice, float]]]] = {}
+    for result in results:
+        times.setdefault(result.kernel, {}).setdefault(result.columns, []).append(result.seconds)
+    return {kernel: {columns: best(found[columns]) for columns in sorted(found)} for kernel, found in times.items()}
+
+
+def write(results: list[Found], architecture: str, file: Path) -> None:
+    """All that is measured so far, for :mod:`benchmarks.gpu_page`."""
+    content = {
+        "machine": machine.describe(),
+        "architecture": architecture,
+        "rows": ROWS,
+        "measured": [result.record() for result in results],
+        "entries": entries(results),
+    }
+    file.write_text(json.dumps(content, indent=1))
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.partition(":")[0])
-    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="hidden sizes D")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=str(__doc__).partition(":")[0])
+    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="hidden sizes D, the most important first")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured to this file, size by size")
     options = parser.parse_args(arguments)
     if DEVICE != "cuda":
         print("tuning needs a CUDA or ROCm GPU, and PyTorch finds none here", file=sys.stderr)
@@ -123,14 +186,18 @@ def main(arguments: Iterable[str] | None = None) -> None:
 
     architecture = launch.target_of(torch.empty(0, device=DEVICE)).architecture
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
-    for kernel in launch.TABLE:
-        by_columns: dict[int, dict[int, dict[Choice, float]]] = {}
-        for size in sorted(options.sizes):
-            times = by_columns.setdefault(triton.next_power_of_2(size), {})[size] = measure(kernel, size)
-            ranked = sorted(times.items(), key=lambda item: item[1])
+    results = []
+    for size in options.sizes:
+        for kernel in launch.TABLE:
+            result = measure(kernel, size)
+            results.append(result)
+            ranked = sorted(result.seconds.items(), key=lambda item: item[1])
             print(f"{kernel} D={size}: " + ", ".join(f"{tuple(c)} {1e6 * t:.1f} us" for c, t in ranked), flush=True)
-        entries = ", ".join(f"{columns}: {tuple(best(times))}" for columns, times in by_columns.items())
-        print(f'"{kernel}": {{"{architecture}": {{{entries}}}}},', flush=True)
+            if options.json:
+                write(results, architecture, options.json)
+    for kernel, lines in entries(results).items():
+        lines = ", ".join(f"{columns}: {tuple(choice)}" for columns, choice in lines.items())
+        print(f'"{kernel}": {{"{architecture}": {{{lines}}}}},', flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,7 +11,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.harness.timers import wall_time
+from benchmarks.harness.timers import gpu_time, wall_time
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -29,7 +30,17 @@ if COMPILED not in ("none", "kernels", "models"):
 PAIRS = int(os.environ.get("PROCON_BENCHMARK_PAIRS", "4" if SMOKE else "15"))
 
 _LEVEL_3 = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
-_PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "flash-attn", "pytest-benchmark")
+_PACKAGES = (
+    *("torch", "triton", "transformers", "peft", "flash-attn", "pytest-benchmark"),
+    *("liger-kernel", "quack-kernels", "nvidia-cudnn-frontend", "nvidia-cutlass-dsl"),
+)
+#: What the NVIDIA driver says of a card, by the name that it has there.
+_CARD = {
+    "driver": "driver_version",
+    "power limit": "power.limit",
+    "highest clock of multiprocessors": "clocks.max.sm",
+    "highest clock of memory": "clocks.max.memory",
+}
 
 
 def keep_freed_memory() -> bool:
@@ -51,13 +62,6 @@ def installed(package: str) -> str | None:
         return None
 
 
-def why_no_liger() -> str | None:
-    """Why Liger's kernels cannot be run, if they cannot."""
-    if not installed("liger-kernel"):
-        return "liger-kernel is not installed"
-    return None if DEVICE == "cuda" else "liger-kernel needs a GPU"
-
-
 def describe() -> dict[str, object]:
     """Card or processor, and versions."""
     return {
@@ -65,8 +69,26 @@ def describe() -> dict[str, object]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "last_level_cache": last_level_cache(),
+        "card": _card() if DEVICE == "cuda" else {},
         "versions": {"python": platform.python_version()} | {p: v for p in _PACKAGES if (v := installed(p))},
     }
+
+
+def _card() -> dict[str, str]:
+    properties = torch.cuda.get_device_properties(0)
+    card = {
+        "memory": f"{properties.total_memory / 2**30:.0f} GiB",
+        "multiprocessors": str(properties.multi_processor_count),
+        "CUDA" if torch.version.cuda else "ROCm": torch.version.cuda or torch.version.hip,
+    }
+    query = ["nvidia-smi", f"--id=GPU-{properties.uuid}", f"--query-gpu={','.join(_CARD.values())}"]
+    try:
+        found = subprocess.run(
+            [*query, "--format=csv,noheader"], capture_output=True, text=True, check=True, timeout=20
+        )
+    except (OSError, subprocess.SubprocessError):  # a card of another make, or a machine without the driver's tools
+        return card
+    return card | dict(zip(_CARD, map(str.strip, found.stdout.split(",")), strict=False))
 
 
 def _processor() -> str:
@@ -95,4 +117,5 @@ def copy_bandwidth() -> float:
     source = torch.randint(0, 127, (size,), dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
     target.copy_(source)
-    return 2 * size / median(wall_time(lambda: target.copy_(source), 1) for _ in range(9))
+    timer = gpu_time if DEVICE == "cuda" else wall_time
+    return 2 * size / median(timer(lambda: target.copy_(source), 1) for _ in range(9))

@@ -1,7 +1,7 @@
 """Forward, backward, or both, of one differentiable function over buffers in rotation."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from typing import NamedTuple
 
@@ -43,6 +43,22 @@ class Buffer(NamedTuple):
     arriving: tuple[Tensor, Tensor]  # for the hidden states, and for the penalty of those who give one
 
 
+def shapes(smoke: torch.dtype) -> list[Shape]:
+    """The tensors that kernels are timed on, the most telling first: a run may be stopped.
+
+    Args:
+        smoke: dtype of the only one of size smoke.
+    """
+    bf16, fp32 = torch.bfloat16, torch.float32
+    if SMOKE:
+        return [Shape(16, 64, smoke, "hot")]
+    if DEVICE == "cuda":
+        large = [Shape(rows, 4096, bf16, "cold") for rows in (8192, 32768)]
+        others = [Shape(8192, size, bf16, "cold") for size in (8192, 2048, 576)]
+        return [*large, *others, Shape(8192, 4096, fp32, "cold"), Shape(1024, 4096, bf16, "hot")]
+    return [Shape(768, 576, dtype, cache) for dtype in (bf16, fp32) for cache in ("cold", "hot")]
+
+
 def make_buffers(shape: Shape) -> list[Buffer]:
     """One pair of tensors, or for a cold cache as many as fill the last-level cache twice."""
     count = 1 if shape.cache == "hot" else max(2, math.ceil(last_level_cache() / shape.unit))
@@ -68,6 +84,17 @@ def run_backward(
     return torch.autograd.grad(outputs, leaves, arriving, retain_graph=retain_graph)
 
 
+def time_calls(calls: Mapping[str, Callable[[], object]]) -> Samples:
+    """Samples of each, on the GPU's clock if there is one."""
+    return interleave(
+        calls,
+        gpu_time if DEVICE == "cuda" else wall_time,
+        rounds=3 if SMOKE else 31,
+        sample_seconds=1e-4 if SMOKE else 5e-3,
+        most_calls=16,
+    )
+
+
 def time_passes(
     functions: dict[str, Function], buffers: list[Buffer], parameters: Sequence[Tensor] = ()
 ) -> dict[str, Samples]:
@@ -90,13 +117,8 @@ def time_passes(
 
         return call
 
-    samples = {}
-    for name, make in zip(PASSES, (forward, backward, both), strict=True):
-        samples[name] = interleave(
-            {contender: make(function) for contender, function in functions.items()},
-            gpu_time if DEVICE == "cuda" else wall_time,
-            rounds=3 if SMOKE else 31,
-            sample_seconds=1e-4 if SMOKE else 5e-3,
-            most_calls=16,
-        )
-    return samples
+    makers = zip(PASSES, (forward, backward, both), strict=True)
+    return {
+        name: time_calls({contender: make(function) for contender, function in functions.items()})
+        for name, make in makers
+    }

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -11,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu_page.goals import GOALS
+from benchmarks.gpu_page.page import write_page
 from benchmarks.harness import agreement, interleaved
 
 ROOT = Path(__file__).parents[2]
 
 #: What each suite promises in addition to contender, baseline and ratios.
 FIELDS = {
+    "bench_clone": {"bytes", "bytes_formula", "flops", "gigabytes_per_second", "percent_of_copy"},
     "bench_projection_penalty": {"bytes", "bytes_formula", "flops", "gigabytes_per_second", "percent_of_copy"},
     "bench_rms_norm_penalty": {"bytes", "bytes_formula", "flops", "gigabytes_per_second", "percent_of_copy"},
     "bench_training_step": {"tokens_per_second"},
@@ -76,6 +78,46 @@ def test_disagreement_is_named():
         check({"one": [torch.ones(3)], "two": [torch.full((3,), torch.nan)]}, 1e-3)
 
 
+def test_a_library_that_fails_takes_no_other_along(monkeypatch):
+    import torch
+
+    from benchmarks import bench_rms_norm_penalty as suite
+    from benchmarks.harness.passes import Shape
+
+    def raises(hidden, weight, eps):
+        raise RuntimeError("no kernel image\nis available")
+
+    peers = {
+        "liger": lambda hidden, weight, eps: torch.nn.functional.rms_norm(hidden, weight.shape, weight, eps),
+        "quack": raises,
+        "cudnn": lambda hidden, weight, eps: 1.1 * hidden * weight,
+    }
+    monkeypatch.setattr(
+        suite, "LEFT_OUT", dict.fromkeys(("compiled", "compiled_constrained", "liger_cute"), "too long")
+    )
+    monkeypatch.setattr(suite, "norm_of", peers.get)
+    monkeypatch.setattr(suite, "time_passes", lambda functions, *_: list(functions))
+    timed, failures = suite._measure.__wrapped__(Shape(16, 64, torch.float32, "hot"))
+    assert timed == ["transformers", "liger", "torch", "ours", "separate", "ours_constrained"]
+    assert failures["quack"] == "failed: RuntimeError: no kernel image"
+    assert failures["cudnn"].endswith("away from that of transformers")
+
+
+def assert_page(content: dict, folder: Path) -> None:
+    """The results of a processor make a page too, which does not pass for one of a GPU."""
+    for suite in FIELDS:
+        part = suite.removeprefix("bench_")
+        found = [b for b in content["benchmarks"] if Path(b["fullname"].partition("::")[0]).stem == suite]
+        (folder / f"{part}.json").write_text(json.dumps(content | {"benchmarks": found}))
+        (folder / f"{part}.part.json").write_text('{"status": 0, "why": ""}')
+    page = write_page(folder, folder / "page")[0].read_text()
+    assert "**Not from a GPU.**" in page
+    assert "**Not a measurement.**" in page
+    assert page.count("| not measured |") == len(GOALS)
+    for shown in ("clone, GB/s", "| **ours, with the constraint** |", "| **`constrain`** |", "over the plain step's"):
+        assert shown in page, shown
+
+
 @pytest.mark.slow
 def test_every_suite_and_its_pictures(tmp_path):
     suites = {file.stem for file in (ROOT / "benchmarks").glob("bench_*.py")}
@@ -110,16 +152,7 @@ def test_every_suite_and_its_pictures(tmp_path):
     assert len(list(tmp_path.glob("*.png"))) == len(groups)
     assert all(f"| {group} | median |" in table for group in groups)
     assert content["machine_info"]["procon"]["device"] in table
-
-
-def test_gpu_script():
-    script = ROOT / "benchmarks" / "gpu.sh"
-    subprocess.run(["bash", "-n", str(script)], check=True)
-    text = script.read_text()
-    files = set(re.findall(r"bench_\w+\.py", text))
-    assert files == {f"{suite}.py" for suite in FIELDS}
-    assert all((ROOT / "benchmarks" / f"{module}.py").is_file() for module in re.findall(r"-m benchmarks\.(\w+)", text))
-    assert any("mark.gpu" in file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    assert_page(content, tmp_path)
 
 
 def test_tuning_without_a_gpu():
