@@ -32,13 +32,13 @@ class Choice(NamedTuple):
     threads: int
 
 
-def candidates(columns: int) -> Iterator[Choice]:
-    """Tiles of 2048 to 8192 elements, or one row; 8 to 32 elements per thread."""
+def candidates(kernel: str, columns: int) -> Iterator[Choice]:
+    """Tiles of up to 8192 elements, or one row, which is what RMSNorm backward takes; 8 to 32 elements per thread."""
     for rows in (1, 2, 4, 8, 16):
         elements = rows * columns
-        if rows > 1 and not 2048 <= elements <= 8192:
+        if rows > 1 and (elements > 8192 or kernel == "norm_backward"):
             continue
-        for threads in (128, 256, 512, 1024):
+        for threads in (32, 64, 128, 256, 512, 1024):
             if 8 <= elements / threads <= 32:
                 yield Choice(rows, threads)
 
@@ -108,14 +108,14 @@ def measure(kernel: str, size: int) -> Found:
     def with_choice(choice: Choice) -> Callable[[], None]:
         def run() -> None:
             launch.TABLE[kernel][target.architecture] = {columns: choice}
-            launch.row_tile.cache_clear()
+            launch.forget()
             call()
 
         return run
 
     choices = {
         f"{choice.rows} rows, {choice.threads} threads": choice
-        for choice in dict.fromkeys([listed, *candidates(columns)])
+        for choice in dict.fromkeys([listed, *candidates(kernel, columns)])
     }
     runs = {}
     try:
@@ -132,7 +132,7 @@ def measure(kernel: str, size: int) -> Found:
             launch.TABLE[kernel].pop(target.architecture, None)
         else:
             launch.TABLE[kernel][target.architecture] = entries
-        launch.row_tile.cache_clear()
+        launch.forget()
     return found(kernel, size, columns, choices, samples)
 
 

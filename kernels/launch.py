@@ -110,6 +110,12 @@ def forward_tile(size: int, itemsize: int, directions: int, target: Target) -> T
     return tile._replace(rows=2) if tile.rows == 1 and directions >= MANY_DIRECTIONS else tile
 
 
+def forget() -> None:
+    """The choices made so far, which a change of ``TABLE`` does not reach by itself."""
+    for choice in (row_tile, forward_tile, row_stream):
+        choice.cache_clear()
+
+
 class Stream(NamedTuple):
     """How RMSNorm backward goes through its rows."""
 

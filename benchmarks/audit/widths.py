@@ -30,7 +30,9 @@ def _in_ptx(code: str) -> Iterator[tuple[int, str, int]]:
         elif found := re.search(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[bufs](\d+)\s", line):
             address = re.search(r"\[\s*(%rd\d+)", line)[1]
             yield origin[address], "load" if found[1] == "ld" else "store", int(found[2] or 1) * int(found[3]) // 8
-        elif found := re.search(r"\bcp\.async\.c[ag]\.shared\.global\s.*\[\s*(%rd\d+)[^]]*\],\s*(0x[0-9a-f]+|\d+)", line):
+        elif found := re.search(
+            r"\bcp\.async\.c[ag]\.shared\.global\s.*\[\s*(%rd\d+)[^]]*\],\s*(0x[0-9a-f]+|\d+)", line
+        ):
             yield origin[found[1]], "load", int(found[2], 0)
         elif found := re.match(r"\s*(?:@\S+\s+)?\S+\s+(%rd\d+), (.*);", line):
             sources = [origin[register] for register in re.findall(r"%rd\d+", found[2]) if register in origin]
