@@ -23,10 +23,10 @@ def project(hidden: Tensor, direction: Tensor) -> Tensor:
 def _project(hidden: Tensor, direction: Tensor, length: Tensor | None) -> Tensor:
     """The projection; ``length [N]``, if there is one, receives ``|h|`` from the same read."""
     rows, columns = hidden.shape
-    projection = direction.new_empty((rows, len(direction)))
+    projection = direction.new_empty((rows, direction.shape[0]))
     height = tile_height(direction, columns)
     buffer = direction.new_empty((min(height, rows), columns)) if hidden.dtype != direction.dtype else None
-    for tile, z, *lengths in tiled(height, hidden, projection, *([] if length is None else [length])):
+    for tile, z, *lengths in tiled(height, hidden, projection, *(() if length is None else (length,))):
         h = converted(tile, buffer)
         project_tile(h, direction, z)
         if lengths:
@@ -37,8 +37,8 @@ def _project(hidden: Tensor, direction: Tensor, length: Tensor | None) -> Tensor
 def project_tile(tile: Tensor, direction: Tensor, projection: Tensor) -> None:
     """Write the projections of ``tile [T, D]`` to ``projection [T, K]``; all are of one dtype."""
     # One matrix-vector product a direction: unlike a matrix product it is never lowered to TF32 on a GPU.
-    for k in range(len(direction)):
-        torch.mv(tile, direction[k], out=projection[:, k])
+    for r, z in zip(direction.unbind(), projection.unbind(1), strict=True):
+        torch.mv(tile, r, out=z)
 
 
 def penalize(
@@ -55,7 +55,7 @@ def penalize(
     ``rounding`` is the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola. On the ``sides``
     "fall" a projection above its anchor costs nothing.
     """
-    length = direction.new_empty(len(hidden)) if penalty == "absolute" and rounding else None
+    length = direction.new_empty(hidden.shape[0]) if penalty == "absolute" and rounding else None
     projection = _project(hidden, direction, length)
     reach = rounding_reach(length, direction, rounding)
     return penalize_projection(projection, anchor, weight, penalty, reach, sides)
@@ -80,18 +80,18 @@ def accumulate_gradient(
     ``incoming [N, D]`` is the gradient that arrives for the hidden states, ``upstream`` (one number, or one per token)
     that of the penalty; None stands for 0 and for 1. Neither is written to.
     """
-    rows, columns = len(coefficient), direction.shape[1]
+    rows, columns = coefficient.shape[0], direction.shape[1]
     coefficient = scaled(coefficient, upstream)
     gradient = direction.new_empty((rows, columns), dtype=dtype)
     height = tile_height(direction, columns)
     buffer = direction.new_empty((min(height, rows), columns)) if dtype != direction.dtype else None
-    for c, target, *arrived in tiled(height, coefficient, gradient, *([] if incoming is None else [incoming])):
-        tile = target if buffer is None else buffer[: len(target)]
+    for c, target, *arrived in tiled(height, coefficient, gradient, *(() if incoming is None else (incoming,))):
+        tile = target if buffer is None else buffer[: target.shape[0]]
         if arrived:
-            torch.addr(converted(arrived[0], buffer), c[:, 0], direction[0], out=tile)
+            add_outer_products(converted(arrived[0], buffer), c, direction, tile)
         else:
             torch.mul(c[:, :1], direction[0], out=tile)
-        add_outer_products(tile, c, direction, first=1)
+            add_outer_products(tile, c[:, 1:], direction[1:], tile)
         if buffer is not None:
             target.copy_(tile)
     return gradient
@@ -104,7 +104,7 @@ def add_gradient(buffer: Tensor, upstream: Tensor, coefficient: Tensor, directio
     scratch = direction.new_empty((min(height, rows), columns)) if buffer.dtype != direction.dtype else None
     for target, c in tiled(height, buffer, scaled(coefficient, upstream)):
         tile = converted(target, scratch)
-        add_outer_products(tile, c, direction)
+        add_outer_products(tile, c, direction, tile)
         if scratch is not None:
             target.copy_(tile)
 
@@ -116,7 +116,7 @@ def scaled(coefficient: Tensor, upstream: Tensor | None) -> Tensor:
     return coefficient * (upstream if upstream.dim() == 0 else upstream.unsqueeze(1))
 
 
-def add_outer_products(tile: Tensor, coefficient: Tensor, direction: Tensor, first: int = 0) -> None:
-    """Add ``coefficient [T, K] @ direction [K, D]``, from direction ``first`` on, to ``tile [T, D]`` in place."""
-    for k in range(first, len(direction)):
-        torch.addr(tile, coefficient[:, k], direction[k], out=tile)
+def add_outer_products(tile: Tensor, coefficient: Tensor, direction: Tensor, total: Tensor) -> None:
+    """Write ``tile [T, D] + coefficient [T, K] @ direction [K, D]`` to ``total``, which may be ``tile``."""
+    for c, r in zip(coefficient.unbind(1), direction.unbind(), strict=True):
+        tile = torch.addr(tile, c, r, out=total)
