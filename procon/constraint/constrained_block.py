@@ -21,7 +21,8 @@ from procon.constraint.sites import Site
 from procon.constraint.target import State, Target, on_device
 from procon.errors import ProConError
 from procon.models import block_input, block_output
-from procon.ops import constrain, outside_backward, rms_norm, rms_norm_constrain
+from procon.ops import outside_backward, rms_norm
+from procon.ops.prepared import constrain_tokens, rms_norm_constrain_tokens
 from procon.settings import Units
 
 logger = logging.getLogger(__name__)
@@ -32,8 +33,8 @@ _Made = TypeVar("_Made")
 #: What selective checkpointing sees operations with: the first time, and when a block runs again.
 _SELECTIVE = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
 
-#: Directions, anchors and mask.
-_Operands = tuple[Tensor, Tensor, Tensor]
+#: Directions ``[K, D]``, anchors ``[N, K]``, mask ``[N]``, and the backend.
+_Operands = tuple[Tensor, Tensor, Tensor, str]
 
 
 class ConstrainedBlock:
@@ -138,10 +139,11 @@ class ConstrainedBlock:
             if not did_it:
                 passed = self._constrained(target, of_block, operands)
                 return plain(passed if of_block is hidden else hidden)
-            normed, term = rms_norm_constrain(
-                hidden, module.weight, norm.eps, *operands, penalty=target.penalty, sides=state.sides, **rule
+            *given, backend = operands
+            normed, tokens = rms_norm_constrain_tokens(
+                hidden, module.weight, norm.eps, *given, target.penalty, state.sides, norm.casting, norm.offset, backend
             )
-            target.keep(self._column, term)
+            target.keep(self._column, tokens)
             return normed
 
         return _unseen(forward)
@@ -211,22 +213,26 @@ class ConstrainedBlock:
             # Nothing below this block trains, so its input, and with it the penalty's gradient, cannot move.
             target.terms[self._column] = None
             return None
-        anchors, mask = target.on(hidden.device)
-        anchors = anchors[self._column]
+        device = hidden.device
+        by_column, mask, backend = target.on(device, self._state.backend)
+        anchors = by_column[self._column]
         if torch.compiler.is_compiling():
             # A graph cannot ask whether it runs again, and would save what the op makes of the target of that time.
             anchors = outside_backward(anchors)
-        return on_device(self._vectors[target.units], hidden.device), anchors, mask
+        return on_device(self._vectors[target.units], device), anchors, mask, backend
 
     def _constrained(self, target: Target, hidden: Tensor, operands: _Operands) -> Tensor:
         """The block's input passed through the op, whose penalty is kept."""
-        state = self._state
-        settings: dict[str, Any] = {"penalty": target.penalty, "sides": state.sides, "backend": state.backend}
+        vectors, anchors, mask, backend = operands
+        sides = self._state.sides
         if isinstance(hidden, DTensor):
-            hidden, term = constrain_sharded(hidden, *operands, **settings)
+            anchors, mask = anchors.view(*target.mask.shape, -1), mask.view(target.mask.shape)
+            settings: dict[str, Any] = {"penalty": target.penalty, "sides": sides, "backend": backend}
+            hidden, term = constrain_sharded(hidden, vectors, anchors, mask, **settings)
+            tokens = term.unsqueeze(0)
         else:
-            hidden, term = constrain(hidden, *operands, **settings)
-        target.keep(self._column, term)
+            hidden, tokens = constrain_tokens(hidden, vectors, anchors, mask, target.penalty, sides, backend)
+        target.keep(self._column, tokens)
         return hidden
 
 

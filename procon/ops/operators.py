@@ -152,7 +152,7 @@ def accumulate_gradient(
 ) -> Tensor:
     incoming = None if incoming is None else _rows(incoming)
     gradient = _projection_penalty(backend).accumulate_gradient(incoming, upstream, coefficient, direction, dtype)
-    return gradient.view(shape)
+    return gradient if len(shape) == 2 else gradient.view(shape)
 
 
 def add_gradient(buffer: Tensor, upstream: Tensor, coefficient: Tensor, direction: Tensor, backend: str) -> None:
@@ -219,7 +219,7 @@ def rms_norm_penalize(
         rounding,
         sides,
     )
-    return normed.view(hidden.shape), inverse_rms, tokens, coefficient
+    return normed if hidden.dim() == 2 else normed.view(hidden.shape), inverse_rms, tokens, coefficient
 
 
 def _fake_rms_norm_gradient(
@@ -266,4 +266,4 @@ def rms_norm_gradient(
         offset,
         needs_weight,
     )
-    return gradient.view(hidden.shape), for_weight
+    return gradient if hidden.dim() == 2 else gradient.view(hidden.shape), for_weight
