@@ -22,6 +22,7 @@ from procon.constraint.target import State, Target, on_device
 from procon.errors import ProConError
 from procon.models import block_input, block_output
 from procon.ops import outside_backward, rms_norm
+from procon.ops.operators import folded
 from procon.ops.prepared import constrain_tokens, rms_norm_constrain_tokens
 from procon.settings import Units
 
@@ -33,7 +34,7 @@ _Made = TypeVar("_Made")
 #: What selective checkpointing sees operations with: the first time, and when a block runs again.
 _SELECTIVE = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
 
-#: Directions ``[K, D]``, anchors ``[N, K]``, mask ``[N]``, and the backend.
+#: Directions ``[K, D]`` and anchors ``[N, K]``, folded for the backend, mask ``[N]``, and the backend.
 _Operands = tuple[Tensor, Tensor, Tensor, str]
 
 
@@ -51,6 +52,7 @@ class ConstrainedBlock:
         self._column = column
         self._index = index
         self._vectors = {units: {tensor.device: tensor} for units, tensor in vectors.items()}
+        self._operand: dict[tuple[Units, torch.device, str], Tensor] = {}
         self._norm_did_it = True
 
     def attach(self, site: Site, undo: ExitStack) -> None:
@@ -219,14 +221,17 @@ class ConstrainedBlock:
         if torch.compiler.is_compiling():
             # A graph cannot ask whether it runs again, and would save what the op makes of the target of that time.
             anchors = outside_backward(anchors)
-        return on_device(self._vectors[target.units], device), anchors, mask, backend
+        key = target.units, device, backend
+        if (vectors := self._operand.get(key)) is None:
+            vectors = self._operand[key] = folded(on_device(self._vectors[target.units], device), 0, backend)
+        return vectors, anchors, mask, backend
 
     def _constrained(self, target: Target, hidden: Tensor, operands: _Operands) -> Tensor:
         """The block's input passed through the op, whose penalty is kept."""
         vectors, anchors, mask, backend = operands
         sides = self._state.sides
         if isinstance(hidden, DTensor):
-            anchors, mask = anchors.view(*target.mask.shape, -1), mask.view(target.mask.shape)
+            anchors, mask = anchors.view(*target.mask.shape, *vectors.shape[:-1]), mask.view(target.mask.shape)
             settings: dict[str, Any] = {"penalty": target.penalty, "sides": sides, "backend": backend}
             hidden, term = constrain_sharded(hidden, vectors, anchors, mask, **settings)
             tokens = term.unsqueeze(0)

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from procon.ops.backends import choose_backend
+from procon.ops.operators import folded
 from procon.settings import DEFAULTS, Backend, Penalty, Sides, Units
 
 
 class Placed(NamedTuple):
     """What the blocks on one device take of a target."""
 
-    anchors: tuple[Tensor, ...]  # by column, [N, K]
+    anchors: tuple[Tensor, ...]  # by column, [N, K], folded for the backend
     mask: Tensor  # [N]
     backend: str
 
@@ -47,9 +48,10 @@ class Target:
     def on(self, device: torch.device, backend: Backend) -> Placed:
         """What the blocks on ``device`` take: moved and chosen once, whatever their number."""
         if (placed := self._placed.get(device)) is None:
+            chosen = choose_backend(backend, device.type)
             anchors, mask = self.anchors.to(device), self.mask.to(device)
-            placed = Placed(anchors.flatten(1, -2).unbind(), mask.flatten(), choose_backend(backend, device.type))
-            self._placed[device] = placed
+            anchors = folded(anchors.flatten(1, -2), -1, chosen)
+            placed = self._placed[device] = Placed(anchors.unbind(), mask.flatten(), chosen)
         return placed
 
     def keep(self, column: int, tokens: Tensor) -> None:

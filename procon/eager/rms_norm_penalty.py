@@ -11,6 +11,8 @@ phi "absolute" is a parabola up to ``rounding |h_t| |r_k|``, and straight beyond
 
 Casting ``"llama"`` rounds n to the dtype of h before it meets the weight; ``"gemma"`` rounds the product. The gradients
 are those of the norm without the rounding.
+
+One direction may also come as ``[D]``, with anchors and coefficients ``[N]``.
 """
 
 import torch
@@ -50,7 +52,7 @@ def rms_norm_penalize(
     length = torch.empty_like(inverse_rms) if direction is not None and penalty == "absolute" and rounding else None
     # Without a direction there are none to project on, and a projection of no columns.
     directions = inverse_rms.new_empty((0, columns)) if direction is None else direction
-    projection = directions.new_empty((rows, directions.shape[0]))
+    projection = directions.new_empty((rows, *directions.shape[:-1]))
     v = _scale(norm_weight, offset, norm_weight.dtype if casting == "llama" else computed)
 
     height = tile_height(inverse_rms, columns)

@@ -1,11 +1,10 @@
 """The arguments of the ops: what is refused, and the shapes and dtypes that the backends take."""
 
-from typing import NoReturn
-
 import torch
 from torch import Tensor
 
 from procon.errors import ProConError
+from procon.ops.operators import folded
 from procon.settings import CHOICES, MAX_DIRECTIONS, Penalty, Sides, check_choice
 
 CASTINGS = ("llama", "gemma")
@@ -19,44 +18,45 @@ def penalty_arguments(
     weight: Tensor | None,
     penalty: Penalty,
     sides: Sides,
+    backend: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Directions ``[K, D]``, anchors ``[N, K]`` and weights ``[N]`` in the dtype of the computation, found good."""
-    directions = directions_of(hidden, direction)
+    """Directions ``[K, D]``, anchors ``[N, K]`` and weights ``[N]``, found good for hidden states that are.
+
+    In the dtype of the computation, and folded if ``backend`` can, which is one that ``choose_backend`` gave.
+    """
+    directions = directions_of(hidden, direction, backend)
     check_choice("penalty", penalty, CHOICES["penalty"])
     check_choice("sides", sides, CHOICES["sides"])
-    tokens = hidden.shape[:-1]
+    tokens, dtype = hidden.shape[:-1], directions.dtype
     if anchor is not None:
-        _check_companion("anchor", anchor, hidden)
-        if anchor.shape != tokens + direction.shape[:-1]:
-            wanted = list(tokens + direction.shape[:-1])
+        anchor = _companion("anchor", anchor, hidden, dtype)
+        wanted = tokens if direction.dim() == 1 else (*tokens, direction.shape[0])
+        if anchor.shape != wanted:
+            wanted = list(wanted)
             raise ProConError(f"anchor has shape {list(anchor.shape)}: give {wanted}, the shape of the projections")
-        anchor = _as(anchor, directions.dtype)
-        if anchor.dim() != 2 or direction.dim() == 1:
-            anchor = anchor.reshape(-1, directions.shape[0])
+        if anchor.dim() != directions.dim():
+            anchor = anchor.reshape(-1, *directions.shape[:-1])
     if weight is not None:
-        _check_companion("weight", weight, hidden)
+        weight = _companion("weight", weight, hidden, dtype)
         if weight.shape != tokens:
             raise ProConError(f"weight has shape {list(weight.shape)}: give {list(tokens)}, one number for each token")
-        weight = _as(weight, directions.dtype)
-        if weight.dim() != 1:
+        if len(tokens) != 1:
             weight = weight.reshape(-1)
     return directions, anchor, weight
 
 
-def directions_of(hidden: Tensor, direction: Tensor) -> Tensor:
-    """The directions as a contiguous ``[K, D]`` in the dtype of the computation, once both arguments are found good."""
-    check_hidden(hidden)
-    _check_companion("direction", direction, hidden)
-    dimensions = direction.dim()
-    if dimensions not in (1, 2):
-        _refuse_size(hidden, direction)
+def directions_of(hidden: Tensor, direction: Tensor, backend: str) -> Tensor:
+    """The directions, found good: contiguous, in the dtype of the computation, and folded if ``backend`` can."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    direction = _companion("direction", direction, hidden, dtype)
     check_size(hidden, direction)
-    if dimensions == 2 and not 1 <= direction.shape[0] <= MAX_DIRECTIONS:
+    if direction.dim() == 1:
+        return (direction if backend == "eager" else direction.unsqueeze(0)).contiguous()
+    if not 1 <= direction.shape[0] <= MAX_DIRECTIONS:
         raise ProConError(
             f"direction holds {direction.shape[0]} directions: give 1 to {MAX_DIRECTIONS}, call again for more"
         )
-    direction = _as(direction, torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-    return (direction if dimensions == 2 else direction.unsqueeze(0)).contiguous()
+    return folded(direction, 0, backend).contiguous()
 
 
 def check_hidden(hidden: Tensor) -> None:
@@ -69,9 +69,10 @@ def check_hidden(hidden: Tensor) -> None:
 
 
 def check_size(hidden: Tensor, direction: Tensor) -> None:
-    """Raise ProConError unless directions are as long as hidden states."""
-    if direction.shape[-1] != hidden.shape[-1]:
-        _refuse_size(hidden, direction)
+    """Raise ProConError unless directions, ``[D]`` or ``[K, D]``, are as long as hidden states."""
+    size = hidden.shape[-1]
+    if direction.dim() not in (1, 2) or direction.shape[-1] != size:
+        raise ProConError(f"direction has shape {list(direction.shape)}: give [{size}] or [K, {size}] to match hidden")
 
 
 def check_norm_weight(hidden: Tensor, norm_weight: Tensor) -> None:
@@ -111,23 +112,20 @@ def rounding(hidden: Tensor, penalty: str) -> float:
     return min(4 * torch.finfo(dtype).eps, 1 / 256)
 
 
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # Asking first costs a tenth of a conversion that does nothing.
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _refuse_size(hidden: Tensor, direction: Tensor) -> NoReturn:
-    size = hidden.shape[-1]
-    raise ProConError(f"direction has shape {list(direction.shape)}: give [{size}] or [K, {size}] to match hidden")
-
-
-def _check_companion(name: str, tensor: Tensor, hidden: Tensor) -> None:
-    check_constant(name, tensor)
+def _companion(name: str, tensor: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in ``dtype``, found good."""
+    # Most often nothing is wrong with it and nothing to be done: that is asked first, and costs a tenth of the rest.
+    if not (type(tensor) is Tensor and tensor.dtype is dtype and not tensor.requires_grad):
+        check_constant(name, tensor)
+        tensor = tensor.to(dtype)
     if tensor.device != hidden.device:
         raise ProConError(f"{name} is on {tensor.device} but hidden is on {hidden.device}: move {name} there")
+    return tensor
 
 
 def _check_tensor(name: str, value: object) -> None:
+    if type(value) is Tensor:
+        return
     if not isinstance(value, Tensor):
         raise ProConError(f"{name} is a {type(value).__name__}: give a torch.Tensor")
     # By name, because importing torch.distributed.tensor takes longer than everything else in this file.

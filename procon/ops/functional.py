@@ -63,8 +63,9 @@ def project(hidden: Tensor, direction: Tensor, *, backend: Backend = "auto") -> 
     Raises:
         ProConError: for a wrong shape, dtype, device or backend.
     """
-    directions = directions_of(hidden, direction)
-    projection = Project.apply(hidden, directions, choose_backend(backend, hidden.device.type))
+    check_hidden(hidden)
+    chosen = choose_backend(backend, hidden.device.type)
+    projection = Project.apply(hidden, directions_of(hidden, direction, chosen), chosen)
     return projection.view(hidden.shape[:-1] + direction.shape[:-1])
 
 
@@ -102,9 +103,11 @@ def projection_penalty(
         ProConError: for a wrong shape, dtype, device, option or backend.
     """
     check_choice("reduction", reduction, _REDUCTIONS)
-    operands = penalty_arguments(hidden, direction, anchor, weight, penalty, sides)
-    options = (penalty, rounding(hidden, penalty), sides, reduction == "none")
-    _, loss = Constrain.apply(hidden, *operands, *options, choose_backend(backend, hidden.device.type))
+    check_hidden(hidden)
+    chosen = choose_backend(backend, hidden.device.type)
+    operands = penalty_arguments(hidden, direction, anchor, weight, penalty, sides, chosen)
+    options = (penalty, rounding(hidden, penalty), sides, reduction == "none", chosen)
+    _, loss = Constrain.apply(hidden, *operands, *options)
     if reduction == "none":
         return loss.view(hidden.shape[:-1])
     if reduction == "mean":
@@ -149,9 +152,10 @@ def constrain(
     Raises:
         ProConError: for a wrong shape, dtype, device, option or backend.
     """
-    operands = penalty_arguments(hidden, direction, anchor, weight, penalty, sides)
-    options = (penalty, rounding(hidden, penalty), sides, False)
-    return pass_through(hidden, *operands, *options, choose_backend(backend, hidden.device.type))
+    check_hidden(hidden)
+    chosen = choose_backend(backend, hidden.device.type)
+    operands = penalty_arguments(hidden, direction, anchor, weight, penalty, sides, chosen)
+    return pass_through(hidden, *operands, penalty, rounding(hidden, penalty), sides, False, chosen)
 
 
 def rms_norm_constrain(
@@ -189,11 +193,13 @@ def rms_norm_constrain(
     Raises:
         ProConError: for a wrong shape, dtype, device, option or backend.
     """
-    operands = penalty_arguments(hidden, direction, anchor, weight, penalty, sides)
+    check_hidden(hidden)
+    chosen = choose_backend(backend, hidden.device.type)
+    operands = penalty_arguments(hidden, direction, anchor, weight, penalty, sides, chosen)
     check_norm_weight(hidden, norm_weight)
     check_choice("casting", casting, CASTINGS)
     norm = (hidden, norm_weight, eps, casting, offset)
-    options = (penalty, rounding(hidden, penalty), sides, False, choose_backend(backend, hidden.device.type))
+    options = (penalty, rounding(hidden, penalty), sides, False, chosen)
     return RmsNormConstrain.apply(*norm, *operands, *options)
 
 

@@ -1,9 +1,10 @@
 """The ops beneath the checks of their arguments, for callers in this library that make those once for many calls.
 
 Not for users: only what may differ from one forward to the next is checked here, the hidden states and the norm's
-weight. Whoever calls has made sure of the rest: directions ``[K, D]``, contiguous, K at most 8; anchors ``[N, K]`` and
-weights ``[N]``; all float32, on the device of the hidden states and without gradients; options that are among their
-choices; a backend of :func:`procon.ops.backends.choose_backend`.
+weight. Whoever calls has made sure of the rest: directions ``[K, D]``, contiguous, K at most 8, and anchors ``[N, K]``,
+both :func:`procon.ops.operators.folded` for the backend; weights ``[N]``; all float32, on the device of the hidden
+states and without gradients; options that are among their choices; a backend of
+:func:`procon.ops.backends.choose_backend`.
 
 The penalty comes by token, ``[N]``, so that one sum may do for many blocks. Its gradient has to be one number for all
 tokens, as that of a sum is.

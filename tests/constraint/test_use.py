@@ -152,7 +152,7 @@ def test_what_blocks_need_is_moved_once_to_each_device():
     target = Target(anchors, mask, "squared", "raw", 0)
     moved = target.on(elsewhere, "eager")
     assert [tensor.device.type for tensor in (*moved.anchors, moved.mask)] == ["meta", "meta"]
-    assert [tensor.shape for tensor in (*moved.anchors, moved.mask)] == [(6, 1), (6,)]
+    assert [tensor.shape for tensor in (*moved.anchors, moved.mask)] == [(6,), (6,)]
     assert target.on(elsewhere, "eager") is moved
     assert target.on(anchors.device, "eager").mask.data_ptr() == mask.data_ptr()
     copies = {mask.device: mask}
