@@ -141,9 +141,10 @@ class ConstrainedBlock:
             if not did_it:
                 passed = self._constrained(target, of_block, operands)
                 return plain(passed if of_block is hidden else hidden)
-            *given, backend = operands
+            vectors, anchors, mask, backend = operands
+            of_norm = (norm.casting, norm.offset, backend)
             normed, tokens = rms_norm_constrain_tokens(
-                hidden, module.weight, norm.eps, *given, target.penalty, state.sides, norm.casting, norm.offset, backend
+                hidden, module.weight, norm.eps, vectors, anchors, mask, target.penalty, state.sides, *of_norm
             )
             target.keep(self._column, tokens)
             return normed

@@ -245,7 +245,8 @@ class ProjectionConstraint:
         given = anchors.unflatten(-1, (len(self.blocks), -1)).movedim(-2, 0)
         by_block = torch.empty(given.shape, device=given.device)
         if units == "gap":
-            check_units(self._directions, self.blocks)
+            if self._units != "gap":  # else checked when it was made
+                check_units(self._directions, self.blocks)
             torch.mul(given, on_device(self._scales, given.device)[:, None, None], out=by_block)
         else:
             by_block.copy_(given)

@@ -63,10 +63,9 @@ def rms_norm_penalize(
     lengths = () if length is None else (length,)
     for tile, s, y, z, *kept in tiled(height, hidden, inverse_rms, normed, projection, *lengths):
         h = converted(tile, buffer)
-        torch.linalg.vector_norm(h, dim=1, out=s)
-        if kept:
-            kept[0].copy_(s)
-        s.square_().div_(columns).add_(eps).rsqrt_()
+        of_rows = kept[0] if kept else s
+        torch.linalg.vector_norm(h, dim=1, out=of_rows)
+        torch.square(of_rows, out=s).div_(columns).add_(eps).rsqrt_()
         project_tile(h, directions, z)
         n = torch.mul(h, s.unsqueeze(1), out=y if scratch is None else scratch[: h.shape[0]])
         if casting == "llama":
