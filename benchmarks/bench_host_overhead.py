@@ -1,23 +1,30 @@
 """How many microseconds does a call take on the host, if the tensors are too small to matter?
 
 Forward and backward of each function of the library, and of a small model with and without the constraint attached. The
-functions are compared with three autograd.Functions that check nothing and choose nothing:
+functions are compared with three autograd.Functions that check nothing and choose nothing, and with a norm:
 
 - ``bare`` makes the same calls to the same backend: the time that ``procon`` takes beyond it is its host overhead;
-- ``by_hand`` does the mathematics in the fewest operations, for one direction in float32 and weights that mask nothing;
-- ``no_op`` does nothing.
+- ``by_hand`` does the mathematics in the fewest operations, for one direction in float32;
+- ``no_op`` does nothing;
+- ``transformers`` is LlamaRMSNorm, which the fused norm takes the place of, without any constraint.
+
+For each, the operations of PyTorch and the kernel launches of Triton are counted, and for the model those per block. On
+a CPU the norms are timed on the tokens of a training step too, on one thread.
 
 On a GPU too the time is the host's: the queue of launches is waited for only at the end of a sample.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cache
 from statistics import median
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from benchmarks.harness.agreement import check_agreement
 from benchmarks.harness.interleaved import Samples, interleave
@@ -28,6 +35,8 @@ from procon import ProjectionConstraint
 from procon.ops import constrain, rms_norm_constrain
 
 if DEVICE == "cuda":
+    import triton
+
     from procon.kernels import projection_penalty, rms_norm_penalty
 else:
     from procon.eager import projection_penalty, rms_norm_penalty
@@ -77,10 +86,10 @@ class _BareNormConstrain(torch.autograd.Function):
 class _ConstrainByHand(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, hidden: Tensor, direction: Tensor, anchor: Tensor, weight: Tensor):
-        error = torch.mv(hidden, direction) - anchor
+        error = (torch.mv(hidden, direction) - anchor).masked_fill_(weight.logical_not(), 0.0)
         weighted = error * weight
-        ctx.save_for_backward(2 * weighted, direction)
-        return hidden, (weighted * error).sum()
+        ctx.save_for_backward(weighted + weighted, direction)
+        return hidden, torch.dot(weighted, error)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_hidden: Tensor, grad_penalty: Tensor):
@@ -93,11 +102,11 @@ class _NormConstrainByHand(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, hidden: Tensor, norm_weight: Tensor, direction: Tensor, anchor: Tensor, weight: Tensor
     ):
-        error = torch.mv(hidden, direction) - anchor
+        error = (torch.mv(hidden, direction) - anchor).masked_fill_(weight.logical_not(), 0.0)
         weighted = error * weight
         inverse_rms = torch.rsqrt(hidden.square().mean(1, keepdim=True) + EPS)
-        ctx.save_for_backward(hidden, inverse_rms, norm_weight, 2 * weighted, direction)
-        return hidden * inverse_rms * norm_weight, (weighted * error).sum()
+        ctx.save_for_backward(hidden, inverse_rms, norm_weight, weighted + weighted, direction)
+        return hidden * inverse_rms * norm_weight, torch.dot(weighted, error)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_normed: Tensor, grad_penalty: Tensor):
@@ -109,19 +118,20 @@ class _NormConstrainByHand(torch.autograd.Function):
         return gradient, (grad_normed * unit).sum(0), None, None, None
 
 
-def _calls(function: str) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+def _calls(function: str, tokens: int = TOKENS, size: int = SIZE) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator).to(DEVICE)
 
-    hidden, arriving, one = random(TOKENS, SIZE).requires_grad_(), random(TOKENS, SIZE), torch.ones((), device=DEVICE)
-    direction, anchor, weight = random(SIZE), random(TOKENS), random(TOKENS)
-    norm_weight = random(SIZE).requires_grad_()
+    hidden, arriving, one = random(tokens, size).requires_grad_(), random(tokens, size), torch.ones((), device=DEVICE)
+    direction, anchor, weight = random(size), random(tokens), random(tokens)
+    norm_weight = random(size).requires_grad_()
     # A block's input is never a leaf of the graph.
     passed = hidden.view_as(hidden)
     rest = (direction, anchor, weight)
-    of_backend = (direction[None], anchor[:, None], weight)
+    # As the backend takes one direction.
+    of_backend = (direction[None], anchor[:, None], weight) if DEVICE == "cuda" else rest
     if function == "constrain":
         leaves = [hidden]
         functions = {
@@ -142,7 +152,42 @@ def _calls(function: str) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
 
     calls = {name: forward_and_backward(function) for name, function in functions.items()}
     calls["no_op"] = lambda: torch.autograd.grad(_NoOp.apply(passed), hidden, arriving)
+    if function == "rms_norm_constrain":
+        norm = LlamaRMSNorm(size, EPS)
+        norm.weight = nn.Parameter(norm_weight.detach())
+        calls["transformers"] = lambda: torch.autograd.grad(norm(passed), (hidden, norm.weight), arriving)
     return calls
+
+
+class _Operations(TorchDispatchMode):
+    """Counts the operations that PyTorch runs within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _counts(call: Callable[[], object]) -> dict[str, int]:
+    """Of one call: operations of PyTorch, and launches of Triton kernels, which are none of them."""
+    call()
+    launches = 0
+
+    def launched(*_: object) -> None:
+        nonlocal launches
+        launches += 1
+
+    with ExitStack() as undo:
+        if DEVICE == "cuda":
+            hooks = triton.knobs.runtime.launch_enter_hook
+            hooks.add(launched)
+            undo.callback(hooks.remove, launched)
+        operations = undo.enter_context(_Operations())
+        call()
+    return {"operations": operations.count, "kernel_launches": launches}
 
 
 def _interleave(calls: dict[str, Callable[[], object]]) -> Samples:
@@ -157,16 +202,37 @@ def _measure_function(function: str) -> Samples:
     return _interleave(calls)
 
 
-@pytest.mark.parametrize("contender", ["bare", "by_hand", "procon", "no_op"])
+@pytest.mark.parametrize("contender", ["bare", "by_hand", "procon", "no_op", "transformers"])
 @pytest.mark.parametrize("function", ["constrain", "rms_norm_constrain"])
 def test_call(replay, function: str, contender: str):
+    if contender == "transformers" and function == "constrain":
+        pytest.skip("transformers has no such function")
     samples = _measure_function(function)
+    counts = _counts(_calls(function)[contender])
     microseconds = 1e6 * median(samples.seconds[contender])
-    replay(f"host overhead of {function}", samples, contender, "bare", microseconds_per_call=microseconds)
+    replay(f"host overhead of {function}", samples, contender, "by_hand", microseconds_per_call=microseconds, **counts)
 
 
 @cache
-def _measure_attach() -> Samples:
+def _measure_norm(tokens: int, size: int) -> Samples:
+    calls = _calls("rms_norm_constrain", tokens, size)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _interleave({name: calls[name] for name in ("transformers", "procon")})
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU bench_rms_norm_penalty.py times the norms")
+@pytest.mark.parametrize("contender", ["transformers", "procon"])
+@pytest.mark.parametrize(("tokens", "size"), [(8, 64)] if SMOKE else [(768, 576), (4096, 512)])
+def test_norm_on_one_thread(replay, tokens: int, size: int, contender: str):
+    replay(f"norm of {tokens}x{size} on one thread", _measure_norm(tokens, size), contender, "transformers")
+
+
+@cache
+def _steps() -> dict[str, Callable[[], None]]:
     batch = make_batch("smoke", 1, 12, packed=False)
     anchors = torch.zeros(1, 12, SHAPES["smoke"]["num_hidden_layers"], device=DEVICE)
     mask = torch.ones(1, 12, device=DEVICE)
@@ -187,7 +253,12 @@ def _measure_attach() -> Samples:
 
         return call
 
-    return _interleave({"plain": step(None), "pass_through": step("never"), "fused": step("auto")})
+    return {"plain": step(None), "pass_through": step("never"), "fused": step("auto")}
+
+
+@cache
+def _measure_attach() -> Samples:
+    return _interleave(_steps())
 
 
 @pytest.mark.parametrize("contender", ["plain", "pass_through", "fused"])
@@ -196,4 +267,10 @@ def test_attach(replay, contender: str):
     plain = samples.seconds["plain"]
     added = median(a - b for a, b in zip(samples.seconds[contender], plain, strict=True))
     blocks = SHAPES["smoke"]["num_hidden_layers"]
-    replay("host overhead of attach", samples, contender, "plain", microseconds_per_block=1e6 * added / blocks)
+    counts = {name: _counts(_steps()[name]) for name in ("plain", contender)}
+    per_block = {
+        f"{what}_per_block": (counts[contender][what] - counts["plain"][what]) / blocks for what in counts["plain"]
+    }
+    replay(
+        "host overhead of attach", samples, contender, "plain", microseconds_per_block=1e6 * added / blocks, **per_block
+    )

@@ -21,7 +21,9 @@ from procon.constraint.sites import Site
 from procon.constraint.target import State, Target, on_device
 from procon.errors import ProConError
 from procon.models import block_input, block_output
-from procon.ops import constrain, outside_backward, rms_norm, rms_norm_constrain
+from procon.ops import outside_backward, rms_norm
+from procon.ops.operators import folded
+from procon.ops.prepared import constrain_tokens, rms_norm_constrain_tokens
 from procon.settings import Units
 
 logger = logging.getLogger(__name__)
@@ -32,8 +34,8 @@ _Made = TypeVar("_Made")
 #: What selective checkpointing sees operations with: the first time, and when a block runs again.
 _SELECTIVE = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
 
-#: Directions, anchors and mask.
-_Operands = tuple[Tensor, Tensor, Tensor]
+#: Directions ``[K, D]`` and anchors ``[N, K]``, folded for the backend, mask ``[N]``, and the backend.
+_Operands = tuple[Tensor, Tensor, Tensor, str]
 
 
 class ConstrainedBlock:
@@ -50,6 +52,7 @@ class ConstrainedBlock:
         self._column = column
         self._index = index
         self._vectors = {units: {tensor.device: tensor} for units, tensor in vectors.items()}
+        self._operand: dict[tuple[Units, torch.device, str], Tensor] = {}
         self._norm_did_it = True
 
     def attach(self, site: Site, undo: ExitStack) -> None:
@@ -138,10 +141,12 @@ class ConstrainedBlock:
             if not did_it:
                 passed = self._constrained(target, of_block, operands)
                 return plain(passed if of_block is hidden else hidden)
-            normed, term = rms_norm_constrain(
-                hidden, module.weight, norm.eps, *operands, penalty=target.penalty, sides=state.sides, **rule
+            vectors, anchors, mask, backend = operands
+            of_norm = (norm.casting, norm.offset, backend)
+            normed, tokens = rms_norm_constrain_tokens(
+                hidden, module.weight, norm.eps, vectors, anchors, mask, target.penalty, state.sides, *of_norm
             )
-            target.keep(self._column, term)
+            target.keep(self._column, tokens)
             return normed
 
         return _unseen(forward)
@@ -211,22 +216,29 @@ class ConstrainedBlock:
             # Nothing below this block trains, so its input, and with it the penalty's gradient, cannot move.
             target.terms[self._column] = None
             return None
-        anchors, mask = target.on(hidden.device)
-        anchors = anchors[self._column]
+        device = hidden.device
+        by_column, mask, backend = target.on(device, self._state.backend)
+        anchors = by_column[self._column]
         if torch.compiler.is_compiling():
             # A graph cannot ask whether it runs again, and would save what the op makes of the target of that time.
             anchors = outside_backward(anchors)
-        return on_device(self._vectors[target.units], hidden.device), anchors, mask
+        key = target.units, device, backend
+        if (vectors := self._operand.get(key)) is None:
+            vectors = self._operand[key] = folded(on_device(self._vectors[target.units], device), 0, backend)
+        return vectors, anchors, mask, backend
 
     def _constrained(self, target: Target, hidden: Tensor, operands: _Operands) -> Tensor:
         """The block's input passed through the op, whose penalty is kept."""
-        state = self._state
-        settings: dict[str, Any] = {"penalty": target.penalty, "sides": state.sides, "backend": state.backend}
+        vectors, anchors, mask, backend = operands
+        sides = self._state.sides
         if isinstance(hidden, DTensor):
-            hidden, term = constrain_sharded(hidden, *operands, **settings)
+            anchors, mask = anchors.view(*target.mask.shape, *vectors.shape[:-1]), mask.view(target.mask.shape)
+            settings: dict[str, Any] = {"penalty": target.penalty, "sides": sides, "backend": backend}
+            hidden, term = constrain_sharded(hidden, vectors, anchors, mask, **settings)
+            tokens = term.unsqueeze(0)
         else:
-            hidden, term = constrain(hidden, *operands, **settings)
-        target.keep(self._column, term)
+            hidden, tokens = constrain_tokens(hidden, vectors, anchors, mask, target.penalty, sides, backend)
+        target.keep(self._column, tokens)
         return hidden
 
 

@@ -17,13 +17,14 @@ from procon.constraint.copies import Arguments, Hook
 from procon.constraint.reach import reaches_a_parameter
 from procon.constraint.shift import block_scales, check_one_unit, mean_shift
 from procon.constraint.sites import find_site
-from procon.constraint.target import State, Target, on_device
+from procon.constraint.target import State, Target, at_columns, on_device, sums
 from procon.constraint.token_count import divisor
 from procon.constraint.use import Use
 from procon.constraint.weights import Weights, checked_weights
 from procon.directions import BlockDirections
 from procon.errors import ProConError
 from procon.models import Decoder, active_adapters, adapter_layer, find_decoder, first_moving_block, unwrapped
+from procon.ops.arguments import check_constant
 from procon.settings import DEFAULTS, Backend, Blocks, Fuse, Penalty, Sides, Units, check_setting
 
 logger = logging.getLogger(__name__)
@@ -231,6 +232,8 @@ class ProjectionConstraint:
         penalty, units = penalty or self._penalty, units or self._units
         check_setting("penalty", penalty)
         check_setting("units", units)
+        check_constant("anchors", anchors)
+        check_constant("mask", mask)
         expected = (*mask.shape, len(self.blocks) * self._directions.k)
         if anchors.shape != expected:
             raise ProConError(
@@ -238,20 +241,16 @@ class ProjectionConstraint:
                 "directions and blocks=constraint.blocks"
             )
         attachment = self._attached()
-        by_block = anchors.float().unflatten(-1, (len(self.blocks), -1))
-        if units == "gap":
-            check_units(self._directions, self.blocks)
-            by_block = by_block * on_device(self._scales, anchors.device)
         # Blocks first: read with a stride, each number would move a whole sector of memory.
-        self._set(
-            Target(
-                by_block.movedim(-2, 0).contiguous(),
-                mask.float(),
-                penalty,
-                units,
-                first_moving_block(attachment.decoder),
-            )
-        )
+        given = anchors.unflatten(-1, (len(self.blocks), -1)).movedim(-2, 0)
+        by_block = torch.empty(given.shape, device=given.device)
+        if units == "gap":
+            if self._units != "gap":  # else checked when it was made
+                check_units(self._directions, self.blocks)
+            torch.mul(given, on_device(self._scales, given.device)[:, None, None], out=by_block)
+        else:
+            by_block.copy_(given)
+        self._set(Target(by_block, mask.float(), penalty, units, first_moving_block(attachment.decoder)))
 
     def rest(self) -> None:
         """Leave the next training forward unconstrained, for one whose loss has no penalty.
@@ -306,11 +305,9 @@ class ProjectionConstraint:
             raise ProConError("no target is set: call set_target(anchors, mask) before the forward")
         terms = self._terms(target)
         device = next(iter(terms.values())).device
-        by_block = torch.stack([term.to(device) for term in terms.values()])
+        by_block = sums([*terms.values()], device)
         if self._weights is not None:
-            weights = on_device(self._weights[target.units], device)
-            # A list of indices has to be copied to the device: most often all blocks are there, in order.
-            by_block = by_block * (weights if [*terms] == [*range(len(weights))] else weights[[*terms]])
+            by_block = by_block * at_columns(on_device(self._weights[target.units], device), terms)
         penalty = by_block.sum() / (divisor(tokens, target.mask, device) * len(self.blocks))
         self._use.watch(penalty)
         return penalty

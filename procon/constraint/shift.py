@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from procon.constraint.target import Target, on_device
+from procon.constraint.target import Target, at_columns, on_device, sums
 from procon.constraint.token_count import divisor
 from procon.errors import ProConError
 
@@ -22,13 +22,11 @@ def mean_shift(
         scales: ``[blocks]``, one over the gaps, by device.
     """
     device = next(iter(terms.values())).device
-    per_gap = on_device(scales, device)
-    zero = torch.zeros((), device=device)
-    moving = {column: term.detach().to(device) for column, term in terms.items()}
-    by_block = torch.stack([moving.get(column, zero) for column in range(len(per_gap))])
+    by_block = sums([term.detach() for term in terms.values()], device)
     if target.units == "raw":
+        per_gap = at_columns(on_device(scales, device), terms)
         by_block = by_block * (per_gap.square() if target.penalty == "squared" else per_gap)
-    return by_block.sum() / (divisor(tokens, target.mask, device) * len(moving))
+    return by_block.sum() / (divisor(tokens, target.mask, device) * len(terms))
 
 
 def block_scales(units: Tensor) -> tuple[dict[torch.device, Tensor], bool]:

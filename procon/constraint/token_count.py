@@ -40,11 +40,12 @@ def divisor(tokens: Tensor | float | None, mask: Tensor, device: torch.device) -
     """The number of tokens that a mean is over: those of ``mask`` if not given."""
     if tokens is None:
         tokens = _at_least_some(mask.sum())
-    if isinstance(tokens, Tensor):
+    if isinstance(tokens, Tensor) and not (tokens.is_cpu and tokens.dim() == 0):  # one number need not be copied
         tokens = tokens.to(device)
     return tokens
 
 
 def _at_least_some(tokens: Tensor) -> Tensor:
     """``tokens``, or 1 if there are none; weights may well add up to less."""
-    return torch.where(tokens == 0, 1, tokens)
+    # Not torch.where with a number, which would be copied to the device.
+    return tokens + (tokens == 0)

@@ -11,6 +11,8 @@ phi "absolute" is a parabola up to ``rounding |h_t| |r_k|``, and straight beyond
 
 Casting ``"llama"`` rounds n to the dtype of h before it meets the weight; ``"gemma"`` rounds the product. The gradients
 are those of the norm without the rounding.
+
+One direction may also come as ``[D]``, with anchors and coefficients ``[N]``.
 """
 
 import torch
@@ -50,7 +52,7 @@ def rms_norm_penalize(
     length = torch.empty_like(inverse_rms) if direction is not None and penalty == "absolute" and rounding else None
     # Without a direction there are none to project on, and a projection of no columns.
     directions = inverse_rms.new_empty((0, columns)) if direction is None else direction
-    projection = directions.new_empty((rows, len(directions)))
+    projection = directions.new_empty((rows, *directions.shape[:-1]))
     v = _scale(norm_weight, offset, norm_weight.dtype if casting == "llama" else computed)
 
     height = tile_height(inverse_rms, columns)
@@ -58,15 +60,14 @@ def rms_norm_penalize(
     buffer = inverse_rms.new_empty(shape) if hidden.dtype != computed else None
     scratch = inverse_rms.new_empty(shape) if normed_dtype != computed or buffer is not None else None
     rounded = hidden.new_empty(shape) if casting == "llama" and buffer is not None else None
-    lengths = [] if length is None else [length]
+    lengths = () if length is None else (length,)
     for tile, s, y, z, *kept in tiled(height, hidden, inverse_rms, normed, projection, *lengths):
         h = converted(tile, buffer)
-        torch.linalg.vector_norm(h, dim=1, out=s)
-        if kept:
-            kept[0].copy_(s)
-        s.square_().div_(columns).add_(eps).rsqrt_()
+        of_rows = kept[0] if kept else s
+        torch.linalg.vector_norm(h, dim=1, out=of_rows)
+        torch.square(of_rows, out=s).div_(columns).add_(eps).rsqrt_()
         project_tile(h, directions, z)
-        n = torch.mul(h, s.unsqueeze(1), out=y if scratch is None else scratch[: len(h)])
+        n = torch.mul(h, s.unsqueeze(1), out=y if scratch is None else scratch[: h.shape[0]])
         if casting == "llama":
             torch.mul(converted(n, rounded), v, out=y)
         elif scratch is None:
@@ -111,17 +112,17 @@ def rms_norm_gradient(
     mean = inverse_rms.new_empty(shape[0])
     for h_tile, g_tile, s, c, target in tiled(height, hidden, incoming, inverse_rms, coefficient, gradient):
         h, g = converted(h_tile, h_buffer), converted(g_tile, g_buffer)
-        work = torch.mul(g, h, out=scratch[: len(h)])
-        # What s_t n_t mean_d(m_t n_t) multiplies h_t with, negated: n is s h, three times over.
-        shrink = torch.mv(work, v, out=mean[: len(h)]).mul_(s).mul_(s).mul_(s).div_(-columns)
+        work = torch.mul(g, h, out=scratch[: h.shape[0]])
+        # What n_t mean_d(m_t n_t) multiplies h_t with, times D: n is s h, twice over.
+        shrink = torch.mv(work, v, out=mean[: h.shape[0]]).mul_(s).mul_(s)
         if total is not None:
             torch.addmv(total, work.t(), s, out=total)
         dh = target if h_buffer is None else work
         torch.mul(g, v, out=dh)
+        torch.addcmul(dh, h, shrink.unsqueeze(1), value=-1 / columns, out=dh)
         dh.mul_(s.unsqueeze(1))
-        torch.addcmul(dh, h, shrink.unsqueeze(1), out=dh)
         if upstream is not None and direction is not None:
-            add_outer_products(dh, c, direction)
+            add_outer_products(dh, c, direction, dh)
         if h_buffer is not None:
             target.copy_(dh)
     return gradient, norm_weight.new_empty(0) if total is None else total.to(norm_weight.dtype)
@@ -129,5 +130,5 @@ def rms_norm_gradient(
 
 def _scale(norm_weight: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
     """What the normalised states are multiplied with."""
-    scale = norm_weight.to(dtype)
+    scale = norm_weight if norm_weight.dtype == dtype else norm_weight.to(dtype)
     return scale + offset if offset else scale

@@ -138,6 +138,15 @@ class Constrain(torch.autograd.Function):
         return grad_hidden, *(None,) * 8
 
 
+def pass_through(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """:class:`Constrain` of ``hidden`` and what else it takes: the hidden states to go on with, and the penalty."""
+    passed, penalty = Constrain.apply(hidden, *arguments)
+    if HAS_INPUT_GRAD_BUFFERS and not torch.compiler.is_compiling():
+        # The engine's own buffer takes the gradient in place, so nothing has to pass through.
+        return hidden, penalty
+    return passed, penalty
+
+
 def _writable_buffer(ctx: _Context) -> Tensor | None:
     """The gradient gathered for the hidden states so far, if the engine says that it may be added to in place."""
     if not HAS_INPUT_GRAD_BUFFERS or torch.compiler.is_compiling() or torch.is_grad_enabled():
@@ -149,9 +158,10 @@ def _writable_buffer(ctx: _Context) -> Tensor | None:
 
 
 class RmsNormConstrain(torch.autograd.Function):
-    """``hidden [..., D]``, ``norm_weight [D]`` -> normed states ``[..., D]`` and the summed penalty.
+    """``hidden [..., D]``, ``norm_weight [D]`` -> normed states ``[..., D]`` and the penalty.
 
-    The norm's backward writes the gradient of the hidden states anyway, and adds the penalty's to it before it rounds.
+    The penalty is summed, or of each token ``[N]``; then too its gradient has to be one number for all of them. The
+    norm's backward writes the gradient of the hidden states anyway, and adds the penalty's to it before it rounds.
     """
 
     @staticmethod
@@ -168,6 +178,7 @@ class RmsNormConstrain(torch.autograd.Function):
         penalty: str,
         rounding: float,
         sides: str,
+        per_token: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         normed, inverse_rms, tokens, coefficient = operators.rms_norm_penalize(
@@ -177,7 +188,7 @@ class RmsNormConstrain(torch.autograd.Function):
         ctx.save_for_backward(hidden, norm_weight, inverse_rms)
         ctx.coefficient, ctx.direction = coefficient, direction
         ctx.offset, ctx.backend = offset, backend
-        return normed, tokens.sum()
+        return normed, tokens if per_token else tokens.sum()
 
     @staticmethod
     def backward(ctx: _Context, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -186,6 +197,9 @@ class RmsNormConstrain(torch.autograd.Function):
         coefficient, direction = ctx.coefficient, ctx.direction
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = grad_weight = None
+        if grad_penalty is not None and grad_penalty.dim():
+            # Of no tokens it multiplies nothing.
+            grad_penalty = grad_penalty[0] if grad_penalty.shape[0] else grad_penalty.sum()
         if grad_normed is not None:
             saved = (hidden, norm_weight, inverse_rms, coefficient, direction)
             options = (ctx.offset, needs_weight, ctx.backend)
@@ -195,5 +209,4 @@ class RmsNormConstrain(torch.autograd.Function):
         elif grad_penalty is not None:
             arguments = (None, grad_penalty, coefficient, direction, hidden.shape, hidden.dtype, ctx.backend)
             grad_hidden = _differentiable_once(operators.accumulate_gradient, *arguments)
-        others = (None,) * 10
-        return grad_hidden if needs_hidden else None, grad_weight if needs_weight else None, *others
+        return grad_hidden if needs_hidden else None, grad_weight if needs_weight else None, *(None,) * 11

@@ -30,19 +30,23 @@ Backends: ``"auto"`` is Triton for tensors on a CUDA or ROCm device and plain Py
 ``"eager"`` insist. The environment variable ``PROCON_BACKEND`` says what ``"auto"`` means.
 """
 
-import torch
 from torch import Tensor
 
-from procon.errors import ProConError
-from procon.ops.autograd import HAS_INPUT_GRAD_BUFFERS, Constrain, Project, RmsNormConstrain
+from procon.ops.arguments import (
+    CASTINGS,
+    check_hidden,
+    check_norm_weight,
+    directions_of,
+    penalty_arguments,
+    rounding,
+)
+from procon.ops.autograd import Constrain, Project, RmsNormConstrain, pass_through
 from procon.ops.backends import choose_backend
-from procon.settings import CHOICES, MAX_DIRECTIONS, Backend, Penalty, Sides, check_choice
+from procon.settings import Backend, Penalty, Sides, check_choice
 
 __all__ = ["constrain", "project", "projection_penalty", "rms_norm", "rms_norm_constrain"]
 
 _REDUCTIONS = ("sum", "mean", "none")
-_CASTINGS = ("llama", "gemma")
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def project(hidden: Tensor, direction: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -59,8 +63,9 @@ def project(hidden: Tensor, direction: Tensor, *, backend: Backend = "auto") -> 
     Raises:
         ProConError: for a wrong shape, dtype, device or backend.
     """
-    directions = _directions(hidden, direction)
-    projection = Project.apply(hidden, directions, choose_backend(backend, hidden.device.type))
+    check_hidden(hidden)
+    chosen = choose_backend(backend, hidden.device.type)
+    projection = Project.apply(hidden, directions_of(hidden, direction, chosen), chosen)
     return projection.view(hidden.shape[:-1] + direction.shape[:-1])
 
 
@@ -98,14 +103,18 @@ def projection_penalty(
         ProConError: for a wrong shape, dtype, device, option or backend.
     """
     check_choice("reduction", reduction, _REDUCTIONS)
-    _, loss = _constrain(hidden, direction, anchor, weight, penalty, sides, reduction == "none", backend)
+    check_hidden(hidden)
+    chosen = choose_backend(backend, hidden.device.type)
+    operands = penalty_arguments(hidden, direction, anchor, weight, penalty, sides, chosen)
+    options = (penalty, rounding(hidden, penalty), sides, reduction == "none", chosen)
+    _, loss = Constrain.apply(hidden, *operands, *options)
     if reduction == "none":
         return loss.view(hidden.shape[:-1])
     if reduction == "mean":
         if weight is None:
             return loss / max(hidden.shape[:-1].numel(), 1)
         total = weight.sum(dtype=loss.dtype)
-        return loss / torch.where(total == 0, 1, total)
+        return loss / (total + (total == 0))
     return loss
 
 
@@ -143,11 +152,10 @@ def constrain(
     Raises:
         ProConError: for a wrong shape, dtype, device, option or backend.
     """
-    passed, loss = _constrain(hidden, direction, anchor, weight, penalty, sides, False, backend)
-    if HAS_INPUT_GRAD_BUFFERS and not torch.compiler.is_compiling():
-        # The engine's own buffer takes the gradient in place, so nothing has to pass through.
-        return hidden, loss
-    return passed, loss
+    check_hidden(hidden)
+    chosen = choose_backend(backend, hidden.device.type)
+    operands = penalty_arguments(hidden, direction, anchor, weight, penalty, sides, chosen)
+    return pass_through(hidden, *operands, penalty, rounding(hidden, penalty), sides, False, chosen)
 
 
 def rms_norm_constrain(
@@ -185,12 +193,14 @@ def rms_norm_constrain(
     Raises:
         ProConError: for a wrong shape, dtype, device, option or backend.
     """
-    directions, anchor, weight = _penalty_arguments(hidden, direction, anchor, weight, penalty, sides)
+    check_hidden(hidden)
     chosen = choose_backend(backend, hidden.device.type)
-    _check_norm(hidden, norm_weight, casting)
-    return RmsNormConstrain.apply(
-        hidden, norm_weight, eps, casting, offset, directions, anchor, weight, penalty, _rounding(hidden), sides, chosen
-    )
+    operands = penalty_arguments(hidden, direction, anchor, weight, penalty, sides, chosen)
+    check_norm_weight(hidden, norm_weight)
+    check_choice("casting", casting, CASTINGS)
+    norm = (hidden, norm_weight, eps, casting, offset)
+    options = (penalty, rounding(hidden, penalty), sides, False, chosen)
+    return RmsNormConstrain.apply(*norm, *operands, *options)
 
 
 def rms_norm(
@@ -206,125 +216,9 @@ def rms_norm(
 
     Arguments, errors and the returned ``[..., D]`` are as there.
     """
-    _check_hidden(hidden)
-    _check_norm(hidden, norm_weight, casting)
-    chosen = choose_backend(backend, hidden.device.type)
-    normed, _ = RmsNormConstrain.apply(
-        hidden, norm_weight, eps, casting, offset, None, None, None, "squared", 0.0, "both", chosen
-    )
+    check_hidden(hidden)
+    check_norm_weight(hidden, norm_weight)
+    check_choice("casting", casting, CASTINGS)
+    options = ("squared", 0.0, "both", False, choose_backend(backend, hidden.device.type))
+    normed, _ = RmsNormConstrain.apply(hidden, norm_weight, eps, casting, offset, None, None, None, *options)
     return normed
-
-
-def _constrain(
-    hidden: Tensor,
-    direction: Tensor,
-    anchor: Tensor | None,
-    weight: Tensor | None,
-    penalty: Penalty,
-    sides: Sides,
-    per_token: bool,
-    backend: Backend,
-) -> tuple[Tensor, Tensor]:
-    directions, anchor, weight = _penalty_arguments(hidden, direction, anchor, weight, penalty, sides)
-    chosen = choose_backend(backend, hidden.device.type)
-    return Constrain.apply(hidden, directions, anchor, weight, penalty, _rounding(hidden), sides, per_token, chosen)
-
-
-def _rounding(hidden: Tensor) -> float:
-    """The share of ``|h| |r|`` by which a projection may be off because the hidden states are rounded.
-
-    A projection recorded with another batch, kernel or order of summation differs from its anchor by about that: four
-    units in the last place, but at most 1/256, because in bfloat16 true departures are hardly larger than four.
-    """
-    dtype = hidden.dtype
-    if dtype == torch.float32 and torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)  # of the blocks that they come out of
-    return min(4 * torch.finfo(dtype).eps, 1 / 256)
-
-
-def _penalty_arguments(
-    hidden: Tensor,
-    direction: Tensor,
-    anchor: Tensor | None,
-    weight: Tensor | None,
-    penalty: Penalty,
-    sides: Sides,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Directions ``[K, D]``, anchors ``[N, K]`` and weights ``[N]`` in the dtype of the computation, found good."""
-    directions = _directions(hidden, direction)
-    check_choice("penalty", penalty, CHOICES["penalty"])
-    check_choice("sides", sides, CHOICES["sides"])
-    tokens = hidden.shape[:-1]
-    if anchor is not None:
-        _check_companion("anchor", anchor, hidden)
-        if anchor.shape != tokens + direction.shape[:-1]:
-            wanted = list(tokens + direction.shape[:-1])
-            raise ProConError(f"anchor has shape {list(anchor.shape)}: give {wanted}, the shape of the projections")
-        anchor = _as(anchor, directions.dtype).reshape(-1, len(directions))
-    if weight is not None:
-        _check_companion("weight", weight, hidden)
-        if weight.shape != tokens:
-            raise ProConError(f"weight has shape {list(weight.shape)}: give {list(tokens)}, one number for each token")
-        weight = _as(weight, directions.dtype).reshape(-1)
-    return directions, anchor, weight
-
-
-def _directions(hidden: Tensor, direction: Tensor) -> Tensor:
-    """The directions as a contiguous ``[K, D]`` in the dtype of the computation, once both arguments are found good."""
-    _check_hidden(hidden)
-    _check_companion("direction", direction, hidden)
-    size = hidden.shape[-1]
-    if direction.dim() not in (1, 2) or direction.shape[-1] != size:
-        raise ProConError(f"direction has shape {list(direction.shape)}: give [{size}] or [K, {size}] to match hidden")
-    if direction.dim() == 2 and not 1 <= direction.shape[0] <= MAX_DIRECTIONS:
-        raise ProConError(
-            f"direction holds {direction.shape[0]} directions: give 1 to {MAX_DIRECTIONS}, call again for more"
-        )
-    direction = _as(direction, torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-    return (direction if direction.dim() == 2 else direction.unsqueeze(0)).contiguous()
-
-
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # Asking first costs a tenth of a conversion that does nothing.
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _check_hidden(hidden: Tensor) -> None:
-    _check_tensor("hidden", hidden)
-    if hidden.dtype not in _DTYPES:
-        raise ProConError(f"hidden is {hidden.dtype}: convert it to float16, bfloat16, float32 or float64")
-    if hidden.dim() == 0 or hidden.shape[-1] == 0:
-        raise ProConError(f"hidden has shape {list(hidden.shape)}: give [..., D] with D at least 1")
-
-
-def _check_norm(hidden: Tensor, norm_weight: Tensor, casting: str) -> None:
-    _check_tensor("norm_weight", norm_weight)
-    if norm_weight.dtype not in _DTYPES:
-        raise ProConError(f"norm_weight is {norm_weight.dtype}: give float16, bfloat16, float32 or float64")
-    if norm_weight.shape != hidden.shape[-1:]:
-        raise ProConError(f"norm_weight has shape {list(norm_weight.shape)}: give [{hidden.shape[-1]}] to match hidden")
-    if norm_weight.device != hidden.device:
-        raise ProConError(
-            f"norm_weight is on {norm_weight.device} but hidden is on {hidden.device}: move norm_weight there"
-        )
-    check_choice("casting", casting, _CASTINGS)
-
-
-def _check_companion(name: str, tensor: Tensor, hidden: Tensor) -> None:
-    _check_tensor(name, tensor)
-    if tensor.is_complex():
-        raise ProConError(f"{name} is {tensor.dtype}: give real numbers")
-    if tensor.device != hidden.device:
-        raise ProConError(f"{name} is on {tensor.device} but hidden is on {hidden.device}: move {name} there")
-    if tensor.requires_grad:
-        raise ProConError(f"{name} requires a gradient, but only hidden gets one: pass {name}.detach()")
-
-
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise ProConError(f"{name} is a {type(value).__name__}: give a torch.Tensor")
-    # By name, because importing torch.distributed.tensor takes longer than everything else in this file.
-    if type(value).__name__ == "DTensor":
-        raise ProConError(
-            f"{name} is a DTensor, not supported yet: pass {name}.to_local() of a tensor sharded on tokens"
-        )

@@ -3,6 +3,8 @@
 Both backends offer the same functions on two-dimensional tensors, in files of the same names: :mod:`procon.eager` and
 :mod:`procon.kernels`. Eager code calls them at once; under ``torch.compile`` the call goes through the registered
 operators, which a graph can hold, because the dispatcher would cost an eager call as much again as the op's own launch.
+
+Of one direction, the eager backend also takes ``[D]`` for ``[K, D]`` and ``[N]`` for ``[N, K]`` (:func:`folded`).
 """
 
 from collections.abc import Callable, Sequence
@@ -40,6 +42,11 @@ def _rms_norm_penalty(backend: str) -> ModuleType:
     else:
         from procon.eager import rms_norm_penalty
     return rms_norm_penalty
+
+
+def folded(tensor: Tensor, axis: int, backend: str) -> Tensor:
+    """``tensor`` without its ``axis`` of directions, if there is one direction and the backend needs no such axis."""
+    return tensor.squeeze(axis) if backend == "eager" else tensor
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -103,7 +110,7 @@ def _fake_penalize(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     rows = hidden.numel() // hidden.shape[-1]
-    return direction.new_empty((rows,)), direction.new_empty((rows, direction.shape[0]))
+    return direction.new_empty((rows,)), direction.new_empty((rows, *direction.shape[:-1]))
 
 
 @_operator(
@@ -152,7 +159,7 @@ def accumulate_gradient(
 ) -> Tensor:
     incoming = None if incoming is None else _rows(incoming)
     gradient = _projection_penalty(backend).accumulate_gradient(incoming, upstream, coefficient, direction, dtype)
-    return gradient.view(shape)
+    return gradient if len(shape) == 2 else gradient.view(shape)
 
 
 def add_gradient(buffer: Tensor, upstream: Tensor, coefficient: Tensor, direction: Tensor, backend: str) -> None:
@@ -177,12 +184,12 @@ def _fake_rms_norm(
     rows = hidden.numel() // hidden.shape[-1]
     computed = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     dtype = hidden.dtype if casting == "gemma" else torch.promote_types(hidden.dtype, norm_weight.dtype)
-    k = 0 if direction is None else direction.shape[0]
+    directions = (0,) if direction is None else direction.shape[:-1]
     return (
         hidden.new_empty(hidden.shape, dtype=dtype),
         hidden.new_empty((rows,), dtype=computed),
-        hidden.new_empty((rows if k else 0,), dtype=computed),
-        hidden.new_empty((rows, k), dtype=computed),
+        hidden.new_empty((0 if direction is None else rows,), dtype=computed),
+        hidden.new_empty((rows, *directions), dtype=computed),
     )
 
 
@@ -219,7 +226,7 @@ def rms_norm_penalize(
         rounding,
         sides,
     )
-    return normed.view(hidden.shape), inverse_rms, tokens, coefficient
+    return normed if hidden.dim() == 2 else normed.view(hidden.shape), inverse_rms, tokens, coefficient
 
 
 def _fake_rms_norm_gradient(
@@ -266,4 +273,4 @@ def rms_norm_gradient(
         offset,
         needs_weight,
     )
-    return gradient.view(hidden.shape), for_weight
+    return gradient if hidden.dim() == 2 else gradient.view(hidden.shape), for_weight

@@ -101,11 +101,11 @@ def test_a_block_under_a_parallel_plan(mesh, sides):
         leaf = torch.randn(*SHAPE, WIDTH, requires_grad=True)
         out = block(placed(leaf, mesh, Shard(1)))
         torch.testing.assert_close(out, 2 * leaf)
-        state.target.terms[0].backward()
+        state.target.terms[0].sum().backward()
         again = leaf.detach().clone().requires_grad_()
         _, expected = constrain(again, vectors, anchors[0], mask, sides=sides)
         expected.backward()
-        torch.testing.assert_close(state.target.terms[0], expected)
+        torch.testing.assert_close(state.target.terms[0].sum(), expected)
         torch.testing.assert_close(leaf.grad, again.grad)
         state.target = Target(anchors, mask, "squared", "raw", 0)
         with pytest.raises(ProConError, match=r"^block 0 got hidden states with placement .*, of which no rank has"):

@@ -150,11 +150,11 @@ def test_constrained_tokens_of_a_step():
 def test_what_blocks_need_is_moved_once_to_each_device():
     elsewhere, anchors, mask = torch.device("meta"), torch.ones(1, 2, 3, 1), torch.ones(2, 3)
     target = Target(anchors, mask, "squared", "raw", 0)
-    moved = target.on(elsewhere)
-    assert [tensor.device.type for tensor in moved] == ["meta", "meta"]
-    assert [tensor.shape for tensor in moved] == [anchors.shape, mask.shape]
-    assert target.on(elsewhere) is moved
-    assert target.on(anchors.device)[0] is anchors
+    moved = target.on(elsewhere, "eager")
+    assert [tensor.device.type for tensor in (*moved.anchors, moved.mask)] == ["meta", "meta"]
+    assert [tensor.shape for tensor in (*moved.anchors, moved.mask)] == [(6,), (6,)]
+    assert target.on(elsewhere, "eager") is moved
+    assert target.on(anchors.device, "eager").mask.data_ptr() == mask.data_ptr()
     copies = {mask.device: mask}
     assert on_device(copies, elsewhere).device == elsewhere
     assert on_device(copies, elsewhere) is copies[elsewhere]

@@ -85,7 +85,7 @@ def every_function(given: dict[str, Tensor], casting: str) -> dict[str, Tensor]:
 def test_no_result_depends_on_the_height(monkeypatch, dtype, casting, height):
     given = inputs(dtype)
     whole = every_function(given, casting)
-    monkeypatch.setattr(tiles, "_TILE_BYTES", {"cpu": height * 24 * given["direction"].element_size()})
+    monkeypatch.setattr(tiles, "_TILE_BYTES_ON_CPU", height * 24 * given["direction"].element_size())
     assert tiles.tile_height(given["direction"], 24) == height
     for name, part in every_function(given, casting).items():
         # Sums of up to 24 terms in another order; in half precision, a result on the other side of a rounding.
