@@ -49,7 +49,7 @@ suite() {
 
 # Other test files import packages that this script does without.
 mapfile -t marked < <(grep -rl 'mark\.gpu' tests --include 'test_*.py')
-part tests 120 "${python[@]}" -m pytest -m gpu "${marked[@]}"
+part tests 180 "${python[@]}" -m pytest -m gpu "${marked[@]}"
 
 PROCON_BENCHMARK_COMPILE=kernels suite training_step_7b 75 bench_training_step.py -k Llama-2-7B-lora
 suite rms_norm_penalty 60 bench_rms_norm_penalty.py
