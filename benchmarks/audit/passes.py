@@ -63,7 +63,6 @@ def _validated(record: harness.LaunchRecord, target: str) -> validate.Report:
 
 def run(targets: list[str], sizes: list[int] | None = None) -> list[dict]:
     """``sizes``: of the hidden states."""
-    harness._install_fake_driver(harness.DEFAULT_CC)
     return [asdict(record) for target in targets for size in sizes or [SIZE] for record in _records(target, size)]
 
 
@@ -93,7 +92,8 @@ def _records(target: str, size: int) -> Iterator[Record]:
 def show(records: list[dict]) -> None:
     table = Table(title="What the passes of the compiler make of each kernel")
     for heading in ("call", "D", "target", "passes", "same bits", "within rounding", "not run", "changed by"):
-        table.add_column(heading, justify="left" if heading in ("call", "target", "changed by") else "right")
+        justify = "left" if heading in ("call", "target", "changed by") else "right"
+        table.add_column(heading, justify=justify, overflow="fold")
     for r in records:
         verdicts = Counter(r["verdicts"])
         same, near, changed = (verdicts[name] for name in ("match", "approx", "mismatch"))

@@ -31,6 +31,7 @@ ROWS = (1, 3, MANY)
 #: All but one are of no tile, and one is beyond the rows that the norm's backward keeps in registers.
 SIZES = (40, 64, 300, 1000, 2056, 8200)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = {"rows": ROWS, "size": SIZES, "dtype": DTYPES, "k": (1, 3, 8)}
 #: Dtypes of the hidden states and of the norm's weight.
 NORM_DTYPES = (*((dtype, dtype) for dtype in DTYPES), (torch.bfloat16, torch.float32))
 #: Casting and offset.
@@ -139,7 +140,7 @@ def assert_penalty(found: tuple[Tensor, Tensor], oracle, hidden: Tensor, rest: l
     assert_near(tokens, exact, slack, "penalty")
 
 
-@pytest.mark.parametrize("case", covering(rows=ROWS, size=SIZES, dtype=DTYPES, k=(1, 3, 8), strided=(False, True)))
+@pytest.mark.parametrize("case", covering(**SHAPES, strided=(False, True)))
 def test_projection(oracle, case):
     hidden = states(case["rows"], case["size"], case["dtype"], case["strided"])
     direction, *_ = companions(hidden, case["k"])
@@ -150,10 +151,7 @@ def test_projection(oracle, case):
 @pytest.mark.parametrize(
     "case",
     covering(
-        rows=ROWS,
-        size=SIZES,
-        dtype=DTYPES,
-        k=(1, 3, 8),
+        **SHAPES,
         penalty=PENALTIES,
         given=COMPANIONS,
         strided=(False, True),
@@ -171,10 +169,7 @@ def test_penalty(oracle, case):
 @pytest.mark.parametrize(
     "case",
     covering(
-        rows=ROWS,
-        size=SIZES,
-        dtype=DTYPES,
-        k=(1, 3, 8),
+        **SHAPES,
         incoming=("none", "dense", "strided"),
         upstream=("none", "scalar", "per token"),
     ),
