@@ -109,11 +109,11 @@ suite() {
 mapfile -t marked < <(grep -rl 'pytest\.mark\.gpu' tests --include 'test_*.py')
 workers=()
 "${python[@]}" -c 'import xdist' 2>/dev/null && workers=(-n 4)
-part tests 120 tests.xml "${python[@]}" -m pytest -m gpu "${workers[@]}" -p no:cacheprovider \
+part tests 150 tests.xml "${python[@]}" -m pytest -m gpu "${workers[@]}" -p no:cacheprovider \
     --continue-on-collection-errors --junitxml "$folder/tests.xml" "${marked[@]}"
 
 suite clone 30 bench_clone.py
-suite rms_norm_penalty 180 bench_rms_norm_penalty.py
+suite rms_norm_penalty 150 bench_rms_norm_penalty.py
 suite projection_penalty 60 bench_projection_penalty.py
 PROCON_BENCHMARK_COMPILE=kernels suite training_step_7b 90 bench_training_step.py -k Llama-2-7B-lora
 part tune 120 tune.json "${python[@]}" -m benchmarks.tune --json "$folder/tune.json" --sizes 4096 2048 8192 1024

@@ -1,4 +1,4 @@
-"""Run the audits: ``python -m benchmarks.audit [traffic | builds | live-bytes] [--json FILE]``."""
+"""Run the audits: ``python -m benchmarks.audit [traffic | builds | live-bytes | passes] [--json FILE]``."""
 
 import argparse
 import json
@@ -13,6 +13,9 @@ from pathlib import Path
 sys.path.append(sys.path.pop(0))
 
 AUDITS = ("traffic", "builds", "live-bytes")
+#: By itself: it takes a long time, and needs ttsem.
+LONG = "passes"
+BUILT = ("builds", LONG)
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
@@ -22,7 +25,7 @@ def run_one(name: str, targets: list[str], sizes: list[int] | None) -> list[dict
     if name == "traffic":
         os.environ["TRITON_INTERPRET"] = "1"
     audit = import_module(f"benchmarks.audit.{name.replace('-', '_')}")
-    records = audit.run(targets, sizes) if name == "builds" else audit.run()
+    records = audit.run(targets, sizes) if name in BUILT else audit.run()
     audit.show(records)
     return records
 
@@ -45,10 +48,11 @@ def run_all(targets: list[str], sizes: list[int] | None) -> dict[str, list[dict]
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.audit", description="Costs that need no GPU to count.")
-    parser.add_argument("audit", nargs="?", choices=AUDITS, help="one audit (default: all three)")
+    parser.add_argument("audit", nargs="?", choices=(*AUDITS, LONG), help="one audit (default: the first three)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all records to this file")
-    parser.add_argument("--target", action="append", choices=TARGETS, help="builds: for this GPU only; may be repeated")
-    parser.add_argument("--size", action="append", type=int, help="builds: for this hidden size only; may be repeated")
+    of_builds = "builds and passes: for this {} only; may be repeated"
+    parser.add_argument("--target", action="append", choices=TARGETS, help=of_builds.format("GPU"))
+    parser.add_argument("--size", action="append", type=int, help=of_builds.format("hidden size"))
     arguments = parser.parse_args()
     targets = arguments.target or list(TARGETS)
     sizes = arguments.size

@@ -103,7 +103,7 @@ def recorded() -> Iterator[list[Launch]]:
         yield launches
 
 
-def _launched_for(target: str) -> AbstractContextManager:
+def launched_for(target: str) -> AbstractContextManager:
     """Makes the library choose tiles for ``target``, from the table's entry for machines without a GPU."""
     warp_size = PROCESSORS[target].target.warp_size
     return patch.object(table, "INTERPRETER", table.INTERPRETER._replace(architecture=target, warp_size=warp_size))
@@ -142,7 +142,7 @@ def run(targets: list[str], sizes: list[int] | None = None) -> list[dict]:
 def _records(target: str, shape: Shape) -> Iterator[Record]:
     processor = PROCESSORS[target]
     for name, call in calls(ROWS, *shape).items():
-        with _launched_for(target), recorded() as launches:
+        with launched_for(target), recorded() as launches:
             call.run()
         for launch in launches:
             compiled = build(launch, processor)

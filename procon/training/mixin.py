@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import TrainOutput
 
 from procon.anchors import LiveAnchors
@@ -164,6 +165,8 @@ class ProConMixin(StrengthMixin):
         self._resumed = checkpoint
         if not self.alpha_schedule.active:
             return super()._constraining(checkpoint)
+        if self.args.use_liger_kernel:  # train() does so later, and would take the norms from the constraint
+            apply_liger_kernel(self.model, self.args.liger_kernel_config)
         if not checkpoint:  # which has the probes
             on_main(self.args.check_probe_file)
         constraint = self.constraint

@@ -1,11 +1,15 @@
 """Does a fault of a kernel fail the test that launches it? Planted ones do, in a run of their own."""
 
 import importlib.util
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = [
     pytest.mark.gpu,
@@ -84,6 +88,14 @@ EXPECTED = {
     "test_caught": "writes 5 element(s) past the end of the tensor passed as `result`",
     "test_too_large": "too large for ttsem to look for races",
 }
+
+
+def test_what_is_not_run_is_there_and_has_a_reason():
+    listed = tomllib.loads(Path(__file__).with_name("not_run.toml").read_text())
+    for test, reason in listed.items():
+        path, name = test.split("::")
+        assert f"@pytest.mark.gpu\ndef {name}(" in re.sub(r"@pytest.mark.param.+\n", "", (ROOT / path).read_text())
+        assert reason
 
 
 def test_planted_faults_are_found(tmp_path):

@@ -70,6 +70,13 @@ def test_range_begins_at_the_oldest_and_has_the_newest(declared, package, oldest
     assert newest in specifiers
 
 
+def test_what_compiles_for_the_gpu_that_is_played_is_supported(declared):
+    lines = (ROOT / "requirements" / "compiled.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert tested.keys() == {"triton", "ttsem"}
+    assert tested["triton"] in declared["triton"].specifier
+
+
 def test_what_the_package_requires_is_tested(declared):
     untested = {"pytest", "pytest-benchmark", "pytest-xdist", "deepspeed", "lightning", "liger-kernel"}
     untested |= {"tensorboard", "wandb", "flash-attn", "lm-eval"}
