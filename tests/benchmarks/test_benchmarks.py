@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import draw
 from benchmarks.gpu_page.goals import GOALS
 from benchmarks.gpu_page.page import write_page
 from benchmarks.harness import agreement, interleaved
@@ -119,7 +120,7 @@ def assert_page(content: dict, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_suite_and_its_pictures(tmp_path):
+def test_every_suite_and_its_pictures(tmp_path, capsys):
     suites = {file.stem for file in (ROOT / "benchmarks").glob("bench_*.py")}
     assert suites == set(FIELDS)
     results = tmp_path / "results.json"
@@ -146,8 +147,8 @@ def test_every_suite_and_its_pictures(tmp_path):
         assert benchmark["stats"]["rounds"] == len(benchmark["stats"]["data"]) >= 3
     assert seen == suites
 
-    command = [sys.executable, "-m", "benchmarks.draw", str(results), "--out", str(tmp_path)]
-    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    draw.main([str(results), "--out", str(tmp_path)])
+    table = capsys.readouterr().out
     groups = {benchmark["group"] for benchmark in content["benchmarks"]}
     assert len(list(tmp_path.glob("*.png"))) == len(groups)
     assert all(f"| {group} | median |" in table for group in groups)
