@@ -59,8 +59,8 @@ def traced(function: Callable[..., tuple[Tensor, ...]], inputs: Callable[[], lis
     return graphs
 
 
-def generated(graph: GraphModule, target: str, folder: Path, backward: bool) -> list[list[Launch]]:
-    """The launches of the code for ``graph``, each with every configuration that Inductor would time.
+def generated(graph: GraphModule, target: str, folder: Path, backward: bool) -> Callable[[], list[list[Launch]]]:
+    """Runs the code for ``graph``, and gives the launches, each with every configuration that Inductor would time.
 
     Its modules are written to ``folder``.
     """
@@ -82,7 +82,7 @@ def generated(graph: GraphModule, target: str, folder: Path, backward: bool) -> 
             except Exception:
                 if not sources:
                     raise
-        return _launched(sources[0], inputs, folder)
+        return _runner(sources[0], inputs, folder)
 
 
 @contextmanager
@@ -124,7 +124,7 @@ def _moved(graph: GraphModule, mode: FakeTensorMode, device: torch.device) -> li
     return inputs
 
 
-def _launched(source: str, inputs: list[Tensor], folder: Path) -> list[list[Launch]]:
+def _runner(source: str, inputs: list[Tensor], folder: Path) -> Callable[[], list[list[Launch]]]:
     found: list[list[Launch]] = []
 
     def triton(_compiler, name: str, code: str, device_str: str) -> SimpleNamespace:
@@ -144,19 +144,25 @@ def _launched(source: str, inputs: list[Tensor], folder: Path) -> list[list[Laun
         patch.object(async_compile.AsyncCompile, "triton", triton),
         patch.object(async_compile.AsyncCompile, "wait", lambda *_: None),
         patch.object(torch._C, "_cuda_getCurrentRawStream", lambda *_: 0, create=True),
-        patch.object(torch.cuda, "_DeviceGuard", lambda *_: nullcontext()),
-        patch.object(torch.cuda, "set_device", lambda *_: None),
     ):
         wrapper = _imported(file)
-        # What these do in C++ needs memory.
-        wrapper.empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype)
-        wrapper.reinterpret_tensor = lambda tensor, size, stride, offset: tensor.as_strided(size, stride, offset)
-        wrapper.copy_if_misaligned = lambda tensor: tensor
-        wrapper.assert_size_stride = lambda *_: None
-        with FakeTensorMode():
+    # What these do in C++ needs memory.
+    wrapper.empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype)
+    wrapper.reinterpret_tensor = lambda tensor, size, stride, offset: tensor.as_strided(size, stride, offset)
+    wrapper.copy_if_misaligned = lambda tensor: tensor
+    wrapper.assert_size_stride = lambda *_: None
+
+    def run() -> list[list[Launch]]:
+        with (
+            patch.object(torch.cuda, "_DeviceGuard", lambda *_: nullcontext()),
+            patch.object(torch.cuda, "set_device", lambda *_: None),
+            FakeTensorMode(),
+        ):
             # Of the CPU, where a slice can be taken.
             wrapper.call([torch.empty_strided(i.shape, i.stride(), dtype=i.dtype) for i in inputs])
-    return found
+        return found
+
+    return run
 
 
 def _choice(kernel, arguments: dict[str, object], config) -> Launch:
