@@ -14,8 +14,15 @@ from benchmarks.audit.contest.counts import counted
 from benchmarks.audit.contest.roofline import estimate
 from benchmarks.audit.contest.table import COLUMNS, cells
 
-SIZES = (576, 2048, 4096, 8192)
-TARGETS = ("sm_80", "sm_90", "sm_100")
+#: Architecture and hidden size: all sizes for one, and all architectures at one.
+SHAPES = (
+    ("sm_90", 4096),
+    ("sm_80", 4096),
+    ("sm_100", 4096),
+    ("sm_90", 2048),
+    ("sm_90", 8192),
+    ("sm_90", 576),
+)
 WHO: dict[str, Callable[[str, int], Iterator[contestants.Contestant]]] = {
     "ours": contestants.ours,
     "liger": contestants.liger,
@@ -23,17 +30,11 @@ WHO: dict[str, Callable[[str, int], Iterator[contestants.Contestant]]] = {
 }
 
 
-def run(
-    targets: Iterable[str] = TARGETS,
-    sizes: Iterable[int] = SIZES,
-    who: Iterable[str] = tuple(WHO),
-    call: str = "",
-) -> list[dict]:
+def run(shapes: Iterable[tuple[str, int]] = SHAPES, who: Iterable[str] = tuple(WHO), call: str = "") -> list[dict]:
     """``call``: what the names of calls begin with."""
     return [
         _record(contestant, target, size)
-        for target in targets
-        for size in sizes
+        for target, size in shapes
         for name in who
         for contestant in WHO[name](target, size)
         if contestant.call.startswith(call)

@@ -85,7 +85,7 @@ def in_sass(code: str) -> Counts:
 
 
 def per_turn(ptx: Counts, sass: Counts, program: Program) -> Counts:
-    """Machine code for each loop of :func:`by_turn`: the assembler unrolls as well, and adds a loop for what is left."""
+    """Machine code for each loop of :func:`by_turn`: the assembler unrolls too, and adds a loop for what is left."""
     outside, *loops = sass
     for loop in loops:
         if not _moves(loop):  # waits for a copy: one turn

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 
-from benchmarks.audit.contest import SIZES, TARGETS, WHO, run, show
+from benchmarks.audit.contest import SHAPES, WHO, run, show
+from benchmarks.audit.contest.cards import CARDS
 from benchmarks.audit.contest.page import PAGE, page
 from benchmarks.audit.contest.record import SIDES, keep, kept
 from benchmarks.harness.checkouts import checked_out
@@ -22,8 +24,8 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--who", nargs="+", choices=tuple(WHO))
     parser.add_argument("--call", default="", help="only calls whose names begin so, such as 'fused backward'")
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS)
-    parser.add_argument("--size", nargs="+", type=int, default=SIZES, help="of the hidden states")
+    parser.add_argument("--target", nargs="+", choices=tuple(CARDS), help="with --size: these shapes")
+    parser.add_argument("--size", nargs="+", type=int, help="of the hidden states")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was counted to this file")
     parser.add_argument("--commit", help="our kernels as of this commit")
     parser.add_argument("--record", choices=SIDES, help="keep all that is counted of this side, and make the page")
@@ -32,16 +34,19 @@ def main(argv: list[str]) -> None:
     if chosen.page:
         PAGE.write_text(page({side: kept(side) for side in SIDES}))
         return
-    whole = (chosen.call, tuple(chosen.target), tuple(chosen.size)) == ("", TARGETS, SIZES) and not chosen.who
-    if chosen.record and not whole:
+    if bool(chosen.target) != bool(chosen.size):
+        parser.error("--target and --size choose shapes together")
+    if chosen.record and (chosen.who or chosen.call or chosen.target):
         parser.error("--record keeps the whole of a side: leave out --who, --call, --target and --size")
     if chosen.commit and chosen.record == "peers":
         parser.error("--commit is of our kernels: record 'before' or 'after' with it")
     who = SIDES[chosen.record] if chosen.record else chosen.who or (("ours",) if chosen.commit else tuple(WHO))
     if chosen.commit:
-        records = _of_commit(chosen.commit, ["--who", *who, "--call", chosen.call, "--target", *chosen.target, "--size", *map(str, chosen.size)])
+        shapes = ["--target", *chosen.target, "--size", *map(str, chosen.size)] if chosen.target else []
+        records = _of_commit(chosen.commit, ["--who", *who, "--call", chosen.call, *shapes])
     else:
-        records = run(chosen.target, chosen.size, who, chosen.call)
+        shapes = list(product(chosen.target, chosen.size)) if chosen.target else SHAPES
+        records = run(shapes, who, chosen.call)
         show(records)
     if chosen.json:
         chosen.json.write_text(json.dumps(records, indent=1))

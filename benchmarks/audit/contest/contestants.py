@@ -27,7 +27,20 @@ CONSTRAINED = (
 DIRECTIONS = (1, 8)
 
 #: Operators of PyTorch that run a kernel where launchers call them: the others allocate, look, or ask.
-_KERNELS = ("sum", "_to_copy", "copy_", "zero_", "zeros", "zeros_like", "new_zeros", "fill_", "add", "add_", "mul", "clone")
+_KERNELS = (
+    "sum",
+    "_to_copy",
+    "copy_",
+    "zero_",
+    "zeros",
+    "zeros_like",
+    "new_zeros",
+    "fill_",
+    "add",
+    "add_",
+    "mul",
+    "clone",
+)
 
 
 class Contestant(NamedTuple):

@@ -61,9 +61,7 @@ def counted(launch: Launch, target: str, rows: int, size: int) -> Counted:
     registers, spilled = resources(compiled)
     filled = occupancy(processor, registers, warps, compiled.metadata.shared)
 
-    loaded, stored = (
-        _bytes_per_row(program, way, names, launch, turns, rows, size) for way in ("load", "store")
-    )
+    loaded, stored = (_bytes_per_row(program, way, names, launch, turns, rows, size) for way in ("load", "store"))
 
     def per_row(counts: list[Counter], what: str) -> float:
         return sum(number[what] * times for number, times in zip(counts, turns, strict=True)) / rows
@@ -179,9 +177,9 @@ def _padded(
     length = next_power_of_2(size)
     for move in program.moves:
         tensor = launch.arguments[names[move.argument]]
-        if length > size and tensor.numel() == rows * size and move.shape[-1:] == (length,):
-            if turns[_place(move)] * math.prod(move.shape) == rows * length:
-                return length
+        of_rows = tensor.numel() == rows * size and move.shape[-1:] == (length,)
+        if length > size and of_rows and turns[_place(move)] * math.prod(move.shape) == rows * length:
+            return length
     return None
 
 

@@ -1,4 +1,4 @@
-"""What a kernel does to its tensors, read from Triton's GPU dialect: loads, stores, copies and changes of layout, by loop.
+"""What a kernel does to its tensors, by loop, read from Triton's GPU dialect: loads, stores, copies, changes of layout.
 
 Bounds of loops are computed from the launch: the arguments, the grid and the number of each program.
 """
