@@ -29,12 +29,14 @@ def _loaded(record: dict) -> float:
 COLUMNS: dict[str, Callable[[dict], object]] = {
     "launches": lambda record: len(record["launches"]) + len(record["others"]),
     "instructions a row": lambda record: round(sum(each["instructions_per_row"] for each in record["launches"])),
-    "rows a turn": lambda record: main_launch(record)["rows_per_turn"],
-    "barriers": lambda record: main_launch(record)["barriers_in_loop"],
-    "shuffles": lambda record: main_launch(record)["shuffles_in_loop"],
-    "async copies": lambda record: main_launch(record)["asynchronous_copies_in_loop"],
-    "relayouts": lambda record: "{wide_relayouts_in_loop} + {narrow_relayouts_in_loop}".format(**main_launch(record)),
-    "loads of r, v": lambda record: sum(main_launch(record)["loads_in_loop"].values()),
+    "rows in a turn": lambda record: main_launch(record)["rows_per_turn"],
+    "barriers in a turn": lambda record: main_launch(record)["barriers_in_loop"],
+    "shuffles in a turn": lambda record: main_launch(record)["shuffles_in_loop"],
+    "async copies in a turn": lambda record: main_launch(record)["asynchronous_copies_in_loop"],
+    "relayouts in a turn": lambda record: "{wide_relayouts_in_loop} + {narrow_relayouts_in_loop}".format(
+        **main_launch(record)
+    ),
+    "loads of r, v in a turn": lambda record: sum(main_launch(record)["loads_in_loop"].values()),
     "bytes loaded a row": lambda record: round(_loaded(record)),
     "registers": lambda record: main_launch(record)["registers"],
     "spilled": lambda record: max(launch["spilled_bytes"] for launch in record["launches"]),
