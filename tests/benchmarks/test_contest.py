@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from benchmarks.audit.contest import assembly, ttgir
 from benchmarks.audit.contest.page import PAGE, page
-from benchmarks.audit.contest.record import SIDES, kept
+from benchmarks.audit.contest.record import SIDES, kept, rounded
 from benchmarks.audit.contest.roofline import estimate
 
 ROOT = Path(__file__).parents[2]
@@ -162,6 +162,6 @@ def test_record_is_of_these_kernels(tmp_path):
             if record["call"].startswith(CALL) and (record["target"], record["size"]) == (TARGET, SIZE)
         }
 
-    found = json.loads(file.read_text())
+    found = rounded(json.loads(file.read_text()))
     assert len(known(found)) == 4
     assert known(found) == known(recorded), "python -m benchmarks.audit contest --record after"

@@ -14,7 +14,7 @@ def keep(side: str, records: list[dict], commit: str | None) -> None:
     packages = ("torch", "triton", *(("liger-kernel",) if side == "peers" else ()))
     head = {"commit": commit, "versions": {name: version(name).split("+")[0] for name in packages}}
     # A record a line, so that a change can be read.
-    lines = ",\n".join(json.dumps(_rounded(record)) for record in records)
+    lines = ",\n".join(json.dumps(rounded(record)) for record in records)
     FOLDER.mkdir(exist_ok=True)
     _file(side).write_text(f'{{"made": {json.dumps(head)},\n"records": [\n{lines}\n]}}\n')
 
@@ -28,9 +28,10 @@ def _file(side: str) -> Path:
     return FOLDER / f"{side}.json"
 
 
-def _rounded(value):
+def rounded(value):
+    """Numbers to five digits, as they are recorded."""
     if isinstance(value, dict):
-        return {key: _rounded(each) for key, each in value.items()}
+        return {key: rounded(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_rounded(each) for each in value]
+        return [rounded(each) for each in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
