@@ -23,7 +23,7 @@ SHAPES = (
     ("sm_90", 8192),
     ("sm_90", 576),
 )
-WHO: dict[str, Callable[[str, int], Iterator[contestants.Contestant]]] = {
+WHO: dict[str, Callable[[str, int, str], Iterator[contestants.Contestant]]] = {
     "ours": contestants.ours,
     "liger": contestants.liger,
     "compiled": contestants.compiled,
@@ -36,8 +36,7 @@ def run(shapes: Iterable[tuple[str, int]] = SHAPES, who: Iterable[str] = tuple(W
         _record(contestant, target, size)
         for target, size in shapes
         for name in who
-        for contestant in WHO[name](target, size)
-        if contestant.call.startswith(call)
+        for contestant in WHO[name](target, size, call)
     ]
 
 

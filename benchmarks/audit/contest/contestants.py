@@ -68,15 +68,17 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def ours(target: str, size: int) -> Iterator[Contestant]:
+def ours(target: str, size: int, wanted: str) -> Iterator[Contestant]:
+    """``wanted``: what the names of calls begin with."""
     for directions in DIRECTIONS:
         with pretended(target):
             named = calls(ROWS, size, directions, torch.bfloat16)
             for call in (*(PLAIN if directions == DIRECTIONS[0] else ()), *CONSTRAINED):
-                yield _launched("ours", call, 0 if call in PLAIN else directions, named[call].run)
+                if call.startswith(wanted):
+                    yield _launched("ours", call, 0 if call in PLAIN else directions, named[call].run)
 
 
-def liger(target: str, size: int) -> Iterator[Contestant]:
+def liger(target: str, size: int, wanted: str) -> Iterator[Contestant]:
     """Liger's norm: the kernel of one row a program, or of 16 rows for short ones, as its launcher decides."""
     from liger_kernel.ops.rms_norm import rms_norm_backward, rms_norm_forward
 
@@ -95,9 +97,11 @@ def liger(target: str, size: int) -> Iterator[Contestant]:
                 incoming, hidden, weight, saved["rstd"], 0.0, casting, block, warps, True, None, needs_weight
             )
 
-        yield _launched("Liger", PLAIN[0], 0, forward)
-        yield _launched("Liger", PLAIN[1], 0, lambda: backward(True))
-        yield _launched("Liger", PLAIN[2], 0, lambda: backward(False))
+        runs = (forward, lambda: backward(True), lambda: backward(False))
+        for call, run in zip(PLAIN, runs, strict=True):
+            found = _launched("Liger", call, 0, run)  # the forward decides for the backward
+            if call.startswith(wanted):
+                yield found
 
 
 def _launched(who: str, call: str, directions: int, run: Callable[[], object]) -> Contestant:
@@ -106,20 +110,23 @@ def _launched(who: str, call: str, directions: int, run: Callable[[], object]) -
     return Contestant(who, call, directions, [[launch] for launch in launches], operators.names)
 
 
-def compiled(target: str, size: int) -> Iterator[Contestant]:
+def compiled(target: str, size: int, wanted: str) -> Iterator[Contestant]:
     """What ``torch.compile`` makes of the norm, and of the norm with the penalty of each token."""
     from benchmarks.audit.contest.inductor import generated, traced
 
     for directions in (0, *DIRECTIONS):
         kind = "fused" if directions else "norm"
         for frozen in (False, True):
+            calls = {way: f"{kind} {way}" + (", weight frozen" if frozen else "") for way in ("forward", "backward")}
+            if frozen:
+                del calls["forward"]  # the same
+            calls = {way: call for way, call in calls.items() if call.startswith(wanted)}
+            if not calls:
+                continue
             graphs = traced(_norm_with_penalty(directions), lambda k=directions, f=frozen: _inputs(size, k, f))
-            for way, graph in graphs.items():
-                if frozen and way == "forward":
-                    continue
-                call = f"{kind} {way}" + (", weight frozen" if frozen else "")
+            for way, call in calls.items():
                 with TemporaryDirectory() as folder:
-                    run = generated(graph, target, Path(folder), backward=way == "backward")
+                    run = generated(graphs[way], target, Path(folder), backward=way == "backward")
                     with _Operators() as operators:
                         launches = run()
                     yield Contestant("torch.compile", call, directions, launches, operators.names)
