@@ -1,8 +1,8 @@
 """The graphics card that stands for each architecture, with figures that were published.
 
-A100 80 GB SXM and H100 SXM: NVIDIA's data sheets and white papers. B200: 8 TB/s as announced; clock, multiprocessors and
-caches as public lists of specifications have them. The L2 cache's bytes per clock are those of the A100's white paper,
-taken for the later ones as well.
+A100 80 GB SXM and H100 SXM: NVIDIA's data sheets and white papers. B200: 8 TB/s as announced; clock, multiprocessors
+and caches as public lists of specifications have them. The L2 cache's bytes per clock are those of the A100's white
+paper, taken for the later ones as well.
 """
 
 from typing import NamedTuple
