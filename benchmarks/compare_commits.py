@@ -19,9 +19,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+from benchmarks.harness.checkouts import checked_out
 from benchmarks.harness.interleaved import Samples, interleave
 
-ROOT = Path(__file__).resolve().parent.parent
 ALPHA = 0.2
 ROWS, LENGTH = 8, 96
 
@@ -80,13 +80,7 @@ def cpu_time(call: Callable[[], object], calls: int) -> float:
 
 def start(commit: str, folder: Path, stack: ExitStack) -> subprocess.Popen[str]:
     """A process that serves the library as of ``commit``."""
-    checkout, path = folder / "checkout", folder / "path"
-    subprocess.run(["git", "worktree", "add", "--detach", "--quiet", checkout, commit], cwd=ROOT, check=True)
-    stack.callback(subprocess.run, ["git", "worktree", "remove", "--force", checkout], cwd=ROOT, check=True)
-    path.mkdir()
-    (path / "procon").symlink_to(checkout / "procon")
-    # The same measurement of both.
-    (path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    path = checked_out(commit, folder, stack)
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "benchmarks.compare_commits", "--serve"],
         env=os.environ | {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from triton import JITFunction, knobs
 from triton.compiler import ASTSource, CompiledKernel, compile
 
@@ -87,6 +88,7 @@ class Launch(NamedTuple):
     function: JITFunction
     arguments: dict[str, object]
     options: dict[str, object]
+    grid: tuple[int, ...]
 
 
 @contextmanager
@@ -97,7 +99,7 @@ def recorded() -> Iterator[list[Launch]]:
     def run(function, *positional, grid, warmup, **named):
         arguments = dict(zip(function.arg_names, positional, strict=False)) | named
         options = {name: arguments.pop(name) for name in named if name not in function.arg_names}
-        launches.append(Launch(function, arguments, options))
+        launches.append(Launch(function, arguments, options, grid))
 
     with patch.object(JITFunction, "run", run):
         yield launches
@@ -119,11 +121,18 @@ def build(launch: Launch, processor: Processor) -> CompiledKernel:
             constants[position,] = value
             continue
         signature[parameter.name] = _kind(value)
-        number = value.data_ptr() if isinstance(value, Tensor) else value
+        number = _address(value) if isinstance(value, Tensor) else value
         if specialized and isinstance(number, int) and number % 16 == 0:
             attributes[position,] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.function, signature=signature, constexprs=constants, attrs=attributes)
     return compile(source, target=processor.target, options=launch.options)
+
+
+def _address(tensor: Tensor) -> int:
+    """Of a fake tensor, which has none, the one that its memory would begin at is taken for 0."""
+    if isinstance(tensor, FakeTensor):
+        return tensor.storage_offset() * tensor.element_size()
+    return tensor.data_ptr()
 
 
 def _kind(value: object) -> str:
@@ -146,7 +155,7 @@ def _records(target: str, shape: Shape) -> Iterator[Record]:
             call.run()
         for launch in launches:
             compiled = build(launch, processor)
-            registers, spilled = (_amd_registers if target.startswith("gfx") else _nvidia_registers)(compiled)
+            registers, spilled = resources(compiled)
             warps = compiled.metadata.num_warps
             yield Record(
                 target=target,
@@ -165,6 +174,11 @@ def _records(target: str, shape: Shape) -> Iterator[Record]:
                 occupancy=occupancy(processor, registers, warps, compiled.metadata.shared),
                 accesses=_state_accesses(launch, compiled, shape.size),
             )
+
+
+def resources(compiled: CompiledKernel) -> tuple[int, int]:
+    """Registers per thread, and bytes of its memory that registers are spilled to."""
+    return (_nvidia_registers if "cubin" in compiled.asm else _amd_registers)(compiled)
 
 
 def _nvidia_registers(compiled: CompiledKernel) -> tuple[int, int]:

@@ -35,12 +35,12 @@ def calls(
     direction = torch.randn(directions, size)
     anchor = torch.randn(rows, directions)
     weight = torch.arange(rows).remainder(2).float()
-    coefficient = weight[:, None] * torch.randn(rows, directions)
+    coefficient = weight.unsqueeze(1) * torch.randn(rows, directions)
     upstream = torch.tensor(0.5)
     inverse_rms = torch.rand(rows)
     nothing = torch.empty(0)
     eps, offset = 1e-6, 1.0 if casting == "gemma" else 0.0
-    live = int(weight.sum())
+    live = rows // 2
 
     def project():
         return projection_penalty.project(hidden, direction)
