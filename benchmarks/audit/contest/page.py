@@ -44,7 +44,7 @@ def page(sides: dict[str, dict | None]) -> str:
     every = tuple(dict.fromkeys((record["call"], record["directions"]) for record in records))
     for shape, calls, figures, title in (
         (first, every, tuple(COLUMNS), "all calls, and all that is counted"),
-        *((shape, CALLS, SHORT, "the same") for shape in others),
+        *((shape, CALLS, SHORT, "the calls of the first table") for shape in others),
     ):
         lines += ["", f"<details markdown><summary>{CARDS[shape[0]].name}, D = {shape[1]}: {title}</summary>", ""]
         lines += [*_table(records, shape, calls, figures), "", "</details>"]
