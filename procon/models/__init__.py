@@ -20,12 +20,10 @@ from procon.models.decoder import (
     block_input,
     block_output,
     decoder_forward,
-    evaluating,
     final_norms,
     find_decoder,
     first_moving_block,
     is_sharded,
-    keep_quantised,
     model_device,
     observe_block_inputs,
     observe_last_state,
@@ -37,6 +35,7 @@ from procon.models.decoder import (
     unwrapped,
 )
 from procon.models.devices import default_device, spread
+from procon.models.eval_mode import evaluating, keep_quantised
 from procon.models.hub import check_model_name, check_name
 from procon.models.loading import check_loading, default_dtype, load_model, parse_dtype
 from procon.models.origin import compare_origin, origin_of
