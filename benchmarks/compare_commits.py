@@ -78,8 +78,8 @@ def cpu_time(call: Callable[[], object], calls: int) -> float:
     return (time.process_time() - start) / calls
 
 
-def start(commit: str, folder: Path, stack: ExitStack) -> subprocess.Popen[str]:
-    """A process that serves the library as of ``commit``."""
+def check_out(commit: str, folder: Path, stack: ExitStack) -> dict[str, str]:
+    """The environment of a process that imports the library as of ``commit``, checked out into ``folder``."""
     checkout, path = folder / "checkout", folder / "path"
     subprocess.run(["git", "worktree", "add", "--detach", "--quiet", checkout, commit], cwd=ROOT, check=True)
     stack.callback(subprocess.run, ["git", "worktree", "remove", "--force", checkout], cwd=ROOT, check=True)
@@ -87,9 +87,14 @@ def start(commit: str, folder: Path, stack: ExitStack) -> subprocess.Popen[str]:
     (path / "procon").symlink_to(checkout / "procon")
     # The same measurement of both.
     (path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    return os.environ | {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def start(commit: str, folder: Path, stack: ExitStack) -> subprocess.Popen[str]:
+    """A process that serves the library as of ``commit``."""
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "benchmarks.compare_commits", "--serve"],
-        env=os.environ | {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env=check_out(commit, folder, stack),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
