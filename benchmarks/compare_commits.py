@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.harness.checkouts import checked_out
+from benchmarks.harness.checkouts import environment
 from benchmarks.harness.interleaved import Samples, interleave
 
 ALPHA = 0.2
@@ -80,10 +80,9 @@ def cpu_time(call: Callable[[], object], calls: int) -> float:
 
 def start(commit: str, folder: Path, stack: ExitStack) -> subprocess.Popen[str]:
     """A process that serves the library as of ``commit``."""
-    path = checked_out(commit, folder, stack)
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "benchmarks.compare_commits", "--serve"],
-        env=os.environ | {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env=environment(commit, folder, stack),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

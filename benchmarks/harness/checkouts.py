@@ -1,5 +1,6 @@
 """The library as of a commit, to be imported by a process of its own beside the benchmarks of this tree."""
 
+import os
 import subprocess
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,3 +18,9 @@ def checked_out(commit: str, folder: Path, stack: ExitStack) -> Path:
     # The same measurement of every commit.
     (path / "benchmarks").symlink_to(ROOT / "benchmarks")
     return path
+
+
+def environment(commit: str, folder: Path, stack: ExitStack) -> dict[str, str]:
+    """Of a process on one core that imports the library as of ``commit``; the rest is as for :func:`checked_out`."""
+    path = checked_out(commit, folder, stack)
+    return os.environ | {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,12 +15,14 @@ from transformers import PreTrainedTokenizerBase
 from procon.chat import ContrastPrompts, pad_token_id, render, user_turn
 from procon.errors import ProConError
 from procon.models import (
+    SharedPrefix,
     decoder_forward,
     evaluating,
     find_decoder,
     in_batches,
     model_device,
     observe_sites,
+    same_states,
     site_name,
 )
 from procon.settings import ChatSettings
@@ -140,7 +142,8 @@ def each_last_token(
 ) -> None:
     """Call ``consume(rows, site, hidden [len(rows), D])`` for every batch of prompts and every site.
 
-    A batch that does not fit in memory is run again by halves.
+    A batch that does not fit in memory is run again by halves. Two prompts run first; from them come the keys and
+    values of what all prompts begin with, if that changes no state of the two by more than rounding.
 
     Sites are the inputs of the ``L`` blocks, and ``L``, the output of the last one.
     """
@@ -149,21 +152,39 @@ def each_last_token(
     ids = [render(tokenizer, user_turn(prompt), generation_prompt=True, chat=chat) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     device = model_device(model)
+    pad = pad_token_id(tokenizer)
+
+    def states_of(rows: Sequence[int], begun: int, further: dict[str, Any]) -> dict[int, Tensor]:
+        """Hidden states ``[len(rows), D]`` by site; the first ``begun`` tokens are in the cache of ``further``."""
+        lengths = torch.tensor([len(ids[i]) for i in rows])
+        batch = torch.full((len(rows), int(lengths.max()) - begun), pad)
+        for row, i in enumerate(rows):
+            batch[row, : len(ids[i]) - begun] = torch.tensor(ids[i][begun:])
+        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+        last = (torch.arange(len(rows)), lengths - begun - 1)
+        states: dict[int, Tensor] = {}
+        with observe_sites(decoder, lambda site, hidden: states.update({site: hidden[last]})):
+            forward(input_ids=batch.to(device), attention_mask=mask.to(device), **further)
+        return states
+
+    prefix: SharedPrefix | None = None
+
+    def share(rows: Sequence[int]) -> None:
+        nonlocal prefix
+        prefix = None
+        if shared := SharedPrefix.find(model, ids):
+            whole = states_of(rows, 0, shared.record())
+            if shared.keep() and same_states(whole, states_of(rows, shared.length, shared.inputs(len(rows)))):
+                prefix = shared
 
     def run(rows: Sequence[int]) -> None:
-        lengths = torch.tensor([len(ids[i]) for i in rows])
-        batch = torch.full((len(rows), int(lengths.max())), pad_token_id(tokenizer))
-        for row, i in enumerate(rows):
-            batch[row, : len(ids[i])] = torch.tensor(ids[i])
-        mask = (torch.arange(batch.shape[1]) < lengths[:, None]).long()
-        last = (torch.arange(len(rows)), lengths - 1)
-        states: list[tuple[int, Tensor]] = []
-        with observe_sites(decoder, lambda site, hidden: states.append((site, hidden[last]))):
-            forward(input_ids=batch.to(device), attention_mask=mask.to(device))
+        found = states_of(rows, prefix.length, prefix.inputs(len(rows))) if prefix else states_of(rows, 0, {})
         # Once all of it is there: a batch that does not fit is run again by halves.
-        for site, hidden in states:
+        for site, hidden in found.items():
             consume(list(rows), site, hidden)
         bar.update(len(rows))
 
     with evaluating(model), tqdm(total=len(ids), desc=description, unit="prompt", disable=not progress) as bar:
+        # Of unequal length, so that the two run under a mask, as the others do.
+        in_batches([order[0], order[-1]], 2, share)
         in_batches(order, batch_size, run)

@@ -16,6 +16,9 @@ from procon.settings import ChatSettings
 #: A token opens refusals if it is this much likelier after malicious than after benign prompts.
 MARGIN = 0.005
 
+#: Prompts whose logits are in memory at a time.
+_BATCH = 32
+
 
 def first_token_log_probabilities(
     model: nn.Module,
@@ -23,7 +26,7 @@ def first_token_log_probabilities(
     prompts: Sequence[str],
     *,
     chat: ChatSettings | None = None,
-    batch_size: int = 32,
+    batch_size: int = _BATCH,
 ) -> Tensor:
     """Log-probabilities of the first token of the reply to each prompt: ``[len(prompts), V]`` fp32, on the CPU."""
     found: list[Tensor] = [torch.empty(0)] * len(prompts)
@@ -58,6 +61,17 @@ def first_token_logits(
         yield rows, output.logits[:, -1]
 
 
+def _mean_probabilities(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chat: ChatSettings | None
+) -> Tensor:
+    """Mean over the prompts of the first token's probabilities: ``[V]`` fp32, on the CPU."""
+    total: Tensor | float = 0.0
+    with evaluating(model):
+        for _, logits in first_token_logits(model, tokenizer, prompts, _BATCH, chat):
+            total = total + logits.float().softmax(-1).sum(0)
+    return (torch.as_tensor(total) / len(prompts)).cpu()
+
+
 def refusal_tokens(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -74,8 +88,7 @@ def refusal_tokens(
         ProConError: if there is none: the model replies to both kinds alike.
     """
     malicious, benign = (
-        first_token_log_probabilities(model, tokenizer, side, chat=chat).exp().mean(0)
-        for side in (prompts.malicious, prompts.benign)
+        _mean_probabilities(model, tokenizer, side, chat) for side in (prompts.malicious, prompts.benign)
     )
     tokens = (malicious - benign > margin).nonzero().flatten().tolist()
     if not tokens:
@@ -98,7 +111,11 @@ def refusal_log_odds(
 
     Unlike a rate of refusals it is continuous: it moves before the greedy reply flips.
     """
-    return log_odds_of(first_token_log_probabilities(model, tokenizer, prompts, chat=chat), tokens)
+    found = torch.empty(len(prompts))
+    with evaluating(model):
+        for rows, logits in first_token_logits(model, tokenizer, prompts, _BATCH, chat):
+            found[rows] = log_odds_of(logits.float().log_softmax(-1), tokens).cpu()
+    return found
 
 
 def log_odds_of(log_probabilities: Tensor, tokens: Sequence[int]) -> Tensor:

@@ -20,12 +20,10 @@ from procon.models.decoder import (
     block_input,
     block_output,
     decoder_forward,
-    evaluating,
     final_norms,
     find_decoder,
     first_moving_block,
     is_sharded,
-    keep_quantised,
     model_device,
     observe_block_inputs,
     observe_last_state,
@@ -37,14 +35,17 @@ from procon.models.decoder import (
     unwrapped,
 )
 from procon.models.devices import default_device, spread
+from procon.models.eval_mode import evaluating, keep_quantised
 from procon.models.hub import check_model_name, check_name
 from procon.models.loading import check_loading, default_dtype, load_model, parse_dtype
 from procon.models.origin import compare_origin, origin_of
+from procon.models.shared_prefix import SharedPrefix, same_states
 from procon.models.starting_model import StartingModel, without_adapters
 from procon.models.weights import configuration_hash, frozen_hash, weights_hash
 
 __all__ = [
     "Decoder",
+    "SharedPrefix",
     "StartingModel",
     "active_adapters",
     "adapter_layer",
@@ -77,6 +78,7 @@ __all__ = [
     "origin_of",
     "parse_dtype",
     "refuse_unprepared",
+    "same_states",
     "site_name",
     "spread",
     "token_embedding",

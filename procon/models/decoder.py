@@ -224,33 +224,6 @@ def observe_last_state(decoder: Decoder, observe: Callable[[Tensor], None]) -> I
         handle.remove()
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's own training flag is restored afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    for module, _ in flags:
-        module.training = False
-    keep_quantised(model)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
-def keep_quantised(model: nn.Module) -> None:
-    """Put layers whose weights bitsandbytes has quantised in training mode, in which they compute as training does.
-
-    In eval mode on a CPU, it repacks 4-bit weights for good: coarser, and without a gradient. And it rounds what 8-bit
-    weights multiply.
-    """
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):
-            module.training = True
-
-
 def is_sharded(model: nn.Module) -> bool:
     """Whether a forward needs the other ranks: FSDP2's and tensor-parallel parameters, or those of ZeRO-3."""
     return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())

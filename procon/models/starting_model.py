@@ -14,7 +14,8 @@ from torch import nn
 from torch.func import functional_call
 
 from procon.errors import ProConError
-from procon.models.decoder import decoder_forward, evaluating, find_decoder, is_sharded, model_device
+from procon.models.decoder import decoder_forward, find_decoder, is_sharded, model_device
+from procon.models.eval_mode import evaluating
 
 
 class StartingModel:
