@@ -156,10 +156,10 @@ def main(argv: list[str] | None = None) -> None:
                 (Path(scratch) / str(number)).mkdir()
                 environments[commit] = environment(commit, Path(scratch) / str(number), stack)
         for name in chosen.only or MEASURED:
-            for commit, environment in environments.items():
+            for commit, variables in environments.items():
                 arguments = ["--only", name, "--measure", str(model), "--prompts", str(chosen.prompts)]
                 command = [sys.executable, "-P", "-m", "benchmarks.evaluation_cost", *arguments]
-                done = subprocess.run(command, env=environment, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+                done = subprocess.run(command, env=variables, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
                 cost = json.loads(done.stdout.splitlines()[-1])
                 print(
                     f"{name} at {commit}: {cost['seconds']:.1f} s of CPU, peak {cost['peak'] / 2**30:.2f} GiB, "
