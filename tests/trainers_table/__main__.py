@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from importlib.util import find_spec
@@ -18,7 +17,12 @@ from pathlib import Path
 
 import page
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
+
 FOLDER = Path(__file__).parent
+# What forks processes lies with what tests run in them.
+sys.path.append(str(FOLDER.parent / "workers"))
+
 TWO_RANKS = ("2 ranks DDP", "2 ranks FSDP2")
 
 #: The cells of the short form: each row with anchors from everywhere, and what a source or a trainer is most likely to
@@ -42,22 +46,19 @@ SHORT = (
 
 def run(cells: list[str], folder: Path, *options: str) -> dict:
     """What the cells give, by row and column; those of two ranks in processes of their own."""
+    from forked import run_python, run_ranks
+
     found: dict = {}
     ranks = [cell for cell in cells if cell.split(":")[1] in TWO_RANKS]
     for number, some in enumerate((ranks, [cell for cell in cells if cell not in ranks])):
         if not some:
             continue
         file = folder / f"{number}-{len(some)}.json"
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if some is ranks else []
-        done = subprocess.run(
-            [sys.executable, *launch, str(FOLDER / "cells.py"), str(file), *some, *options],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PROCON_TABLE_FOLDER": str(folder)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            sys.exit(done.stderr[-4000:])
+        command = [FOLDER / "cells.py", file, *some, "--folder", folder, *options]
+        if some is ranks:
+            run_ranks(2, *command, seconds=3600)
+        else:
+            run_python(*command, seconds=3600)
         for row, columns in json.loads(file.read_text()).items():
             found.setdefault(row, {}).update(columns)
     return found

@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +19,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["ACCELERATE_USE_CPU"] = "true"
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parent))  # a process that was forked does not have it
 
 import definition
 import preferences
@@ -114,6 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("file", type=Path)
     parser.add_argument("cells", nargs="+", metavar="ROW:COLUMN")
+    parser.add_argument("--folder", type=Path, required=True, help="what the cells write goes there")
     parser.add_argument("--source", help="where anchors come from, in columns that do not say so")
     parser.add_argument("--compared", nargs="*", help="cells to compare at alpha 0 with the class that is extended")
     chosen = parser.parse_args()
@@ -121,7 +122,7 @@ def main() -> None:
         torch.distributed.init_process_group("gloo")
         shard_on_cpus()
     torch.set_num_threads(1)
-    shared = Path(os.environ.get("PROCON_TABLE_FOLDER") or tempfile.mkdtemp())
+    shared = chosen.folder
     expected = Expected(shared)
     found, made, identical = {}, {}, {}
     for cell in chosen.cells:

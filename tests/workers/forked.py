@@ -54,7 +54,7 @@ class Python:
         self._process.kill()
         self._process.join()
 
-    def wait(self, code: int = 0, seconds: float = 300) -> None:
+    def wait(self, code: int = 0, seconds: float = 1200) -> None:
         """Until it ends; an AssertionError has the end of what it wrote, if that is with another exit code."""
         self._process.join(seconds)
         if self.runs:
@@ -64,12 +64,12 @@ class Python:
         assert found == code, f"exit code {found}\n{written[-4000:]}"
 
 
-def run_python(*arguments: str | Path, code: int = 0) -> None:
+def run_python(*arguments: str | Path, code: int = 0, seconds: float = 1200) -> None:
     """``python ARGUMENTS``, to its end."""
-    Python(*arguments).wait(code)
+    Python(*arguments).wait(code, seconds)
 
 
-def run_ranks(ranks: int, *arguments: str | Path) -> None:
+def run_ranks(ranks: int, *arguments: str | Path, seconds: float = 1200) -> None:
     """``torchrun --nproc-per-node RANKS ARGUMENTS``, to its end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -79,7 +79,7 @@ def run_ranks(ranks: int, *arguments: str | Path) -> None:
     running = [Python(*arguments, **{name: str(value) for name, value in each.items()}) for each in variables]
     try:
         for rank in running:
-            rank.wait()
+            rank.wait(seconds=seconds)
     finally:
         for rank in running:
             rank.kill()
