@@ -1,9 +1,7 @@
 """The Accelerate example does on two ranks, with each of its configurations, what it does on one."""
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from forked import run_ranks
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -57,20 +56,7 @@ def test_two_ranks_do_what_one_does(place, monkeypatch, capsys):
     tuned = load_file("one/model.safetensors")
 
     configurations = [name for name in CONFIGURATIONS if find_spec("deepspeed") or not name.startswith("deepspeed")]
-    command = [
-        "-m",
-        "accelerate.commands.launch",
-        f"--config_file={EXAMPLE / configurations[0]}",
-        "--main_process_port=0",
-    ]
-    result = subprocess.run(
-        [sys.executable, *command, str(ROOT / "tests" / "workers" / "examples.py"), str(place), *configurations],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    run_ranks(2, ROOT / "tests" / "workers" / "examples.py", place, *configurations)
     for name, run in json.loads((place / "printed.json").read_text()).items():
         assert run["kind"] == CONFIGURATIONS[name]
         found = steps(run["printed"])

@@ -1,6 +1,6 @@
 """``examples.py FOLDER CONFIG...``: what ``examples/accelerate/train.py`` prints on two ranks, with each configuration.
 
-To be launched with the first. The others' environments are those that ``accelerate launch`` would set.
+Its environment is the one that ``accelerate launch`` would set.
 """
 
 import contextlib
@@ -45,8 +45,7 @@ def extract(*_) -> RefusalDirections:
 
 def run(config: str) -> dict[str, str]:
     gloo.start(sharding=config == "fsdp2.yaml")
-    if config != sys.argv[2]:
-        set_environment(config)
+    set_environment(config)
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     arguments = ["--model=model", "--data=data.jsonl", f"--output_dir={config}", "--batch_size=2", "--epochs=2"]
     arguments += ["--schedule=0@1steps,100@2steps,0", "--learning_rate=1e-3"]
