@@ -4,12 +4,10 @@
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import run_python
 
 CAMPAIGN = Path(__file__).parents[1] / "unconstrained"
 OUTCOMES = {"acts", "refused", "warned", "said", "harmless", "same"}
@@ -18,14 +16,7 @@ OUTCOMES = {"acts", "refused", "warned", "said", "harmless", "same"}
 def test_the_most_telling_scenarios(tmp_path):
     pytest.importorskip("trl", reason="scenarios of the SFTTrainer")
     file = tmp_path / "short.json"
-    result = subprocess.run(
-        [sys.executable, str(CAMPAIGN), "--short", "--output", str(file)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    run_python(CAMPAIGN, "--short", "--output", file)
     rows = json.loads(file.read_text())["rows"]
     assert len(rows) > 30
     assert {row["outcome"] for row in rows} <= OUTCOMES
