@@ -36,9 +36,10 @@ LAUNCHED = "RANK" in os.environ
 TOKENIZER = AutoTokenizer.from_pretrained(FOLDER / "model")
 PROMPTS = builtin_prompts("extraction").first(4)
 
-#: Alpha 100 for ten steps, then 0 for ten.
-WARM_UP = {"procon_schedule": "procon_wu:100@2ep", "max_steps": 10}
-SAVES = {"save_strategy": "steps", "save_steps": 8}
+#: Alpha 100 for an epoch of five steps, then 0 for another.
+WARM_UP = {"procon_schedule": "procon_wu:100@1ep", "max_steps": 5}
+#: Within the second epoch.
+SAVES = {"save_strategy": "steps", "save_steps": 6}
 HOLD = {"procon_schedule": "hold:0.001"}
 #: Tensor parallelism of a tiny model on a CPU is slow, and learning rates are constant.
 SHORT = {"max_steps": 5}
@@ -111,7 +112,7 @@ def trainer(
         "procon_scope": "response",
         "procon_penalty": "squared",
         "procon_anchors_dir": str(FOLDER / f"anchors-{name}-{WORLD}"),
-        "max_steps": 20,
+        "max_steps": 10,
         "lr_scheduler_type": "constant",
         "learning_rate": 1e-3,
         "logging_steps": 1,
@@ -162,7 +163,7 @@ def train(name: str, *, resume: str | None = None, drift: bool = False, **settin
 
     ours.constraint.set_target = noted
     ours.training_step = training_step
-    ours.train(resume_from_checkpoint=resume and str(FOLDER / resume / "checkpoint-8"))
+    ours.train(resume_from_checkpoint=resume and str(FOLDER / resume / "checkpoint-6"))
     return {
         **seen,
         "hold": ours.hold and everywhere(ours.hold.state()),
