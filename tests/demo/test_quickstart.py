@@ -28,19 +28,19 @@ def test_real_model_refuses_and_trains_under_the_constraint(tmp_path):
     assert measure_refusal(model, tokenizer, held_out.malicious, progress=False) >= 0.75
 
     directions = RefusalDirections.extract(
-        model, tokenizer, builtin_prompts("extraction").first(32), check_refusal=False, progress=False
+        model, tokenizer, builtin_prompts("extraction").first(16), check_refusal=False, progress=False
     )
     assert directions.usable.tolist() == [False] + [True] * 30  # RoPE: the first block sees the token alone
     assert directions.auroc[15:].min() > 0.8
 
     train = tokenize_conversations(
-        to_conversations(Dataset.from_list(arithmetic_problems(16, 0))), tokenizer, progress=False
+        to_conversations(Dataset.from_list(arithmetic_problems(6, 0))), tokenizer, progress=False
     )
     config = ProConConfig(
         output_dir=str(tmp_path),
         procon_schedule="procon_s:0.1",
         max_steps=3,
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=2,
         learning_rate=1e-3,
         logging_steps=1,
         save_strategy="no",
