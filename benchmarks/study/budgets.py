@@ -236,6 +236,17 @@ _FULL_TABLE = replace(
     seeds=(0, 1, 2, 3, 4),
 )
 
+# Fifteen steps, after each fifth of which the loss is logged, of as few samples as show the effect.
+_FEW_SAMPLES = {"per_device_train_batch_size": 2}
+SMOKE = Part(
+    "smoke",
+    "Does the constraint keep refusals?",
+    "The direction of the effect, in minutes.",
+    (START, *(replace(method, config={**method.config, **_FEW_SAMPLES}) for method in (PLAIN, PROCON_S))),
+    seeds=(0,),
+    split="validation",
+)
+
 BUDGETS: dict[str, Budget] = {
     "table": Budget(
         (TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, BASELINES, WARMUP, DEPTH, CONVERGENCE, SUBSPACE, FORMAT, ROUNDING),
@@ -246,17 +257,5 @@ BUDGETS: dict[str, Budget] = {
         (_FULL_TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, SUBSPACE),
         Size(train=6400, test=512, epochs=10, pairs=192, poisoned=100, safety=1000),
     ),
-    "smoke": Budget(
-        (
-            Part(
-                "smoke",
-                "Does the constraint keep refusals?",
-                "The direction of the effect, in minutes.",
-                (START, PLAIN, PROCON_S),
-                seeds=(0,),
-                split="validation",
-            ),
-        ),
-        Size(train=136, test=8, prompts=16, extraction=48, pairs=16),
-    ),
+    "smoke": Budget((SMOKE,), Size(train=30, test=4, prompts=8, extraction=24, pairs=8)),
 }
