@@ -43,6 +43,13 @@ sys.modules["benchmarks"] = importlib.util.module_from_spec(_BENCHMARKS)
 sys.path.append(str(Path(__file__).parent / "workers"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # ``pytest -n 2`` deals tests out in fixed shares, of which one has all that are long: what is left of it can be
+    # taken over. Not an option in pyproject.toml, which pytest without xdist would refuse.
+    if getattr(config.option, "dist", "no") == "load":
+        config.option.dist = "worksteal"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Long tests first: at the end, one process would wait for the other's.
     items.sort(key=lambda item: "slow" not in item.keywords)
