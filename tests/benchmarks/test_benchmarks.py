@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import draw
 from benchmarks.harness import agreement, interleaved
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +78,7 @@ def test_disagreement_is_named():
 
 
 @pytest.mark.slow
-def test_every_suite_and_its_pictures(tmp_path):
+def test_every_suite_and_its_pictures(tmp_path, capsys):
     suites = {file.stem for file in (ROOT / "benchmarks").glob("bench_*.py")}
     assert suites == set(FIELDS)
     results = tmp_path / "results.json"
@@ -104,8 +105,8 @@ def test_every_suite_and_its_pictures(tmp_path):
         assert benchmark["stats"]["rounds"] == len(benchmark["stats"]["data"]) >= 3
     assert seen == suites
 
-    command = [sys.executable, "-m", "benchmarks.draw", str(results), "--out", str(tmp_path)]
-    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    draw.main([str(results), "--out", str(tmp_path)])
+    table = capsys.readouterr().out
     groups = {benchmark["group"] for benchmark in content["benchmarks"]}
     assert len(list(tmp_path.glob("*.png"))) == len(groups)
     assert all(f"| {group} | median |" in table for group in groups)
