@@ -43,6 +43,11 @@ sys.modules["benchmarks"] = importlib.util.module_from_spec(_BENCHMARKS)
 sys.path.append(str(Path(__file__).parent / "workers"))
 
 
+def _modules_of(item: pytest.Item) -> set[str]:
+    """Those that what a test's module imported comes from."""
+    return {getattr(value, "__module__", "") for value in vars(getattr(item, "module", item)).values()}
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # ``pytest -n 2`` deals tests out in fixed shares, of which one has all that are long: what is left of it can be
     # taken over. Not an option in pyproject.toml, which pytest without xdist would refuse.
@@ -51,8 +56,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Long tests first: at the end, one process would wait for the other's.
-    items.sort(key=lambda item: "slow" not in item.keywords)
+    # Long tests first: at the end, one process would wait for the other's. With them those that fork (forked.py): what
+    # they fork from takes seconds to start, in each process of xdist that has any of them.
+    items.sort(key=lambda item: "slow" not in item.keywords and "forked" not in _modules_of(item))
     if importlib.util.find_spec("triton") is None:
         for item in items:
             if {"triton", "kernels"} & set(

@@ -13,6 +13,7 @@ CAMPAIGN = Path(__file__).parents[1] / "unconstrained"
 OUTCOMES = {"acts", "refused", "warned", "said", "harmless", "same"}
 
 
+@pytest.mark.slow
 def test_the_most_telling_scenarios(tmp_path):
     pytest.importorskip("trl", reason="scenarios of the SFTTrainer")
     file = tmp_path / "short.json"
