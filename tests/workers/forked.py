@@ -16,8 +16,15 @@ from pathlib import Path
 from unittest import mock
 
 _CONTEXT = multiprocessing.get_context("forkserver")
+# DeepSpeed, where it is installed, is what every Trainer imports.
 _CONTEXT.set_forkserver_preload(
-    ["procon.cli.train", "procon.training.sft", "transformers.models.llama.modeling_llama", "torch.distributed.fsdp"]
+    [
+        "procon.cli.train",
+        "procon.training.sft",
+        "transformers.models.llama.modeling_llama",
+        "torch.distributed.fsdp",
+        "deepspeed",
+    ]
 )
 
 #: As the session began: tests leave settings in the environment.
