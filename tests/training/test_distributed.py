@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -138,6 +139,11 @@ def test_two_ranks_train_as_one_does(tiny_model, tokenizer, tmp_path):
     two = launch(tmp_path, 2, among(cases))
     fewer = launch(tmp_path, 1, among(["ddp_resumed", "fsdp2_resumed", "zero2_resumed"]))
     assert not {case: found["error"] for case, found in {**one, **two}.items() if "error" in found}
+
+    # The warning that the penalty acts more or less strongly than alpha says is not for any of these.
+    strengths = [value for found in {**one, **two}.values() for value in found.get("strength", ())]
+    assert [value for value in strengths if not math.isnan(value) and value != pytest.approx(1, rel=1e-2)] == []
+    assert sum(value == value for value in strengths) > 10
 
     penalties = [row["procon/penalty"] for row in steps(one["ddp"])]
     assert penalties[0] < 1e-12 < 1e-6 < penalties[-1]

@@ -169,6 +169,8 @@ def train(name: str, *, resume: str | None = None, drift: bool = False, **settin
         "hold": ours.hold and everywhere(ours.hold.state()),
         "log": ours.state.log_history,
         "losses": everywhere(losses),
+        # Of the first penalty's gradient; NaN if an engine scales the loss.
+        "strength": everywhere(ours.evidence._gradient / ours.evidence._expected),
         "fingerprint": ours._anchors and ours._anchors.fingerprint,
         "recorded": ours._anchors and len(ours._anchors),
         "kind": ours.accelerator.distributed_type.value,
