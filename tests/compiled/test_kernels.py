@@ -296,6 +296,21 @@ def test_gradient_of_the_norm(case):
         assert for_weight.numel() == 0
 
 
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_a_row_of_weight_0_may_hold_anything(penalty):
+    hidden, v = states(MANY, 40, torch.float32), states(1, 40, torch.float32, seed=1)[0]
+    direction, anchor, weight = companions(hidden, 3, "anchor and weight")
+    hidden[weight == 0] = float("nan")
+    kind, rounding, sides = penalty
+    rest = (direction, anchor, weight, kind, rounding, sides)
+    _, _, tokens, coefficient = rms_norm_penalize(hidden, v, EPS, "llama", 0.0, *rest)
+    dead = (weight == 0).cpu()
+    assert dead.any()
+    for part in (tokens.cpu(), coefficient.cpu()):
+        assert (part[dead] == 0).all()
+        assert part[~dead].isfinite().all()
+
+
 def test_the_weights_gradient_of_many_programs(monkeypatch):
     """More sums of rows than are added up at a time, as a GPU of some hundred multiprocessors has them."""
     monkeypatch.setattr(launch, "target_of", lambda tensor: launch.Target("sm_90", 32, 10))
