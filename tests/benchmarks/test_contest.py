@@ -145,6 +145,25 @@ def test_page_is_the_record():
     assert page({side: kept(side) for side in SIDES}) == PAGE.read_text()
 
 
+def test_our_backward_streams():
+    """As recorded, on every GPU: weight and directions are loaded once, rows ahead of their use."""
+    backward = [r for r in kept("after")["records"] if r["call"].startswith(("norm backward", "fused backward"))]
+    assert {record["target"] for record in backward} == {"sm_80", "sm_90", "sm_100"}
+    for record in backward:
+        case = tuple(record[key] for key in ("target", "size", "directions", "call"))
+        loop, *_ = record["launches"]
+        assert len(record["launches"]) == (1 if "frozen" in record["call"] else 2), case
+        assert [launch for launch in record["launches"] if launch["spilled_bytes"]] == [], case
+        assert loop["barriers_in_loop"] <= 4, case
+        assert loop["wide_relayouts_in_loop"] + loop["narrow_relayouts_in_loop"] == 0, case
+        if record["size"] * record["directions"] > 4096 * 8:
+            continue  # the directions alone would fill the registers of a multiprocessor
+        assert loop["asynchronous_copies_in_loop"] > 0, case
+        assert loop["loads_in_loop"] == {}, case
+        if record["size"] * max(record["directions"], 1) <= 4096:
+            assert loop["blocks_per_multiprocessor"] >= 2, case
+
+
 @pytest.mark.slow
 def test_peers_are_found(tmp_path):
     pytest.importorskip("liger_kernel", reason="one of the peers")
