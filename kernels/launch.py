@@ -63,7 +63,7 @@ TABLE: dict[str, dict[str, dict[int, tuple[int, int]]]] = {
     },
 }
 
-#: From so many directions on, a program of the forward takes two rows, so that it reads the directions half as often.
+#: From so many directions on, a program of the forward takes two rows on CUDA: it reads the directions half as often.
 MANY_DIRECTIONS = 4
 
 #: Longest row that RMSNorm backward holds in registers between its two uses; a longer one is read again from cache.
@@ -107,7 +107,9 @@ def row_tile(kernel: str, size: int, itemsize: int, target: Target) -> Tile:
 def forward_tile(size: int, itemsize: int, directions: int, target: Target) -> Tile:
     """Whole rows, whose sums of squares and projections are taken together."""
     tile = row_tile("forward", size, itemsize, target)
-    return tile._replace(rows=2) if tile.rows == 1 and directions >= MANY_DIRECTIONS else tile
+    if target.family == "cuda" and tile.rows == 1 and directions >= MANY_DIRECTIONS:
+        return tile._replace(rows=2)
+    return tile
 
 
 def forget() -> None:

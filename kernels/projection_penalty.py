@@ -110,17 +110,16 @@ def _backward(
     IN_PLACE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    real = column < D
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = row < N
     if IN_PLACE:
         moved = row < 0
         for k in tl.static_range(K):
             moved |= tl.load(coefficient + row * K + k, mask=inside, other=0) != 0
         inside &= moved
-    patch = inside[:, None] & real
+    patch = inside[:, None] & (column < D)[None, :]
     if incoming is not None:
-        arrived = incoming + row[:, None] * incoming_stride + column
+        arrived = incoming + row[:, None] * incoming_stride + column[None, :]
         total = tl.load(arrived, mask=patch, other=0).to(direction.dtype.element_ty)
     else:
         total = tl.zeros([ROWS, COLUMNS], direction.dtype.element_ty)
@@ -128,9 +127,9 @@ def _backward(
         c = tl.load(coefficient + row * K + k, mask=inside, other=0)
         if upstream is not None:
             c *= tl.load(upstream + row * upstream_stride, mask=inside, other=0)
-        r = tl.load(direction + k * D + column, mask=real, other=0, eviction_policy="evict_last")
-        total += c[:, None] * r
-    tl.store(gradient + row[:, None] * D + column, total.to(gradient.dtype.element_ty), mask=patch)
+        r = tl.load(direction + k * D + column, mask=column < D, other=0, eviction_policy="evict_last")
+        total += c[:, None] * r[None, :]
+    tl.store(gradient + row[:, None] * D + column[None, :], total.to(gradient.dtype.element_ty), mask=patch)
 
 
 def _launch_forward(

@@ -222,10 +222,17 @@ class ConstrainedBlock:
         if torch.compiler.is_compiling():
             # A graph cannot ask whether it runs again, and would save what the op makes of the target of that time.
             anchors = outside_backward(anchors)
-        key = target.units, device, backend
-        if (vectors := self._operand.get(key)) is None:
-            vectors = self._operand[key] = folded(on_device(self._vectors[target.units], device), 0, backend)
-        return vectors, anchors, mask, backend
+        return self._directions(target.units, device, backend), anchors, mask, backend
+
+    def _directions(self, units: Units, device: torch.device, backend: str) -> Tensor:
+        """As the op takes them."""
+        if torch.compiler.is_compiling():
+            # A graph that keeps them would be compiled again when they are there.
+            return folded(on_device(self._vectors[units], device), 0, backend)
+        key = units, device, backend
+        if key not in self._operand:
+            self._operand[key] = folded(on_device(self._vectors[units], device), 0, backend)
+        return self._operand[key]
 
     def _constrained(self, target: Target, hidden: Tensor, operands: _Operands) -> Tensor:
         """The block's input passed through the op, whose penalty is kept."""

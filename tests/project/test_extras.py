@@ -27,7 +27,8 @@ BROUGHT_ALONG = {"huggingface_hub": "transformers", "pyarrow": "datasets", "typi
 #: Imports that no extra brings: the kernels are asked for only if Triton is there, a plugin only by its framework, and
 #: DeepSpeed only for a model that it holds.
 BY_THEMSELVES = {
-    *(("triton", file) for file in ("penalty.py", "launch.py", "projection_penalty.py", "rms_norm_penalty.py")),
+    *(("triton", f"{kernel}_penalty.py") for kernel in ("projection", "rms_norm")),
+    *(("triton", file) for file in ("launch.py", "penalty.py", "sums.py")),
     *(("triton", "backends.py"), ("axolotl", "axolotl_trainer.py"), ("deepspeed", "weights.py")),
 }
 
@@ -205,7 +206,8 @@ def test_the_op_loads_nothing_beside_torch():
     assert not [name for name in found if name.startswith(("torch._dynamo", "torch._inductor", "triton"))]
     assert own <= {
         *("procon", "procon.version", "procon.kernels", "procon.errors", "procon.settings", "procon.schedule"),
-        *("procon.ops", "procon.ops.autograd", "procon.ops.backends", "procon.ops.functional", "procon.ops.operators"),
+        *(f"procon.ops.{module}" for module in ("arguments", "autograd", "backends", "functional", "operators")),
+        "procon.ops",
     }
     # torch's own that are loaded on first use; a few hundred would be the compiler's.
     assert len(found) <= len(own) + 15, found

@@ -169,7 +169,7 @@ PENALTY = _in(
     # Forward.
     ("rows begin one later", "* ROWS + tl.arange(0, ROWS)", "* ROWS + 1 + tl.arange(0, ROWS)", 0, 2),
     ("a row too many", "inside = row < N", "inside = row <= N", 0, 2),
-    ("a column too many", "real = column < D", "real = column <= D", 0, 2),
+    ("a column too many", "real = column < D", "real = column <= D"),
     ("dead rows are read", "mask=live[:, None] & real", "mask=inside[:, None] & real"),
     ("rows without a mask", "mask=live[:, None] & real", "mask=real"),
     ("columns without a mask", "mask=live[:, None] & real", "mask=live[:, None]"),
@@ -202,11 +202,15 @@ PENALTY = _in(
     ),
     # Backward.
     ("all columns are the first", "tl.program_id(1) * COLUMNS + tl.arange", "tl.arange"),
-    ("rows of the gradient without a mask", "patch = inside[:, None] & real", "patch = (row[:, None] >= 0) & real"),
+    (
+        "rows of the gradient without a mask",
+        "patch = inside[:, None] & (column",
+        "patch = (row[:, None] >= 0) & (column",
+    ),
     (
         "columns of the gradient without a mask",
-        "patch = inside[:, None] & real",
-        "patch = inside[:, None] & (column >= 0)",
+        "inside[:, None] & (column < D)[None, :]",
+        "inside[:, None] & (column >= 0)[None, :]",
     ),
     ("the stride of the gradient is D", "row[:, None] * incoming_stride", "row[:, None] * D"),
     ("what arrives for the penalty is left out", "c *= tl.load(upstream", "c += 0 * tl.load(upstream"),
@@ -214,8 +218,8 @@ PENALTY = _in(
     ("coefficients of another row", "c = tl.load(coefficient + row * K + k", "c = tl.load(coefficient + row + k"),
     (
         "all directions are the first, backward",
-        f"r = {_LOADED_R}\n        total",
-        f"r = {_LOADED_R.replace('k * D + ', '')}\n        total",
+        "r = tl.load(direction + k * D + column, mask=column < D",
+        "r = tl.load(direction + column, mask=column < D",
     ),
     ("rows that the last direction moves alone", "moved |= tl.load", "moved = tl.load"),
     ("the last direction alone, backward", "total += c[:, None] * r", "total = c[:, None] * r"),
