@@ -7,7 +7,7 @@ entries were chosen from ahead-of-time builds: no spills, and every access of hi
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -73,6 +73,9 @@ HELD_COLUMNS = 8192
 #: multiprocessor.
 _NUMBERS = 112
 _THREADS = {"cuda": 512, "hip": 1024}
+
+#: Of all launches: products that are added are rounded once. The default of Triton 3.10 is to round them twice.
+FP_FUSION = True
 
 #: Bytes of rows on their way to the shared memory of one program: all GPUs since sm_80 have more.
 _BYTES_AHEAD = 64 * 1024
@@ -168,12 +171,6 @@ def patch_tile(size: int) -> Tile:
 def sum_tile() -> Tile:
     """Rows and columns that a program adds up at a time: few columns, so that many programs share the work."""
     return Tile(64, 64, 8)
-
-
-@cache
-def options(warps: int) -> dict[str, Any]:
-    """Of a launch. Products that are added are rounded once: the default of Triton 3.10 is to round them twice."""
-    return {"num_warps": warps, "enable_fp_fusion": True}
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import forward_tile, on_device, options, patch_tile, target_of
+from .launch import FP_FUSION, forward_tile, on_device, patch_tile, target_of
 from .penalty import value_and_slope
 from .sums import row_sums
 
@@ -167,7 +167,8 @@ def _launch_forward(
                 SIDES=sides,
                 ROWS=tile.rows,
                 COLUMNS=tile.columns,
-                **options(tile.warps),
+                num_warps=tile.warps,  # pyright: ignore[reportCallIssue]  # a launch option
+                enable_fp_fusion=FP_FUSION,  # pyright: ignore[reportCallIssue]
             )
 
 
@@ -242,5 +243,6 @@ def _launch_backward(
                 ROWS=tile.rows,
                 COLUMNS=tile.columns,
                 IN_PLACE=incoming is gradient,
-                **options(tile.warps),
+                num_warps=tile.warps,  # pyright: ignore[reportCallIssue]  # a launch option
+                enable_fp_fusion=FP_FUSION,  # pyright: ignore[reportCallIssue]
             )

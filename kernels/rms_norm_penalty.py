@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import forward_tile, on_device, options, row_stream, sum_tile, target_of
+from .launch import FP_FUSION, forward_tile, on_device, row_stream, sum_tile, target_of
 from .penalty import value_and_slope
 from .sums import row_sums
 
@@ -157,7 +157,7 @@ def _backward(
         if gradient is not None:
             if not HELD:
                 v = tl.load(norm_weight + column, mask=real, other=0, eviction_policy="evict_last").to(dtype) + OFFSET
-            mean = tl.sum(arrived * v * h, axis=1)[:, None] * s / D
+            mean = tl.sum(arrived * v * h, axis=1, keep_dims=True) * s / D
             if not HELD:
                 # Other cache modifiers than above: the compiler would merge the reads and hold the row after all.
                 h = tl.load(h_at, mask=real, other=0, cache_modifier=".ca").to(dtype)
@@ -189,7 +189,7 @@ def _finish(partial, gradient, COUNT, D: tl.constexpr, ROWS: tl.constexpr, COLUM
     for first in range(0, COUNT, ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
         total += tl.load(partial + row * D + column, mask=(row < COUNT) & real, other=0)
-    result = tl.sum(total, axis=0)[None, :]
+    result = tl.sum(total, axis=0, keep_dims=True)
     tl.store(gradient + column, result.to(gradient.dtype.element_ty), mask=real)
 
 
@@ -251,7 +251,8 @@ def rms_norm_penalize(
                 K=directions,
                 ROWS=tile.rows,
                 COLUMNS=tile.columns,
-                **options(tile.warps),
+                num_warps=tile.warps,  # pyright: ignore[reportCallIssue]  # a launch option
+                enable_fp_fusion=FP_FUSION,  # pyright: ignore[reportCallIssue]
             )
     return normed, inverse_rms, token_penalty, coefficient
 
@@ -307,7 +308,8 @@ def rms_norm_gradient(
             HELD=stream.held,
             KEPT=stream.kept,
             STAGES=stream.stages,
-            **options(stream.warps),
+            num_warps=stream.warps,  # pyright: ignore[reportCallIssue]  # a launch option
+            enable_fp_fusion=FP_FUSION,  # pyright: ignore[reportCallIssue]
         )
 
     if rows:
@@ -327,6 +329,7 @@ def rms_norm_gradient(
                     D=size,
                     ROWS=tile.rows,
                     COLUMNS=tile.columns,
-                    **options(tile.warps),
+                    num_warps=tile.warps,  # pyright: ignore[reportCallIssue]  # a launch option
+                    enable_fp_fusion=FP_FUSION,  # pyright: ignore[reportCallIssue]
                 )
     return gradient, for_weight
