@@ -181,6 +181,7 @@ def test_gradient_of_the_penalty(case):
     incoming = None if case["incoming"] == "none" else states(rows, size, dtype, case["incoming"] == "strided")
     direction, coefficient = (torch.randn(*shape, generator=make).to("cuda") for shape in ((k, size), (rows, k)))
     coefficient[::3] = 0
+    coefficient[1::3, -1] = 0
     upstream = {"none": None, "scalar": torch.tensor(0.37), "per token": torch.randn(rows, generator=make)}[
         case["upstream"]
     ]
@@ -266,7 +267,8 @@ def test_gradient_of_the_norm(case):
     dtype, weight_dtype = case["dtypes"]
     make = torch.Generator().manual_seed(1)
     hidden = states(rows, size, dtype, case["strided"])
-    incoming = states(rows, size, torch.promote_types(dtype, weight_dtype), case["strided"], seed=1)
+    # One of the two is strided: neither's rows are where the other's are.
+    incoming = states(rows, size, torch.promote_types(dtype, weight_dtype), not case["strided"], seed=1)
     v = states(1, size, weight_dtype, seed=2)[0]
     inverse_rms = (hidden.float().square().mean(-1) + EPS).rsqrt()
     coefficient = torch.randn(rows, k, generator=make).to("cuda")
