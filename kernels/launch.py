@@ -77,6 +77,9 @@ _THREADS = {"cuda": 512, "hip": 1024}
 #: Of all launches: products that are added are rounded once. The default of Triton 3.10 is to round them twice.
 FP_FUSION = True
 
+#: Of the weight's gradient, sums that a program adds up at a time: few columns, so that many programs share the work.
+SUM_TILE = Tile(64, 64, 8)
+
 #: Bytes of rows on their way to the shared memory of one program: all GPUs since sm_80 have more.
 _BYTES_AHEAD = 64 * 1024
 
@@ -166,11 +169,6 @@ def _copies_ahead(target: Target) -> bool:
 def patch_tile(size: int) -> Tile:
     """Pieces of several rows of ``size`` elements, for elementwise work: a narrow piece wastes little of an odd D."""
     return Tile(8, min(256, triton.next_power_of_2(size)), 4)
-
-
-def sum_tile() -> Tile:
-    """Rows and columns that a program adds up at a time: few columns, so that many programs share the work."""
-    return Tile(64, 64, 8)
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager:

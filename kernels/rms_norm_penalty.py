@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FP_FUSION, forward_tile, on_device, row_stream, sum_tile, target_of
+from .launch import FP_FUSION, SUM_TILE, forward_tile, on_device, row_stream, target_of
 from .penalty import value_and_slope
 from .sums import row_sums
 
@@ -321,15 +321,14 @@ def rms_norm_gradient(
                 launch(gradient, None)
                 launch(None, partial)
             if partial is not None:
-                tile = sum_tile()
-                _finish[(triton.cdiv(size, tile.columns),)](
+                _finish[(triton.cdiv(size, SUM_TILE.columns),)](
                     partial,
                     for_weight,
                     grid,
                     D=size,
-                    ROWS=tile.rows,
-                    COLUMNS=tile.columns,
-                    num_warps=tile.warps,  # pyright: ignore[reportCallIssue]  # a launch option
+                    ROWS=SUM_TILE.rows,
+                    COLUMNS=SUM_TILE.columns,
+                    num_warps=SUM_TILE.warps,  # pyright: ignore[reportCallIssue]  # a launch option
                     enable_fp_fusion=FP_FUSION,  # pyright: ignore[reportCallIssue]
                 )
     return gradient, for_weight

@@ -159,7 +159,7 @@ NORM = _in(
     ),
     # Launches.
     ("the last tile is lost, forward", "triton.cdiv(rows, tile.rows)", "max(1, rows // tile.rows)"),
-    ("the last columns are lost", "triton.cdiv(size, tile.columns)", "max(1, size // tile.columns)"),
+    ("the last columns are lost", "triton.cdiv(size, SUM_TILE.columns)", "max(1, size // SUM_TILE.columns)"),
     ("the stride of another tensor", "incoming.stride(0)", "hidden.stride(0)"),
     (
         "the weight's gradient is not set to 0 without rows",
