@@ -243,7 +243,7 @@ class ProjectionConstraint:
         attachment = self._attached()
         # Blocks first: read with a stride, each number would move a whole sector of memory.
         given = anchors.unflatten(-1, (len(self.blocks), -1)).movedim(-2, 0)
-        by_block = torch.empty(given.shape, device=given.device)
+        by_block = torch.empty(given.shape, dtype=torch.float32, device=given.device)
         if units == "gap":
             if self._units != "gap":  # else checked when it was made
                 check_units(self._directions, self.blocks)

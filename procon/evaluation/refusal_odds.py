@@ -111,7 +111,7 @@ def refusal_log_odds(
 
     Unlike a rate of refusals it is continuous: it moves before the greedy reply flips.
     """
-    found = torch.empty(len(prompts))
+    found = torch.empty(len(prompts), dtype=torch.float32)
     with evaluating(model):
         for rows, logits in first_token_logits(model, tokenizer, prompts, _BATCH, chat):
             found[rows] = log_odds_of(logits.float().log_softmax(-1), tokens).cpu()

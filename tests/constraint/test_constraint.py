@@ -439,3 +439,17 @@ def test_counts_and_targets_of_another_device(tiny_model, random_directions):
         for block in constraint.blocks:
             target.keep(block, torch.zeros(6, device=there))
         assert constraint.penalty(torch.tensor([7.0])).device == there
+
+
+@pytest.mark.parametrize("units", ["raw", "gap"])
+def test_anchors_are_float32_whatever_the_default(tiny_model, random_directions, units):
+    model = tiny_model()
+    with ProjectionConstraint(random_directions(model), units=units).attach(model) as constraint:
+        anchors = torch.randn(2, 9, len(constraint.blocks)).bfloat16()
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            constraint.set_target(anchors, torch.ones(2, 9))
+        finally:
+            torch.set_default_dtype(default)
+        assert constraint._state.target.anchors.dtype == torch.float32
