@@ -34,7 +34,8 @@ def penalty_arguments(
         if anchor.shape != wanted:
             wanted = list(wanted)
             raise ProConError(f"anchor has shape {list(anchor.shape)}: give {wanted}, the shape of the projections")
-        if anchor.dim() != directions.dim():
+        # [B, T] of one direction has as many axes as [N, K].
+        if len(tokens) != 1 or anchor.dim() != directions.dim():
             anchor = anchor.reshape(-1, *directions.shape[:-1])
     if weight is not None:
         weight = _companion("weight", weight, hidden, dtype)

@@ -17,30 +17,38 @@ ONE = torch.randn(8)
 SEVERAL = torch.randn(4, 8)
 
 
+@pytest.mark.parametrize("backend", ["eager", "triton"])
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3), (2, 0), (2, 1, 3)])
 @pytest.mark.parametrize("k", [None, 1, 4])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_shapes_and_dtypes(lead, k, dtype):
+def test_shapes_and_dtypes(backend, lead, k, dtype):
     hidden = torch.randn(*lead, 8, dtype=dtype)
     several = (k,) if k else ()
-    direction, anchor, weight = torch.randn(*several, 8), torch.randn(lead + several), torch.rand(lead)
+    direction, weight = torch.randn(*several, 8), torch.rand(lead)
+    # Of one block among several, as users cut them out: every direction's and every token's stride is its own.
+    anchor = torch.randn((*lead, *several, 3))[..., 1]
     computed = torch.float64 if dtype == torch.float64 else torch.float32
 
-    projection = project(hidden, direction)
+    projection = project(hidden, direction, backend=backend)
     assert projection.shape == anchor.shape
     assert projection.dtype == computed
     by_definition = torch.einsum("...d,kd->...k", hidden.to(computed), direction.to(computed).reshape(-1, 8))
-    torch.testing.assert_close(projection, by_definition.reshape(anchor.shape), rtol=1e-4, atol=1e-5)
+    by_definition = by_definition.reshape(anchor.shape)
+    torch.testing.assert_close(projection, by_definition, rtol=1e-4, atol=1e-5)
 
-    same, penalty = constrain(hidden, direction, anchor, weight)
+    same, penalty = constrain(hidden, direction, anchor, weight, backend=backend)
     assert same.data_ptr() == hidden.data_ptr()
     assert same.shape == hidden.shape
     assert penalty.shape == ()
     assert penalty.dtype == computed
-    tokens = projection_penalty(hidden, direction, anchor, weight, reduction="none")
+    tokens = projection_penalty(hidden, direction, anchor, weight, reduction="none", backend=backend)
     assert tokens.shape == lead
+    departure = (by_definition - anchor).reshape(*lead, k or 1)
+    torch.testing.assert_close(tokens, weight.to(computed) * departure.square().sum(-1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(tokens.sum(), penalty)
-    torch.testing.assert_close(projection_penalty(hidden, direction, anchor, weight), penalty)
+    torch.testing.assert_close(projection_penalty(hidden, direction, anchor, weight, backend=backend), penalty)
+    _, beside_norm = rms_norm_constrain(hidden, torch.ones(8), 1e-6, direction, anchor, weight, backend=backend)
+    torch.testing.assert_close(beside_norm, penalty, rtol=1e-4, atol=1e-5)
 
 
 def test_any_layout_of_hidden_states_gives_the_same_numbers():
