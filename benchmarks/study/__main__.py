@@ -26,7 +26,7 @@ class StudyArguments:
     """Fine-tune by every method, on every job, with every seed of a budget; one JSON per run."""
 
     budget: str = field(
-        default="table", metadata={"help": "smoke (minutes), table or anchors (hours on 2 cores), or full (GPUs)."}
+        default="table", metadata={"help": "smoke (minutes); table, anchors or hold (hours on 2 cores); full (GPUs)."}
     )
     model: str | None = field(
         default=None,

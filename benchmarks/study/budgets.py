@@ -1,4 +1,4 @@
-"""The budgets: ``smoke`` for continuous integration, ``table`` and ``anchors`` for two CPU cores, ``full`` for GPUs."""
+"""The budgets: ``smoke`` for continuous integration, ``table``, ``anchors``, ``hold`` for CPUs, ``full`` for GPUs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.study.anchor_parts import source_parts
+from benchmarks.study.hold_parts import hold_parts
 from benchmarks.study.methods import Method
 from benchmarks.study.plan import Budget, Part, Size
 
@@ -253,6 +254,7 @@ BUDGETS: dict[str, Budget] = {
         Size(),
     ),
     "anchors": Budget(source_parts(START, PLAIN, PROCON_S), Size()),
+    "hold": Budget(hold_parts(START, PLAIN, DEVELOPMENT), Size()),
     "full": Budget(
         (_FULL_TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, SUBSPACE),
         Size(train=6400, test=512, epochs=10, pairs=192, poisoned=100, safety=1000),

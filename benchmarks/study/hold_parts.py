@@ -1,0 +1,49 @@
+"""The parts of the study in which the strength sets itself, at the study's length and beyond it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from benchmarks.study.anchor_parts import TOKENS_BOTH, longer
+from benchmarks.study.methods import Method
+from benchmarks.study.plan import Part
+from procon.schedule import DEFAULT_BUDGET
+
+#: Multiples of the study's steps.
+LENGTHS = (1.0, 2.0, 4.0)
+
+#: Of the mean shift at the probes, in units of the gap.
+BUDGETS_TRIED = (0.02, DEFAULT_BUDGET, 0.1)
+
+
+def holding(budget: float) -> Method:
+    """Probes and training tokens, at the strength that keeps the probes' shift to ``budget``."""
+    name = "hold" if budget == DEFAULT_BUDGET else f"hold_{budget:g}"
+    config = {**TOKENS_BOTH.config, "procon_schedule": f"hold:{budget:g}"}
+    return replace(TOKENS_BOTH, name=name, label=f"hold, budget {budget:g}", config=config)
+
+
+def _at(method: Method, length: float) -> Method:
+    return method if length == 1 else longer(method, length)
+
+
+def hold_parts(start: Method, plain: Method, development: int) -> tuple[Part, ...]:
+    """The part in which the budget is chosen, with the seed ``development``, and the one in which it is measured."""
+    tried = (plain, TOKENS_BOTH, *map(holding, BUDGETS_TRIED))
+    measured = (plain, TOKENS_BOTH, holding(DEFAULT_BUDGET))
+    return (
+        Part(
+            "budget",
+            "The budget of a strength that sets itself",
+            "Which budget keeps refusals and leaves the task, at the study's length and at four times?",
+            (start, *(_at(method, length) for length in (1.0, 4.0) for method in tried)),
+            seeds=(development,),
+            split="validation",
+        ),
+        Part(
+            "hold",
+            "A strength that sets itself",
+            "Does one budget do for every length, where a fixed alpha has to be chosen?",
+            (start, *(_at(method, length) for length in LENGTHS for method in measured)),
+        ),
+    )
