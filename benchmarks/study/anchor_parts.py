@@ -44,6 +44,7 @@ _BOTH = {"procon_probe_hold": "both"}
 SBR = probing("sbr", "SBR", 10, procon_probe_hold="state")
 PROBES = probing("probes_10", "probes, projections", 10, **_EVERYWHERE)
 BOTH = probing("both_10", "probes, projections and state", 10, **_EVERYWHERE, **_BOTH)
+BOTH_3 = probing("both_3", "probes, projections and state, weight 3", 3, **_EVERYWHERE, **_BOTH)
 TOKENS_BOTH = probing(
     "tokens_both_10",
     "the same and training tokens, alpha 0.05",
@@ -56,11 +57,10 @@ TOKENS_BOTH = probing(
 RANDOM = probing("probes_10_random", "probes, random directions", 10, directions="random:1", **_EVERYWHERE)
 
 #: What is compared at every length and with every seed; with the start, plain training and ProCon_s.
-SOURCES = (SBR, PROBES, BOTH, TOKENS_BOTH, RANDOM)
+SOURCES = (SBR, PROBES, BOTH, BOTH_3, TOKENS_BOTH, RANDOM)
 
 #: Other settings, at the length at which they were tried.
 SETTINGS = (
-    probing("both_3", "probes, projections and state, weight 3", 3, **_EVERYWHERE, **_BOTH),
     probing(
         "tokens_both_10_0.2", "the same and training tokens, alpha 0.2", 10, **_EVERYWHERE, **_BOTH, **_WITH_TOKENS
     ),
@@ -93,7 +93,7 @@ def source_parts(start: Method, plain: Method, procon_s: Method) -> tuple[Part, 
             "settings",
             "Settings of probes, four times the steps",
             "How strongly should probes be kept, and where?",
-            (start, *map(longer, (plain, SBR, PROBES, BOTH, TOKENS_BOTH, *SETTINGS))),
+            (start, *map(longer, (plain, SBR, PROBES, BOTH, BOTH_3, TOKENS_BOTH, *SETTINGS))),
             seeds=SEEDS[:1],
             split="validation",
         ),
