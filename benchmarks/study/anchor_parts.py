@@ -57,7 +57,7 @@ TOKENS_BOTH = probing(
 RANDOM = probing("probes_10_random", "probes, random directions", 10, directions="random:1", **_EVERYWHERE)
 
 #: What is compared at every length and with every seed; with the start, plain training and ProCon_s.
-SOURCES = (SBR, PROBES, BOTH, BOTH_3, TOKENS_BOTH, RANDOM)
+SOURCES = (SBR, PROBES, BOTH, TOKENS_BOTH, BOTH_3, RANDOM)
 
 #: Other settings, at the length at which they were tried.
 SETTINGS = (
@@ -93,7 +93,7 @@ def source_parts(start: Method, plain: Method, procon_s: Method) -> tuple[Part, 
             "settings",
             "Settings of probes, four times the steps",
             "How strongly should probes be kept, and where?",
-            (start, *map(longer, (plain, SBR, PROBES, BOTH, BOTH_3, TOKENS_BOTH, *SETTINGS))),
+            (start, *map(longer, (plain, SBR, PROBES, BOTH, TOKENS_BOTH, *SETTINGS, BOTH_3))),
             seeds=SEEDS[:1],
             split="validation",
         ),

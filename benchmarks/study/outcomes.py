@@ -70,8 +70,8 @@ class Outcomes:
         return cls(tuple(runs))
 
     def has(self, part: Part, job: str) -> bool:
-        """Whether a part has a run on a job."""
-        return any(self.of(part, job, method.name) for method in part.methods)
+        """Whether a part has a run on a job beside the start, which may be another part's too."""
+        return any(self.of(part, job, method.name) for method in part.methods if method.length)
 
     def find(
         self, job: str, method: str, *, split: Split = "held_out", seeds: Sequence[int] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from benchmarks.study.outcomes import REFUSAL, TASK, Measure, Outcomes, judges_a
 from benchmarks.study.plan import Budget, Part
 from benchmarks.study.preset import candidates, choose, confirm
 from benchmarks.study.table import (
+    beside_table,
     cost_table,
     evidence_table,
     folded,
@@ -124,26 +125,41 @@ def compose(budget: Budget, name: str, outcomes: Outcomes, judge: str) -> tuple[
     sections += _preset(budget.parts, outcomes)
     sections += ["## How to read the tables", READING.format(judge=judge), _agreement(outcomes)]
     for part in budget.parts:
-        jobs = [job for job in part.jobs if outcomes.has(part, job)]
-        if jobs:
-            sections += [f"## {part.title}", _question(part)]
-        for job in jobs:
-            if len(part.jobs) > 1:
-                sections.append(f"### {_capital(JOBS[job].label)}")
-            sections.append(kept_table(part, job, outcomes).markdown())
-            sections.append(figure(part_drawing(part, job, outcomes)))
-            sections.append(
-                folded("Second judge, log-odds, degenerate replies", judged_table(part, job, outcomes).markdown())
-            )
-            if paper := paper_table(part, job):
-                sections.append(folded("The paper's figures", paper.markdown(), _paper_note(part, job)))
-            drift = figure(drift_drawing(part, job, outcomes))
-            sections.append(folded("How far hidden states moved", moved_table(part, job, outcomes).markdown(), drift))
-            sections.append(folded("Perplexity, time, memory, seeds", cost_table(part, job, outcomes).markdown()))
+        sections += part_sections(part, outcomes, figure)
     if plain := outcomes.find("arithmetic", "plain"):
         sections += ["## Where the drift lies", figure(drift_place_drawing(plain))]
     sections += ["## How this was made", _made(budget, name, outcomes)]
     return "\n\n".join(filter(None, sections)) + "\n", drawings
+
+
+def part_sections(
+    part: Part, outcomes: Outcomes, figure: Callable[[Drawing | None], str], rival: str | None = None
+) -> list[str]:
+    """What a part found, as Markdown; nothing if it has no runs.
+
+    Args:
+        figure: makes a drawing part of the page; "" for none.
+        rival: the name of a method that all others are compared with.
+    """
+    jobs = [job for job in part.jobs if outcomes.has(part, job)]
+    sections = [f"## {part.title}", _question(part)] if jobs else []
+    for job in jobs:
+        if len(part.jobs) > 1:
+            sections.append(f"### {_capital(JOBS[job].label)}")
+        sections.append(kept_table(part, job, outcomes).markdown())
+        if rival is not None:
+            label = next(method.label for method in part.methods if method.name == rival)
+            sections += [f"Beside {label}, in percentage points:", beside_table(part, job, outcomes, rival).markdown()]
+        sections.append(figure(part_drawing(part, job, outcomes)))
+        sections.append(
+            folded("Second judge, log-odds, degenerate replies", judged_table(part, job, outcomes).markdown())
+        )
+        if paper := paper_table(part, job):
+            sections.append(folded("The paper's figures", paper.markdown(), _paper_note(part, job)))
+        drift = figure(drift_drawing(part, job, outcomes))
+        sections.append(folded("How far hidden states moved", moved_table(part, job, outcomes).markdown(), drift))
+        sections.append(folded("Perplexity, time, memory, seeds", cost_table(part, job, outcomes).markdown()))
+    return sections
 
 
 def headline(outcomes: Outcomes) -> str:

@@ -29,6 +29,9 @@ from benchmarks.study.preset import Standing
 
 NOT_RUN = "not run"
 
+#: In what methods are compared with one of them.
+BESIDE = (REFUSAL, LOG_ODDS, OVER_REFUSAL, TASK)
+
 #: A cell that has nothing to say.
 NONE = "-"
 
@@ -216,12 +219,34 @@ def preset_table(candidates: Sequence[Standing], chosen: Standing | None, confir
 def _verdict_cells(verdict: Verdict) -> dict[str, str]:
     if verdict.difference is None or verdict.p is None:
         return {"difference": NONE, "by seed": NONE, "p": NONE, "verdict": f"{verdict}"}
-    low, high = verdict.difference.interval
-    scale, form = (100, "{:+.0f}") if verdict.measure.rate else (1, "{:+.2f}")
-    difference, *ends = (form.format(scale * value) for value in (verdict.difference.mean, low, high))
     return {
-        "difference": f"{difference}<br>{ends[0]} to {ends[1]}",
-        "by seed": ", ".join(form.format(scale * value) for value in verdict.by_seed),
+        "difference": difference_cell(verdict.difference, verdict.measure),
+        "by seed": ", ".join(_signed(value, verdict.measure) for value in verdict.by_seed),
         "p": "< 0.001" if verdict.p < 0.001 else f"{verdict.p:.3f}",
         "verdict": f"**{verdict}**",
     }
+
+
+def difference_cell(difference: Estimate, measure: Measure) -> str:
+    """A difference and, on a second line, its 95% interval; of rates, in percentage points."""
+    mean, low, high = (_signed(value, measure) for value in (difference.mean, *difference.interval))
+    return f"{mean}<br>{low} to {high}"
+
+
+def _signed(value: float, measure: Measure) -> str:
+    return f"{100 * value:+.0f}" if measure.rate else f"{value:+.2f}"
+
+
+def beside_table(part: Part, job: str, outcomes: Outcomes, rival: str) -> Table:
+    """What each trained method keeps beyond ``rival``, on the same seeds and prompts."""
+    other = outcomes.of(part, job, rival)
+    rows = []
+    for method in part.methods:
+        runs = outcomes.of(part, job, method.name)
+        seeds = sorted(set(runs) & set(other))
+        if not method.length or method.name == rival or not seeds:
+            continue
+        pairs = [[values({seed: side[seed] for seed in seeds}, m) for side in (runs, other)] for m in BESIDE]
+        cells = [difference_cell(Estimate.of(a - b), m) for (a, b), m in zip(pairs, BESIDE, strict=True)]
+        rows.append([method.label, *cells, str(len(seeds))])
+    return Table(["method", "refuses malicious", "log-odds", "refuses benign", "task", "seeds"], rows)
