@@ -91,12 +91,14 @@ class ProConPlugin(BasePlugin):
         for name in cfg:
             if name.startswith("procon_") and name not in AxolotlKeys.model_fields:
                 raise ProConError(f"there is no key {name}: the keys are {', '.join(AxolotlKeys.model_fields)}")
-        if not _arguments(cfg).schedule().active:
+        arguments = _arguments(cfg)
+        if not arguments.schedule().active:
             return
+        arguments.check_probe_file()
         for name, remedy in _REFUSED.items():
             if cfg.get(name):
                 raise ProConError(f"{name} is set, under which the constraint could not act: {remedy}")
-        if cfg.get("pretraining_dataset") and _arguments(cfg).anchor_settings().of_tokens == "recorded":
+        if cfg.get("pretraining_dataset") and arguments.anchor_settings().of_tokens == "recorded":
             raise ProConError(
                 "pretraining_dataset is set, and a streamed one has no anchors recorded beforehand: use datasets, or "
                 "set procon_anchors to live or probes"
