@@ -54,10 +54,13 @@ TOKENS_BOTH = probing(
     **_BOTH,
     **_WITH_TOKENS,
 )
+TOKENS_STATE = probing(
+    "tokens_state_10", "SBR and training tokens, alpha 0.1", 10, alpha=0.1, procon_probe_hold="state", **_WITH_TOKENS
+)
 RANDOM = probing("probes_10_random", "probes, random directions", 10, directions="random:1", **_EVERYWHERE)
 
 #: What is compared at every length and with every seed; with the start, plain training and ProCon_s.
-SOURCES = (SBR, PROBES, BOTH, TOKENS_BOTH, BOTH_3, RANDOM)
+SOURCES = (SBR, PROBES, BOTH, TOKENS_BOTH, BOTH_3, TOKENS_STATE, RANDOM)
 
 #: Other settings, at the length at which they were tried.
 SETTINGS = (
@@ -93,7 +96,7 @@ def source_parts(start: Method, plain: Method, procon_s: Method) -> tuple[Part, 
             "settings",
             "Settings of probes, four times the steps",
             "How strongly should probes be kept, and where?",
-            (start, *map(longer, (plain, SBR, PROBES, BOTH, TOKENS_BOTH, *SETTINGS, BOTH_3))),
+            (start, *map(longer, (plain, SBR, PROBES, BOTH, TOKENS_BOTH, *SETTINGS, BOTH_3, TOKENS_STATE))),
             seeds=SEEDS[:1],
             split="validation",
         ),
