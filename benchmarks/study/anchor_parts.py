@@ -57,13 +57,24 @@ TOKENS_BOTH = probing(
 TOKENS_STATE = probing(
     "tokens_state_10", "SBR and training tokens, alpha 0.1", 10, alpha=0.1, procon_probe_hold="state", **_WITH_TOKENS
 )
+TOKENS_STATE_LIGHT = probing(
+    "tokens_state_10_0.05",
+    "SBR and training tokens, alpha 0.05",
+    10,
+    alpha=0.05,
+    procon_probe_hold="state",
+    **_WITH_TOKENS,
+)
 TOKENS_STATE_RANDOM = replace(
-    TOKENS_STATE, name="tokens_state_10_random", label="the same, random directions", directions="random:1"
+    TOKENS_STATE,
+    name="tokens_state_10_random",
+    label="SBR and training tokens, random directions",
+    directions="random:1",
 )
 RANDOM = probing("probes_10_random", "probes, random directions", 10, directions="random:1", **_EVERYWHERE)
 
 #: What is compared at every length and with every seed; with the start, plain training and ProCon_s.
-SOURCES = (SBR, PROBES, BOTH, TOKENS_BOTH, BOTH_3, TOKENS_STATE, TOKENS_STATE_RANDOM, RANDOM)
+SOURCES = (SBR, PROBES, BOTH, TOKENS_BOTH, BOTH_3, TOKENS_STATE, TOKENS_STATE_LIGHT, TOKENS_STATE_RANDOM, RANDOM)
 
 #: Other settings, at the length at which they were tried.
 SETTINGS = (
