@@ -269,9 +269,7 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def backend_variable() -> str:
     """The backend that the environment asks for, ``"auto"`` if it asks for none; ProConError if there is no such."""
-    backend = os.environ.get(BACKEND_VARIABLE)
-    if backend is None:
-        return "auto"
+    backend = os.environ.get(BACKEND_VARIABLE, "auto")
     check_choice(f"the environment variable {BACKEND_VARIABLE}", backend, CHOICES["backend"])
     return backend
 
