@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from benchmarks.study.budgets import BUDGETS
-from benchmarks.study.figures import Drawing
+from benchmarks.study.figures import Drawing, Gallery
 from benchmarks.study.judge import load_judge
 from benchmarks.study.made import how_made, when_made
 from benchmarks.study.outcomes import Outcomes
@@ -64,21 +64,14 @@ def write_report(budget: Budget, outcomes: Outcomes, folder: Path) -> Path:
 
 def compose(budget: Budget, outcomes: Outcomes) -> tuple[str, list[Drawing]]:
     """The page as Markdown, and its figures. Parts without runs are left out."""
-    drawings: list[Drawing] = []
-
-    def figure(drawing: Drawing | None) -> str:
-        if drawing is None:
-            return ""
-        drawings.append(drawing)
-        return drawing.markdown(FIGURES)
-
+    figure = Gallery(FIGURES)
     sections = ["# Results: where anchors come from", GENERATED, _summary(budget, outcomes)]
     if DISCUSSION.is_file():
         sections.append(DISCUSSION.read_text(encoding="utf-8").strip())
     for part in budget.parts:
         sections += part_sections(part, outcomes, figure, RIVALS.get(part.name))
     made = how_made(outcomes.runs, [COMMAND, "python -m benchmarks.study.anchors_report"])
-    return "\n\n".join(filter(None, [*sections, "## How this was made", made])) + "\n", drawings
+    return "\n\n".join(filter(None, [*sections, "## How this was made", made])) + "\n", figure.drawings
 
 
 def _summary(budget: Budget, outcomes: Outcomes) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,14 @@ from markdown import markdown
 from transformers import HfArgumentParser
 
 from benchmarks.study.budgets import BUDGETS
-from benchmarks.study.figures import Drawing, drift_drawing, drift_place_drawing, headline_drawing, part_drawing
+from benchmarks.study.figures import (
+    Drawing,
+    Gallery,
+    drift_drawing,
+    drift_place_drawing,
+    headline_drawing,
+    part_drawing,
+)
 from benchmarks.study.hypotheses import judge_hypotheses
 from benchmarks.study.jobs import JOBS
 from benchmarks.study.judge import load_judge
@@ -105,14 +112,7 @@ def write_report(budget: Budget, name: str, outcomes: Outcomes, folder: Path, ju
 
 def compose(budget: Budget, name: str, outcomes: Outcomes, judge: str) -> tuple[str, list[Drawing]]:
     """The page as Markdown, and its figures. Parts without runs are left out."""
-    drawings: list[Drawing] = []
-
-    def figure(drawing: Drawing | None) -> str:
-        if drawing is None:
-            return ""
-        drawings.append(drawing)
-        return drawing.markdown(FIGURES)
-
+    figure = Gallery(FIGURES)
     sections = [f"# {TITLE}", GENERATED]
     if main := next((part for part in budget.parts if outcomes.has(part, part.jobs[0])), None):
         sections += [headline(outcomes), figure(headline_drawing(main, main.jobs[0], outcomes))]
@@ -129,16 +129,14 @@ def compose(budget: Budget, name: str, outcomes: Outcomes, judge: str) -> tuple[
     if plain := outcomes.find("arithmetic", "plain"):
         sections += ["## Where the drift lies", figure(drift_place_drawing(plain))]
     sections += ["## How this was made", _made(budget, name, outcomes)]
-    return "\n\n".join(filter(None, sections)) + "\n", drawings
+    return "\n\n".join(filter(None, sections)) + "\n", figure.drawings
 
 
-def part_sections(
-    part: Part, outcomes: Outcomes, figure: Callable[[Drawing | None], str], rival: str | None = None
-) -> list[str]:
+def part_sections(part: Part, outcomes: Outcomes, figure: Gallery, rival: str | None = None) -> list[str]:
     """What a part found, as Markdown; nothing if it has no runs.
 
     Args:
-        figure: makes a drawing part of the page; "" for none.
+        figure: of the page.
         rival: the name of a method that all others are compared with.
     """
     jobs = [job for job in part.jobs if outcomes.has(part, job)]

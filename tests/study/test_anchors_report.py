@@ -49,7 +49,7 @@ def test_page_has_what_was_run(outcomes, tmp_path):
     assert text.startswith(f"# Results: where anchors come from\n\n{anchors_report.GENERATED}\n\n")
     assert f"Of the {len(BUDGET.cells())} runs that are planned, 5 are there" in text
     assert "## Where anchors come from\n" in text
-    assert "four times the steps\n" not in text
+    assert "## Where anchors come from, four times the steps" not in text
     assert f"Beside {SBR.label}, in percentage points:" in text
     assert longer(PLAIN).label not in text
     (figure, *_) = re.findall(r"\((assets/anchors/[^)]+)\)", text)
