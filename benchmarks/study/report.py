@@ -147,7 +147,10 @@ def part_sections(part: Part, outcomes: Outcomes, figure: Gallery, rival: str | 
         sections.append(kept_table(part, job, outcomes).markdown())
         if rival is not None:
             label = next(method.label for method in part.methods if method.name == rival)
-            sections += [f"Beside {label}, in percentage points:", beside_table(part, job, outcomes, rival).markdown()]
+            sections += [
+                f"Beside {label}, on the seeds that both have; rates in percentage points:",
+                beside_table(part, job, outcomes, rival).markdown(),
+            ]
         sections.append(figure(part_drawing(part, job, outcomes)))
         sections.append(
             folded("Second judge, log-odds, degenerate replies", judged_table(part, job, outcomes).markdown())

@@ -30,7 +30,7 @@ from benchmarks.study.preset import Standing
 NOT_RUN = "not run"
 
 #: In what methods are compared with one of them.
-BESIDE = (REFUSAL, LOG_ODDS, OVER_REFUSAL, TASK)
+BESIDE = {"refuses malicious": REFUSAL, "log-odds": LOG_ODDS, "task": TASK}
 
 #: A cell that has nothing to say.
 NONE = "-"
@@ -238,7 +238,7 @@ def _signed(value: float, measure: Measure) -> str:
 
 
 def beside_table(part: Part, job: str, outcomes: Outcomes, rival: str) -> Table:
-    """What each trained method keeps beyond ``rival``, on the same seeds and prompts."""
+    """What each trained method keeps beyond ``rival``, on the same prompts and the seeds that both have."""
     other = outcomes.of(part, job, rival)
     rows = []
     for method in part.methods:
@@ -246,7 +246,9 @@ def beside_table(part: Part, job: str, outcomes: Outcomes, rival: str) -> Table:
         seeds = sorted(set(runs) & set(other))
         if not method.length or method.name == rival or not seeds:
             continue
-        pairs = [[values({seed: side[seed] for seed in seeds}, m) for side in (runs, other)] for m in BESIDE]
-        cells = [difference_cell(Estimate.of(a - b), m) for (a, b), m in zip(pairs, BESIDE, strict=True)]
-        rows.append([method.label, *cells, str(len(seeds))])
-    return Table(["method", "refuses malicious", "log-odds", "refuses benign", "task", "seeds"], rows)
+        cells = []
+        for measure in BESIDE.values():
+            ours, theirs = (values({seed: side[seed] for seed in seeds}, measure) for side in (runs, other))
+            cells.append(difference_cell(Estimate.of(ours - theirs), measure))
+        rows.append([method.label, *cells])
+    return Table(["method", *BESIDE], rows)
