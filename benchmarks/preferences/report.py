@@ -14,6 +14,7 @@ from benchmarks.preferences.plan import ALGORITHMS, PLAN, RUNS
 from benchmarks.preferences.table import learned_table, moved_table
 from benchmarks.preferences.wording import LIMITS, READING
 from benchmarks.study.figures import Drawing
+from benchmarks.study.gallery import Gallery, save_drawings
 from benchmarks.study.judge import load_judge
 from benchmarks.study.made import how_made, when_made
 from benchmarks.study.outcomes import Outcomes
@@ -54,14 +55,13 @@ def main(argv: list[str] | None = None) -> int:
 def write_report(plan: Budget, outcomes: Outcomes, folder: Path) -> Path:
     """Write the page and its figures to ``folder``; returns the page."""
     text, drawings = compose(plan, outcomes)
-    for shown in drawings:
-        write_text(shown.file(), folder / FIGURES / f"{shown.name}.svg")
+    save_drawings(drawings, folder / FIGURES)
     return write_text(text, folder / PAGE)
 
 
 def compose(plan: Budget, outcomes: Outcomes) -> tuple[str, list[Drawing]]:
     """The page as Markdown, and its figures. Parts without runs are left out."""
-    drawings = []
+    figure = Gallery(FIGURES)
     sections = ["# Results of DPO and GRPO", GENERATED, _summary(plan, outcomes), "## How to read the tables", READING]
     for part in plan.parts:
         (job,) = part.jobs
@@ -69,9 +69,7 @@ def compose(plan: Budget, outcomes: Outcomes) -> tuple[str, list[Drawing]]:
             continue
         sections += [f"## {part.title}", _question(part, ALGORITHMS[job].recipe)]
         sections += [kept_table(part, job, outcomes).markdown(), learned_table(part, job, outcomes).markdown()]
-        shown = drawing(part, job, outcomes)
-        drawings.append(shown)
-        sections.append(shown.markdown(FIGURES))
+        sections.append(figure(drawing(part, job, outcomes)))
         sections.append(
             folded("Second judge, log-odds, degenerate replies", judged_table(part, job, outcomes).markdown())
         )
@@ -80,7 +78,7 @@ def compose(plan: Budget, outcomes: Outcomes) -> tuple[str, list[Drawing]]:
         sections.append(DISCUSSION.read_text(encoding="utf-8").strip())
     made = how_made(outcomes.runs, [COMMAND, f"{COMMAND}.report"], ("trl",))
     sections += ["## What this does not show", LIMITS, "## How this was made", made]
-    return "\n\n".join(sections) + "\n", drawings
+    return "\n\n".join(sections) + "\n", figure.drawings
 
 
 def _summary(plan: Budget, outcomes: Outcomes) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from benchmarks.study.budgets import BUDGETS
-from benchmarks.study.figures import Drawing, Gallery
+from benchmarks.study.figures import Drawing
+from benchmarks.study.gallery import Gallery, save_drawings
 from benchmarks.study.judge import load_judge
 from benchmarks.study.made import how_made, when_made
 from benchmarks.study.outcomes import Outcomes
@@ -57,8 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 def write_report(budget: Budget, outcomes: Outcomes, folder: Path) -> Path:
     """Write the page and its figures to ``folder``; returns the page."""
     text, drawings = compose(budget, outcomes)
-    for shown in drawings:
-        write_text(shown.file(), folder / FIGURES / f"{shown.name}.svg")
+    save_drawings(drawings, folder / FIGURES)
     return write_text(text, folder / PAGE)
 
 

@@ -70,21 +70,6 @@ class Drawing:
         return f"![{self.alt}]({folder}/{self.name}.svg)\n\n{self.caption}"
 
 
-class Gallery:
-    """Puts drawings into a page, and keeps them: their files are to lie in ``folder`` beside it."""
-
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
-        self.drawings: list[Drawing] = []
-
-    def __call__(self, drawing: Drawing | None) -> str:
-        """A drawing's Markdown; nothing for none."""
-        if drawing is None:
-            return ""
-        self.drawings.append(drawing)
-        return drawing.markdown(self._folder)
-
-
 def part_drawing(part: Part, job: str, outcomes: Outcomes) -> Drawing | None:
     """What a part has data for on a job: a sweep by strength, otherwise its methods against each other."""
     runs, methods = _found(part, job, outcomes)

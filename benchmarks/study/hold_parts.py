@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.study.anchor_parts import TOKENS_BOTH, longer
+from benchmarks.study.anchor_parts import TOKENS_STATE, longer
 from benchmarks.study.methods import Method
 from benchmarks.study.plan import Part
 from procon.schedule import DEFAULT_BUDGET
@@ -12,15 +12,15 @@ from procon.schedule import DEFAULT_BUDGET
 #: Multiples of the study's steps.
 LENGTHS = (1.0, 2.0, 4.0)
 
-#: Of the mean shift at the probes, in units of the gap.
+#: Of the mean shift of the training tokens, in units of the gap: probes of the whole state have none.
 BUDGETS_TRIED = (0.02, DEFAULT_BUDGET, 0.1)
 
 
 def holding(budget: float) -> Method:
-    """Probes and training tokens, at the strength that keeps the probes' shift to ``budget``."""
+    """Probes and training tokens, at the strength that keeps the tokens' shift to ``budget``."""
     name = "hold" if budget == DEFAULT_BUDGET else f"hold_{budget:g}"
-    config = {**TOKENS_BOTH.config, "procon_schedule": f"hold:{budget:g}"}
-    return replace(TOKENS_BOTH, name=name, label=f"hold, budget {budget:g}", config=config)
+    config = {**TOKENS_STATE.config, "procon_schedule": f"hold:{budget:g}"}
+    return replace(TOKENS_STATE, name=name, label=f"hold, budget {budget:g}", config=config)
 
 
 def _at(method: Method, length: float) -> Method:
@@ -29,8 +29,8 @@ def _at(method: Method, length: float) -> Method:
 
 def hold_parts(start: Method, plain: Method, development: int) -> tuple[Part, ...]:
     """The part in which the budget is chosen, with the seed ``development``, and the one in which it is measured."""
-    tried = (plain, TOKENS_BOTH, *map(holding, BUDGETS_TRIED))
-    measured = (plain, TOKENS_BOTH, holding(DEFAULT_BUDGET))
+    tried = (plain, TOKENS_STATE, *map(holding, BUDGETS_TRIED))
+    measured = (plain, TOKENS_STATE, holding(DEFAULT_BUDGET))
     return (
         Part(
             "budget",

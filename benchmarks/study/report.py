@@ -15,12 +15,12 @@ from transformers import HfArgumentParser
 from benchmarks.study.budgets import BUDGETS
 from benchmarks.study.figures import (
     Drawing,
-    Gallery,
     drift_drawing,
     drift_place_drawing,
     headline_drawing,
     part_drawing,
 )
+from benchmarks.study.gallery import Gallery, save_drawings
 from benchmarks.study.hypotheses import judge_hypotheses
 from benchmarks.study.jobs import JOBS
 from benchmarks.study.judge import load_judge
@@ -96,16 +96,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_report(budget: Budget, name: str, outcomes: Outcomes, folder: Path, judge: str) -> list[Path]:
-    """Write ``results.md``, its figures and ``report.html`` to ``folder``; returns the two pages.
-
-    Figures of a former report are removed, so that none is left that the page does not show.
-    """
+    """Write ``results.md``, its figures and ``report.html`` to ``folder``; returns the two pages."""
     text, drawings = compose(budget, name, outcomes, judge)
-    figures = folder / FIGURES
-    for old in figures.glob("*.svg"):
-        old.unlink()
-    for drawing in drawings:
-        write_text(drawing.file(), figures / f"{drawing.name}.svg")
+    save_drawings(drawings, folder / FIGURES)
     page = write_text(text, folder / "results.md")
     return [page, write_page(TITLE, to_html(text, drawings), folder / "report.html")]
 

@@ -42,6 +42,9 @@ def test_methods_stand_beside_their_rival(outcomes):
 
 
 def test_page_has_what_was_run(outcomes, tmp_path):
+    stale = tmp_path / "docs" / anchors_report.FIGURES / "stale.svg"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("<svg/>")
     page = anchors_report.write_report(BUDGET, outcomes, tmp_path / "docs")
     text = page.read_text()
     assert text.startswith(f"# Results: where anchors come from\n\n{anchors_report.GENERATED}\n\n")
@@ -52,6 +55,7 @@ def test_page_has_what_was_run(outcomes, tmp_path):
     assert longer(PLAIN).label not in text
     (figure, *_) = re.findall(r"\((assets/anchors/[^)]+)\)", text)
     assert (page.parent / figure).is_file()
+    assert not stale.exists()
 
 
 def test_without_runs_the_command_is_named(tmp_path, capsys):
