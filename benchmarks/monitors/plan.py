@@ -26,12 +26,14 @@ class Variant(Method):
 
 
 def anchored(name: str, label: str, directions: str, twins: int = 0, **config: Any) -> Variant:
-    """Anchors in the deep half of the blocks, where monitors read; the rest as the library has it, but for ``config``.
+    """Anchors along the directions in the deep half of the blocks, where monitors read; of training tokens unless
+    ``config`` says otherwise. The rest as the library has it.
 
     Args:
         twins: of each concept, as probes; none if training tokens alone are anchored.
     """
-    config = {"procon_blocks": "0.5,last", **config}
+    along = {"procon_blocks": "0.5,last", "procon_anchors": "recorded", "procon_probe_hold": "projections"}
+    config = {**along, **config}
     return Variant(name, label, "procon_s", config=config, directions=directions, twins=twins)
 
 

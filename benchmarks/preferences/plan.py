@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +19,23 @@ PLAIN = Method("plain", "plain")
 
 
 def constrained(name: str, label: str, *, directions: str = "refusal", **config: Any) -> Method:
-    """The library's defaults, except for ``config``."""
+    """The library's defaults, except for ``config``; live anchors alone unless it says otherwise."""
+    config = {"procon_anchors": "live", **config}
     return Method(name, label, "procon_s", config=config, directions=directions)
 
 
+#: At probes the whole last state, as SBR (arXiv 2605.05995) keeps it.
+_STATE = {"procon_probe_hold": "state"}
+
 LIVE = constrained("live", "ProCon, live anchors")
-BOTH = constrained("live_probes", "ProCon, live anchors and probes", procon_anchors="live+probes")
-PROBES = constrained("probes", "ProCon, probes", procon_anchors="probes")
+BOTH = constrained("live_probes", "ProCon, live anchors and probes", procon_anchors="live+probes", **_STATE)
+PROBES = constrained("probes", "probes alone (SBR)", procon_anchors="probes", **_STATE)
 RANDOM = constrained("random1", "random directions, live anchors", directions="random:1")
 
 #: The KL divergence of GRPO itself keeps a model near its start: plain GRPO with it is a baseline, not a control.
 _KL = {"beta": 0.04}
 PLAIN_KL = Method("plain_kl", "plain, beta 0.04", config=_KL)
 LIVE_KL = constrained("live_kl", "ProCon, live anchors, beta 0.04", **_KL)
-
-_validation = partial(Part, seeds=(9,), split="validation")
 
 PLAN = Budget(
     (

@@ -65,6 +65,9 @@ TOKENS_STATE_LIGHT = probing(
     procon_probe_hold="state",
     **_WITH_TOKENS,
 )
+TOKENS_STATE_STRONG = probing(
+    "tokens_state_10_0.2", "SBR and training tokens, alpha 0.2", 10, procon_probe_hold="state", **_WITH_TOKENS
+)
 TOKENS_STATE_RANDOM = replace(
     TOKENS_STATE,
     name="tokens_state_10_random",
@@ -74,7 +77,21 @@ TOKENS_STATE_RANDOM = replace(
 RANDOM = probing("probes_10_random", "probes, random directions", 10, directions="random:1", **_EVERYWHERE)
 
 #: What is compared at every length and with every seed; with the start, plain training and ProCon_s.
-SOURCES = (SBR, PROBES, BOTH, TOKENS_BOTH, BOTH_3, TOKENS_STATE, TOKENS_STATE_LIGHT, TOKENS_STATE_RANDOM, RANDOM)
+SOURCES = (
+    SBR,
+    PROBES,
+    BOTH,
+    TOKENS_BOTH,
+    BOTH_3,
+    TOKENS_STATE,
+    TOKENS_STATE_LIGHT,
+    TOKENS_STATE_STRONG,
+    TOKENS_STATE_RANDOM,
+    RANDOM,
+)
+
+#: Beside ProCon_s, on data with poison.
+POISONED = (SBR, TOKENS_STATE, TOKENS_STATE_STRONG)
 
 #: Other settings, at the length at which they were tried.
 SETTINGS = (
@@ -103,6 +120,15 @@ def source_parts(start: Method, plain: Method, procon_s: Method) -> tuple[Part, 
             "Where anchors come from",
             "Which tokens should be kept where they were, at the study's length?",
             (start, *compared),
+            seeds=SEEDS,
+            split="validation",
+        ),
+        Part(
+            "sources_poisoned",
+            "Where anchors come from, poisoned data",
+            "Which tokens should be kept where they were, if some samples obey harmful requests?",
+            (start, plain, procon_s, *POISONED),
+            ("poisoned",),
             seeds=SEEDS,
             split="validation",
         ),
