@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.preferences.dpo import DPO
 from benchmarks.preferences.grpo import GRPO
+from benchmarks.study.budgets import DEVELOPMENT
 from benchmarks.study.methods import Method
 from benchmarks.study.plan import Budget, Part, Size
 
@@ -19,23 +21,43 @@ PLAIN = Method("plain", "plain")
 
 
 def constrained(name: str, label: str, *, directions: str = "refusal", **config: Any) -> Method:
-    """The library's defaults, except for ``config``; live anchors alone unless it says otherwise."""
-    config = {"procon_anchors": "live", **config}
+    """The library's defaults for these trainers, except for ``config``."""
     return Method(name, label, "procon_s", config=config, directions=directions)
 
 
-#: At probes the whole last state, as SBR (arXiv 2605.05995) keeps it.
-_STATE = {"procon_probe_hold": "state"}
+#: Of the probes' penalty, alpha included: that of SBR (arXiv 2605.05995), which keeps the whole last state.
+_STATE_WEIGHT = 10.0
 
-LIVE = constrained("live", "ProCon, live anchors")
-BOTH = constrained("live_probes", "ProCon, live anchors and probes", procon_anchors="live+probes", **_STATE)
-PROBES = constrained("probes", "probes alone (SBR)", procon_anchors="probes", **_STATE)
-RANDOM = constrained("random1", "random directions, live anchors", directions="random:1")
+
+def probing(alpha: float, source: str) -> dict[str, Any]:
+    """Probes kept as SBR keeps them, beside training tokens at ``alpha`` if ``source`` has them."""
+    return {
+        "procon_schedule": f"procon_s:{alpha:g}",
+        "procon_anchors": source,
+        "procon_probe_hold": "state",
+        "procon_probe_weight": _STATE_WEIGHT / alpha,
+    }
+
+
+def live(alpha: float) -> Method:
+    """Live anchors alone."""
+    return constrained(f"live_{alpha:g}", f"ProCon, live anchors, alpha {alpha:g}", procon_schedule=f"procon_s:{alpha}")
+
+
+def live_and_probes(alpha: float) -> Method:
+    """Live anchors, and probes kept at their state."""
+    name, label = f"live_probes_{alpha:g}", f"ProCon, live anchors and probes, alpha {alpha:g}"
+    return constrained(name, label, **probing(alpha, "live+probes"))
+
+
+LIVE = constrained("live", "ProCon, live anchors, alpha 0.2")
+PROBES = constrained("probes", "probes alone (SBR)", **probing(0.2, "probes"))
+RANDOM = constrained("random1", "random directions, live anchors, alpha 0.2", directions="random:1")
 
 #: The KL divergence of GRPO itself keeps a model near its start: plain GRPO with it is a baseline, not a control.
-_KL = {"beta": 0.04}
-PLAIN_KL = Method("plain_kl", "plain, beta 0.04", config=_KL)
-LIVE_KL = constrained("live_kl", "ProCon, live anchors, beta 0.04", **_KL)
+PLAIN_KL = Method("plain_kl", "plain, beta 0.04", config={"beta": 0.04})
+
+_choice = partial(Part, seeds=(DEVELOPMENT,), split="validation")
 
 PLAN = Budget(
     (
@@ -43,7 +65,7 @@ PLAN = Budget(
             "dpo",
             "DPO on preference pairs",
             "The worked answer to an arithmetic problem is preferred to a wrong one, or to words without an answer.",
-            (START, PLAIN, LIVE, BOTH, PROBES, RANDOM),
+            (START, PLAIN, LIVE, live_and_probes(0.2), PROBES, RANDOM),
             ("dpo",),
             seeds=(0, 1),
         ),
@@ -51,9 +73,16 @@ PLAN = Budget(
             "grpo",
             "GRPO on a rule-based reward",
             "A reply to an arithmetic problem is paid for a number, for ending with it, and for the right one.",
-            (START, PLAIN, LIVE, PLAIN_KL, LIVE_KL, PROBES, RANDOM),
+            (START, PLAIN, LIVE, live_and_probes(0.2), PROBES, PLAIN_KL, RANDOM),
             ("grpo",),
             seeds=(0, 1),
+        ),
+        _choice(
+            "grpo_choice",
+            "The strength under GRPO",
+            "GRPO's gradient is not that of cross-entropy: which strength leaves it its reward?",
+            (START, PLAIN, live(0.05), live(0.02), live_and_probes(0.05), PROBES),
+            ("grpo",),
         ),
     ),
     Size(train=320, test=64, prompts=64),
