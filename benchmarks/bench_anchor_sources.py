@@ -4,10 +4,14 @@ A step is zero_grad, forward, loss, backward and AdamW of a LoRA adapter, on one
 
 - ``plain``: the loss of transformers; ``recorded``: with the penalty, anchors given.
 - ``live``: the anchors come from a forward of the model with its adapter off.
-- ``probes``: eight prompts in a forward of their own, and no penalty on the batch: the step that runs them. In use that
-  is every second or fourth step, so a training pays a half or a quarter of what is shown.
+- ``probes``: eight prompts in a forward of their own, kept at their projections, and no penalty on the batch: the step
+  that runs them. In use that is every second or fourth step, so a training pays a half or a quarter of what is shown.
+- ``default``: as ProConTrainer has it: with the penalty, anchors given, and the probes kept at their last state; again
+  the step that runs them, and the other steps are those of ``recorded``.
 - ``dpo``: TRL's DPOTrainer, whose reference is the model with its adapter off; ``dpo_live``: ProConDPOTrainer, which
   takes live anchors from that same forward.
+
+Beside the times stands how far tensors' memory rises in one step, as ``peak_rise_bytes``.
 """
 
 import tempfile
@@ -24,13 +28,14 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.harness.allocations import peak_rise
 from benchmarks.harness.interleaved import Samples, interleave
 from benchmarks.harness.machine import DEVICE, PAIRS, SMOKE
 from benchmarks.harness.shapes import SHAPES, make_batch, make_directions, make_model, make_optimizer
 from benchmarks.harness.timers import wall_time
 from procon import LiveAnchors, Probes, ProConDPOConfig, ProConDPOTrainer, ProjectionConstraint, probe_penalty
 
-SUPERVISED = ("plain", "recorded", "live", "probes")
+SUPERVISED = ("plain", "recorded", "live", "probes", "default")
 PREFERENCES = ("dpo", "dpo_live")
 ALPHA = 0.1
 PROBES, PROBE_TOKENS = 8, 40
@@ -70,6 +75,30 @@ class _Step:
         self._optimizer.step()
 
 
+class _Result(NamedTuple):
+    samples: Samples
+    peaks: dict[str, int]
+
+    def replay(self, replay, group: str, contender: str, baseline: str) -> None:
+        replay(
+            f"{group} {CASE}",
+            self.samples,
+            contender,
+            baseline,
+            tokens_per_second=CASE.rows * CASE.length / median(self.samples.seconds[contender]),
+            peak_rise_bytes=self.peaks[contender],
+        )
+
+
+def _peaks(steps: dict[str, _Step]) -> dict[str, int]:
+    """Of a second step in a row of each: the first frees what the one before it left."""
+    peaks = {}
+    for name, step in steps.items():
+        step()
+        peaks[name] = peak_rise(step)
+    return peaks
+
+
 def _probes(directions) -> Probes:
     generator = torch.Generator().manual_seed(4)
     ids = torch.randint(SHAPES[CASE.shape]["vocab_size"], (PROBES, PROBE_TOKENS), generator=generator)
@@ -78,7 +107,7 @@ def _probes(directions) -> Probes:
 
 
 @cache
-def _supervised() -> Samples:
+def _supervised() -> _Result:
     model, directions = make_model(CASE.shape, CASE.dtype, "lora"), make_directions(CASE.shape)
     optimizer = make_optimizer(model.parameters())
     batch = make_batch(CASE.shape, CASE.rows, CASE.length, packed=False)
@@ -99,17 +128,22 @@ def _supervised() -> Samples:
     def probed() -> Tensor:
         constraint.enabled = True
         constraint.rest()
-        return model(**batch).loss + ALPHA * probe_penalty(constraint, probes)
+        return model(**batch).loss + ALPHA * probe_penalty(constraint, probes, hold="projections")
+
+    def both() -> Tensor:
+        loss = constrained(lambda: anchors)
+        return loss + ALPHA * probe_penalty(constraint, probes, hold="state")
 
     losses = {
         "plain": plain,
         "recorded": partial(constrained, lambda: anchors),
         "live": partial(constrained, partial(live, batch)),
         "probes": probed,
+        "default": both,
     }
     steps = {name: _Step(loss, optimizer, constraint.release) for name, loss in losses.items()}
     try:
-        return interleave(steps, wall_time, rounds=PAIRS, warmup=1)
+        return _Result(interleave(steps, wall_time, rounds=PAIRS, warmup=1), _peaks(steps))
     finally:
         constraint.detach()
 
@@ -122,7 +156,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 @cache
-def _preferences() -> Samples:
+def _preferences() -> _Result:
     """The trainers' own losses, on one batch of as many pairs as make the same number of tokens."""
     tokenizer, pairs = _tokenizer(), max(1, CASE.rows // 2)
     ids = torch.randint(3, SHAPES[CASE.shape]["vocab_size"], (pairs, 2, CASE.length // 2))
@@ -156,18 +190,14 @@ def _preferences() -> Samples:
             return super(ProConDPOTrainer, trainer)._compute_loss(model, dict(plain), False)
 
         steps = {name: _Step(partial(loss, name == "dpo_live"), optimizer, constraint.release) for name in PREFERENCES}
-        return interleave(steps, wall_time, rounds=PAIRS, warmup=1)
+        return _Result(interleave(steps, wall_time, rounds=PAIRS, warmup=1), _peaks(steps))
 
 
 @pytest.mark.parametrize("contender", SUPERVISED)
 def test_supervised_step(replay, contender: str):
-    samples = _supervised()
-    work = {"tokens_per_second": CASE.rows * CASE.length / median(samples.seconds[contender])}
-    replay(f"training step {CASE}", samples, contender, "plain", **work)
+    _supervised().replay(replay, "training step", contender, "plain")
 
 
 @pytest.mark.parametrize("contender", PREFERENCES)
 def test_preference_step(replay, contender: str):
-    samples = _preferences()
-    work = {"tokens_per_second": CASE.rows * CASE.length / median(samples.seconds[contender])}
-    replay(f"DPO step {CASE}", samples, contender, "dpo", **work)
+    _preferences().replay(replay, "DPO step", contender, "dpo")
