@@ -1,4 +1,4 @@
-"""The default settings: chosen on validation prompts by two criteria, and checked on held-out ones."""
+"""The settings of ProCon_s: chosen on validation prompts by two criteria, and checked on held-out ones."""
 
 from __future__ import annotations
 

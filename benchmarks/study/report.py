@@ -171,8 +171,9 @@ def headline(outcomes: Outcomes) -> str:
         )
     if found["plain"] and found["procon_s"]:
         sentences.append(
-            f"Under ProCon, at its defaults, it still refuses **{percent('procon_s', REFUSAL)}**, and it solves "
-            f"{percent('procon_s', TASK)} of the task, against {percent('plain', TASK)} without the constraint."
+            "Under ProCon_s, which keeps training tokens along the refusal direction, it still refuses "
+            f"**{percent('procon_s', REFUSAL)}**, and it solves {percent('procon_s', TASK)} of the task, against "
+            f"{percent('plain', TASK)} without the constraint."
         )
     sentences.append(
         "This is one model of 135 million parameters, trained for minutes on small tasks: what it means for yours is "
@@ -190,13 +191,13 @@ def _made(budget: Budget, name: str, outcomes: Outcomes) -> str:
 
 
 def _preset(parts: Sequence[Part], outcomes: Outcomes) -> list[str]:
-    """The choice of the default settings, if there is something to choose from."""
+    """The choice of the settings, if there is something to choose from."""
     among = candidates(parts, outcomes)
     if not among:
         return []
     chosen = choose(among)
     confirmed = confirm(chosen, parts, outcomes) if chosen else []
-    return ["## The default settings", preset_table(among, chosen, confirmed).markdown(), PRESET]
+    return ["## The settings of ProCon_s", preset_table(among, chosen, confirmed).markdown(), PRESET]
 
 
 def _agreement(outcomes: Outcomes) -> str:

@@ -28,8 +28,10 @@ from procon.evaluation import Evaluation, compare_means, evaluate, refusal_log_o
 from procon.settings import PAPER_RECIPE
 from procon.training import ProConConfig
 
-#: The same for all methods.
+#: The same for all methods, unless one says otherwise: the constraint of the paper keeps training tokens alone.
 RECIPE = {
+    "procon_anchors": "recorded",
+    "procon_probe_hold": "projections",
     "per_device_train_batch_size": 8,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",

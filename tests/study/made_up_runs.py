@@ -35,7 +35,7 @@ def pattern(share: float, shift: int = 0) -> list[bool]:
     return [(i - shift) % PROMPTS < round(share * PROMPTS) for i in range(PROMPTS)]
 
 
-def make_run(cell: Cell, method: Method, refused: list[bool], *, task: float = 0.5, seconds=100.0) -> dict:
+def make_run(cell: Cell, method: Method, refused: list[bool], *, task: float = 0.5, seconds=100.0, history=()) -> dict:
     """A run file; log-odds are 1 where refused, else -1, and a little more for each prompt."""
     malicious = [
         {"reply": f"{'no' if r else 'yes'} {i}", "refused": r, "degenerate": i == 0, "log_odds": 2.0 * r - 1 + i / 100}
@@ -58,6 +58,7 @@ def make_run(cell: Cell, method: Method, refused: list[bool], *, task: float = 0
             "commit": "abc",
         },
         **trained,
+        "history": list(history),
         "split": cell.split,
         "hidden_size": 16,
         "replies": {"malicious": malicious, "benign": benign, "task": tasks},

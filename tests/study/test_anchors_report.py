@@ -1,12 +1,13 @@
-"""The page of sources of anchors, from a study that is half done."""
+"""Pages of a budget, from studies that are half done: sources of anchors, and a strength that sets itself."""
 
 import re
 
 import pytest
 
-from benchmarks.study import anchors_report
-from benchmarks.study.anchor_parts import BOTH, SBR, longer
+from benchmarks.study import anchors_report, hold_report
+from benchmarks.study.anchor_parts import BOTH, SBR, TOKENS_STATE_STRONG, longer
 from benchmarks.study.budgets import BUDGETS, PLAIN, START
+from benchmarks.study.hold_parts import holding
 from benchmarks.study.outcomes import Outcomes
 from benchmarks.study.table import beside_table
 
@@ -42,12 +43,12 @@ def test_methods_stand_beside_their_rival(outcomes):
 
 
 def test_page_has_what_was_run(outcomes, tmp_path):
-    stale = tmp_path / "docs" / anchors_report.FIGURES / "stale.svg"
+    stale = tmp_path / "docs" / anchors_report.PAGE.figures / "stale.svg"
     stale.parent.mkdir(parents=True)
     stale.write_text("<svg/>")
-    page = anchors_report.write_report(BUDGET, outcomes, tmp_path / "docs")
+    page = anchors_report.PAGE.write(BUDGET, outcomes, tmp_path / "docs")
     text = page.read_text()
-    assert text.startswith(f"# Results: where anchors come from\n\n{anchors_report.GENERATED}\n\n")
+    assert text.startswith(f"# Results: where anchors come from\n\n{anchors_report.PAGE.generated}\n\n")
     assert f"Of the {len(BUDGET.cells())} runs that are planned, 5 are there" in text
     assert "## Where anchors come from\n" in text
     assert "## Where anchors come from, four times the steps" not in text
@@ -58,12 +59,36 @@ def test_page_has_what_was_run(outcomes, tmp_path):
     assert not stale.exists()
 
 
-def test_without_runs_the_command_is_named(tmp_path, capsys):
-    assert anchors_report.main(["--runs", str(tmp_path)]) == 2
-    assert "make them with 'python -m benchmarks.study --budget anchors'" in capsys.readouterr().err
+@pytest.mark.parametrize("report", [anchors_report, hold_report])
+def test_without_runs_the_command_is_named(report, tmp_path, capsys):
+    assert report.PAGE.main(["--runs", str(tmp_path)]) == 2
+    assert f"make them with '{report.PAGE.runs_command}'" in capsys.readouterr().err
+    assert report.PAGE.runs_command == f"python -m benchmarks.study --budget {report.PAGE.budget}"
+    assert report.__name__ == f"benchmarks.study.{report.PAGE.module}"
 
 
 def test_every_rival_is_in_its_part():
     parts = {part.name: {method.name for method in part.methods} for part in BUDGET.parts}
-    assert set(anchors_report.RIVALS) == set(parts)
-    assert all(rival in parts[part] for part, rival in anchors_report.RIVALS.items())
+    assert set(anchors_report.PAGE.rivals) == set(parts)
+    assert all(rival in parts[part] for part, rival in anchors_report.PAGE.rivals.items())
+
+
+def test_the_page_of_hold_traces_alpha(write, tmp_path):
+    budget, hold = BUDGETS["hold"], holding(0.05)
+    rows = [
+        {"step": step, "loss": 1.0, "procon/alpha": 0.2 / step, "procon/shift": 0.01 * step} for step in (5, 10, 15)
+    ]
+    for method, more in ((START, {}), (PLAIN, {}), (TOKENS_STATE_STRONG, {}), (hold, {"history": rows})):
+        write("arithmetic", method, 0, 0.5, **more)
+
+    class Agreeing:
+        def refuses(self, replies):
+            return [reply.startswith("no") for reply in replies]
+
+    outcomes = Outcomes.load(budget, tmp_path / "runs", Agreeing())
+    page = hold_report.PAGE.write(budget, outcomes, tmp_path / "docs")
+    text = page.read_text()
+    assert page.name == "hold-results.md"
+    assert "hold, budget 0.05: alpha 0.04 to 0.0133, shift 0.15 at the end" in text
+    drawn = (tmp_path / "docs" / "assets" / "hold" / "hold-arithmetic-trace.svg").read_text()
+    assert "shift over budget" in drawn
