@@ -124,7 +124,7 @@ class AnchorSettings:
         ProConError: for a value that a setting cannot have.
     """
 
-    anchors: AnchorSource = "recorded"
+    anchors: AnchorSource = "recorded+probes"
     """Where anchors come from: recorded for the training tokens before training; live, from a forward of the starting
     model on each batch; probes, a few fixed prompts; or recorded+probes, live+probes."""
 
@@ -140,7 +140,7 @@ class AnchorSettings:
     probe_weight: float = 50.0
     """Weight of the probes' penalty beside that of the training tokens; alpha multiplies both."""
 
-    probe_hold: ProbeHold = "projections"
+    probe_hold: ProbeHold = "state"
     """What is kept at the probes' last tokens: projections, along the directions; state, the whole last hidden state
     (SBR); or both."""
 

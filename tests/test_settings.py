@@ -51,7 +51,7 @@ ANCHOR_SETTINGS = [item.name for item in fields(AnchorSettings)]
 
 #: Trainers of TRL's, and the source of anchors that each one's configuration has by default: with preference pairs and
 #: rollouts there is a reference model, or nothing to record.
-TRL_CONFIGS = {"sft": "recorded", "dpo": "live", "kto": "live", "grpo": "live"}
+TRL_CONFIGS = {"sft": "recorded+probes", "dpo": "live", "kto": "live", "grpo": "live"}
 
 #: A value that each setting cannot have, as a text, and what is said of it after its name.
 WRONG = {

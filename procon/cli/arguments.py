@@ -241,7 +241,10 @@ class QuickstartArguments:
     output_dir: str = option("procon-quickstart", "Folder for adapters, runs and report.html.")
     seed: int = option(0, "Seed of adapters and data order.")
     trust_remote_code: bool = option(False, "Run code that comes with the model, with your rights; read it first.")
-    control: bool = option(False, "Add a third run, constrained along random directions: about two minutes more.")
+    control: bool = option(
+        False,
+        "Add two runs without probes, along the refusal directions and along random ones: some four minutes more.",
+    )
     start_only: bool = option(False, "Make the model that both runs start from, say where it is, and stop there.")
 
 

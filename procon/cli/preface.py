@@ -121,9 +121,10 @@ def _anchors(trainer: ProConMixin) -> str:
     found = [parts[settings.of_tokens]] if settings.of_tokens else []
     if settings.has_probes:
         where = settings.probes or "built-in prompts"
+        held = {"projections": "projections", "state": "the last state", "both": "projections and the last state"}
         found.append(
-            f"of {settings.probe_count} probes ({where}), every {settings.probe_every} steps, weight "
-            f"{settings.probe_weight:g}"
+            f"{held[settings.probe_hold]} of {settings.probe_count} probes ({where}), every {settings.probe_every} "
+            f"steps, weight {settings.probe_weight:g}"
         )
     return "; ".join(found)
 

@@ -59,6 +59,10 @@ RECIPE = {
 }
 
 
+#: Anchors of the training tokens alone, as in the paper.
+_TOKENS = {"procon_anchors": "recorded"}
+
+
 class _ReplyTokens(TypedDict):
     max_new_tokens: int
     task_max_new_tokens: int
@@ -70,7 +74,8 @@ REPLY_TOKENS: _ReplyTokens = {"max_new_tokens": 24, "task_max_new_tokens": 36}
 LIMITS = (
     "One small model, one harmless task, one seed: this shows that the parts work, not how much a larger model gains.",
     "Refusals are counted by keyword in the opening of greedy replies; read the replies below.",
-    "What a run along random directions keeps is not owed to the refusal direction: --control adds one.",
+    "A part of what ProCon keeps is owed to the probes, a part to keeping hidden states along any direction at all: "
+    "--control adds a run without probes, and one along random directions.",
     "Benign prompts here are twins of the malicious ones, on the same topics: a small model refuses some of them from "
     "the start. Compare with the start, not with zero.",
 )
@@ -90,7 +95,7 @@ def quickstart(
         model: folder or hub name of a chat model; SmolLM2-135M-Instruct if not given.
         output_dir: where to write.
         seed: of adapters and data order.
-        control: add a third run, constrained along random directions.
+        control: add two runs without probes: along the refusal directions, and along random ones.
         trust_remote_code: run code that comes with ``model``; see :func:`procon.models.load_model`.
 
     Returns:
@@ -105,7 +110,7 @@ def quickstart(
     check_writable(output / "report.html")
     transformers.utils.logging.set_verbosity_error()
 
-    parts = 5 if control else 4
+    parts = 6 if control else 4
     console.rule(f"1/{parts}  a chat model that refuses")
     start, tokenizer, _ = _starting_model(model, output / "start", console, trust_remote_code)
 
@@ -130,7 +135,9 @@ def quickstart(
     ]
     plan = [("plain", {"procon_schedule": "0"}, directions), ("ProCon", {}, directions)]
     if control:
-        plan.append(("random", {}, directions.randomized(seed=1)))
+        # Probes keep a state whatever the directions are, so the direction is compared without them.
+        plan.append(("tokens", _TOKENS, directions))
+        plan.append(("random", _TOKENS, directions.randomized(seed=1)))
     for number, (label, settings, along) in enumerate(plan, 3):
         console.rule(f"{number}/{parts}  {label} fine-tuning")
         config = ProConConfig(output_dir=str(output / label.lower()), seed=seed, **RECIPE, **settings)
@@ -208,7 +215,12 @@ def _fine_tune(
     set_seed(config.seed)
     tuned = get_peft_model(model, LoraConfig(**PAPER_RECIPE.lora()))
     trainer = ProConTrainer(
-        tuned, config, directions=constrained, train_dataset=train, data_collator=padding_collator(tokenizer)
+        tuned,
+        config,
+        directions=constrained,
+        train_dataset=train,
+        data_collator=padding_collator(tokenizer),
+        processing_class=tokenizer,
     )
     probes = (
         DriftCallback(trainer, tokenizer, steps=PROBE_EVERY),
@@ -243,7 +255,9 @@ def _facts(name: str | None, seed: int, control: bool, model: PreTrainedModel, s
         "model": name or "SmolLM2-135M-Instruct with the package's refusal adapter",
         "command": f"procon quickstart --seed {seed}" + (" --control" if control else ""),
         "task": f"{TASK_TRAIN} arithmetic word problems, {RECIPE['num_train_epochs']} epoch",
-        "constraint": f"{defaults.schedule()}, {defaults.procon_penalty} penalty, {defaults.procon_scope} tokens",
+        "constraint": f"{defaults.schedule()}, {defaults.procon_penalty} penalty, {defaults.procon_scope} tokens; "
+        f"anchors {defaults.procon_anchors}, {defaults.procon_probe_count} probes, every {defaults.procon_probe_every} "
+        "steps",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {model.device}, {model.dtype}",
         "versions": f"procon {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
         "date": date.today().isoformat(),

@@ -92,6 +92,36 @@ class AnchoredMixin(_Resumable):
     def _constrains(self) -> bool:
         return self.alpha_schedule.active
 
+    @property
+    def _chat_tokenizer(self) -> Any:
+        """What the model is asked with: ``processing_class``, or the tokenizer that a processor of images too has."""
+        return getattr(self.processing_class, "tokenizer", self.processing_class)
+
+    def _check_sources(self) -> None:
+        """Raise ProConError if this training cannot take its anchors from where they are to come."""
+        settings = self.args.anchor_settings()
+        if self.get_cp_size() > 1 and settings.anchors != "recorded":
+            raise ProConError(
+                f"procon_anchors is {settings.anchors!r}, and context parallelism splits the sequences of a forward "
+                "over the ranks: take 'recorded' with cp_size above 1"
+            )
+        if not settings.has_probes:
+            return
+        if self.is_deepspeed_enabled and self._zero_stage() == 3:
+            raise ProConError(
+                "DeepSpeed ZeRO-3 takes one forward for each backward, and probes are a second one: take "
+                "procon_anchors 'recorded' or 'live', ZeRO 2 or FSDP2"
+            )
+        if getattr(self._chat_tokenizer, "chat_template", None) is None:
+            raise ProConError(
+                f"procon_anchors is {settings.anchors!r}, and processing_class has no chat template to ask the probes "
+                "with: pass the tokenizer of a chat model, or take 'recorded' or 'live'"
+            )
+
+    def _zero_stage(self) -> int:
+        plugin: Any = self.accelerator.state.deepspeed_plugin
+        return int(plugin.zero_stage)
+
     def _make_constraint(self, directions: BlockDirections) -> ProjectionConstraint:
         settings = self.args.constraint_settings()
         self._directions = directions
@@ -115,7 +145,7 @@ class AnchoredMixin(_Resumable):
         progress = self.is_world_process_zero() and not self.args.disable_tqdm
         return on_main(
             # Ranks round differently, and anchors belong to one set of directions.
-            lambda: RefusalDirections.extract(self.model, self.processing_class, chat=self.chat, progress=progress),
+            lambda: RefusalDirections.extract(self.model, self._chat_tokenizer, chat=self.chat, progress=progress),
             # Not yet sharded, the model may be whole on the main process alone. Sharded already, it needs all of them.
             all_call=getattr(self, "is_distributed_loading_by_transformers", False),
         )
@@ -127,7 +157,7 @@ class AnchoredMixin(_Resumable):
         else:
             kind, directions = self.args.procon_block_weights, self._directions
             constraint.weights = find_weights(
-                kind, self.model, self.processing_class, directions, constraint.blocks, self.chat
+                kind, self.model, self._chat_tokenizer, directions, constraint.blocks, self.chat
             )
 
     def _prepare_for_training(
@@ -159,7 +189,7 @@ class AnchoredMixin(_Resumable):
         return on_main(  # ranks round differently
             lambda: Probes.record(
                 self.model,
-                self.processing_class,
+                self._chat_tokenizer,
                 self._directions,
                 settings.probes,
                 blocks=constraint.blocks,
@@ -185,7 +215,7 @@ class AnchoredMixin(_Resumable):
             self.data_collator,
             TokenMask(self.args.procon_scope) if source == "live" else self._anchors,
             reduction=self.args.procon_reduction,
-            tokenizer=self.processing_class,
+            tokenizer=self._chat_tokenizer,
         )
         with self._collating(self._collator):
             return super().get_train_dataloader()

@@ -120,29 +120,16 @@ class ProConMixin(StrengthMixin):
                 "DeepSpeed's sequence parallelism has ranks average the model's own loss, which leaves the penalty "
                 "out: use context parallelism (cp_size)"
             )
-        if self.get_cp_size() > 1 and args.procon_anchors != "recorded":
-            raise ProConError(
-                f"procon_anchors is {args.procon_anchors!r}, and context parallelism splits the sequences of a forward "
-                "over the ranks: take 'recorded' with cp_size above 1"
-            )
-        if self.is_deepspeed_enabled and args.anchor_settings().has_probes and self._zero_stage() == 3:
-            raise ProConError(
-                "DeepSpeed ZeRO-3 takes one forward for each backward, and probes are a second one: take "
-                "procon_anchors 'recorded' or 'live', ZeRO 2 or FSDP2"
-            )
         if directions is not None:
             self._make_constraint(
                 directions if isinstance(directions, BlockDirections) else load_directions(directions)
             )
-        elif getattr(self.processing_class, "chat_template", None) is None:
+        elif getattr(self._chat_tokenizer, "chat_template", None) is None:
             raise ProConError(
                 "no refusal directions given, and processing_class has no chat template to extract them with: extract "
                 "them with RefusalDirections.extract(model, tokenizer)"
             )
-
-    def _zero_stage(self) -> int:
-        plugin: Any = self.accelerator.state.deepspeed_plugin
-        return int(plugin.zero_stage)
+        self._check_sources()
 
     def train(
         self, resume_from_checkpoint: str | Path | bool | Checkpoint | None = None, *args: Any, **kwargs: Any

@@ -54,7 +54,11 @@ def config(tmp_path):
 
 @pytest.fixture
 def data(samples, tokenizer) -> dict:
-    return {"train_dataset": Dataset.from_list(samples), "data_collator": padding_collator(tokenizer)}
+    return {
+        "train_dataset": Dataset.from_list(samples),
+        "data_collator": padding_collator(tokenizer),
+        "processing_class": tokenizer,
+    }
 
 
 def needed(model, random_directions, samples) -> dict:

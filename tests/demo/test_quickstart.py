@@ -40,6 +40,7 @@ def test_real_model_refuses_and_trains_under_the_constraint(tmp_path):
         output_dir=str(tmp_path),
         procon_schedule="procon_s:0.1",
         max_steps=3,
+        procon_probe_every=1,
         per_device_train_batch_size=2,
         learning_rate=1e-3,
         logging_steps=1,
@@ -49,7 +50,12 @@ def test_real_model_refuses_and_trains_under_the_constraint(tmp_path):
     )
     tuned = get_peft_model(model, LoraConfig(**PAPER_RECIPE.lora()))
     trainer = ProConTrainer(
-        tuned, config, directions=directions, train_dataset=train, data_collator=padding_collator(tokenizer)
+        tuned,
+        config,
+        directions=directions,
+        train_dataset=train,
+        data_collator=padding_collator(tokenizer),
+        processing_class=tokenizer,
     )
     trainer.train()
     penalties = [row["procon/penalty"] for row in trainer.state.log_history if "procon/penalty" in row]
@@ -74,14 +80,14 @@ def test_whole_quickstart_on_a_tiny_model(tiny_model, tokenizer, tmp_path, monke
         runs = module.quickstart(str(folder), output, 3, control=True)
     logging.getLogger("transformers").setLevel(logging.WARNING)
 
-    assert [run.label for run in runs] == ["start", "plain", "ProCon", "random"]
+    assert [run.label for run in runs] == ["start", "plain", "ProCon", "tokens", "random"]
     assert runs[0].mean_cosine == pytest.approx(1)
     alphas = [{row["procon/alpha"] for row in run.history if "procon/alpha" in row} for run in runs[1:]]
     assert max(alphas[1], default=0) > 0
     assert max(alphas[0], default=0) == 0
     for name in ("start/config.json", "directions.safetensors", "report.html", "runs/procon.json"):
         assert (output / name).is_file(), name
-    for name in ("plain", "procon", "random"):
+    for name in ("plain", "procon", "tokens", "random"):
         assert (output / name / "adapter_model.safetensors").is_file()
     saved = json.loads((output / "runs" / "plain.json").read_text())
     assert saved["evaluation"]["refusal_malicious"]["total"] == runs[1].evaluation.refusal_malicious.total >= 48

@@ -203,6 +203,7 @@ def test_callback_trains_as_the_trainer_does(tiny_model, tokenizer, samples, tmp
         model,
         ProConConfig(
             **{**arguments(tmp_path, max_steps=10, logging_steps=1, learning_rate=1e-2).to_dict()},
+            procon_anchors="recorded",
             procon_schedule="20@6steps,0",
             procon_scope="response",
             procon_penalty="squared",

@@ -132,11 +132,11 @@ def config(mode: Mode, folder: Path, alpha: float) -> dict:
             "procon_scope": "response",
             "procon_penalty": "squared",
         }
-        if mode.source:
-            keys["procon_anchors"] = mode.source
+        keys["procon_anchors"] = mode.source or "recorded"
         if mode.source == "probes":
             probes = str(setting.probe_file(folder))
             keys |= {"procon_probes": probes, "procon_probe_weight": setting.PROBE_WEIGHT}
+            keys["procon_probe_hold"] = "projections"
     return keys
 
 

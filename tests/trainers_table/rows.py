@@ -121,11 +121,13 @@ def arguments(mode: Mode, folder: Path, rows: int | None = None) -> dict:
 
 
 def constraint_settings(mode: Mode, folder: Path, alpha: float) -> dict[str, str | float]:
+    """Those of any trainer; one source of anchors alone, the class's own if the mode has none."""
     settings = {"procon_schedule": f"procon_s:{alpha:g}", "procon_scope": "response", "procon_penalty": "squared"}
     if mode.source:
         settings["procon_anchors"] = mode.source
     if mode.source == "probes":
         settings |= {"procon_probes": str(setting.probe_file(folder)), "procon_probe_weight": setting.PROBE_WEIGHT}
+        settings["procon_probe_hold"] = "projections"
     return settings
 
 
@@ -133,7 +135,9 @@ def trainer(mode: Mode, folder: Path, alpha: float) -> Found:
     step = FirstStep(mode)
     ProConTrainer(
         setting.model(mode.parameters, folder),
-        ProConConfig(**arguments(mode, folder), **constraint_settings(mode, folder, alpha)),
+        ProConConfig(
+            **{"procon_anchors": "recorded", **arguments(mode, folder), **constraint_settings(mode, folder, alpha)}
+        ),
         directions=setting.directions(),
         train_dataset=dataset(mode),
         data_collator=collator(mode),
@@ -156,9 +160,7 @@ def sft_arguments(mode: Mode, folder: Path) -> dict:
 
 def sft_trainer(mode: Mode, folder: Path, alpha: float, *, streamed: bool = False) -> Found:
     step = FirstStep(mode)
-    settings = constraint_settings(mode, folder, alpha)
-    if streamed:
-        settings.setdefault("procon_anchors", "live")
+    settings = {"procon_anchors": "live" if streamed else "recorded", **constraint_settings(mode, folder, alpha)}
     ProConSFTTrainer(
         setting.model(mode.parameters, folder),
         ProConSFTConfig(**sft_arguments(mode, folder), **settings),
@@ -227,7 +229,9 @@ def bare_loop(mode: Mode, folder: Path, alpha: float) -> Found:
             loss = loss + alpha * WORLD * constraint.penalty(constrained)
         elif probes:
             # A mean over the probes, which every rank and micro-batch has: a part of it each.
-            loss = loss + alpha / len(batches) * setting.PROBE_WEIGHT * probe_penalty(constraint, probes)
+            loss = loss + alpha / len(batches) * setting.PROBE_WEIGHT * probe_penalty(
+                constraint, probes, hold="projections"
+            )
         loss.backward()
         constraint.release()
     constraint.detach()
@@ -296,7 +300,7 @@ def accelerate_loop(mode: Mode, folder: Path, alpha: float) -> Found:
             if tokens:
                 loss = loss + alpha * constraint.penalty(constrained)
             elif probes:
-                penalty = setting.PROBE_WEIGHT * probe_penalty(constraint, probes)
+                penalty = setting.PROBE_WEIGHT * probe_penalty(constraint, probes, hold="projections")
                 loss = loss + alpha / (len(batches) * accelerator.num_processes) * penalty
             # Accelerate divides by the accumulation steps, and ranks average.
             accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)

@@ -179,6 +179,7 @@ def test_with_other_sources_of_anchors(make_trainer, start, tokenizer, anchors):
             procon_block_weights=kind,
             procon_sides=sides,
             procon_anchors=anchors,
+            procon_probe_hold="projections",
             procon_probe_every=1,
             save_strategy="no",
         )

@@ -48,6 +48,7 @@ def made(tiny_model, tokenizer, tmp_path):
             directions=RefusalDirections(unit, *torch.ones(4, 3)),
             train_dataset=rows,
             data_collator=padding_collator(tokenizer),
+            processing_class=tokenizer,
         )
         show_rows(trainer)
         trainer.add_callback(Preface(trainer, "a [model]"))
@@ -71,16 +72,18 @@ def test_what_is_printed(made, capsys, disable_tqdm):
     assert "constraint alpha 0.2, penalty absolute, tokens all, units raw" in text
     assert "blocks 3 under the constraint, of 3; within their norms; training moves 2" in text
     assert "anchors recorded in" in text
+    assert "; the last state of 8 probes (built-in prompts), every 2 steps, weight 50 " in text
     assert [line[:7] for line in lines if line.startswith("step")] == ["step 1 ", "step 2 ", "step 2 "]
     assert "seconds of training" in text
     assert "{" not in text
 
 
 def test_other_sources_and_none(made):
-    trainer = made(procon_anchors="live+probes")
+    trainer = made(procon_anchors="live+probes", procon_probe_hold="both")
     trainer.constraint.attach(trainer.model)
     facts = describe(trainer, "m")
     assert facts["anchors"] == (
-        "from a forward of the starting model on each batch; of 8 probes (built-in prompts), every 2 steps, weight 50"
+        "from a forward of the starting model on each batch; projections and the last state of 8 probes (built-in "
+        "prompts), every 2 steps, weight 50"
     )
     assert describe(made(procon_schedule="0"), "m")["constraint"] == "none"

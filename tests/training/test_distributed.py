@@ -37,15 +37,16 @@ SHARDED = {
     "tensor_parallel": ("MULTI_NPU", "DTensor", "LlamaDecoderLayer"),
     "context_parallel": ("FSDP", "DTensor", "FSDPLlamaDecoderLayer"),
     "zero2": ("DEEPSPEED", "Parameter", "LlamaDecoderLayer"),
+    "zero2_probes": ("DEEPSPEED", "Parameter", "LlamaDecoderLayer"),
     "zero2_bfloat16": ("DEEPSPEED", "Parameter", "LlamaDecoderLayer"),
     "zero3": ("DEEPSPEED", "Parameter", "LlamaDecoderLayer"),
     "zero3_lora": ("DEEPSPEED", "Parameter", "LlamaDecoderLayer"),
     "zero3_lora_live": ("DEEPSPEED", "Parameter", "LlamaDecoderLayer"),
 }
 LIVE = {"ddp_live", "fsdp2_lora_live", "zero3_lora_live"}
-PROBES = {"ddp_probes", "fsdp2_probes"}
+PROBES = {"ddp_probes", "fsdp2_probes", "tensor_parallel", "zero2_probes"}
 #: Cases of five steps; the others have all ten, in two epochs.
-SHORT = {"fsdp2_lora", "fsdp2_main_only", "fsdp2_at_load", "tensor_parallel", "context_parallel", "zero3_lora"}
+SHORT = {"fsdp2_lora", "fsdp2_main_only", "fsdp2_at_load", "context_parallel", "zero3_lora"}
 SHORT |= LIVE - {"ddp_live"} | PROBES
 #: The run on one rank that a case is compared with, if not with the one under ProCon_s.
 EXPECTED = {"fsdp2_checkpointed": "ddp_warm_up", "zero3": "ddp_warm_up"}
@@ -209,6 +210,7 @@ def test_resume_with_steps_of_another_size_is_refused(tiny_model, tokenizer, tmp
             directions=RefusalDirections(unit, *torch.ones(4, 3)),
             train_dataset=Dataset.from_list(rows),
             data_collator=padding_collator(tokenizer),
+            processing_class=tokenizer,
         )
 
     trainer(4, "procon_wu:1@1ep").train()

@@ -44,7 +44,8 @@ def test_it_keeps_to_the_budget_where_a_fixed_alpha_does_not(make_trainer, base,
 @pytest.mark.parametrize("penalty", ["absolute", "squared"])
 def test_what_it_measures_is_the_penalty_where_gap_and_blocks_are_one(make_trainer, penalty):
     """With a gap of 1, and all blocks moving, the mean |shift| is the absolute penalty, and the root of the squared."""
-    trainer = make_trainer("Trainer", "hold", procon_penalty=penalty, max_steps=5, save_strategy="no")
+    settings = {"procon_penalty": penalty, "procon_anchors": "recorded", "max_steps": 5, "save_strategy": "no"}
+    trainer = make_trainer("Trainer", "hold", **settings)
     measured, step = [], trainer.hold.step
     trainer.hold.step = lambda shift: (measured.append(shift.item()), step(shift))
     trainer.train()

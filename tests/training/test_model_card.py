@@ -13,6 +13,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from procon.anchors.probes import PROBES
 from procon.directions import DIRECTIONS, Directions, RefusalDirections
 from procon.errors import ProConError
 from procon.training import model_card
@@ -22,7 +23,7 @@ from procon.training.record import read_record
 from procon.version import __version__
 
 HEADING = "## Refusal anchored with ProCon"
-OURS = {DIRECTIONS, "procon.json"}
+OURS = {DIRECTIONS, PROBES, "procon.json"}
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM")
 
@@ -95,9 +96,9 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
             "directions": trainer.constraint._directions.hash,
             "concepts": ["refusal"],
             "anchors": anchors[0],
-            "anchors_from": "recorded",
+            "anchors_from": "recorded+probes",
             "starting_model": None,
-            "probing": None,
+            "probing": {"count": 8, "every": 2, "weight": 50.0, "hold": "state"},
             "steps_per_epoch": trainer._steps_per_epoch,
         }
     for part in (
@@ -109,6 +110,7 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
         "| constrained blocks | 1 to 2 of 3, from 0 |",
         "| penalty | squared, of rises and falls, gap units, mean over tokens |",
         "| weights of the blocks | all alike |",
+        "`); the last hidden state at the last token of 8 probe prompts, run every 2 steps, with weight 50 |",
         "`): of tiny, from 3 malicious and 4 benign prompts; it then refused 96% of malicious ones |",
         f"| last logged penalty, before alpha | {penalties[2]:.3g} at step 2 |",
         "| mean cosine of re-extracted directions to the first | 0.988 at step 6 |",
@@ -182,7 +184,7 @@ def test_push_to_hub_hands_over_all_files(make_trainer, hub, base, lora):
     assert (upload["repo_id"], upload["revision"], upload["commit_message"]) == ("someone/tiny", "branch", "tuned")
     weights = "adapter_model.safetensors" if lora else "model.safetensors"
     assert upload["files"].keys() >= OURS | {"README.md", weights, "tokenizer.json"}
-    assert not [name for name in upload["files"] if "anchors" in name]
+    assert not [name for name in upload["files"] if name.startswith("_anchors")]
     card = ModelCard(upload["files"]["README.md"].decode())
     assert card.text.count(HEADING) == 1
     # What the trainer that is extended says of the model is still there, above ours.

@@ -46,6 +46,7 @@ def trainer(random_directions):
         model, tokenizer, folder, dataset=None, *, callbacks=(), directions="random", peft_config=None, **settings
     ):
         defaults = {
+            "procon_anchors": "recorded",
             "procon_schedule": "procon_s:1",
             "procon_scope": "response",
             "procon_penalty": "squared",

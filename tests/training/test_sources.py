@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
-from transformers import set_seed
+from transformers import ProcessorMixin, set_seed
 
 from procon.anchors import LiveAnchors, Probes
 from procon.anchors.probes import PROBES
@@ -251,7 +251,8 @@ def test_probes_hold_what_plain_training_moves(trainer):
         found = torch.stack([sites[b] @ directions.first[b] for b in (1, 2)], 1)
         return (found - (run._probes or kept).anchors[:, 1:]).square().mean().item()
 
-    held = trainer("probes", procon_schedule="procon_s:100", procon_probe_every=1, max_steps=30)
+    settings = {"procon_probe_hold": "projections", "procon_probe_every": 1}
+    held = trainer("probes", procon_schedule="procon_s:100", max_steps=30, **settings)
     directions = held._directions
     after = drift(held)
     kept = held._probes
@@ -294,8 +295,10 @@ def test_every_source_refuses_directions_of_another_model(tiny_model, tokenizer,
 
 def test_bad_input(trainer, tokenizer, tiny_model, random_directions, tmp_path):
     tokenizer.chat_template = None
+    with pytest.raises(ProConError, match=r"^procon_anchors is 'probes', and processing_class has no chat template"):
+        trainer("probes")
     with pytest.raises(ProConError, match="tokenizer has no chat template: pass the tokenizer of a chat model"):
-        trainer("probes").train()
+        Probes.record(tiny_model(), tokenizer, random_directions(tiny_model()), PROMPTS, blocks=(1,))
     for setting, value in {
         "procon_anchors": "remembered",
         "procon_probe_count": 0,
@@ -352,10 +355,10 @@ def test_given_vectors_are_trained_along(trainer, random_directions, tiny_model,
 
 
 def test_probes_need_a_unit_for_each_vector(trainer, probe):
-    run = trainer("probes", given=False)
+    run = trainer("probes", given=False, procon_probe_hold="projections")
     with pytest.raises(ProConError, match=r"^the direction of 'honesty' at block 1 has no unit, which units 'gap'"):
         run._make_constraint(probe)
-    assert trainer("probes", given=False, procon_probe_hold="state")._make_constraint(probe).blocks == (1,)
+    assert trainer("probes", given=False)._make_constraint(probe).blocks == (1,)
 
 
 def test_what_is_of_refusal_or_of_the_gap_is_refused_for_other_concepts(trainer, probe):
@@ -365,3 +368,17 @@ def test_what_is_of_refusal_or_of_the_gap_is_refused_for_other_concepts(trainer,
     causal._make_constraint(probe)
     with pytest.raises(ProConError, match=r"^block_weights is 'causal', which weighs .* directions of honesty: set"):
         causal.train()
+
+
+def test_a_processor_asks_by_its_tokenizer(trainer, tokenizer):
+    """As TRL gives one for text alone, if the model could take images too."""
+
+    class Processor(ProcessorMixin):
+        def __init__(self, tokenizer):
+            super().__init__(tokenizer)
+
+    run = trainer("recorded+probes", max_steps=1, procon_block_weights="equal")
+    expected = run._record_probes(run._make_constraint(run._directions))
+    run.processing_class = Processor(tokenizer)
+    assert run._record_probes(run.constraint).hash == expected.hash
+    assert len(run._chat_tokenizer("one")["input_ids"]) == len(tokenizer("one")["input_ids"])

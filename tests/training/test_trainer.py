@@ -33,8 +33,8 @@ def random_directions(model) -> RefusalDirections:
 
 
 def constrained_trainer(model, dataset, collator, folder, *, callbacks=(), **settings) -> ProConTrainer:
-    """A ProConTrainer with directions, that writes no checkpoints and prints nothing unless told to."""
-    defaults = {"save_strategy": "no", "report_to": [], "disable_tqdm": True}
+    """A ProConTrainer of training tokens, that writes no checkpoints and prints nothing unless told to."""
+    defaults = {"procon_anchors": "recorded", "save_strategy": "no", "report_to": [], "disable_tqdm": True}
     return ProConTrainer(
         model,
         ProConConfig(output_dir=str(folder), **{**defaults, **settings}),

@@ -51,6 +51,7 @@ def trained(name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     model = AutoModelForCausalLM.from_pretrained(FOLDER / "model").double()
     unit = torch.nn.functional.normalize(torch.randn(3, 32, generator=torch.Generator().manual_seed(0)), dim=1)
     base = shifted(model)
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "model")
     torch.manual_seed(0)
     model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).double()
     trainer = build_trainer(
@@ -75,7 +76,8 @@ def trained(name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         alignment_dataset=rows(2),
         base=base,
         train_dataset=rows(1),
-        data_collator=padding_collator(AutoTokenizer.from_pretrained(FOLDER / "model")),
+        data_collator=padding_collator(tokenizer),
+        processing_class=tokenizer,
     )
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     trainer.train()

@@ -44,7 +44,7 @@ HOLD = {"procon_schedule": "hold:0.001"}
 #: Tensor parallelism of a tiny model on a CPU is slow, and learning rates are constant.
 SHORT = {"max_steps": 5}
 LORA = {**SHORT, "learning_rate": 1e-2}
-PROBES = {**SHORT, "procon_anchors": "recorded+probes", "procon_probe_count": 3}
+PROBES = {**SHORT, "procon_anchors": "recorded+probes", "procon_probe_hold": "both", "procon_probe_count": 3}
 
 
 def rows() -> list[dict]:
@@ -108,6 +108,7 @@ def trainer(
     """Two micro-batches make an optimiser step of eight rows, on however many ranks."""
     gloo.start(sharding=sharding)
     config = {
+        "procon_anchors": "recorded",
         "procon_schedule": "procon_s:100",
         "procon_scope": "response",
         "procon_penalty": "squared",
@@ -323,7 +324,7 @@ CASES = {
     "fsdp2_main_only": partial(train, model=load_on_main, **fsdp2(cpu_ram_efficient_loading=True), **SHORT),
     "fsdp2_at_load": sharded_at_load,
     "tensor_parallel": partial(
-        train, model=partial(load_distributed, tp_size=WORLD), replicas=1, sharding=True, **SHORT
+        train, model=partial(load_distributed, tp_size=WORLD), replicas=1, sharding=True, **PROBES
     ),
     "context_parallel": context_parallel,
     "without_trainer": without_trainer,
@@ -334,6 +335,7 @@ CASES = {
     "first_version": first_version,
     "zero2": partial(train, **zero(2), **SAVES),
     "zero2_resumed": partial(train, resume=f"zero2-{OTHER}", **zero(2)),
+    "zero2_probes": partial(train, **zero(2), **PROBES),
     "zero2_bfloat16": partial(train, **zero(2), **SHORT, bf16=True),
     "zero3": partial(train, drift=True, **zero(3), **WARM_UP),
     "zero3_lora": partial(train, model=load_lora, **zero(3), **LORA),
