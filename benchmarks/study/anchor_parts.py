@@ -68,6 +68,13 @@ TOKENS_STATE_LIGHT = probing(
 TOKENS_STATE_STRONG = probing(
     "tokens_state_10_0.2", "SBR and training tokens, alpha 0.2", 10, procon_probe_hold="state", **_WITH_TOKENS
 )
+TOKENS_STATE_3 = probing(
+    "tokens_state_3_0.2",
+    "SBR at weight 3 and training tokens, alpha 0.2",
+    3,
+    procon_probe_hold="state",
+    **_WITH_TOKENS,
+)
 TOKENS_STATE_RANDOM = replace(
     TOKENS_STATE,
     name="tokens_state_10_random",
@@ -86,12 +93,13 @@ SOURCES = (
     TOKENS_STATE,
     TOKENS_STATE_LIGHT,
     TOKENS_STATE_STRONG,
+    TOKENS_STATE_3,
     TOKENS_STATE_RANDOM,
     RANDOM,
 )
 
 #: Beside ProCon_s, on data with poison.
-POISONED = (SBR, TOKENS_STATE, TOKENS_STATE_STRONG)
+POISONED = (SBR, TOKENS_STATE, TOKENS_STATE_STRONG, TOKENS_STATE_3)
 
 #: Other settings, at the length at which they were tried.
 SETTINGS = (
