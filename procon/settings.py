@@ -135,7 +135,7 @@ class AnchorSettings:
     """How many probe prompts are used, from the first."""
 
     probe_every: int = 2
-    """The probes are run every so many optimiser steps."""
+    """The probes are run in the last of every so many optimiser steps."""
 
     probe_weight: float = 50.0
     """Weight of the probes' penalty beside that of the training tokens; alpha multiplies both."""

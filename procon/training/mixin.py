@@ -229,8 +229,17 @@ class ProConMixin(StrengthMixin):
     @property
     def constrains_this_step(self) -> bool:
         """Whether this optimiser step has a penalty if alpha is above 0: probes alone are not run in every one."""
+        return self.args.anchor_settings().of_tokens is not None or self._runs_probes
+
+    @property
+    def _runs_probes(self) -> bool:
+        """Whether this optimiser step has the probes' penalty: the last of each so many.
+
+        At the first step the model is at its start, and that penalty's gradient is rounding noise. Adam would make
+        whole steps of it in what probes alone reach, such as embeddings of tokens that are not in the batch.
+        """
         settings = self.args.anchor_settings()
-        return settings.of_tokens is not None or self.state.global_step % settings.probe_every == 0
+        return settings.has_probes and (self.state.global_step + 1) % settings.probe_every == 0
 
     def _set_target(
         self, constraint: ProjectionConstraint, inputs: dict[str, Any], anchors: Tensor | None, mask: Tensor | None
@@ -269,7 +278,7 @@ class ProConMixin(StrengthMixin):
         shares = [self._share_of_tokens(constraint)] if settings.of_tokens else []
         if self.hold is not None and settings.measured == "tokens":
             self.hold.measure(self._shift_of_tokens(constraint))
-        if settings.has_probes and not self._probed and self.state.global_step % settings.probe_every == 0:
+        if self._runs_probes and not self._probed:
             if self._probes is None:
                 raise ProConError(NO_ANCHORS)
             self._probed = True  # once in an optimiser step

@@ -86,9 +86,12 @@ def check_acts(schedule: AlphaSchedule, steps: int, steps_per_epoch: int) -> Non
 
 
 def check_probes_act(anchors: AnchorSettings, steps: int) -> None:
-    """Raise ProConError if probes are all that there is, and would run in the first of several steps alone."""
-    if anchors.of_tokens is None and 1 < steps <= anchors.probe_every:
-        raise ProConError(
-            f"procon_probe_every is {anchors.probe_every}, and training has {steps} steps, so the probes would run in "
-            "the first alone, when the model is still at its start: give a smaller number"
-        )
+    """Raise ProConError if probes are all that there is, and would not run at all; warn if training tokens are left."""
+    if not anchors.has_probes or steps >= anchors.probe_every:
+        return
+    never = (
+        f"procon_probe_every is {anchors.probe_every}, and training has {steps} steps, so the probes would never run"
+    )
+    if anchors.of_tokens is None:
+        raise ProConError(f"{never}: give a smaller number")
+    logger.warning("%s", never)

@@ -136,7 +136,7 @@ def config(mode: Mode, folder: Path, alpha: float) -> dict:
         if mode.source == "probes":
             probes = str(setting.probe_file(folder))
             keys |= {"procon_probes": probes, "procon_probe_weight": setting.PROBE_WEIGHT}
-            keys["procon_probe_hold"] = "projections"
+            keys |= {"procon_probe_hold": "projections", "procon_probe_every": 1}
     return keys
 
 

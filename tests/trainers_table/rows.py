@@ -127,7 +127,7 @@ def constraint_settings(mode: Mode, folder: Path, alpha: float) -> dict[str, str
         settings["procon_anchors"] = mode.source
     if mode.source == "probes":
         settings |= {"procon_probes": str(setting.probe_file(folder)), "procon_probe_weight": setting.PROBE_WEIGHT}
-        settings["procon_probe_hold"] = "projections"
+        settings |= {"procon_probe_hold": "projections", "procon_probe_every": 1}
     return settings
 
 

@@ -95,9 +95,8 @@ def assert_same_run(case: str, found: dict, expected: dict) -> None:
     wanted = steps(expected)[: 5 if case in SHORT else 10]
     assert len(steps(found)) == len(wanted), case
     for ours, theirs in zip(steps(found), wanted, strict=True):
-        # Squared rounding errors, as long as nothing has moved; of a state that hardly has, an error times the move, times
-        # the probes' weight.
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-8 if case in PROBES else 1e-12), case
+        # Squared rounding errors, as long as nothing has moved.
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-12), case
 
 
 def assert_same_gradients(found: dict[tuple, dict]) -> None:

@@ -150,7 +150,7 @@ def test_a_stream_trains_with_live_anchors_and_with_probes(trainer, samples):
     for source in ("live", "probes"):
         run = trainer(source, data=IterableDataset.from_generator(rows), max_steps=3)
         run.train()
-        assert run.evidence.constrained_steps == (3 if source == "live" else 2)
+        assert run.evidence.constrained_steps == (3 if source == "live" else 1)
     with pytest.raises(
         ProConError, match="a streamed one cannot be recorded beforehand, so take procon_anchors 'live'"
     ):
@@ -239,9 +239,27 @@ def test_probes_alone_leave_the_training_batch_free(trainer):
             gradient_checkpointing_kwargs={"use_reentrant": False},
         )
         torch.testing.assert_close(losses(held), expected, rtol=1e-5, atol=0)
-        assert held.evidence.constrained_steps == 2
-    with pytest.raises(ProConError, match=r"^procon_probe_every is 4, and training has 4 steps, so the probes would"):
-        trainer("probes", max_steps=4, procon_probe_every=4).train()
+        assert held.evidence.constrained_steps == 1
+    with pytest.raises(ProConError, match=r"^procon_probe_every is 5, and training has 4 steps, so the probes would"):
+        trainer("probes", max_steps=4, procon_probe_every=5).train()
+
+
+def test_probes_begin_once_the_model_has_moved(trainer, caplog):
+    """At the first step their gradient would be rounding noise, and Adam makes whole steps of that."""
+    first = trainer("probes", max_steps=1, full=True, procon_probe_every=1)
+    other = trainer("recorded", max_steps=1, full=True, procon_schedule="0")
+    for run in (first, other):
+        run.train()
+    (noisy, plain) = (run.model.get_input_embeddings().weight for run in (first, other))
+    assert (noisy - plain).abs().max() > 0.5 * first.args.learning_rate  # what the pause is for
+
+    held = trainer("recorded+probes", max_steps=2, full=True, lr_scheduler_type="constant")
+    held.train()
+    penalties = [row["procon/penalty"] for row in held.state.log_history if "procon/penalty" in row]
+    assert penalties[0] < 1e-10 < 1e-4 < penalties[1]
+    with caplog.at_level("WARNING"):
+        trainer("recorded+probes", max_steps=1).train()
+    assert "procon_probe_every is 2, and training has 1 steps, so the probes would never run" in caplog.text
 
 
 def test_probes_hold_what_plain_training_moves(trainer):
