@@ -137,7 +137,7 @@ class AnchorSettings:
     probe_every: int = 2
     """The probes are run in the last of every so many optimiser steps."""
 
-    probe_weight: float = 50.0
+    probe_weight: float = 15.0
     """Weight of the probes' penalty beside that of the training tokens; alpha multiplies both."""
 
     probe_hold: ProbeHold = "state"

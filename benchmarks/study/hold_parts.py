@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.study.anchor_parts import TOKENS_STATE_STRONG, longer
+from benchmarks.study.anchor_parts import TOKENS_STATE_3, longer
 from benchmarks.study.methods import Method
 from benchmarks.study.plan import Part
 from procon.schedule import DEFAULT_BUDGET
@@ -19,8 +19,8 @@ BUDGETS_TRIED = (0.02, DEFAULT_BUDGET, 0.1)
 def holding(budget: float) -> Method:
     """Probes and training tokens, at the strength that keeps the tokens' shift to ``budget``."""
     name = "hold" if budget == DEFAULT_BUDGET else f"hold_{budget:g}"
-    config = {**TOKENS_STATE_STRONG.config, "procon_schedule": f"hold:{budget:g}"}
-    return replace(TOKENS_STATE_STRONG, name=name, label=f"hold, budget {budget:g}", config=config)
+    config = {**TOKENS_STATE_3.config, "procon_schedule": f"hold:{budget:g}"}
+    return replace(TOKENS_STATE_3, name=name, label=f"hold, budget {budget:g}", config=config)
 
 
 def _at(method: Method, length: float) -> Method:
@@ -29,8 +29,8 @@ def _at(method: Method, length: float) -> Method:
 
 def hold_parts(start: Method, plain: Method, development: int) -> tuple[Part, ...]:
     """The part in which the budget is chosen, with the seed ``development``, and the one in which it is measured."""
-    tried = (plain, TOKENS_STATE_STRONG, *map(holding, BUDGETS_TRIED))
-    measured = (plain, TOKENS_STATE_STRONG, holding(DEFAULT_BUDGET))
+    tried = (plain, TOKENS_STATE_3, *map(holding, BUDGETS_TRIED))
+    measured = (plain, TOKENS_STATE_3, holding(DEFAULT_BUDGET))
     return (
         Part(
             "budget",

@@ -32,6 +32,7 @@ from procon.training import ProConConfig
 RECIPE = {
     "procon_anchors": "recorded",
     "procon_probe_hold": "projections",
+    "procon_probe_weight": 50.0,
     "per_device_train_batch_size": 8,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",

@@ -281,7 +281,7 @@ def test_probes_hold_what_plain_training_moves(trainer):
     assert record["probing"]["count"] == 8
     card = (Path(held.args.output_dir) / "README.md").read_text()
     assert "| constrained tokens | the probes' last ones |" in card
-    assert "| anchors | projections at the last token of 8 probe prompts, run every 1 steps, with weight 50 |" in card
+    assert "| anchors | projections at the last token of 8 probe prompts, run every 1 steps, with weight 15 |" in card
 
 
 def test_another_source_is_another_training(trainer, tmp_path):
