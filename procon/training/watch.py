@@ -89,9 +89,11 @@ def check_probes_act(anchors: AnchorSettings, steps: int) -> None:
     """Raise ProConError if probes are all that there is, and would not run at all; warn if training tokens are left."""
     if not anchors.has_probes or steps >= anchors.probe_every:
         return
-    never = (
-        f"procon_probe_every is {anchors.probe_every}, and training has {steps} steps, so the probes would never run"
-    )
     if anchors.of_tokens is None:
-        raise ProConError(f"{never}: give a smaller number")
-    logger.warning("%s", never)
+        raise ProConError(
+            f"procon_probe_every is {anchors.probe_every}, and training has {steps} steps, so the probes would never "
+            "run: give a smaller number"
+        )
+    logger.warning(
+        "procon_probe_every is %d, and training has %d steps, so the probes never run", anchors.probe_every, steps
+    )

@@ -259,7 +259,7 @@ def test_probes_begin_once_the_model_has_moved(trainer, caplog):
     assert penalties[0] < 1e-10 < 1e-4 < penalties[1]
     with caplog.at_level("WARNING"):
         trainer("recorded+probes", max_steps=1).train()
-    assert "procon_probe_every is 2, and training has 1 steps, so the probes would never run" in caplog.text
+    assert "procon_probe_every is 2, and training has 1 steps, so the probes never run" in caplog.text
 
 
 def test_probes_hold_what_plain_training_moves(trainer):
