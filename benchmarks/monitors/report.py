@@ -91,7 +91,8 @@ def compose(readings: Readings) -> str:
     if readings.of(CHOICE, START):
         how = f"Measured on the validation prompts, with another seed, after {_steps(CHOICE, readings)} steps."
         sections += [f"## {CHOICE.title}", f"{CHOICE.question} {how}"]
-        sections += [choice_table(CHOICE, readings).markdown()]
+        cells = "Of each monitor: AUROC; shift with and without its concept; share of right answers."
+        sections += [cells, choice_table(CHOICE, readings).markdown(), rates_table(CHOICE, readings).markdown()]
     sections += ["## How this was made", _made(readings)]
     return "\n\n".join(sections) + "\n"
 
@@ -135,21 +136,16 @@ def _start(part: Part, readings: Readings, concept: str) -> Reading:
 
 def auroc_table(part: Part, readings: Readings) -> Table:
     """AUROC before and after, and what was lost."""
-    methods = part.methods[1:]
-    losses = {method.name: _losses(part, method, readings) for method in methods}
-    header = ["monitor", "reads", "start"]
-    for method in methods:
-        header += [method.label, "loss"]
     rows = []
     for concept in CONCEPTS:
-        before = _start(part, readings, concept)
-        row = [concept, _site(readings, concept), f"{before.auroc:.3f}"]
-        for method in methods:
-            found = readings.read(part, method, concept)
-            row.append(", ".join(f"{one.auroc:.3f}" for one in found) if found else NOT_RUN)
-            row.append(_loss(losses[method.name][concept]) if found else NONE)
-        rows.append(row)
-    return Table(header, rows)
+        rows.append(
+            [f"{concept}, {_site(readings, concept)}", "start", f"{_start(part, readings, concept).auroc:.3f}", NONE]
+        )
+        for method in part.methods[1:]:
+            found, losses = readings.read(part, method, concept), _losses(part, method, readings)
+            aurocs = ", ".join(f"{one.auroc:.3f}" for one in found) if found else NOT_RUN
+            rows.append([concept, method.label, aurocs, _loss(losses[concept]) if losses else NONE])
+    return Table(["monitor", "model", "AUROC", "loss"], rows)
 
 
 def _site(readings: Readings, concept: str) -> str:
@@ -201,19 +197,17 @@ def choice_table(part: Part, readings: Readings) -> Table:
     """One row for each variant."""
     measures: list[tuple[str, Callable[[Reading, Reading], str]]] = [
         ("AUROC", lambda before, after: f"{after.auroc:.3f}"),
-        ("shift", lambda before, after: " / ".join(f"{shift:+.2f}" for shift in after.shifts(before))),
+        ("shift", lambda before, after: "<br>".join(f"{shift:+.2f}" for shift in after.shifts(before))),
         ("right", lambda before, after: f"{after.accuracy:.0%}"),
     ]
     rows = []
     for method in part.methods:
-        runs = readings.of(part, method)
         row = [method.label]
         for concept in CONCEPTS:
             before, found = _start(part, readings, concept), readings.read(part, method, concept)
             row.append("<br>".join(cell(before, found[0]) for _, cell in measures) if found else NOT_RUN)
-        rows.append([*row, *(_rates(runs)[:3] if runs else [NONE] * 3)])
-    header = ["variant", *(f"{concept}: AUROC<br>shift with / without<br>right" for concept in CONCEPTS)]
-    return Table([*header, "refuses malicious", "refuses benign", "task"], rows)
+        rows.append(row)
+    return Table(["variant", *CONCEPTS], rows)
 
 
 def _listed(names: Sequence[str]) -> str:
