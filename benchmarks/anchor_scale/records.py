@@ -24,6 +24,7 @@ RATIOS = {
     "recorded": ("training step", "recorded"),
     "live": ("training step", "live"),
     "probes": ("training step", "probes"),
+    "default": ("training step", "default"),
     "dpo_live": ("DPO step", "dpo_live"),
 }
 

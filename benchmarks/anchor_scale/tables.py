@@ -172,6 +172,7 @@ def check_table(ratios: dict[str, Ratio], naive: dict[str, Ratio]) -> Table:
         "recorded": ("a step with recorded anchors, over plain", 1.0),
         "live": ("a step with live anchors, over plain", 1 + lora),
         "probes": ("a step that runs the probes, over plain", 1 + probes),
+        "default": ("a step with recorded anchors that runs the probes too, over plain", 1 + probes),
         "dpo_live": ("live anchors within DPO, over DPO", 1.0),
     }
     rows = [
