@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.study.figures import Drawing
@@ -71,9 +70,9 @@ def plot_traces(traces: Sequence[Trace]) -> Figure:
     left, right = figure.subplots(1, 2)
     labels = list(dict.fromkeys(trace.label for trace in traces))
     for trace in traces:
-        place, first = labels.index(trace.label), trace.label not in _drawn(left)
+        place = labels.index(trace.label)
         style = {"color": COLOURS[place % len(COLOURS)], "linestyle": DASHES[place % len(DASHES)], "linewidth": 1.2}
-        left.plot(trace.steps, trace.alphas, label=trace.label if first else None, **style)
+        left.plot(trace.steps, trace.alphas, label=trace.label, **style)
         right.plot(trace.steps, [shift / trace.budget for shift in trace.shifts], **style)
     right.axhline(1, color=INK, linewidth=0.8, linestyle=":")
     for axes, label in ((left, "alpha"), (right, "shift over budget")):
@@ -82,7 +81,3 @@ def plot_traces(traces: Sequence[Trace]) -> Figure:
         axes.set_ylabel(label)
     legend_above(figure)
     return figure
-
-
-def _drawn(axes: Axes) -> set[str]:
-    return {str(line.get_label()) for line in axes.lines}

@@ -80,9 +80,8 @@ def test_runs_and_page(small, capsys):
     page = report.write_report(SMALL, outcomes, small / "docs")
     text = page.read_text()
     assert "| live-anchors |" not in text
-    assert (
-        text.count("| ProCon, live anchors, alpha 0.2 | ") == 8
-    )  # in both tables of both parts, and in what is folded
+    # In both tables of both parts, and in what is folded.
+    assert text.count("| ProCon, live anchors, alpha 0.2 | ") == 8
     assert re.search(r"\| method \| margin in training \| reward, held-out \| pairs right, held-out \|", text)
     assert re.search(r"\| method \| reward in training \| reward, held-out \|\n", text)
     assert text.count("| method | cosine | ") == 2
