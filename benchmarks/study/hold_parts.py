@@ -29,7 +29,7 @@ def _at(method: Method, length: float) -> Method:
 
 def hold_parts(start: Method, plain: Method, development: int) -> tuple[Part, ...]:
     """The part in which the budget is chosen, with the seed ``development``, and the one in which it is measured."""
-    tried = (plain, TOKENS_STATE_3, *map(holding, BUDGETS_TRIED))
+    tried = (plain, *map(holding, BUDGETS_TRIED))
     measured = (plain, TOKENS_STATE_3, holding(DEFAULT_BUDGET))
     return (
         Part(
