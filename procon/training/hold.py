@@ -94,6 +94,11 @@ class Hold:
         """What :meth:`restore` takes, exactly; waits for the device."""
         return {"alpha": self.alpha.item(), "average": self.average.item()}
 
+    @property
+    def grown(self) -> Tensor:
+        """Scalar: alpha as a multiple of where it began."""
+        return self.alpha / self._start
+
     def measure(self, share: Tensor) -> None:
         """Add a micro-batch's share of the step's mean shift (:meth:`ProjectionConstraint.shift`)."""
         self.measured += share.detach().to(self.measured.device)

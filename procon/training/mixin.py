@@ -287,7 +287,7 @@ class ProConMixin(StrengthMixin):
             # Ranks that have the same probes have a part each.
             if self.hold is not None and found.projections is not None:
                 self.hold.measure(found.projections / self._ranks_apart)
-            shares.append(settings.probe_weight / self._ranks_apart * found.penalty)
+            shares.append(self._probe_weight / self._ranks_apart * found.penalty)
         return shares
 
     def _gradient_of(self, alpha: float) -> float | None:

@@ -43,6 +43,15 @@ class StrengthMixin(AnchoredMixin):
             return self.hold.alpha if device is None else self.hold.alpha.to(device)
         return self.alpha_schedule.alpha(self.state.global_step, self._steps_per_epoch)
 
+    @property
+    def _probe_weight(self) -> float | Tensor:
+        """The probes' weight, which alpha multiplies. An alpha that answers to the training tokens alone says nothing
+        of the probes: they keep the strength that it begins with."""
+        settings = self.args.anchor_settings()
+        if self.hold is None or settings.measured != "tokens":
+            return settings.probe_weight
+        return settings.probe_weight / self.hold.grown
+
     def set_initial_training_values(
         self, args: TrainingArguments, dataloader: DataLoader
     ) -> tuple[int, int, int, int, int, int | None, int]:

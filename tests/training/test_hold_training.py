@@ -78,6 +78,31 @@ def test_with_probes_it_goes_by_theirs(make_trainer, monkeypatch, anchors, kept)
     assert len({alpha for (alpha,) in logged(trainer, "procon/alpha")}) > 2
 
 
+def test_probes_that_it_does_not_go_by_keep_their_strength(make_trainer, monkeypatch):
+    """Alpha answers to the training tokens: as it falls to a hundredth or rises, probes of the state pull as before."""
+    settings = {"procon_anchors": "recorded+probes", "procon_probe_every": 1, "procon_probe_hold": "state"}
+    trainer = make_trainer("Trainer", "hold:0.01", max_steps=4, save_strategy="no", procon_probe_weight=15.0, **settings)
+    alphas, pulls, penalties = [0.002, 0.2, 7.0], [], []
+    trainer.hold.step = lambda shift: setattr(trainer.hold, "alpha", torch.tensor(alphas.pop() if alphas else 1.0))
+    shares = trainer._shares
+
+    def noted(*args, **kwargs):
+        found = probe_departure(*args, **kwargs)
+        penalties.append(found.penalty.item())
+        return found
+
+    def weighed(constraint):
+        found = shares(constraint)
+        pulls.append((trainer.hold.alpha * found[1]).item())
+        return found
+
+    monkeypatch.setattr(mixin, "probe_departure", noted)
+    monkeypatch.setattr(trainer, "_shares", weighed)
+    trainer.train()
+    assert min(penalties[1:]) > 0
+    assert pulls == pytest.approx([0.2 * 15.0 * penalty for penalty in penalties], rel=1e-5)
+
+
 @pytest.mark.parametrize("penalty", ["absolute", "squared"])
 def test_gradient_accumulation_leaves_alpha_alone(make_trainer, tiny_model, penalty):
     def rows(batch: int) -> list[list[float]]:
