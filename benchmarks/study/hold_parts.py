@@ -13,14 +13,13 @@ from procon.schedule import DEFAULT_BUDGET
 LENGTHS = (1.0, 2.0, 4.0)
 
 #: Of the mean shift of the training tokens, in units of the gap: probes of the whole state have none.
-BUDGETS_TRIED = (0.02, DEFAULT_BUDGET, 0.1)
+BUDGETS_TRIED = (0.05, 0.1, 0.2)
 
 
 def holding(budget: float) -> Method:
     """Probes and training tokens, at the strength that keeps the tokens' shift to ``budget``."""
-    name = "hold" if budget == DEFAULT_BUDGET else f"hold_{budget:g}"
     config = {**TOKENS_STATE_3.config, "procon_schedule": f"hold:{budget:g}"}
-    return replace(TOKENS_STATE_3, name=name, label=f"hold, budget {budget:g}", config=config)
+    return replace(TOKENS_STATE_3, name=f"hold_{budget:g}", label=f"hold, budget {budget:g}", config=config)
 
 
 def _at(method: Method, length: float) -> Method:

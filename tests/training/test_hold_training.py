@@ -81,7 +81,9 @@ def test_with_probes_it_goes_by_theirs(make_trainer, monkeypatch, anchors, kept)
 def test_probes_that_it_does_not_go_by_keep_their_strength(make_trainer, monkeypatch):
     """Alpha answers to the training tokens: as it falls to a hundredth or rises, probes of the state pull as before."""
     settings = {"procon_anchors": "recorded+probes", "procon_probe_every": 1, "procon_probe_hold": "state"}
-    trainer = make_trainer("Trainer", "hold:0.01", max_steps=4, save_strategy="no", procon_probe_weight=15.0, **settings)
+    trainer = make_trainer(
+        "Trainer", "hold:0.01", max_steps=4, save_strategy="no", procon_probe_weight=15.0, **settings
+    )
     alphas, pulls, penalties = [0.002, 0.2, 7.0], [], []
     trainer.hold.step = lambda shift: setattr(trainer.hold, "alpha", torch.tensor(alphas.pop() if alphas else 1.0))
     shares = trainer._shares
