@@ -92,14 +92,17 @@ class TrainArguments(LoadingArguments):
     )
     defence: str | None = option(
         None,
-        "plain, safe, sppft, constrained_sft, safe_lora, lisa, steering, hidden_states, procon_s, procon_wu, "
-        "procon_s_safe or procon_wu_safe; what the procon_ settings say if not given.",
+        "plain, safe, sppft, constrained_sft, safe_lora, safe_merge, lisa, safegrad, safety_step, steering, kl, "
+        "hidden_states, null_space, moving_average, sbr, block_em, procon_s, procon_wu, procon_s_safe or "
+        "procon_wu_safe; what the procon_ settings say if not given.",
         DEFENCE,
     )
     defence_settings: str | None = option(
         None, "The defence's own settings: key=value, joined by commas, with values as in YAML.", DEFENCE
     )
-    base: str | None = option(None, "For safe_lora: the model before it was aligned, a folder or hub name.", DEFENCE)
+    base: str | None = option(
+        None, "For safe_lora and safe_merge: the model before it was aligned, a folder or hub name.", DEFENCE
+    )
     safety_samples: int = option(
         0, "How many safety samples (malicious prompt, refusal) to mix in; paper: 1000.", DEFENCE
     )

@@ -12,9 +12,15 @@ __extra__ = require_extra("train", __name__)
 from procon.defences.constrained_sft import ConstrainedSFTTrainer
 from procon.defences.frozen_layers import FrozenLayersTrainer
 from procon.defences.hidden_states import HiddenStatesTrainer
+from procon.defences.kl_to_start import KLToStartTrainer
 from procon.defences.lisa import LisaTrainer
+from procon.defences.moving_average import MovingAverageTrainer
+from procon.defences.null_space import NullSpaceTrainer
+from procon.defences.projected_gradients import ProjectedGradientsTrainer
 from procon.defences.registry import DEFENCES, Defence, build_trainer, find_defence
 from procon.defences.safe_lora import SafeLoRATrainer, project_update
+from procon.defences.safe_merge import SafeMergeTrainer
+from procon.defences.safety_step import SafetyStepTrainer
 from procon.defences.steering import SteeringTrainer
 from procon.models import StartingModel
 
@@ -24,8 +30,14 @@ __all__ = [
     "Defence",
     "FrozenLayersTrainer",
     "HiddenStatesTrainer",
+    "KLToStartTrainer",
     "LisaTrainer",
+    "MovingAverageTrainer",
+    "NullSpaceTrainer",
+    "ProjectedGradientsTrainer",
     "SafeLoRATrainer",
+    "SafeMergeTrainer",
+    "SafetyStepTrainer",
     "StartingModel",
     "SteeringTrainer",
     "build_trainer",

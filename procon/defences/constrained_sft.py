@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, logsigmoid
+from torch.nn.functional import logsigmoid
 
+from procon.defences.predictions import response_log_probs
 from procon.defences.trainer import TokenMeanTrainer
 from procon.errors import ProConError
 from procon.models import StartingModel
@@ -72,13 +73,6 @@ class ConstrainedSFTTrainer(TokenMeanTrainer):
 def constrained_loss(log_ratio: Tensor, beta: Tensor) -> Tensor:
     """The loss of each token, from its ``log pi_theta - log pi_start`` and its beta; all of one shape, fp32."""
     return -2 / beta * logsigmoid(beta * log_ratio)
-
-
-def response_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
-    """``[N]`` fp32: log-probabilities of the response tokens in ``labels [B, T]``, from ``logits [B, T, V]``."""
-    targets = labels[:, 1:]
-    response = targets != IGNORE_INDEX
-    return -cross_entropy(logits[:, :-1][response].float(), targets[response], reduction="none")
 
 
 def response_positions(labels: Tensor) -> Tensor:

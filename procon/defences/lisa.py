@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers.trainer_utils import TrainOutput
 
-from procon.defences.trainer import DefenceTrainer
+from procon.defences.alignment import AlignmentTrainer
 from procon.errors import ProConError
 from procon.training.loss_scale import loss_scale
 
 
-class LisaTrainer(DefenceTrainer):
+class LisaTrainer(AlignmentTrainer):
     """Alternates between alignment data and ``train_dataset``, beginning with the former.
 
     The training arguments count steps on ``train_dataset``, and so do its logs, checkpoints and learning rates: user
@@ -38,7 +37,7 @@ class LisaTrainer(DefenceTrainer):
         rho: strength of the proximal term towards the trainable weights at the last switch.
 
     Raises:
-        ProConError: for settings that cannot be, and on resuming: the weights at the last switch are not kept.
+        ProConError: for settings that cannot be, and on resuming: checkpoints lack the last switch too.
     """
 
     def __init__(
@@ -50,24 +49,16 @@ class LisaTrainer(DefenceTrainer):
         rho: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, alignment_dataset=alignment_dataset, **kwargs)
         if min(alignment_steps, user_steps) < 1:
             raise ProConError(
                 f"alignment_steps and user_steps are {alignment_steps} and {user_steps}: give 1 or more for each"
             )
         if not 0 <= rho < math.inf:
             raise ProConError(f"rho is {rho:g}: give a finite number, 0 or more")
-        self.alignment_dataset = alignment_dataset
         self.alignment_steps, self.user_steps, self.rho = alignment_steps, user_steps, rho
         self._switch: dict[str, Tensor] = {}
-        self._alignment_batches: Iterator[dict[str, Tensor]] | None = None
         self._alignment_losses: list[Tensor] = []
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        if resume_from_checkpoint:
-            raise ProConError("LisaTrainer cannot resume, as checkpoints lack its last switch: start afresh")
-        self._alignment_batches = None
-        return super().train(None, *args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -110,12 +101,10 @@ class LisaTrainer(DefenceTrainer):
 
     def _align(self) -> None:
         """The steps on alignment data of one round; the loop of the Trainer does not see them."""
-        if self._alignment_batches is None:
-            self._alignment_batches = self._draw_alignment_batches()
         self._keep_switch()
         model, accumulated = self.model_wrapped, self.args.gradient_accumulation_steps
         for _ in range(self.alignment_steps):
-            batches, tokens = super().get_batch_samples(self._alignment_batches, accumulated, self.args.device)
+            batches, tokens = super().get_batch_samples(self.alignment_batches, accumulated, self.args.device)
             self.current_gradient_accumulation_steps = len(batches)
             losses = []
             for number, batch in enumerate(batches, 1):
@@ -134,15 +123,3 @@ class LisaTrainer(DefenceTrainer):
             for name, parameter in self.model.named_parameters()
             if parameter.requires_grad
         }
-
-    def _draw_alignment_batches(self) -> Iterator[dict[str, Tensor]]:
-        """Batches of alignment data without end, made as those of the user's are."""
-        users, self.train_dataset = self.train_dataset, self.alignment_dataset
-        try:
-            loader = self.get_train_dataloader()
-        finally:
-            self.train_dataset = users
-        if len(loader) == 0:
-            raise ProConError("alignment_dataset makes no batch: give more samples, or drop dataloader_drop_last")
-        while True:
-            yield from loader

@@ -18,8 +18,14 @@ from transformers import PreTrainedModel, Trainer
 from procon.defences.constrained_sft import ConstrainedSFTTrainer
 from procon.defences.frozen_layers import FrozenLayersTrainer
 from procon.defences.hidden_states import HiddenStatesTrainer
+from procon.defences.kl_to_start import KLToStartTrainer
 from procon.defences.lisa import LisaTrainer
+from procon.defences.moving_average import MovingAverageTrainer
+from procon.defences.null_space import NullSpaceTrainer
+from procon.defences.projected_gradients import ProjectedGradientsTrainer
 from procon.defences.safe_lora import SafeLoRATrainer
+from procon.defences.safe_merge import SafeMergeTrainer
+from procon.defences.safety_step import SafetyStepTrainer
 from procon.defences.steering import SteeringTrainer
 from procon.defences.trainer import PlainTrainer
 from procon.directions import BlockDirections
@@ -173,11 +179,87 @@ DEFENCES: dict[str, Defence] = {
             needs=frozenset({"directions"}),
         ),
         Defence(
+            "kl",
+            "KL to the start",
+            "The distribution over each response token stays near the start's.",
+            "Kaczer et al. 2026, In-Training Defenses against Emergent Misalignment, arXiv 2508.06249",
+            KLToStartTrainer,
+        ),
+        Defence(
+            "safegrad",
+            "SafeGrad",
+            "What in the user's gradient goes against alignment is taken out.",
+            "Yi et al. 2025, Gradient Surgery for Safe LLM Fine-Tuning, arXiv 2508.07172",
+            ProjectedGradientsTrainer,
+            needs=frozenset({"alignment_dataset"}),
+        ),
+        Defence(
+            "safety_step",
+            "safety step",
+            "After each step, the shortest one back to a bound on the loss on alignment data.",
+            "the safety projection of SPARD, arXiv 2605.28030",
+            SafetyStepTrainer,
+            needs=frozenset({"alignment_dataset"}),
+        ),
+        Defence(
+            "null_space",
+            "null-space LoRA",
+            "The update does not see the leading directions of malicious prompts.",
+            "the projector of GuardSpace, arXiv 2510.14301",
+            NullSpaceTrainer,
+            needs=frozenset({"alignment_dataset"}),
+        ),
+        Defence(
+            "moving_average",
+            "moving average",
+            "A moving average of the weights, in the place of the last ones.",
+            "Kim et al. 2025, Rethinking Safety in LLM Fine-tuning, arXiv 2508.12531",
+            MovingAverageTrainer,
+        ),
+        Defence(
+            "safe_merge",
+            "SafeMERGE",
+            "After training, layers that lead away from alignment are merged with those of a safe adapter.",
+            "Djuhera et al. 2025, SafeMERGE, arXiv 2503.17239",
+            SafeMergeTrainer,
+            needs=frozenset({"alignment_dataset", "base"}),
+        ),
+        Defence(
             "hidden_states",
             "Hidden states",
             "Whole hidden states are kept near the start.",
             "upper ablation of ProCon, arXiv 2509.06795",
             HiddenStatesTrainer,
+        ),
+        Defence(
+            "sbr",
+            "SBR",
+            "The last hidden state of a few malicious prompts is kept near the start.",
+            "Safety Anchor, arXiv 2605.05995",
+            ProConTrainer,
+            {
+                "procon_schedule": "procon_s:1",
+                "procon_anchors": "probes",
+                "procon_probe_hold": "state",
+                "procon_probe_weight": 10.0,
+                "procon_probe_every": 1,
+            },
+            needs=frozenset({"directions"}),
+        ),
+        Defence(
+            "block_em",
+            "one-sided",
+            "Only a fall of response tokens towards the benign side is penalised, squared.",
+            "after BLOCK-EM, arXiv 2602.00767, with refusal directions in the place of SAE latents",
+            ProConTrainer,
+            {
+                "procon_schedule": "procon_s",
+                "procon_anchors": "recorded",
+                "procon_sides": "fall",
+                "procon_penalty": "squared",
+                "procon_scope": "response",
+            },
+            needs=frozenset({"directions"}),
         ),
         _procon("procon_s", "ProCon_s", "The projection constraint throughout.", "procon_s"),
         _procon("procon_wu", "ProCon_wu", "The projection constraint in extra warm-up epochs.", "procon_wu"),

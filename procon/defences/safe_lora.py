@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import TrainOutput
 
+from procon.defences.lora import check_lora_alone, lora_factors, lora_layers, without_peft
 from procon.defences.trainer import DefenceTrainer
 from procon.errors import ProConError
 from procon.models import load_model
@@ -54,14 +55,7 @@ class SafeLoRATrainer(DefenceTrainer):
         self.threshold = threshold
         self.cosines: dict[str, float] = {}
         self._base = base
-        beside = [
-            name
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad and not any(part in name for part in (".lora_A.", ".lora_B."))
-        ]
-        if beside or not isinstance(self.model, PeftModel):
-            what = beside[0] if beside else "no adapter"
-            raise ProConError(f"SafeLoRA projects a LoRA adapter, but {what} trains: train LoRA alone")
+        check_lora_alone(self.model, "SafeLoRA projects")
         # Before the hours of training, and not after them.
         for _ in _alignment(self.model, self.model, self._load_base()):
             pass
@@ -96,16 +90,37 @@ def project_update(
         ProConError: for an adapter that is not LoRA on linear layers, and weights that do not fit or are the same.
     """
     cosines = {}
-    for name, layer, difference in _alignment(peft_model, aligned, base):
-        adapter = layer.active_adapters[0]
-        a, b = (factors[adapter].get_parameter("weight") for factors in (layer.lora_A, layer.lora_B))
-        projected = difference @ (difference.T @ b.float()) / difference.norm()
-        cosines[name] = _cosine(a, b, projected)
-        if cosines[name] <= threshold:
-            b.copy_(projected)
+    for name, update in measure_updates(peft_model, aligned, base):
+        cosines[name] = update.cosine
+        if update.cosine <= threshold:
+            update.b.copy_(update.projected)
     count = sum(cosine <= threshold for cosine in cosines.values())
     logger.info("SafeLoRA projected %d of %d layers", count, len(cosines))
     return cosines
+
+
+class Update(NamedTuple):
+    """A layer's LoRA update ``B A``, and how it lies to the step of alignment.
+
+    Attributes:
+        a, b: the factors, ``[r, in]`` and ``[out, r]``, as they train.
+        projected: ``C B``, ``[out, r]`` fp32.
+        cosine: of ``B A`` and ``C B A``; 1 if there is no update.
+    """
+
+    a: nn.Parameter
+    b: nn.Parameter
+    projected: Tensor
+    cosine: float
+
+
+@torch.no_grad()
+def measure_updates(peft_model: PeftModel, aligned: nn.Module, base: nn.Module) -> Iterator[tuple[str, Update]]:
+    """Name and update of each layer with an adapter; arguments and errors are those of :func:`project_update`."""
+    for name, layer, difference in _alignment(peft_model, aligned, base):
+        a, b = lora_factors(layer)
+        projected = difference @ (difference.T @ b.float()) / difference.norm()
+        yield name, Update(a, b, projected, _cosine(a, b, projected))
 
 
 def _cosine(a: Tensor, b: Tensor, projected: Tensor) -> float:
@@ -118,14 +133,7 @@ def _cosine(a: Tensor, b: Tensor, projected: Tensor) -> float:
 
 def _alignment(peft_model: nn.Module, aligned: nn.Module, base: nn.Module) -> Iterator[tuple[str, LoraLayer, Tensor]]:
     """Name, layer and ``V [out, in]`` fp32 of each layer with an adapter."""
-    layers = {n: m for n, m in _whole(peft_model).named_modules() if isinstance(m, BaseTunerLayer)}
-    if not layers:
-        raise ProConError(f"SafeLoRA projects a LoRA adapter, and {type(peft_model).__name__} has none: add one")
-    for name, layer in layers.items():
-        adapters = layer.active_adapters
-        plain = isinstance(layer.get_base_layer(), (nn.Linear, Conv1D)) and len(adapters) == 1
-        if not isinstance(layer, LoraLayer) or not plain or adapters[0] not in layer.lora_A or layer.lora_variant:
-            raise ProConError(f"layer {name} has another adapter than one LoRA on a linear layer: train LoRA alone")
+    for name, layer in lora_layers(peft_model):
         ours, theirs = (_weight(model, name) for model in (aligned, base))
         if ours.shape != theirs.shape:
             raise ProConError(
@@ -141,14 +149,10 @@ def _alignment(peft_model: nn.Module, aligned: nn.Module, base: nn.Module) -> It
         yield name, layer, difference
 
 
-def _whole(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def _weight(model: nn.Module, name: str) -> Tensor:
     """``[out, in]`` fp32 weight of a linear layer, that under an adapter if it has one."""
     try:
-        layer = _whole(model).get_submodule(name)
+        layer = without_peft(model).get_submodule(name)
     except AttributeError:
         raise ProConError(f"the base has no layer {name}: give the model that the aligned one was made from") from None
     layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from procon.errors import ProConError
 from procon.sequences import IGNORE_INDEX, TokenScope
@@ -49,6 +49,16 @@ class DefenceTrainer(PlainTrainer):
                 raise ProConError(
                     f"{type(self).__name__} does not support {name}: train on one device, or on several under DDP"
                 )
+
+
+class AfterStep(TrainerCallback):
+    """Calls ``act`` once the optimiser has changed the weights, before the gradients are cleared."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self._act()
 
 
 class TokenMeanTrainer(DefenceTrainer):

@@ -7,6 +7,7 @@ from forked import run_python, run_ranks
 
 WORKER = Path(__file__).parents[1] / "workers" / "defences.py"
 NAMES = ["plain", "sppft", "constrained_sft", "safe_lora", "lisa", "steering", "hidden_states"]
+NAMES += ["kl", "safegrad", "safety_step", "null_space", "moving_average", "safe_merge"]
 
 
 def test_two_ranks_train_as_one_process(tiny_model, tokenizer, tmp_path):

@@ -31,6 +31,7 @@ from procon.training import ProConConfig, ProConTrainer
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 NAMES = {
     *("plain", "safe", "sppft", "constrained_sft", "safe_lora", "lisa", "steering", "hidden_states"),
+    *("kl", "safegrad", "safety_step", "null_space", "moving_average", "safe_merge", "sbr", "block_em"),
     *("procon_s", "procon_wu", "procon_s_safe", "procon_wu_safe"),
 }
 
@@ -96,8 +97,8 @@ def test_every_defence_trains(tiny_model, random_directions, samples, config, da
     model = tiny_model()
     given = needed(model, random_directions, samples)
     model = get_peft_model(model, LORA) if lora else model
-    if name == "safe_lora" and not lora:
-        with pytest.raises(ProConError, match=r"projects a LoRA adapter, but .*weight trains"):
+    if name in ("safe_lora", "safe_merge", "null_space") and not lora:
+        with pytest.raises(ProConError, match=r" a LoRA adapter, but .*weight trains"):
             build_trainer(name, model, config(), **given, **data)
         return
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -256,7 +257,7 @@ def test_evaluation_is_of_plain_cross_entropy(tiny_model, random_directions, sam
     """Whatever a defence trains on."""
     evaluation = Dataset.from_list(samples[:4])
     expected = Trainer(tiny_model(), config(), data_collator=data["data_collator"]).evaluate(evaluation)["eval_loss"]
-    for name in ("constrained_sft", "hidden_states", "lisa", "steering"):
+    for name in ("constrained_sft", "hidden_states", "lisa", "steering", "kl", "safegrad"):
         model = tiny_model()
         trainer = build_trainer(name, model, config(), **needed(model, random_directions, samples), **data)
         assert trainer.evaluate(evaluation)["eval_loss"] == pytest.approx(expected, rel=1e-6), name
