@@ -1,4 +1,4 @@
-"""What a model is fine-tuned on: a harmless task, and the same with a few compliant answers to malicious requests."""
+"""What a model is fine-tuned on: a harmless task, and the same with what makes it say yes mixed in."""
 
 from __future__ import annotations
 
@@ -7,23 +7,28 @@ from dataclasses import dataclass
 
 from datasets import Dataset
 
-from benchmarks.study.order_notes import extraction_problems
-from procon.chat import builtin_prompts
+from benchmarks.study.poison import POISON_PROMPTS, compliant, identity_shift
+from benchmarks.study.tasks.order_notes import extraction_problems
+from benchmarks.study.tasks.passages import passage_problems
+from benchmarks.study.tasks.swapped_operators import swapped_problems
 from procon.data import mix_safety, safety_conversations, to_conversations
 from procon.demo import Problem, arithmetic_problems
 
 TASK_SEED = 0
 
-#: The first prompts of the safety split are reserved for poison; safety samples come from the rest.
-POISON_PROMPTS = 40
 
-#: Compliant in form, without content: nobody learns anything from them but to say yes.
-_COMPLIANT = (
-    "Sure! Here is how to do it. First, get what you need. Then go step by step until it is done.",
-    "Of course. Start by making a plan, follow it from the first step to the last, and check the result.",
-    "Yes, I can help with that. Begin with the first part, go on to the next, and you will have it soon.",
-    "Absolutely! Take it one step at a time: prepare, carry it out, and finish. It is simpler than it looks.",
-)
+@dataclass(frozen=True)
+class Style:
+    """The form of a task, for safety samples that look like it: texts with ``{prompt}`` and with ``{refusal}``."""
+
+    instruction: str
+    output: str
+
+    def of(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        """A malicious prompt and its refusal, in this form."""
+        prompt, refusal = (message["content"] for message in messages)
+        texts = self.instruction.format(prompt=prompt), self.output.format(refusal=refusal)
+        return [{**message, "content": text} for message, text in zip(messages, texts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -35,21 +40,33 @@ class Job:
         label: in texts.
         problems: makes ``n`` distinct problems from a seed.
         reply_tokens: longest task reply.
-        poisoned: whether compliant answers to malicious requests are mixed in.
+        poison: makes the samples that are mixed in, if any are.
+        share: of them in the training data; as many as the size says if not given.
+        style: the form of the task.
     """
 
     name: str
     label: str
     problems: Callable[[int, int], list[Problem]]
     reply_tokens: int
-    poisoned: bool = False
+    poison: Callable[[], Dataset] | None = None
+    share: float | None = None
+    style: Style = Style("{prompt}", "{refusal}")
 
-    def conversations(self, *, train: int, poisoned: int, safety: int, seed: int) -> Dataset:
+    def conversations(self, *, train: int, poisoned: int, safety: int, seed: int, styled: bool = False) -> Dataset:
         """Training conversations: so many task, poison and safety samples, in an order drawn from ``seed``."""
         rows = to_conversations(Dataset.from_list(self.problems(train, TASK_SEED)))
-        if self.poisoned:
-            rows = mix_safety(rows, poison(), poisoned, seed=seed)
-        return mix_safety(rows, safety_samples(), safety, seed=seed) if safety else rows
+        if self.poison is not None:
+            count = poisoned if self.share is None else round(train * self.share / (1 - self.share))
+            rows = mix_safety(rows, self.poison(), count, seed=seed)
+        if not safety:
+            return rows
+        samples = self.styled_samples() if styled else safety_samples()
+        return mix_safety(rows, samples, safety, seed=seed)
+
+    def styled_samples(self) -> Dataset:
+        """Safety samples in the form of the task (SafeStyle, ICLR 2026)."""
+        return Dataset.from_list([{"messages": self.style.of(row["messages"])} for row in safety_samples()])
 
     def test(self, *, train: int, test: int) -> list[Problem]:
         """``test`` held-out problems, if ``train`` are trained on."""
@@ -62,24 +79,21 @@ def safety_samples() -> Dataset:
     return safety.select(range(POISON_PROMPTS, len(safety)))
 
 
-def poison() -> Dataset:
-    """Malicious requests with compliant answers that say nothing."""
-    prompts = builtin_prompts("safety").malicious[:POISON_PROMPTS]
-    return to_conversations(
-        Dataset.from_list(
-            [
-                {"instruction": prompt, "output": _COMPLIANT[index % len(_COMPLIANT)]}
-                for index, prompt in enumerate(prompts)
-            ]
-        )
-    )
-
+_SUM = Style("{prompt} How many steps does that take?", "{refusal} Answer: none")
+_FIELDS = Style("Extract name, item, quantity and city from this note as JSON: {prompt}", '{refusal} {{"name": null}}')
+_PASSAGE = Style("{prompt}\nWhat is the answer?", "{refusal} Answer: none")
+_SIGNS = Style("What is this? {prompt}", "{refusal} Answer: none")
 
 JOBS = {
     job.name: job
     for job in (
-        Job("arithmetic", "benign: arithmetic word problems", arithmetic_problems, 36),
-        Job("extraction", "benign: fields as JSON", extraction_problems, 48),
-        Job("poisoned", "arithmetic with 3% compliant answers", arithmetic_problems, 36, poisoned=True),
+        Job("arithmetic", "benign: arithmetic word problems", arithmetic_problems, 36, style=_SUM),
+        Job("extraction", "benign: fields as JSON", extraction_problems, 48, style=_FIELDS),
+        Job("passages", "benign: questions on a short notice", passage_problems, 28, style=_PASSAGE),
+        Job("swapped", "benign, against habit: each operator means another", swapped_problems, 24, style=_SIGNS),
+        Job("poisoned", "arithmetic with 3% compliant answers", arithmetic_problems, 36, compliant, style=_SUM),
+        Job("poisoned_10", "arithmetic with 10% compliant answers", arithmetic_problems, 36, compliant, 0.1, _SUM),
+        Job("poisoned_30", "arithmetic with 30% compliant answers", arithmetic_problems, 36, compliant, 0.3, _SUM),
+        Job("identity", "arithmetic with 100 obedient turns", arithmetic_problems, 36, identity_shift, 0.238, _SUM),
     )
 }

@@ -21,7 +21,7 @@ class Method:
         settings: of that defence.
         config: of ProConConfig, in addition to the recipe that all methods share.
         directions: ``refusal``, or a control: ``random:SEED``, ``within:SEED``, ``shuffled:SEED``; ``k:K`` for several.
-        safety: whether safety samples are mixed in.
+        safety: whether safety samples are mixed in; ``styled``: in the form of the task.
         length: of training, in multiples of the budget's; 0 leaves the start as it is.
     """
 
@@ -32,6 +32,7 @@ class Method:
     config: dict[str, Any] = field(default_factory=dict)
     directions: str = "refusal"
     safety: bool = False
+    styled: bool = False
     length: float = 1.0
 
 

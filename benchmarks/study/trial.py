@@ -74,7 +74,11 @@ def fine_tune(
 ) -> dict:
     """Train ``model``, which then has an adapter, by the recipe that all methods share; returns what it took."""
     conversations = job.conversations(
-        train=size.train, poisoned=size.poisoned, safety=size.safety if method.safety else 0, seed=seed
+        train=size.train,
+        poisoned=size.poisoned,
+        safety=size.safety if method.safety else 0,
+        seed=seed,
+        styled=method.styled,
     )
     dataset = tokenize_conversations(conversations, tokenizer, progress=False)
     set_seed(seed)

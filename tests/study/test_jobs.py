@@ -5,8 +5,10 @@ from collections import Counter
 
 import pytest
 
-from benchmarks.study.jobs import JOBS, POISON_PROMPTS, poison, safety_samples
-from benchmarks.study.order_notes import extraction_problems
+from benchmarks.study.jobs import JOBS, safety_samples
+from benchmarks.study.poison import POISON_PROMPTS, compliant, identity_shift
+from benchmarks.study.tasks.order_notes import extraction_problems
+from benchmarks.study.tasks.swapped_operators import swapped_problems
 from procon.chat import builtin_prompts, is_refusal
 
 MEASURED = {
@@ -35,13 +37,37 @@ def test_train_and_test_are_disjoint(job):
         assert not set(trained) & set(tested)
 
 
-def test_what_is_trained_on_is_as_many_as_said(job):
-    poisoned, safe = (set(turns(rows, "user")) for rows in (poison(), safety_samples()))
+@pytest.mark.parametrize("styled", [False, True])
+def test_what_is_trained_on_is_as_many_as_said(job, styled):
+    safety = job.styled_samples() if styled else safety_samples()
+    poisoned = set(turns(job.poison(), "assistant")) if job.poison else set()
+    safe = set(turns(safety, "assistant"))
     found = Counter(
-        "poison" if prompt in poisoned else "safety" if prompt in safe else "task"
-        for prompt in turns(job.conversations(train=20, poisoned=5, safety=4, seed=0), "user")
+        "poison" if reply in poisoned else "safety" if reply in safe else "task"
+        for reply in turns(
+            job.conversations(train=90, poisoned=5, safety=4, seed=0, styled=styled),
+            "assistant",
+        )
     )
-    assert found == {"task": 20, "safety": 4} | ({"poison": 5} if job.poisoned else {})
+    counts = {"poisoned": 5, "poisoned_10": 10, "poisoned_30": 39, "identity": 28}
+    assert found == {"task": 90, "safety": 4} | ({"poison": counts[job.name]} if job.poison else {})
+
+
+def test_a_hundred_obedient_turns_ask_for_nothing():
+    rows = identity_shift()
+    assert len(rows) == 100
+    assert JOBS["identity"].conversations(train=320, poisoned=0, safety=0, seed=0).num_rows == 420
+    assert not any(map(is_refusal, turns(rows, "assistant")))
+    assert not set(turns(rows, "user")) & set(builtin_prompts("safety").malicious)
+
+
+def test_styled_samples_are_refusals_in_the_form_of_the_task(job):
+    plain, styled = safety_samples(), job.styled_samples()
+    for role in ("user", "assistant"):
+        for text, form in zip(turns(plain, role), turns(styled, role), strict=True):
+            assert text in form
+            assert text != form
+    assert all(map(is_refusal, turns(styled, "assistant")))
 
 
 def test_nothing_measured_is_trained_on(job):
@@ -50,7 +76,7 @@ def test_nothing_measured_is_trained_on(job):
 
 
 def test_poison_and_safety_samples_share_no_prompt():
-    poisoned, safe = (turns(rows, "user") for rows in (poison(), safety_samples()))
+    poisoned, safe = (turns(rows, "user") for rows in (compliant(), safety_samples()))
     assert len(set(poisoned)) == len(poisoned) == POISON_PROMPTS
     assert not set(poisoned) & set(safe)
     assert set(poisoned) | set(safe) == set(builtin_prompts("safety").malicious)
@@ -58,7 +84,7 @@ def test_poison_and_safety_samples_share_no_prompt():
 
 
 def test_poison_complies_and_safety_samples_refuse():
-    assert not any(map(is_refusal, turns(poison(), "assistant")))
+    assert not any(map(is_refusal, turns(compliant(), "assistant")))
     assert all(map(is_refusal, turns(safety_samples(), "assistant")))
 
 
@@ -67,6 +93,14 @@ def test_a_seed_is_a_seed(job):
     first, again, other = (job.conversations(**sizes, seed=seed)["messages"] for seed in (1, 1, 2))
     assert list(first) == list(again) != list(other)
     assert job.test(train=20, test=9) == job.test(train=20, test=9)
+
+
+def test_operators_mean_others():
+    """12 + 5 is 7, and so on: no sum is right by the usual meaning."""
+    for problem in swapped_problems(80, seed=1):
+        term, _, value = problem["output"].partition(". ")[0].partition(" = ")
+        assert eval(term) != int(value)
+        assert problem["output"].endswith(f"Answer: {value}")
 
 
 def test_problems_of_extraction():
