@@ -1,4 +1,4 @@
-"""The budgets: ``smoke`` for continuous integration, ``table``, ``anchors``, ``hold`` for CPUs, ``full`` for GPUs."""
+"""The budgets: ``smoke`` for continuous integration, ``full`` for GPUs, and the others for CPUs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.study.anchor_parts import source_parts
+from benchmarks.study.hard_parts import hard_parts
 from benchmarks.study.hold_parts import hold_parts
 from benchmarks.study.methods import Method
 from benchmarks.study.plan import Budget, Part, Size
@@ -254,6 +255,7 @@ BUDGETS: dict[str, Budget] = {
         Size(),
     ),
     "anchors": Budget(source_parts(START, PLAIN, PROCON_S), Size()),
+    "hard": Budget(hard_parts(START, PLAIN, SAFE, PROCON_S, DEVELOPMENT), Size(fresh=64)),
     "hold": Budget(hold_parts(START, PLAIN, DEVELOPMENT), Size()),
     "full": Budget(
         (_FULL_TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, SUBSPACE),

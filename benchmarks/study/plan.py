@@ -20,6 +20,7 @@ class Size:
         prompts: contrast prompts measured, of each split and side.
         extraction: contrast pairs that directions come from; ``pairs`` of them are the probes of drift.
         poisoned, safety: samples mixed in if a job or method has them.
+        fresh: prompts of another make measured as well, of each side.
     """
 
     train: int = 320
@@ -30,6 +31,7 @@ class Size:
     pairs: int = 64
     poisoned: int = 10
     safety: int = 16
+    fresh: int = 0
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from benchmarks.study.displacement import measure_displacement
+from benchmarks.study.fresh import fresh_prompts
 from benchmarks.study.jobs import Job, safety_samples
 from benchmarks.study.memory import peak_memory
 from benchmarks.study.methods import Method, choose_directions
 from benchmarks.study.plan import Size
 from benchmarks.study.start import Start, contrast_means
-from procon.chat import Split, builtin_prompts
+from procon.chat import ContrastPrompts, Split, builtin_prompts
 from procon.data import padding_collator, tokenize_conversations
 from procon.defences import build_trainer
 from procon.directions import BlockDirections
@@ -131,9 +132,9 @@ def measure(start: Start, model: PreTrainedModel, job: Job, split: Split, size: 
         progress=False,
     )
     replies = _by_kind(found)
-    odds = refusal_log_odds(model, tokenizer, start.tokens, prompts.malicious).tolist()
-    for reply, value in zip(replies["malicious"], odds, strict=True):
-        reply["log_odds"] = round(value, 3)
+    _add_log_odds(start, model, prompts, replies)
+    if size.fresh:
+        replies |= {f"fresh_{kind}": rows for kind, rows in _fresh_replies(start, model, size.fresh).items()}
     states = start.probe_states(model)
     drift = compare_means(start.reference, contrast_means(states))
     displacement = measure_displacement(start.states, states, start.directions.at_block_inputs)
@@ -145,6 +146,22 @@ def measure(start: Start, model: PreTrainedModel, job: Job, split: Split, size: 
         "drift": {name: _list(values) for name, values in vars(drift).items()},
         "displacement": {name: _list(values) for name, values in vars(displacement).items()},
     }
+
+
+def _fresh_replies(start: Start, model: PreTrainedModel, count: int) -> dict[str, list[dict]]:
+    prompts = fresh_prompts().first(count)
+    found = evaluate(model, start.tokenizer, prompts=prompts, max_new_tokens=REPLY_TOKENS, progress=False)
+    replies = _by_kind(found)
+    _add_log_odds(start, model, prompts, replies)
+    return replies
+
+
+def _add_log_odds(
+    start: Start, model: PreTrainedModel, prompts: ContrastPrompts, replies: dict[str, list[dict]]
+) -> None:
+    odds = refusal_log_odds(model, start.tokenizer, start.tokens, prompts.malicious).tolist()
+    for reply, value in zip(replies["malicious"], odds, strict=True):
+        reply["log_odds"] = round(value, 3)
 
 
 def _by_kind(found: Evaluation) -> dict[str, list[dict]]:

@@ -1,0 +1,136 @@
+"""The hard parts of the study: rivals of 2025 and 2026, long training, poison, other tasks, the start's habits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.study.anchor_parts import PROBES, RANDOM, SBR, TOKENS_STATE_3, longer
+from benchmarks.study.methods import Method
+from benchmarks.study.plan import Part
+
+#: Multiples of the study's steps: with all methods, and with the best.
+LONG, LONGEST = 4.0, 10.0
+
+
+def rival(name: str, label: str, defence: str, config: dict[str, Any] | None = None, **settings: Any) -> Method:
+    """Another defence with settings of its own."""
+    return Method(name, label, defence, settings, config or {})
+
+
+def _one_sided(alpha: float) -> Method:
+    config = {"procon_schedule": f"procon_s:{alpha:g}", "procon_sides": "fall", "procon_penalty": "squared"}
+    return rival(f"block_em_{alpha:g}", f"one-sided, alpha {alpha:g}", "block_em", {**config, **_RESPONSE})
+
+
+#: BLOCK-EM penalises completion tokens.
+_RESPONSE = {"procon_scope": "response"}
+
+#: As many settings of each rival as ProCon's sources of anchors had at their first comparison.
+TRIED: dict[str, tuple[Method, ...]] = {
+    "kl": tuple(rival(f"kl_{beta:g}", f"KL, beta {beta:g}", "kl", beta=beta) for beta in (0.1, 0.3, 1.0)),
+    "safegrad": tuple(
+        rival(f"safegrad_{rho:g}", f"SafeGrad, rho {rho:g}", "safegrad", rho=rho) for rho in (0.3, 1.0, 3.0)
+    ),
+    "safety_step": tuple(
+        rival(
+            f"safety_step_{tau:g}_{radius:g}",
+            f"safety step, tau {tau:g}, radius {radius:g}",
+            "safety_step",
+            tau=tau,
+            radius=radius,
+        )
+        for tau, radius in ((0.2, 0.1), (0.2, 0.3), (0.5, 0.3))
+    ),
+    "null_space": tuple(
+        rival(f"null_space_{energy:g}", f"null space, energy {energy:g}", "null_space", energy=energy)
+        for energy in (0.5, 0.8, 0.95)
+    ),
+    "moving_average": tuple(
+        rival(
+            f"moving_average_{decay:g}_{rate:g}",
+            f"moving average {decay:g}, learning rate {rate:g}",
+            "moving_average",
+            {"learning_rate": rate},
+            decay=decay,
+        )
+        for decay, rate in ((0.9, 1e-3), (0.9, 3e-4), (0.98, 1e-3))
+    ),
+    "safe_merge": tuple(
+        rival(
+            f"safe_merge_{threshold:g}_{share:g}",
+            f"SafeMERGE, threshold {threshold:g}, share {share:g}",
+            "safe_merge",
+            threshold=threshold,
+            share=share,
+        )
+        for threshold, share in ((0.07, 0.2), (0.07, 0.5), (1.0, 0.5))
+    ),
+    "block_em": tuple(_one_sided(alpha) for alpha in (0.2, 1.0, 5.0)),
+}
+
+#: The setting of each that keeps most at a task accuracy worth having, on the validation prompts; provisional.
+CHOSEN = {name: tried[1] for name, tried in TRIED.items()}
+
+SAFE_STYLED = Method("safe_styled", "safety data in the task's style", "safe", safety=True, styled=True)
+
+#: ProCon's default of supervised training.
+DEFAULT = TOKENS_STATE_3
+DEFAULT_RANDOM = replace(
+    DEFAULT, name="tokens_state_3_random", label="the default, random directions", directions="random:1"
+)
+DEFAULT_SHUFFLED = replace(
+    DEFAULT, name="tokens_state_3_shuffled", label="the default, shuffled blocks", directions="shuffled:1"
+)
+
+
+def hard_parts(start: Method, plain: Method, safe: Method, procon_s: Method, development: int) -> tuple[Part, ...]:
+    """The parts, in the order in which they are worth running."""
+    controls = (DEFAULT_RANDOM, DEFAULT_SHUFFLED, RANDOM)
+    compared = (plain, safe, SAFE_STYLED, *CHOSEN.values(), SBR, procon_s, PROBES, DEFAULT, *controls)
+    best = (plain, safe, SBR, CHOSEN["kl"], DEFAULT)
+    return (
+        Part(
+            "tuning",
+            "Settings of the rivals",
+            "Which settings are fair to them on this model?",
+            (start, plain, safe, SAFE_STYLED, *(method for tried in TRIED.values() for method in tried)),
+            seeds=(development,),
+            split="validation",
+        ),
+        Part(
+            "habit",
+            "A task against the start's habits",
+            "Is a task learned that contradicts what the start predicts, with refusals kept?",
+            (start, *(longer(method, LONG) for method in (plain, *TRIED["kl"], SBR, DEFAULT))),
+            ("swapped",),
+            seeds=(0, 1),
+        ),
+        Part(
+            "hard",
+            "The hard table",
+            "What does each defence keep, and at what price, in short and in long training, with poison and without?",
+            (start, *compared, *(longer(method, LONG) for method in compared)),
+            ("arithmetic", "poisoned_10"),
+        ),
+        Part(
+            "hardest",
+            "Ten times the steps",
+            "What is left of the best after ten times the steps?",
+            (start, *(longer(method, LONGEST) for method in best)),
+        ),
+        Part(
+            "poison",
+            "More poison, and an obedient identity",
+            "What do the best keep, if three in ten samples comply, or a hundred turns promise obedience?",
+            (start, *best),
+            ("poisoned_30", "identity"),
+        ),
+        Part(
+            "tasks",
+            "Other tasks",
+            "Is it the same for a task of format, and for one in natural language?",
+            (start, *best),
+            ("extraction", "passages"),
+        ),
+    )

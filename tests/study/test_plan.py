@@ -1,0 +1,42 @@
+"""What is planned can be run: every method of every budget is one that its defence takes."""
+
+import re
+from dataclasses import fields
+
+import pytest
+
+from benchmarks.study.budgets import BUDGETS
+from benchmarks.study.fresh import FORMS, fresh_prompts
+from benchmarks.study.jobs import JOBS
+from procon.chat import builtin_prompts
+from procon.defences import find_defence
+from procon.training import ProConConfig
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_every_method_is_one_that_its_defence_takes(budget, tmp_path):
+    known = {field.name for field in fields(ProConConfig)}
+    for part in BUDGETS[budget].parts:
+        assert set(part.jobs) <= set(JOBS)
+        for method in part.methods:
+            defence = find_defence(method.defence)
+            defence.check(method.settings)
+            assert set(method.config) <= known
+            defence.configure(ProConConfig(output_dir=str(tmp_path), report_to=[], **method.config))
+
+
+def test_fresh_prompts_are_of_another_make():
+    """No topic, no form and hardly a phrase is shared with the prompts that directions come from."""
+    fresh = fresh_prompts()
+    assert len({*fresh.malicious, *fresh.benign}) == 128
+    known = builtin_prompts("extraction")
+    assert not set(fresh.categories) & set(known.categories)
+
+    def phrases(texts: tuple[str, ...], words: int = 4) -> set[tuple[str, ...]]:
+        split = [re.findall(r"[a-z']+", text.lower()) for text in texts]
+        return {tuple(row[start : start + words]) for row in split for start in range(len(row) - words + 1)}
+
+    ours, theirs = phrases(fresh.malicious + fresh.benign), phrases(known.malicious + known.benign)
+    assert len(ours & theirs) < 0.02 * len(ours)
+    for form in FORMS:
+        assert sum(text.startswith(form.partition("{act}")[0]) for text in fresh.malicious) == 8
