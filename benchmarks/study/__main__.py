@@ -11,7 +11,8 @@ from transformers import HfArgumentParser
 
 from benchmarks.study.budgets import BUDGETS
 from benchmarks.study.missing import make_runs, summary
-from benchmarks.study.plan import Budget, Size
+from benchmarks.study.plan import Budget
+from benchmarks.study.qwen import fetch_qwen
 from benchmarks.study.record import Cell, save_run
 from benchmarks.study.start import Start, demo_start
 from benchmarks.study.trial import run_trial
@@ -26,12 +27,14 @@ class StudyArguments:
     """Fine-tune by every method, on every job, with every seed of a budget; one JSON per run."""
 
     budget: str = field(
-        default="table", metadata={"help": "smoke (minutes); table, anchors or hold (hours on 2 cores); full (GPUs)."}
+        default="table",
+        metadata={"help": "smoke (minutes); table, anchors, hold, hard, qwen (hours on 2 cores); full (GPUs)."},
     )
     model: str | None = field(
         default=None,
         metadata={
-            "help": "Chat model to start from: a folder or hub name; SmolLM2-135M, taught to refuse, if not given."
+            "help": "Chat model to start from: a folder or hub name; smollm2, SmolLM2-135M taught to refuse; qwen, "
+            "Qwen2.5-Coder-0.5B-Instruct as published; if not given, what the budget says."
         },
     )
     base: str | None = field(
@@ -65,7 +68,7 @@ def run_study(arguments: StudyArguments) -> None:
     make_runs(
         budget.cells(),
         runs,
-        lambda: _start(arguments, budget.size),
+        lambda: _start(arguments, budget),
         partial(_make, budget=budget, runs=runs),
         only=arguments.only,
         threads=arguments.threads,
@@ -73,11 +76,13 @@ def run_study(arguments: StudyArguments) -> None:
     )
 
 
-def _start(arguments: StudyArguments, size: Size) -> Start:
-    model, base = arguments.model, arguments.base
-    if model is None:
+def _start(arguments: StudyArguments, budget: Budget) -> Start:
+    model, base = arguments.model or budget.model, arguments.base
+    if model == "smollm2":
         model, base = demo_start(Path(arguments.work)), base or fetch_demo_model()
-    return Start.open(model, extraction=size.extraction, pairs=size.pairs, base=base)
+    elif model == "qwen":
+        model = fetch_qwen()
+    return Start.open(model, extraction=budget.size.extraction, pairs=budget.size.pairs, base=base)
 
 
 def _make(cell: Cell, start: Start, *, budget: Budget, runs: Path) -> str:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.study.anchor_parts import source_parts
-from benchmarks.study.hard_parts import hard_parts
+from benchmarks.study.hard_parts import hard_parts, qwen_parts
 from benchmarks.study.hold_parts import hold_parts
 from benchmarks.study.methods import Method
 from benchmarks.study.plan import Budget, Part, Size
@@ -256,6 +256,7 @@ BUDGETS: dict[str, Budget] = {
     ),
     "anchors": Budget(source_parts(START, PLAIN, PROCON_S), Size()),
     "hard": Budget(hard_parts(START, PLAIN, SAFE, PROCON_S, DEVELOPMENT), Size(fresh=64)),
+    "qwen": Budget(qwen_parts(START, PLAIN, SAFE), Size(fresh=64), model="qwen"),
     "hold": Budget(hold_parts(START, PLAIN, DEVELOPMENT), Size()),
     "full": Budget(
         (_FULL_TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, SUBSPACE),

@@ -134,3 +134,18 @@ def hard_parts(start: Method, plain: Method, safe: Method, procon_s: Method, dev
             ("extraction", "passages"),
         ),
     )
+
+
+def qwen_parts(start: Method, plain: Method, safe: Method) -> tuple[Part, ...]:
+    """The methods that matter, on a model that others aligned."""
+    compared = (plain, safe, SBR, CHOSEN["kl"], DEFAULT, DEFAULT_RANDOM)
+    return (
+        Part(
+            "qwen",
+            "A model that others aligned",
+            "Do the same methods keep what they kept, if the start's makers taught it to refuse?",
+            (start, *compared, *(longer(method, LONG) for method in compared)),
+            ("arithmetic", "poisoned_10"),
+            seeds=(0, 1),
+        ),
+    )

@@ -55,10 +55,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Budget:
-    """Parts at a size."""
+    """Parts at a size.
+
+    Attributes:
+        model: that the runs start from, by its name in the study, if the command gives none.
+    """
 
     parts: tuple[Part, ...]
     size: Size
+    model: str = "smollm2"
 
     def __post_init__(self):
         known: dict[str, Method] = {}

