@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.preferences.dpo import DPO
 from benchmarks.preferences.grpo import GRPO
+from benchmarks.study.anchor_parts import longer
 from benchmarks.study.budgets import DEVELOPMENT
 from benchmarks.study.methods import Method
 from benchmarks.study.plan import Budget, Part, Size
@@ -76,6 +77,14 @@ PLAN = Budget(
             (START, PLAIN, LIVE, live_and_probes(0.2), PROBES, PLAIN_KL, RANDOM),
             ("grpo",),
             seeds=(0, 1),
+        ),
+        Part(
+            "grpo_long",
+            "GRPO for longer",
+            "Four times the steps: is the reward alike once both have learned?",
+            (START, longer(PLAIN, 4.0), longer(PROBES, 4.0)),
+            ("grpo",),
+            seeds=(0,),
         ),
         _choice(
             "grpo_choice",
