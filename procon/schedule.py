@@ -11,13 +11,13 @@ from procon.errors import ProConError
 
 _PHASE = re.compile(r"(?P<alpha>[^@\s]+)(?:@(?P<length>[\d.]+(?:[eE][+-]?\d+)?)(?P<unit>ep|steps))?")
 
-_GRAMMAR = "'procon_s', 'procon_wu', 'procon_wu:ALPHA@4ep', 'hold:0.05', or phases such as '1@2ep,0.1@200steps,0'"
+_GRAMMAR = "'procon_s', 'procon_wu', 'procon_wu:ALPHA@4ep', 'hold:0.2', or phases such as '1@2ep,0.1@200steps,0'"
 
 #: Alpha throughout, if none is given; also where ``hold`` begins.
 _ALPHA = 0.2
 
-#: The mean shift that ``hold`` keeps to if none is given, in units of the gap. Provisional: no study has chosen it yet.
-DEFAULT_BUDGET = 0.05
+#: The mean shift that ``hold`` keeps to if none is given, in units of the gap; chosen by `benchmarks.study --budget hold`.
+DEFAULT_BUDGET = 0.2
 
 #: A smaller budget is below the rounding of the hidden states; a larger one is never reached.
 _BUDGETS = (1e-6, 1e6)
