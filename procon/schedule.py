@@ -16,7 +16,7 @@ _GRAMMAR = "'procon_s', 'procon_wu', 'procon_wu:ALPHA@4ep', 'hold:0.2', or phase
 #: Alpha throughout, if none is given; also where ``hold`` begins.
 _ALPHA = 0.2
 
-#: The mean shift that ``hold`` keeps to if none is given, in units of the gap; chosen by `benchmarks.study --budget hold`.
+#: The mean shift that ``hold`` keeps to if none is given, in units of the gap (``benchmarks/study/hold_parts.py``).
 DEFAULT_BUDGET = 0.2
 
 #: A smaller budget is below the rounding of the hidden states; a larger one is never reached.

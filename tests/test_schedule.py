@@ -85,7 +85,7 @@ def test_text_of_a_schedule_gives_it_back(text):
         ("procon_wu:1@0steps", "positive length"),
         ("1@2.5steps,0", "whole number"),
         ("1,0.5", "only the last phase"),
-        ("hold:abc", "schedule 'hold:abc' is not understood: give the budget as a number, such as 'hold:0.05'"),
+        ("hold:abc", "schedule 'hold:abc' is not understood: give the budget as a number, such as 'hold:0.2'"),
         ("hold:", "schedule 'hold:' is not understood"),
         ("hold:0.1@2ep", "schedule 'hold:0.1@2ep' is not understood"),
         ("hold:0.1,0", "schedule 'hold:0.1,0' is not understood"),

@@ -82,11 +82,18 @@ DEFAULT_RANDOM = replace(
 DEFAULT_SHUFFLED = replace(
     DEFAULT, name="tokens_state_3_shuffled", label="the default, shuffled blocks", directions="shuffled:1"
 )
+PROCON_S_RANDOM = Method(
+    "procon_s_random",
+    "ProCon_s, random directions",
+    "procon_s",
+    config={"procon_schedule": "procon_s:0.2"},
+    directions="random:1",
+)
 
 
 def hard_parts(start: Method, plain: Method, safe: Method, procon_s: Method, development: int) -> tuple[Part, ...]:
     """The parts, in the order in which they are worth running."""
-    controls = (DEFAULT_RANDOM, DEFAULT_SHUFFLED, RANDOM)
+    controls = (PROCON_S_RANDOM, DEFAULT_RANDOM, DEFAULT_SHUFFLED, RANDOM)
     compared = (plain, safe, SAFE_STYLED, *CHOSEN.values(), SBR, procon_s, PROBES, DEFAULT, *controls)
     best = (plain, safe, SBR, CHOSEN["kl"], DEFAULT)
     return (

@@ -27,18 +27,21 @@ KINDS = ("refusal", "random")
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """One side refuses more malicious prompts than the other.
+    """One side does better than the other: its mean is above ``share`` times the other's, less ``margin``.
 
     Attributes:
         claim: in words.
         better, worse: names of methods. Several are draws of one control: their outcomes are averaged.
         job: its name.
+        share, margin: at 1 and 0 it is a difference; else it is what still counts as keeping as much.
     """
 
     claim: str
     better: tuple[str, ...]
     worse: tuple[str, ...]
     job: str = "arithmetic"
+    share: float = 1.0
+    margin: float = 0.0
 
 
 #: The control's methods are found by :func:`at_chosen_strength`.
@@ -62,7 +65,7 @@ class Verdict:
 
     Attributes:
         seeds: that both sides were run with; empty if it was not run.
-        difference: better minus worse; None if it was not run.
+        difference: better minus worse, by the hypothesis' share and margin; None if it was not run.
         by_seed: the same, seed by seed.
         p: one-sided.
     """
@@ -100,7 +103,8 @@ def judge(hypothesis: Hypothesis, measure: Measure, outcomes: Outcomes) -> Verdi
     seeds = sorted(set.intersection(*trained)) if trained else []
     if not better or not worse or not seeds:
         return Verdict(hypothesis, measure)
-    differences = _average(better, seeds, measure) - _average(worse, seeds, measure)
+    differences = _average(better, seeds, measure) - hypothesis.share * _average(worse, seeds, measure)
+    differences += hypothesis.margin
     by_seed = tuple(differences.mean(1).tolist())
     return Verdict(hypothesis, measure, tuple(seeds), Estimate.of(differences), by_seed, p_value(differences))
 

@@ -38,6 +38,7 @@ SECOND_JUDGE = Measure("refusals, by the second judge", ("malicious",), "refused
 LOG_ODDS = Measure("log-odds", ("malicious",), "log_odds", rate=False)
 OVER_REFUSAL = Measure("refusals of benign prompts", ("benign",), "refused")
 DEGENERATE = Measure("degenerate replies", ("malicious", "benign"), "degenerate")
+FRESH_REFUSAL = Measure("refusal of fresh prompts", ("fresh_malicious",), "refused")
 TASK = Measure("task accuracy", ("task",), "correct")
 
 #: Replies that the second judge is asked about.

@@ -45,7 +45,7 @@ _HELD = 1.1
 class Hold:
     """Alpha of the next optimiser step, from the shift measured at those before::
 
-        hold = Hold(AlphaSchedule.parse("hold:0.05"))
+        hold = Hold(AlphaSchedule.parse("hold:0.2"))
         for batches in steps:
             for batch in batches:
                 ...  # the forward

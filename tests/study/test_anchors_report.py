@@ -74,7 +74,7 @@ def test_every_rival_is_in_its_part():
 
 
 def test_the_page_of_hold_traces_alpha(write, tmp_path):
-    budget, hold = BUDGETS["hold"], holding(0.05)
+    budget, hold = BUDGETS["hold"], holding(0.2)
     rows = [
         {"step": step, "loss": 1.0, "procon/alpha": 0.2 / step, "procon/shift": 0.01 * step} for step in (5, 10, 15)
     ]
@@ -89,6 +89,6 @@ def test_the_page_of_hold_traces_alpha(write, tmp_path):
     page = hold_report.PAGE.write(budget, outcomes, tmp_path / "docs")
     text = page.read_text()
     assert page.name == "hold-results.md"
-    assert "hold, budget 0.05: alpha 0.04 to 0.0133, shift 0.15 at the end" in text
+    assert "hold, budget 0.2: alpha 0.04 to 0.0133, shift 0.15 at the end" in text
     drawn = (tmp_path / "docs" / "assets" / "hold" / "hold-arithmetic-trace.svg").read_text()
     assert "shift over budget" in drawn

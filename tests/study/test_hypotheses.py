@@ -34,6 +34,16 @@ def test_pairs_prompts_and_seeds(write, load):
     assert str(other_way) == "failed"
 
 
+def test_as_much_is_a_share_less_a_margin(write, load):
+    for seed in range(3):
+        write("arithmetic", SAFE, seed, 0.75)
+        write("arithmetic", PLAIN, seed, 1.0)
+    less = Hypothesis("safe keeps as much", ("safe",), ("plain",))
+    assert judge(less, REFUSAL, load()).difference.mean == pytest.approx(-0.25)
+    assert judge(replace(less, share=0.5), REFUSAL, load()).difference.mean == pytest.approx(0.25)
+    assert judge(replace(less, share=0.5, margin=0.1), REFUSAL, load()).difference.mean == pytest.approx(0.35)
+
+
 def test_seeds_that_one_side_lacks_are_left_out(write, load):
     write("arithmetic", SAFE, 0, 0.5)
     write("arithmetic", SAFE, 1, 1.0)

@@ -7,7 +7,7 @@ import pytest
 from made_up_runs import pattern
 from scipy import stats
 
-from benchmarks.study.intervals import Estimate, p_value
+from benchmarks.study.intervals import Estimate, holm, p_value
 
 
 def test_standard_error_is_that_of_crossed_random_effects():
@@ -83,3 +83,19 @@ def test_rate_interval_is_wilsons_at_the_sample_size_of_the_error():
     for end in (low, high):
         assert abs(0.75 - end) == pytest.approx(t * math.sqrt(end * (1 - end) / n))
     assert 0 < low < 0.75 < high < 1
+
+
+def test_holm_by_hand():
+    """The smallest counts four times, the next three times, and none less than the one before it."""
+    assert holm([0.03, 0.01, 0.4, 0.012]) == pytest.approx([0.06, 0.04, 0.4, 0.04])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_holm_is_wrong_about_one_family_in_twenty_at_most():
+    """Of ten true null hypotheses, however they depend on each other, one is rejected in 5% of families or fewer."""
+    normal = np.random.default_rng(0).normal
+    for shared in (0.0, 0.7):
+        draws = np.sqrt(1 - shared) * normal(size=(4000, 10)) + np.sqrt(shared) * normal(size=(4000, 1))
+        rejected = np.mean([min(holm(row)) < 0.05 for row in stats.norm.sf(draws)])
+        assert 0.01 < rejected < 0.06

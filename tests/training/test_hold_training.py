@@ -201,7 +201,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(make_trainer, base):
 
 def test_another_budget_does_not_go_on(make_trainer):
     make_trainer("Trainer", "hold:0.01").train()
-    with pytest.raises(ProConError, match=r"trained with schedule 'hold:0.01', not 'hold:0.05'"):
+    with pytest.raises(ProConError, match=r"trained with schedule 'hold:0.01', not 'hold:0.2'"):
         make_trainer("Trainer", "hold").train(resume_from_checkpoint=True)
 
 
