@@ -12,11 +12,9 @@ from transformers import HfArgumentParser
 from benchmarks.study.budgets import BUDGETS
 from benchmarks.study.missing import make_runs, summary
 from benchmarks.study.plan import Budget
-from benchmarks.study.qwen import fetch_qwen
 from benchmarks.study.record import Cell, save_run
-from benchmarks.study.start import Start, demo_start
+from benchmarks.study.start import Start, open_start
 from benchmarks.study.trial import run_trial
-from procon.demo import fetch_demo_model
 from procon.errors import ProConError
 
 HERE = Path(__file__).parent
@@ -68,21 +66,18 @@ def run_study(arguments: StudyArguments) -> None:
     make_runs(
         budget.cells(),
         runs,
-        lambda: _start(arguments, budget),
+        lambda: open_start(
+            arguments.model or budget.model,
+            extraction=budget.size.extraction,
+            pairs=budget.size.pairs,
+            base=arguments.base,
+            work=Path(arguments.work),
+        ),
         partial(_make, budget=budget, runs=runs),
         only=arguments.only,
         threads=arguments.threads,
         listed=arguments.list,
     )
-
-
-def _start(arguments: StudyArguments, budget: Budget) -> Start:
-    model, base = arguments.model or budget.model, arguments.base
-    if model == "smollm2":
-        model, base = demo_start(Path(arguments.work)), base or fetch_demo_model()
-    elif model == "qwen":
-        model = fetch_qwen()
-    return Start.open(model, extraction=budget.size.extraction, pairs=budget.size.pairs, base=base)
 
 
 def _make(cell: Cell, start: Start, *, budget: Budget, runs: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from datasets import Dataset
 
@@ -13,6 +13,7 @@ from benchmarks.study.tasks.passages import passage_problems
 from benchmarks.study.tasks.swapped_operators import swapped_problems
 from procon.data import mix_safety, safety_conversations, to_conversations
 from procon.demo import Problem, arithmetic_problems
+from procon.errors import ProConError
 
 TASK_SEED = 0
 
@@ -71,6 +72,23 @@ class Job:
     def test(self, *, train: int, test: int) -> list[Problem]:
         """``test`` held-out problems, if ``train`` are trained on."""
         return self.problems(train + test, TASK_SEED)[train:]
+
+
+def find_job(name: str) -> Job:
+    """The job of that name; or, as ``extraction_poisoned_10``, a task with so many per cent of compliant answers.
+
+    Raises:
+        ProConError: if there is none.
+    """
+    if name in JOBS:
+        return JOBS[name]
+    task, _, percent = name.rpartition("_poisoned_")
+    if task not in JOBS or JOBS[task].poison or not (percent.isdecimal() and 0 < int(percent) < 100):
+        tasks = [job.name for job in JOBS.values() if not job.poison]
+        raise ProConError(f"there is no job {name!r:.60}: choose {', '.join(tasks)}, with 0 to 99% of poison")
+    job = JOBS[task]
+    label = f"{job.label}, with {percent}% compliant answers"
+    return replace(job, name=name, label=label, poison=compliant, share=int(percent) / 100)
 
 
 def safety_samples() -> Dataset:

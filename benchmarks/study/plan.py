@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.study.jobs import JOBS, Job
+from benchmarks.study.jobs import Job, find_job
 from benchmarks.study.methods import Method
 from benchmarks.study.record import Cell
 from procon.chat import Split
@@ -91,4 +91,4 @@ class Budget:
 
     def job(self, cell: Cell) -> Job:
         """The job of a cell."""
-        return JOBS[cell.job]
+        return find_job(cell.job)

@@ -22,7 +22,7 @@ from benchmarks.study.figures import (
 )
 from benchmarks.study.gallery import Gallery, save_drawings
 from benchmarks.study.hypotheses import judge_hypotheses
-from benchmarks.study.jobs import JOBS
+from benchmarks.study.jobs import find_job
 from benchmarks.study.judge import load_judge
 from benchmarks.study.made import how_made, when_made
 from benchmarks.study.outcomes import REFUSAL, TASK, Measure, Outcomes, judges_agree, values
@@ -125,18 +125,21 @@ def compose(budget: Budget, name: str, outcomes: Outcomes, judge: str) -> tuple[
     return "\n\n".join(filter(None, sections)) + "\n", figure.drawings
 
 
-def part_sections(part: Part, outcomes: Outcomes, figure: Gallery, rival: str | None = None) -> list[str]:
+def part_sections(
+    part: Part, outcomes: Outcomes, figure: Gallery, rival: str | None = None, *, beside_paper: bool = True
+) -> list[str]:
     """What a part found, as Markdown; nothing if it has no runs.
 
     Args:
         figure: of the page.
         rival: the name of a method that all others are compared with.
+        beside_paper: whether the paper's figures on the same methods are shown.
     """
     jobs = [job for job in part.jobs if outcomes.has(part, job)]
     sections = [f"## {part.title}", _question(part)] if jobs else []
     for job in jobs:
         if len(part.jobs) > 1:
-            sections.append(f"### {_capital(JOBS[job].label)}")
+            sections.append(f"### {_capital(find_job(job).label)}")
         sections.append(kept_table(part, job, outcomes).markdown())
         if rival is not None:
             label = next(method.label for method in part.methods if method.name == rival)
@@ -148,7 +151,7 @@ def part_sections(part: Part, outcomes: Outcomes, figure: Gallery, rival: str | 
         sections.append(
             folded("Second judge, log-odds, degenerate replies", judged_table(part, job, outcomes).markdown())
         )
-        if paper := paper_table(part, job):
+        if beside_paper and (paper := paper_table(part, job)):
             sections.append(folded("The paper's figures", paper.markdown(), _paper_note(part, job)))
         drift = figure(drift_drawing(part, job, outcomes))
         sections.append(folded("How far hidden states moved", moved_table(part, job, outcomes).markdown(), drift))
@@ -211,7 +214,7 @@ def _capital(text: str) -> str:
 
 
 def _question(part: Part) -> str:
-    data = f" Training data: {JOBS[part.jobs[0]].label}." if len(part.jobs) == 1 else ""
+    data = f" Training data: {find_job(part.jobs[0]).label}." if len(part.jobs) == 1 else ""
     if part.split == "held_out":
         return part.question + data
     return (

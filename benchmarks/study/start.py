@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.study.displacement import last_token_states
+from benchmarks.study.qwen import fetch_qwen
 from procon.chat import ContrastPrompts, builtin_prompts
 from procon.demo import fetch_demo_model, teach_refusal
 from procon.directions import ContrastMeans, RefusalDirections
@@ -109,3 +110,14 @@ def demo_start(work: Path) -> Path:
         teach_refusal(model, tokenizer).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return folder
+
+
+def open_start(model: str, *, extraction: int, pairs: int, base: str | None, work: Path) -> Start:
+    """As :meth:`Start.open`, by a name in the study too: ``smollm2``, which is written to ``work``, or ``qwen``."""
+    folder: str | Path = model
+    before: str | Path | None = base
+    if model == "smollm2":
+        folder, before = demo_start(work), base or fetch_demo_model()
+    elif model == "qwen":
+        folder = fetch_qwen()
+    return Start.open(folder, extraction=extraction, pairs=pairs, base=before)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -25,7 +26,7 @@ from procon.chat import ContrastPrompts, Split, builtin_prompts
 from procon.data import padding_collator, tokenize_conversations
 from procon.defences import build_trainer
 from procon.directions import BlockDirections
-from procon.evaluation import Evaluation, compare_means, evaluate, refusal_log_odds
+from procon.evaluation import Evaluation, Judge, compare_means, evaluate, refusal_log_odds
 from procon.settings import PAPER_RECIPE
 from procon.training import ProConConfig
 
@@ -47,12 +48,22 @@ RECIPE = {
 REPLY_TOKENS = 24
 
 
-def run_trial(start: Start, method: Method, job: Job, seed: int, split: Split, size: Size) -> dict:
-    """Train, and measure on the contrast prompts of ``split``; returns what goes into the run file."""
+class Asked(NamedTuple):
+    """What a model is asked in place of the built-in prompts of a split, and who judges its replies."""
+
+    prompts: ContrastPrompts
+    judge: Sequence[Judge] | None = None
+    reply_tokens: int = REPLY_TOKENS
+
+
+def run_trial(
+    start: Start, method: Method, job: Job, seed: int, split: Split, size: Size, asked: Asked | None = None
+) -> dict:
+    """Train, and measure on the contrast prompts of ``split``, or ``asked``; returns what goes into the run file."""
     began = time.monotonic()
     model = start.model()
     trained = _train(start, model, method, job, seed, size) if method.length else {"train_seconds": 0.0}
-    measured = measure(start, model, job, split, size)
+    measured = measure(start, model, job, split, size, asked)
     return {**trained, **measured, "seconds": round(time.monotonic() - began, 1)}
 
 
@@ -118,16 +129,20 @@ def adapter(model: PreTrainedModel) -> LoraConfig:
     return LoraConfig(**lora if modules.issuperset(PAPER_RECIPE.lora_targets) else {**lora, "target_modules": None})
 
 
-def measure(start: Start, model: PreTrainedModel, job: Job, split: Split, size: Size) -> dict:
+def measure(
+    start: Start, model: PreTrainedModel, job: Job, split: Split, size: Size, asked: Asked | None = None
+) -> dict:
     """Replies, log-odds, drift, displacement and perplexity of a model that came from ``start``."""
     tokenizer = start.tokenizer
-    prompts = builtin_prompts(split).first(size.prompts)
+    asked = asked or Asked(builtin_prompts(split).first(size.prompts))
+    prompts = asked.prompts
     found = evaluate(
         model,
         tokenizer,
         prompts=prompts,
+        judge=asked.judge,
         task=job.test(train=size.train, test=size.test),
-        max_new_tokens=REPLY_TOKENS,
+        max_new_tokens=asked.reply_tokens,
         task_max_new_tokens=job.reply_tokens,
         progress=False,
     )

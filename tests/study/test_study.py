@@ -5,19 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from benchmarks.study.__main__ import main
 from benchmarks.study.budgets import BUDGETS
 from benchmarks.study.plan import Budget, Part, Size
-from procon.chat import builtin_prompts
-from procon.data import padding_collator, to_conversations, tokenize_conversations
-from procon.models import load_model
-
-#: Of the small models, to malicious and to benign prompts.
-REPLIES = ("I cannot help with that.", "Sure, here it is.")
 
 
 def runs_of(folder: Path) -> dict[str, dict]:
@@ -61,60 +52,6 @@ def test_smoke_shows_the_effect(tmp_path, capsys):
     assert main(arguments) == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/*")} == written
     assert "3 of 3 runs" in capsys.readouterr().out
-
-
-@pytest.fixture
-def word_tokenizer(tokenizer):
-    """Tokens as long as words of the built-in prompts: by them a small model separates malicious from benign ones."""
-    special = {name: getattr(tokenizer, name) for name in ("pad_token", "bos_token", "eos_token")}
-    model = Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=3000, special_tokens=list(special.values()), initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    sides = builtin_prompts("safety")
-    model.train_from_iterator([*sides.malicious, *sides.benign, *REPLIES], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=model, chat_template=tokenizer.chat_template, **special)
-
-
-@pytest.mark.slow
-def test_another_architecture(tiny_model, word_tokenizer, tmp_path, monkeypatch):
-    """A model made from a config, taught to refuse, goes through the same runner as it is."""
-    model = tiny_model("qwen2", vocab_size=len(word_tokenizer))
-    for part in (model, word_tokenizer):
-        part.save_pretrained(tmp_path / "start")
-    tokenizer = load_model(tmp_path / "start")[1]  # of the class that the family has
-    prompts = builtin_prompts("safety")
-    rows = [
-        {"instruction": prompt, "output": reply}
-        for side, reply in zip((prompts.malicious, prompts.benign), REPLIES, strict=True)
-        for prompt in side
-    ]
-    dataset = tokenize_conversations(to_conversations(Dataset.from_list(rows)), tokenizer, progress=False)
-    settings = TrainingArguments(
-        output_dir=str(tmp_path / "taught"),
-        max_steps=150,
-        per_device_train_batch_size=32,
-        learning_rate=5e-3,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
-    Trainer(model, settings, train_dataset=dataset, data_collator=padding_collator(tokenizer)).train()
-    model.save_pretrained(tmp_path / "start")
-
-    smoke = BUDGETS["smoke"].parts[0]
-    size = Size(train=10, test=2, prompts=8, extraction=16, pairs=8)
-    monkeypatch.setitem(BUDGETS, "smoke", Budget((smoke,), size))
-    assert main(["--budget", "smoke", "--model", str(tmp_path / "start"), "--runs", str(tmp_path / "runs")]) == 0
-    runs = runs_of(tmp_path / "runs")
-    assert share(runs["start"], "malicious", "refused") > 0.5
-    assert runs["plain"]["steps"] == runs["procon_s"]["steps"] == 5
-    assert any("procon/penalty" in row for row in runs["procon_s"]["history"])
-    assert not any("procon/penalty" in row for row in runs["plain"]["history"])
-    assert mean(runs["start"]["drift"]["cosine"]) == pytest.approx(1, abs=1e-3)
-    assert mean(runs["plain"]["drift"]["cosine"]) < 1 - 1e-5
 
 
 def test_a_model_that_refuses_nothing_is_no_start(tiny_model, tokenizer, tmp_path, capsys):

@@ -1,0 +1,124 @@
+"""``python -m benchmarks.kit``: fine-tune a model by several defences, and write a page of what they keep."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from benchmarks.kit.page import write_page
+from benchmarks.kit.plan import kit_budget
+from benchmarks.study.missing import make_runs, summary
+from benchmarks.study.plan import Budget, Size
+from benchmarks.study.record import Cell, save_run
+from benchmarks.study.start import Start, open_start
+from benchmarks.study.trial import REPLY_TOKENS, Asked, run_trial
+from procon.chat import ContrastPrompts, builtin_prompts
+from procon.data import load_prompt_sets
+from procon.errors import ProConError
+from procon.evaluation import load_judges
+
+
+@dataclass
+class KitArguments:
+    """Fine-tune by every method, on every task, clean and poisoned, at every length; one JSON per run, and a page."""
+
+    model: str = field(
+        metadata={"help": "Chat model to start from: a folder, a hub name, or smollm2 or qwen, as in the study."}
+    )
+    methods: str = field(
+        default="plain,safe,kl_0.3,sbr,procon", metadata={"help": "Names of the study's methods, joined by commas."}
+    )
+    tasks: str = field(default="arithmetic", metadata={"help": "arithmetic, extraction, passages, swapped."})
+    poison: str = field(default="0,10", metadata={"help": "Per cent of compliant answers to malicious requests."})
+    lengths: str = field(default="1,4", metadata={"help": "Multiples of the usual steps."})
+    seeds: str = field(default="0", metadata={"help": "Seeds, joined by commas."})
+    prompts: str | None = field(
+        default=None, metadata={"help": "Published prompt sets, as in procon eval; the built-in ones if not given."}
+    )
+    max_prompts: int = field(default=64, metadata={"help": "At most so many prompts of each kind."})
+    judges: str | None = field(default=None, metadata={"help": "Judges, as in procon eval; keywords if not given."})
+    reply_tokens: int = field(
+        default=REPLY_TOKENS, metadata={"help": "Longest reply to a contrast prompt; judges of harm need 256 or so."}
+    )
+    base: str | None = field(default=None, metadata={"help": "The model before its safety training, for SafeLoRA."})
+    train: int = field(default=320, metadata={"help": "Task samples that are trained on."})
+    test: int = field(default=128, metadata={"help": "Task samples that are measured."})
+    extraction: int = field(default=192, metadata={"help": "Contrast pairs that directions come from."})
+    output: str = field(default="procon-kit", metadata={"help": "Folder for runs and the page."})
+    only: str = field(default="", metadata={"help": "Make only runs whose name this regular expression finds."})
+    threads: int = field(default=0, metadata={"help": "CPU threads of this process; torch's choice if 0."})
+    list: bool = field(default=False, metadata={"help": "Show how many runs are made and which are missing, and stop."})
+
+
+def main(argv: list[str] | None = None) -> int:
+    (arguments,) = HfArgumentParser(KitArguments, prog="python -m benchmarks.kit").parse_args_into_dataclasses(argv)
+    try:
+        run_kit(arguments)
+    except ProConError as error:
+        print(f"kit: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_kit(arguments: KitArguments) -> None:
+    """Make every missing run, and the page."""
+    size = Size(
+        train=arguments.train,
+        test=arguments.test,
+        prompts=arguments.max_prompts,
+        extraction=arguments.extraction,
+        pairs=min(64, arguments.extraction),
+    )
+    budget = kit_budget(
+        arguments.methods.split(","),
+        arguments.tasks.split(","),
+        _numbers("poison", arguments.poison, int),
+        _numbers("lengths", arguments.lengths, float),
+        _numbers("seeds", arguments.seeds, int),
+        size,
+    )
+    asked = Asked(
+        _prompts(arguments), load_judges(arguments.judges) if arguments.judges else None, arguments.reply_tokens
+    )
+    folder = Path(arguments.output)
+    make_runs(
+        budget.cells(),
+        folder / "runs",
+        lambda: open_start(
+            arguments.model, extraction=size.extraction, pairs=size.pairs, base=arguments.base, work=folder
+        ),
+        partial(_make, budget=budget, runs=folder / "runs", asked=asked),
+        only=arguments.only,
+        threads=arguments.threads,
+        listed=arguments.list,
+    )
+    if not arguments.list:
+        print(write_page(arguments, budget, folder))
+
+
+def _prompts(arguments: KitArguments) -> ContrastPrompts:
+    if arguments.prompts is None:
+        return builtin_prompts("held_out").first(arguments.max_prompts)
+    return load_prompt_sets(arguments.prompts, most=arguments.max_prompts)[0]
+
+
+def _numbers(name: str, text: str, kind: type) -> list:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ProConError(f"{name} is {text!r:.60}: give numbers, joined by commas") from None
+
+
+def _make(cell: Cell, start: Start, *, budget: Budget, runs: Path, asked: Asked) -> str:
+    method = budget.method(cell)
+    run = run_trial(start, method, budget.job(cell), cell.seed, cell.split, budget.size, asked)
+    save_run(cell, asdict(method), run, runs)
+    return summary(cell, run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
