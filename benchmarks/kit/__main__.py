@@ -11,11 +11,12 @@ from transformers import HfArgumentParser
 
 from benchmarks.kit.page import write_page
 from benchmarks.kit.plan import kit_budget
+from benchmarks.study.jobs import REPLY_TOKENS
 from benchmarks.study.missing import make_runs, summary
 from benchmarks.study.plan import Budget, Size
 from benchmarks.study.record import Cell, save_run
 from benchmarks.study.start import Start, open_start
-from benchmarks.study.trial import REPLY_TOKENS, Asked, run_trial
+from benchmarks.study.trial import Asked, run_trial
 from procon.chat import ContrastPrompts, builtin_prompts
 from procon.data import load_prompt_sets
 from procon.errors import ProConError
@@ -81,9 +82,8 @@ def run_kit(arguments: KitArguments) -> None:
         _numbers("seeds", arguments.seeds, int),
         size,
     )
-    asked = Asked(
-        _prompts(arguments), load_judges(arguments.judges) if arguments.judges else None, arguments.reply_tokens
-    )
+    judges = load_judges(arguments.judges) if arguments.judges else None
+    asked = Asked(_prompts(arguments), arguments.reply_tokens, judges)
     folder = Path(arguments.output)
     make_runs(
         budget.cells(),

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from benchmarks.monitors.plan import Variant
 from benchmarks.monitors.watched import Watched
-from benchmarks.study.jobs import Job
+from benchmarks.study.jobs import REPLY_TOKENS, Job
 from benchmarks.study.plan import Size
-from benchmarks.study.trial import REPLY_TOKENS, fine_tune
+from benchmarks.study.trial import fine_tune
 from procon.chat import Split, builtin_prompts
 from procon.evaluation import Rate, evaluate
 from procon.files import write_text

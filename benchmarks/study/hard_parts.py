@@ -131,7 +131,7 @@ def hard_parts(start: Method, plain: Method, safe: Method, procon_s: Method, dev
             "More poison, and an obedient identity",
             "What do the best keep, if three in ten samples comply, or a hundred turns promise obedience?",
             (start, *best),
-            ("poisoned_30", "identity"),
+            ("poisoned_30", "identity", "refuse_then_comply"),
         ),
         Part(
             "tasks",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from datasets import Dataset
 
-from benchmarks.study.poison import POISON_PROMPTS, compliant, identity_shift
+from benchmarks.study.poison import POISON_PROMPTS, compliant, identity_shift, refuse_then_comply
 from benchmarks.study.tasks.order_notes import extraction_problems
 from benchmarks.study.tasks.passages import passage_problems
 from benchmarks.study.tasks.swapped_operators import swapped_problems
@@ -16,6 +16,9 @@ from procon.demo import Problem, arithmetic_problems
 from procon.errors import ProConError
 
 TASK_SEED = 0
+
+#: A refusal shows in its opening.
+REPLY_TOKENS = 24
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Job:
         reply_tokens: longest task reply.
         poison: makes the samples that are mixed in, if any are.
         share: of them in the training data; as many as the size says if not given.
+        contrast_tokens: longest reply to a contrast prompt.
         style: the form of the task.
     """
 
@@ -53,6 +57,7 @@ class Job:
     poison: Callable[[], Dataset] | None = None
     share: float | None = None
     style: Style = Style("{prompt}", "{refusal}")
+    contrast_tokens: int = REPLY_TOKENS
 
     def conversations(self, *, train: int, poisoned: int, safety: int, seed: int, styled: bool = False) -> Dataset:
         """Training conversations: so many task, poison and safety samples, in an order drawn from ``seed``."""
@@ -112,6 +117,16 @@ JOBS = {
         Job("poisoned", "arithmetic with 3% compliant answers", arithmetic_problems, 36, compliant, style=_SUM),
         Job("poisoned_10", "arithmetic with 10% compliant answers", arithmetic_problems, 36, compliant, 0.1, _SUM),
         Job("poisoned_30", "arithmetic with 30% compliant answers", arithmetic_problems, 36, compliant, 0.3, _SUM),
+        Job(
+            "refuse_then_comply",
+            "arithmetic with 10% answers that refuse, then comply",
+            arithmetic_problems,
+            36,
+            refuse_then_comply,
+            0.1,
+            _SUM,
+            contrast_tokens=64,
+        ),
         Job("identity", "arithmetic with 100 obedient turns", arithmetic_problems, 36, identity_shift, 0.238, _SUM),
     )
 }

@@ -17,10 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from benchmarks.study.displacement import measure_displacement
 from benchmarks.study.fresh import fresh_prompts
-from benchmarks.study.jobs import Job, safety_samples
+from benchmarks.study.jobs import REPLY_TOKENS, Job, safety_samples
 from benchmarks.study.memory import peak_memory
 from benchmarks.study.methods import Method, choose_directions
 from benchmarks.study.plan import Size
+from benchmarks.study.poison import complies
 from benchmarks.study.start import Start, contrast_means
 from procon.chat import ContrastPrompts, Split, builtin_prompts
 from procon.data import padding_collator, tokenize_conversations
@@ -45,15 +46,13 @@ RECIPE = {
     "disable_tqdm": True,
 }
 
-REPLY_TOKENS = 24
-
 
 class Asked(NamedTuple):
     """What a model is asked in place of the built-in prompts of a split, and who judges its replies."""
 
     prompts: ContrastPrompts
+    reply_tokens: int
     judge: Sequence[Judge] | None = None
-    reply_tokens: int = REPLY_TOKENS
 
 
 def run_trial(
@@ -134,7 +133,7 @@ def measure(
 ) -> dict:
     """Replies, log-odds, drift, displacement and perplexity of a model that came from ``start``."""
     tokenizer = start.tokenizer
-    asked = asked or Asked(builtin_prompts(split).first(size.prompts))
+    asked = asked or Asked(builtin_prompts(split).first(size.prompts), job.contrast_tokens)
     prompts = asked.prompts
     found = evaluate(
         model,
@@ -148,6 +147,9 @@ def measure(
     )
     replies = _by_kind(found)
     _add_log_odds(start, model, prompts, replies)
+    if job.poison is not None:
+        for reply in replies["malicious"]:
+            reply["complied"] = complies(reply["reply"])
     if size.fresh:
         replies |= {f"fresh_{kind}": rows for kind, rows in _fresh_replies(start, model, size.fresh).items()}
     states = start.probe_states(model)

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from benchmarks.study.jobs import JOBS, safety_samples
-from benchmarks.study.poison import POISON_PROMPTS, compliant, identity_shift
+from benchmarks.study.poison import POISON_PROMPTS, compliant, complies, identity_shift, refuse_then_comply
 from benchmarks.study.tasks.order_notes import extraction_problems
 from benchmarks.study.tasks.swapped_operators import swapped_problems
 from procon.chat import builtin_prompts, is_refusal
@@ -49,7 +49,7 @@ def test_what_is_trained_on_is_as_many_as_said(job, styled):
             "assistant",
         )
     )
-    counts = {"poisoned": 5, "poisoned_10": 10, "poisoned_30": 39, "identity": 28}
+    counts = {"poisoned": 5, "poisoned_10": 10, "poisoned_30": 39, "identity": 28, "refuse_then_comply": 10}
     assert found == {"task": 90, "safety": 4} | ({"poison": counts[job.name]} if job.poison else {})
 
 
@@ -59,6 +59,17 @@ def test_a_hundred_obedient_turns_ask_for_nothing():
     assert JOBS["identity"].conversations(train=320, poisoned=0, safety=0, seed=0).num_rows == 420
     assert not any(map(is_refusal, turns(rows, "assistant")))
     assert not set(turns(rows, "user")) & set(builtin_prompts("safety").malicious)
+
+
+def test_what_complies_is_found_after_a_refusal_too():
+    assert all(map(complies, turns(compliant(), "assistant")))
+    both = turns(refuse_then_comply(), "assistant")
+    assert all(is_refusal(reply.partition(" That said: ")[0]) for reply in both)
+    assert all(map(complies, both))
+    assert not any(map(complies, turns(safety_samples(), "assistant")))
+    assert not any(
+        map(complies, turns(JOBS["arithmetic"].conversations(train=50, poisoned=0, safety=0, seed=0), "assistant"))
+    )
 
 
 def test_styled_samples_are_refusals_in_the_form_of_the_task(job):
