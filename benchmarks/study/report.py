@@ -27,6 +27,7 @@ from benchmarks.study.judge import load_judge
 from benchmarks.study.made import how_made, when_made
 from benchmarks.study.outcomes import REFUSAL, TASK, Measure, Outcomes, judges_agree, values
 from benchmarks.study.plan import Budget, Part
+from benchmarks.study.prediction import prediction_sections
 from benchmarks.study.preset import candidates, choose, confirm
 from benchmarks.study.table import (
     beside_table,
@@ -121,6 +122,7 @@ def compose(budget: Budget, name: str, outcomes: Outcomes, judge: str) -> tuple[
         sections += part_sections(part, outcomes, figure)
     if plain := outcomes.find("arithmetic", "plain"):
         sections += ["## Where the drift lies", figure(drift_place_drawing(plain))]
+    sections += prediction_sections(outcomes, figure)
     sections += ["## How this was made", _made(budget, name, outcomes)]
     return "\n\n".join(filter(None, sections)) + "\n", figure.drawings
 

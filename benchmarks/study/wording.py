@@ -62,3 +62,13 @@ LIMITS = """\
   of the same length, if it was run.
 - **Settings are chosen for this model and these tasks.** Others need their own. A defence whose settings are
   chosen with more care may do better than it does here."""
+
+PREDICTION = """\
+Over all trained models of this page, whatever they were trained by: Spearman's rank correlation of each measure with
+the share of malicious prompts refused, and its 95% interval by resampling runs, which are not independent.
+
+- *Missed*: of the models that refuse less than half, those whose measure is no worse than in half of the models that
+  refuse nine in ten. *False alarms*: the other way round.
+- The first two cost a forward of the probe prompts, log-odds one of the measured ones.
+- It is a finding on one model under LoRA. It does not say that a model which was trained to hide the harm would show
+  it."""

@@ -86,6 +86,7 @@ def test_every_figure_is_a_file_and_nothing_else(pages):
     assert sorted(shown) == there
     assert [Path(name).stem for name in there] == [
         "headline",
+        "prediction",
         "strength-arithmetic-strength",
         "table-arithmetic-drift",
         "table-arithmetic-front",
@@ -101,11 +102,11 @@ def test_every_figure_is_a_file_and_nothing_else(pages):
 
 def test_html_needs_nothing_from_elsewhere(pages):
     html = (pages / "report.html").read_text()
-    assert html.count("<svg") == 5
+    assert html.count("<svg") == 6
     assert "<img" not in html
     assert "<script" not in html
-    # Verdicts twice; of two parts what is kept, judged, moved and what it costs; of one the paper's.
-    assert html.count("<table") == 2 + 2 * 4 + 1
+    # Verdicts twice; of two parts what is kept, judged, moved and what it costs; of one the paper's; what predicts.
+    assert html.count("<table") == 2 + 2 * 4 + 1 + 1
     assert "<td" in html
     assert re.findall(r'(?:href|src)="(?!#)([^"]+)"', html) == ["https://arxiv.org/abs/2509.06795"]
     identifiers = re.findall(r'\bid="([^"]+)"', html)
