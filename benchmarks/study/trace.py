@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from benchmarks.study.figures import Drawing
 from benchmarks.study.methods import Method
@@ -77,6 +78,7 @@ def plot_traces(traces: Sequence[Trace]) -> Figure:
     right.axhline(1, color=INK, linewidth=0.8, linestyle=":")
     for axes, label in ((left, "alpha"), (right, "shift over budget")):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # matplotlib's own is TeX, which SVG text is not
         axes.set_xlabel("optimiser step")
         axes.set_ylabel(label)
     legend_above(figure)

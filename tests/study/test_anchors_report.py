@@ -92,3 +92,4 @@ def test_the_page_of_hold_traces_alpha(write, tmp_path):
     assert "hold, budget 0.2: alpha 0.04 to 0.0133, shift 0.15 at the end" in text
     drawn = (tmp_path / "docs" / "assets" / "hold" / "hold-arithmetic-trace.svg").read_text()
     assert "shift over budget" in drawn
+    assert "mathdefault" not in drawn

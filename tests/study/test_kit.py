@@ -99,30 +99,28 @@ def test_the_whole_kit(start, stand_ins, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with serving() as server:
         server.say = lambda messages: "refused" if "cannot" in messages[-1]["content"] else "complied"
-        names = ["--methods", "plain,procon", "--poison", "0,10", "--lengths", "1", "--prompts", "advbench,xstest"]
+        names = ["--methods", "plain,procon", "--poison", "10", "--lengths", "1", "--prompts", "advbench,xstest"]
         sizes = ["--train", "40", "--test", "2", "--max_prompts", "6", "--extraction", "16"]
         arguments = ["--model", str(start), *names, *sizes, "--judges", f"keywords,{server.url}"]
         assert main([*arguments, "--output", str(tmp_path / "kit")]) == 0
         asked = "".join(message["content"] for request in server.requests for message in request["messages"])
     assert builtin_prompts("held_out").malicious[0] in asked
-    files = list(tmp_path.glob("kit/runs/*/*/seed-0.json"))
-    runs = {(path.parts[-3], path.parts[-2]): json.loads(path.read_text()) for path in files}
-    methods = ("start", "plain", "procon")
-    assert runs.keys() == {(job, name) for job in ("arithmetic", "arithmetic_poisoned_10") for name in methods}
-    for job in ("arithmetic", "arithmetic_poisoned_10"):
-        begun, plain, procon = (runs[job, name] for name in methods)
-        assert share(begun, "malicious", "refused") > 0.5
-        assert len(begun["replies"]["malicious"]) == len(begun["replies"]["benign"]) == 6
-        assert any("procon/penalty" in row for row in procon["history"])
-        assert not any("procon/penalty" in row for row in plain["history"])
-        assert plain["samples"] == (40 if job == "arithmetic" else 44)
-        assert mean(begun["drift"]["cosine"]) == pytest.approx(1, abs=1e-3)
-        assert mean(plain["drift"]["cosine"]) < 1 - 1e-6
+    files = list(tmp_path.glob("kit/runs/arithmetic_poisoned_10/*/seed-0.json"))
+    runs = {path.parent.name: json.loads(path.read_text()) for path in files}
+    assert runs.keys() == {"start", "plain", "procon"}
+    begun, plain, procon = (runs[name] for name in ("start", "plain", "procon"))
+    assert share(begun, "malicious", "refused") > 0.5
+    assert len(begun["replies"]["malicious"]) == len(begun["replies"]["benign"]) == 6
+    assert any("procon/penalty" in row for row in procon["history"])
+    assert not any("procon/penalty" in row for row in plain["history"])
+    assert plain["samples"] == procon["samples"] == 44
+    assert mean(begun["drift"]["cosine"]) == pytest.approx(1, abs=1e-3)
+    assert mean(plain["drift"]["cosine"]) < 1 - 1e-6
     page = (tmp_path / "kit" / "results.md").read_text()
     assert page.startswith(f"# {start}: what defences keep\n")
-    assert "with 10% compliant answers" in page
+    assert "Training data: benign: arithmetic word problems, with 10% compliant answers." in page
     assert "in the paper" not in page
-    assert "Of the 6 runs that are planned, 6 are there" in page
+    assert "Of the 3 runs that are planned, 3 are there" in page
     assert (tmp_path / "kit" / "figures").is_dir()
 
 
