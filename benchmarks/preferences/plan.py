@@ -53,6 +53,8 @@ def live_and_probes(alpha: float) -> Method:
 
 LIVE = constrained("live", "ProCon, live anchors, alpha 0.2")
 PROBES = constrained("probes", "probes alone (SBR)", **probing(0.2, "probes"))
+#: As strong as beside the training tokens in supervised training, where that is the default.
+PROBES_3 = constrained("probes_3", "probes alone, at three tenths", procon_anchors="probes")
 RANDOM = constrained("random1", "random directions, live anchors, alpha 0.2", directions="random:1")
 
 #: The KL divergence of GRPO itself keeps a model near its start: plain GRPO with it is a baseline, not a control.
@@ -66,7 +68,7 @@ PLAN = Budget(
             "dpo",
             "DPO on preference pairs",
             "The worked answer to an arithmetic problem is preferred to a wrong one, or to words without an answer.",
-            (START, PLAIN, LIVE, live_and_probes(0.2), PROBES, RANDOM),
+            (START, PLAIN, LIVE, live_and_probes(0.2), PROBES, PROBES_3, RANDOM),
             ("dpo",),
             seeds=(0, 1),
         ),
@@ -74,7 +76,7 @@ PLAN = Budget(
             "grpo",
             "GRPO on a rule-based reward",
             "A reply to an arithmetic problem is paid for a number, for ending with it, and for the right one.",
-            (START, PLAIN, LIVE, live_and_probes(0.2), PROBES, PLAIN_KL, RANDOM),
+            (START, PLAIN, LIVE, live_and_probes(0.2), PROBES, PROBES_3, PLAIN_KL, RANDOM),
             ("grpo",),
             seeds=(0, 1),
         ),
@@ -82,7 +84,7 @@ PLAN = Budget(
             "grpo_long",
             "GRPO for longer",
             "Four times the steps: is the reward alike once both have learned?",
-            (START, longer(PLAIN, 4.0), longer(PROBES, 4.0)),
+            (START, longer(PLAIN, 4.0), longer(PROBES_3, 4.0)),
             ("grpo",),
             seeds=(0,),
         ),
@@ -90,7 +92,7 @@ PLAN = Budget(
             "grpo_choice",
             "The strength under GRPO",
             "GRPO's gradient is not that of cross-entropy: which strength leaves it its reward?",
-            (START, PLAIN, live(0.05), live(0.02), live_and_probes(0.05), PROBES),
+            (START, PLAIN, live(0.05), live(0.02), live_and_probes(0.05), PROBES, PROBES_3),
             ("grpo",),
         ),
     ),
