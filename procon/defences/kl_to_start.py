@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from procon.defences.predictions import kl_divergence, response_predictions
 from procon.defences.trainer import TokenMeanTrainer
+from procon.errors import ProConError
 from procon.models import StartingModel
 from procon.settings import check_alpha
 
@@ -28,7 +29,7 @@ class KLToStartTrainer(TokenMeanTrainer):
         beta: strength.
 
     Raises:
-        ProConError: for a strength that is no finite number, 0 or more.
+        ProConError: for a strength that is no finite number, 0 or more, and for a loss that is made without logits.
     """
 
     def __init__(self, *args: Any, beta: float = 0.1, **kwargs: Any) -> None:
@@ -52,6 +53,10 @@ class KLToStartTrainer(TokenMeanTrainer):
         start = response_predictions(self._start(**unlabelled).logits, labels)
         found: Any = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
         loss, outputs = found
+        if outputs.logits is None:
+            raise ProConError(
+                "KLToStartTrainer needs logits, and the fused loss of use_liger_kernel makes none: train without it"
+            )
         divergence = kl_divergence(response_predictions(outputs.logits, labels), start)
         loss = loss + self.beta * self.token_mean(divergence.sum(), num_items_in_batch)
         return (loss, outputs) if return_outputs else loss

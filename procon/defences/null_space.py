@@ -67,7 +67,10 @@ class NullSpaceTrainer(DefenceTrainer):
 
     @torch.no_grad()
     def _moments(self) -> list[Tensor]:
-        """``[in, in]`` fp64: of each layer with an adapter, the sum of ``x x^T`` over the tokens."""
+        """``[in, in]`` fp64: of each layer with an adapter, the sum of ``x x^T`` over the tokens.
+
+        On the CPU, where they take 134 MB for each layer of width 4096.
+        """
         layers = [layer for _, layer in lora_layers(self.model)]
         moments: list[Any] = [0.0] * len(layers)
 

@@ -87,6 +87,19 @@ def test_kl_is_its_definition(tiny_model, dataset, samples, tokenizer, tmp_path,
     assert_same({name: held[name] - plain[name] for name in held}, expected)
 
 
+def test_kl_needs_logits(tiny_model, make, monkeypatch):
+    trainer = make(KLToStartTrainer, tiny_model())
+    compute = Trainer.compute_loss
+
+    def fused(*args, **kwargs):
+        loss, outputs = compute(*args, **kwargs)
+        return loss, type(outputs)(loss=loss)
+
+    monkeypatch.setattr(Trainer, "compute_loss", fused)
+    with pytest.raises(ProConError, match=r"^KLToStartTrainer needs logits, and the fused loss of use_liger_kernel"):
+        trainer.train()
+
+
 # Projected gradients
 
 
