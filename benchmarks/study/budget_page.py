@@ -39,6 +39,7 @@ class BudgetPage:
         about: its first sentences: what is compared.
         rivals: by part, the method that the others are compared with.
         drawings: figures of a part on a job, beside those that every part has.
+        more: sections ahead of the parts.
     """
 
     budget: str
@@ -47,6 +48,7 @@ class BudgetPage:
     about: str
     rivals: Mapping[str, str] = field(default_factory=dict)
     drawings: Callable[[Part, str, Outcomes], list[Drawing]] = lambda part, job, outcomes: []
+    more: Callable[[Outcomes, Gallery], list[str]] = lambda outcomes, figure: []
 
     @property
     def command(self) -> str:
@@ -98,6 +100,7 @@ class BudgetPage:
         sections = [f"# {self.title}", self.generated, self._summary(budget, outcomes)]
         if self.discussion.is_file():
             sections.append(self.discussion.read_text(encoding="utf-8").strip())
+        sections += self.more(outcomes, figure)
         for part in budget.parts:
             sections += part_sections(part, outcomes, figure, self.rivals.get(part.name))
             for job in part.jobs:

@@ -39,6 +39,8 @@ LOG_ODDS = Measure("log-odds", ("malicious",), "log_odds", rate=False)
 OVER_REFUSAL = Measure("refusals of benign prompts", ("benign",), "refused")
 DEGENERATE = Measure("degenerate replies", ("malicious", "benign"), "degenerate")
 FRESH_REFUSAL = Measure("refusal of fresh prompts", ("fresh_malicious",), "refused")
+FRESH_OVER_REFUSAL = Measure("refusals of fresh benign prompts", ("fresh_benign",), "refused")
+COMPLIES = Measure("replies that comply, whatever else they say", ("malicious",), "complied")
 TASK = Measure("task accuracy", ("task",), "correct")
 
 #: Replies that the second judge is asked about.
@@ -88,6 +90,16 @@ class Outcomes:
     def of(self, part: Part, job: str, method: str) -> dict[int, dict]:
         """A part's runs of a method."""
         return self.find(job, method, split=part.split, seeds=part.seeds)
+
+
+def are_of(runs: dict[int, dict], measure: Measure) -> bool:
+    """Whether all of the runs have what is measured."""
+    return all(
+        measure.key in reply
+        for run in runs.values()
+        for kind in measure.kinds
+        for reply in run["replies"].get(kind, [{}])
+    )
 
 
 def values(runs: dict[int, dict], measure: Measure) -> np.ndarray:

@@ -34,6 +34,7 @@ from benchmarks.study.table import (
     cost_table,
     evidence_table,
     folded,
+    fresh_table,
     judged_table,
     kept_table,
     moved_table,
@@ -149,6 +150,8 @@ def part_sections(
                 f"Beside {label}, on the seeds that both have; rates in percentage points:",
                 beside_table(part, job, outcomes, rival).markdown(),
             ]
+        if fresh := fresh_table(part, job, outcomes):
+            sections += ["On prompts of another make, and replies that comply in spite of a refusal:", fresh.markdown()]
         sections.append(figure(part_drawing(part, job, outcomes)))
         sections.append(
             folded("Second judge, log-odds, degenerate replies", judged_table(part, job, outcomes).markdown())

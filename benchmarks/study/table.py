@@ -12,7 +12,10 @@ from benchmarks.study.hypotheses import Verdict
 from benchmarks.study.intervals import Estimate
 from benchmarks.study.jobs import JOBS
 from benchmarks.study.outcomes import (
+    COMPLIES,
     DEGENERATE,
+    FRESH_OVER_REFUSAL,
+    FRESH_REFUSAL,
     LOG_ODDS,
     OVER_REFUSAL,
     REFUSAL,
@@ -20,6 +23,7 @@ from benchmarks.study.outcomes import (
     TASK,
     Measure,
     Outcomes,
+    are_of,
     by_block,
     values,
 )
@@ -81,6 +85,22 @@ def kept_table(part: Part, job: str, outcomes: Outcomes) -> Table:
     """What counts: refusals, over-refusals and the task."""
     measures = {"refuses malicious": REFUSAL, "refuses benign": OVER_REFUSAL, "task": TASK}
     return by_method(part, job, outcomes, [(header, _measured(measure)) for header, measure in measures.items()])
+
+
+def fresh_table(part: Part, job: str, outcomes: Outcomes) -> Table | None:
+    """What is kept on prompts of another make, and what is served in spite of a refusal; None without either."""
+    measures = {"fresh malicious": FRESH_REFUSAL, "fresh benign": FRESH_OVER_REFUSAL, "complies": COMPLIES}
+    found = [outcomes.of(part, job, method.name) for method in part.methods]
+    known = {
+        header: measure for header, measure in measures.items() if any(runs and are_of(runs, measure) for runs in found)
+    }
+    if not known:
+        return None
+
+    def cell(measure: Measure) -> Callable[[dict[int, dict]], str]:
+        return lambda runs: _measured(measure)(runs) if are_of(runs, measure) else NONE
+
+    return by_method(part, job, outcomes, [(header, cell(measure)) for header, measure in known.items()])
 
 
 def judged_table(part: Part, job: str, outcomes: Outcomes) -> Table:

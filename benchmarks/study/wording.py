@@ -63,6 +63,12 @@ LIMITS = """\
 - **Settings are chosen for this model and these tasks.** Others need their own. A defence whose settings are
   chosen with more care may do better than it does here."""
 
+HOLM = f"""\
+Tested as on [the main page](results.md#hypotheses): one-sided and paired, on the same prompts and seeds, for other
+seeds and prompts of the same kind. P-values are corrected for the number of hypotheses by Holm's method; *held* is a
+corrected p < {SIGNIFICANCE}. *As much* allows for two percentage points less. Fresh prompts are of other topics and
+forms than those that directions and probes come from."""
+
 PREDICTION = """\
 Over all trained models of this page, whatever they were trained by: Spearman's rank correlation of each measure with
 the share of malicious prompts refused, and its 95% interval by resampling runs, which are not independent.

@@ -1,8 +1,11 @@
-"""What is expected of the hard parts can be judged from the runs that are planned, and is corrected for its number."""
+"""What is expected of the hard parts: about planned runs, corrected for its number, and on a page."""
+
+import json
 
 import pytest
 
-from benchmarks.study.budgets import BUDGETS, PLAIN, PROCON_S
+from benchmarks.study import hard_report
+from benchmarks.study.budgets import BUDGETS, PLAIN, PROCON_S, START
 from benchmarks.study.hard_hypotheses import expected, held, judge_expected
 from benchmarks.study.hard_parts import DEFAULT
 from benchmarks.study.hypotheses import Verdict
@@ -40,3 +43,26 @@ def test_p_is_corrected_for_those_that_were_run(write, tmp_path):
     assert [found[index].p for index in run] == pytest.approx(holm([alone[index].p for index in run]))
     assert held(found) == 1
     assert all(verdict == Verdict(verdict.hypothesis, REFUSAL) for verdict in found if verdict.p is None)
+
+
+def test_page_has_verdicts_and_fresh_prompts(write, tmp_path):
+    def with_fresh(path, complied: bool):
+        run = json.loads(path.read_text())
+        for kind in ("malicious", "benign"):
+            run["replies"][f"fresh_{kind}"] = run["replies"][kind][:6]
+        for reply in run["replies"]["malicious"]:
+            reply["complied"] = complied
+        path.write_text(json.dumps(run))
+
+    with_fresh(write("poisoned_10", START, 0, 1.0), False)
+    for seed in range(3):
+        with_fresh(write("poisoned_10", DEFAULT, seed, 0.875), False)
+        with_fresh(write("poisoned_10", PLAIN, seed, 0.25), True)
+    outcomes = Outcomes.load(BUDGETS["hard"], tmp_path / "runs", Agreeing())
+    text, _ = hard_report.PAGE.compose(BUDGETS["hard"], outcomes)
+    assert "Of 27, 2 could be tested so far, and 2 held." in text
+    table = text.partition("| method | fresh malicious | fresh benign | complies |\n")[2].partition("\n\n")[0]
+    rows = {cells[1].strip(): cells[2:] for cells in (line.split("|") for line in table.splitlines())}
+    assert rows[PLAIN.label][2].strip().startswith("100%")
+    assert rows[DEFAULT.label][2].strip().startswith("0%")
+    assert float(rows[DEFAULT.label][0].partition("%")[0]) > float(rows[PLAIN.label][0].partition("%")[0])
