@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
+from benchmarks.harness.command import run_command
 from benchmarks.kit.page import write_page
 from benchmarks.kit.plan import kit_budget
 from benchmarks.study.jobs import REPLY_TOKENS
@@ -56,13 +55,7 @@ class KitArguments:
 
 
 def main(argv: list[str] | None = None) -> int:
-    (arguments,) = HfArgumentParser(KitArguments, prog="python -m benchmarks.kit").parse_args_into_dataclasses(argv)
-    try:
-        run_kit(arguments)
-    except ProConError as error:
-        print(f"kit: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("benchmarks.kit", KitArguments, run_kit, argv)
 
 
 def run_kit(arguments: KitArguments) -> None:

@@ -7,15 +7,13 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
+from benchmarks.harness.command import run_command
 from benchmarks.monitors.plan import BUDGET, Variant
 from benchmarks.monitors.trial import run_trial
 from benchmarks.monitors.watched import Watched
 from benchmarks.study.missing import make_runs
 from benchmarks.study.record import Cell, save_run
 from benchmarks.study.start import demo_start
-from procon.errors import ProConError
 
 RUNS = Path(__file__).parent / "runs"
 
@@ -32,14 +30,7 @@ class MonitorArguments:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = HfArgumentParser(MonitorArguments, prog="python -m benchmarks.monitors")
-    (arguments,) = parser.parse_args_into_dataclasses(argv)
-    try:
-        run_monitors(arguments)
-    except ProConError as error:
-        print(f"monitors: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("benchmarks.monitors", MonitorArguments, run_monitors, argv)
 
 
 def run_monitors(arguments: MonitorArguments) -> None:

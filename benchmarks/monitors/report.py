@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from transformers import HfArgumentParser
 
+from benchmarks.harness.command import run_command
 from benchmarks.monitors.__main__ import RUNS
 from benchmarks.monitors.plan import BUDGET, CHOICE, RESULT, START
 from benchmarks.monitors.prompts import CONCEPTS, PAIRS
@@ -18,7 +18,6 @@ from benchmarks.study.made import how_made
 from benchmarks.study.methods import Method
 from benchmarks.study.plan import Part
 from benchmarks.study.table import NONE, NOT_RUN, Table
-from procon.errors import ProConError
 from procon.files import write_text
 
 #: What the readings mean, in words; stands in the page as it is.
@@ -63,15 +62,12 @@ class ReportArguments:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = HfArgumentParser(ReportArguments, prog="python -m benchmarks.monitors.report")
-    (arguments,) = parser.parse_args_into_dataclasses(argv)
-    try:
-        readings = Readings.load(BUDGET, Path(arguments.runs))
-        print(write_text(compose(readings), Path(arguments.output) / "monitors.md"))
-    except ProConError as error:
-        print(f"report: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("benchmarks.monitors.report", ReportArguments, _write, argv)
+
+
+def _write(arguments: ReportArguments) -> None:
+    readings = Readings.load(BUDGET, Path(arguments.runs))
+    print(write_text(compose(readings), Path(arguments.output) / "monitors.md"))
 
 
 def compose(readings: Readings) -> str:

@@ -7,14 +7,12 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
+from benchmarks.harness.command import run_command
 from benchmarks.preferences.plan import ALGORITHMS, PLAN, RUNS
 from benchmarks.preferences.trial import run_trial
 from benchmarks.study.missing import make_runs, summary
 from benchmarks.study.record import Cell, save_run
 from benchmarks.study.start import Start, demo_start
-from procon.errors import ProConError
 
 
 @dataclass
@@ -31,15 +29,7 @@ class PreferencesArguments:
 
 
 def main(argv: list[str] | None = None) -> int:
-    (arguments,) = HfArgumentParser(
-        PreferencesArguments, prog="python -m benchmarks.preferences"
-    ).parse_args_into_dataclasses(argv)
-    try:
-        run_preferences(arguments)
-    except ProConError as error:
-        print(f"preferences: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("benchmarks.preferences", PreferencesArguments, run_preferences, argv)
 
 
 def run_preferences(arguments: PreferencesArguments) -> None:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
-
+from benchmarks.harness.command import run_command
 from benchmarks.preferences.figures import drawing
 from benchmarks.preferences.plan import ALGORITHMS, PLAN, RUNS
 from benchmarks.preferences.table import learned_table, moved_table
@@ -20,7 +19,6 @@ from benchmarks.study.made import how_made, when_made
 from benchmarks.study.outcomes import Outcomes
 from benchmarks.study.plan import Budget, Part
 from benchmarks.study.table import folded, judged_table, kept_table
-from procon.errors import ProConError
 from procon.files import write_text
 
 COMMAND = "python -m benchmarks.preferences"
@@ -42,14 +40,12 @@ class ReportArguments:
 
 
 def main(argv: list[str] | None = None) -> int:
-    (arguments,) = HfArgumentParser(ReportArguments, prog=f"{COMMAND}.report").parse_args_into_dataclasses(argv)
-    try:
-        outcomes = Outcomes.load(PLAN, Path(arguments.runs), load_judge(None, None), COMMAND)
-        print(write_report(PLAN, outcomes, Path(arguments.output)))
-    except ProConError as error:
-        print(f"report: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("benchmarks.preferences.report", ReportArguments, _write, argv)
+
+
+def _write(arguments: ReportArguments) -> None:
+    outcomes = Outcomes.load(PLAN, Path(arguments.runs), load_judge(None, None), COMMAND)
+    print(write_report(PLAN, outcomes, Path(arguments.output)))
 
 
 def write_report(plan: Budget, outcomes: Outcomes, folder: Path) -> Path:

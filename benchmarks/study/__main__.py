@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
+from benchmarks.harness.command import run_command
 from benchmarks.study.budgets import BUDGETS
 from benchmarks.study.missing import make_runs, summary
 from benchmarks.study.plan import Budget
@@ -48,13 +47,7 @@ class StudyArguments:
 
 
 def main(argv: list[str] | None = None) -> int:
-    (arguments,) = HfArgumentParser(StudyArguments, prog="python -m benchmarks.study").parse_args_into_dataclasses(argv)
-    try:
-        run_study(arguments)
-    except ProConError as error:
-        print(f"study: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("benchmarks.study", StudyArguments, run_study, argv)
 
 
 def run_study(arguments: StudyArguments) -> None:

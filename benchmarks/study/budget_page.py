@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
+from benchmarks.harness.command import run_command
 from benchmarks.study.budgets import BUDGETS
 from benchmarks.study.figures import Drawing
 from benchmarks.study.gallery import Gallery, save_drawings
@@ -17,7 +15,6 @@ from benchmarks.study.made import how_made, when_made
 from benchmarks.study.outcomes import Outcomes
 from benchmarks.study.plan import Budget, Part
 from benchmarks.study.report import part_sections
-from procon.errors import ProConError
 from procon.files import write_text
 
 HERE = Path(__file__).parent
@@ -77,16 +74,12 @@ class BudgetPage:
 
     def main(self, argv: list[str] | None = None) -> int:
         """The command."""
-        parser = HfArgumentParser(PageArguments, prog=self.command)
-        (arguments,) = parser.parse_args_into_dataclasses(argv)
-        try:
-            runs = Path(arguments.runs or HERE / "runs" / self.budget)
-            outcomes = Outcomes.load(BUDGETS[self.budget], runs, load_judge(None, None), self.runs_command)
-            print(self.write(BUDGETS[self.budget], outcomes, Path(arguments.output)))
-        except ProConError as error:
-            print(f"report: error: {error}", file=sys.stderr)
-            return 2
-        return 0
+        return run_command(f"benchmarks.study.{self.module}", PageArguments, self._write, argv)
+
+    def _write(self, arguments: PageArguments) -> None:
+        runs = Path(arguments.runs or HERE / "runs" / self.budget)
+        outcomes = Outcomes.load(BUDGETS[self.budget], runs, load_judge(None, None), self.runs_command)
+        print(self.write(BUDGETS[self.budget], outcomes, Path(arguments.output)))
 
     def write(self, budget: Budget, outcomes: Outcomes, folder: Path) -> Path:
         """Write the page and its figures to ``folder``; returns the page."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from markdown import markdown
-from transformers import HfArgumentParser
 
+from benchmarks.harness.command import run_command
 from benchmarks.study.budgets import BUDGETS
 from benchmarks.study.figures import (
     Drawing,
@@ -77,24 +77,18 @@ class ReportArguments:
 
 
 def main(argv: list[str] | None = None) -> int:
-    (arguments,) = HfArgumentParser(
-        ReportArguments, prog="python -m benchmarks.study.report"
-    ).parse_args_into_dataclasses(argv)
-    try:
-        if arguments.budget not in BUDGETS:
-            raise ProConError(f"budget is {arguments.budget!r}: choose one of {', '.join(BUDGETS)}")
-        runs = Path(arguments.runs or HERE / "runs" / arguments.budget)
-        budget = BUDGETS[arguments.budget]
-        outcomes = Outcomes.load(budget, runs, load_judge(arguments.endpoint, arguments.judge))
-        judge = (
-            f"by {arguments.judge}" if arguments.judge else "by a small classifier trained on replies labelled by hand"
-        )
-        for path in write_report(budget, arguments.budget, outcomes, Path(arguments.output), judge):
-            print(path)
-    except ProConError as error:
-        print(f"report: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("benchmarks.study.report", ReportArguments, _write, argv)
+
+
+def _write(arguments: ReportArguments) -> None:
+    if arguments.budget not in BUDGETS:
+        raise ProConError(f"budget is {arguments.budget!r}: choose one of {', '.join(BUDGETS)}")
+    runs = Path(arguments.runs or HERE / "runs" / arguments.budget)
+    budget = BUDGETS[arguments.budget]
+    outcomes = Outcomes.load(budget, runs, load_judge(arguments.endpoint, arguments.judge))
+    judge = f"by {arguments.judge}" if arguments.judge else "by a small classifier trained on replies labelled by hand"
+    for path in write_report(budget, arguments.budget, outcomes, Path(arguments.output), judge):
+        print(path)
 
 
 def write_report(budget: Budget, name: str, outcomes: Outcomes, folder: Path, judge: str) -> list[Path]:

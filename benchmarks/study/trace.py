@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from benchmarks.study.figures import Drawing
 from benchmarks.study.methods import Method
@@ -78,7 +78,9 @@ def plot_traces(traces: Sequence[Trace]) -> Figure:
     right.axhline(1, color=INK, linewidth=0.8, linestyle=":")
     for axes, label in ((left, "alpha"), (right, "shift over budget")):
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # matplotlib's own is TeX, which SVG text is not
+        # matplotlib's own labels are TeX, which SVG text is not.
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("optimiser step")
         axes.set_ylabel(label)
     legend_above(figure)
