@@ -15,6 +15,9 @@ LENGTHS = (1.0, 2.0, 4.0)
 #: Of the mean shift of the training tokens, in units of the gap: probes of the whole state have none.
 BUDGETS_TRIED = (0.05, 0.1, 0.2)
 
+#: The defaults, by a label that says what differs here.
+FIXED = replace(TOKENS_STATE_3, label="alpha 0.2 throughout")
+
 
 def holding(budget: float) -> Method:
     """Probes and training tokens, at the strength that keeps the tokens' shift to ``budget``."""
@@ -29,7 +32,7 @@ def _at(method: Method, length: float) -> Method:
 def hold_parts(start: Method, plain: Method, development: int) -> tuple[Part, ...]:
     """The part in which the budget is chosen, with the seed ``development``, and the one in which it is measured."""
     tried = (plain, *map(holding, BUDGETS_TRIED))
-    measured = (plain, TOKENS_STATE_3, holding(DEFAULT_BUDGET))
+    measured = (plain, FIXED, holding(DEFAULT_BUDGET))
     return (
         Part(
             "budget",

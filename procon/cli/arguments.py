@@ -92,8 +92,8 @@ class TrainArguments(LoadingArguments):
     )
     defence: str | None = option(
         None,
-        "plain, safe, sppft, constrained_sft, safe_lora, safe_merge, lisa, safegrad, safety_step, steering, kl, "
-        "hidden_states, null_space, moving_average, sbr, block_em, procon_s, procon_wu, procon_s_safe or "
+        "plain, safe, sppft, constrained_sft, safe_lora, lisa, steering, kl, safegrad, safety_step, null_space, "
+        "moving_average, safe_merge, hidden_states, sbr, block_em, procon_s, procon_wu, procon_s_safe or "
         "procon_wu_safe; what the procon_ settings say if not given.",
         DEFENCE,
     )

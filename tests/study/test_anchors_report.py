@@ -5,9 +5,9 @@ import re
 import pytest
 
 from benchmarks.study import anchors_report, hold_report
-from benchmarks.study.anchor_parts import BOTH, SBR, TOKENS_STATE_3, longer
+from benchmarks.study.anchor_parts import BOTH, SBR, longer
 from benchmarks.study.budgets import BUDGETS, PLAIN, START
-from benchmarks.study.hold_parts import holding
+from benchmarks.study.hold_parts import FIXED, holding
 from benchmarks.study.outcomes import Outcomes
 from benchmarks.study.table import beside_table
 
@@ -78,7 +78,7 @@ def test_the_page_of_hold_traces_alpha(write, tmp_path):
     rows = [
         {"step": step, "loss": 1.0, "procon/alpha": 0.2 / step, "procon/shift": 0.01 * step} for step in (5, 10, 15)
     ]
-    for method, more in ((START, {}), (PLAIN, {}), (TOKENS_STATE_3, {}), (hold, {"history": rows})):
+    for method, more in ((START, {}), (PLAIN, {}), (FIXED, {}), (hold, {"history": rows})):
         write("arithmetic", method, 0, 0.5, **more)
 
     class Agreeing:
