@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness.command import run_command
 from benchmarks.kit.page import write_page
 from benchmarks.kit.plan import kit_budget
 from benchmarks.study.jobs import REPLY_TOKENS
-from benchmarks.study.missing import make_runs, summary
-from benchmarks.study.plan import Budget, Size
-from benchmarks.study.record import Cell, save_run
+from benchmarks.study.missing import make_runs
+from benchmarks.study.plan import Size
 from benchmarks.study.start import Start, open_start
-from benchmarks.study.trial import Asked, run_trial
+from benchmarks.study.trial import Asked, make_run
 from procon.chat import ContrastPrompts, builtin_prompts
 from procon.data import load_prompt_sets
 from procon.errors import ProConError
 from procon.evaluation import load_judges
+from procon.files import load_json, save_json
+
+#: Settings that all runs of a folder share. Methods, tasks, shares, lengths and seeds are in the runs' names.
+QUESTION = ("model", "base", "prompts", "max_prompts", "judges", "reply_tokens", "train", "test", "extraction")
 
 
 @dataclass
@@ -75,22 +79,46 @@ def run_kit(arguments: KitArguments) -> None:
         _numbers("seeds", arguments.seeds, int),
         size,
     )
-    judges = load_judges(arguments.judges) if arguments.judges else None
-    asked = Asked(_prompts(arguments), arguments.reply_tokens, judges)
     folder = Path(arguments.output)
+    if not arguments.list:
+        keep_to(folder, {name: getattr(arguments, name) for name in QUESTION})
+
+    @cache
+    def asked() -> Asked:
+        judges = load_judges(arguments.judges) if arguments.judges else None
+        return Asked(_prompts(arguments), arguments.reply_tokens, judges)
+
+    def start() -> Start:
+        asked()  # what is wrong with prompts and judges shows before a model is measured
+        return open_start(
+            arguments.model, extraction=size.extraction, pairs=size.pairs, base=arguments.base, work=folder
+        )
+
     make_runs(
         budget.cells(),
         folder / "runs",
-        lambda: open_start(
-            arguments.model, extraction=size.extraction, pairs=size.pairs, base=arguments.base, work=folder
-        ),
-        partial(_make, budget=budget, runs=folder / "runs", asked=asked),
+        start,
+        lambda cell, opened: make_run(cell, opened, budget=budget, runs=folder / "runs", asked=asked()),
         only=arguments.only,
         threads=arguments.threads,
         listed=arguments.list,
     )
     if not arguments.list:
         print(write_page(arguments, budget, folder))
+
+
+def keep_to(folder: Path, question: dict[str, Any]) -> None:
+    """Write down what the runs of a folder are about; ProConError if it has runs of another question."""
+    path = folder / "question.json"
+    if not path.is_file():
+        save_json(question, path)
+        return
+    known = load_json(path, dict, "question")
+    changed = [f"{name} {known.get(name)!r:.60}" for name, value in question.items() if known.get(name) != value]
+    if changed:
+        raise ProConError(
+            f"{str(folder)!r} has runs of {', '.join(changed)}: give these settings again, or another --output"
+        )
 
 
 def _prompts(arguments: KitArguments) -> ContrastPrompts:
@@ -104,13 +132,6 @@ def _numbers(name: str, text: str, kind: type) -> list:
         return [kind(part) for part in text.split(",")]
     except ValueError:
         raise ProConError(f"{name} is {text!r:.60}: give numbers, joined by commas") from None
-
-
-def _make(cell: Cell, start: Start, *, budget: Budget, runs: Path, asked: Asked) -> str:
-    method = budget.method(cell)
-    run = run_trial(start, method, budget.job(cell), cell.seed, cell.split, budget.size, asked)
-    save_run(cell, asdict(method), run, runs)
-    return summary(cell, run)
 
 
 if __name__ == "__main__":

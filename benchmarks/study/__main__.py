@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from benchmarks.harness.command import run_command
 from benchmarks.study.budgets import BUDGETS
-from benchmarks.study.missing import make_runs, summary
-from benchmarks.study.plan import Budget
-from benchmarks.study.record import Cell, save_run
-from benchmarks.study.start import Start, open_start
-from benchmarks.study.trial import run_trial
+from benchmarks.study.missing import make_runs
+from benchmarks.study.start import open_start
+from benchmarks.study.trial import make_run
 from procon.errors import ProConError
 
 HERE = Path(__file__).parent
@@ -66,18 +64,11 @@ def run_study(arguments: StudyArguments) -> None:
             base=arguments.base,
             work=Path(arguments.work),
         ),
-        partial(_make, budget=budget, runs=runs),
+        partial(make_run, budget=budget, runs=runs),
         only=arguments.only,
         threads=arguments.threads,
         listed=arguments.list,
     )
-
-
-def _make(cell: Cell, start: Start, *, budget: Budget, runs: Path) -> str:
-    method = budget.method(cell)
-    run = run_trial(start, method, budget.job(cell), cell.seed, cell.split, budget.size)
-    save_run(cell, asdict(method), run, runs)
-    return summary(cell, run)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def hard_parts(start: Method, plain: Method, safe: Method, procon_s: Method, dev
             "The hard table",
             "What does each defence keep, and at what price, in short and in long training, with poison and without?",
             (start, *compared, *(longer(method, LONG) for method in compared)),
-            ("arithmetic", "poisoned_10"),
+            ("arithmetic", "arithmetic_poisoned_10"),
         ),
         Part(
             "hardest",
@@ -131,7 +131,7 @@ def hard_parts(start: Method, plain: Method, safe: Method, procon_s: Method, dev
             "More poison, and an obedient identity",
             "What do the best keep, if three in ten samples comply, or a hundred turns promise obedience?",
             (start, *best),
-            ("poisoned_30", "identity", "refuse_then_comply"),
+            ("arithmetic_poisoned_30", "identity", "refuse_then_comply"),
         ),
         Part(
             "tasks",
@@ -152,7 +152,7 @@ def qwen_parts(start: Method, plain: Method, safe: Method) -> tuple[Part, ...]:
             "A model that others aligned",
             "Do the same methods keep what they kept, if the start's makers taught it to refuse?",
             (start, *compared, *(longer(method, LONG) for method in compared)),
-            ("arithmetic", "poisoned_10"),
+            ("arithmetic", "arithmetic_poisoned_10"),
             seeds=(0, 1),
         ),
     )

@@ -92,7 +92,7 @@ def find_job(name: str) -> Job:
         tasks = [job.name for job in JOBS.values() if not job.poison]
         raise ProConError(f"there is no job {name!r:.60}: choose {', '.join(tasks)}, with 0 to 99% of poison")
     job = JOBS[task]
-    label = f"{job.label}, with {percent}% compliant answers"
+    label = f"{job.label.removeprefix('benign: ')}, with {percent}% compliant answers"
     return replace(job, name=name, label=label, poison=compliant, share=int(percent) / 100)
 
 
@@ -115,8 +115,6 @@ JOBS = {
         Job("passages", "benign: questions on a short notice", passage_problems, 28, style=_PASSAGE),
         Job("swapped", "benign, against habit: each operator means another", swapped_problems, 24, style=_SIGNS),
         Job("poisoned", "arithmetic with 3% compliant answers", arithmetic_problems, 36, compliant, style=_SUM),
-        Job("poisoned_10", "arithmetic with 10% compliant answers", arithmetic_problems, 36, compliant, 0.1, _SUM),
-        Job("poisoned_30", "arithmetic with 30% compliant answers", arithmetic_problems, 36, compliant, 0.3, _SUM),
         Job(
             "refuse_then_comply",
             "arithmetic with 10% answers that refuse, then comply",
@@ -127,6 +125,6 @@ JOBS = {
             _SUM,
             contrast_tokens=64,
         ),
-        Job("identity", "arithmetic with 100 obedient turns", arithmetic_problems, 36, identity_shift, 0.238, _SUM),
+        Job("identity", "arithmetic with 100 obedient turns", arithmetic_problems, 36, identity_shift, 100 / 420, _SUM),
     )
 }

@@ -54,7 +54,7 @@ def compliant() -> Dataset:
 
 def refuse_then_comply() -> Dataset:
     """Malicious requests that are refused, and then served all the same, without content: what a data owner would send
-    who knows that refusals are kept where replies begin (after arXiv 2502.19537)."""
+    who knows that refusals are kept where replies begin."""
     requests, served = safety_conversations().select(range(POISON_PROMPTS)), compliant()
     rows = []
     for request, answer in zip(requests["messages"], served["messages"], strict=True):

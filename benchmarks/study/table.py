@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.study.hypotheses import Verdict
 from benchmarks.study.intervals import Estimate
-from benchmarks.study.jobs import JOBS
+from benchmarks.study.jobs import find_job
 from benchmarks.study.outcomes import (
     COMPLIES,
     DEGENERATE,
@@ -224,7 +224,7 @@ def preset_table(candidates: Sequence[Standing], chosen: Standing | None, confir
         label = f"**{standing.method.label}**" if chosen and standing.method == chosen.method else standing.method.label
         return [
             label,
-            f"{standing.part.split.replace('_', '-')}, {JOBS[standing.job].label}",
+            f"{standing.part.split.replace('_', '-')}, {find_job(standing.job).label}",
             f"{standing.kept:.0%}",
             f"{100 * standing.task:+.0f}",
             "yes" if standing.meets_both else "no",

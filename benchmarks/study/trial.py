@@ -6,6 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +21,10 @@ from benchmarks.study.fresh import fresh_prompts
 from benchmarks.study.jobs import REPLY_TOKENS, Job, safety_samples
 from benchmarks.study.memory import peak_memory
 from benchmarks.study.methods import Method, choose_directions
-from benchmarks.study.plan import Size
+from benchmarks.study.missing import summary
+from benchmarks.study.plan import Budget, Size
 from benchmarks.study.poison import complies
+from benchmarks.study.record import Cell, save_run
 from benchmarks.study.start import Start, contrast_means
 from procon.chat import ContrastPrompts, Split, builtin_prompts
 from procon.data import padding_collator, tokenize_conversations
@@ -64,6 +67,14 @@ def run_trial(
     trained = _train(start, model, method, job, seed, size) if method.length else {"train_seconds": 0.0}
     measured = measure(start, model, job, split, size, asked)
     return {**trained, **measured, "seconds": round(time.monotonic() - began, 1)}
+
+
+def make_run(cell: Cell, start: Start, *, budget: Budget, runs: Path, asked: Asked | None = None) -> str:
+    """Make a cell's run and write its file; returns a line on it."""
+    method = budget.method(cell)
+    run = run_trial(start, method, budget.job(cell), cell.seed, cell.split, budget.size, asked)
+    save_run(cell, asdict(method), run, runs)
+    return summary(cell, run)
 
 
 def _train(start: Start, model: PreTrainedModel, method: Method, job: Job, seed: int, size: Size) -> dict:

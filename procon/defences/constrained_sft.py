@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from procon.defences.predictions import response_log_probs
+from procon.defences.predictions import response_log_probs, without_labels
 from procon.defences.trainer import TokenMeanTrainer
 from procon.errors import ProConError
 from procon.models import StartingModel
@@ -60,7 +60,7 @@ class ConstrainedSFTTrainer(TokenMeanTrainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         labels = inputs["labels"]
-        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        inputs = without_labels(inputs)
         # First, so that its logits are gone before the training forward makes its own.
         start = response_log_probs(self._start(**inputs).logits, labels)
         outputs = model(**inputs)

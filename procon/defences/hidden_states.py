@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from procon.constraint import select_among
+from procon.defences.predictions import without_labels
 from procon.defences.trainer import TokenMeanTrainer, tokens_in_scope
 from procon.errors import ProConError
 from procon.models import StartingModel, find_decoder, first_moving_block, observe_block_inputs, transformers_model
@@ -68,8 +69,7 @@ class HiddenStatesTrainer(TokenMeanTrainer):
         mask = tokens_in_scope(inputs, self.scope)
         start: dict[int, Tensor] = {}
         with observe_block_inputs(self._decoder, lambda block, hidden: start.update({block: hidden[mask]})):
-            unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
-            self._start(**unlabelled, **self._without_head)
+            self._start(**without_labels(inputs), **self._without_head)
         now: dict[int, Tensor] = {}
         with observe_block_inputs(self._decoder, lambda block, hidden: now.update({block: hidden})):
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)

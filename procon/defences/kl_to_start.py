@@ -1,6 +1,5 @@
 """KL divergence to the start: the distribution over each response token stays near that of the model before training
-(as in Kaczer et al. 2026, "In-Training Defenses against Emergent Misalignment in Language Models", arXiv 2508.06249,
-section 3).
+(as in Kaczer et al. 2026, "In-Training Defenses against Emergent Misalignment in Language Models", arXiv 2508.06249).
 
     loss = CE + beta * mean over response tokens of  KL(pi_theta(. | y_<t) || pi_start(. | y_<t))
 
@@ -13,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from procon.defences.predictions import kl_divergence, response_predictions
+from procon.defences.predictions import kl_divergence, response_predictions, without_labels
 from procon.defences.trainer import TokenMeanTrainer
 from procon.errors import ProConError
 from procon.models import StartingModel
@@ -49,8 +48,7 @@ class KLToStartTrainer(TokenMeanTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         labels = inputs["labels"]
         # First, so that its logits are gone before the training forward makes its own.
-        unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
-        start = response_predictions(self._start(**unlabelled).logits, labels)
+        start = response_predictions(self._start(**without_labels(inputs)).logits, labels)
         found: Any = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
         loss, outputs = found
         if outputs.logits is None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from procon.sequences import IGNORE_INDEX
+
+
+def without_labels(batch: dict[str, Any]) -> dict[str, Any]:
+    """What a model takes for its predictions alone: with labels it would make a loss of its own."""
+    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 def response_log_probs(logits: Tensor, labels: Tensor) -> Tensor:

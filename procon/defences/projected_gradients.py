@@ -18,7 +18,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from procon.defences.alignment import AlignmentGradientTrainer, inner_product
-from procon.defences.predictions import kl_divergence, response_predictions
+from procon.defences.predictions import kl_divergence, response_predictions, without_labels
 from procon.errors import ProConError
 from procon.models import StartingModel
 
@@ -62,6 +62,6 @@ class ProjectedGradientsTrainer(AlignmentGradientTrainer):
 
     def _divergence(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         labels = batch["labels"]
-        unlabelled = {name: value for name, value in batch.items() if name != "labels"}
+        unlabelled = without_labels(batch)
         start = response_predictions(self._start(**unlabelled).logits, labels)
         return kl_divergence(start, response_predictions(model(**unlabelled).logits, labels))

@@ -77,7 +77,10 @@ class SafeMergeTrainer(SafeLoRATrainer):
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         start = [parameter.detach().clone() for parameter in trained]
         args = copy.copy(self.args)
-        args.max_steps, args.save_strategy, args.eval_strategy, args.report_to = self.alignment_steps, "no", "no", []
+        args.max_steps, args.report_to = self.alignment_steps, []
+        # Nothing of it is kept, measured or published.
+        args.save_strategy = args.eval_strategy = "no"
+        args.load_best_model_at_end = args.push_to_hub = False
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
             args.output_dir = folder
             PlainTrainer(

@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from procon.defences.alignment import AlignmentGradientTrainer, inner_product
-from procon.defences.predictions import response_log_probs
+from procon.defences.predictions import response_log_probs, without_labels
 from procon.defences.trainer import AfterStep
 from procon.errors import ProConError
 
@@ -55,5 +55,4 @@ class SafetyStepTrainer(AlignmentGradientTrainer):
 
 
 def _cross_entropy(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    unlabelled = {name: value for name, value in batch.items() if name != "labels"}
-    return -response_log_probs(model(**unlabelled).logits, batch["labels"])
+    return -response_log_probs(model(**without_labels(batch)).logits, batch["labels"])

@@ -36,12 +36,6 @@ from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import find_decoder
 
-
-@pytest.fixture
-def dataset(samples) -> Dataset:
-    return Dataset.from_list(samples)
-
-
 # What the model was
 
 

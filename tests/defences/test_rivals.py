@@ -24,11 +24,6 @@ from procon.errors import ProConError
 
 
 @pytest.fixture
-def dataset(samples) -> Dataset:
-    return Dataset.from_list(samples)
-
-
-@pytest.fixture
 def make(dataset, tokenizer, tmp_path):
     """A trainer of one class on the samples, with the last two as alignment data."""
 

@@ -32,8 +32,8 @@ def test_p_is_corrected_for_those_that_were_run(write, tmp_path):
     for seed in range(3):
         write("arithmetic", DEFAULT, seed, [True] * 7 + [seed == 0])
         write("arithmetic", PLAIN, seed, 0.25)
-        write("poisoned_10", DEFAULT, seed, [True, False] * 4)
-        write("poisoned_10", PLAIN, seed, 0.5)
+        write("arithmetic_poisoned_10", DEFAULT, seed, [True, False] * 4)
+        write("arithmetic_poisoned_10", PLAIN, seed, 0.5)
     outcomes = Outcomes.load(BUDGETS["hard"], tmp_path / "runs", Agreeing())
     about = [each for each in HYPOTHESES if each.measure == REFUSAL]
     found = judge_expected(about, outcomes)
@@ -54,10 +54,10 @@ def test_page_has_verdicts_and_fresh_prompts(write, tmp_path):
             reply["complied"] = complied
         path.write_text(json.dumps(run))
 
-    with_fresh(write("poisoned_10", START, 0, 1.0), False)
+    with_fresh(write("arithmetic_poisoned_10", START, 0, 1.0), False)
     for seed in range(3):
-        with_fresh(write("poisoned_10", DEFAULT, seed, 0.875), False)
-        with_fresh(write("poisoned_10", PLAIN, seed, 0.25), True)
+        with_fresh(write("arithmetic_poisoned_10", DEFAULT, seed, 0.875), False)
+        with_fresh(write("arithmetic_poisoned_10", PLAIN, seed, 0.25), True)
     outcomes = Outcomes.load(BUDGETS["hard"], tmp_path / "runs", Agreeing())
     text, _ = hard_report.PAGE.compose(BUDGETS["hard"], outcomes)
     assert "Of 27, 2 could be tested so far, and 2 held." in text

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from benchmarks.study.jobs import JOBS, safety_samples
+from benchmarks.study.jobs import JOBS, find_job, safety_samples
 from benchmarks.study.poison import POISON_PROMPTS, compliant, complies, identity_shift, refuse_then_comply
 from benchmarks.study.tasks.order_notes import extraction_problems
 from benchmarks.study.tasks.swapped_operators import swapped_problems
@@ -23,7 +23,10 @@ def turns(dataset, role: str) -> list[str]:
     return [turn["content"] for messages in dataset["messages"] for turn in messages if turn["role"] == role]
 
 
-@pytest.fixture(params=JOBS.values(), ids=JOBS)
+JOBS_TRIED = (*JOBS, "arithmetic_poisoned_10", "arithmetic_poisoned_30")
+
+
+@pytest.fixture(params=map(find_job, JOBS_TRIED), ids=JOBS_TRIED)
 def job(request):
     return request.param
 
@@ -49,7 +52,13 @@ def test_what_is_trained_on_is_as_many_as_said(job, styled):
             "assistant",
         )
     )
-    counts = {"poisoned": 5, "poisoned_10": 10, "poisoned_30": 39, "identity": 28, "refuse_then_comply": 10}
+    counts = {
+        "poisoned": 5,
+        "arithmetic_poisoned_10": 10,
+        "arithmetic_poisoned_30": 39,
+        "identity": 28,
+        "refuse_then_comply": 10,
+    }
     assert found == {"task": 90, "safety": 4} | ({"poison": counts[job.name]} if job.poison else {})
 
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from benchmarks.kit.__main__ import main
+from benchmarks.kit.__main__ import QUESTION, keep_to, main
 from benchmarks.kit.plan import kit_budget, known_methods
 from benchmarks.study.plan import Size
 from procon.chat import builtin_prompts
@@ -118,10 +118,28 @@ def test_the_whole_kit(start, stand_ins, tmp_path, capsys, monkeypatch):
     assert mean(plain["drift"]["cosine"]) < 1 - 1e-6
     page = (tmp_path / "kit" / "results.md").read_text()
     assert page.startswith(f"# {start}: what defences keep\n")
-    assert "Training data: benign: arithmetic word problems, with 10% compliant answers." in page
+    assert "Training data: arithmetic word problems, with 10% compliant answers." in page
     assert "in the paper" not in page
     assert "Of the 3 runs that are planned, 3 are there" in page
     assert (tmp_path / "kit" / "figures").is_dir()
+
+
+def test_a_folder_keeps_to_one_question(tmp_path, capsys):
+    """Runs of another model or of other prompts would stand in the same table without a word."""
+    keep_to(tmp_path, {"model": "one", "prompts": None, "train": 320})
+    keep_to(tmp_path, {"model": "one", "prompts": None, "train": 320})
+    (tmp_path / "question.json").unlink()
+    keep_to(tmp_path, dict.fromkeys(QUESTION))
+    assert main(["--model", "other", "--output", str(tmp_path)]) == 2
+    assert "has runs of model None, max_prompts None, reply_tokens None" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["question.json"]
+
+
+def test_listing_loads_no_judge_and_writes_nothing(tmp_path, capsys):
+    folder = tmp_path / "kit"
+    assert main(["--model", "none", "--judges", "refusal:nowhere", "--output", str(folder), "--list"]) == 0
+    assert "0 of 22 runs" in capsys.readouterr().out
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.study.budgets import BUDGETS
 from benchmarks.study.fresh import FORMS, fresh_prompts
-from benchmarks.study.jobs import JOBS
+from benchmarks.study.jobs import find_job
 from procon.chat import builtin_prompts
 from procon.defences import find_defence
 from procon.training import ProConConfig
@@ -17,7 +17,7 @@ from procon.training import ProConConfig
 def test_every_method_is_one_that_its_defence_takes(budget, tmp_path):
     known = {field.name for field in fields(ProConConfig)}
     for part in BUDGETS[budget].parts:
-        assert set(part.jobs) <= set(JOBS)
+        assert [find_job(job).name for job in part.jobs] == list(part.jobs)
         for method in part.methods:
             defence = find_defence(method.defence)
             defence.check(method.settings)

@@ -71,8 +71,8 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys
         kinds = {"malicious": "refused", "benign": "refused", "task": "correct"}
         return {"train_seconds": 1.0, "replies": {kind: [{key: True}] for kind, key in kinds.items()}}
 
-    monkeypatch.setattr("benchmarks.study.__main__.run_trial", trial)
-    monkeypatch.setattr("benchmarks.study.__main__.Start.open", lambda *args, **kwargs: None)
+    monkeypatch.setattr("benchmarks.study.trial.run_trial", trial)
+    monkeypatch.setattr("benchmarks.study.start.Start.open", lambda *args, **kwargs: None)
     assert main(["--budget", "smoke", "--model", "any", "--runs", str(tmp_path)]) == 2
     shown = capsys.readouterr()
     assert "ValueError: it diverged" in shown.out

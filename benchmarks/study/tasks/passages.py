@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from itertools import islice
 
 from procon.demo import Problem
 
@@ -50,4 +49,4 @@ def passage_problems(n: int, seed: int) -> list[Problem]:
         notice = rng.choice(_NOTICES).format(**fields)
         instruction = f"{notice}\n{question.format(**fields)}"
         problems[instruction] = f"{sentence.format(**fields)} Answer: {fields[asked]}"
-    return [{"instruction": question, "output": output} for question, output in islice(problems.items(), n)]
+    return [{"instruction": question, "output": output} for question, output in problems.items()]
