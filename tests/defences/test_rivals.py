@@ -299,6 +299,31 @@ def test_safe_merge_merges_the_layers_that_lead_away(tiny_model, dataset, make):
     assert 0 < count < len(user_weights)
 
 
+def test_the_safe_adapter_is_not_published(tiny_model, dataset, make, monkeypatch):
+    """Its training has the user's arguments, but for what would keep, measure or push a model that nobody asked for."""
+    model, seen = tiny_model(), []
+    base = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter += 0.1
+
+    class Noted(Trainer):
+        def __init__(self, model, args, **kwargs):
+            seen.append(args)
+            super().__init__(model, args, **kwargs)
+
+    monkeypatch.setattr("procon.defences.safe_merge.PlainTrainer", Noted)
+    own = {"base": base, "alignment_dataset": alignment(dataset), "alignment_steps": 1}
+    trainer = make(SafeMergeTrainer, lora_model(model), own=own)
+    trainer.args.push_to_hub = trainer.args.load_best_model_at_end = True
+    trainer._train_safe_adapter()
+    (args,) = seen
+    assert not (args.push_to_hub or args.load_best_model_at_end or args.report_to)
+    assert (args.save_strategy, args.eval_strategy) == ("no", "no")
+    assert args.output_dir != trainer.args.output_dir
+    assert trainer.args.push_to_hub
+
+
 # What they refuse
 
 
