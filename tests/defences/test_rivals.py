@@ -318,7 +318,7 @@ def test_the_safe_adapter_is_not_published(tiny_model, dataset, make, monkeypatc
     trainer.args.push_to_hub = trainer.args.load_best_model_at_end = True
     trainer._train_safe_adapter()
     (args,) = seen
-    assert not (args.push_to_hub or args.load_best_model_at_end or args.report_to)
+    assert (args.push_to_hub, args.load_best_model_at_end, args.report_to) == (False, False, [])
     assert (args.save_strategy, args.eval_strategy) == ("no", "no")
     assert args.output_dir != trainer.args.output_dir
     assert trainer.args.push_to_hub
