@@ -29,7 +29,7 @@ DECODER_INPUTS = {
     "max_length_k",
     "seq_idx",
 }
-_NOT_DECODER_INPUTS = {"labels", "shift_labels", "num_items_in_batch", "constraint_mask"}
+_NOT_DECODER_INPUTS = {"labels", "shift_labels", "logits_to_keep", "num_items_in_batch", "constraint_mask"}
 #: Of preference data, as TRL's collators make them.
 _OF_PREFERENCES = {
     "completion_mask",

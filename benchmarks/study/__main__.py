@@ -63,6 +63,7 @@ def run_study(arguments: StudyArguments) -> None:
             pairs=budget.size.pairs,
             base=arguments.base,
             work=Path(arguments.work),
+            loading=budget.loading,
         ),
         partial(make_run, budget=budget, runs=runs),
         only=arguments.only,

@@ -249,14 +249,17 @@ SMOKE = Part(
     split="validation",
 )
 
+# As adapters are usually trained; of the attentions it is the fastest on CPUs for sequences as short as these.
+_QUICK = {"dtype": "bfloat16", "attn_implementation": "eager"}
+
 BUDGETS: dict[str, Budget] = {
     "table": Budget(
         (TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, BASELINES, WARMUP, DEPTH, CONVERGENCE, SUBSPACE, FORMAT, ROUNDING),
         Size(),
     ),
     "anchors": Budget(source_parts(START, PLAIN, PROCON_S), Size()),
-    "hard": Budget(hard_parts(START, PLAIN, SAFE, PROCON_S, DEVELOPMENT), Size(fresh=64)),
-    "qwen": Budget(qwen_parts(START, PLAIN, SAFE), Size(fresh=64), model="qwen"),
+    "hard": Budget(hard_parts(START, PLAIN, SAFE, PROCON_S, DEVELOPMENT), Size(fresh=64), loading=_QUICK),
+    "qwen": Budget(qwen_parts(START, PLAIN, SAFE), Size(fresh=64), "qwen", _QUICK),
     "hold": Budget(hold_parts(START, PLAIN, DEVELOPMENT), Size()),
     "full": Budget(
         (_FULL_TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, SUBSPACE),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from benchmarks.study.jobs import Job, find_job
 from benchmarks.study.methods import Method
@@ -59,11 +61,13 @@ class Budget:
 
     Attributes:
         model: that the runs start from, by its name in the study, if the command gives none.
+        loading: of that model; arguments of ``load_model``.
     """
 
     parts: tuple[Part, ...]
     size: Size
     model: str = "smollm2"
+    loading: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         known: dict[str, Method] = {}

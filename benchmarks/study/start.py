@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ class Start:
         tokens: by which the model opens refusals.
         base: the model before its safety training, or its folder or hub name, if known.
         weights: hash of the model's weights.
+        loading: of the model, in whose dtype it is trained and measured; arguments of ``load_model``.
     """
 
     folder: str | Path
@@ -43,19 +46,30 @@ class Start:
     tokens: list[int]
     weights: str
     base: str | Path | None = None
+    loading: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: str | Path, *, extraction: int, pairs: int, base: str | Path | None = None) -> Start:
+    def open(
+        cls,
+        folder: str | Path,
+        *,
+        extraction: int,
+        pairs: int,
+        base: str | Path | None = None,
+        loading: Mapping[str, Any] | None = None,
+    ) -> Start:
         """Load the model, a folder or hub name, and measure it.
 
         Args:
             extraction: contrast pairs that the directions come from.
             pairs: those of them that drift and displacement are measured on.
+            loading: arguments of ``load_model``.
 
         Raises:
             ProConError: if the model refuses nothing.
         """
-        model, tokenizer = load_model(folder)
+        loading = loading or {}
+        model, tokenizer = load_model(folder, **loading)
         prompts = builtin_prompts("extraction").first(extraction)
         directions = RefusalDirections.extract(
             model, tokenizer, prompts, held_out=builtin_prompts("validation").first(pairs), progress=False
@@ -73,11 +87,12 @@ class Start:
             tokens=refusal_tokens(model, tokenizer, prompts.first(pairs)),
             weights=weights_hash(model),
             base=base,
+            loading=loading,
         )
 
     def model(self) -> PreTrainedModel:
         """A fresh copy of the model."""
-        return load_model(self.folder)[0]
+        return load_model(self.folder, **self.loading)[0]
 
     def extract(self, k: int) -> RefusalDirections:
         """``k`` directions per block."""
@@ -112,7 +127,15 @@ def demo_start(work: Path) -> Path:
     return folder
 
 
-def open_start(model: str, *, extraction: int, pairs: int, base: str | None, work: Path) -> Start:
+def open_start(
+    model: str,
+    *,
+    extraction: int,
+    pairs: int,
+    base: str | None,
+    work: Path,
+    loading: Mapping[str, Any] | None = None,
+) -> Start:
     """As :meth:`Start.open`, by a name in the study too: ``smollm2``, which is written to ``work``, or ``qwen``."""
     folder: str | Path = model
     before: str | Path | None = base
@@ -120,4 +143,4 @@ def open_start(model: str, *, extraction: int, pairs: int, base: str | None, wor
         folder, before = demo_start(work), base or fetch_demo_model()
     elif model == "qwen":
         folder = fetch_qwen()
-    return Start.open(folder, extraction=extraction, pairs=pairs, base=before)
+    return Start.open(folder, extraction=extraction, pairs=pairs, base=before, loading=loading)

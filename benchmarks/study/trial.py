@@ -25,6 +25,7 @@ from benchmarks.study.missing import summary
 from benchmarks.study.plan import Budget, Size
 from benchmarks.study.poison import complies
 from benchmarks.study.record import Cell, save_run
+from benchmarks.study.reply_logits import reply_logits
 from benchmarks.study.start import Start, contrast_means
 from procon.chat import ContrastPrompts, Split, builtin_prompts
 from procon.data import padding_collator, tokenize_conversations
@@ -116,7 +117,7 @@ def fine_tune(
             alignment_dataset=tokenize_conversations(safety_samples(), tokenizer, progress=False),
             base=base,
             train_dataset=dataset,
-            data_collator=padding_collator(tokenizer),
+            data_collator=reply_logits(padding_collator(tokenizer), model, method.defence),
             processing_class=tokenizer,
         )
         with peak_memory() as peak:

@@ -81,6 +81,16 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys
     assert not list(tmp_path.rglob("*.claim"))
 
 
+def test_a_budget_says_how_its_model_is_loaded(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("benchmarks.study.start.Start.open", lambda *args, **kwargs: asked.update(kwargs))
+    arguments = ["--model", "any", "--runs", str(tmp_path), "--only", "^arithmetic/plain/seed-0"]
+    main(["--budget", "hard", *arguments])
+    assert asked["loading"]["dtype"] == "bfloat16"
+    main(["--budget", "table", *arguments])
+    assert asked["loading"] == {}
+
+
 def test_unknown_budget_is_named(capsys):
     assert main(["--budget", "tables"]) == 2
     assert "budget is 'tables': choose one of" in capsys.readouterr().err
