@@ -171,7 +171,7 @@ def _preferences() -> _Result:
         # Of alpha 0 it is TRL's own: the same code path and the same model for both.
         trainer = ProConDPOTrainer(
             model,
-            args=ProConDPOConfig(**settings),
+            args=ProConDPOConfig(procon_anchors="live", **settings),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             directions=make_directions(CASE.shape),

@@ -50,8 +50,8 @@ SETTINGS = [item.name for item in fields(ConstraintSettings)]
 ANCHOR_SETTINGS = [item.name for item in fields(AnchorSettings)]
 
 #: Trainers of TRL's, and the source of anchors that each one's configuration has by default: with preference pairs and
-#: rollouts there is a reference model, or nothing to record.
-TRL_CONFIGS = {"sft": "recorded+probes", "dpo": "live", "kto": "live", "grpo": "live"}
+#: rollouts that which keeps most (docs/preferences-results.md).
+TRL_CONFIGS = {"sft": "recorded+probes", "dpo": "probes", "kto": "probes", "grpo": "probes"}
 
 #: A value that each setting cannot have, as a text, and what is said of it after its name.
 WRONG = {

@@ -65,7 +65,8 @@ class Algorithm:
         is_plain = method.defence == "plain"
         trainer, arguments = self.plain if is_plain else self.constrained
         more = {} if is_plain else {"directions": choose_directions(method, start)}
-        recipe = {**_SHARED, **self.recipe, **settings, **method.config}
+        anchors = {} if is_plain else {"procon_anchors": "live"}
+        recipe = {**_SHARED, **anchors, **self.recipe, **settings, **method.config}
         recipe["max_steps"] = round(recipe["max_steps"] * method.length)
         return trainer(
             model,

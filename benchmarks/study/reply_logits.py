@@ -6,19 +6,17 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedModel
+from torch import nn
 
+from procon.models import transformers_model
 from procon.sequences import IGNORE_INDEX
 
 Collator = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]
 
-#: They take logits for themselves, one for each token of the batch.
-READ_LOGITS = frozenset({"constrained_sft", "hidden_states", "kl", "safegrad", "safety_step"})
 
-
-def reply_logits(collate: Collator, model: PreTrainedModel, defence: str) -> Collator:
-    """``collate``, whose batches then ask ``model`` for no other logits; as it is if one of the two cannot do that."""
-    if defence in READ_LOGITS or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+def reply_logits(collate: Collator, model: nn.Module) -> Collator:
+    """``collate``, whose batches then ask ``model`` for no other logits; as it is if the model cannot choose."""
+    if "logits_to_keep" not in inspect.signature(transformers_model(model).forward).parameters:
         return collate
 
     def collate_and_choose(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def fine_tune(
             alignment_dataset=tokenize_conversations(safety_samples(), tokenizer, progress=False),
             base=base,
             train_dataset=dataset,
-            data_collator=reply_logits(padding_collator(tokenizer), model, method.defence),
+            data_collator=reply_logits(padding_collator(tokenizer), model),
             processing_class=tokenizer,
         )
         with peak_memory() as peak:

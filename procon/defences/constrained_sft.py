@@ -59,13 +59,12 @@ class ConstrainedSFTTrainer(TokenMeanTrainer):
     ) -> Tensor | tuple[Tensor, Any]:
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
-        labels = inputs["labels"]
-        inputs = without_labels(inputs)
+        unlabelled = without_labels(inputs)
         # First, so that its logits are gone before the training forward makes its own.
-        start = response_log_probs(self._start(**inputs).logits, labels)
-        outputs = model(**inputs)
-        log_ratio = response_log_probs(outputs.logits, labels) - start
-        beta = self._betas[response_positions(labels).clamp_max(len(self._betas) - 1)]
+        start = response_log_probs(self._start(**unlabelled).logits, inputs)
+        outputs = model(**unlabelled)
+        log_ratio = response_log_probs(outputs.logits, inputs) - start
+        beta = self._betas[response_positions(inputs["labels"]).clamp_max(len(self._betas) - 1)]
         loss = self.token_mean(constrained_loss(log_ratio, beta).sum(), num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 

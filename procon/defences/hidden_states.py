@@ -69,7 +69,7 @@ class HiddenStatesTrainer(TokenMeanTrainer):
         mask = tokens_in_scope(inputs, self.scope)
         start: dict[int, Tensor] = {}
         with observe_block_inputs(self._decoder, lambda block, hidden: start.update({block: hidden[mask]})):
-            self._start(**without_labels(inputs), **self._without_head)
+            self._start(**{**without_labels(inputs), **self._without_head})
         now: dict[int, Tensor] = {}
         with observe_block_inputs(self._decoder, lambda block, hidden: now.update({block: hidden})):
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)

@@ -46,15 +46,14 @@ class KLToStartTrainer(TokenMeanTrainer):
     ) -> Tensor | tuple[Tensor, Any]:
         if not model.training or self.beta == 0:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
-        labels = inputs["labels"]
         # First, so that its logits are gone before the training forward makes its own.
-        start = response_predictions(self._start(**without_labels(inputs)).logits, labels)
+        start = response_predictions(self._start(**without_labels(inputs)).logits, inputs)
         found: Any = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
         loss, outputs = found
         if outputs.logits is None:
             raise ProConError(
                 "KLToStartTrainer needs logits, and the fused loss of use_liger_kernel makes none: train without it"
             )
-        divergence = kl_divergence(response_predictions(outputs.logits, labels), start)
+        divergence = kl_divergence(response_predictions(outputs.logits, inputs), start)
         loss = loss + self.beta * self.token_mean(divergence.sum(), num_items_in_batch)
         return (loss, outputs) if return_outputs else loss

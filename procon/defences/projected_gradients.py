@@ -61,7 +61,6 @@ class ProjectedGradientsTrainer(AlignmentGradientTrainer):
             parameter.grad = change if parameter.grad is None else parameter.grad + change
 
     def _divergence(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        labels = batch["labels"]
         unlabelled = without_labels(batch)
-        start = response_predictions(self._start(**unlabelled).logits, labels)
-        return kl_divergence(start, response_predictions(model(**unlabelled).logits, labels))
+        start = response_predictions(self._start(**unlabelled).logits, batch)
+        return kl_divergence(start, response_predictions(model(**unlabelled).logits, batch))

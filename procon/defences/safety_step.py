@@ -55,4 +55,4 @@ class SafetyStepTrainer(AlignmentGradientTrainer):
 
 
 def _cross_entropy(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    return -response_log_probs(model(**without_labels(batch)).logits, batch["labels"])
+    return -response_log_probs(model(**without_labels(batch)).logits, batch)

@@ -17,9 +17,9 @@ from procon.training.reference import PairedReferenceMixin
 
 @dataclass
 class ProConDPOConfig(ProConArguments, DPOConfig):
-    """TRL's DPOConfig with the settings of the constraint; anchors are live ones unless it says otherwise."""
+    """TRL's DPOConfig with the settings of the constraint; anchors are probes unless it says otherwise."""
 
-    procon_anchors: AnchorSource = "live"
+    procon_anchors: AnchorSource = "probes"
 
 
 class ProConDPOTrainer(PairedReferenceMixin, DPOTrainer):
@@ -27,8 +27,8 @@ class ProConDPOTrainer(PairedReferenceMixin, DPOTrainer):
 
         trainer = ProConDPOTrainer("model", args=ProConDPOConfig(), train_dataset=pairs, peft_config=LoraConfig())
 
-    Chosen and rejected sequences are constrained alike. Live anchors come from the forward of the reference model that
-    DPO makes anyway. ``args`` is a :class:`ProConDPOConfig`. The rest is said at :class:`procon.training.ProConMixin`.
+    Live anchors come from the forward of the reference model that DPO makes anyway, and constrain chosen and rejected
+    sequences alike. ``args`` is a :class:`ProConDPOConfig`. The rest is said at :class:`procon.training.ProConMixin`.
     """
 
     _log_probabilities = ("ref_chosen_logps", "ref_rejected_logps")

@@ -24,15 +24,15 @@ from procon.training.reference import ReferenceMixin
 
 @dataclass
 class ProConGRPOConfig(ProConArguments, GRPOConfig):
-    """TRL's GRPOConfig with the settings of the constraint; anchors are live ones unless it says otherwise."""
+    """TRL's GRPOConfig with the settings of the constraint; anchors are probes unless it says otherwise."""
 
-    procon_anchors: AnchorSource = "live"
+    procon_anchors: AnchorSource = "probes"
 
 
 class ProConGRPOTrainer(ReferenceMixin, GRPOTrainer):
     """TRL's GRPOTrainer with the constraint in its loss, and otherwise the GRPOTrainer that it extends.
 
-    Prompts and completions are constrained as they were under the starting model. With ``beta`` above 0, live anchors
+    Live anchors hold prompts and completions to what they were under the starting model. With ``beta`` above 0 they
     come from the forward of the reference model that GRPO makes anyway; with ``beta`` 0 from one of their own, once for
     each completion. As with GRPO's own loss, an optimiser step is the mean over its micro-batches and ranks, here of
     each one's mean over its constrained tokens. ``args`` is a :class:`ProConGRPOConfig`. The rest is said at

@@ -24,16 +24,16 @@ from procon.training.reference import PairedReferenceMixin
 
 @dataclass
 class ProConKTOConfig(ProConArguments, KTOConfig):
-    """TRL's KTOConfig with the settings of the constraint; anchors are live ones unless it says otherwise."""
+    """TRL's KTOConfig with the settings of the constraint; anchors are probes unless it says otherwise."""
 
-    procon_anchors: AnchorSource = "live"
+    procon_anchors: AnchorSource = "probes"
 
 
 class ProConKTOTrainer(PairedReferenceMixin, KTOTrainer):
     """TRL's KTOTrainer with the constraint in its loss, and otherwise the KTOTrainer that it extends.
 
-    Desirable and undesirable sequences are constrained alike. Live anchors come from the forward of the reference model
-    that KTO makes anyway. ``args`` is a :class:`ProConKTOConfig`. The rest is said at
+    Live anchors come from the forward of the reference model that KTO makes anyway, and constrain desirable and
+    undesirable sequences alike. ``args`` is a :class:`ProConKTOConfig`. The rest is said at
     :class:`procon.training.ProConMixin`.
     """
 

@@ -75,7 +75,8 @@ def trainer(tiny_model, tokenizer, random_directions, tmp_path):
             "per_device_train_batch_size": 2,
             "gradient_checkpointing": False,
         }
-        extra = {"procon_schedule": "procon_s:10", "procon_penalty": "squared"} if constrained else {}
+        ours_alone = {"procon_schedule": "procon_s:10", "procon_penalty": "squared", "procon_anchors": "live"}
+        extra = ours_alone if constrained else {}
         arguments = (our_config if constrained else plain_config)(**config | own | extra | settings)
         more = {"reward_funcs": length} if kind == "GRPO" else {}
         if full and kind != "GRPO":
