@@ -94,7 +94,7 @@ PROCON_S_RANDOM = Method(
 def hard_parts(start: Method, plain: Method, safe: Method, procon_s: Method, development: int) -> tuple[Part, ...]:
     """The parts, in the order in which they are worth running."""
     controls = (PROCON_S_RANDOM, DEFAULT_RANDOM, DEFAULT_SHUFFLED, RANDOM)
-    compared = (plain, safe, SAFE_STYLED, *CHOSEN.values(), SBR, procon_s, PROBES, DEFAULT, *controls)
+    compared = (plain, safe, SAFE_STYLED, *CHOSEN.values(), SBR, procon_s, PROBES, DEFAULT)
     best = (plain, safe, SBR, CHOSEN["kl"], DEFAULT)
     return (
         Part(
@@ -119,6 +119,12 @@ def hard_parts(start: Method, plain: Method, safe: Method, procon_s: Method, dev
             "What does each defence keep, and at what price, in short and in long training, with poison and without?",
             (start, *compared, *(longer(method, LONG) for method in compared)),
             ("arithmetic", "arithmetic_poisoned_10"),
+        ),
+        Part(
+            "controls",
+            "Other directions, in long training",
+            "Is it the refusal direction that counts, on training tokens and at probes, or would any do?",
+            (start, *(longer(method, LONG) for method in (plain, procon_s, PROBES, DEFAULT, *controls))),
         ),
         Part(
             "hardest",
