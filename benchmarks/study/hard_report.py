@@ -5,17 +5,18 @@ from __future__ import annotations
 import sys
 
 from benchmarks.study.budget_page import BudgetPage
-from benchmarks.study.budgets import PLAIN, PROCON_S
+from benchmarks.study.budgets import BUDGETS, PLAIN, PROCON_S
 from benchmarks.study.gallery import Gallery
 from benchmarks.study.hard_hypotheses import expected, held, judge_expected
 from benchmarks.study.outcomes import Outcomes
 from benchmarks.study.prediction import prediction_sections
+from benchmarks.study.step_cost import cost_sections
 from benchmarks.study.table import evidence_table, folded, verdict_table
 from benchmarks.study.wording import HOLM
 
 
 def hard_sections(outcomes: Outcomes, figure: Gallery) -> list[str]:
-    """Hypotheses with their verdicts, and whether drift predicts refusals."""
+    """Hypotheses with their verdicts, what a step costs, and whether drift predicts refusals."""
     verdicts = judge_expected(expected(PLAIN, PROCON_S), outcomes)
     run = sum(verdict.p is not None for verdict in verdicts)
     return [
@@ -24,6 +25,7 @@ def hard_sections(outcomes: Outcomes, figure: Gallery) -> list[str]:
         verdict_table(verdicts).markdown(),
         HOLM,
         folded("Seed by seed, and p", evidence_table(verdicts).markdown()),
+        *cost_sections([method for part in BUDGETS["hard"].parts for method in part.methods]),
         *prediction_sections(outcomes, figure),
     ]
 

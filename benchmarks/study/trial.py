@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from benchmarks.study.displacement import measure_displacement
 from benchmarks.study.fresh import fresh_prompts
@@ -96,6 +96,35 @@ def fine_tune(
     base: str | Path | None = None,
 ) -> dict:
     """Train ``model``, which then has an adapter, by the recipe that all methods share; returns what it took."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(model, tokenizer, method, directions, job, seed, size, folder, base=base)
+        with peak_memory() as peak:
+            began = time.monotonic()
+            trainer.train()
+            seconds, peak_mb = time.monotonic() - began, peak()
+    return {
+        "samples": len(trainer.train_dataset),
+        "steps": trainer.state.global_step,
+        "train_seconds": round(seconds, 1),
+        "peak_memory_mb": peak_mb,
+        "history": [_rounded(row) for row in trainer.state.log_history if "loss" in row],
+    }
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: Method,
+    directions: BlockDirections,
+    job: Job,
+    seed: int,
+    size: Size,
+    folder: str,
+    *,
+    base: str | Path | None = None,
+    **settings: Any,
+) -> Trainer:
+    """The trainer of a method, by the recipe, except for ``settings``; ``model`` then has an adapter."""
     conversations = job.conversations(
         train=size.train,
         poisoned=size.poisoned,
@@ -106,31 +135,19 @@ def fine_tune(
     dataset = tokenize_conversations(conversations, tokenizer, progress=False)
     set_seed(seed)
     tuned = get_peft_model(model, adapter(model))
-    with tempfile.TemporaryDirectory() as folder:
-        config = {**RECIPE, "num_train_epochs": size.epochs * method.length, **method.config}
-        trainer = build_trainer(
-            method.defence,
-            tuned,
-            ProConConfig(output_dir=folder, seed=seed, **config),
-            settings=method.settings,
-            directions=directions,
-            alignment_dataset=tokenize_conversations(safety_samples(), tokenizer, progress=False),
-            base=base,
-            train_dataset=dataset,
-            data_collator=reply_logits(padding_collator(tokenizer), model),
-            processing_class=tokenizer,
-        )
-        with peak_memory() as peak:
-            began = time.monotonic()
-            trainer.train()
-            seconds, peak_mb = time.monotonic() - began, peak()
-    return {
-        "samples": len(dataset),
-        "steps": trainer.state.global_step,
-        "train_seconds": round(seconds, 1),
-        "peak_memory_mb": peak_mb,
-        "history": [_rounded(row) for row in trainer.state.log_history if "loss" in row],
-    }
+    config = {**RECIPE, "num_train_epochs": size.epochs * method.length, **method.config, **settings}
+    return build_trainer(
+        method.defence,
+        tuned,
+        ProConConfig(output_dir=folder, seed=seed, **config),
+        settings=method.settings,
+        directions=directions,
+        alignment_dataset=tokenize_conversations(safety_samples(), tokenizer, progress=False),
+        base=base,
+        train_dataset=dataset,
+        data_collator=reply_logits(padding_collator(tokenizer), model),
+        processing_class=tokenizer,
+    )
 
 
 def adapter(model: PreTrainedModel) -> LoraConfig:
