@@ -52,9 +52,9 @@ def live_and_probes(alpha: float) -> Method:
 
 
 LIVE = constrained("live", "ProCon, live anchors, alpha 0.2")
-PROBES = constrained("probes", "probes alone (SBR)", **probing(0.2, "probes"))
-#: As strong as beside the training tokens in supervised training, where that is the default.
-PROBES_3 = constrained("probes_3", "probes alone, at three tenths", procon_anchors="probes")
+PROBES = constrained("probes", "probes as strong as SBR's", **probing(0.2, "probes"))
+#: The default, as strong as beside the training tokens of supervised training.
+PROBES_3 = constrained("probes_3", "probes, the default", procon_anchors="probes")
 RANDOM = constrained("random1", "random directions, live anchors, alpha 0.2", directions="random:1")
 
 #: The KL divergence of GRPO itself keeps a model near its start: plain GRPO with it is a baseline, not a control.
