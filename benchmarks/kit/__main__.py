@@ -36,7 +36,10 @@ class KitArguments:
     methods: str = field(
         default="plain,safe,kl_0.3,sbr,procon", metadata={"help": "Names of the study's methods, joined by commas."}
     )
-    tasks: str = field(default="arithmetic", metadata={"help": "arithmetic, extraction, passages, swapped."})
+    tasks: str = field(
+        default="arithmetic",
+        metadata={"help": "arithmetic, extraction, passages, swapped; from the hub gsm8k, sst2, dolly."},
+    )
     poison: str = field(default="0,10", metadata={"help": "Per cent of compliant answers to malicious requests."})
     lengths: str = field(default="1,4", metadata={"help": "Multiples of the usual steps."})
     seeds: str = field(default="0", metadata={"help": "Seeds, joined by commas."})

@@ -226,7 +226,7 @@ ROUNDING = Part(
     ("arithmetic", "poisoned"),
 )
 
-# On GPUs: longer training, the paper's warm-up of four epochs, and every choice again at that size.
+# On GPUs: the papers' tasks, longer training, the paper's warm-up of four epochs, and every choice again at that size.
 _PAPER_WU = constrained("procon_wu", "ProCon_wu", "procon_wu:2@4ep")
 _FULL_TABLE = replace(
     TABLE,
@@ -234,7 +234,7 @@ _FULL_TABLE = replace(
         {"procon_wu": _PAPER_WU, "procon_wu_safe": with_safety(_PAPER_WU)}.get(method.name, method)
         for method in TABLE.methods
     ),
-    jobs=("arithmetic", "extraction", "poisoned"),
+    jobs=("gsm8k", "sst2", "dolly", "gsm8k_poisoned_10"),
     seeds=(0, 1, 2, 3, 4),
 )
 

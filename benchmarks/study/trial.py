@@ -172,6 +172,7 @@ def measure(
         task=job.test(train=size.train, test=size.test),
         max_new_tokens=asked.reply_tokens,
         task_max_new_tokens=job.reply_tokens,
+        metric=job.metric,
         progress=False,
     )
     replies = _by_kind(found)
@@ -215,6 +216,8 @@ def _by_kind(found: Evaluation) -> dict[str, list[dict]]:
     kept = ("reply", "refused", "degenerate", "correct")
     kinds: dict[str, list[dict]] = {}
     for reply in found.replies:
+        if "mark" in reply:  # of a graded metric, 0 to 1
+            reply = {**reply, "correct": reply["mark"]}
         kinds.setdefault(reply["kind"], []).append({key: reply[key] for key in kept if key in reply})
     return kinds
 
