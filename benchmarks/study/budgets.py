@@ -263,7 +263,7 @@ BUDGETS: dict[str, Budget] = {
     "hold": Budget(hold_parts(START, PLAIN, DEVELOPMENT), Size()),
     "full": Budget(
         (_FULL_TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, SUBSPACE),
-        Size(train=6400, test=512, epochs=10, pairs=192, poisoned=100, safety=1000),
+        Size(train=6400, test=384, epochs=10, pairs=192, poisoned=100, safety=1000),
     ),
     "smoke": Budget((SMOKE,), Size(train=30, test=4, prompts=8, extraction=24, pairs=8)),
 }

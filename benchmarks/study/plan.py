@@ -43,7 +43,7 @@ class Part:
     Choices are made on the validation prompts, with a seed of their own. Results are measured on the held-out ones.
 
     Attributes:
-        jobs: names in :data:`benchmarks.study.jobs.JOBS`.
+        jobs: names, as :func:`benchmarks.study.jobs.find_job` takes them.
     """
 
     name: str
