@@ -36,6 +36,9 @@ CLASSES = {
     "GRPO": (GRPOTrainer, GRPOConfig, ProConGRPOTrainer, ProConGRPOConfig),
 }
 
+#: Where anchors come from in columns that do not say so: of every token of the batch, as in the rows of supervised data.
+ANCHORS = "live"
+
 #: Completions of a prompt in GRPO.
 GENERATIONS = 2
 
@@ -117,7 +120,7 @@ def make(kind: str, mode: Mode, folder: Path, *, constrained: bool, **settings: 
 def step_of(kind: str, mode: Mode, folder: Path, alpha: float) -> Found:
     check_mode(kind, mode)
     step = FirstStep(mode)
-    settings = constraint_settings(mode, folder, alpha)
+    settings = {"procon_anchors": ANCHORS, **constraint_settings(mode, folder, alpha)}
     run = make(kind, mode, folder, constrained=True, callbacks=[step], **settings)
     if mode.batches == "padding-free" and not run.padding_free:
         raise NoSuchModeError(f"TRL's {kind}Trainer pads all the same, and warns")
@@ -164,7 +167,7 @@ def of_all_ranks(batches: list[list[Sequence]]) -> list[list[Sequence]]:
 
 def final_weights(kind: str, constrained: bool, mode: Mode, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
     """Losses and weights after 20 steps."""
-    settings = {**LONG, "procon_schedule": "0"} if constrained else LONG
+    settings = {**LONG, "procon_anchors": ANCHORS, "procon_schedule": "0"} if constrained else LONG
     return losses_and_weights(make(kind, mode, folder, constrained=constrained, **settings))
 
 
