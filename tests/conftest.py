@@ -7,6 +7,7 @@ tests of the op use of it needs torch and pytest alone: `.ci/run packages` runs 
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
 import json
 import os
@@ -53,6 +54,16 @@ def pytest_configure(config: pytest.Config) -> None:
     # taken over. Not an option in pyproject.toml, which pytest without xdist would refuse.
     if getattr(config.option, "dist", "no") == "load":
         config.option.dist = "worksteal"
+
+
+def pytest_collection_finish() -> None:
+    # Accelerate collects garbage whenever a training begins, and so looks at every object of every module: a third of
+    # a second. What is there before the first test stays, so it need not be looked at.
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

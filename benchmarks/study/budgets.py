@@ -250,7 +250,8 @@ SMOKE = Part(
 )
 
 # As adapters are usually trained; of the attentions it is the fastest on CPUs for sequences as short as these.
-_QUICK = {"dtype": "bfloat16", "attn_implementation": "eager"}
+_EAGER = {"attn_implementation": "eager"}
+_QUICK = {"dtype": "bfloat16", **_EAGER}
 
 BUDGETS: dict[str, Budget] = {
     "table": Budget(
@@ -265,5 +266,5 @@ BUDGETS: dict[str, Budget] = {
         (_FULL_TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, SUBSPACE),
         Size(train=6400, test=384, epochs=10, pairs=192, poisoned=100, safety=1000),
     ),
-    "smoke": Budget((SMOKE,), Size(train=30, test=4, prompts=8, extraction=24, pairs=8)),
+    "smoke": Budget((SMOKE,), Size(train=30, test=4, prompts=8, extraction=24, pairs=8), loading=_EAGER),
 }

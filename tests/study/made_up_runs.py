@@ -1,11 +1,15 @@
 """A small plan, and run files made up for it: what the study's tables, tests and pages are computed from in tests."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 from benchmarks.study.methods import Method
+from benchmarks.study.outcomes import Outcomes
 from benchmarks.study.plan import Budget, Part, Size
 from benchmarks.study.record import Cell
+from procon.files import save_json
 
 PROMPTS = 8
 
@@ -76,6 +80,21 @@ class Echo:
 
     def refuses(self, replies):
         return [reply.startswith("no") and not reply.endswith(f" {PROMPTS - 1}") for reply in replies]
+
+
+def writer(runs: Path) -> Callable[..., Path]:
+    """What writes a run file where the study would."""
+
+    def write(job: str, method: Method, seed: int, refused, split="held_out", **more) -> Path:
+        cell = Cell(job, method.name, seed, split)
+        outcomes = pattern(refused, seed) if isinstance(refused, float) else refused
+        return save_json(make_run(cell, method, outcomes, **more), cell.path(runs))
+
+    return write
+
+
+def load_runs(runs: Path) -> Outcomes:
+    return Outcomes.load(BUDGET, runs, Echo())
 
 
 def write_strengths(write, r: list[float], random: list[float]) -> None:

@@ -2,30 +2,42 @@
 
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from made_up_runs import BUDGET, PLAIN, SAFE, START, Echo, write_strengths
+from made_up_runs import BUDGET, PLAIN, SAFE, START, Echo, load_runs, write_strengths, writer
 
 from benchmarks.study import report
 from benchmarks.study.outcomes import Outcomes
 
 
-@pytest.fixture
-def pages(write, load, tmp_path, monkeypatch) -> Path:
-    """The report of a study that is half done."""
-    monkeypatch.setattr(report, "DISCUSSION", tmp_path / "discussion.md")
+@pytest.fixture(scope="module")
+def half_done(tmp_path_factory) -> Path:
+    """The runs of a study that is half done, and its report."""
+    folder = tmp_path_factory.mktemp("half_done")
+    write = writer(folder / "runs")
     write("arithmetic", START, 0, 1.0)
     for seed in range(3):
         write("arithmetic", PLAIN, seed, 0.5)
         write("arithmetic", SAFE, seed, 0.75, task=0.25)
     write_strengths(write, [0.25, 0.75, 1.0], [0.25, 0.25, 0.75])
-    stale = tmp_path / "docs" / report.FIGURES / "stale.svg"
+    stale = folder / "docs" / report.FIGURES / "stale.svg"
     stale.parent.mkdir(parents=True)
     stale.write_text("<svg/>")
-    report.write_report(BUDGET, "table", load(), tmp_path / "docs", "by an echo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "DISCUSSION", folder / "discussion.md")
+        report.write_report(BUDGET, "table", load_runs(folder / "runs"), folder / "docs", "by an echo")
+    return folder
+
+
+@pytest.fixture
+def pages(half_done, tmp_path, monkeypatch) -> Path:
+    """The report, and beside it the runs, in folders that a test may change."""
+    shutil.copytree(half_done, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(report, "DISCUSSION", tmp_path / "discussion.md")
     return tmp_path / "docs"
 
 

@@ -36,7 +36,7 @@ CLASSES = {
     "GRPO": (GRPOTrainer, GRPOConfig, ProConGRPOTrainer, ProConGRPOConfig),
 }
 
-#: Where anchors come from in columns that do not say so: of every token of the batch, as in the rows of supervised data.
+#: Where anchors come from in columns that do not say so: those of all tokens, as in the rows of supervised data.
 ANCHORS = "live"
 
 #: Completions of a prompt in GRPO.
