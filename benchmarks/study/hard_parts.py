@@ -69,8 +69,22 @@ TRIED: dict[str, tuple[Method, ...]] = {
     "block_em": tuple(_one_sided(alpha) for alpha in (0.2, 1.0, 5.0)),
 }
 
-#: The setting of each that keeps most at a task accuracy worth having, on the validation prompts; provisional.
-CHOSEN = {name: tried[1] for name, tried in TRIED.items()}
+#: What a setting has to learn of the task to be chosen, as a share of what plain training learns.
+LEARNED = 0.8
+
+#: The setting of each that keeps most refusals of the validation prompts, of those under which the task is learned.
+CHOSEN = {
+    name: TRIED[name][place]
+    for name, place in {
+        "kl": 0,
+        "safegrad": 2,
+        "safety_step": 0,
+        "null_space": 1,
+        "moving_average": 0,
+        "safe_merge": 1,
+        "block_em": 1,
+    }.items()
+}
 
 SAFE_STYLED = Method("safe_styled", "safety data in the task's style", "safe", safety=True, styled=True)
 
