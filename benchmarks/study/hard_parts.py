@@ -109,7 +109,8 @@ def hard_parts(start: Method, plain: Method, safe: Method, procon_s: Method, dev
     """The parts, in the order in which they are worth running."""
     controls = (PROCON_S_RANDOM, DEFAULT_RANDOM, DEFAULT_SHUFFLED, RANDOM)
     compared = (plain, safe, SAFE_STYLED, *CHOSEN.values(), SBR, procon_s, PROBES, DEFAULT)
-    best = (plain, safe, SBR, CHOSEN["kl"], DEFAULT)
+    # Of the rivals those that kept most when settings were chosen.
+    best = (plain, CHOSEN["safegrad"], CHOSEN["safety_step"], SBR, DEFAULT)
     return (
         Part(
             "tuning",
