@@ -91,7 +91,7 @@ def outside_backward(tensor: Tensor) -> Tensor:
 
 
 def _fake_project(hidden: Tensor, direction: Tensor, backend: str) -> Tensor:
-    return direction.new_empty((hidden.numel() // hidden.shape[-1], direction.shape[0]))
+    return direction.new_empty((hidden.numel() // hidden.shape[-1], *direction.shape[:-1]))
 
 
 @_operator("project(Tensor hidden, Tensor direction, str backend) -> Tensor", _fake_project)

@@ -36,7 +36,10 @@ def every_usage(hidden, direction, anchor, weight, backend):
     mean = projection_penalty(passed, direction, anchor, weight > 0.5, reduction="mean", backend=backend)
     tokens = projection_penalty(passed, direction[1], reduction="none", backend=backend)
     apart = project(hidden, direction, backend=backend).sin().sum()
-    return passed.sum() + normed + first + alone + mean + (tokens * weight).sum() + apart
+    along_one = (
+        project(hidden, direction[:1], backend=backend) * project(hidden, direction[1], backend=backend)[..., None]
+    )
+    return passed.sum() + normed + first + alone + mean + (tokens * weight).sum() + apart + along_one.sum()
 
 
 def loss_and_gradient(function, hidden, *arguments):
