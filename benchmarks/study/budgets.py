@@ -249,8 +249,10 @@ SMOKE = Part(
     split="validation",
 )
 
-# As adapters are usually trained; of the attentions it is the fastest on CPUs for sequences as short as these.
+# Of the attentions it is the fastest on CPUs for sequences as short as these.
 _EAGER = {"attn_implementation": "eager"}
+
+# And in the dtype in which adapters are usually trained.
 _QUICK = {"dtype": "bfloat16", **_EAGER}
 
 BUDGETS: dict[str, Budget] = {
