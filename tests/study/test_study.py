@@ -45,10 +45,6 @@ def test_smoke_shows_the_effect(tmp_path, capsys):
     assert share(start, "task", "correct") == 0
     assert plain["history"][-1]["loss"] < plain["history"][0]["loss"] / 2
     assert procon["history"][-1]["loss"] < procon["history"][0]["loss"] / 2
-    # Anchors were recorded in other batches, which in bfloat16 moves projections of order 100 by a fraction of 1: a
-    # floor under the penalty, far below what training adds.
-    penalties = [row["procon/penalty"] for row in procon["history"]]
-    assert penalties[0] < 0.2 * max(penalties)
     assert {run["split"] for run in runs.values()} == {"validation"}
 
     # Again: nothing is missing, and nothing is made a second time.
