@@ -13,7 +13,7 @@ A step is zero_grad, forward, loss, backward and AdamW of a LoRA adapter, on one
 
 Beside the times stands how far tensors' memory rises in one step, as ``peak_rise_bytes``.
 
-On two cores the supervised steps take 35 minutes and those of DPO 18: two commands, with ``-k supervised`` and
+On two cores the supervised steps take 31 minutes and those of DPO 18: two commands, with ``-k supervised`` and
 ``-k preference``.
 """
 
