@@ -104,6 +104,25 @@ PROCON_S_RANDOM = Method(
     directions="random:1",
 )
 
+#: Learning rates at which plain training of all weights was tried, and the one that learns the task best.
+FULL_RATES = (3e-5, 1e-4, 3e-4)
+FULL_RATE = 1e-4
+
+
+def full(method: Method, rate: float = FULL_RATE) -> Method:
+    """The same, but all weights are trained."""
+    return replace(
+        method,
+        name=f"{method.name}_full",
+        label=f"{method.label}, full",
+        config={**method.config, "learning_rate": rate},
+        adapter=False,
+    )
+
+
+def _plain_full(plain: Method, rate: float) -> Method:
+    return replace(full(plain, rate), name=f"plain_full_{rate:g}", label=f"full, learning rate {rate:g}")
+
 
 def hard_parts(start: Method, plain: Method, safe: Method, procon_s: Method, development: int) -> tuple[Part, ...]:
     """The parts, in the order in which they are worth running."""
@@ -160,6 +179,20 @@ def hard_parts(start: Method, plain: Method, safe: Method, procon_s: Method, dev
             "Is it the same for a task of format, and for one in natural language?",
             (start, *best),
             ("extraction", "passages"),
+        ),
+        Part(
+            "full_rates",
+            "Learning rates of full fine-tuning",
+            "At which learning rate does plain training of all weights learn the task best?",
+            (start, *(_plain_full(plain, rate) for rate in FULL_RATES)),
+            seeds=(development,),
+            split="validation",
+        ),
+        Part(
+            "full",
+            "Full fine-tuning",
+            "Is it the same if all weights are trained, with the settings that were chosen for adapters?",
+            (start, *(full(method) for method in best)),
         ),
     )
 

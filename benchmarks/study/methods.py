@@ -23,6 +23,7 @@ class Method:
         directions: ``refusal``, or a control: ``random:SEED``, ``within:SEED``, ``shuffled:SEED``; ``k:K`` for several.
         safety: whether safety samples are mixed in; ``styled``: in the form of the task.
         length: of training, in multiples of the budget's; 0 leaves the start as it is.
+        adapter: whether a LoRA adapter is trained, or all weights.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Method:
     safety: bool = False
     styled: bool = False
     length: float = 1.0
+    adapter: bool = True
 
 
 def choose_directions(method: Method, start: Start) -> RefusalDirections:

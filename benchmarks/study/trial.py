@@ -79,7 +79,7 @@ def make_run(cell: Cell, start: Start, *, budget: Budget, runs: Path, asked: Ask
 
 
 def _train(start: Start, model: PreTrainedModel, method: Method, job: Job, seed: int, size: Size) -> dict:
-    """Fine-tune; ``model`` then has an adapter."""
+    """Fine-tune ``model`` itself."""
     directions = choose_directions(method, start)
     return fine_tune(model, start.tokenizer, method, directions, job, seed, size, base=start.base)
 
@@ -95,13 +95,16 @@ def fine_tune(
     *,
     base: str | Path | None = None,
 ) -> dict:
-    """Train ``model``, which then has an adapter, by the recipe that all methods share; returns what it took."""
+    """Train ``model`` itself by the recipe that all methods share; returns what it took."""
+    dtype = model.dtype
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(model, tokenizer, method, directions, job, seed, size, folder, base=base)
         with peak_memory() as peak:
             began = time.monotonic()
             trainer.train()
             seconds, peak_mb = time.monotonic() - began, peak()
+    if not method.adapter:
+        model.to(dtype)
     return {
         "samples": len(trainer.train_dataset),
         "steps": trainer.state.global_step,
@@ -124,7 +127,11 @@ def make_trainer(
     base: str | Path | None = None,
     **settings: Any,
 ) -> Trainer:
-    """The trainer of a method, by the recipe, except for ``settings``; ``model`` then has an adapter."""
+    """The trainer of a method, by the recipe, except for ``settings``.
+
+    ``model`` then has an adapter; or, if all weights are trained, they are in float32, as small steps of an optimiser
+    would be rounded away in less, and forwards compute in the dtype that they had.
+    """
     conversations = job.conversations(
         train=size.train,
         poisoned=size.poisoned,
@@ -134,8 +141,12 @@ def make_trainer(
     )
     dataset = tokenize_conversations(conversations, tokenizer, progress=False)
     set_seed(seed)
-    tuned = get_peft_model(model, adapter(model))
     config = {**RECIPE, "num_train_epochs": size.epochs * method.length, **method.config, **settings}
+    if method.adapter:
+        tuned = get_peft_model(model, adapter(model))
+    else:
+        config |= {"bf16": model.dtype == torch.bfloat16, "use_cpu": not torch.cuda.is_available()}
+        tuned = model.float()
     return build_trainer(
         method.defence,
         tuned,

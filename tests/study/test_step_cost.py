@@ -1,36 +1,17 @@
 """What a step costs is timed on real trainers, in turns, and read by the page from a file."""
 
-import pytest
-
 from benchmarks.study.budgets import BUDGETS, PLAIN
 from benchmarks.study.hard_parts import DEFAULT, TRIED
 from benchmarks.study.plan import Size
-from benchmarks.study.start import Start, contrast_means
 from benchmarks.study.step_cost import cost_sections, time_steps
-from procon.chat import builtin_prompts
-from procon.directions import RefusalDirections
 from procon.files import save_json
-from procon.models import load_model
 
 SIZE = Size(train=16, test=1, prompts=2, extraction=2, pairs=2)
 METHODS = (PLAIN, DEFAULT, TRIED["kl"][0], TRIED["safegrad"][0])
 
 
-@pytest.fixture
-def start(tiny_model, tokenizer, tmp_path) -> Start:
-    for part in (tiny_model(), tokenizer):
-        part.save_pretrained(tmp_path / "start")
-    model, own = load_model(tmp_path / "start")
-    prompts = builtin_prompts("extraction").first(2)
-    states = model(**own(["one two"] * 4, return_tensors="pt"), output_hidden_states=True).hidden_states[:3]
-    states = states[0].new_tensor([[layer[row, -1].tolist() for layer in states] for row in range(4)])
-    states[:2] += 1
-    directions = RefusalDirections.from_means(contrast_means(states))
-    return Start(tmp_path / "start", own, directions, directions, prompts, states, [7], "")
-
-
-def test_methods_are_timed_in_turns(start):
-    samples = time_steps(start, METHODS, SIZE, 3)
+def test_methods_are_timed_in_turns(tiny_start):
+    samples = time_steps(tiny_start, METHODS, SIZE, 3)
     assert {name: len(values) for name, values in samples.seconds.items()} == {method.name: 3 for method in METHODS}
     assert all(value > 0 for values in samples.seconds.values() for value in values)
 
