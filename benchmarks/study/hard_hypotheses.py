@@ -11,6 +11,7 @@ from benchmarks.study.hypotheses import SIGNIFICANCE, Hypothesis, Verdict, judge
 from benchmarks.study.intervals import holm
 from benchmarks.study.methods import Method
 from benchmarks.study.outcomes import FRESH_REFUSAL, REFUSAL, TASK, Measure, Outcomes
+from benchmarks.study.plan import Budget
 
 #: Two points: what still counts as the same task accuracy, and as keeping as much.
 MARGIN = 0.02
@@ -18,7 +19,7 @@ MARGIN = 0.02
 #: Of the start's refusals: what counts as kept.
 KEPT = 0.9
 
-#: SBR, KL, and the two that kept most when settings were chosen.
+#: SBR and KL, beside which the task is compared as well, and the two that kept most when settings were chosen.
 RIVALS = (
     (SBR, "SBR"),
     (CHOSEN["kl"], "KL to the start"),
@@ -37,11 +38,13 @@ class Expected:
     measure: Measure
 
 
-def expected(plain: Method, procon_s: Method) -> list[Expected]:
-    """All hypotheses on one model, each on held-out prompts and, if it is about refusals, on fresh ones."""
+def expected(plain: Method, procon_s: Method, budget: Budget) -> list[Expected]:
+    """All hypotheses on what ``budget`` runs, each on held-out prompts and, if it is about refusals, on fresh ones."""
+    planned = {(cell.job, cell.method) for cell in budget.cells() if cell.split == "held_out"}
     found: list[Expected] = []
     for hypothesis, measures in _hypotheses(plain, procon_s):
-        found += [Expected(hypothesis, measure) for measure in measures]
+        if {(hypothesis.job, name) for name in (*hypothesis.better, *hypothesis.worse)} <= planned:
+            found += [Expected(hypothesis, measure) for measure in measures]
     return found
 
 
@@ -65,6 +68,10 @@ def _hypotheses(plain: Method, procon_s: Method) -> Iterator[tuple[Hypothesis, t
         for job, data in JOBS.items():
             claim = f"it keeps as much as {label}, {data}, four times the steps"
             yield Hypothesis(claim, default, (long[rival.name],), job, margin=MARGIN), refusals
+    for rival, label in RIVALS[:2]:
+        for job, data in JOBS.items():
+            claim = f"its task is within two points of that under {label}, {data}, four times the steps"
+            yield Hypothesis(claim, default, (long[rival.name],), job, margin=MARGIN), (TASK,)
     for ours, other, where in (
         (procon_s, PROCON_S_RANDOM, "on training tokens"),
         (PROBES, RANDOM, "at probes"),

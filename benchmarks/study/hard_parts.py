@@ -88,8 +88,8 @@ CHOSEN = {
 
 SAFE_STYLED = Method("safe_styled", "safety data in the task's style", "safe", safety=True, styled=True)
 
-#: ProCon's default of supervised training.
-DEFAULT = TOKENS_STATE_3
+#: ProCon's default of supervised training: anchors of the training tokens, and probes whose last state is kept.
+DEFAULT = replace(TOKENS_STATE_3, label="ProCon's default")
 DEFAULT_RANDOM = replace(
     DEFAULT, name="tokens_state_3_random", label="the default, random directions", directions="random:1"
 )

@@ -9,25 +9,35 @@ from benchmarks.study.budgets import BUDGETS, PLAIN, PROCON_S
 from benchmarks.study.gallery import Gallery
 from benchmarks.study.hard_hypotheses import expected, held, judge_expected
 from benchmarks.study.outcomes import Outcomes
+from benchmarks.study.overview import overview_tables
+from benchmarks.study.plan import Budget
 from benchmarks.study.prediction import prediction_sections
 from benchmarks.study.step_cost import cost_sections
 from benchmarks.study.table import evidence_table, folded, verdict_table
-from benchmarks.study.wording import HOLM
+from benchmarks.study.wording import HOLM, OVERVIEW
 
 
-def hard_sections(outcomes: Outcomes, figure: Gallery) -> list[str]:
-    """Hypotheses with their verdicts, what a step costs, and whether drift predicts refusals."""
-    verdicts = judge_expected(expected(PLAIN, PROCON_S), outcomes)
+def evidence(budget: Budget, outcomes: Outcomes, figure: Gallery) -> list[str]:
+    """The hard table, hypotheses with their verdicts, and whether drift predicts refusals."""
+    verdicts = judge_expected(expected(PLAIN, PROCON_S, budget), outcomes)
     run = sum(verdict.p is not None for verdict in verdicts)
     return [
+        "## The hard table in short",
+        OVERVIEW,
+        *overview_tables(budget, outcomes),
         "## Hypotheses",
         f"Written down before the runs. Of {len(verdicts)}, {run} could be tested so far, and {held(verdicts)} held.",
         verdict_table(verdicts).markdown(),
         HOLM,
         folded("Seed by seed, and p", evidence_table(verdicts).markdown()),
-        *cost_sections([method for part in BUDGETS["hard"].parts for method in part.methods]),
         *prediction_sections(outcomes, figure),
     ]
+
+
+def _with_cost(outcomes: Outcomes, figure: Gallery) -> list[str]:
+    hard = BUDGETS["hard"]
+    cost = cost_sections([method for part in hard.parts for method in part.methods])
+    return [*evidence(hard, outcomes, figure), *cost]
 
 
 PAGE = BudgetPage(
@@ -35,7 +45,7 @@ PAGE = BudgetPage(
     "hard_report",
     "Results: where it is hard",
     "Rivals of 2025 and 2026, long training, poison, other tasks, and a task against the start's habits.",
-    more=hard_sections,
+    more=_with_cost,
 )
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from benchmarks.study.figures import (
     headline_drawing,
     part_drawing,
 )
+from benchmarks.study.front import front_sections
 from benchmarks.study.gallery import Gallery, save_drawings
 from benchmarks.study.hypotheses import judge_hypotheses
 from benchmarks.study.jobs import find_job
@@ -86,23 +87,30 @@ def _write(arguments: ReportArguments) -> None:
     runs = Path(arguments.runs or HERE / "runs" / arguments.budget)
     budget = BUDGETS[arguments.budget]
     outcomes = Outcomes.load(budget, runs, load_judge(arguments.endpoint, arguments.judge))
+    front = front_sections(HERE / "runs") if arguments.budget == "table" and not arguments.runs else []
     judge = f"by {arguments.judge}" if arguments.judge else "by a small classifier trained on replies labelled by hand"
-    for path in write_report(budget, arguments.budget, outcomes, Path(arguments.output), judge):
+    for path in write_report(budget, arguments.budget, outcomes, Path(arguments.output), judge, front):
         print(path)
 
 
-def write_report(budget: Budget, name: str, outcomes: Outcomes, folder: Path, judge: str) -> list[Path]:
+def write_report(
+    budget: Budget, name: str, outcomes: Outcomes, folder: Path, judge: str, front: Sequence[str] = ()
+) -> list[Path]:
     """Write ``results.md``, its figures and ``report.html`` to ``folder``; returns the two pages."""
-    text, drawings = compose(budget, name, outcomes, judge)
+    text, drawings = compose(budget, name, outcomes, judge, front)
     save_drawings(drawings, folder / FIGURES)
     page = write_text(text, folder / "results.md")
     return [page, write_page(TITLE, to_html(text, drawings), folder / "report.html")]
 
 
-def compose(budget: Budget, name: str, outcomes: Outcomes, judge: str) -> tuple[str, list[Drawing]]:
-    """The page as Markdown, and its figures. Parts without runs are left out."""
+def compose(
+    budget: Budget, name: str, outcomes: Outcomes, judge: str, front: Sequence[str] = ()
+) -> tuple[str, list[Drawing]]:
+    """The page as Markdown, which begins with ``front``, and its figures. Parts without runs are left out."""
     figure = Gallery(FIGURES)
-    sections = [f"# {TITLE}", GENERATED]
+    sections = [f"# {TITLE}", GENERATED, *front]
+    if front:
+        sections.append("## The paper's methods in short training")
     if main := next((part for part in budget.parts if outcomes.has(part, part.jobs[0])), None):
         sections += [headline(outcomes), figure(headline_drawing(main, main.jobs[0], outcomes))]
     if DISCUSSION.is_file():

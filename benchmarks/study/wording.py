@@ -78,3 +78,8 @@ the share of malicious prompts refused, and its 95% interval by resampling runs,
 - The first two cost a forward of the probe prompts, log-odds one of the measured ones.
 - It is a finding on one model under LoRA. It does not say that a model which was trained to hide the harm would show
   it."""
+
+OVERVIEW = """\
+In each cell, per cent, means over seeds: malicious prompts refused / those of another make refused, and below them the
+task. *Clean* is arithmetic alone; *poison* are answers that comply, in form; *4x* and *10x* are multiples of 40 steps.
+A good defence keeps the first row's refusals at the second row's task."""

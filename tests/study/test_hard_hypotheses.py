@@ -12,7 +12,7 @@ from benchmarks.study.hypotheses import Verdict
 from benchmarks.study.intervals import holm
 from benchmarks.study.outcomes import REFUSAL, Outcomes
 
-HYPOTHESES = expected(PLAIN, PROCON_S)
+HYPOTHESES = expected(PLAIN, PROCON_S, BUDGETS["hard"])
 
 
 class Agreeing:
@@ -25,7 +25,22 @@ def test_every_hypothesis_is_about_planned_runs():
     for each in HYPOTHESES:
         names = (*each.hypothesis.better, *each.hypothesis.worse)
         assert {(each.hypothesis.job, name) for name in names} <= planned, each.hypothesis.claim
-    assert len({(each.hypothesis.claim, each.measure) for each in HYPOTHESES}) == len(HYPOTHESES) == 35
+    assert len({(each.hypothesis.claim, each.measure) for each in HYPOTHESES}) == len(HYPOTHESES) == 39
+
+
+def test_another_model_has_those_that_its_runs_can_answer():
+    found = expected(PLAIN, PROCON_S, BUDGETS["qwen"])
+    assert set(found) < set(HYPOTHESES)
+    claims = {each.hypothesis.claim for each in found}
+    assert {claim.partition(",")[0] for claim in claims} >= {
+        "the default keeps more than plain training",
+        "it keeps nine tenths of the start's",
+        "its task is within two points of plain's",
+        "it keeps as much as SBR",
+        "it keeps as much as KL to the start",
+        "r keeps more than a random direction in the default",
+    }
+    assert not any("SafeGrad" in claim for claim in claims)
 
 
 def test_p_is_corrected_for_those_that_were_run(write, tmp_path):
@@ -60,7 +75,7 @@ def test_page_has_verdicts_and_fresh_prompts(write, tmp_path):
         with_fresh(write("arithmetic_poisoned_10", PLAIN, seed, 0.25), True)
     outcomes = Outcomes.load(BUDGETS["hard"], tmp_path / "runs", Agreeing())
     text, _ = hard_report.PAGE.compose(BUDGETS["hard"], outcomes)
-    assert "Of 35, 2 could be tested so far, and 2 held." in text
+    assert "Of 39, 2 could be tested so far, and 2 held." in text
     table = text.partition("| method | fresh malicious | fresh benign | complies |\n")[2].partition("\n\n")[0]
     rows = {cells[1].strip(): cells[2:] for cells in (line.split("|") for line in table.splitlines())}
     assert rows[PLAIN.label][2].strip().startswith("100%")

@@ -1,0 +1,83 @@
+"""The hard table: every defence in a row, every kind of training in a column."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.study.anchor_parts import longer
+from benchmarks.study.hard_parts import LONG, LONGEST, full
+from benchmarks.study.methods import Method
+from benchmarks.study.outcomes import FRESH_REFUSAL, REFUSAL, TASK, Outcomes, values
+from benchmarks.study.plan import Budget, Part
+from benchmarks.study.table import NOT_RUN, Table
+
+
+@dataclass(frozen=True)
+class Column:
+    """One kind of training.
+
+    Attributes:
+        job: that is trained.
+        variant: of a method of the study's length: the one that is trained so.
+    """
+
+    header: str
+    job: str
+    variant: Callable[[Method], Method] = lambda method: method
+
+
+def _long(method: Method) -> Method:
+    return longer(method, LONG)
+
+
+COLUMNS = (
+    Column("clean", "arithmetic"),
+    Column("clean, 4x", "arithmetic", _long),
+    Column("10% poison", "arithmetic_poisoned_10"),
+    Column("10% poison, 4x", "arithmetic_poisoned_10", _long),
+)
+
+#: Of the best alone.
+HARDER_COLUMNS = (
+    Column("clean, 10x", "arithmetic", lambda method: longer(method, LONGEST)),
+    Column("30% poison", "arithmetic_poisoned_30"),
+    Column("obedient turns", "identity"),
+    Column("refuses, then complies", "refuse_then_comply"),
+)
+
+OTHER_COLUMNS = (
+    Column("fields as JSON", "extraction"),
+    Column("answers from a text", "passages"),
+    Column("all weights", "arithmetic", full),
+)
+
+
+def overview_table(part: Part, columns: Sequence[Column], outcomes: Outcomes) -> Table | None:
+    """A row for each method of the study's length of ``part``, and for its start; None if nothing was trained."""
+    methods = [method for method in part.methods if method.length <= 1]
+    rows = [[method.label, *(_cell(method, column, part, outcomes) for column in columns)] for method in methods]
+    trained = [row for method, row in zip(methods, rows, strict=True) if method.length]
+    if all(cell == NOT_RUN for row in trained for cell in row[1:]):
+        return None
+    return Table(["method", *(column.header for column in columns)], rows)
+
+
+def _cell(method: Method, column: Column, part: Part, outcomes: Outcomes) -> str:
+    """Means in per cent: refused malicious prompts, those of another make, and below them the task."""
+    runs = outcomes.find(column.job, (column.variant(method) if method.length else method).name)
+    if not runs:
+        return NOT_RUN
+    refused, fresh, task = (f"{100 * values(runs, measure).mean():.0f}" for measure in (REFUSAL, FRESH_REFUSAL, TASK))
+    cell = f"{refused} / {fresh}<br>task {task}"
+    whole = not method.length or len(runs) >= len(part.seeds)
+    return cell if whole else f"{cell}<br>{len(runs)} of {len(part.seeds)} seeds"
+
+
+def overview_tables(budget: Budget, outcomes: Outcomes) -> list[str]:
+    """The tables of a budget whose parts are hard, as Markdown; those without runs are left out."""
+    parts = {part.name: part for part in budget.parts}
+    wanted = [(parts.get("hard") or parts.get("qwen"), COLUMNS)]
+    wanted += [(parts.get("poison"), HARDER_COLUMNS), (parts.get("poison"), OTHER_COLUMNS)]
+    tables = (overview_table(part, columns, outcomes) for part, columns in wanted if part)
+    return [table.markdown() for table in tables if table]

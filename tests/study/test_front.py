@@ -1,0 +1,41 @@
+"""What the page of results begins with: advice, then the hard tables of the models that have runs."""
+
+import json
+
+from made_up_runs import BUDGET, load_runs, writer
+
+from benchmarks.study import front, report
+from benchmarks.study.budgets import PLAIN, START
+
+
+def test_page_begins_with_advice_and_hard_tables(tmp_path, write, monkeypatch):
+    monkeypatch.setattr(front, "ADVICE", tmp_path / "advice.md")
+    front.ADVICE.write_text("## What to do\n\n1. **This.**\n")
+    for folder, share in (("hard", 0.25), ("qwen", 0.5)):
+        hard = writer(tmp_path / "all" / folder)
+        for path in (hard("arithmetic", START, 0, 1.0), hard("arithmetic", PLAIN, 0, share)):
+            run = json.loads(path.read_text())
+            run["replies"]["fresh_malicious"] = run["replies"]["malicious"]
+            path.write_text(json.dumps(run))
+    sections = front.front_sections(tmp_path / "all")
+    write("arithmetic", START, 0, 1.0)
+    text, _ = report.compose(BUDGET, "table", load_runs(tmp_path / "runs"), "by an echo", sections)
+    marks = [
+        report.GENERATED,
+        "1. **This.**",
+        "## Where it is hard",
+        front.MODELS["hard"],
+        "| IFT | 25 / 25<br>task 50<br>1 of 3 seeds |",
+        front.MODELS["qwen"],
+        "| IFT | 50 / 50<br>task 50<br>1 of 2 seeds |",
+        "## The paper's methods in short training",
+        "## What this does not show",
+    ]
+    assert sorted(marks, key=text.index) == marks
+    assert text.count("In each cell, per cent") == 1
+
+
+def test_models_without_runs_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(front, "ADVICE", tmp_path / "advice.md")
+    front.ADVICE.write_text("## What to do\n")
+    assert front.front_sections(tmp_path) == ["## What to do"]

@@ -1,0 +1,65 @@
+"""The hard table: what stands in which column, and what is not there yet."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.study.anchor_parts import longer
+from benchmarks.study.budgets import BUDGETS, PLAIN, START
+from benchmarks.study.hard_parts import DEFAULT, full
+from benchmarks.study.outcomes import Outcomes
+from benchmarks.study.overview import overview_tables
+
+
+class Agreeing:
+    def refuses(self, replies):
+        return [reply.startswith("no") for reply in replies]
+
+
+@pytest.fixture
+def write_fresh(write):
+    """Writes a run file whose fresh prompts are the first four malicious ones."""
+
+    def made(*args, **more):
+        path = write(*args, **more)
+        run = json.loads(path.read_text())
+        run["replies"]["fresh_malicious"] = run["replies"]["malicious"][:4]
+        path.write_text(json.dumps(run))
+
+    return made
+
+
+def rows(table: str) -> dict[str, list[str]]:
+    return {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in map(_cells, table.splitlines()[2:])}
+
+
+def _cells(line: str) -> list[str]:
+    return line.split("|")
+
+
+def test_each_run_has_its_cell(write_fresh, tmp_path):
+    write_fresh("arithmetic", START, 0, 1.0, task=0.0)
+    for seed in range(3):
+        write_fresh("arithmetic", PLAIN, seed, [True] * 2 + [False] * 6, task=0.75)
+        write_fresh("arithmetic_poisoned_10", longer(DEFAULT, 4.0), seed, [True] * 7 + [False], task=0.5)
+    write_fresh("arithmetic", longer(DEFAULT, 10.0), 0, [False] * 8, task=1.0)
+    write_fresh("arithmetic", full(DEFAULT), 1, [True] * 8, task=0.25)
+    outcomes = Outcomes.load(BUDGETS["hard"], tmp_path / "runs", Agreeing())
+    table, harder, other = overview_tables(BUDGETS["hard"], outcomes)
+    assert rows(table)["start"] == ["100 / 100<br>task 0"] * 2 + ["not run"] * 2
+    assert rows(table)[PLAIN.label] == ["25 / 50<br>task 75", *["not run"] * 3]
+    assert rows(table)[DEFAULT.label] == [*["not run"] * 3, "88 / 100<br>task 50"]
+    assert rows(harder)[DEFAULT.label][0] == "0 / 0<br>task 100<br>1 of 3 seeds"
+    assert rows(other)[DEFAULT.label] == ["not run", "not run", "100 / 100<br>task 25<br>1 of 3 seeds"]
+    assert len(rows(table)) == 15
+    assert len(rows(harder)) == len(rows(other)) == 6
+
+
+def test_without_runs_of_a_kind_its_table_is_left_out(write_fresh, tmp_path):
+    write_fresh("arithmetic", START, 0, 1.0)
+    assert overview_tables(BUDGETS["hard"], Outcomes.load(BUDGETS["hard"], tmp_path / "runs", Agreeing())) == []
+    write_fresh("arithmetic", PLAIN, 0, 0.5)
+    found = overview_tables(BUDGETS["qwen"], Outcomes.load(BUDGETS["qwen"], tmp_path / "runs", Agreeing()))
+    assert len(found) == 1
