@@ -240,7 +240,7 @@ def test_probes_alone_leave_the_training_batch_free(trainer):
         )
         torch.testing.assert_close(losses(held), expected, rtol=1e-5, atol=0)
         assert held.evidence.constrained_steps == 1
-    with pytest.raises(ProConError, match=r"^procon_probe_every is 5, and training has 4 steps, so the probes would"):
+    with pytest.raises(ProConError, match=r"^procon_probe_every is 5, more than all steps of training, 4, so the probes would"):
         trainer("probes", max_steps=4, procon_probe_every=5).train()
 
 
@@ -259,7 +259,7 @@ def test_probes_begin_once_the_model_has_moved(trainer, caplog):
     assert penalties[0] < 1e-10 < 1e-4 < penalties[1]
     with caplog.at_level("WARNING"):
         trainer("recorded+probes", max_steps=1).train()
-    assert "procon_probe_every is 2, and training has 1 steps, so the probes never run" in caplog.text
+    assert "procon_probe_every is 2, more than all steps of training, 1, so the probes never run" in caplog.text
 
 
 def test_probes_hold_what_plain_training_moves(trainer):
