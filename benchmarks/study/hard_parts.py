@@ -127,7 +127,9 @@ def _plain_full(plain: Method, rate: float) -> Method:
 def hard_parts(start: Method, plain: Method, safe: Method, procon_s: Method, development: int) -> tuple[Part, ...]:
     """The parts, in the order in which they are worth running."""
     controls = (PROCON_S_RANDOM, DEFAULT_RANDOM, DEFAULT_SHUFFLED, RANDOM)
-    compared = (plain, safe, SAFE_STYLED, *CHOSEN.values(), SBR, procon_s, PROBES, DEFAULT)
+    # Two rivals keep next to nothing on the validation prompts where the task is learned, and go no further.
+    rivals = (method for name, method in CHOSEN.items() if name not in ("moving_average", "safe_merge"))
+    compared = (plain, safe, SAFE_STYLED, *rivals, SBR, procon_s, PROBES, DEFAULT)
     # Of the rivals those that kept most when settings were chosen.
     best = (plain, CHOSEN["safegrad"], CHOSEN["safety_step"], SBR, DEFAULT)
     return (
