@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 
+from benchmarks.study.anchor_parts import longer
 from benchmarks.study.budget_page import BudgetPage
 from benchmarks.study.budgets import BUDGETS, PLAIN, PROCON_S
 from benchmarks.study.gallery import Gallery
 from benchmarks.study.hard_hypotheses import expected, held, judge_expected
+from benchmarks.study.hard_parts import LONG
 from benchmarks.study.outcomes import Outcomes
 from benchmarks.study.overview import overview_tables
 from benchmarks.study.plan import Budget
@@ -45,6 +47,7 @@ PAGE = BudgetPage(
     "hard_report",
     "Results: where it is hard",
     "Rivals of 2025 and 2026, long training, poison, other tasks, and a task against the start's habits.",
+    rivals={"habit": longer(PLAIN, LONG).name},
     more=_with_cost,
 )
 
