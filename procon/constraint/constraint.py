@@ -80,6 +80,7 @@ class ProjectionConstraint:
             per block.
         enabled: True; set to False, the model's own code runs, at plain speed (alpha 0).
         weights: as above; may be set between steps.
+        use: what :meth:`detach` looks at to say whether the constraint acted.
 
     Raises:
         ProConError: for a wrong setting, blocks that have no direction, or ``"gap"`` for vectors without a unit.
@@ -114,7 +115,7 @@ class ProjectionConstraint:
         #: The first moving block with which the penalty's gradient was last seen to arrive at a parameter.
         self._reached_from: int | None = None
         self._attachment: _Attachment | None = None
-        self._use = Use()
+        self.use = Use()
 
     @property
     def enabled(self) -> bool:
@@ -199,9 +200,9 @@ class ProjectionConstraint:
         self.release()
         if self._attachment is not None:
             self._attachment.undo.close()
-            if lost := self._use.lost():
+            if lost := self.use.lost():
                 logger.warning(lost)
-        self._use = Use()
+        self.use = Use()
         self._attachment = None
         self._reached_from = self._state.first_moving = None
 
@@ -210,7 +211,7 @@ class ProjectionConstraint:
 
     def __exit__(self, exception: type[BaseException] | None, *_rest: object) -> None:
         self.release()
-        use = self._use
+        use = self.use
         self.detach()
         if exception is None and use.forwards and not use.asked:
             raise ProConError(use.lost())
@@ -285,7 +286,7 @@ class ProjectionConstraint:
         """Drop the target, so that a later forward without one is not taken for this one's; backward needs none."""
         target, self._state.target = self._state.target, None
         if target is not None and target.trained and len(target.terms) == len(self.blocks):
-            self._use.forwards += 1
+            self.use.forwards += 1
 
     def penalty(self, tokens: Tensor | float | None = None) -> Tensor:
         """The constraint of the forward that just ran: sum over its tokens and blocks / (``tokens`` * blocks).
@@ -300,7 +301,7 @@ class ProjectionConstraint:
             ProConError: if the forward did not pass every constrained block, passed them without gradients, or nothing
                 below one of them trains.
         """
-        self._use.asked += 1
+        self.use.asked += 1
         if (target := self._state.target) is None or target.idle:
             raise ProConError("no target is set: call set_target(anchors, mask) before the forward")
         terms = self._terms(target)
@@ -309,7 +310,7 @@ class ProjectionConstraint:
         if self._weights is not None:
             by_block = by_block * at_columns(on_device(self._weights[target.units], device), terms)
         penalty = by_block.sum() / (divisor(tokens, target.mask, device) * len(self.blocks))
-        self._use.watch(penalty)
+        self.use.watch(penalty)
         return penalty
 
     def shift(self, tokens: Tensor | float | None = None) -> Tensor:
@@ -386,7 +387,7 @@ class ProjectionConstraint:
         """A forward pre-hook: beside a cache, transformers does not keep packed sequences apart."""
         target = self._state.target
         if module.training and torch.is_grad_enabled():
-            self._use.trained = True
+            self.use.trained = True
         if not self.enabled or (target is None and not runs_again()):
             return None
         if torch.is_grad_enabled():

@@ -52,7 +52,9 @@ def probe_departure(
     last = found[0][batch["constraint_mask"] > 0]
     if torch.is_grad_enabled() and not last.requires_grad:
         raise ProConError("nothing in the model trains, so the penalty on the probes' states does nothing")
-    return ProbeDeparture(projections, (last.float() - batch["states"]).square().mean())
+    state = (last.float() - batch["states"]).square().mean()
+    constraint.use.count(state)
+    return ProbeDeparture(projections, state)
 
 
 def probe_penalty(

@@ -23,7 +23,13 @@ class Use:
     def watch(self, penalty: Tensor) -> None:
         """Look out for the gradient of a penalty."""
         if penalty.requires_grad:
-            penalty.register_hook(self._count)
+            penalty.register_hook(self._arrive)
+
+    def count(self, penalty: Tensor) -> None:
+        """Take a penalty on the same model, of a forward and a function of its own, for one of the constraint's."""
+        self.forwards += 1
+        self.asked += 1
+        self.watch(penalty)
 
     def lost(self) -> str | None:
         """What to say if the model was trained and the constraint was not, None otherwise."""
@@ -44,5 +50,5 @@ class Use:
             "constrained: add alpha * constraint.penalty() to the loss; to measure alone, run under torch.no_grad()"
         )
 
-    def _count(self, _gradient: Tensor) -> None:
+    def _arrive(self, _gradient: Tensor) -> None:
         self._arrived += 1

@@ -1,6 +1,7 @@
 """Where anchors come from: live ones train as recorded ones do, probes hold their prompts, and sources combine."""
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -240,7 +241,9 @@ def test_probes_alone_leave_the_training_batch_free(trainer):
         )
         torch.testing.assert_close(losses(held), expected, rtol=1e-5, atol=0)
         assert held.evidence.constrained_steps == 1
-    with pytest.raises(ProConError, match=r"^procon_probe_every is 5, more than all steps of training, 4, so the probes would"):
+    with pytest.raises(
+        ProConError, match=r"^procon_probe_every is 5, more than all steps of training, 4, so the probes would"
+    ):
         trainer("probes", max_steps=4, procon_probe_every=5).train()
 
 
@@ -400,3 +403,12 @@ def test_a_processor_asks_by_its_tokenizer(trainer, tokenizer):
     run.processing_class = Processor(tokenizer)
     assert run._record_probes(run.constraint).hash == expected.hash
     assert len(run._chat_tokenizer("one")["input_ids"]) == len(tokenizer("one")["input_ids"])
+
+
+@pytest.mark.parametrize("schedule", ["procon_s:0.5", "0.5@2steps,0"])
+@pytest.mark.parametrize("source", ["live", "probes", "recorded+probes"])
+def test_what_acts_is_not_taken_for_unused(trainer, source, schedule, caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer(source, procon_schedule=schedule, procon_probe_hold="state", max_steps=4).train()
+    assert "nothing was constrained" not in caplog.text
+    assert "never under it" not in caplog.text
