@@ -70,8 +70,9 @@ def _cell(method: Method, column: Column, part: Part, outcomes: Outcomes) -> str
         return NOT_RUN
     refused, fresh, task = (f"{100 * values(runs, measure).mean():.0f}" for measure in (REFUSAL, FRESH_REFUSAL, TASK))
     cell = f"{refused} / {fresh}<br>task {task}"
-    whole = not method.length or len(runs) >= len(part.seeds)
-    return cell if whole else f"{cell}<br>{len(runs)} of {len(part.seeds)} seeds"
+    if not method.length or len(runs) >= len(part.seeds):
+        return cell
+    return f"{cell}<br>{len(runs)} seed{'s' * (len(runs) > 1)}"
 
 
 def overview_tables(budget: Budget, outcomes: Outcomes) -> list[str]:

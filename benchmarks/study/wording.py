@@ -82,4 +82,5 @@ the share of malicious prompts refused, and its 95% interval by resampling runs,
 OVERVIEW = """\
 In each cell, per cent, means over seeds: malicious prompts refused / those of another make refused, and below them the
 task. *Clean* is arithmetic alone; *poison* are answers that comply, in form; *4x* and *10x* are multiples of 40 steps.
-A good defence keeps the first row's refusals at the second row's task."""
+A last line says how many seeds there are, if not all are. A good defence keeps the first row's refusals at the second
+row's task."""

@@ -91,8 +91,8 @@ def check_probes_act(anchors: AnchorSettings, steps: int) -> None:
         return
     if anchors.of_tokens is None:
         raise ProConError(
-            f"procon_probe_every is {anchors.probe_every}, more than all steps of training, {steps}, so the probes would "
-            "never run: give a smaller number"
+            f"procon_probe_every is {anchors.probe_every}, more than all steps of training, {steps}, so the probes "
+            "would never run: give a smaller number"
         )
     logger.warning(
         "procon_probe_every is %d, more than all steps of training, %d, so the probes never run",

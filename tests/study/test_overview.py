@@ -51,8 +51,8 @@ def test_each_run_has_its_cell(write_fresh, tmp_path):
     assert rows(table)["start"] == ["100 / 100<br>task 0"] * 2 + ["not run"] * 2
     assert rows(table)[PLAIN.label] == ["25 / 50<br>task 75", *["not run"] * 3]
     assert rows(table)[DEFAULT.label] == [*["not run"] * 3, "88 / 100<br>task 50"]
-    assert rows(harder)[DEFAULT.label][0] == "0 / 0<br>task 100<br>1 of 3 seeds"
-    assert rows(other)[DEFAULT.label] == ["not run", "not run", "100 / 100<br>task 25<br>1 of 3 seeds"]
+    assert rows(harder)[DEFAULT.label][0] == "0 / 0<br>task 100<br>1 seed"
+    assert rows(other)[DEFAULT.label] == ["not run", "not run", "100 / 100<br>task 25<br>1 seed"]
     assert len(rows(table)) == 13
     assert len(rows(harder)) == len(rows(other)) == 6
 
