@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.study.anchor_parts import PROBES, RANDOM, SBR, longer
+from benchmarks.study.anchor_parts import PROBES, RANDOM, longer
 from benchmarks.study.hard_parts import CHOSEN, DEFAULT, DEFAULT_RANDOM, LONG, PROCON_S_RANDOM
 from benchmarks.study.hypotheses import SIGNIFICANCE, Hypothesis, Verdict, judge
 from benchmarks.study.intervals import holm
@@ -21,7 +21,7 @@ KEPT = 0.9
 
 #: SBR and KL, beside which the task is compared as well, and the two that kept most when settings were chosen.
 RIVALS = (
-    (SBR, "SBR"),
+    (CHOSEN["sbr"], "SBR"),
     (CHOSEN["kl"], "KL to the start"),
     (CHOSEN["safegrad"], "SafeGrad"),
     (CHOSEN["safety_step"], "the safety step"),
@@ -80,7 +80,7 @@ def _hypotheses(plain: Method, procon_s: Method) -> Iterator[tuple[Hypothesis, t
         claim = f"r keeps more than a random direction {where}, four times the steps"
         yield Hypothesis(claim, (long[ours.name],), (long[other.name],)), refusals
     claim = "one direction a block at probes keeps as much as SBR's whole state, four times the steps"
-    yield Hypothesis(claim, (long[PROBES.name],), (long[SBR.name],), margin=MARGIN), refusals
+    yield Hypothesis(claim, (long[PROBES.name],), (long[CHOSEN["sbr"].name],), margin=MARGIN), refusals
 
 
 def judge_expected(hypotheses: Sequence[Expected], outcomes: Outcomes) -> list[Verdict]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.study.anchor_parts import PROBES, RANDOM, SBR, TOKENS_STATE_3, longer
+from benchmarks.study.anchor_parts import PROBES, RANDOM, SBR, TOKENS_STATE_3, longer, probing
 from benchmarks.study.methods import Method
 from benchmarks.study.plan import Part
 
@@ -26,9 +26,14 @@ def _one_sided(alpha: float) -> Method:
 #: BLOCK-EM penalises completion tokens.
 _RESPONSE = {"procon_scope": "response"}
 
-#: As many settings of each rival as ProCon's sources of anchors had at their first comparison.
+def _sbr(weight: float) -> Method:
+    return probing(f"sbr_{weight:g}", f"SBR, weight {weight:g}", weight, procon_probe_hold="state")
+
+
+#: At least as many settings of each rival as ProCon's sources of anchors had at their first comparison.
 TRIED: dict[str, tuple[Method, ...]] = {
-    "kl": tuple(rival(f"kl_{beta:g}", f"KL, beta {beta:g}", "kl", beta=beta) for beta in (0.1, 0.3, 1.0)),
+    "sbr": (_sbr(3), SBR, _sbr(30)),
+    "kl": tuple(rival(f"kl_{beta:g}", f"KL, beta {beta:g}", "kl", beta=beta) for beta in (0.03, 0.1, 0.3, 1.0)),
     "safegrad": tuple(
         rival(f"safegrad_{rho:g}", f"SafeGrad, rho {rho:g}", "safegrad", rho=rho) for rho in (0.3, 1.0, 3.0)
     ),
@@ -76,7 +81,8 @@ LEARNED = 0.8
 CHOSEN = {
     name: TRIED[name][place]
     for name, place in {
-        "kl": 0,
+        "sbr": 1,
+        "kl": 1,
         "safegrad": 2,
         "safety_step": 0,
         "null_space": 1,
@@ -129,9 +135,9 @@ def hard_parts(start: Method, plain: Method, safe: Method, procon_s: Method, dev
     controls = (PROCON_S_RANDOM, DEFAULT_RANDOM, DEFAULT_SHUFFLED, RANDOM)
     # Two rivals keep next to nothing on the validation prompts where the task is learned, and go no further.
     rivals = (method for name, method in CHOSEN.items() if name not in ("moving_average", "safe_merge"))
-    compared = (plain, safe, SAFE_STYLED, *rivals, SBR, procon_s, PROBES, DEFAULT)
+    compared = (plain, safe, SAFE_STYLED, *rivals, procon_s, PROBES, DEFAULT)
     # Of the rivals those that kept most when settings were chosen.
-    best = (plain, CHOSEN["safegrad"], CHOSEN["safety_step"], SBR, DEFAULT)
+    best = (plain, CHOSEN["safegrad"], CHOSEN["safety_step"], CHOSEN["sbr"], DEFAULT)
     return (
         Part(
             "tuning",
@@ -145,7 +151,7 @@ def hard_parts(start: Method, plain: Method, safe: Method, procon_s: Method, dev
             "habit",
             "A task against the start's habits",
             "Is a task learned that contradicts what the start predicts, with refusals kept?",
-            (start, *(longer(method, LONG) for method in (plain, *TRIED["kl"], SBR, DEFAULT))),
+            (start, *(longer(method, LONG) for method in (plain, *TRIED["kl"][1:], SBR, DEFAULT))),
             ("swapped",),
             seeds=(0, 1),
         ),
@@ -201,7 +207,7 @@ def hard_parts(start: Method, plain: Method, safe: Method, procon_s: Method, dev
 
 def qwen_parts(start: Method, plain: Method, safe: Method) -> tuple[Part, ...]:
     """The methods that matter, on a model that others aligned."""
-    compared = (plain, safe, SBR, CHOSEN["kl"], DEFAULT, DEFAULT_RANDOM)
+    compared = (plain, safe, CHOSEN["sbr"], CHOSEN["kl"], DEFAULT, DEFAULT_RANDOM)
     return (
         Part(
             "qwen",
