@@ -32,7 +32,7 @@ def _sbr(weight: float) -> Method:
 
 #: At least as many settings of each rival as ProCon's sources of anchors had at their first comparison.
 TRIED: dict[str, tuple[Method, ...]] = {
-    "sbr": (_sbr(3), SBR, _sbr(30)),
+    "sbr": (_sbr(3), SBR, _sbr(50)),
     "kl": tuple(rival(f"kl_{beta:g}", f"KL, beta {beta:g}", "kl", beta=beta) for beta in (0.03, 0.1, 0.3, 1.0)),
     "safegrad": tuple(
         rival(f"safegrad_{rho:g}", f"SafeGrad, rho {rho:g}", "safegrad", rho=rho) for rho in (0.3, 1.0, 3.0)
