@@ -255,14 +255,16 @@ _EAGER = {"attn_implementation": "eager"}
 # And in the dtype in which adapters are usually trained.
 _QUICK = {"dtype": "bfloat16", **_EAGER}
 
+_HARD = Size(fresh=64, chosen_on=("arithmetic",))
+
 BUDGETS: dict[str, Budget] = {
     "table": Budget(
         (TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, BASELINES, WARMUP, DEPTH, CONVERGENCE, SUBSPACE, FORMAT, ROUNDING),
         Size(),
     ),
     "anchors": Budget(source_parts(START, PLAIN, PROCON_S), Size()),
-    "hard": Budget(hard_parts(START, PLAIN, SAFE, PROCON_S, DEVELOPMENT), Size(fresh=64), loading=_QUICK),
-    "qwen": Budget(qwen_parts(START, PLAIN, SAFE), Size(fresh=64), "qwen", _QUICK),
+    "hard": Budget(hard_parts(START, PLAIN, PROCON_S, DEVELOPMENT), _HARD, loading=_QUICK),
+    "qwen": Budget(qwen_parts(START, PLAIN), _HARD, "qwen", _QUICK),
     "hold": Budget(hold_parts(START, PLAIN, DEVELOPMENT), Size()),
     "full": Budget(
         (_FULL_TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, SUBSPACE),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import starmap
 from typing import Any
 
 from benchmarks.study.anchor_parts import PROBES, RANDOM, SBR, TOKENS_STATE_3, longer, probing
@@ -11,6 +12,9 @@ from benchmarks.study.plan import Part
 
 #: Multiples of the study's steps: with all methods, and with the best.
 LONG, LONGEST = 4.0, 10.0
+
+#: No choice was made with these, of a rival's settings or of ours.
+SEEDS = (3, 4, 5)
 
 
 def rival(name: str, label: str, defence: str, config: dict[str, Any] | None = None, **settings: Any) -> Method:
@@ -26,73 +30,86 @@ def _one_sided(alpha: float) -> Method:
 #: BLOCK-EM penalises completion tokens.
 _RESPONSE = {"procon_scope": "response"}
 
-def _sbr(weight: float) -> Method:
-    return probing(f"sbr_{weight:g}", f"SBR, weight {weight:g}", weight, procon_probe_hold="state")
+
+def _sbr(weight: float, every: int = 2) -> Method:
+    """In its paper the probes run in every step, with a weight of 50."""
+    name, label = f"sbr_{weight:g}", f"SBR, weight {weight:g}"
+    if every == 1:
+        name, label = f"{name}_each", f"{label}, every step"
+    return probing(name, label, weight, procon_probe_hold="state", procon_probe_every=every)
 
 
-#: At least as many settings of each rival as ProCon's sources of anchors had at their first comparison.
+SAFE = Method("safe", "safety data, 16", "safe", safety=True)
+SAFE_STYLED = Method("safe_styled", "safety data in the task's style, 16", "safe", safety=True, styled=True)
+
+
+def _more(method: Method, samples: int) -> Method:
+    return replace(
+        method,
+        name=f"{method.name}_{samples}",
+        label=f"{method.label.rpartition(',')[0]}, {samples}",
+        samples=samples,
+    )
+
+
+def _kl(beta: float) -> Method:
+    return rival(f"kl_{beta:g}", f"KL, beta {beta:g}", "kl", beta=beta)
+
+
+def _safegrad(rho: float) -> Method:
+    return rival(f"safegrad_{rho:g}", f"SafeGrad, rho {rho:g}", "safegrad", rho=rho)
+
+
+def _safety_step(tau: float, radius: float) -> Method:
+    name, label = f"safety_step_{tau:g}_{radius:g}", f"safety step, tau {tau:g}, radius {radius:g}"
+    return rival(name, label, "safety_step", tau=tau, radius=radius)
+
+
+def _null_space(energy: float) -> Method:
+    return rival(f"null_space_{energy:g}", f"null space, energy {energy:g}", "null_space", energy=energy)
+
+
+def _moving_average(decay: float, rate: float) -> Method:
+    name, label = f"moving_average_{decay:g}_{rate:g}", f"moving average {decay:g}, learning rate {rate:g}"
+    return rival(name, label, "moving_average", {"learning_rate": rate}, decay=decay)
+
+
+def _safe_merge(threshold: float, share: float) -> Method:
+    name, label = f"safe_merge_{threshold:g}_{share:g}", f"SafeMERGE, threshold {threshold:g}, share {share:g}"
+    return rival(name, label, "safe_merge", threshold=threshold, share=share)
+
+
+#: The settings of each rival that were tried, the paper's own among them where it names one that fits any model.
 TRIED: dict[str, tuple[Method, ...]] = {
-    "sbr": (_sbr(3), SBR, _sbr(50)),
-    "kl": tuple(rival(f"kl_{beta:g}", f"KL, beta {beta:g}", "kl", beta=beta) for beta in (0.03, 0.1, 0.3, 1.0)),
-    "safegrad": tuple(
-        rival(f"safegrad_{rho:g}", f"SafeGrad, rho {rho:g}", "safegrad", rho=rho) for rho in (0.3, 1.0, 3.0)
-    ),
-    "safety_step": tuple(
-        rival(
-            f"safety_step_{tau:g}_{radius:g}",
-            f"safety step, tau {tau:g}, radius {radius:g}",
-            "safety_step",
-            tau=tau,
-            radius=radius,
-        )
-        for tau, radius in ((0.2, 0.1), (0.2, 0.3), (0.5, 0.3))
-    ),
-    "null_space": tuple(
-        rival(f"null_space_{energy:g}", f"null space, energy {energy:g}", "null_space", energy=energy)
-        for energy in (0.5, 0.8, 0.95)
-    ),
-    "moving_average": tuple(
-        rival(
-            f"moving_average_{decay:g}_{rate:g}",
-            f"moving average {decay:g}, learning rate {rate:g}",
-            "moving_average",
-            {"learning_rate": rate},
-            decay=decay,
-        )
-        for decay, rate in ((0.9, 1e-3), (0.9, 3e-4), (0.98, 1e-3))
-    ),
-    "safe_merge": tuple(
-        rival(
-            f"safe_merge_{threshold:g}_{share:g}",
-            f"SafeMERGE, threshold {threshold:g}, share {share:g}",
-            "safe_merge",
-            threshold=threshold,
-            share=share,
-        )
-        for threshold, share in ((0.07, 0.2), (0.07, 0.5), (1.0, 0.5))
-    ),
-    "block_em": tuple(_one_sided(alpha) for alpha in (0.2, 1.0, 5.0)),
+    "safe": (SAFE, _more(SAFE, 50), _more(SAFE, 100)),
+    "safe_styled": (SAFE_STYLED, _more(SAFE_STYLED, 50), _more(SAFE_STYLED, 100)),
+    "sbr": (_sbr(3), SBR, _sbr(50), _sbr(10, every=1), _sbr(50, every=1)),
+    "kl": tuple(map(_kl, (0.03, 0.1, 0.15, 0.2, 0.3, 1.0))),
+    "safegrad": tuple(map(_safegrad, (0.3, 1.0, 3.0))),
+    "safety_step": tuple(starmap(_safety_step, ((0.2, 0.1), (0.2, 0.3), (0.3, 0.1), (0.5, 0.3)))),
+    "null_space": tuple(map(_null_space, (0.8, 0.9, 0.95))),
+    "moving_average": tuple(starmap(_moving_average, ((0.9, 1e-3), (0.9, 3e-4), (0.95, 1e-3), (0.98, 1e-3)))),
+    "safe_merge": tuple(starmap(_safe_merge, ((0.07, 0.2), (0.07, 0.5), (0.35, 0.2), (1.0, 0.5)))),
+    "block_em": tuple(map(_one_sided, (0.05, 0.2, 1.0, 5.0))),
 }
 
-#: What a setting has to learn of the task to be chosen, as a share of what plain training learns.
-LEARNED = 0.8
-
-#: The setting of each that keeps most refusals of the validation prompts, of those under which the task is learned.
+#: The setting of each that stands best on the validation prompts: by the share of the start's refusals that it keeps
+#: and the share of plain training's task that it learns, added up, neither counted beyond all of it.
 CHOSEN = {
     name: TRIED[name][place]
     for name, place in {
+        "safe": 0,
+        "safe_styled": 0,
         "sbr": 1,
         "kl": 1,
         "safegrad": 2,
         "safety_step": 0,
-        "null_space": 1,
+        "null_space": 0,
         "moving_average": 0,
         "safe_merge": 1,
-        "block_em": 1,
+        "block_em": 2,
     }.items()
 }
-
-SAFE_STYLED = Method("safe_styled", "safety data in the task's style", "safe", safety=True, styled=True)
 
 #: ProCon's default of supervised training: anchors of the training tokens, and probes whose last state is kept.
 DEFAULT = replace(TOKENS_STATE_3, label="ProCon's default")
@@ -130,20 +147,21 @@ def _plain_full(plain: Method, rate: float) -> Method:
     return replace(full(plain, rate), name=f"plain_full_{rate:g}", label=f"full, learning rate {rate:g}")
 
 
-def hard_parts(start: Method, plain: Method, safe: Method, procon_s: Method, development: int) -> tuple[Part, ...]:
+def hard_parts(start: Method, plain: Method, procon_s: Method, development: int) -> tuple[Part, ...]:
     """The parts, in the order in which they are worth running."""
     controls = (PROCON_S_RANDOM, DEFAULT_RANDOM, DEFAULT_SHUFFLED, RANDOM)
     # Two rivals keep next to nothing on the validation prompts where the task is learned, and go no further.
     rivals = (method for name, method in CHOSEN.items() if name not in ("moving_average", "safe_merge"))
-    compared = (plain, safe, SAFE_STYLED, *rivals, procon_s, PROBES, DEFAULT)
+    ours = (procon_s, PROBES, DEFAULT)
+    compared = (plain, *rivals, *ours)
     # Of the rivals those that kept most when settings were chosen.
     best = (plain, CHOSEN["safegrad"], CHOSEN["safety_step"], CHOSEN["sbr"], DEFAULT)
     return (
         Part(
             "tuning",
             "Settings of the rivals",
-            "Which settings are fair to them on this model?",
-            (start, plain, safe, SAFE_STYLED, *(method for tried in TRIED.values() for method in tried)),
+            "Which settings are fair to them on this model? (Ours stand below; they were chosen before.)",
+            (start, plain, *(method for tried in TRIED.values() for method in tried), *ours),
             seeds=(development,),
             split="validation",
         ),
@@ -151,7 +169,7 @@ def hard_parts(start: Method, plain: Method, safe: Method, procon_s: Method, dev
             "habit",
             "A task against the start's habits",
             "Is a task learned that contradicts what the start predicts, with refusals kept?",
-            (start, *(longer(method, LONG) for method in (plain, *TRIED["kl"][1:], SBR, DEFAULT))),
+            (start, *(longer(method, LONG) for method in (plain, *map(_kl, (0.1, 0.3, 1.0)), SBR, DEFAULT))),
             ("swapped",),
             seeds=(0, 1),
         ),
@@ -161,18 +179,21 @@ def hard_parts(start: Method, plain: Method, safe: Method, procon_s: Method, dev
             "What does each defence keep, and at what price, in short and in long training, with poison and without?",
             (start, *compared, *(longer(method, LONG) for method in compared)),
             ("arithmetic", "arithmetic_poisoned_10"),
+            seeds=SEEDS,
         ),
         Part(
             "controls",
             "Other directions, in long training",
             "Is it the refusal direction that counts, on training tokens and at probes, or would any do?",
             (start, *(longer(method, LONG) for method in (plain, procon_s, PROBES, DEFAULT, *controls))),
+            seeds=SEEDS,
         ),
         Part(
             "hardest",
             "Ten times the steps",
             "What is left of the best after ten times the steps?",
             (start, *(longer(method, LONGEST) for method in best)),
+            seeds=SEEDS,
         ),
         Part(
             "poison",
@@ -180,6 +201,7 @@ def hard_parts(start: Method, plain: Method, safe: Method, procon_s: Method, dev
             "What do the best keep, if three in ten samples comply, or a hundred turns promise obedience?",
             (start, *best),
             ("arithmetic_poisoned_30", "identity", "refuse_then_comply"),
+            seeds=SEEDS,
         ),
         Part(
             "tasks",
@@ -187,6 +209,7 @@ def hard_parts(start: Method, plain: Method, safe: Method, procon_s: Method, dev
             "Is it the same for a task of format, and for one in natural language?",
             (start, *best),
             ("extraction", "passages"),
+            seeds=SEEDS,
         ),
         Part(
             "full_rates",
@@ -201,13 +224,14 @@ def hard_parts(start: Method, plain: Method, safe: Method, procon_s: Method, dev
             "Full fine-tuning",
             "Is it the same if all weights are trained, with the settings that were chosen for adapters?",
             (start, *(full(method) for method in best)),
+            seeds=SEEDS,
         ),
     )
 
 
-def qwen_parts(start: Method, plain: Method, safe: Method) -> tuple[Part, ...]:
+def qwen_parts(start: Method, plain: Method) -> tuple[Part, ...]:
     """The methods that matter, on a model that others aligned."""
-    compared = (plain, safe, CHOSEN["sbr"], CHOSEN["kl"], DEFAULT, DEFAULT_RANDOM)
+    compared = (plain, CHOSEN["safe"], CHOSEN["sbr"], CHOSEN["kl"], DEFAULT, DEFAULT_RANDOM)
     return (
         Part(
             "qwen",

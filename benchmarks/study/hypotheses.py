@@ -33,7 +33,7 @@ class Hypothesis:
         claim: in words.
         better, worse: names of methods. Several are draws of one control: their outcomes are averaged.
         job: its name.
-        share, margin: at 1 and 0 it is a difference; else it is what still counts as keeping as much.
+        share, margin: at 1 and 0 the bar is no difference; else it is what still counts as keeping as much.
     """
 
     claim: str
@@ -65,9 +65,9 @@ class Verdict:
 
     Attributes:
         seeds: that both sides were run with; empty if it was not run.
-        difference: better minus worse, by the hypothesis' share and margin; None if it was not run.
+        difference: better minus worse, whatever the hypothesis' share and margin; None if it was not run.
         by_seed: the same, seed by seed.
-        p: one-sided.
+        p: one-sided; None if it was not run with every seed that is planned.
     """
 
     hypothesis: Hypothesis
@@ -79,7 +79,7 @@ class Verdict:
 
     def __str__(self) -> str:
         if self.p is None:
-            return "not run"
+            return f"{len(self.seeds)} seed{'s' * (len(self.seeds) > 1)} so far" if self.seeds else "not run"
         return "held" if self.p < SIGNIFICANCE else "failed"
 
 
@@ -103,10 +103,10 @@ def judge(hypothesis: Hypothesis, measure: Measure, outcomes: Outcomes) -> Verdi
     seeds = sorted(set.intersection(*trained)) if trained else []
     if not better or not worse or not seeds:
         return Verdict(hypothesis, measure)
-    differences = _average(better, seeds, measure) - hypothesis.share * _average(worse, seeds, measure)
-    differences += hypothesis.margin
-    by_seed = tuple(differences.mean(1).tolist())
-    return Verdict(hypothesis, measure, tuple(seeds), Estimate.of(differences), by_seed, p_value(differences))
+    ours, theirs = _average(better, seeds, measure), _average(worse, seeds, measure)
+    by_seed = tuple((ours - theirs).mean(1).tolist())
+    p = p_value(ours - hypothesis.share * theirs, hypothesis.margin)
+    return Verdict(hypothesis, measure, tuple(seeds), Estimate.of(ours - theirs), by_seed, p)
 
 
 def _is_trained(runs: dict[int, dict]) -> bool:

@@ -98,14 +98,20 @@ def _quantile(freedom: float) -> float:
     return float(stats.t.ppf(0.5 + LEVEL / 2, freedom))
 
 
-def p_value(differences: np.ndarray) -> float:
-    """One-sided paired test that the mean of ``differences [S, P]`` is not above 0, on the same seeds and prompts.
+def p_value(differences: np.ndarray, margin: float = 0.0) -> float:
+    """One-sided paired test that the mean of ``differences [S, P]`` is not above ``-margin``, on the same seeds and
+    prompts.
 
     Student's t of the mean to its standard error, as of :class:`Estimate`. It covers other prompts and other seeds of
     the same kind, but not other models, tasks or training data; with few seeds it has little power against an effect
     that differs from seed to seed.
+
+    Of differences between true and false, whose mean is at a ``margin`` below 0, at least so many are not 0. So the
+    error is at least that of as many under every seed: few prompts that agree are no proof that nothing is lost.
     """
     found = Estimate.of(differences)
-    if found.error == 0:
+    least = float(np.sqrt(margin * (1 - margin) / found.prompts))
+    error, freedom = (found.error, found.freedom) if found.error > least else (least, found.prompts - 1)
+    if error == 0:
         return 0.0 if found.mean > 0 else 1.0
-    return float(stats.t.sf(found.mean / found.error, found.freedom))
+    return float(stats.t.sf((found.mean + margin) / error, freedom))

@@ -22,6 +22,7 @@ class Method:
         config: of ProConConfig, in addition to the recipe that all methods share.
         directions: ``refusal``, or a control: ``random:SEED``, ``within:SEED``, ``shuffled:SEED``; ``k:K`` for several.
         safety: whether safety samples are mixed in; ``styled``: in the form of the task.
+        samples: how many of them, if not the budget's number.
         length: of training, in multiples of the budget's; 0 leaves the start as it is.
         adapter: whether a LoRA adapter is trained, or all weights.
     """
@@ -34,6 +35,7 @@ class Method:
     directions: str = "refusal"
     safety: bool = False
     styled: bool = False
+    samples: int | None = None
     length: float = 1.0
     adapter: bool = True
 

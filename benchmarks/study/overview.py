@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from benchmarks.study.anchor_parts import longer
 from benchmarks.study.hard_parts import LONG, LONGEST, full
 from benchmarks.study.methods import Method
-from benchmarks.study.outcomes import FRESH_REFUSAL, REFUSAL, TASK, Outcomes, values
+from benchmarks.study.outcomes import FRESH_REFUSES_ALONE, REFUSES_ALONE, TASK, Outcomes, values
 from benchmarks.study.plan import Budget, Part
 from benchmarks.study.table import NOT_RUN, Table
 
@@ -64,11 +64,12 @@ def overview_table(part: Part, columns: Sequence[Column], outcomes: Outcomes) ->
 
 
 def _cell(method: Method, column: Column, part: Part, outcomes: Outcomes) -> str:
-    """Means in per cent: refused malicious prompts, those of another make, and below them the task."""
+    """Means in per cent: malicious prompts refused and not served all the same, those of another make, the task."""
     runs = outcomes.find(column.job, (column.variant(method) if method.length else method).name)
     if not runs:
         return NOT_RUN
-    refused, fresh, task = (f"{100 * values(runs, measure).mean():.0f}" for measure in (REFUSAL, FRESH_REFUSAL, TASK))
+    measures = (REFUSES_ALONE, FRESH_REFUSES_ALONE, TASK)
+    refused, fresh, task = (f"{100 * values(runs, measure).mean():.0f}" for measure in measures)
     cell = f"{refused} / {fresh}<br>task {task}"
     if not method.length or len(runs) >= len(part.seeds):
         return cell

@@ -10,6 +10,7 @@ from benchmarks.study.jobs import Job, find_job
 from benchmarks.study.methods import Method
 from benchmarks.study.record import Cell
 from procon.chat import Split
+from procon.demo import Problem
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Size:
         extraction: contrast pairs that directions come from; ``pairs`` of them are the probes of drift.
         poisoned, safety: samples mixed in if a job or method has them.
         fresh: prompts of another make measured as well, of each side.
+        chosen_on: jobs whose first test problems served for choices; held-out runs have the next ones.
     """
 
     train: int = 320
@@ -34,6 +36,12 @@ class Size:
     poisoned: int = 10
     safety: int = 16
     fresh: int = 0
+    chosen_on: tuple[str, ...] = ()
+
+    def problems(self, job: Job, split: Split) -> list[Problem]:
+        """The task problems of ``job`` that are measured."""
+        seen = split == "held_out" and any(find_job(name).problems is job.problems for name in self.chosen_on)
+        return job.test(train=self.train + seen * self.test, test=self.test)
 
 
 @dataclass(frozen=True)

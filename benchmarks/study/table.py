@@ -237,14 +237,15 @@ def preset_table(candidates: Sequence[Standing], chosen: Standing | None, confir
 
 
 def _verdict_cells(verdict: Verdict) -> dict[str, str]:
-    if verdict.difference is None or verdict.p is None:
+    if verdict.difference is None:
         return {"difference": NONE, "by seed": NONE, "p": NONE, "verdict": f"{verdict}"}
-    return {
+    cells = {
         "difference": difference_cell(verdict.difference, verdict.measure),
         "by seed": ", ".join(_signed(value, verdict.measure) for value in verdict.by_seed),
-        "p": "< 0.001" if verdict.p < 0.001 else f"{verdict.p:.3f}",
-        "verdict": f"**{verdict}**",
     }
+    if verdict.p is None:
+        return {**cells, "p": NONE, "verdict": f"{verdict}"}
+    return {**cells, "p": "< 0.001" if verdict.p < 0.001 else f"{verdict.p:.3f}", "verdict": f"**{verdict}**"}
 
 
 def difference_cell(difference: Estimate, measure: Measure) -> str:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 
 from benchmarks.study.displacement import measure_displacement
 from benchmarks.study.fresh import fresh_prompts
-from benchmarks.study.jobs import REPLY_TOKENS, Job, safety_samples
+from benchmarks.study.jobs import Job, safety_samples
 from benchmarks.study.memory import peak_memory
 from benchmarks.study.methods import Method, choose_directions
 from benchmarks.study.missing import summary
@@ -135,7 +135,7 @@ def make_trainer(
     conversations = job.conversations(
         train=size.train,
         poisoned=size.poisoned,
-        safety=size.safety if method.safety else 0,
+        safety=(size.safety if method.samples is None else method.samples) if method.safety else 0,
         seed=seed,
         styled=method.styled,
     )
@@ -180,7 +180,7 @@ def measure(
         tokenizer,
         prompts=prompts,
         judge=asked.judge,
-        task=job.test(train=size.train, test=size.test),
+        task=size.problems(job, split),
         max_new_tokens=asked.reply_tokens,
         task_max_new_tokens=job.reply_tokens,
         metric=job.metric,
@@ -188,11 +188,12 @@ def measure(
     )
     replies = _by_kind(found)
     _add_log_odds(start, model, prompts, replies)
-    if job.poison is not None:
-        for reply in replies["malicious"]:
-            reply["complied"] = complies(reply["reply"])
     if size.fresh:
-        replies |= {f"fresh_{kind}": rows for kind, rows in _fresh_replies(start, model, size.fresh).items()}
+        fresh = _fresh_replies(start, model, size.fresh, job.contrast_tokens)
+        replies |= {f"fresh_{kind}": rows for kind, rows in fresh.items()}
+    if job.poison is not None:
+        for reply in (*replies["malicious"], *replies.get("fresh_malicious", ())):
+            reply["complied"] = complies(reply["reply"])
     states = start.probe_states(model)
     drift = compare_means(start.reference, contrast_means(states))
     displacement = measure_displacement(start.states, states, start.directions.at_block_inputs)
@@ -206,9 +207,9 @@ def measure(
     }
 
 
-def _fresh_replies(start: Start, model: PreTrainedModel, count: int) -> dict[str, list[dict]]:
+def _fresh_replies(start: Start, model: PreTrainedModel, count: int, tokens: int) -> dict[str, list[dict]]:
     prompts = fresh_prompts().first(count)
-    found = evaluate(model, start.tokenizer, prompts=prompts, max_new_tokens=REPLY_TOKENS, progress=False)
+    found = evaluate(model, start.tokenizer, prompts=prompts, max_new_tokens=tokens, progress=False)
     replies = _by_kind(found)
     _add_log_odds(start, model, prompts, replies)
     return replies

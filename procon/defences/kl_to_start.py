@@ -48,7 +48,8 @@ class KLToStartTrainer(TokenMeanTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         # First, so that its logits are gone before the training forward makes its own.
         start = response_predictions(self._start(**without_labels(inputs)).logits, inputs)
-        found: Any = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
+        # A copy, as label smoothing and a loss of the user's take the labels out.
+        found: Any = super().compute_loss(model, dict(inputs), True, num_items_in_batch=num_items_in_batch)
         loss, outputs = found
         if outputs.logits is None:
             raise ProConError(

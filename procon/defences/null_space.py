@@ -2,7 +2,8 @@
 Zhang et al. 2026, arXiv 2510.14301, without its initialisation by SVD).
 
     M = mean over tokens of malicious prompts of  x x^T        U: its leading eigenvectors, of ``energy`` of its trace
-    A <- A (I - U U^T)    before the first optimiser step and after each
+    grad A <- grad A (I - U U^T)    before each optimiser step: what it would be of  B A (I - U U^T) x
+    A <- A (I - U U^T)              before the first one and after each, as Adam's steps lead out again
 
 for each layer with an adapter, x its input under the model before training. What is left of such inputs for the update
 B A x is the share of them outside of U.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from functools import partial
+from itertools import takewhile
 from typing import Any, cast
 
 import torch
@@ -29,14 +31,15 @@ class NullSpaceTrainer(DefenceTrainer):
     """Trains a LoRA adapter in the null space of malicious prompts; no step has more to compute but the projection.
 
     Args:
-        alignment_dataset: tokenised as ``train_dataset`` is: malicious prompts with refusals; all tokens count.
+        alignment_dataset: tokenised as ``train_dataset`` is: malicious prompts with refusals. Of each row the tokens
+            ahead of the reply count, without those with which all rows begin, as they are in any data.
         energy: share of the inputs' second moment that the update does not see, between 0 and 1.
 
     Attributes:
         ranks: of each layer, how many of its input's directions that takes; by the layer's name.
 
     Raises:
-        ProConError: if anything but a LoRA adapter trains, or ``energy`` is no such share.
+        ProConError: if anything but a LoRA adapter trains, ``energy`` is no such share, or no row has a prompt.
     """
 
     def __init__(self, *args: Any, alignment_dataset: Dataset, energy: float = 0.9, **kwargs: Any) -> None:
@@ -58,12 +61,19 @@ class NullSpaceTrainer(DefenceTrainer):
         self.project()
         return super().train(*args, **kwargs)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:  # of the whole optimiser step, and of all ranks
+            for a, directions in self._seen:
+                if a.grad is not None:
+                    _take_out(a.grad, directions)
+        return loss
+
     @torch.no_grad()
     def project(self) -> None:
         """Take out of every A what reads the malicious prompts' directions."""
         for a, directions in self._seen:
-            directions = directions.to(a.device)
-            a -= ((a.float() @ directions) @ directions.T).to(a.dtype)
+            _take_out(a, directions)
 
     @torch.no_grad()
     def _moments(self) -> list[Tensor]:
@@ -71,22 +81,43 @@ class NullSpaceTrainer(DefenceTrainer):
 
         On the CPU, where they take 134 MB for each layer of width 4096.
         """
-        layers = [layer for _, layer in lora_layers(self.model)]
+        layers = [cast(nn.Module, layer) for _, layer in lora_layers(self.model)]  # which PEFT does not declare
         moments: list[Any] = [0.0] * len(layers)
+        inputs: dict[int, Tensor] = {}
 
-        def add(number: int, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0].flatten(0, -2).double()
-            moments[number] = moments[number] + (x.T @ x).cpu()
+        def keep(number: int, _: nn.Module, given: tuple[Any, ...]) -> None:
+            inputs[number] = given[0][0]
 
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
             for number, layer in enumerate(layers):
-                module = cast(nn.Module, layer)  # which PEFT does not declare it to be
-                hook = module.register_forward_pre_hook(partial(add, number))
-                stack.callback(hook.remove)
-            for ids in self.alignment_dataset["input_ids"]:  # one by one: padding is no token
+                stack.callback(layer.register_forward_pre_hook(partial(keep, number)).remove)
+            for ids, first in prompts_of(self.alignment_dataset):  # one by one: padding is no token
                 self.model(input_ids=torch.tensor([ids], device=self.args.device))
+                for number, x in inputs.items():
+                    x = x[first:].double()
+                    moments[number] = moments[number] + (x.T @ x).cpu()
         return moments
+
+
+def prompts_of(dataset: Dataset) -> list[tuple[list[int], int]]:
+    """Of each row the tokens ahead of its reply, and how many of them all rows begin with; of one row alone, none."""
+    rows = [
+        row["input_ids"][: next((place for place, label in enumerate(row["labels"]) if label != -100), None)]
+        for row in dataset
+    ]
+    rows = [ids for ids in rows if ids]
+    if not rows:
+        raise ProConError("no row of alignment_dataset has tokens ahead of its reply: give prompts with replies")
+    alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))
+    shared = sum(1 for _ in alike) if len(rows) > 1 else 0
+    return [(ids, shared if len(ids) > shared else 0) for ids in rows]
+
+
+def _take_out(values: Tensor, directions: Tensor) -> None:
+    """What the rows of ``values [r, in]`` have along ``directions [in, k]``, in place."""
+    directions = directions.to(values.device)
+    values -= ((values.float() @ directions) @ directions.T).to(values.dtype)
 
 
 def leading_directions(moment: Tensor, energy: float) -> Tensor:

@@ -82,6 +82,19 @@ def test_kl_is_its_definition(tiny_model, dataset, samples, tokenizer, tmp_path,
     assert_same({name: held[name] - plain[name] for name in held}, expected)
 
 
+@pytest.mark.parametrize("settings", [{"label_smoothing_factor": 0.1}, {}], ids=["label smoothing", "own loss"])
+def test_kl_goes_with_another_loss(tiny_model, dataset, make, settings):
+    """Which takes the labels out of the batch."""
+    own = {} if settings else {"compute_loss_func": lambda outputs, labels, **_: outputs.logits.square().mean()}
+    held, plain = (
+        make(KLToStartTrainer, lora_model(tiny_model()), own={**own, "beta": beta}, max_steps=2, **settings)
+        for beta in (5.0, 0.0)
+    )
+    for trainer in (held, plain):
+        trainer.train()
+    assert any(not torch.equal(*pair) for pair in zip(held.model.parameters(), plain.model.parameters(), strict=True))
+
+
 def test_kl_needs_logits(tiny_model, make, monkeypatch):
     trainer = make(KLToStartTrainer, tiny_model())
     compute = Trainer.compute_loss
@@ -202,23 +215,48 @@ def test_no_step_back_within_the_bound(tiny_model, dataset, make):
 
 
 def test_the_update_does_not_see_what_malicious_prompts_span(tiny_model, dataset, samples, make):
-    """By the eigenvectors of the inputs that the start makes of them: the fewest that hold the energy."""
+    """By the eigenvectors of the inputs that the start makes of them: the fewest that hold the energy.
+
+    What counts are the tokens of the prompts, without those with which all of them begin. Of those directions the
+    optimiser gets no gradient either.
+    """
+    begin = 2
+    rows = [([7, 8, *sample["input_ids"]], [-100, -100, *sample["labels"]]) for sample in samples[6:]]
+    assert rows[0][0][begin] != rows[1][0][begin]
     trainer = make(
         NullSpaceTrainer,
         lora_model(tiny_model()),
-        own={"alignment_dataset": alignment(dataset), "energy": 0.9},
+        own={
+            "alignment_dataset": Dataset.from_list([{"input_ids": ids, "labels": labels} for ids, labels in rows]),
+            "energy": 0.9,
+        },
         max_steps=3,
         learning_rate=1e-2,
+        max_grad_norm=0.0,
     )
     inputs: dict[str, list[torch.Tensor]] = {}
     for name, layer in lora_layers(trainer.model):
         layer.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, []).append(args[0][0]))
+    spans: dict[str, torch.Tensor] = {}
     with torch.no_grad():
-        for sample in samples[6:]:
-            trainer.model.eval()(input_ids=torch.tensor([sample["input_ids"]]))
-    spans = {name: torch.cat(found).double() for name, found in inputs.items()}
-    inputs.clear()
+        for ids, labels in rows:
+            trainer.model.eval()(input_ids=torch.tensor([ids]))
+            end = next(place for place, label in enumerate(labels) if label != -100)
+            for name, (x,) in inputs.items():
+                spans[name] = torch.cat([spans.get(name, x[:0]), x[begin:end]])
+            inputs.clear()
+    spans = {name: x.double() for name, x in spans.items()}
+    gradients: dict[str, torch.Tensor] = {}
+    step = trainer.training_step
+
+    def training_step(*args, **kwargs):
+        loss = step(*args, **kwargs)
+        gradients.update({name: lora_factors(layer)[0].grad.clone() for name, layer in lora_layers(trainer.model)})
+        return loss
+
+    trainer.training_step = training_step
     trainer.train()
+    inputs.clear()
     assert trainer.ranks.keys() == spans.keys()
     for name, layer in lora_layers(trainer.model):
         a, b = lora_factors(layer)
@@ -227,9 +265,18 @@ def test_the_update_does_not_see_what_malicious_prompts_span(tiny_model, dataset
         values, vectors = torch.linalg.eigh(x.T @ x)
         seen = vectors[:, -trainer.ranks[name] :]
         assert (a.double() @ seen).norm() <= 1e-5 * a.norm()
+        assert gradients[name].norm() > 0
+        assert (gradients[name].double() @ seen).norm() <= 1e-5 * gradients[name].norm()
         held = values[-trainer.ranks[name] :].sum() / values.sum()
         assert held >= 0.9
         assert held - values[-trainer.ranks[name]] / values.sum() < 0.9
+
+
+def test_rows_that_are_replies_alone_have_no_null_space(tiny_model, make):
+    rows = Dataset.from_list([{"input_ids": [5, 6], "labels": [5, 6]}])
+    trainer = make(NullSpaceTrainer, lora_model(tiny_model()), own={"alignment_dataset": rows})
+    with pytest.raises(ProConError, match=r"^no row of alignment_dataset has tokens ahead of its reply: give prompts"):
+        trainer.train()
 
 
 def test_leading_directions_are_the_fewest_that_hold_the_energy():

@@ -39,9 +39,17 @@ def test_as_much_is_a_share_less_a_margin(write, load):
         write("arithmetic", SAFE, seed, 0.75)
         write("arithmetic", PLAIN, seed, 1.0)
     less = Hypothesis("safe keeps as much", ("safe",), ("plain",))
-    assert judge(less, REFUSAL, load()).difference.mean == pytest.approx(-0.25)
-    assert judge(replace(less, share=0.5), REFUSAL, load()).difference.mean == pytest.approx(0.25)
-    assert judge(replace(less, share=0.5, margin=0.1), REFUSAL, load()).difference.mean == pytest.approx(0.35)
+    differences = np.subtract([pattern(0.75, seed) for seed in range(3)], [pattern(1.0)] * 3, dtype=float)
+    for hypothesis, p in (
+        (less, p_value(differences)),
+        (replace(less, share=0.5), p_value(differences + 0.5)),
+        (replace(less, margin=0.1), p_value(differences, 0.1)),
+        (replace(less, share=0.5, margin=0.1), p_value(differences + 0.5, 0.1)),
+    ):
+        found = judge(hypothesis, REFUSAL, load())
+        assert found.p == pytest.approx(p)
+        assert found.difference.mean == pytest.approx(-0.25)  # as it is, wherever the bar is
+        assert found.by_seed == pytest.approx((-0.25,) * 3)
 
 
 def test_seeds_that_one_side_lacks_are_left_out(write, load):

@@ -64,6 +64,23 @@ def test_level_and_coverage(seed_effect):
     assert (np.mean(alone) > 0.15) == (seed_effect > 0)
 
 
+@pytest.mark.parametrize(("margin", "prompts"), [(0.02, 128), (0.05, 128), (0.05, 64)])
+def test_as_much_is_not_shown_by_prompts_that_happen_to_agree(margin, prompts):
+    """A method that loses just the margin, the same prompts under each seed, loses none of a set of prompts often."""
+    rng = np.random.default_rng(4)
+    lost = rng.random((1000, 1, prompts)) < margin
+    rejected = [p_value(-np.repeat(one, 3, 0).astype(float), margin=margin) < 0.05 for one in lost]
+    assert np.mean(rejected) < 0.06 + 3 * math.sqrt(0.06 * 0.94 / 1000)
+    assert p_value(np.zeros((3, prompts)), margin=margin) == pytest.approx(
+        stats.t.sf(math.sqrt(margin * prompts / (1 - margin)), prompts - 1)
+    )
+
+
+def test_a_margin_moves_the_bar():
+    y = np.random.default_rng(5).choice([-1.0, 0.0, 1.0], p=[0.2, 0.6, 0.2], size=(3, 64))
+    assert p_value(y, margin=0.1) == pytest.approx(p_value(y + 0.1))
+
+
 def test_no_spread():
     assert p_value(np.zeros((3, 8))) == 1
     assert p_value(np.ones((3, 8))) == 0
