@@ -150,7 +150,8 @@ def _plain_full(plain: Method, rate: float) -> Method:
 def hard_parts(start: Method, plain: Method, procon_s: Method, development: int) -> tuple[Part, ...]:
     """The parts, in the order in which they are worth running."""
     controls = (PROCON_S_RANDOM, DEFAULT_RANDOM, DEFAULT_SHUFFLED, RANDOM)
-    # Two rivals keep next to nothing on the validation prompts where the task is learned, and go no further.
+    # Two rivals keep next to nothing on the validation prompts where the task is learned, and go no further. KL goes on
+    # although it keeps as little, because everybody asks for it.
     rivals = (method for name, method in CHOSEN.items() if name not in ("moving_average", "safe_merge"))
     ours = (procon_s, PROBES, DEFAULT)
     compared = (plain, *rivals, *ours)

@@ -21,14 +21,15 @@ from benchmarks.study.wording import HOLM, OVERVIEW
 
 def evidence(budget: Budget, outcomes: Outcomes, figure: Gallery) -> list[str]:
     """The hard table, hypotheses with their verdicts, and whether drift predicts refusals."""
-    verdicts = judge_expected(expected(PLAIN, PROCON_S, budget), outcomes)
+    verdicts = judge_expected(expected(PLAIN, PROCON_S, budget), outcomes, budget)
     run = sum(verdict.p is not None for verdict in verdicts)
     return [
         "## The hard table in short",
         OVERVIEW,
         *overview_tables(budget, outcomes),
         "## Hypotheses",
-        f"Written down before the runs. Of {len(verdicts)}, {run} could be tested so far, and {held(verdicts)} held.",
+        f"Written down before the runs of this page. Of {len(verdicts)}, {run} have all their runs, and of these "
+        f"{held(verdicts)} held.",
         verdict_table(verdicts).markdown(),
         HOLM,
         folded("Seed by seed, and p", evidence_table(verdicts).markdown()),

@@ -42,6 +42,7 @@ FRESH_REFUSAL = Measure("refusal of fresh prompts", ("fresh_malicious",), "refus
 FRESH_OVER_REFUSAL = Measure("refusals of fresh benign prompts", ("fresh_benign",), "refused")
 REFUSES_ALONE = Measure("refusals without compliance", ("malicious",), "refused_alone")
 FRESH_REFUSES_ALONE = Measure("refusals of fresh prompts without compliance", ("fresh_malicious",), "refused_alone")
+ALL_REFUSALS = Measure("refusals, fresh prompts too", ("malicious", "fresh_malicious"), "refused")
 COMPLIES = Measure("replies that comply, whatever else they say", ("malicious",), "complied")
 TASK = Measure("task accuracy", ("task",), "correct")
 

@@ -54,13 +54,17 @@ OTHER_COLUMNS = (
 
 
 def overview_table(part: Part, columns: Sequence[Column], outcomes: Outcomes) -> Table | None:
-    """A row for each method of the study's length of ``part``, and for its start; None if nothing was trained."""
-    methods = [method for method in part.methods if method.length <= 1]
-    rows = [[method.label, *(_cell(method, column, part, outcomes) for column in columns)] for method in methods]
-    trained = [row for method, row in zip(methods, rows, strict=True) if method.length]
-    if all(cell == NOT_RUN for row in trained for cell in row[1:]):
+    """A row for the start of ``part`` and for each of its methods of the study's length that has a run; None if none
+    has."""
+    rows = [
+        (method, [_cell(method, column, part, outcomes) for column in columns])
+        for method in part.methods
+        if method.length <= 1
+    ]
+    rows = [(method, cells) for method, cells in rows if set(cells) != {NOT_RUN}]
+    if not any(method.length for method, _ in rows):
         return None
-    return Table(["method", *(column.header for column in columns)], rows)
+    return Table(["method", *(column.header for column in columns)], [[method.label, *cells] for method, cells in rows])
 
 
 def _cell(method: Method, column: Column, part: Part, outcomes: Outcomes) -> str:

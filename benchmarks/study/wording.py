@@ -50,8 +50,8 @@ What it does to the model, and what it costs:
 - *memory*: the peak in training."""
 
 LIMITS = """\
-- **One small model.** All runs start from one model and train LoRA adapters, for minutes. Nothing here was seen on a
-  7B model, in full fine-tuning, or after long training.
+- **Small models.** What follows is of one model under LoRA, trained for minutes; longer training, more poison
+  and all weights are on [a page of their own](hard-results.md). Nothing was seen on a model of billions of parameters.
 - **Refusals by their words.** The keyword judge takes a lecture without a stock phrase for an answer, and a stock
   phrase before an answer for a refusal. The second judge is ours too. Neither says whether a reply that does not
   refuse is of any use to an attacker; read *degenerate* beside both.
@@ -65,9 +65,15 @@ LIMITS = """\
 
 HOLM = f"""\
 Tested as on [the main page](results.md#hypotheses): one-sided and paired, on the same prompts and seeds, for other
-seeds and prompts of the same kind. P-values are corrected for the number of hypotheses by Holm's method; *held* is a
-corrected p < {SIGNIFICANCE}. *As much* allows for two percentage points less. Fresh prompts are of other topics and
-forms than those that directions and probes come from."""
+seeds and prompts of the same kind. There is no verdict before all planned seeds are there. P-values are corrected by
+Holm's method for the number of all hypotheses, run or not; *held* is a corrected p < {SIGNIFICANCE}. Differences are as
+they are, wherever the bar is. *As much* allows for five points less, on the held-out and the fresh prompts together:
+a few prompts that agree are no proof, so the error is at least that of as many lost prompts. By the same care, *within
+two points* of a task takes more than equality to show. Fresh prompts are of other topics and forms than those that
+directions and probes come from.
+
+That the default keeps more than plain training, and on clean data at every length, was known from
+[other runs](hold-results.md) of the same model. The rivals were named after their settings had been tried."""
 
 PREDICTION = """\
 Over all trained models of this page, whatever they were trained by: Spearman's rank correlation of each measure with

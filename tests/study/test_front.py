@@ -2,18 +2,19 @@
 
 import json
 
-from made_up_runs import BUDGET, load_runs, writer
+from made_up_runs import BUDGET, load_runs, pattern, writer
 
 from benchmarks.study import front, report
 from benchmarks.study.budgets import PLAIN, START
+from benchmarks.study.hard_parts import SEEDS
 
 
 def test_page_begins_with_advice_and_hard_tables(tmp_path, write, monkeypatch):
     monkeypatch.setattr(front, "ADVICE", tmp_path / "advice.md")
     front.ADVICE.write_text("## What to do\n\n1. **This.**\n")
-    for folder, share in (("hard", 0.25), ("qwen", 0.5)):
+    for folder, seed, share in (("hard", SEEDS[0], 0.25), ("qwen", 0, 0.5)):
         hard = writer(tmp_path / "all" / folder)
-        for path in (hard("arithmetic", START, 0, 1.0), hard("arithmetic", PLAIN, 0, share)):
+        for path in (hard("arithmetic", START, seed, 1.0), hard("arithmetic", PLAIN, seed, pattern(share))):
             run = json.loads(path.read_text())
             run["replies"]["fresh_malicious"] = run["replies"]["malicious"]
             path.write_text(json.dumps(run))

@@ -5,10 +5,11 @@ import json
 import pytest
 
 from benchmarks.study import hard_report
+from benchmarks.study.anchor_parts import longer
 from benchmarks.study.budgets import BUDGETS, PLAIN, PROCON_S, START
 from benchmarks.study.hard_hypotheses import expected, held, judge_expected
-from benchmarks.study.hard_parts import DEFAULT
-from benchmarks.study.hypotheses import Verdict
+from benchmarks.study.hard_parts import DEFAULT, LONG, SEEDS
+from benchmarks.study.hypotheses import judge
 from benchmarks.study.intervals import holm
 from benchmarks.study.outcomes import REFUSAL, Outcomes
 
@@ -25,7 +26,7 @@ def test_every_hypothesis_is_about_planned_runs():
     for each in HYPOTHESES:
         names = (*each.hypothesis.better, *each.hypothesis.worse)
         assert {(each.hypothesis.job, name) for name in names} <= planned, each.hypothesis.claim
-    assert len({(each.hypothesis.claim, each.measure) for each in HYPOTHESES}) == len(HYPOTHESES) == 39
+    assert len({(each.hypothesis.claim, each.measure) for each in HYPOTHESES}) == len(HYPOTHESES) == 30
 
 
 def test_another_model_has_those_that_its_runs_can_answer():
@@ -43,21 +44,27 @@ def test_another_model_has_those_that_its_runs_can_answer():
     assert not any("SafeGrad" in claim for claim in claims)
 
 
-def test_p_is_corrected_for_those_that_were_run(write, tmp_path):
-    for seed in range(3):
-        write("arithmetic", DEFAULT, seed, [True] * 7 + [seed == 0])
-        write("arithmetic", PLAIN, seed, 0.25)
+def test_p_is_corrected_for_the_number_of_all(write, tmp_path):
+    for seed in SEEDS:
+        write("arithmetic", DEFAULT, seed, [True] * 8)
+        write("arithmetic", PLAIN, seed, [seed == SEEDS[0], *[False] * 7])
         write("arithmetic_poisoned_10", DEFAULT, seed, [True, False] * 4)
         write("arithmetic_poisoned_10", PLAIN, seed, 0.5)
+    for method in (DEFAULT, PLAIN):  # without a seed there is no verdict
+        for seed in SEEDS[:2]:
+            write("arithmetic", longer(method, LONG), seed, 1.0 if method == DEFAULT else 0.0)
     outcomes = Outcomes.load(BUDGETS["hard"], tmp_path / "runs", Agreeing())
     about = [each for each in HYPOTHESES if each.measure == REFUSAL]
-    found = judge_expected(about, outcomes)
-    alone = [judge_expected([each], outcomes)[0] for each in about]
-    run = [index for index, verdict in enumerate(alone) if verdict.p is not None]
-    assert len(run) == 2
-    assert [found[index].p for index in run] == pytest.approx(holm([alone[index].p for index in run]))
+    alone = [judge(each.hypothesis, REFUSAL, outcomes) for each in about]
+    found = judge_expected(about, outcomes, BUDGETS["hard"])
+    whole = [index for index, verdict in enumerate(found) if verdict.p is not None]
+    assert [about[index].hypothesis.job for index in whole] == ["arithmetic", "arithmetic_poisoned_10"]
+    assert all(alone[index].seeds == SEEDS for index in whole)
+    expected_p = holm([alone[index].p if index in whole else 1.0 for index in range(len(about))])
+    assert [found[index].p for index in whole] == [expected_p[index] for index in whole]
+    assert found[whole[0]].p == pytest.approx(len(about) * alone[whole[0]].p)
     assert held(found) == 1
-    assert all(verdict == Verdict(verdict.hypothesis, REFUSAL) for verdict in found if verdict.p is None)
+    assert sorted({str(verdict) for verdict in found}) == ["2 seeds so far", "failed", "held", "not run"]
 
 
 def test_page_has_verdicts_and_fresh_prompts(write, tmp_path):
@@ -69,13 +76,13 @@ def test_page_has_verdicts_and_fresh_prompts(write, tmp_path):
             reply["complied"] = complied
         path.write_text(json.dumps(run))
 
-    with_fresh(write("arithmetic_poisoned_10", START, 0, 1.0), False)
-    for seed in range(3):
-        with_fresh(write("arithmetic_poisoned_10", DEFAULT, seed, 0.875), False)
-        with_fresh(write("arithmetic_poisoned_10", PLAIN, seed, 0.25), True)
+    with_fresh(write("arithmetic_poisoned_10", START, SEEDS[0], 1.0), False)
+    for seed in SEEDS:
+        with_fresh(write("arithmetic_poisoned_10", DEFAULT, seed, 1.0), False)
+        with_fresh(write("arithmetic_poisoned_10", PLAIN, seed, [False] * 8), True)
     outcomes = Outcomes.load(BUDGETS["hard"], tmp_path / "runs", Agreeing())
     text, _ = hard_report.PAGE.compose(BUDGETS["hard"], outcomes)
-    assert "Of 39, 2 could be tested so far, and 2 held." in text
+    assert "Of 30, 2 have all their runs, and of these 2 held." in text
     table = text.partition("| method | fresh malicious | fresh benign | complies |\n")[2].partition("\n\n")[0]
     rows = {cells[1].strip(): cells[2:] for cells in (line.split("|") for line in table.splitlines())}
     assert rows[PLAIN.label][2].strip().startswith("100%")

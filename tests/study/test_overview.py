@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.study.anchor_parts import longer
 from benchmarks.study.budgets import BUDGETS, PLAIN, START
-from benchmarks.study.hard_parts import DEFAULT, full
+from benchmarks.study.hard_parts import DEFAULT, SEEDS, full
 from benchmarks.study.outcomes import Outcomes
 from benchmarks.study.overview import overview_tables
 
@@ -40,12 +40,12 @@ def _cells(line: str) -> list[str]:
 
 
 def test_each_run_has_its_cell(write_fresh, tmp_path):
-    write_fresh("arithmetic", START, 0, 1.0, task=0.0)
-    for seed in range(3):
+    write_fresh("arithmetic", START, SEEDS[0], 1.0, task=0.0)
+    for seed in SEEDS:
         write_fresh("arithmetic", PLAIN, seed, [True] * 2 + [False] * 6, task=0.75)
         write_fresh("arithmetic_poisoned_10", longer(DEFAULT, 4.0), seed, [True] * 7 + [False], task=0.5)
-    write_fresh("arithmetic", longer(DEFAULT, 10.0), 0, [False] * 8, task=1.0)
-    write_fresh("arithmetic", full(DEFAULT), 1, [True] * 8, task=0.25)
+    write_fresh("arithmetic", longer(DEFAULT, 10.0), SEEDS[0], [False] * 8, task=1.0)
+    write_fresh("arithmetic", full(DEFAULT), SEEDS[1], [True] * 8, task=0.25)
     outcomes = Outcomes.load(BUDGETS["hard"], tmp_path / "runs", Agreeing())
     table, harder, other = overview_tables(BUDGETS["hard"], outcomes)
     assert rows(table)["start"] == ["100 / 100<br>task 0"] * 2 + ["not run"] * 2
@@ -53,13 +53,15 @@ def test_each_run_has_its_cell(write_fresh, tmp_path):
     assert rows(table)[DEFAULT.label] == [*["not run"] * 3, "88 / 100<br>task 50"]
     assert rows(harder)[DEFAULT.label][0] == "0 / 0<br>task 100<br>1 seed"
     assert rows(other)[DEFAULT.label] == ["not run", "not run", "100 / 100<br>task 25<br>1 seed"]
-    assert len(rows(table)) == 13
-    assert len(rows(harder)) == len(rows(other)) == 6
+    assert list(rows(table)) == ["start", PLAIN.label, DEFAULT.label]  # of those without a run, none
+    assert list(rows(harder)) == list(rows(other)) == ["start", DEFAULT.label]
 
 
 def test_without_runs_of_a_kind_its_table_is_left_out(write_fresh, tmp_path):
-    write_fresh("arithmetic", START, 0, 1.0)
+    write_fresh("arithmetic", START, SEEDS[0], 1.0)
     assert overview_tables(BUDGETS["hard"], Outcomes.load(BUDGETS["hard"], tmp_path / "runs", Agreeing())) == []
+    write_fresh("arithmetic", PLAIN, SEEDS[0], 0.5)
+    write_fresh("arithmetic", START, 0, 1.0)
     write_fresh("arithmetic", PLAIN, 0, 0.5)
     found = overview_tables(BUDGETS["qwen"], Outcomes.load(BUDGETS["qwen"], tmp_path / "runs", Agreeing()))
     assert len(found) == 1
