@@ -15,8 +15,8 @@ ADVICE = Path(__file__).parent / "advice.md"
 
 #: By the name of its budget: a model, and the page that has all of it.
 MODELS = {
-    "hard": "SmolLM2-135M, which was taught to refuse for the study: [all of it](hard-results.md). Its start refuses one "
-    "prompt less than further below, where another kernel computes attention.",
+    "hard": "SmolLM2-135M, which was taught to refuse for the study: [all of it](hard-results.md). Its start refuses "
+    "one prompt less than further below, where another kernel computes attention.",
     "qwen": "Qwen2.5-Coder-0.5B-Instruct, as its makers aligned it: [all of it](qwen-results.md).",
 }
 

@@ -7,8 +7,10 @@ from itertools import starmap
 from typing import Any
 
 from benchmarks.study.anchor_parts import PROBES, RANDOM, SBR, TOKENS_STATE_3, longer, probing
+from benchmarks.study.hold_parts import holding
 from benchmarks.study.methods import Method
 from benchmarks.study.plan import Part
+from procon.schedule import DEFAULT_BUDGET
 
 #: Multiples of the study's steps: with all methods, and with the best.
 LONG, LONGEST = 4.0, 10.0
@@ -113,6 +115,8 @@ CHOSEN = {
 
 #: ProCon's default of supervised training: anchors of the training tokens, and probes whose last state is kept.
 DEFAULT = replace(TOKENS_STATE_3, label="ProCon's default")
+#: The same at a strength that sets itself.
+HOLD = replace(holding(DEFAULT_BUDGET), label="the default, hold")
 DEFAULT_RANDOM = replace(
     DEFAULT, name="tokens_state_3_random", label="the default, random directions", directions="random:1"
 )
@@ -170,7 +174,7 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
             "habit",
             "A task against the start's habits",
             "Is a task learned that contradicts what the start predicts, with refusals kept?",
-            (start, *(longer(method, LONG) for method in (plain, *map(_kl, (0.1, 0.3, 1.0)), SBR, DEFAULT))),
+            (start, *(longer(method, LONG) for method in (plain, *map(_kl, (0.1, 0.3, 1.0)), SBR, *ours, HOLD))),
             ("swapped",),
             seeds=(0, 1),
         ),
