@@ -115,6 +115,9 @@ CHOSEN = {
 
 #: ProCon's default of supervised training: anchors of the training tokens, and probes whose last state is kept.
 DEFAULT = replace(TOKENS_STATE_3, label="ProCon's default")
+DEFAULT_SAFE = replace(
+    DEFAULT, name=f"{DEFAULT.name}_safe_100", label="ProCon's default, safety data 100", safety=True, samples=100
+)
 #: The same at a strength that sets itself.
 HOLD = replace(holding(DEFAULT_BUDGET), label="the default, hold")
 DEFAULT_RANDOM = replace(
@@ -157,7 +160,7 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
     # Two rivals keep next to nothing on the validation prompts where the task is learned, and go no further. KL goes on
     # although it keeps as little, because everybody asks for it.
     rivals = (method for name, method in CHOSEN.items() if name not in ("moving_average", "safe_merge"))
-    ours = (procon_s, PROBES, DEFAULT)
+    ours = (procon_s, PROBES, DEFAULT, DEFAULT_SAFE)
     compared = (plain, *rivals, *ours)
     # Of the rivals those that kept most when settings were chosen.
     best = (plain, CHOSEN["safegrad"], CHOSEN["safety_step"], CHOSEN["sbr"], DEFAULT)
@@ -174,7 +177,7 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
             "habit",
             "A task against the start's habits",
             "Is a task learned that contradicts what the start predicts, with refusals kept?",
-            (start, *(longer(method, LONG) for method in (plain, *map(_kl, (0.1, 0.3, 1.0)), SBR, *ours, HOLD))),
+            (start, *(longer(method, LONG) for method in (plain, *map(_kl, (0.1, 0.3, 1.0)), SBR, *ours[:3], HOLD))),
             ("swapped",),
             seeds=(0, 1),
         ),
