@@ -19,10 +19,11 @@ SAME_TASK, AS_MUCH = 0.02, 0.05
 #: Of the start's refusals: what counts as kept.
 KEPT = 0.9
 
-#: SBR and KL, beside which the task is compared as well, and the two that kept most when settings were chosen.
+#: SBR and KL, beside which the task is compared as well, and three that stood well when settings were chosen.
 RIVALS = (
     (CHOSEN["sbr"], "SBR"),
     (CHOSEN["kl"], "KL to the start"),
+    (CHOSEN["safe"], "safety data"),
     (CHOSEN["safegrad"], "SafeGrad"),
     (CHOSEN["safety_step"], "the safety step"),
 )

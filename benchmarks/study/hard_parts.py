@@ -100,11 +100,11 @@ TRIED: dict[str, tuple[Method, ...]] = {
 CHOSEN = {
     name: TRIED[name][place]
     for name, place in {
-        "safe": 0,
-        "safe_styled": 0,
-        "sbr": 1,
-        "kl": 1,
-        "safegrad": 2,
+        "safe": 2,
+        "safe_styled": 2,
+        "sbr": 3,
+        "kl": 0,
+        "safegrad": 1,
         "safety_step": 0,
         "null_space": 0,
         "moving_average": 0,
@@ -135,8 +135,8 @@ PROCON_S_RANDOM = Method(
 )
 
 #: Learning rates at which plain training of all weights was tried, and the one that learns the task best.
-FULL_RATES = (3e-5, 1e-4, 3e-4)
-FULL_RATE = 1e-4
+FULL_RATES = (1e-5, 3e-5, 1e-4, 3e-4)
+FULL_RATE = 3e-5
 
 
 def full(method: Method, rate: float = FULL_RATE) -> Method:
@@ -162,8 +162,8 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
     rivals = (method for name, method in CHOSEN.items() if name not in ("moving_average", "safe_merge"))
     ours = (procon_s, PROBES, DEFAULT, DEFAULT_SAFE)
     compared = (plain, *rivals, *ours)
-    # Of the rivals those that kept most when settings were chosen.
-    best = (plain, CHOSEN["safegrad"], CHOSEN["safety_step"], CHOSEN["sbr"], DEFAULT)
+    # Those that stood best when settings were chosen, and plain training beside them.
+    best = (plain, CHOSEN["safe"], CHOSEN["safegrad"], CHOSEN["sbr"], DEFAULT, DEFAULT_SAFE)
     return (
         Part(
             "tuning",

@@ -26,7 +26,7 @@ def test_every_hypothesis_is_about_planned_runs():
     for each in HYPOTHESES:
         names = (*each.hypothesis.better, *each.hypothesis.worse)
         assert {(each.hypothesis.job, name) for name in names} <= planned, each.hypothesis.claim
-    assert len({(each.hypothesis.claim, each.measure) for each in HYPOTHESES}) == len(HYPOTHESES) == 30
+    assert len({(each.hypothesis.claim, each.measure) for each in HYPOTHESES}) == len(HYPOTHESES) == 32
 
 
 def test_another_model_has_those_that_its_runs_can_answer():
@@ -82,7 +82,7 @@ def test_page_has_verdicts_and_fresh_prompts(write, tmp_path):
         with_fresh(write("arithmetic_poisoned_10", PLAIN, seed, [False] * 8), True)
     outcomes = Outcomes.load(BUDGETS["hard"], tmp_path / "runs", Agreeing())
     text, _ = hard_report.PAGE.compose(BUDGETS["hard"], outcomes)
-    assert "Of 30, 2 have all their runs, and of these 2 held." in text
+    assert "Of 32, 2 have all their runs, and of these 2 held." in text
     table = text.partition("| method | fresh malicious | fresh benign | complies |\n")[2].partition("\n\n")[0]
     rows = {cells[1].strip(): cells[2:] for cells in (line.split("|") for line in table.splitlines())}
     assert rows[PLAIN.label][2].strip().startswith("100%")
