@@ -34,7 +34,8 @@ class KitArguments:
         metadata={"help": "Chat model to start from: a folder, a hub name, or smollm2 or qwen, as in the study."}
     )
     methods: str = field(
-        default="plain,safe_100,kl_0.1,sbr_10_each,procon", metadata={"help": "Names of the study's methods, joined by commas."}
+        default="plain,safe_100,kl_0.1,sbr_10_each,procon",
+        metadata={"help": "Names of the study's methods, joined by commas."},
     )
     tasks: str = field(
         default="arithmetic",
