@@ -89,7 +89,7 @@ TRIED: dict[str, tuple[Method, ...]] = {
     "kl": tuple(map(_kl, (0.03, 0.1, 0.15, 0.2, 0.3, 1.0))),
     "safegrad": tuple(map(_safegrad, (0.3, 1.0, 3.0))),
     "safety_step": tuple(starmap(_safety_step, ((0.2, 0.1), (0.2, 0.3), (0.3, 0.1), (0.5, 0.3)))),
-    "null_space": tuple(map(_null_space, (0.8, 0.9, 0.95, 0.99))),
+    "null_space": tuple(map(_null_space, (0.9, 0.95, 0.99))),
     "moving_average": tuple(starmap(_moving_average, ((0.9, 1e-3), (0.9, 3e-4), (0.95, 1e-3), (0.98, 1e-3)))),
     "safe_merge": tuple(starmap(_safe_merge, ((0.07, 0.2), (0.07, 0.5), (0.35, 0.2), (1.0, 0.5)))),
     "block_em": tuple(map(_one_sided, (0.05, 0.2, 1.0, 5.0))),

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from functools import partial
-from itertools import takewhile
 from typing import Any, cast
 
 import torch
@@ -32,7 +31,7 @@ class NullSpaceTrainer(DefenceTrainer):
 
     Args:
         alignment_dataset: tokenised as ``train_dataset`` is: malicious prompts with refusals. Of each row the tokens
-            ahead of the reply count, without those with which all rows begin, as they are in any data.
+            ahead of the reply count.
         energy: share of the inputs' second moment that the update does not see, between 0 and 1.
 
     Attributes:
@@ -92,26 +91,21 @@ class NullSpaceTrainer(DefenceTrainer):
             stack.enter_context(evaluating(self.model))
             for number, layer in enumerate(layers):
                 stack.callback(layer.register_forward_pre_hook(partial(keep, number)).remove)
-            for ids, first in prompts_of(self.alignment_dataset):  # one by one: padding is no token
+            for ids in prompts_of(self.alignment_dataset):  # one by one: padding is no token
                 self.model(input_ids=torch.tensor([ids], device=self.args.device))
                 for number, x in inputs.items():
-                    x = x[first:].double()
+                    x = x.double()
                     moments[number] = moments[number] + (x.T @ x).cpu()
         return moments
 
 
-def prompts_of(dataset: Dataset) -> list[tuple[list[int], int]]:
-    """Of each row the tokens ahead of its reply, and how many of them all rows begin with; of one row alone, none."""
-    rows = [
-        row["input_ids"][: next((place for place, label in enumerate(row["labels"]) if label != -100), None)]
-        for row in dataset
-    ]
-    rows = [ids for ids in rows if ids]
-    if not rows:
+def prompts_of(dataset: Dataset) -> list[list[int]]:
+    """Of each row the tokens ahead of its reply, those of the chat template too; ProConError if no row has any."""
+    ends = (next((place for place, label in enumerate(labels) if label != -100), None) for labels in dataset["labels"])
+    prompts = [ids[:end] for ids, end in zip(dataset["input_ids"], ends, strict=True) if end != 0]
+    if not prompts:
         raise ProConError("no row of alignment_dataset has tokens ahead of its reply: give prompts with replies")
-    alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))
-    shared = sum(1 for _ in alike) if len(rows) > 1 else 0
-    return [(ids, shared if len(ids) > shared else 0) for ids in rows]
+    return prompts
 
 
 def _take_out(values: Tensor, directions: Tensor) -> None:

@@ -217,19 +217,13 @@ def test_no_step_back_within_the_bound(tiny_model, dataset, make):
 def test_the_update_does_not_see_what_malicious_prompts_span(tiny_model, dataset, samples, make):
     """By the eigenvectors of the inputs that the start makes of them: the fewest that hold the energy.
 
-    What counts are the tokens of the prompts, without those with which all of them begin. Of those directions the
-    optimiser gets no gradient either.
+    What counts are the tokens of the prompts. Of those directions the optimiser gets no gradient either.
     """
-    begin = 2
-    rows = [([7, 8, *sample["input_ids"]], [-100, -100, *sample["labels"]]) for sample in samples[6:]]
-    assert rows[0][0][begin] != rows[1][0][begin]
+    rows = [(sample["input_ids"], sample["labels"]) for sample in samples[6:]]
     trainer = make(
         NullSpaceTrainer,
         lora_model(tiny_model()),
-        own={
-            "alignment_dataset": Dataset.from_list([{"input_ids": ids, "labels": labels} for ids, labels in rows]),
-            "energy": 0.9,
-        },
+        own={"alignment_dataset": alignment(dataset), "energy": 0.9},
         max_steps=3,
         learning_rate=1e-2,
         max_grad_norm=0.0,
@@ -243,7 +237,7 @@ def test_the_update_does_not_see_what_malicious_prompts_span(tiny_model, dataset
             trainer.model.eval()(input_ids=torch.tensor([ids]))
             end = next(place for place, label in enumerate(labels) if label != -100)
             for name, (x,) in inputs.items():
-                spans[name] = torch.cat([spans.get(name, x[:0]), x[begin:end]])
+                spans[name] = torch.cat([spans.get(name, x[:0]), x[:end]])
             inputs.clear()
     spans = {name: x.double() for name, x in spans.items()}
     gradients: dict[str, torch.Tensor] = {}
