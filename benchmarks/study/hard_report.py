@@ -22,17 +22,19 @@ from benchmarks.study.wording import HOLM, OVERVIEW
 def evidence(budget: Budget, outcomes: Outcomes, figure: Gallery) -> list[str]:
     """The hard table, hypotheses with their verdicts, and whether drift predicts refusals."""
     verdicts = judge_expected(expected(PLAIN, PROCON_S, budget), outcomes, budget)
-    run = sum(verdict.p is not None for verdict in verdicts)
+    whole = sum(verdict.p is not None for verdict in verdicts)
+    begun = [verdict for verdict in verdicts if verdict.seeds]
+    waiting = [verdict for verdict in verdicts if not verdict.seeds]
+    tables = overview_tables(budget, outcomes)
     return [
-        "## The hard table in short",
-        OVERVIEW,
-        *overview_tables(budget, outcomes),
+        *(["## The hard table in short", OVERVIEW, *tables] if tables else []),
         "## Hypotheses",
-        f"Written down before the runs of this page. Of {len(verdicts)}, {run} have all their runs, and of these "
+        f"Written down before the runs of this page. Of {len(verdicts)}, {whole} have all their runs, and of these "
         f"{held(verdicts)} held.",
-        verdict_table(verdicts).markdown(),
+        verdict_table(begun).markdown() if begun else "",
         HOLM,
-        folded("Seed by seed, and p", evidence_table(verdicts).markdown()),
+        folded("Seed by seed, and p", evidence_table(begun).markdown()) if begun else "",
+        folded("Those that have no run yet", verdict_table(waiting).markdown()) if waiting else "",
         *prediction_sections(outcomes, figure),
     ]
 
