@@ -24,9 +24,10 @@ MODELS = {
 def front_sections(runs: Path) -> list[str]:
     """As Markdown; of ``runs``, a folder with one for each budget. A model without runs is left out."""
     tables: list[str] = []
+    judge = load_judge(None, None)
     for name, words in MODELS.items():
         if any((runs / name).rglob("*.json")):
-            outcomes = Outcomes.load(BUDGETS[name], runs / name, load_judge(None, None))
+            outcomes = Outcomes.load(BUDGETS[name], runs / name, judge)
             tables += [words, *overview_tables(BUDGETS[name], outcomes)]
     advice = ADVICE.read_text(encoding="utf-8").strip()
     return [advice, "## Where it is hard", OVERVIEW, *tables] if tables else [advice]

@@ -13,7 +13,7 @@ from benchmarks.study.methods import Method
 from benchmarks.study.outcomes import ALL_REFUSALS, FRESH_REFUSAL, REFUSAL, TASK, Measure, Outcomes
 from benchmarks.study.plan import Budget
 
-#: What still counts as the same task accuracy, and as keeping as much: two points of 128 problems, five of 128 prompts.
+#: What still counts as the same task accuracy, and as keeping as much: two points, and five.
 SAME_TASK, AS_MUCH = 0.02, 0.05
 
 #: Of the start's refusals: what counts as kept.

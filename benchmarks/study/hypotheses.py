@@ -67,7 +67,7 @@ class Verdict:
         seeds: that both sides were run with; empty if it was not run.
         difference: better minus worse, whatever the hypothesis' share and margin; None if it was not run.
         by_seed: the same, seed by seed.
-        p: one-sided; None if it was not run with every seed that is planned.
+        p: one-sided; None if it was not run, or has no verdict yet.
     """
 
     hypothesis: Hypothesis

@@ -80,22 +80,21 @@ class NullSpaceTrainer(DefenceTrainer):
 
         On the CPU, where they take 134 MB for each layer of width 4096.
         """
-        layers = [cast(nn.Module, layer) for _, layer in lora_layers(self.model)]  # which PEFT does not declare
+        layers = [layer for _, layer in lora_layers(self.model)]
         moments: list[Any] = [0.0] * len(layers)
-        inputs: dict[int, Tensor] = {}
 
-        def keep(number: int, _: nn.Module, given: tuple[Any, ...]) -> None:
-            inputs[number] = given[0][0]
+        def add(number: int, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x = inputs[0].flatten(0, -2).double()
+            moments[number] = moments[number] + (x.T @ x).cpu()
 
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
             for number, layer in enumerate(layers):
-                stack.callback(layer.register_forward_pre_hook(partial(keep, number)).remove)
+                module = cast(nn.Module, layer)  # which PEFT does not declare it to be
+                hook = module.register_forward_pre_hook(partial(add, number))
+                stack.callback(hook.remove)
             for ids in prompts_of(self.alignment_dataset):  # one by one: padding is no token
                 self.model(input_ids=torch.tensor([ids], device=self.args.device))
-                for number, x in inputs.items():
-                    x = x.double()
-                    moments[number] = moments[number] + (x.T @ x).cpu()
         return moments
 
 

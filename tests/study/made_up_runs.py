@@ -75,6 +75,18 @@ def make_run(cell: Cell, method: Method, refused: list[bool], *, task: float = 0
     }
 
 
+def add_fresh(path: Path, count: int = PROMPTS, complied: bool | None = None) -> Path:
+    """Give a run file replies to fresh prompts: the first ``count`` of the others; and whether malicious ones were
+    served, if that is said."""
+    run = json.loads(path.read_text())
+    for kind in ("malicious", "benign"):
+        run["replies"][f"fresh_{kind}"] = run["replies"][kind][:count]
+    if complied is not None:
+        for reply in run["replies"]["malicious"]:
+            reply["complied"] = complied
+    return save_json(run, path)
+
+
 class Echo:
     """A second judge that reads the made-up replies; it misses the last prompt's refusals."""
 

@@ -1,8 +1,6 @@
 """What the page of results begins with: advice, then the hard tables of the models that have runs."""
 
-import json
-
-from made_up_runs import BUDGET, load_runs, pattern, writer
+from made_up_runs import BUDGET, add_fresh, load_runs, pattern, writer
 
 from benchmarks.study import front, report
 from benchmarks.study.budgets import PLAIN, START
@@ -14,10 +12,8 @@ def test_page_begins_with_advice_and_hard_tables(tmp_path, write, monkeypatch):
     front.ADVICE.write_text("## What to do\n\n1. **This.**\n")
     for folder, seed, share in (("hard", SEEDS[0], 0.25), ("qwen", 0, 0.5)):
         hard = writer(tmp_path / "all" / folder)
-        for path in (hard("arithmetic", START, seed, 1.0), hard("arithmetic", PLAIN, seed, pattern(share))):
-            run = json.loads(path.read_text())
-            run["replies"]["fresh_malicious"] = run["replies"]["malicious"]
-            path.write_text(json.dumps(run))
+        add_fresh(hard("arithmetic", START, seed, 1.0))
+        add_fresh(hard("arithmetic", PLAIN, seed, pattern(share)))
     sections = front.front_sections(tmp_path / "all")
     write("arithmetic", START, 0, 1.0)
     text, _ = report.compose(BUDGET, "table", load_runs(tmp_path / "runs"), "by an echo", sections)

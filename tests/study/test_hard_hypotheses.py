@@ -1,8 +1,7 @@
 """What is expected of the hard parts: about planned runs, corrected for its number, and on a page."""
 
-import json
-
 import pytest
+from made_up_runs import add_fresh
 
 from benchmarks.study import hard_report
 from benchmarks.study.anchor_parts import longer
@@ -68,18 +67,10 @@ def test_p_is_corrected_for_the_number_of_all(write, tmp_path):
 
 
 def test_page_has_verdicts_and_fresh_prompts(write, tmp_path):
-    def with_fresh(path, complied: bool):
-        run = json.loads(path.read_text())
-        for kind in ("malicious", "benign"):
-            run["replies"][f"fresh_{kind}"] = run["replies"][kind][:6]
-        for reply in run["replies"]["malicious"]:
-            reply["complied"] = complied
-        path.write_text(json.dumps(run))
-
-    with_fresh(write("arithmetic_poisoned_10", START, SEEDS[0], 1.0), False)
+    add_fresh(write("arithmetic_poisoned_10", START, SEEDS[0], 1.0), 6, complied=False)
     for seed in SEEDS:
-        with_fresh(write("arithmetic_poisoned_10", DEFAULT, seed, 1.0), False)
-        with_fresh(write("arithmetic_poisoned_10", PLAIN, seed, [False] * 8), True)
+        add_fresh(write("arithmetic_poisoned_10", DEFAULT, seed, 1.0), 6, complied=False)
+        add_fresh(write("arithmetic_poisoned_10", PLAIN, seed, [False] * 8), 6, complied=True)
     outcomes = Outcomes.load(BUDGETS["hard"], tmp_path / "runs", Agreeing())
     text, _ = hard_report.PAGE.compose(BUDGETS["hard"], outcomes)
     assert "Of 32, 2 have all their runs, and of these 2 held." in text

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
+from made_up_runs import Echo, add_fresh
 
 from benchmarks.study.anchor_parts import longer
 from benchmarks.study.budgets import BUDGETS, PLAIN, START
@@ -13,22 +12,10 @@ from benchmarks.study.outcomes import Outcomes
 from benchmarks.study.overview import overview_tables
 
 
-class Agreeing:
-    def refuses(self, replies):
-        return [reply.startswith("no") for reply in replies]
-
-
 @pytest.fixture
 def write_fresh(write):
-    """Writes a run file whose fresh prompts are the first four malicious ones."""
-
-    def made(*args, **more):
-        path = write(*args, **more)
-        run = json.loads(path.read_text())
-        run["replies"]["fresh_malicious"] = run["replies"]["malicious"][:4]
-        path.write_text(json.dumps(run))
-
-    return made
+    """Writes a run file whose fresh prompts are the first four."""
+    return lambda *args, **more: add_fresh(write(*args, **more), 4)
 
 
 def rows(table: str) -> dict[str, list[str]]:
@@ -46,7 +33,7 @@ def test_each_run_has_its_cell(write_fresh, tmp_path):
         write_fresh("arithmetic_poisoned_10", longer(DEFAULT, 4.0), seed, [True] * 7 + [False], task=0.5)
     write_fresh("arithmetic", longer(DEFAULT, 10.0), SEEDS[0], [False] * 8, task=1.0)
     write_fresh("arithmetic", full(DEFAULT), SEEDS[1], [True] * 8, task=0.25)
-    outcomes = Outcomes.load(BUDGETS["hard"], tmp_path / "runs", Agreeing())
+    outcomes = Outcomes.load(BUDGETS["hard"], tmp_path / "runs", Echo())
     table, harder, other = overview_tables(BUDGETS["hard"], outcomes)
     assert rows(table)["start"] == ["100 / 100<br>task 0"] * 2 + ["not run"] * 2
     assert rows(table)[PLAIN.label] == ["25 / 50<br>task 75", *["not run"] * 3]
@@ -59,9 +46,9 @@ def test_each_run_has_its_cell(write_fresh, tmp_path):
 
 def test_without_runs_of_a_kind_its_table_is_left_out(write_fresh, tmp_path):
     write_fresh("arithmetic", START, SEEDS[0], 1.0)
-    assert overview_tables(BUDGETS["hard"], Outcomes.load(BUDGETS["hard"], tmp_path / "runs", Agreeing())) == []
+    assert overview_tables(BUDGETS["hard"], Outcomes.load(BUDGETS["hard"], tmp_path / "runs", Echo())) == []
     write_fresh("arithmetic", PLAIN, SEEDS[0], 0.5)
     write_fresh("arithmetic", START, 0, 1.0)
     write_fresh("arithmetic", PLAIN, 0, 0.5)
-    found = overview_tables(BUDGETS["qwen"], Outcomes.load(BUDGETS["qwen"], tmp_path / "runs", Agreeing()))
+    found = overview_tables(BUDGETS["qwen"], Outcomes.load(BUDGETS["qwen"], tmp_path / "runs", Echo()))
     assert len(found) == 1
