@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from functools import partial
+from itertools import takewhile
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,7 @@ from procon.defences.lora import check_lora_alone, lora_factors, lora_layers
 from procon.defences.trainer import AfterStep, DefenceTrainer
 from procon.errors import ProConError
 from procon.models import evaluating
+from procon.sequences import IGNORE_INDEX
 
 
 class NullSpaceTrainer(DefenceTrainer):
@@ -100,8 +102,11 @@ class NullSpaceTrainer(DefenceTrainer):
 
 def prompts_of(dataset: Dataset) -> list[list[int]]:
     """Of each row the tokens ahead of its reply, those of the chat template too; ProConError if no row has any."""
-    ends = (next((place for place, label in enumerate(labels) if label != -100), None) for labels in dataset["labels"])
-    prompts = [ids[:end] for ids, end in zip(dataset["input_ids"], ends, strict=True) if end != 0]
+    prompts = [
+        [token for token, _ in takewhile(lambda pair: pair[1] == IGNORE_INDEX, zip(ids, labels, strict=True))]
+        for ids, labels in zip(dataset["input_ids"], dataset["labels"], strict=True)
+    ]
+    prompts = [ids for ids in prompts if ids]
     if not prompts:
         raise ProConError("no row of alignment_dataset has tokens ahead of its reply: give prompts with replies")
     return prompts
