@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import starmap
 from typing import Any
 
-from benchmarks.study.anchor_parts import PROBES, RANDOM, SBR, TOKENS_STATE_3, longer, probing
+from benchmarks.study.anchor_parts import PROBES, RANDOM, SBR, TOKENS_STATE_3, TOKENS_STATE_STRONG, longer, probing
 from benchmarks.study.hold_parts import holding
 from benchmarks.study.methods import Method
 from benchmarks.study.plan import Part
@@ -115,6 +115,23 @@ CHOSEN = {
 
 #: ProCon's default of supervised training: anchors of the training tokens, and probes whose last state is kept.
 DEFAULT = replace(TOKENS_STATE_3, label="ProCon's default")
+#: It with probes that count for more, or in every step, or that are more.
+DEFAULT_EACH = probing(
+    "tokens_state_10_0.2_each",
+    "the default, probes in every step at weight 10",
+    10,
+    procon_probe_hold="state",
+    procon_anchors="recorded+probes",
+    procon_probe_every=1,
+)
+DEFAULT_MANY = probing(
+    "tokens_state_3_0.2_probes_32",
+    "the default, 32 probes",
+    3,
+    procon_probe_hold="state",
+    procon_anchors="recorded+probes",
+    procon_probe_count=32,
+)
 DEFAULT_SAFE = replace(
     DEFAULT, name=f"{DEFAULT.name}_safe_100", label="ProCon's default, safety data 100", safety=True, samples=100
 )
@@ -162,6 +179,7 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
     rivals = (method for name, method in CHOSEN.items() if name not in ("moving_average", "safe_merge"))
     ours = (procon_s, PROBES, DEFAULT, DEFAULT_SAFE)
     compared = (plain, *rivals, *ours)
+    candidates = (*ours[:3], HOLD, TOKENS_STATE_STRONG, DEFAULT_EACH, DEFAULT_MANY)
     # Those that stood best when settings were chosen, and plain training beside them.
     best = (plain, CHOSEN["safe"], CHOSEN["safegrad"], CHOSEN["sbr"], DEFAULT, DEFAULT_SAFE)
     return (
@@ -170,6 +188,15 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
             "Settings of the rivals",
             "Which settings are fair to them on this model? (Ours stand below; they were chosen before.)",
             (start, plain, *(method for tried in TRIED.values() for method in tried), *ours),
+            seeds=(development,),
+            split="validation",
+        ),
+        Part(
+            "candidates",
+            "Candidates for the default, in long training under poison",
+            "Which of ours should be the default, where it is hardest?",
+            (start, *(longer(method, LONG) for method in (plain, CHOSEN["sbr"], *candidates))),
+            ("arithmetic_poisoned_10",),
             seeds=(development,),
             split="validation",
         ),
