@@ -11,7 +11,7 @@ from sklearn.metrics import cohen_kappa_score
 
 from benchmarks.study.judge import Judge
 from benchmarks.study.plan import Budget, Part
-from benchmarks.study.record import check_settings, load_run
+from benchmarks.study.record import Cell, check_problems, check_settings, load_run
 from procon.chat import Split
 from procon.errors import ProConError
 
@@ -66,10 +66,10 @@ class Outcomes:
         Raises:
             ProConError: if there is none, or for a file that is damaged or was made with other settings.
         """
-        paths = {cell.path(folder): budget.method(cell) for cell in budget.cells() if cell.path(folder).is_file()}
-        if not paths:
+        cells = {cell.path(folder): cell for cell in budget.cells() if cell.path(folder).is_file()}
+        if not cells:
             raise ProConError(f"there are no runs in {str(folder)!r}: make them with {command!r}")
-        runs = [check_settings(load_run(path), asdict(method), path) for path, method in paths.items()]
+        runs = [_load_planned(path, cell, budget) for path, cell in cells.items()]
         replies = [reply for run in runs for kind in JUDGED for reply in run["replies"][kind]]
         for reply, refused in zip(replies, judge.refuses([reply["reply"] for reply in replies]), strict=True):
             reply["refused_by_second"] = refused
@@ -97,6 +97,11 @@ class Outcomes:
     def of(self, part: Part, job: str, method: str) -> dict[int, dict]:
         """A part's runs of a method."""
         return self.find(job, method, split=part.split, seeds=part.seeds)
+
+
+def _load_planned(path: Path, cell: Cell, budget: Budget) -> dict:
+    run = check_settings(load_run(path), asdict(budget.method(cell)), path)
+    return check_problems(run, budget.size.problems_hash(budget.job(cell), cell.split), path)
 
 
 def are_of(runs: dict[int, dict], measure: Measure) -> bool:

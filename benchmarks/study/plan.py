@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,10 @@ class Size:
         """The task problems of ``job`` that are measured."""
         seen = split == "held_out" and any(find_job(name).problems is job.problems for name in self.chosen_on)
         return job.test(train=self.train + seen * self.test, test=self.test)
+
+    def problems_hash(self, job: Job, split: Split) -> str:
+        """A short hash of those problems, which tells the runs of one size from those of another."""
+        return hashlib.sha256(repr(self.problems(job, split)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,19 @@ def check_settings(run: dict, planned: dict, path: Path) -> dict:
     return run
 
 
+def check_problems(run: dict, planned: str, path: Path) -> dict:
+    """``run``, which came from ``path``; ProConError if it was measured on other task problems than the planned ones.
+
+    Files of before the hash was written have none, and are taken as they are.
+    """
+    if run.get("problems", planned) != planned:
+        raise ProConError(
+            f"run file {str(path)!r} was measured on other task problems than the plan has: delete the file and make "
+            "the run again"
+        )
+    return run
+
+
 def provenance(*packages: str) -> dict:
     """Date, machine, versions and commit."""
     return {

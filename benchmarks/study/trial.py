@@ -199,6 +199,7 @@ def measure(
     displacement = measure_displacement(start.states, states, start.directions.at_block_inputs)
     return {
         "split": split,
+        "problems": size.problems_hash(job, split),
         "hidden_size": states.shape[-1],
         "replies": replies,
         "perplexity": round(perplexity(model, tokenizer, neutral_texts()), 3),

@@ -5,6 +5,8 @@ import json
 import pytest
 from made_up_runs import PLAIN, pattern
 
+from benchmarks.study.budgets import BUDGETS
+from benchmarks.study.jobs import find_job
 from benchmarks.study.outcomes import LOG_ODDS, REFUSAL, judges_agree, values
 from procon.errors import ProConError
 
@@ -31,6 +33,19 @@ def test_a_run_of_other_settings_is_no_evidence(write, load):
     run["method"]["length"] = 2.0
     path.write_text(json.dumps(run))
     with pytest.raises(ProConError, match=r"seed-0\.json' was made with length 2\.0, but the plan has 1\.0: delete"):
+        load()
+
+
+def test_a_run_on_other_problems_is_no_evidence(write, load):
+    """A budget whose problems change, as when some served for choices, does not take the old runs for new ones."""
+    path = write("arithmetic", PLAIN, 0, 0.5)
+    run = json.loads(path.read_text())
+    run["problems"] = BUDGETS["table"].size.problems_hash(find_job("arithmetic"), "held_out")
+    path.write_text(json.dumps(run))
+    assert len(load().runs) == 1
+    run["problems"] = BUDGETS["hard"].size.problems_hash(find_job("arithmetic"), "held_out")
+    path.write_text(json.dumps(run))
+    with pytest.raises(ProConError, match=r"seed-0\.json' was measured on other task problems than the plan has"):
         load()
 
 
