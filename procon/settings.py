@@ -131,8 +131,11 @@ class AnchorSettings:
     probes: str | None = None
     """A file of probe prompts, .txt or .jsonl; built-in malicious ones if not given."""
 
-    probe_count: int = 8
+    probe_count: int = 64
     """How many probe prompts are used, from the first."""
+
+    probe_batch: int = 8
+    """How many of them are run at a time, in turn."""
 
     probe_every: int = 2
     """The probes are run in the last of every so many optimiser steps."""
@@ -233,7 +236,7 @@ def check_setting(setting: str, value: Any, name: str | None = None) -> None:
         _check_schedule(value, name)
     elif setting == "blocks":
         check_blocks(value, name)
-    elif setting in {"probe_count", "probe_every"}:
+    elif setting in {"probe_count", "probe_batch", "probe_every"}:
         if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise ProConError(f"{name} is {value!r}: give a whole number, 1 or more")
     elif setting == "probe_weight":
@@ -307,14 +310,10 @@ def _beside_last(pair: Sequence[object]) -> object:
 
 def _are_indices(value: object) -> bool:
     """Whether ``value`` is a list of indices, or of indices and the word "last"."""
-    return (
-        isinstance(value, Sequence)
-        and not isinstance(value, bytes | bytearray)
-        and not any(
-            isinstance(item, bool) or not (isinstance(item, Integral) or (isinstance(item, str) and item == LAST))
-            for item in value
-        )
-    )
+    if not isinstance(value, Sequence) or isinstance(value, bytes | bytearray):
+        return False
+    others = (item for item in value if not (isinstance(item, str) and item == LAST))
+    return all(isinstance(item, Integral) and not isinstance(item, bool) for item in others)
 
 
 def parse_blocks(text: str, name: str = "blocks") -> Blocks:

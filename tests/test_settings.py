@@ -67,6 +67,7 @@ WRONG = {
     "backend": ("cuda", "is 'cuda': choose one of auto, triton, eager"),
     "anchors": ("remembered", "is 'remembered': choose one of recorded, live, probes, recorded+probes, live+probes"),
     "probe_count": ("0", "is 0: give a whole number, 1 or more"),
+    "probe_batch": ("0", "is 0: give a whole number, 1 or more"),
     "probe_every": ("0", "is 0: give a whole number, 1 or more"),
     "probe_weight": ("-1.0", "is -1.0: give a finite number above 0"),
     "probe_hold": ("everything", "is 'everything': choose one of projections, state, both"),
@@ -229,7 +230,7 @@ def wrong_values(setting: str) -> tuple[Any, ...]:
     """Values that ``setting`` cannot have: that of WRONG first, then some of other types."""
     if setting == "blocks":
         return (float(WRONG[setting][0]), *NO_BLOCKS)
-    if setting in ("probe_count", "probe_every"):
+    if setting in ("probe_count", "probe_batch", "probe_every"):
         return (int(WRONG[setting][0]), -1, 1.5, True, "8", None)
     if setting == "probe_weight":
         return (float(WRONG[setting][0]), 0, float("nan"), float("inf"), True, "1", None)

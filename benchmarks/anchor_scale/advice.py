@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.anchor_scale.arithmetic import (
+    PROBE_BATCH,
     PROBE_EVERY,
     PROBE_TOKENS,
     PROBES,
@@ -90,7 +91,7 @@ def cost_table(plan: Plan, measured: Measured) -> Table:
     look_up = plan.per_step / plan.per_sequence * measured.cold.at(rows_bytes)
     probe = probe_bytes(PROBES, PROBE_TOKENS, model)
     copied = "refused" if trainable and plan.sharded else in_bytes(copied_bytes(trainable, 2)) if trainable else "0"
-    probes = in_percent(probe_share(PROBES, PROBE_TOKENS, PROBE_EVERY, plan.per_step))
+    probes = in_percent(probe_share(PROBE_BATCH, PROBE_TOKENS, PROBE_EVERY, plan.per_step))
     exchange = in_seconds(exchange_seconds(plan.stored, ranks, measured.exchange_bytes_per_second))
     rows = [
         ["disk, all file systems", in_bytes(plan.stored * copies(ranks)), "0", in_bytes(probe)],

@@ -19,9 +19,10 @@ INDEX_BYTES_ON_DISK = 32
 #: Bytes of a sequence's entry in the index of an opened store: the same, with its length and its file; its key twice.
 INDEX_BYTES_IN_MEMORY = 48
 
-#: Probes as a trainer has them by default: prompts, and steps from one run to the next. Each has so many tokens, as a
-#: short request in a chat template.
-PROBES, PROBE_EVERY, PROBE_TOKENS = AnchorSettings.probe_count, AnchorSettings.probe_every, 40
+#: Probes as a trainer has them by default: prompts, those of them that one run takes, and steps from one run to the
+#: next. Each has so many tokens, as a short request in a chat template.
+PROBES, PROBE_BATCH, PROBE_EVERY = AnchorSettings.probe_count, AnchorSettings.probe_batch, AnchorSettings.probe_every
+PROBE_TOKENS = 40
 
 #: Of a step's work in units of one forward: backward through activations alone, or to the weights as well.
 BACKWARD_FORWARDS = {"lora": 1, "full": 2}

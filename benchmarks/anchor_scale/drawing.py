@@ -45,7 +45,7 @@ BYTES = Drawing(
     caption=(
         "Bytes of each source for SmolLM2-135M, Llama-3-8B and Llama-3-70B: disk of recorded anchors (full lines), "
         "memory per rank of the weights that live anchors copy if all weights train, in bf16 (dashed), the file of "
-        "eight probes (dotted). Under a fresh adapter live anchors take none."
+        "the probes (dotted). Under a fresh adapter live anchors take none."
     ),
     alt=(
         "Bytes by training tokens, both axes logarithmic. Recorded anchors rise in proportion to the tokens, the 70B "

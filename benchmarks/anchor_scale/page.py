@@ -11,6 +11,7 @@ from benchmarks.anchor_scale import tables
 from benchmarks.anchor_scale.arithmetic import (
     INDEX_BYTES_IN_MEMORY,
     MODELS,
+    PROBE_BATCH,
     PROBE_EVERY,
     PROBE_TOKENS,
     PROBES,
@@ -67,6 +68,7 @@ def compose(simulation: dict[str, Any], cost_page: str) -> str:
         "looked_up": f"{LOOKED_UP:,}",
         "repeats": REPEATS,
         "probes": PROBES,
+        "probe_batch": PROBE_BATCH,
         "probe_tokens": PROBE_TOKENS,
         "probe_every": PROBE_EVERY,
         "step_tokens": f"{tables.STEP_TOKENS:,}",

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from benchmarks.anchor_scale.arithmetic import (
     INDEX_BYTES_IN_MEMORY,
     MODELS,
+    PROBE_BATCH,
     PROBE_EVERY,
     PROBE_TOKENS,
-    PROBES,
     Model,
     Ranks,
     copied_bytes,
@@ -152,7 +152,7 @@ def time_table() -> Table:
     """Time of each source over that of plain training."""
     passes = (1, 2, 3, 10)
     header = ["", "`live`", *(f"{n} pass{'es' if n > 1 else ''}" for n in passes), "`probes`"]
-    probes = in_percent(probe_share(PROBES, PROBE_TOKENS, PROBE_EVERY, STEP_TOKENS))
+    probes = in_percent(probe_share(PROBE_BATCH, PROBE_TOKENS, PROBE_EVERY, STEP_TOKENS))
     rows = []
     for training, name in _TRAININGS.items():
         for model in MODELS:
@@ -166,7 +166,7 @@ def check_table(ratios: dict[str, Ratio], naive: dict[str, Ratio]) -> Table:
     """Arithmetic beside measured ratios."""
     small = MODELS[0]
     lora, full = forward_share(small, "lora"), forward_share(small, "full")
-    probes = PROBES * PROBE_TOKENS / STEP_TOKENS
+    probes = PROBE_BATCH * PROBE_TOKENS / STEP_TOKENS
     texts = {
         "record": ("recording, over a plain epoch", lora),
         "recorded": ("a step with recorded anchors, over plain", 1.0),
@@ -209,7 +209,7 @@ def copy_table() -> Table:
 def probe_table() -> Table:
     """Share of the probes by the tokens of a step."""
     steps = (1024, STEP_TOKENS, 32_768, 262_144)
-    shares = (probe_share(PROBES, PROBE_TOKENS, PROBE_EVERY, step) for step in steps)
+    shares = (probe_share(PROBE_BATCH, PROBE_TOKENS, PROBE_EVERY, step) for step in steps)
     return Table(["tokens per rank and step", *(f"{step:,}" for step in steps)], [["time", *map(in_percent, shares)]])
 
 
@@ -234,7 +234,7 @@ def crossing_table() -> Table:
         ),
         per_model(
             "tokens per rank and step from which probes cost less than live anchors, LoRA",
-            lambda m: digits(PROBES * PROBE_TOKENS / PROBE_EVERY / forward_share(m, "lora"), 2),
+            lambda m: digits(PROBE_BATCH * PROBE_TOKENS / PROBE_EVERY / forward_share(m, "lora"), 2),
         ),
     ]
     return Table(["", *(model.name for model in MODELS)], rows)

@@ -37,7 +37,8 @@ def with_probes(variant: Variant, watched: Watched, work: Path) -> Variant:
         return variant
     prompts = watched.probe_prompts(variant.twins)
     path = write_text("".join(f"{prompt}\n" for prompt in prompts), work / f"probes-{variant.twins}.txt")
-    return replace(variant, config={**variant.config, "procon_probes": str(path), "procon_probe_count": len(prompts)})
+    all_at_once = {"procon_probe_count": len(prompts), "procon_probe_batch": len(prompts)}
+    return replace(variant, config={**variant.config, "procon_probes": str(path), **all_at_once})
 
 
 def measure(watched: Watched, model: PreTrainedModel, job: Job, split: Split, size: Size) -> dict:

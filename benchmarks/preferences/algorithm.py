@@ -66,7 +66,7 @@ class Algorithm:
         trainer, arguments = self.plain if is_plain else self.constrained
         more = {} if is_plain else {"directions": choose_directions(method, start)}
         # Named, as run files that say nothing else were made with it.
-        anchors = {} if is_plain else {"procon_anchors": "live"}
+        anchors = {} if is_plain else {"procon_anchors": "live", "procon_probe_count": 8}
         recipe = {**_SHARED, **anchors, **self.recipe, **settings, **method.config}
         recipe["max_steps"] = round(recipe["max_steps"] * method.length)
         return trainer(

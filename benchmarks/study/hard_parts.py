@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import starmap
 from typing import Any
 
-from benchmarks.study.anchor_parts import PROBES, RANDOM, SBR, TOKENS_STATE_3, TOKENS_STATE_STRONG, longer, probing
+from benchmarks.study.anchor_parts import PROBES, RANDOM, SBR, TOKENS_STATE_3, longer, probing
 from benchmarks.study.hold_parts import holding
 from benchmarks.study.methods import Method
 from benchmarks.study.plan import Part
@@ -113,35 +113,48 @@ CHOSEN = {
     }.items()
 }
 
-#: ProCon's default of supervised training: anchors of the training tokens, and probes whose last state is kept.
-DEFAULT = replace(TOKENS_STATE_3, label="ProCon's default")
-#: It with probes that count for more, or in every step, or that are more.
-DEFAULT_EACH = probing(
-    "tokens_state_10_0.2_each",
-    "the default, probes in every step at weight 10",
-    10,
-    procon_probe_hold="state",
-    procon_anchors="recorded+probes",
-    procon_probe_every=1,
+#: Anchors of the training tokens, and eight probes whose last state is kept: the default before this page's runs.
+FIXED = replace(TOKENS_STATE_3, label="training tokens and eight fixed probes")
+
+
+def _in_turn(method: Method, label: str, count: int = 64, **config: Any) -> Method:
+    """The same with more probes, of which eight run at a time."""
+    turns = {"procon_probe_count": count, "procon_probe_batch": 8, **config}
+    return replace(method, name=f"{method.name}_turns_{count}", label=label, config={**method.config, **turns})
+
+
+#: ProCon's default of supervised training: the same, with 64 probes in turn.
+DEFAULT = _in_turn(FIXED, "ProCon's default")
+
+#: Others that were tried: more probes at a time, in turn in every step at SBR's weight, from all that there are, and
+#: without training tokens.
+MANY = replace(
+    FIXED,
+    name=f"{FIXED.name}_probes_32",
+    label="training tokens and 32 fixed probes",
+    config={**FIXED.config, "procon_probe_count": 32},
 )
-DEFAULT_MANY = probing(
-    "tokens_state_3_0.2_probes_32",
-    "the default, 32 probes",
-    3,
-    procon_probe_hold="state",
-    procon_anchors="recorded+probes",
-    procon_probe_count=32,
+EACH = replace(
+    _in_turn(FIXED, "the default, probes in every step at weight 10", procon_probe_every=1, procon_probe_weight=50.0),
+    name="tokens_state_10_0.2_each_turns_64",
 )
-DEFAULT_SAFE = replace(
-    DEFAULT, name=f"{DEFAULT.name}_safe_100", label="ProCon's default, safety data 100", safety=True, samples=100
-)
+ALL_PROBES = _in_turn(FIXED, "the default, 192 probes", 192)
+SBR_IN_TURN = _in_turn(CHOSEN["sbr"], "SBR, 64 probes in turn")
+
+
+def _with_safety(method: Method, label: str) -> Method:
+    return replace(method, name=f"{method.name}_safe_100", label=label, safety=True, samples=100)
+
+
+DEFAULT_SAFE = _with_safety(DEFAULT, "ProCon's default, safety data 100")
+FIXED_SAFE = _with_safety(FIXED, "eight fixed probes, safety data 100")
 #: The same at a strength that sets itself.
-HOLD = replace(holding(DEFAULT_BUDGET), label="the default, hold")
+HOLD = replace(holding(DEFAULT_BUDGET), label="eight fixed probes, hold")
 DEFAULT_RANDOM = replace(
-    DEFAULT, name="tokens_state_3_random", label="the default, random directions", directions="random:1"
+    DEFAULT, name="tokens_state_3_turns_random", label="the default, random directions", directions="random:1"
 )
 DEFAULT_SHUFFLED = replace(
-    DEFAULT, name="tokens_state_3_shuffled", label="the default, shuffled blocks", directions="shuffled:1"
+    DEFAULT, name="tokens_state_3_turns_shuffled", label="the default, shuffled blocks", directions="shuffled:1"
 )
 PROCON_S_RANDOM = Method(
     "procon_s_random",
@@ -179,7 +192,7 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
     rivals = (method for name, method in CHOSEN.items() if name not in ("moving_average", "safe_merge"))
     ours = (procon_s, PROBES, DEFAULT, DEFAULT_SAFE)
     compared = (plain, *rivals, *ours)
-    candidates = (*ours[:3], HOLD, TOKENS_STATE_STRONG, DEFAULT_EACH, DEFAULT_MANY)
+    candidates = (procon_s, PROBES, FIXED, HOLD, MANY, SBR_IN_TURN, DEFAULT, EACH, ALL_PROBES)
     # Those that stood best when settings were chosen, and plain training beside them.
     best = (plain, CHOSEN["safe"], CHOSEN["safegrad"], CHOSEN["sbr"], DEFAULT, DEFAULT_SAFE)
     return (
@@ -187,7 +200,7 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
             "tuning",
             "Settings of the rivals",
             "Which settings are fair to them on this model? (Ours stand below; they were chosen before.)",
-            (start, plain, *(method for tried in TRIED.values() for method in tried), *ours),
+            (start, plain, *(method for tried in TRIED.values() for method in tried), FIXED, FIXED_SAFE, *ours),
             seeds=(development,),
             split="validation",
         ),
@@ -204,7 +217,10 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
             "habit",
             "A task against the start's habits",
             "Is a task learned that contradicts what the start predicts, with refusals kept?",
-            (start, *(longer(method, LONG) for method in (plain, *map(_kl, (0.1, 0.3, 1.0)), SBR, *ours[:3], HOLD))),
+            (
+                start,
+                *(longer(method, LONG) for method in (plain, *map(_kl, (0.1, 0.3, 1.0)), SBR, FIXED, *ours[:3], HOLD)),
+            ),
             ("swapped",),
             seeds=(0, 1),
         ),
@@ -214,6 +230,14 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
             "What does each defence keep, and at what price, in short and in long training, with poison and without?",
             (start, *compared, *(longer(method, LONG) for method in compared)),
             ("arithmetic", "arithmetic_poisoned_10"),
+            seeds=SEEDS,
+        ),
+        Part(
+            "turns",
+            "Probes in turn",
+            "What do more probes add, at the same cost?",
+            (start, *(longer(method, LONG) for method in (plain, FIXED, DEFAULT))),
+            ("arithmetic_poisoned_10",),
             seeds=SEEDS,
         ),
         Part(

@@ -35,10 +35,13 @@ from procon.evaluation import Evaluation, Judge, compare_means, evaluate, refusa
 from procon.settings import PAPER_RECIPE
 from procon.training import ProConConfig
 
-#: The same for all methods, unless one says otherwise: the constraint of the paper keeps training tokens alone.
+#: The same for all methods, unless one says otherwise: the constraint of the paper keeps training tokens alone, and
+#: eight probes run together where there are any.
 RECIPE = {
     "procon_anchors": "recorded",
     "procon_probe_hold": "projections",
+    "procon_probe_count": 8,
+    "procon_probe_batch": 192,
     "procon_probe_weight": 50.0,
     "per_device_train_batch_size": 8,
     "learning_rate": 1e-3,

@@ -60,6 +60,14 @@ class Probes:
             digest.update(getattr(self, name).contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    def turn(self, number: int, size: int) -> Probes:
+        """The ``size`` prompts that the ``number``-th run takes, from 0: they go round. All, if there are no more."""
+        if size >= len(self):
+            return self
+        rows = (number * size + torch.arange(size)) % len(self)
+        lengths = self.lengths[rows]
+        return Probes(self.input_ids[rows, : int(lengths.max())], lengths, self.anchors[rows], self.states[rows])
+
     def batch(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """What :func:`procon.constraint.probe_penalty` takes: inputs, anchors, mask and states, on ``device``."""
         count, width = self.input_ids.shape
@@ -95,7 +103,7 @@ class Probes:
         Args:
             prompts: texts, or a file of them; the built-in malicious ones if not given.
             blocks: those of the constraint, in its order.
-            count: the first so many; all of them, 8 of the built-in ones, if not given.
+            count: the first so many; all of them, 64 of the built-in ones, if not given.
             chat: how the model is asked: system prompt and variables of its chat template.
 
         Raises:

@@ -242,6 +242,7 @@ DEFENCES: dict[str, Defence] = {
                 "procon_anchors": "probes",
                 "procon_probe_hold": "state",
                 "procon_probe_weight": 10.0,
+                "procon_probe_count": 8,
                 "procon_probe_every": 1,
             },
             needs=frozenset({"directions"}),

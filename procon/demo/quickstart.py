@@ -256,8 +256,8 @@ def _facts(name: str | None, seed: int, control: bool, model: PreTrainedModel, s
         "command": f"procon quickstart --seed {seed}" + (" --control" if control else ""),
         "task": f"{TASK_TRAIN} arithmetic word problems, {RECIPE['num_train_epochs']} epoch",
         "constraint": f"{defaults.schedule()}, {defaults.procon_penalty} penalty, {defaults.procon_scope} tokens; "
-        f"anchors {defaults.procon_anchors}, {defaults.procon_probe_count} probes, every {defaults.procon_probe_every} "
-        "steps",
+        f"anchors {defaults.procon_anchors}, {defaults.procon_probe_count} probes, "
+        f"{defaults.procon_probe_batch} every {defaults.procon_probe_every} steps",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {model.device}, {model.dtype}",
         "versions": f"procon {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
         "date": date.today().isoformat(),

@@ -57,6 +57,7 @@ class AxolotlKeys(BaseModel):
     procon_anchors: str | None = None
     procon_probes: str | None = None
     procon_probe_count: int | None = None
+    procon_probe_batch: int | None = None
     procon_probe_every: int | None = None
     procon_probe_weight: float | None = None
     procon_probe_hold: str | None = None

@@ -268,7 +268,8 @@ class AnchoredMixin(_Resumable):
                 f"{checkpoint} is of training without the constraint: resume with procon_schedule 0, or start afresh"
             )
         found.setdefault("anchors_from", "recorded")  # of an earlier version
-        found.setdefault("probing", None)
+        if probing := found.setdefault("probing", None):
+            probing.setdefault("batch", probing["count"])
         found.setdefault("sides", "both")
         found.setdefault("chat", describe_chat(None, None))
         found.setdefault("block_weights", "equal")

@@ -69,6 +69,7 @@ class ProConArguments:
     procon_anchors: AnchorSource = field(default=AnchorSettings.anchors, metadata=_help("anchors"))
     procon_probes: str | None = field(default=AnchorSettings.probes, metadata=_help("probes"))
     procon_probe_count: int = field(default=AnchorSettings.probe_count, metadata=_help("probe_count"))
+    procon_probe_batch: int = field(default=AnchorSettings.probe_batch, metadata=_help("probe_batch"))
     procon_probe_every: int = field(default=AnchorSettings.probe_every, metadata=_help("probe_every"))
     procon_probe_weight: float = field(default=AnchorSettings.probe_weight, metadata=_help("probe_weight"))
     procon_probe_hold: ProbeHold = field(default=AnchorSettings.probe_hold, metadata=_help("probe_hold"))

@@ -282,7 +282,8 @@ class ProConMixin(StrengthMixin):
             if self._probes is None:
                 raise ProConError(NO_ANCHORS)
             self._probed = True  # once in an optimiser step
-            batch = self._probes.batch(self.args.device)
+            run = self.state.global_step // settings.probe_every
+            batch = self._probes.turn(run, settings.probe_batch).batch(self.args.device)
             found = probe_departure(constraint, batch, hold=settings.probe_hold)
             # Ranks that have the same probes have a part each.
             if self.hold is not None and found.projections is not None:
@@ -373,6 +374,7 @@ class ProConMixin(StrengthMixin):
             return None
         return {
             "count": settings.probe_count,
+            "batch": settings.probe_batch,
             "every": settings.probe_every,
             "weight": settings.probe_weight,
             "hold": settings.probe_hold,

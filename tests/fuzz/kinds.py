@@ -74,6 +74,7 @@ _VALUES = {
     "blocks": ("all", 0.5, [1, 2], "1", "1,2", "all,last"),
     "probes": (None, "probes.txt"),
     "probe_count": (1, 8),
+    "probe_batch": (1, 8),
     "probe_every": (1, 2),
     "probe_weight": (0.5, 50),
 }

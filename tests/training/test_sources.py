@@ -19,6 +19,7 @@ from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import find_decoder, observe_last_state, observe_sites, origin_of
 from procon.training import ProConConfig, ProConTrainer
+from procon.training.record import read_record, write_record
 
 QUIET = {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "logging_steps": 1, "use_cpu": True}
 PROMPTS = ["count to three", "say it again, and louder", "why"]
@@ -117,12 +118,28 @@ def test_live_anchors_of_an_adapter_that_was_trained_before(trainer, tiny_model)
 @pytest.mark.parametrize("source", ["live", "live+probes", "probes", "recorded+probes"])
 def test_resumed_is_uninterrupted(trainer, source, full, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 3, "procon_probe_every": 2, "max_steps": 6, "full": full}
+    saving |= {"procon_probe_count": 3, "procon_probe_batch": 2}
     whole = trainer(source, output_dir=str(tmp_path / "whole"), **saving)
     whole.train()
     again = trainer(source, output_dir=str(tmp_path / "whole"), **saving)
     again.train(str(tmp_path / "whole" / "checkpoint-3"))
     for (name, one), (_, other) in zip(whole.model.named_parameters(), again.model.named_parameters(), strict=True):
         assert torch.equal(one, other), name
+
+
+def test_a_checkpoint_of_before_probes_went_round(trainer, tmp_path):
+    """All of them ran at a time."""
+    saving = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 1, "procon_probe_every": 1}
+    saving |= {"procon_probe_count": 3, "procon_probe_batch": 3, "max_steps": 2}
+    trainer("probes", **saving).train()
+    checkpoint = tmp_path / "checkpoint-1"
+    record = read_record(checkpoint)
+    del record["probing"]["batch"]
+    record.pop("checksum", None)
+    write_record(checkpoint, record)
+    with pytest.raises(ProConError, match="'batch': 3.*'batch': 2"):
+        trainer("probes", **{**saving, "procon_probe_batch": 2}).train(str(checkpoint))
+    trainer("probes", **saving).train(str(checkpoint))
 
 
 def test_a_resumed_run_has_the_start_of_the_interrupted_one(trainer, tiny_model, tmp_path):
@@ -225,6 +242,39 @@ def test_probes_are_kept_and_read_again(tiny_model, tokenizer, random_directions
         Probes.load(tmp_path / "nothing")
 
 
+def test_probes_go_round(tiny_model, tokenizer, random_directions):
+    """Two at a time of three: after three runs each has been there twice, so their mean penalty is that of all."""
+    model = tiny_model()
+    probes = Probes.record(model, tokenizer, random_directions(model), PROMPTS[:3], blocks=(1, 2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    turns = [probes.turn(number, 2) for number in range(4)]
+    assert [turn.lengths.tolist() for turn in turns[:3]] == [
+        probes.lengths[rows].tolist() for rows in ([0, 1], [2, 0], [1, 2])
+    ]
+    assert turns[3].hash == turns[0].hash != turns[1].hash
+    assert turns[0].input_ids.shape[1] == int(turns[0].lengths.max())
+    assert probes.turn(5, 3) is probes
+    with ProjectionConstraint(random_directions(model), blocks=[1, 2]).attach(model) as constraint:
+        for hold in ("state", "both"):
+            found = [probe_penalty(constraint, turn.batch(), hold=hold).item() for turn in turns[:3]]
+            expected = probe_penalty(constraint, probes.batch(), hold=hold).item()
+            assert sum(found) / 3 == pytest.approx(expected, rel=1e-4)
+            assert max(found) > 1.001 * min(found)
+
+
+def test_a_trainer_runs_the_probes_in_turn(trainer):
+    run, seen = trainer("recorded+probes", max_steps=6, procon_probe_count=3, procon_probe_batch=2), []
+    decoder = find_decoder(run.model).module
+    decoder.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    run.train()
+    asked = [ids for ids in seen if any(ids.equal(run._probes.turn(turn, 2).input_ids) for turn in range(3))]
+    assert len(asked) == 3
+    for turn, ids in enumerate(asked):
+        assert ids.equal(run._probes.turn(turn, 2).input_ids)
+
+
 def test_probes_alone_leave_the_training_batch_free(trainer):
     """Under checkpointing too, where blocks of both forwards run again in one backward."""
     plain, held = trainer("recorded", procon_schedule="0", max_steps=4), None
@@ -280,10 +330,13 @@ def test_probes_hold_what_plain_training_moves(trainer):
     held.save_model()
     record = json.loads((Path(held.args.output_dir) / "procon.json").read_text())
     assert record["anchors_from"] == "probes"
-    assert record["probing"]["count"] == 8
+    assert (record["probing"]["count"], record["probing"]["batch"]) == (64, 8)
     card = (Path(held.args.output_dir) / "README.md").read_text()
     assert "| constrained tokens | the probes' last ones |" in card
-    assert "| anchors | projections at the last token of 8 probe prompts, run every 1 steps, with weight 15 |" in card
+    assert (
+        "| anchors | projections at the last token of 64 probe prompts, 8 at a time every 1 steps, with weight 15 |"
+        in card
+    )
 
 
 def test_another_source_is_another_training(trainer, tmp_path):
