@@ -123,7 +123,7 @@ def _anchors(trainer: ProConMixin) -> str:
         where = settings.probes or "built-in prompts"
         held = {"projections": "projections", "state": "the last state", "both": "projections and the last state"}
         found.append(
-            f"{held[settings.probe_hold]} of {settings.probe_count} probes ({where}), {settings.probe_batch} at a time, "
+            f"{held[settings.probe_hold]} of {settings.probe_count} probes ({where}), {settings.probe_batch} at a time "
             f"every {settings.probe_every} steps, weight {settings.probe_weight:g}"
         )
     return "; ".join(found)
