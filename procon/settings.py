@@ -131,7 +131,7 @@ class AnchorSettings:
     probes: str | None = None
     """A file of probe prompts, .txt or .jsonl; built-in malicious ones if not given."""
 
-    probe_count: int = 64
+    probe_count: int = 128
     """How many probe prompts are used, from the first."""
 
     probe_batch: int = 8

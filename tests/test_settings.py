@@ -292,8 +292,9 @@ def test_wrong_values_at_python_s_doors(door, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("count", [0, -1, 1.5, True, "8"])
 def test_wrong_numbers_of_probes(count):
-    with pytest.raises(ProConError, match=r"^count is .*: give a whole number, 1 or more"):
-        Probes.record(Untouchable(), Untouchable(), Untouchable(), blocks=Untouchable(), count=count)
+    for name in ("count", "batch"):
+        with pytest.raises(ProConError, match=rf"^{name} is .*: give a whole number, 1 or more"):
+            Probes.record(Untouchable(), Untouchable(), Untouchable(), blocks=Untouchable(), **{name: count})
 
 
 @pytest.mark.parametrize("setting", WRONG)

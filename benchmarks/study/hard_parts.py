@@ -117,16 +117,16 @@ CHOSEN = {
 FIXED = replace(TOKENS_STATE_3, label="training tokens and eight fixed probes")
 
 
-def _in_turn(method: Method, label: str, count: int = 64, **config: Any) -> Method:
-    """The same with more probes, of which eight run at a time."""
+def _in_turn(method: Method, label: str, count: int = 128, **config: Any) -> Method:
+    """The same with more probes, all of the built-in ones if ``count`` is not given, of which eight run at a time."""
     turns = {"procon_probe_count": count, "procon_probe_batch": 8, **config}
     return replace(method, name=f"{method.name}_turns_{count}", label=label, config={**method.config, **turns})
 
 
-#: ProCon's default of supervised training: the same, with 64 probes in turn.
+#: ProCon's default of supervised training: the same, with all built-in probes in turn.
 DEFAULT = _in_turn(FIXED, "ProCon's default")
 
-#: Others that were tried: more probes at a time, in turn in every step at SBR's weight, from all that there are, and
+#: Others that were tried: more probes at a time, fewer in turn, these in every step at SBR's weight, and probes in turn
 #: without training tokens.
 MANY = replace(
     FIXED,
@@ -135,11 +135,11 @@ MANY = replace(
     config={**FIXED.config, "procon_probe_count": 32},
 )
 EACH = replace(
-    _in_turn(FIXED, "the default, probes in every step at weight 10", procon_probe_every=1, procon_probe_weight=50.0),
+    _in_turn(FIXED, "64 probes in turn, every step, weight 10", 64, procon_probe_every=1, procon_probe_weight=50.0),
     name="tokens_state_10_0.2_each_turns_64",
 )
-ALL_PROBES = _in_turn(FIXED, "the default, 192 probes", 192)
-SBR_IN_TURN = _in_turn(CHOSEN["sbr"], "SBR, 64 probes in turn")
+FEWER, MORE = (_in_turn(FIXED, f"training tokens and {count} probes in turn", count) for count in (64, 192))
+SBR_IN_TURN = _in_turn(CHOSEN["sbr"], "SBR, all probes in turn")
 
 
 def _with_safety(method: Method, label: str) -> Method:
@@ -192,7 +192,7 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
     rivals = (method for name, method in CHOSEN.items() if name not in ("moving_average", "safe_merge"))
     ours = (procon_s, PROBES, DEFAULT, DEFAULT_SAFE)
     compared = (plain, *rivals, *ours)
-    candidates = (procon_s, PROBES, FIXED, HOLD, MANY, SBR_IN_TURN, DEFAULT, EACH, ALL_PROBES)
+    candidates = (procon_s, PROBES, FIXED, HOLD, MANY, SBR_IN_TURN, FEWER, MORE, EACH, DEFAULT)
     # Those that stood best when settings were chosen, and plain training beside them.
     best = (plain, CHOSEN["safe"], CHOSEN["safegrad"], CHOSEN["sbr"], DEFAULT, DEFAULT_SAFE)
     return (

@@ -41,7 +41,7 @@ RECIPE = {
     "procon_anchors": "recorded",
     "procon_probe_hold": "projections",
     "procon_probe_count": 8,
-    "procon_probe_batch": 192,
+    "procon_probe_batch": 128,
     "procon_probe_weight": 50.0,
     "per_device_train_batch_size": 8,
     "learning_rate": 1e-3,

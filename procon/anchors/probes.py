@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from procon.anchors.checked_blocks import checked_blocks
 from procon.anchors.projections import project_sites
-from procon.chat import builtin_prompts, load_instructions, pad_token_id, render, user_turn
+from procon.chat import builtin_probes, load_instructions, pad_token_id, render, user_turn
 from procon.directions import BlockDirections
 from procon.errors import ProConError
 from procon.files import whole_file
@@ -95,6 +96,7 @@ class Probes:
         *,
         blocks: Sequence[int],
         count: int | None = None,
+        batch: int = AnchorSettings.probe_batch,
         chat: ChatSettings | None = None,
         backend: Backend = DEFAULTS.backend,
     ) -> Probes:
@@ -103,7 +105,8 @@ class Probes:
         Args:
             prompts: texts, or a file of them; the built-in malicious ones if not given.
             blocks: those of the constraint, in its order.
-            count: the first so many; all of them, 64 of the built-in ones, if not given.
+            count: the first so many; all of them if not given.
+            batch: prompts of one forward.
             chat: how the model is asked: system prompt and variables of its chat template.
 
         Raises:
@@ -111,6 +114,7 @@ class Probes:
                 model.
         """
         check_setting("backend", backend)
+        check_setting("probe_batch", batch, "batch")
         if count is not None:
             check_setting("probe_count", count, "count")
         texts = _texts(prompts, count)
@@ -128,21 +132,28 @@ class Probes:
         decoder = find_decoder(model)
         blocks = checked_blocks(model, directions, blocks)
         device = model_device(model)
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        forward = decoder_forward(model)
+        basis, forward = directions.basis.to(device), decoder_forward(model)
+        anchors: list[Tensor] = []
         states: list[Tensor] = []
-        with evaluating(model), observe_last_state(decoder, states.append):
-            _, anchors = project_sites(
-                lambda: forward(input_ids=ids.to(device), attention_mask=mask.to(device)),
-                decoder,
-                directions.basis.to(device),
-                blocks,
-                rows=len(ids),
-                backend=backend,
-                device="cpu",
-            )
-        last = (torch.arange(len(ids)), lengths - 1)
-        found = cls(ids, lengths, anchors[last], states[0].cpu().float()[last])
+        with evaluating(model):
+            for part in torch.arange(len(ids)).split(batch):
+                width = int(lengths[part].max())
+                mask = torch.arange(width) < lengths[part, None]
+                inputs = {"input_ids": ids[part, :width].to(device), "attention_mask": mask.long().to(device)}
+                last, seen = (torch.arange(len(part)), lengths[part] - 1), []
+                with observe_last_state(decoder, seen.append):
+                    _, projected = project_sites(
+                        partial(forward, **inputs),
+                        decoder,
+                        basis,
+                        blocks,
+                        rows=len(part),
+                        backend=backend,
+                        device="cpu",
+                    )
+                anchors.append(projected[last])
+                states.append(seen[0].cpu().float()[last])
+        found = cls(ids, lengths, torch.cat(anchors), torch.cat(states))
         if not (torch.isfinite(found.anchors).all() and torch.isfinite(found.states).all()):
             raise ProConError(
                 "hidden states at the probes are NaN or infinite: load the model in bfloat16 or float32, and check its "
@@ -179,7 +190,7 @@ class Probes:
 
 def _texts(prompts: Sequence[str] | str | Path | None, count: int | None) -> tuple[str, ...]:
     if prompts is None:
-        return builtin_prompts("extraction").malicious[: count or AnchorSettings.probe_count]
+        return builtin_probes()[:count]
     texts = load_instructions(prompts) if isinstance(prompts, str | Path) else tuple(prompts)
     if not texts:
         raise ProConError("no probe prompts given: at least one is needed")

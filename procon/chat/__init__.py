@@ -11,7 +11,15 @@ __extra__ = require_extra("train", __name__)
 
 from procon.chat.generation import continue_texts, generate, generate_replies, left_padded_batches
 from procon.chat.masks import marked_template, response_mask
-from procon.chat.prompts import ContrastPrompts, Split, builtin_prompts, builtin_refusals, load_instructions
+from procon.chat.prompts import (
+    ContrastPrompts,
+    Split,
+    builtin_drift_pairs,
+    builtin_probes,
+    builtin_prompts,
+    builtin_refusals,
+    load_instructions,
+)
 from procon.chat.refusal import is_degenerate, is_refusal, measure_refusal, refusal_rate
 from procon.chat.switches import describe_chat
 from procon.chat.template import Message, pad_token_id, render, template_hash, user_turn
@@ -22,6 +30,8 @@ __all__ = [
     "Message",
     "Reply",
     "Split",
+    "builtin_drift_pairs",
+    "builtin_probes",
     "builtin_prompts",
     "builtin_refusals",
     "continue_texts",

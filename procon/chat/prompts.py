@@ -50,6 +50,9 @@ class ContrastPrompts:
         return hashlib.sha256(json.dumps([self.malicious, self.benign]).encode()).hexdigest()[:16]
 
 
+_DRIFT_PAIRS = 64
+
+
 @cache
 def _pairs() -> list[dict[str, str]]:
     return _asset_lines("pairs.jsonl")
@@ -72,6 +75,19 @@ def builtin_prompts(split: Split) -> ContrastPrompts:
         raise ProConError(f"there are no built-in prompts {split!r}: choose one of {', '.join(get_args(Split))}")
     pairs = sorted((p for p in _pairs() if p["split"] == split), key=lambda p: p["id"].rsplit("-", 1)[1])
     return ContrastPrompts(*(tuple(pair[part] for pair in pairs) for part in ("malicious", "benign", "category")))
+
+
+def builtin_drift_pairs() -> ContrastPrompts:
+    """The 64 of ``extraction`` on which the drift of directions is measured."""
+    return builtin_prompts("extraction").first(_DRIFT_PAIRS)
+
+
+def builtin_probes() -> tuple[str, ...]:
+    """128 malicious prompts at which a model is kept: those of ``extraction`` on which drift is not measured.
+
+    On prompts that are kept themselves drift would look smaller than it is.
+    """
+    return builtin_prompts("extraction").malicious[_DRIFT_PAIRS:]
 
 
 @cache

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from procon.chat import builtin_prompts, measure_refusal
+from procon.chat import builtin_drift_pairs, builtin_prompts, measure_refusal
 from procon.data import padding_collator, to_conversations, tokenize_conversations
 from procon.demo.arithmetic import Problem, arithmetic_problems
 from procon.demo.model import fetch_demo_model
@@ -120,6 +120,8 @@ def quickstart(
     inputs = directions.at_block_inputs
     usable = inputs.auroc[inputs.usable]
     console.print(f"{len(usable)} blocks; held-out AUROC {usable.min():.2f} to {usable.max():.2f}")
+    # Drift is measured on prompts that no training here keeps.
+    reference = RefusalDirections.extract(start, tokenizer, builtin_drift_pairs(), check_refusal=False, progress=False)
 
     problems = arithmetic_problems(TASK_TRAIN + TASK_TEST + TASK_PROBE, TASK_SEED)
     task, probe = problems[TASK_TRAIN:-TASK_PROBE], problems[-TASK_PROBE:]
@@ -130,7 +132,7 @@ def quickstart(
         Run(
             label="start",
             evaluation=evaluate(start, tokenizer, task=task, label="start", **REPLY_TOKENS),
-            cosine=directions.cosine(directions).tolist(),
+            cosine=reference.cosine(reference).tolist(),
         )
     ]
     plan = [("plain", {"procon_schedule": "0"}, directions), ("ProCon", {}, directions)]
@@ -141,7 +143,7 @@ def quickstart(
     for number, (label, settings, along) in enumerate(plan, 3):
         console.rule(f"{number}/{parts}  {label} fine-tuning")
         config = ProConConfig(output_dir=str(output / label.lower()), seed=seed, **RECIPE, **settings)
-        runs.append(_fine_tune(label, start, tokenizer, directions, along, train, task, probe, config))
+        runs.append(_fine_tune(label, start, tokenizer, reference, along, train, task, probe, config))
     for run in runs:
         run.save(output / "runs" / f"{run.label.lower()}.json")
     report = write_html(
@@ -241,7 +243,7 @@ def _fine_tune(
     run = Run(
         label=label,
         evaluation=evaluate(tuned, tokenizer, task=task, label=label, **REPLY_TOKENS),
-        cosine=measure_drift(tuned, tokenizer, reference, builtin_prompts("extraction")).cosine.tolist(),
+        cosine=measure_drift(tuned, tokenizer, reference, builtin_drift_pairs()).cosine.tolist(),
         seconds_per_step=times.get("step_cpu_seconds", times["step_seconds"]),
         history=trainer.state.log_history,
     )

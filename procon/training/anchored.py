@@ -194,6 +194,7 @@ class AnchoredMixin(_Resumable):
                 settings.probes,
                 blocks=constraint.blocks,
                 count=settings.probe_count,
+                batch=settings.probe_batch,
                 chat=self.chat,
                 backend=self.args.procon_backend,
             ),

@@ -23,7 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from procon.chat import ContrastPrompts, builtin_prompts, describe_chat
+from procon.chat import ContrastPrompts, builtin_drift_pairs, builtin_prompts, describe_chat
 from procon.directions import ContrastMeans, RefusalDirections
 from procon.errors import ProConError
 from procon.evaluation import Drift, Evaluation, Judge, Metric, NothingFinished, evaluate, measure_drift
@@ -116,8 +116,9 @@ class DriftCallback(ProbeCallback):
 
     Args:
         steps: optimiser steps from one measurement to the next.
-        prompts: probe prompts, 64 built-in pairs if not given. The reference is extracted from the same prompts when
-            training starts, and kept in the output folder: a resumed run is measured against the same start.
+        prompts: probe prompts; if not given, 64 built-in pairs that are none of the probes that a trainer keeps. The
+            reference is extracted from the same prompts when training starts, and kept in the output folder: a resumed
+            run is measured against the same start.
         gate: a floor under the mean cosine, such as 0.9. At the first measurement below it, and again at the first
             below it after one above it, one warning is logged. A resumed run that is still below warns again.
         gate_action: ``"warn"``, or ``"stop"``: training ends after that step, and saves a checkpoint.
@@ -143,7 +144,7 @@ class DriftCallback(ProbeCallback):
         chat: ChatSettings | None = None,
     ) -> None:
         super().__init__(trainer, tokenizer, steps, chat)
-        self.prompts = prompts or builtin_prompts("extraction").first(64)
+        self.prompts = prompts or builtin_drift_pairs()
         self.gate = DriftGate.parse(gate, gate_action)
         self.drift: Drift | None = None
         self._passed = True

@@ -9,9 +9,19 @@ from typing import get_args
 
 import pytest
 
-from procon.chat import ContrastPrompts, Split, builtin_prompts, builtin_refusals, is_refusal, load_instructions
+from procon.chat import (
+    ContrastPrompts,
+    Split,
+    builtin_drift_pairs,
+    builtin_probes,
+    builtin_prompts,
+    builtin_refusals,
+    is_refusal,
+    load_instructions,
+)
 from procon.chat.prompts import _pairs as pairs
 from procon.errors import ProConError
+from procon.settings import AnchorSettings
 
 
 def normalised(text: str) -> str:
@@ -177,3 +187,12 @@ def test_bad_prompt_files_are_named_in_one_line(tmp_path, name, content, message
         load_instructions(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_drift_is_not_measured_on_what_is_kept():
+    probes, pairs, extraction = builtin_probes(), builtin_drift_pairs(), builtin_prompts("extraction")
+    assert len(probes) == AnchorSettings().probe_count == 128
+    assert not set(probes) & set(pairs.malicious)
+    assert {*probes, *pairs.malicious} == set(extraction.malicious)
+    category = dict(zip(extraction.malicious, extraction.categories, strict=True))
+    assert max(Counter(category[prompt] for prompt in probes[:16]).values()) == 1

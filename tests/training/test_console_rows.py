@@ -72,7 +72,7 @@ def test_what_is_printed(made, capsys, disable_tqdm):
     assert "constraint alpha 0.2, penalty absolute, tokens all, units raw" in text
     assert "blocks 3 under the constraint, of 3; within their norms; training moves 2" in text
     assert "anchors recorded in" in text
-    assert "; the last state of 64 probes (built-in prompts), 8 at a time every 2 steps, weight 15 " in text
+    assert "; the last state of 128 probes (built-in prompts), 8 at a time every 2 steps, weight 15 " in text
     assert [line[:7] for line in lines if line.startswith("step")] == ["step 1 ", "step 2 ", "step 2 "]
     assert "seconds of training" in text
     assert "{" not in text
@@ -83,7 +83,7 @@ def test_other_sources_and_none(made):
     trainer.constraint.attach(trainer.model)
     facts = describe(trainer, "m")
     assert facts["anchors"] == (
-        "from a forward of the starting model on each batch; projections and the last state of 64 probes (built-in "
+        "from a forward of the starting model on each batch; projections and the last state of 128 probes (built-in "
         "prompts), 8 at a time every 2 steps, weight 15"
     )
     assert describe(made(procon_schedule="0"), "m")["constraint"] == "none"
