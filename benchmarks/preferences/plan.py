@@ -53,8 +53,9 @@ def live_and_probes(alpha: float) -> Method:
 
 LIVE = constrained("live", "ProCon, live anchors, alpha 0.2")
 PROBES = constrained("probes", "probes as strong as SBR's", **probing(0.2, "probes"))
-#: The default, as strong as beside the training tokens of supervised training.
-PROBES_3 = constrained("probes_3", "probes, the default", procon_anchors="probes")
+#: As strong as beside the training tokens of supervised training: with eight fixed probes, and the default.
+PROBES_3 = constrained("probes_3", "eight fixed probes, weight 3", procon_anchors="probes")
+DEFAULT = constrained("probes_3_turns_128", "probes, the default", procon_anchors="probes", procon_probe_count=128)
 RANDOM = constrained("random1", "random directions, live anchors, alpha 0.2", directions="random:1")
 
 #: The KL divergence of GRPO itself keeps a model near its start: plain GRPO with it is a baseline, not a control.
@@ -68,7 +69,7 @@ PLAN = Budget(
             "dpo",
             "DPO on preference pairs",
             "The worked answer to an arithmetic problem is preferred to a wrong one, or to words without an answer.",
-            (START, PLAIN, LIVE, live_and_probes(0.2), PROBES, PROBES_3, RANDOM),
+            (START, PLAIN, LIVE, live_and_probes(0.2), PROBES, PROBES_3, DEFAULT, RANDOM),
             ("dpo",),
             seeds=(0, 1),
         ),
@@ -76,7 +77,7 @@ PLAN = Budget(
             "grpo",
             "GRPO on a rule-based reward",
             "A reply to an arithmetic problem is paid for a number, for ending with it, and for the right one.",
-            (START, PLAIN, LIVE, live_and_probes(0.2), PROBES, PROBES_3, PLAIN_KL, RANDOM),
+            (START, PLAIN, LIVE, live_and_probes(0.2), PROBES, PROBES_3, DEFAULT, PLAIN_KL, RANDOM),
             ("grpo",),
             seeds=(0, 1),
         ),
