@@ -191,6 +191,7 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
     # KL goes on although it keeps less, because everybody asks for it.
     rivals = (method for name, method in CHOSEN.items() if name not in ("moving_average", "safe_merge"))
     ours = (procon_s, PROBES, DEFAULT, DEFAULT_SAFE)
+    others = (FIXED, FIXED_SAFE, SBR_IN_TURN)
     compared = (plain, *rivals, *ours)
     candidates = (procon_s, PROBES, FIXED, HOLD, MANY, SBR_IN_TURN, FEWER, MORE, EACH, DEFAULT)
     # Those that stood best when settings were chosen, and plain training beside them.
@@ -200,7 +201,7 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
             "tuning",
             "Settings of the rivals",
             "Which settings are fair to them on this model? (Ours stand below; they were chosen before.)",
-            (start, plain, *(method for tried in TRIED.values() for method in tried), FIXED, FIXED_SAFE, *ours),
+            (start, plain, *(method for tried in TRIED.values() for method in tried), *others, *ours),
             seeds=(development,),
             split="validation",
         ),

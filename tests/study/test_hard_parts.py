@@ -7,7 +7,18 @@ import pytest
 
 from benchmarks.study.anchor_parts import longer
 from benchmarks.study.budgets import BUDGETS
-from benchmarks.study.hard_parts import CHOSEN, DEFAULT, FULL_RATE, FULL_RATES, LONG, MORE, SEEDS, TRIED
+from benchmarks.study.hard_parts import (
+    CHOSEN,
+    DEFAULT,
+    FIXED,
+    FULL_RATE,
+    FULL_RATES,
+    LONG,
+    MORE,
+    SBR_IN_TURN,
+    SEEDS,
+    TRIED,
+)
 from benchmarks.study.trial import RECIPE
 from procon.schedule import AlphaSchedule
 from procon.training import ProConConfig
@@ -54,16 +65,18 @@ def test_rivals_that_go_no_further_keep_less_than_a_fifth_where_the_task_is_lear
     assert len([method for method in hard.methods if method.length == 1]) >= 12
 
 
-def test_no_candidate_stands_more_than_a_prompt_above_the_default_in_long_training_under_poison():
-    """One of probes in turn does by one: it keeps the prompts that drift is measured on as well."""
-    part = next(part for part in BUDGETS["hard"].parts if part.name == "candidates")
-    runs = {method.name: run_of(method.name, *part.jobs) for method in part.methods}
-    found = {name: standing(run, runs["start"], runs["plain_x4"]) for name, run in runs.items()}
-    default = found.pop(longer(DEFAULT, LONG).name)
-    prompt = 1 / sum(reply["refused"] for reply in runs["start"]["replies"]["malicious"])
-    above = {name for name, value in found.items() if value > default}
-    assert above == {longer(MORE, LONG).name}
-    assert max(found.values()) <= default + 1.01 * prompt
+def test_the_default_stands_best_over_short_training_on_clean_data_and_long_training_under_poison():
+    """Added up, of those that have both. In the latter alone two candidates stand one prompt of 64 higher."""
+    tuning, candidates = (next(p for p in BUDGETS["hard"].parts if p.name == name) for name in ("tuning", "candidates"))
+    short = {method: run_of(method.name) for method in tuning.methods}
+    short = {method.name: standing(run, run_of("start"), run_of("plain")) for method, run in short.items()}
+    runs = {method.name: run_of(method.name, *candidates.jobs) for method in candidates.methods}
+    hard = {name: standing(run, runs["start"], runs["plain_x4"]) for name, run in runs.items()}
+    both = {name: value + hard[f"{name}_x4"] for name, value in short.items() if f"{name}_x4" in hard}
+    assert {FIXED.name, SBR_IN_TURN.name, CHOSEN["sbr"].name} < set(both)
+    assert max(both, key=both.__getitem__) == DEFAULT.name
+    above = [name for name, value in hard.items() if value > hard[longer(DEFAULT, LONG).name]]
+    assert above == [longer(method, LONG).name for method in (SBR_IN_TURN, MORE)]
 
 
 def test_the_default_of_the_study_is_the_librarys(tmp_path):
