@@ -193,7 +193,7 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
     ours = (procon_s, PROBES, DEFAULT, DEFAULT_SAFE)
     others = (FIXED, FIXED_SAFE, SBR_IN_TURN)
     compared = (plain, *rivals, *ours)
-    candidates = (procon_s, PROBES, FIXED, HOLD, MANY, SBR_IN_TURN, FEWER, MORE, EACH, DEFAULT)
+    candidates = (procon_s, FIXED, HOLD, MANY, SBR_IN_TURN, FEWER, MORE, EACH, DEFAULT)
     # Those that stood best when settings were chosen, and plain training beside them.
     best = (plain, CHOSEN["safe"], CHOSEN["safegrad"], CHOSEN["sbr"], DEFAULT, DEFAULT_SAFE)
     return (
