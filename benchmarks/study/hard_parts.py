@@ -206,6 +206,14 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
             split="validation",
         ),
         Part(
+            "short_candidates",
+            "Candidates for the default, in short training",
+            "What do those that stand well under poison cost where nothing is hard?",
+            (start, plain, CHOSEN["sbr"], SBR_IN_TURN, FIXED, DEFAULT),
+            seeds=(development, development + 1),
+            split="validation",
+        ),
+        Part(
             "candidates",
             "Candidates for the default, in long training under poison",
             "Which of ours should be the default, where it is hardest?",
