@@ -209,7 +209,7 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
             "short_candidates",
             "Candidates for the default, in short training",
             "What do those that stand well under poison cost where nothing is hard?",
-            (start, plain, CHOSEN["sbr"], SBR_IN_TURN, FIXED, DEFAULT),
+            (start, plain, SBR_IN_TURN, FIXED, DEFAULT),
             seeds=(development, development + 1),
             split="validation",
         ),
