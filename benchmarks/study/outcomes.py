@@ -101,7 +101,7 @@ class Outcomes:
 
 def _load_planned(path: Path, cell: Cell, budget: Budget) -> dict:
     run = check_settings(load_run(path), asdict(budget.method(cell)), path)
-    return check_problems(run, budget.size.problems_hash(budget.job(cell), cell.split), path)
+    return check_problems(run, lambda: budget.size.problems_hash(budget.job(cell), cell.split), path)
 
 
 def are_of(runs: dict[int, dict], measure: Measure) -> bool:

@@ -7,7 +7,7 @@ import os
 import platform
 import socket
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -124,12 +124,12 @@ def check_settings(run: dict, planned: dict, path: Path) -> dict:
     return run
 
 
-def check_problems(run: dict, planned: str, path: Path) -> dict:
+def check_problems(run: dict, planned: Callable[[], str], path: Path) -> dict:
     """``run``, which came from ``path``; ProConError if it was measured on other task problems than the planned ones.
 
-    Files of before the hash was written have none, and are taken as they are.
+    Files of before the hash was written, and of other studies, have none, and are taken as they are.
     """
-    if run.get("problems", planned) != planned:
+    if "problems" in run and run["problems"] != planned():
         raise ProConError(
             f"run file {str(path)!r} was measured on other task problems than the plan has: delete the file and make "
             "the run again"

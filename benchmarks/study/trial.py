@@ -70,7 +70,8 @@ def run_trial(
     model = start.model()
     trained = _train(start, model, method, job, seed, size) if method.length else {"train_seconds": 0.0}
     measured = measure(start, model, job, split, size, asked)
-    return {**trained, **measured, "seconds": round(time.monotonic() - began, 1)}
+    problems = {"problems": size.problems_hash(job, split)}
+    return {**trained, **measured, **problems, "seconds": round(time.monotonic() - began, 1)}
 
 
 def make_run(cell: Cell, start: Start, *, budget: Budget, runs: Path, asked: Asked | None = None) -> str:
@@ -202,7 +203,6 @@ def measure(
     displacement = measure_displacement(start.states, states, start.directions.at_block_inputs)
     return {
         "split": split,
-        "problems": size.problems_hash(job, split),
         "hidden_size": states.shape[-1],
         "replies": replies,
         "perplexity": round(perplexity(model, tokenizer, neutral_texts()), 3),
