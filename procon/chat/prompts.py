@@ -50,6 +50,7 @@ class ContrastPrompts:
         return hashlib.sha256(json.dumps([self.malicious, self.benign]).encode()).hexdigest()[:16]
 
 
+#: Of the extraction pairs: those that drift is measured on. The others are probes.
 _DRIFT_PAIRS = 64
 
 

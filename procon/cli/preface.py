@@ -122,9 +122,10 @@ def _anchors(trainer: ProConMixin) -> str:
     if settings.has_probes:
         where = settings.probes or "built-in prompts"
         held = {"projections": "projections", "state": "the last state", "both": "projections and the last state"}
+        number = f"up to {settings.probe_count}" if settings.probes else settings.probe_count
         found.append(
-            f"{held[settings.probe_hold]} of {settings.probe_count} probes ({where}), {settings.probe_batch} at a time "
-            f"every {settings.probe_every} steps, weight {settings.probe_weight:g}"
+            f"{held[settings.probe_hold]} of {number} probes ({where}), {settings.probe_batch} at a time every "
+            f"{settings.probe_every} steps, weight {settings.probe_weight:g}"
         )
     return "; ".join(found)
 

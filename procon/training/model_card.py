@@ -206,8 +206,8 @@ def _anchors(settings: dict[str, Any]) -> str:
             "both": "projections and the last hidden state",
         }[probing["hold"]]
         parts.append(
-            f"{held} at the last token of {probing['count']} probe prompts, {probing['batch']} at a time every "
-            f"{probing['every']} steps, with weight {probing['weight']:g}"
+            f"{held} at the last token of up to {probing['count']} probe prompts, at most {probing['batch']} "
+            f"every {probing['every']} steps, with weight {probing['weight']:g}"
         )
     return "; ".join(parts)
 

@@ -333,7 +333,9 @@ def test_probes_hold_what_plain_training_moves(trainer):
     assert (record["probing"]["count"], record["probing"]["batch"]) == (128, 8)
     card = (Path(held.args.output_dir) / "README.md").read_text()
     assert "| constrained tokens | the probes' last ones |" in card
-    assert "| projections at the last token of 128 probe prompts, 8 at a time every 1 steps, with weight 15 |" in card
+    assert (
+        "| projections at the last token of up to 128 probe prompts, at most 8 every 1 steps, with weight 15 |" in card
+    )
 
 
 def test_another_source_is_another_training(trainer, tmp_path):
