@@ -127,7 +127,8 @@ def _in_turn(method: Method, label: str, count: int = 128, **config: Any) -> Met
 DEFAULT = _in_turn(FIXED, "ProCon's default")
 
 #: Others that were tried: more probes at a time, fewer in turn, these in every step at SBR's weight, and probes in turn
-#: without training tokens.
+#: without training tokens. The runs with 64 and 192 were made when the built-in probes were all extraction prompts,
+#: from the first: now there are 128, so the one with 192 cannot be made again.
 MANY = replace(
     FIXED,
     name=f"{FIXED.name}_probes_32",
