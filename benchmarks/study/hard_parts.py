@@ -224,6 +224,15 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
             split="validation",
         ),
         Part(
+            "candidates_again",
+            "Candidates for the default, with another seed",
+            "Does the choice among those that stand best hold for another seed?",
+            (start, *(longer(method, LONG) for method in (plain, SBR_IN_TURN, FIXED, DEFAULT))),
+            ("arithmetic_poisoned_10",),
+            seeds=(development + 1,),
+            split="validation",
+        ),
+        Part(
             "habit",
             "A task against the start's habits",
             "Is a task learned that contradicts what the start predicts, with refusals kept?",
