@@ -255,7 +255,7 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
             "turns",
             "Probes in turn",
             "What do more probes add, at the same cost?",
-            (start, *(longer(method, LONG) for method in (plain, FIXED, DEFAULT))),
+            (start, *(longer(method, LONG) for method in (plain, FIXED, SBR_IN_TURN, DEFAULT))),
             ("arithmetic_poisoned_10",),
             seeds=SEEDS,
         ),

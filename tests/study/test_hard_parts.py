@@ -78,16 +78,16 @@ def test_rivals_that_go_no_further_keep_less_than_a_fifth_where_the_task_is_lear
 
 
 def test_probes_in_turn_stand_above_fixed_ones_in_long_training_under_poison():
-    found = standings("candidates")
-    assert found[longer(DEFAULT, LONG).name] > found[longer(FIXED, LONG).name]
-    assert found[longer(SBR_IN_TURN, LONG).name] > found[longer(CHOSEN["sbr"], LONG).name]
+    one, again = standings("candidates"), standings("candidates_again")
+    assert all(found[longer(DEFAULT, LONG).name] > found[longer(FIXED, LONG).name] for found in (one, again))
+    assert one[longer(SBR_IN_TURN, LONG).name] > one[longer(CHOSEN["sbr"], LONG).name]
 
 
 def test_no_candidate_stands_more_than_two_prompts_above_the_default():
-    """Short training, two seeds, and long training under poison added up: one does by less, which settles nothing."""
-    short, hard = standings("short_candidates"), standings("candidates")
-    both = {name: value + hard[f"{name}_x4"] for name, value in short.items() if f"{name}_x4" in hard}
-    assert set(both) == {FIXED.name, SBR_IN_TURN.name, DEFAULT.name, "plain"}
+    """Short training, and long training under poison, two seeds each: one does by less, which settles nothing."""
+    short, one, again = map(standings, ("short_candidates", "candidates", "candidates_again"))
+    names = {FIXED.name, SBR_IN_TURN.name, DEFAULT.name}
+    both = {name: short[name] + (one[f"{name}_x4"] + again[f"{name}_x4"]) / 2 for name in names}
     refusals = sum(reply["refused"] for reply in run_of("start")["replies"]["malicious"])
     assert max(both.values()) - both[DEFAULT.name] < 2 / refusals
 
