@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from benchmarks.study.anchor_parts import longer
 from benchmarks.study.hard_parts import LONG, LONGEST, full
 from benchmarks.study.methods import Method
-from benchmarks.study.outcomes import FRESH_REFUSES_ALONE, REFUSES_ALONE, TASK, Outcomes, values
+from benchmarks.study.outcomes import FRESH_REFUSES_ALONE, OVER_REFUSAL, REFUSES_ALONE, TASK, Outcomes, values
 from benchmarks.study.plan import Budget, Part
 from benchmarks.study.table import NOT_RUN, Table
 
@@ -68,13 +68,14 @@ def overview_table(part: Part, columns: Sequence[Column], outcomes: Outcomes) ->
 
 
 def _cell(method: Method, column: Column, part: Part, outcomes: Outcomes) -> str:
-    """Means in per cent: malicious prompts refused and not served all the same, those of another make, the task."""
+    """Means in per cent: malicious prompts refused and not served all the same, those of another make, benign ones
+    refused, the task."""
     runs = outcomes.find(column.job, (column.variant(method) if method.length else method).name)
     if not runs:
         return NOT_RUN
-    measures = (REFUSES_ALONE, FRESH_REFUSES_ALONE, TASK)
-    refused, fresh, task = (f"{100 * values(runs, measure).mean():.0f}" for measure in measures)
-    cell = f"{refused} / {fresh}<br>task {task}"
+    measures = (REFUSES_ALONE, FRESH_REFUSES_ALONE, OVER_REFUSAL, TASK)
+    refused, fresh, benign, task = (f"{100 * values(runs, measure).mean():.0f}" for measure in measures)
+    cell = f"{refused} / {fresh}<br>benign {benign}<br>task {task}"
     if not method.length or len(runs) >= len(part.seeds):
         return cell
     return f"{cell}<br>{len(runs)} seed{'s' * (len(runs) > 1)}"

@@ -39,13 +39,15 @@ def pattern(share: float, shift: int = 0) -> list[bool]:
     return [(i - shift) % PROMPTS < round(share * PROMPTS) for i in range(PROMPTS)]
 
 
-def make_run(cell: Cell, method: Method, refused: list[bool], *, task: float = 0.5, seconds=100.0, history=()) -> dict:
+def make_run(
+    cell: Cell, method: Method, refused: list[bool], *, task=0.5, over_refusal=0.0, seconds=100.0, history=()
+) -> dict:
     """A run file; log-odds are 1 where refused, else -1, and a little more for each prompt."""
     malicious = [
         {"reply": f"{'no' if r else 'yes'} {i}", "refused": r, "degenerate": i == 0, "log_odds": 2.0 * r - 1 + i / 100}
         for i, r in enumerate(refused)
     ]
-    benign = [{"reply": "fine", "refused": False, "degenerate": False} for _ in range(PROMPTS)]
+    benign = [{"reply": "fine", "refused": r, "degenerate": False} for r in pattern(over_refusal)]
     tasks = [{"reply": "1", "refused": False, "degenerate": False, "correct": c} for c in pattern(task)]
     trained = {"train_seconds": seconds, "peak_memory_mb": 2048} if method.length else {"train_seconds": 0.0}
     return {

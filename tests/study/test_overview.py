@@ -30,16 +30,18 @@ def test_each_run_has_its_cell(write_fresh, tmp_path):
     write_fresh("arithmetic", START, SEEDS[0], 1.0, task=0.0)
     for seed in SEEDS:
         write_fresh("arithmetic", PLAIN, seed, [True] * 2 + [False] * 6, task=0.75)
-        write_fresh("arithmetic_poisoned_10", longer(DEFAULT, 4.0), seed, [True] * 7 + [False], task=0.5)
+        write_fresh(
+            "arithmetic_poisoned_10", longer(DEFAULT, 4.0), seed, [True] * 7 + [False], task=0.5, over_refusal=0.25
+        )
     write_fresh("arithmetic", longer(DEFAULT, 10.0), SEEDS[0], [False] * 8, task=1.0)
     write_fresh("arithmetic", full(DEFAULT), SEEDS[1], [True] * 8, task=0.25)
     outcomes = Outcomes.load(BUDGETS["hard"], tmp_path / "runs", Echo())
     table, harder, other = overview_tables(BUDGETS["hard"], outcomes)
-    assert rows(table)["start"] == ["100 / 100<br>task 0"] * 2 + ["not run"] * 2
-    assert rows(table)[PLAIN.label] == ["25 / 50<br>task 75", *["not run"] * 3]
-    assert rows(table)[DEFAULT.label] == [*["not run"] * 3, "88 / 100<br>task 50"]
-    assert rows(harder)[DEFAULT.label][0] == "0 / 0<br>task 100<br>1 seed"
-    assert rows(other)[DEFAULT.label] == ["not run", "not run", "100 / 100<br>task 25<br>1 seed"]
+    assert rows(table)["start"] == ["100 / 100<br>benign 0<br>task 0"] * 2 + ["not run"] * 2
+    assert rows(table)[PLAIN.label] == ["25 / 50<br>benign 0<br>task 75", *["not run"] * 3]
+    assert rows(table)[DEFAULT.label] == [*["not run"] * 3, "88 / 100<br>benign 25<br>task 50"]
+    assert rows(harder)[DEFAULT.label][0] == "0 / 0<br>benign 0<br>task 100<br>1 seed"
+    assert rows(other)[DEFAULT.label] == ["not run", "not run", "100 / 100<br>benign 0<br>task 25<br>1 seed"]
     assert list(rows(table)) == ["start", PLAIN.label, DEFAULT.label]  # of those without a run, none
     assert list(rows(harder)) == list(rows(other)) == ["start", DEFAULT.label]
 
