@@ -22,9 +22,9 @@ def test_page_begins_with_advice_and_hard_tables(tmp_path, write, monkeypatch):
         "1. **This.**",
         "## Where it is hard",
         front.MODELS["hard"],
-        "| IFT | 25 / 25<br>task 50<br>1 seed |",
+        "| IFT | 25 / 25<br>benign 0<br>task 50<br>1 seed |",
         front.MODELS["qwen"],
-        "| IFT | 50 / 50<br>task 50<br>1 seed |",
+        "| IFT | 50 / 50<br>benign 0<br>task 50<br>1 seed |",
         "## The paper's methods in short training",
         "## What this does not show",
     ]
