@@ -86,8 +86,12 @@ def test_probes_in_turn_stand_above_fixed_ones_in_long_training_under_poison():
 def test_no_candidate_stands_more_than_two_prompts_above_the_default():
     """Short training, and long training under poison, two seeds each: one does by less, which settles nothing."""
     short, one, again = map(standings, ("short_candidates", "candidates", "candidates_again"))
-    names = {FIXED.name, SBR_IN_TURN.name, DEFAULT.name}
-    both = {name: short[name] + (one[f"{name}_x4"] + again[f"{name}_x4"]) / 2 for name in names}
+    both = {
+        name: value + (one[f"{name}_x4"] + again[f"{name}_x4"]) / 2
+        for name, value in short.items()
+        if f"{name}_x4" in one
+    }
+    assert set(both) == {FIXED.name, SBR_IN_TURN.name, DEFAULT.name, "plain"}
     refusals = sum(reply["refused"] for reply in run_of("start")["replies"]["malicious"])
     assert max(both.values()) - both[DEFAULT.name] < 2 / refusals
 
