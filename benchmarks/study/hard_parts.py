@@ -125,6 +125,13 @@ def _in_turn(method: Method, label: str, count: int = 128, **config: Any) -> Met
 
 #: ProCon's default of supervised training: the same, with all built-in probes in turn.
 DEFAULT = _in_turn(FIXED, "ProCon's default")
+#: What is advised for a task against the start's habits: its probes alone.
+DEFAULT_PROBES = replace(
+    DEFAULT,
+    name="state_3_turns_128",
+    label="the default's probes alone",
+    config={**DEFAULT.config, "procon_anchors": "probes"},
+)
 
 #: Others that were tried: more probes at a time, fewer in turn, these in every step at SBR's weight, and probes in turn
 #: without training tokens. The runs with 64 and 192 were made when the built-in probes were all extraction prompts,
@@ -238,7 +245,10 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
             "Is a task learned that contradicts what the start predicts, with refusals kept?",
             (
                 start,
-                *(longer(method, LONG) for method in (plain, *map(_kl, (0.1, 0.3, 1.0)), SBR, FIXED, *ours[:3], HOLD)),
+                *(
+                    longer(method, LONG)
+                    for method in (plain, *map(_kl, (0.1, 0.3, 1.0)), SBR, FIXED, *ours[:3], HOLD, DEFAULT_PROBES)
+                ),
             ),
             ("swapped",),
             seeds=(0, 1),
