@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tqdm.auto import tqdm
 
 from benchmarks.harness.command import run_command
 from benchmarks.harness.interleaved import Samples, interleave
@@ -66,7 +68,7 @@ def time_steps(start: Start, methods: Sequence[Method], size: Size, rounds: int)
     """Seconds per turn of each method, by its name."""
     with ExitStack() as stack:
         turns = {}
-        for method in methods:
+        for method in tqdm(methods, desc="prepare", unit="method"):
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             trainer = make_trainer(
                 start.model(),
@@ -81,7 +83,14 @@ def time_steps(start: Start, methods: Sequence[Method], size: Size, rounds: int)
                 max_steps=STEPS * (rounds + 10),
             )
             turns[method.name] = stack.enter_context(Turns(trainer, STEPS))
-        return interleave(turns, wall_time, rounds=rounds, warmup=1)
+        progress = stack.enter_context(tqdm(total=len(methods) * (rounds + 2), desc="time", unit="turn"))
+
+        def timed(turn: Callable[[], object], calls: int) -> float:
+            seconds = wall_time(turn, calls)
+            progress.update(calls)
+            return seconds
+
+        return interleave(turns, timed, rounds=rounds, warmup=1)
 
 
 def cost_sections(methods: Sequence[Method], file: Path = COSTS) -> list[str]:
