@@ -125,7 +125,7 @@ def _in_turn(method: Method, label: str, count: int = 128, **config: Any) -> Met
 
 #: ProCon's default of supervised training: the same, with all built-in probes in turn.
 DEFAULT = _in_turn(FIXED, "ProCon's default")
-#: What is advised for a task against the start's habits: its probes alone.
+#: Its probes alone, which is what is advised for a task against the start's habits.
 DEFAULT_PROBES = replace(
     DEFAULT,
     name="state_3_turns_128",
@@ -201,7 +201,7 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
     ours = (procon_s, PROBES, DEFAULT, DEFAULT_SAFE)
     others = (FIXED, FIXED_SAFE, SBR_IN_TURN)
     compared = (plain, *rivals, *ours)
-    candidates = (procon_s, FIXED, HOLD, MANY, SBR_IN_TURN, FEWER, MORE, EACH, DEFAULT)
+    candidates = (procon_s, FIXED, HOLD, MANY, SBR_IN_TURN, FEWER, MORE, EACH, DEFAULT, DEFAULT_PROBES)
     # Those that stood best when settings were chosen, and plain training beside them.
     best = (plain, CHOSEN["safe"], CHOSEN["safegrad"], CHOSEN["sbr"], DEFAULT, DEFAULT_SAFE)
     return (
@@ -217,7 +217,7 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
             "short_candidates",
             "Candidates for the default, in short training",
             "What do those that stand well under poison cost where nothing is hard?",
-            (start, plain, SBR_IN_TURN, FIXED, DEFAULT),
+            (start, plain, SBR_IN_TURN, FIXED, DEFAULT, DEFAULT_PROBES),
             seeds=(development, development + 1),
             split="validation",
         ),
@@ -234,7 +234,7 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
             "candidates_again",
             "Candidates for the default, with another seed",
             "Does the choice among those that stand best hold for another seed?",
-            (start, *(longer(method, LONG) for method in (plain, SBR_IN_TURN, FIXED, DEFAULT))),
+            (start, *(longer(method, LONG) for method in (plain, SBR_IN_TURN, FIXED, DEFAULT, DEFAULT_PROBES))),
             ("arithmetic_poisoned_10",),
             seeds=(development + 1,),
             split="validation",
