@@ -16,7 +16,7 @@ from benchmarks.study.plan import Budget
 from benchmarks.study.prediction import prediction_sections
 from benchmarks.study.step_cost import cost_sections
 from benchmarks.study.table import evidence_table, folded, verdict_table
-from benchmarks.study.wording import HOLM, OVERVIEW
+from benchmarks.study.wording import HOLM, KNOWN, OVERVIEW
 
 
 def evidence(budget: Budget, outcomes: Outcomes, figure: Gallery) -> list[str]:
@@ -33,6 +33,7 @@ def evidence(budget: Budget, outcomes: Outcomes, figure: Gallery) -> list[str]:
         f"{held(verdicts)} held.",
         verdict_table(begun).markdown() if begun else "",
         HOLM,
+        KNOWN[budget.model],
         folded("Seed by seed, and p", evidence_table(begun).markdown()) if begun else "",
         folded("Those that have no run yet", verdict_table(waiting).markdown()) if waiting else "",
         *prediction_sections(outcomes, figure),

@@ -70,10 +70,17 @@ Holm's method for the number of all hypotheses, run or not; *held* is a correcte
 they are, wherever the bar is. *As much* allows for five points less, on the held-out and the fresh prompts together:
 a few prompts that agree are no proof, so the error is at least that of as many lost prompts. By the same care, *within
 two points* of a task takes more than equality to show. Fresh prompts are of other topics and forms than those that
-directions and probes come from.
+directions and probes come from."""
 
-That the default keeps more than plain training, and on clean data at every length, was known from
-[other runs](hold-results.md) of the same model. The rivals were named after their settings had been tried."""
+#: What was known when the hypotheses about a model were written down.
+KNOWN = {
+    "smollm2": """\
+That the default keeps more than plain training, on clean data at every length, was known from
+[other runs](hold-results.md) of the same model. The rivals were named after their settings had been tried.""",
+    "qwen": """\
+They are those of [the small model](hard-results.md), on which all settings were chosen. A first look at this one, at
+the settings of then, had shown that plain training loses refusals here too.""",
+}
 
 PREDICTION = """\
 Over all trained models of this page, whatever they were trained by: Spearman's rank correlation of each measure with
