@@ -10,6 +10,7 @@ from benchmarks.study.budgets import BUDGETS
 from benchmarks.study.hard_parts import (
     CHOSEN,
     DEFAULT,
+    DEFAULT_PROBES,
     FIXED,
     FULL_RATE,
     FULL_RATES,
@@ -91,7 +92,7 @@ def test_no_candidate_stands_more_than_two_prompts_above_the_default():
         for name, value in short.items()
         if f"{name}_x4" in one
     }
-    assert set(both) == {FIXED.name, SBR_IN_TURN.name, DEFAULT.name, "plain"}
+    assert set(both) == {FIXED.name, SBR_IN_TURN.name, DEFAULT_PROBES.name, DEFAULT.name, "plain"}
     refusals = sum(reply["refused"] for reply in run_of("start")["replies"]["malicious"])
     assert max(both.values()) - both[DEFAULT.name] < 2 / refusals
 
