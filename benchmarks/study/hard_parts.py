@@ -264,8 +264,8 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
         Part(
             "turns",
             "Probes in turn",
-            "What do more probes add, at the same cost?",
-            (start, *(longer(method, LONG) for method in (plain, FIXED, SBR_IN_TURN, DEFAULT))),
+            "What do more probes add at the same cost, and what do the training tokens add beside them?",
+            (start, *(longer(method, LONG) for method in (plain, FIXED, SBR_IN_TURN, DEFAULT, DEFAULT_PROBES))),
             ("arithmetic_poisoned_10",),
             seeds=SEEDS,
         ),
