@@ -292,6 +292,14 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
             seeds=SEEDS,
         ),
         Part(
+            "adaptive",
+            "Refusals that turn into compliance, in long training",
+            "What does a data owner reach who knows how refusals are kept, and trains long enough to teach it?",
+            (start, *(longer(method, LONG) for method in (plain, CHOSEN["sbr"], DEFAULT))),
+            ("refuse_then_comply",),
+            seeds=SEEDS[:1],
+        ),
+        Part(
             "tasks",
             "Other tasks",
             "Is it the same for a task of format, and for one in natural language?",
