@@ -40,13 +40,14 @@ COLUMNS = (
 
 #: Of the best alone.
 HARDER_COLUMNS = (
-    Column("clean, 10x", "arithmetic", lambda method: longer(method, LONGEST)),
     Column("30% poison", "arithmetic_poisoned_30"),
     Column("obedient turns", "identity"),
     Column("refuses, then complies", "refuse_then_comply"),
+    Column("refuses, then complies, 4x", "refuse_then_comply", _long),
 )
 
 OTHER_COLUMNS = (
+    Column("clean, 10x", "arithmetic", lambda method: longer(method, LONGEST)),
     Column("fields as JSON", "extraction"),
     Column("answers from a text", "passages"),
     Column("all weights", "arithmetic", full),
