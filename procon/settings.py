@@ -62,6 +62,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "probe_hold": get_args(ProbeHold),
 }
 
+#: What each setting that is a whole number is at least.
+_LEAST = {"probe_count": 1, "probe_batch": 1, "probe_every": 1, "probe_reply_tokens": 0, "thinking_tokens": 1}
+
 
 @dataclass(frozen=True)
 class ConstraintSettings:
@@ -90,8 +93,7 @@ class ConstraintSettings:
     """Penalty on a departure: squared, absolute (as the paper typesets it) or huber."""
 
     sides: Sides = "both"
-    """Departures that are penalised: both (paper), rises and falls alike; or fall, only those towards the benign
-    side."""
+    """Departures that are penalised: both (paper), rises and falls; or fall, only those towards the benign side."""
 
     units: Units = "raw"
     """Units of a departure: raw (paper), or gap, each block in units of its malicious-benign distance."""
@@ -141,11 +143,13 @@ class AnchorSettings:
     """The probes are run in the last of every so many optimiser steps."""
 
     probe_weight: float = 15.0
-    """Weight of the probes' penalty beside that of the training tokens; alpha multiplies both."""
+    """Weight of the probes' penalty, at each token that is kept, beside the training tokens'; alpha multiplies both."""
 
     probe_hold: ProbeHold = "state"
-    """What is kept at the probes' last tokens: projections, along the directions; state, the whole last hidden state
-    (SBR); or both."""
+    """What is kept at a probe: projections, along the directions; state, the whole last hidden state (SBR); or both."""
+
+    probe_reply_tokens: int = 0
+    """How many tokens of the starting model's own reply each probe goes on with, to be kept at its end too; 0: none."""
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -219,16 +223,14 @@ class ChatSettings:
             raise ProConError(
                 f"thinking_markers is {markers!r:.60}: give what begins and what ends a thought, or what ends it alone"
             )
-        tokens = self.thinking_tokens
-        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-            raise ProConError(f"thinking_tokens is {tokens!r}: give a whole number, 1 or more")
+        check_setting("thinking_tokens", self.thinking_tokens)
 
 
 def check_setting(setting: str, value: Any, name: str | None = None) -> None:
     """Raise ProConError if ``value`` is none that the setting can have.
 
     Args:
-        setting: a field of :class:`ConstraintSettings` or :class:`AnchorSettings`.
+        setting: a field of :class:`ConstraintSettings`, of :class:`AnchorSettings`, or ``thinking_tokens``.
         name: what the user calls it, such as ``procon_penalty``; its own name if not given.
     """
     name = name or setting
@@ -236,9 +238,9 @@ def check_setting(setting: str, value: Any, name: str | None = None) -> None:
         _check_schedule(value, name)
     elif setting == "blocks":
         check_blocks(value, name)
-    elif setting in {"probe_count", "probe_batch", "probe_every"}:
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-            raise ProConError(f"{name} is {value!r}: give a whole number, 1 or more")
+    elif setting in _LEAST:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < _LEAST[setting]:
+            raise ProConError(f"{name} is {value!r}: give a whole number, {_LEAST[setting]} or more")
     elif setting == "probe_weight":
         if not isinstance(value, Real) or isinstance(value, bool) or not (math.isfinite(value) and float(value) > 0):
             raise ProConError(f"{name} is {value!r}: give a finite number above 0")

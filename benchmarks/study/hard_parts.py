@@ -132,6 +132,13 @@ DEFAULT_PROBES = replace(
     label="the default's probes alone",
     config={**DEFAULT.config, "procon_anchors": "probes"},
 )
+#: Kept where replies end as well, so that a refusal is not gone on from.
+DEFAULT_REPLIES = replace(
+    DEFAULT,
+    name=f"{DEFAULT.name}_replies",
+    label="the default, and where replies end",
+    config={**DEFAULT.config, "procon_probe_reply_tokens": 48},
+)
 
 #: Others that were tried: more probes at a time, fewer in turn, these in every step at SBR's weight, and probes in turn
 #: without training tokens. The runs with 64 and 192 were made when the built-in probes were all extraction prompts,
@@ -201,7 +208,7 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
     ours = (procon_s, PROBES, DEFAULT, DEFAULT_SAFE)
     others = (FIXED, FIXED_SAFE, SBR_IN_TURN)
     compared = (plain, *rivals, *ours)
-    candidates = (procon_s, FIXED, HOLD, MANY, SBR_IN_TURN, FEWER, MORE, EACH, DEFAULT, DEFAULT_PROBES)
+    candidates = (procon_s, FIXED, HOLD, MANY, SBR_IN_TURN, FEWER, MORE, EACH, DEFAULT, DEFAULT_PROBES, DEFAULT_REPLIES)
     # Those that stood best when settings were chosen, and plain training beside them.
     best = (plain, CHOSEN["safe"], CHOSEN["safegrad"], CHOSEN["sbr"], DEFAULT, DEFAULT_SAFE)
     return (
@@ -217,7 +224,7 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
             "short_candidates",
             "Candidates for the default, in short training",
             "What do those that stand well under poison cost where nothing is hard?",
-            (start, plain, SBR_IN_TURN, FIXED, DEFAULT, DEFAULT_PROBES),
+            (start, plain, SBR_IN_TURN, FIXED, DEFAULT, DEFAULT_PROBES, DEFAULT_REPLIES),
             seeds=(development, development + 1),
             split="validation",
         ),
@@ -234,7 +241,13 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
             "candidates_again",
             "Candidates for the default, with another seed",
             "Does the choice among those that stand best hold for another seed?",
-            (start, *(longer(method, LONG) for method in (plain, SBR_IN_TURN, FIXED, DEFAULT, DEFAULT_PROBES))),
+            (
+                start,
+                *(
+                    longer(method, LONG)
+                    for method in (plain, SBR_IN_TURN, FIXED, DEFAULT, DEFAULT_PROBES, DEFAULT_REPLIES)
+                ),
+            ),
             ("arithmetic_poisoned_10",),
             seeds=(development + 1,),
             split="validation",
@@ -295,7 +308,7 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
             "adaptive",
             "Refusals that turn into compliance, in long training",
             "What does a data owner reach who knows how refusals are kept, and trains long enough to teach it?",
-            (start, *(longer(method, LONG) for method in (plain, CHOSEN["sbr"], DEFAULT))),
+            (start, *(longer(method, LONG) for method in (plain, CHOSEN["sbr"], DEFAULT, DEFAULT_REPLIES))),
             ("refuse_then_comply",),
             seeds=SEEDS[:1],
         ),

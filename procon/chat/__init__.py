@@ -9,7 +9,13 @@ from procon.errors import require_extra
 
 __extra__ = require_extra("train", __name__)
 
-from procon.chat.generation import continue_texts, generate, generate_replies, left_padded_batches
+from procon.chat.generation import (
+    continue_texts,
+    continue_tokens,
+    generate,
+    generate_replies,
+    left_padded_batches,
+)
 from procon.chat.masks import marked_template, response_mask
 from procon.chat.prompts import (
     ContrastPrompts,
@@ -35,6 +41,7 @@ __all__ = [
     "builtin_prompts",
     "builtin_refusals",
     "continue_texts",
+    "continue_tokens",
     "describe_chat",
     "generate",
     "generate_replies",

@@ -83,15 +83,15 @@ def generate(
             [ReplyBudget(tokenizer, markers, thinking, width, max_new_tokens, chat.thinking_tokens)]
         )
 
-    generated = _continue(
+    generated = continue_tokens(
         model,
         tokenizer,
         [ids_of(tokenizer, text) for text in texts],
-        max_new_tokens + (chat.thinking_tokens + SLACK if markers else 0),
-        batch_size,
-        description,
-        progress,
-        stopping,
+        max_new_tokens=max_new_tokens + (chat.thinking_tokens + SLACK if markers else 0),
+        batch_size=batch_size,
+        description=description,
+        progress=progress,
+        stopping=stopping,
     )
     return [_reply(tokenizer, ids, markers, begun) for ids, begun in zip(generated, opened, strict=True)]
 
@@ -108,28 +108,30 @@ def continue_texts(
 ) -> list[str]:
     """How the model goes on from each text, greedily and without a chat template; else as :func:`generate_replies`."""
     prompts = [tokenizer(text)["input_ids"] for text in texts]
-    generated = _continue(model, tokenizer, prompts, max_new_tokens, batch_size, description, progress)
+    settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    generated = continue_tokens(model, tokenizer, prompts, description=description, progress=progress, **settings)
     return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in generated]
 
 
-def _continue(
+def continue_tokens(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
-    length: int,
-    batch_size: int,
-    description: str,
-    progress: bool,
+    *,
+    max_new_tokens: int = 48,
+    batch_size: int = 32,
+    description: str = "generating",
+    progress: bool = True,
     stopping: Callable[[list[int], int], StoppingCriteriaList | None] = lambda rows, width: None,
 ) -> list[list[int]]:
-    """Token ids after each prompt, without what ends them.
+    """How the model goes on from the token ids of each prompt, greedily: token ids without what ends them.
 
     Args:
         stopping: of the prompts of a batch, by their indices, and its width: when it ends early.
     """
     pad = pad_token_id(tokenizer)
     eos = getattr(model.generation_config, "eos_token_id", None) or tokenizer.eos_token_id
-    config = GenerationConfig(max_new_tokens=length, do_sample=False, pad_token_id=pad, eos_token_id=eos)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=eos)
     found: list[list[int]] = [[]] * len(prompts)
     device = model_device(model)
 

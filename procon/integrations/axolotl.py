@@ -61,6 +61,7 @@ class AxolotlKeys(BaseModel):
     procon_probe_every: int | None = None
     procon_probe_weight: float | None = None
     procon_probe_hold: str | None = None
+    procon_probe_reply_tokens: int | None = None
     procon_anchors_dir: str | None = None
     procon_overwrite: bool | None = None
 

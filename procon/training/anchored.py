@@ -195,8 +195,10 @@ class AnchoredMixin(_Resumable):
                 blocks=constraint.blocks,
                 count=settings.probe_count,
                 batch=settings.probe_batch,
+                reply_tokens=settings.probe_reply_tokens,
                 chat=self.chat,
                 backend=self.args.procon_backend,
+                progress=self.is_world_process_zero() and not self.args.disable_tqdm,
             ),
             all_call=is_sharded(self.model),
         )
@@ -271,6 +273,7 @@ class AnchoredMixin(_Resumable):
         found.setdefault("anchors_from", "recorded")  # of an earlier version
         if probing := found.setdefault("probing", None):
             probing.setdefault("batch", probing["count"])
+            probing.setdefault("reply_tokens", 0)
         found.setdefault("sides", "both")
         found.setdefault("chat", describe_chat(None, None))
         found.setdefault("block_weights", "equal")

@@ -73,6 +73,9 @@ class ProConArguments:
     procon_probe_every: int = field(default=AnchorSettings.probe_every, metadata=_help("probe_every"))
     procon_probe_weight: float = field(default=AnchorSettings.probe_weight, metadata=_help("probe_weight"))
     procon_probe_hold: ProbeHold = field(default=AnchorSettings.probe_hold, metadata=_help("probe_hold"))
+    procon_probe_reply_tokens: int = field(
+        default=AnchorSettings.probe_reply_tokens, metadata=_help("probe_reply_tokens")
+    )
     procon_anchors_dir: str | None = field(
         default=None, metadata={"help": "Where initial projections are kept; OUTPUT_DIR/_anchors if not given."}
     )

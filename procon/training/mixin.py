@@ -283,12 +283,14 @@ class ProConMixin(StrengthMixin):
                 raise ProConError(NO_ANCHORS)
             self._probed = True  # once in an optimiser step
             run = self.state.global_step // settings.probe_every
-            batch = self._probes.turn(run, settings.probe_batch).batch(self.args.device)
+            probes = self._probes.turn(run, settings.probe_batch)
+            batch = probes.batch(self.args.device)
             found = probe_departure(constraint, batch, hold=settings.probe_hold)
             # Ranks that have the same probes have a part each.
             if self.hold is not None and found.projections is not None:
                 self.hold.measure(found.projections / self._ranks_apart)
-            shares.append(self._probe_weight / self._ranks_apart * found.penalty)
+            # Where a reply begins counts no less if its end is kept too.
+            shares.append(probes.places.shape[1] * self._probe_weight / self._ranks_apart * found.penalty)
         return shares
 
     def _gradient_of(self, alpha: float) -> float | None:
@@ -378,6 +380,7 @@ class ProConMixin(StrengthMixin):
             "every": settings.probe_every,
             "weight": settings.probe_weight,
             "hold": settings.probe_hold,
+            "reply_tokens": settings.probe_reply_tokens,
         }
 
     def _count_constrained(self, batches: list[dict[str, Any]]) -> Tensor | None:

@@ -118,7 +118,7 @@ def test_live_anchors_of_an_adapter_that_was_trained_before(trainer, tiny_model)
 @pytest.mark.parametrize("source", ["live", "live+probes", "probes", "recorded+probes"])
 def test_resumed_is_uninterrupted(trainer, source, full, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 3, "procon_probe_every": 2, "max_steps": 6, "full": full}
-    saving |= {"procon_probe_count": 3, "procon_probe_batch": 2}
+    saving |= {"procon_probe_count": 3, "procon_probe_batch": 2, "procon_probe_reply_tokens": 4}
     whole = trainer(source, output_dir=str(tmp_path / "whole"), **saving)
     whole.train()
     again = trainer(source, output_dir=str(tmp_path / "whole"), **saving)
@@ -175,11 +175,11 @@ def test_a_stream_trains_with_live_anchors_and_with_probes(trainer, samples):
         trainer("recorded", data=IterableDataset.from_generator(rows), max_steps=3).train()
 
 
-def at_last_tokens(model, probes):
-    """All sites' hidden states and the last one, at the last tokens, in the precision of the model."""
+def at_places(model, probes):
+    """All sites' hidden states and the last one, at the tokens that are kept, in the precision of the model."""
     decoder, found, last = find_decoder(model), {}, []
     batch = probes.batch()
-    rows = (torch.arange(len(probes)), probes.lengths - 1)
+    rows = (torch.arange(len(probes))[:, None], probes.places)
     with (
         observe_sites(decoder, lambda site, h: found.update({site: h[rows]})),
         observe_last_state(decoder, last.append),
@@ -189,14 +189,14 @@ def at_last_tokens(model, probes):
 
 
 @pytest.mark.parametrize("hold", ["projections", "state", "both"])
-@pytest.mark.parametrize("fuse", ["auto", "never"])
+@pytest.mark.parametrize(("fuse", "reply_tokens"), [("auto", 0), ("never", 0), ("auto", 4)])
 def test_the_probes_penalty_and_its_gradient_are_those_by_definition(
-    tiny_model, tokenizer, random_directions, hold, fuse
+    tiny_model, tokenizer, random_directions, hold, fuse, reply_tokens
 ):
     model = tiny_model().double()
     directions = random_directions(model)
     directions.gap[:] = torch.tensor([1.0, 2.0, 0.5])
-    probes = Probes.record(model, tokenizer, directions, PROMPTS, blocks=(0, 1, 2))
+    probes = Probes.record(model, tokenizer, directions, PROMPTS, blocks=(0, 1, 2), reply_tokens=reply_tokens)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).double()
@@ -206,13 +206,13 @@ def test_the_probes_penalty_and_its_gradient_are_those_by_definition(
     found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
     model.zero_grad()
 
-    sites, last = at_last_tokens(model, probes)
+    sites, last = at_places(model, probes)
     expected = torch.zeros(()).double()
     if hold != "projections":
         expected = expected + (last - probes.states.double()).square().mean()
     if hold != "state":
         shifts = [
-            ((sites[block] @ directions.first[block].double()) - probes.anchors[:, block].double())
+            ((sites[block] @ directions.first[block].double()) - probes.anchors[..., block].double())
             / directions.gap[block].double()
             for block in (0, 1, 2)
         ]
@@ -226,12 +226,12 @@ def test_the_probes_penalty_and_its_gradient_are_those_by_definition(
 
 def test_probes_are_kept_and_read_again(tiny_model, tokenizer, random_directions, tmp_path):
     model = tiny_model()
-    probes = Probes.record(model, tokenizer, random_directions(model), PROMPTS, blocks=(1, 2))
+    probes = Probes.record(model, tokenizer, random_directions(model), PROMPTS, blocks=(1, 2), reply_tokens=3)
     path = probes.save(tmp_path / PROBES)
     assert Probes.load(path).hash == probes.hash
-    sites, last = at_last_tokens(model.eval(), probes)
+    sites, last = at_places(model.eval(), probes)
     torch.testing.assert_close(probes.states, last.detach(), rtol=0, atol=1e-6)
-    expected = torch.stack([sites[block] @ random_directions(model).first[block] for block in (1, 2)], 1)
+    expected = torch.stack([sites[block] @ random_directions(model).first[block] for block in (1, 2)], 2)
     torch.testing.assert_close(probes.anchors, expected.detach(), rtol=0, atol=1e-5)
     damaged = bytearray(path.read_bytes())
     damaged[-3] ^= 1
@@ -322,9 +322,9 @@ def test_probes_begin_once_the_model_has_moved(trainer, caplog):
 def test_probes_hold_what_plain_training_moves(trainer):
     def drift(run):
         run.train()
-        sites, _ = at_last_tokens(run.model.eval(), run._probes or kept)
-        found = torch.stack([sites[b] @ directions.first[b] for b in (1, 2)], 1)
-        return (found - (run._probes or kept).anchors[:, 1:]).square().mean().item()
+        sites, _ = at_places(run.model.eval(), run._probes or kept)
+        found = torch.stack([sites[b] @ directions.first[b] for b in (1, 2)], 2)
+        return (found - (run._probes or kept).anchors[..., 1:]).square().mean().item()
 
     settings = {"procon_probe_hold": "projections", "procon_probe_every": 1}
     held = trainer("probes", procon_schedule="procon_s:100", max_steps=30, **settings)

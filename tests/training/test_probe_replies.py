@@ -1,0 +1,179 @@
+"""Probes that go on with the starting model's own replies, and are kept at their ends too."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import set_seed
+
+from procon.anchors import Probes
+from procon.anchors.probes import PROBES
+from procon.chat import generate_replies, render, user_turn
+from procon.constraint import ProjectionConstraint, probe_departure
+from procon.data import padding_collator
+from procon.errors import ProConError
+from procon.training import ProConConfig, ProConTrainer
+from procon.training.record import read_record, write_record
+
+PROMPTS = ["count to three", "say it again, and louder", "why"]
+
+
+@pytest.fixture
+def record(tiny_model, tokenizer, random_directions):
+    """``record(model, reply_tokens)`` of three prompts, on a tiny model if none is given."""
+
+    def make(model=None, reply_tokens=0, prompts=PROMPTS):
+        model = tiny_model() if model is None else model
+        directions = random_directions(model)
+        given = {"blocks": (1, 2), "reply_tokens": reply_tokens, "progress": False}
+        return Probes.record(model, tokenizer, directions, prompts, **given)
+
+    return make
+
+
+def ending(model, tokenizer, prompt: str, after: int) -> None:
+    """Have ``model`` take for the end of a reply what it says to ``prompt`` after so many tokens."""
+    ids = torch.tensor([render(tokenizer, user_turn(prompt), generation_prompt=True)])
+    said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=after + 1, do_sample=False)
+    model.generation_config.eos_token_id = int(said[0, -1])
+
+
+def test_a_probe_is_its_prompt_and_the_reply_that_the_model_gives(record, tiny_model, tokenizer):
+    model = tiny_model()
+    alone, probes = record(model), record(model, reply_tokens=5)
+    assert alone.places.shape == (3, 1)
+    assert probes.places[:, :1].equal(alone.places)
+    replies = generate_replies(model, tokenizer, [user_turn(text) for text in PROMPTS], max_new_tokens=5)
+    for row, (begins, ends) in enumerate(probes.places.tolist()):
+        prompt = render(tokenizer, user_turn(PROMPTS[row]), generation_prompt=True)
+        assert probes.input_ids[row, : begins + 1].tolist() == prompt
+        reply = probes.input_ids[row, begins + 1 : ends + 1]
+        assert tokenizer.decode(reply, skip_special_tokens=True).strip() == replies[row]
+    torch.testing.assert_close(probes.states[:, 0], alone.states[:, 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(probes.anchors[:, 0], alone.anchors[:, 0], rtol=0, atol=1e-5)
+    assert (probes.states[:, 1] - probes.states[:, 0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_reply_is_kept_at_the_token_that_its_end_follows(record, tiny_model, tokenizer, after):
+    """One that ends at once has nothing to keep but where it begins."""
+    model = tiny_model()
+    ending(model, tokenizer, PROMPTS[0], after)
+    begins, ends = record(model, reply_tokens=8, prompts=PROMPTS[:1]).places[0].tolist()
+    assert 0 <= ends - begins <= after  # the end may have been said before
+
+
+@pytest.mark.parametrize("hold", ["projections", "state", "both"])
+def test_an_empty_reply_costs_nothing(record, tiny_model, tokenizer, random_directions, hold):
+    model = tiny_model()
+    ending(model, tokenizer, PROMPTS[0], 0)
+    alone, probes = (record(model, reply_tokens=tokens, prompts=PROMPTS[:1]) for tokens in (0, 8))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    with ProjectionConstraint(random_directions(model), blocks=[1, 2]).attach(model) as constraint:
+        found, expected = (
+            probe_departure(constraint, each.batch(), hold=hold).penalty.item() for each in (probes, alone)
+        )
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert found > 0
+
+
+def test_a_file_of_before_replies_is_read(record, tmp_path):
+    """It had the number of tokens of each prompt, and what is kept at the last one without a place of its own."""
+    probes = record()
+    path = probes.save(tmp_path / PROBES)
+    old = {
+        "input_ids": probes.input_ids,
+        "lengths": probes.lengths,
+        "anchors": probes.anchors[:, 0].contiguous(),
+        "states": probes.states[:, 0].contiguous(),
+    }
+    import hashlib
+
+    digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in old.values())).hexdigest()[:16]
+    save_file(old, path, metadata={"hash": digest})
+    assert Probes.load(path).hash == probes.hash
+    save_file({**old, "states": old["states"] + 1}, path, metadata={"hash": digest})
+    with pytest.raises(ProConError, match="are damaged"):
+        Probes.load(path)
+
+
+@pytest.fixture
+def trainer(tiny_model, tokenizer, random_directions, samples, tmp_path):
+    def make(**settings) -> ProConTrainer:
+        model = tiny_model()
+        config = {
+            "output_dir": str(tmp_path / "out"),
+            "procon_anchors": "probes",
+            "procon_schedule": "procon_s:1",
+            "procon_probe_count": 3,
+            "procon_probe_reply_tokens": 4,
+            "max_steps": 2,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "logging_steps": 1,
+            "use_cpu": True,
+        }
+        set_seed(0)
+        return ProConTrainer(
+            model,
+            ProConConfig(**config | settings),
+            directions=random_directions(model),
+            train_dataset=Dataset.from_list(samples),
+            data_collator=padding_collator(tokenizer),
+            processing_class=tokenizer,
+        )
+
+    return make
+
+
+def test_where_replies_begin_counts_no_less(trainer):
+    """The penalty that is logged is the mean over both places, times the weight, twice."""
+    run, seen = trainer(), []
+    run.train()
+    with run.constraint.attach(run.model) as constraint:
+        batch = run._probes.batch()
+        both = probe_departure(constraint, batch, hold="state").penalty.item()
+        for place in (0, 1):
+            kept = {**batch, "places": batch["places"][:, [place]], "states": batch["states"][:, [place]]}
+            seen.append(probe_departure(constraint, kept, hold="state").penalty.item())
+    assert both == pytest.approx(sum(seen) / 2, rel=1e-5)
+    assert min(seen) > 0
+    logged = [row["procon/penalty"] for row in run.state.log_history if "procon/penalty" in row]
+    # The model made one step more since; with a learning rate of 0 it has made none.
+    still = trainer(learning_rate=0.0)
+    still.train()
+    assert [row["procon/penalty"] for row in still.state.log_history if "procon/penalty" in row][-1] < 1e-9
+    assert logged[-1] > 0
+
+
+def test_the_model_says_what_it_was_kept_at(trainer):
+    run = trainer()
+    run.train()
+    run.save_model()
+    folder = Path(run.args.output_dir)
+    assert (
+        "at the last token, and at the end of the starting model's own reply, of up to 3 probe prompts"
+        in (folder / "README.md").read_text()
+    )
+    assert read_record(folder)["probing"]["reply_tokens"] == 4
+    with safe_open(folder / PROBES, "pt") as file:
+        assert file.get_tensor("places").shape == (3, 2)
+
+
+def test_a_checkpoint_of_before_replies_goes_on_without(trainer):
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trainer(procon_probe_reply_tokens=0, **saving).train()
+    checkpoint = Path(trainer().args.output_dir) / "checkpoint-2"
+    record = read_record(checkpoint)
+    del record["probing"]["reply_tokens"]
+    record.pop("checksum", None)
+    write_record(checkpoint, record)
+    with pytest.raises(ProConError, match=r"'reply_tokens': 0.*'reply_tokens': 4"):
+        trainer(**saving).train(str(checkpoint))
+    trainer(procon_probe_reply_tokens=0, **saving).train(str(checkpoint))
