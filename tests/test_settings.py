@@ -71,6 +71,7 @@ WRONG = {
     "probe_every": ("0", "is 0: give a whole number, 1 or more"),
     "probe_weight": ("-1.0", "is -1.0: give a finite number above 0"),
     "probe_hold": ("everything", "is 'everything': choose one of projections, state, both"),
+    "probe_reply_tokens": ("-1", "is -1: give a whole number, 0 or more"),
 }
 
 #: Any text may be a file of probe prompts; whether it is one shows before a model is read, too.
@@ -232,6 +233,8 @@ def wrong_values(setting: str) -> tuple[Any, ...]:
         return (float(WRONG[setting][0]), *NO_BLOCKS)
     if setting in ("probe_count", "probe_batch", "probe_every"):
         return (int(WRONG[setting][0]), -1, 1.5, True, "8", None)
+    if setting == "probe_reply_tokens":
+        return (int(WRONG[setting][0]), 1.5, True, "8", None)
     if setting == "probe_weight":
         return (float(WRONG[setting][0]), 0, float("nan"), float("inf"), True, "1", None)
     return (7, True, ["file"]) if setting == "probes" else (WRONG[setting][0], 7, None)

@@ -77,6 +77,7 @@ _VALUES = {
     "probe_batch": (1, 8),
     "probe_every": (1, 2),
     "probe_weight": (0.5, 50),
+    "probe_reply_tokens": (0, 48),
 }
 
 

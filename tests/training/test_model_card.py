@@ -98,7 +98,7 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
             "anchors": anchors[0],
             "anchors_from": "recorded+probes",
             "starting_model": None,
-            "probing": {"count": 128, "batch": 8, "every": 2, "weight": 15.0, "hold": "state"},
+            "probing": {"count": 128, "batch": 8, "every": 2, "weight": 15.0, "hold": "state", "reply_tokens": 0},
             "steps_per_epoch": trainer._steps_per_epoch,
         }
     for part in (

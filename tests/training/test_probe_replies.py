@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import set_seed
 
 from procon.anchors import Probes

@@ -44,7 +44,13 @@ HOLD = {"procon_schedule": "hold:0.001"}
 #: Tensor parallelism of a tiny model on a CPU is slow, and learning rates are constant.
 SHORT = {"max_steps": 5}
 LORA = {**SHORT, "learning_rate": 1e-2}
-PROBES = {**SHORT, "procon_anchors": "recorded+probes", "procon_probe_hold": "both", "procon_probe_count": 3}
+PROBES = {
+    **SHORT,
+    "procon_anchors": "recorded+probes",
+    "procon_probe_hold": "both",
+    "procon_probe_count": 3,
+    "procon_probe_reply_tokens": 3,
+}
 
 
 def rows() -> list[dict]:
