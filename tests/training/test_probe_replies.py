@@ -1,5 +1,6 @@
 """Probes that go on with the starting model's own replies, and are kept at their ends too."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -92,8 +93,6 @@ def test_a_file_of_before_replies_is_read(record, tmp_path):
         "anchors": probes.anchors[:, 0].contiguous(),
         "states": probes.states[:, 0].contiguous(),
     }
-    import hashlib
-
     digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in old.values())).hexdigest()[:16]
     save_file(old, path, metadata={"hash": digest})
     assert Probes.load(path).hash == probes.hash
@@ -132,24 +131,47 @@ def trainer(tiny_model, tokenizer, random_directions, samples, tmp_path):
     return make
 
 
-def test_where_replies_begin_counts_no_less(trainer):
-    """The penalty that is logged is the mean over both places, times the weight, twice."""
-    run, seen = trainer(), []
+@pytest.mark.parametrize(("reply_tokens", "places"), [(0, 1), (4, 2)])
+def test_the_weight_is_that_of_each_place(trainer, monkeypatch, reply_tokens, places):
+    """So that where a reply begins counts no less if its end is kept too."""
+    found = []
+
+    def noted(*args, **kwargs):
+        found.append(probe_departure(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr("procon.training.mixin.probe_departure", noted)
+    run = trainer(procon_probe_reply_tokens=reply_tokens, procon_probe_weight=5.0)
     run.train()
-    with run.constraint.attach(run.model) as constraint:
-        batch = run._probes.batch()
-        both = probe_departure(constraint, batch, hold="state").penalty.item()
-        for place in (0, 1):
-            kept = {**batch, "places": batch["places"][:, [place]], "states": batch["states"][:, [place]]}
-            seen.append(probe_departure(constraint, kept, hold="state").penalty.item())
-    assert both == pytest.approx(sum(seen) / 2, rel=1e-5)
-    assert min(seen) > 0
-    logged = [row["procon/penalty"] for row in run.state.log_history if "procon/penalty" in row]
-    # The model made one step more since; with a learning rate of 0 it has made none.
-    still = trainer(learning_rate=0.0)
-    still.train()
-    assert [row["procon/penalty"] for row in still.state.log_history if "procon/penalty" in row][-1] < 1e-9
-    assert logged[-1] > 0
+    (logged,) = [row["procon/penalty"] for row in run.state.log_history if row.get("procon/penalty")]
+    assert len(found) == 1
+    assert logged == pytest.approx(places * 5.0 * found[0].penalty.item(), rel=1e-3)
+    assert logged > 1e-9
+
+
+def test_the_ends_are_held(trainer):
+    """A tenth of what is left of them without."""
+
+    def departure(reply_tokens: int) -> float:
+        run = trainer(
+            procon_probe_reply_tokens=reply_tokens,
+            procon_schedule="procon_s:100",
+            procon_probe_every=1,
+            max_steps=20,
+            learning_rate=1e-2,
+        )
+        ends = ends_of(run)
+        run.train()
+        with run.constraint.attach(run.model) as constraint, torch.no_grad():
+            return probe_departure(constraint, ends, hold="state").penalty.item()
+
+    def ends_of(run) -> dict[str, torch.Tensor]:
+        given = {"blocks": (1,), "count": 3, "reply_tokens": 4, "progress": False}
+        probes = Probes.record(run.model, run.processing_class, run._directions, **given)
+        batch = probes.batch()
+        return {**batch, "places": batch["places"][:, 1:], "states": batch["states"][:, 1:]}
+
+    assert departure(4) < 0.1 * departure(0)
 
 
 def test_the_model_says_what_it_was_kept_at(trainer):
