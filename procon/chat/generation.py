@@ -108,8 +108,15 @@ def continue_texts(
 ) -> list[str]:
     """How the model goes on from each text, greedily and without a chat template; else as :func:`generate_replies`."""
     prompts = [tokenizer(text)["input_ids"] for text in texts]
-    settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    generated = continue_tokens(model, tokenizer, prompts, description=description, progress=progress, **settings)
+    generated = continue_tokens(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        description=description,
+        progress=progress,
+    )
     return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in generated]
 
 
