@@ -241,13 +241,7 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
             "candidates_again",
             "Candidates for the default, with another seed",
             "Does the choice among those that stand best hold for another seed?",
-            (
-                start,
-                *(
-                    longer(method, LONG)
-                    for method in (plain, SBR_IN_TURN, FIXED, DEFAULT, DEFAULT_PROBES, DEFAULT_REPLIES)
-                ),
-            ),
+            (start, *(longer(method, LONG) for method in (plain, SBR_IN_TURN, FIXED, DEFAULT, DEFAULT_PROBES))),
             ("arithmetic_poisoned_10",),
             seeds=(development + 1,),
             split="validation",
