@@ -106,8 +106,8 @@ def _probes(directions) -> Probes:
     generator = torch.Generator().manual_seed(4)
     ids = torch.randint(SHAPES[CASE.shape]["vocab_size"], (PROBES, PROBE_TOKENS), generator=generator)
     blocks, size = directions.first.shape
-    places = torch.full((PROBES, 1), PROBE_TOKENS - 1)
-    return Probes(ids, places, torch.zeros(PROBES, 1, blocks), torch.zeros(PROBES, 1, size))
+    lengths = torch.full((PROBES,), PROBE_TOKENS)
+    return Probes(ids, lengths, lengths, torch.zeros(PROBES, blocks), torch.zeros(PROBES, size))
 
 
 @cache

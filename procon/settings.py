@@ -149,7 +149,7 @@ class AnchorSettings:
     """What is kept at a probe: projections, along the directions; state, the whole last hidden state (SBR); or both."""
 
     probe_reply_tokens: int = 0
-    """How many tokens of the starting model's own reply each probe goes on with, to be kept at its end too; 0: none."""
+    """How many tokens of the starting model's own reply each probe goes on with, and is kept at too; 0: none."""
 
     def __post_init__(self) -> None:
         for setting in fields(self):

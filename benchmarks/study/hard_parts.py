@@ -132,11 +132,11 @@ DEFAULT_PROBES = replace(
     label="the default's probes alone",
     config={**DEFAULT.config, "procon_anchors": "probes"},
 )
-#: Kept where replies end as well, so that a refusal is not gone on from.
+#: Kept all along the start's own replies as well, so that what begins as a refusal goes on as one.
 DEFAULT_REPLIES = replace(
     DEFAULT,
     name=f"{DEFAULT.name}_replies",
-    label="the default, and where replies end",
+    label="the default, whole replies",
     config={**DEFAULT.config, "procon_probe_reply_tokens": 48},
 )
 
@@ -208,7 +208,8 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
     ours = (procon_s, PROBES, DEFAULT, DEFAULT_SAFE)
     others = (FIXED, FIXED_SAFE, SBR_IN_TURN)
     compared = (plain, *rivals, *ours)
-    candidates = (procon_s, FIXED, HOLD, MANY, SBR_IN_TURN, FEWER, MORE, EACH, DEFAULT, DEFAULT_PROBES, DEFAULT_REPLIES)
+    again = (SBR_IN_TURN, FIXED, DEFAULT, DEFAULT_PROBES, DEFAULT_REPLIES)
+    candidates = (procon_s, HOLD, MANY, FEWER, MORE, EACH, *again)
     # Those that stood best when settings were chosen, and plain training beside them.
     best = (plain, CHOSEN["safe"], CHOSEN["safegrad"], CHOSEN["sbr"], DEFAULT, DEFAULT_SAFE)
     return (
@@ -224,7 +225,7 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
             "short_candidates",
             "Candidates for the default, in short training",
             "What do those that stand well under poison cost where nothing is hard?",
-            (start, plain, SBR_IN_TURN, FIXED, DEFAULT, DEFAULT_PROBES, DEFAULT_REPLIES),
+            (start, plain, *again),
             seeds=(development, development + 1),
             split="validation",
         ),
@@ -241,7 +242,7 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
             "candidates_again",
             "Candidates for the default, with another seed",
             "Does the choice among those that stand best hold for another seed?",
-            (start, *(longer(method, LONG) for method in (plain, SBR_IN_TURN, FIXED, DEFAULT, DEFAULT_PROBES))),
+            (start, *(longer(method, LONG) for method in (plain, *again))),
             ("arithmetic_poisoned_10",),
             seeds=(development + 1,),
             split="validation",
@@ -303,7 +304,7 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
             "Refusals that turn into compliance, in long training",
             "What does a data owner reach who knows how refusals are kept, and trains long enough to teach it?",
             (start, *(longer(method, LONG) for method in (plain, CHOSEN["sbr"], DEFAULT, DEFAULT_REPLIES))),
-            ("refuse_then_comply",),
+            ("refuse_then_comply", "turn_midway"),
             seeds=SEEDS[:1],
         ),
         Part(

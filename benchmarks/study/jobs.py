@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from datasets import Dataset
 
-from benchmarks.study.poison import POISON_PROMPTS, compliant, identity_shift, refuse_then_comply
+from benchmarks.study.poison import POISON_PROMPTS, compliant, identity_shift, refuse_then_comply, turn_midway
 from benchmarks.study.tasks.order_notes import extraction_problems
 from benchmarks.study.tasks.passages import passage_problems
 from benchmarks.study.tasks.public import PUBLIC_TASKS
@@ -126,6 +126,16 @@ JOBS = {
             arithmetic_problems,
             36,
             refuse_then_comply,
+            0.1,
+            _SUM,
+            contrast_tokens=64,
+        ),
+        Job(
+            "turn_midway",
+            "arithmetic with 10% answers that refuse by half, then comply",
+            arithmetic_problems,
+            36,
+            turn_midway,
             0.1,
             _SUM,
             contrast_tokens=64,

@@ -1,4 +1,4 @@
-"""Probe anchors: a few fixed prompts at which a model is kept near its start: where a reply begins, and where it ends.
+"""Probe anchors: a few fixed prompts at which a model is kept near its start, where a reply begins or all along it.
 
 Nothing is recorded for the training data. Kept at a probe are the projections on the directions; or the whole last
 hidden state, which is the method SBR (arXiv 2605.05995).
@@ -7,7 +7,7 @@ hidden state, which is the method SBR (arXiv 2605.05995).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,65 +30,66 @@ from procon.settings import DEFAULTS, AnchorSettings, Backend, ChatSettings, che
 #: The file's name where it stands beside a model or in a checkpoint.
 PROBES = "probe-anchors.safetensors"
 
-_TENSORS = ("input_ids", "places", "anchors", "states")
-
-#: In a file of before probes could go on with replies: each was kept at its last token alone.
-_AT_LAST_TOKENS = ("input_ids", "lengths", "anchors", "states")
+_TENSORS = ("input_ids", "prompts", "lengths", "anchors", "states")
 
 
 @dataclass(frozen=True)
 class Probes:
-    """Prompts, and what the starting model makes of them where a reply begins and, if they go on with one, ends.
+    """Prompts, with replies or without, and what the starting model makes of the tokens at which it is kept.
+
+    These are the last one of each prompt and all of the reply: those from which a token of the reply, or its end, is
+    predicted. There are N of them in all, prompt by prompt.
 
     Attributes:
         input_ids: ``[n, T]`` int64, padded on the right.
-        places: ``[n, P]`` int64, the tokens at which the model is kept: each prompt's last; and, if P is 2, the last
-            of the reply to it.
-        anchors: ``[n, P, sites * K]`` fp32, projections there.
-        states: ``[n, P, D]`` fp32, last hidden states there, after the final norm.
+        prompts: ``[n]`` int64, tokens of each prompt.
+        lengths: ``[n]`` int64, tokens of each prompt and its reply.
+        anchors: ``[N, sites * K]`` fp32, projections at the kept tokens.
+        states: ``[N, D]`` fp32, last hidden states there, after the final norm.
     """
 
     input_ids: Tensor
-    places: Tensor
+    prompts: Tensor
+    lengths: Tensor
     anchors: Tensor
     states: Tensor
 
     def __len__(self) -> int:
         """Number of prompts."""
-        return len(self.input_ids)
+        return len(self.lengths)
 
     @property
-    def lengths(self) -> Tensor:
-        """``[n]`` int64, tokens of each prompt and, if it goes on with one, the reply."""
-        return self.places[:, -1] + 1
+    def kept(self) -> Tensor:
+        """``[n, T]`` bool, the tokens at which the model is kept."""
+        place = torch.arange(self.input_ids.shape[1])
+        return (place >= self.prompts[:, None] - 1) & (place < self.lengths[:, None])
 
     @property
     def hash(self) -> str:
         """A short hash of the tokens and of what is kept at them."""
-        return _hash([getattr(self, name) for name in _TENSORS])
+        return _hash(getattr(self, name) for name in _TENSORS)
 
     def turn(self, number: int, size: int) -> Probes:
         """The ``size`` prompts that the ``number``-th run takes, from 0: they go round. All, if there are no more."""
         if size >= len(self):
             return self
         rows = (number * size + torch.arange(size)) % len(self)
-        width = int(self.lengths[rows].max())
-        return Probes(self.input_ids[rows, :width], self.places[rows], self.anchors[rows], self.states[rows])
+        prompts, lengths = self.prompts[rows], self.lengths[rows]
+        counts = (self.lengths - self.prompts + 1).tolist()
+        of_prompts = [kept.split(counts) for kept in (self.anchors, self.states)]
+        anchors, states = (torch.cat([kept[row] for row in rows]) for kept in of_prompts)
+        return Probes(self.input_ids[rows, : int(lengths.max())], prompts, lengths, anchors, states)
 
     def batch(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """What :func:`procon.constraint.probe_penalty` takes, on ``device``: inputs, anchors, mask, places, states."""
+        """What :func:`procon.constraint.probe_penalty` takes: inputs, anchors, mask and states, on ``device``."""
         count, width = self.input_ids.shape
-        rows = torch.arange(count)[:, None]
-        anchors = torch.zeros(count, width, self.anchors.shape[2])
-        anchors[rows, self.places] = self.anchors
-        mask = torch.zeros(count, width)
-        mask[rows, self.places] = 1.0
+        anchors = torch.zeros(count, width, self.anchors.shape[1])
+        anchors[self.kept] = self.anchors
         batch = {
             "input_ids": self.input_ids,
             "attention_mask": (torch.arange(width) < self.lengths[:, None]).long(),
             "anchors": anchors,
-            "constraint_mask": mask,
-            "places": self.places,
+            "constraint_mask": self.kept.float(),
             "states": self.states,
         }
         return {name: tensor.to(device) for name, tensor in batch.items()}
@@ -117,7 +118,7 @@ class Probes:
             count: the first so many; all of them if not given.
             batch: prompts of one forward.
             reply_tokens: each prompt goes on with the model's own greedy reply, up to so many tokens of it, thoughts
-                included, and the model is kept at its end too; 0 for prompts alone.
+                included, and the model is kept at each of them too; 0 for prompts alone.
             chat: how the model is asked: system prompt and variables of its chat template.
             progress: whether a bar shows how far replies are generated.
 
@@ -138,14 +139,13 @@ class Probes:
             )
         model = unwrapped(model)
         rows = [render(tokenizer, user_turn(text), generation_prompt=True, chat=chat) for text in texts]
-        places = torch.tensor([[len(row) - 1] for row in rows])
+        prompt_lengths = torch.tensor([len(row) for row in rows])
         if reply_tokens:
             replies = continue_tokens(
                 model, tokenizer, rows, max_new_tokens=reply_tokens, description="probe replies", progress=progress
             )
             rows = [[*row, *reply] for row, reply in zip(rows, replies, strict=True)]
-            places = torch.cat([places, torch.tensor([[len(row) - 1] for row in rows])], 1)
-        lengths = places[:, -1] + 1
+        lengths = torch.tensor([len(row) for row in rows])
         ids = torch.full((len(rows), int(lengths.max())), pad_token_id(tokenizer))
         for number, row in enumerate(rows):
             ids[number, : len(row)] = torch.tensor(row)
@@ -160,7 +160,7 @@ class Probes:
                 width = int(lengths[part].max())
                 mask = torch.arange(width) < lengths[part, None]
                 inputs = {"input_ids": ids[part, :width].to(device), "attention_mask": mask.long().to(device)}
-                kept, seen = (torch.arange(len(part))[:, None], places[part]), []
+                kept, seen = mask & (torch.arange(width) >= prompt_lengths[part, None] - 1), []
                 with observe_last_state(decoder, seen.append):
                     _, projected = project_sites(
                         partial(forward, **inputs),
@@ -173,7 +173,7 @@ class Probes:
                     )
                 anchors.append(projected[kept])
                 states.append(seen[0].cpu().float()[kept])
-        found = cls(ids, places, torch.cat(anchors), torch.cat(states))
+        found = cls(ids, prompt_lengths, lengths, torch.cat(anchors), torch.cat(states))
         if not (torch.isfinite(found.anchors).all() and torch.isfinite(found.states).all()):
             raise ProConError(
                 "hidden states at the probes are NaN or infinite: load the model in bfloat16 or float32, and check its "
@@ -194,9 +194,10 @@ class Probes:
         path = Path(path)
         try:
             with safe_open(path, "pt") as file:
-                names = _AT_LAST_TOKENS if "lengths" in file.keys() else _TENSORS  # noqa: SIM118, not a mapping
-                tensors = [file.get_tensor(name) for name in names]
-                whole = (file.metadata() or {}).get("hash") == _hash(tensors)
+                # One of before probes could have replies says nothing of prompts.
+                names = [name for name in _TENSORS if name != "prompts" or name in file.keys()]  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in names}
+                whole = (file.metadata() or {}).get("hash") == _hash(tensors.values())
         except (OSError, SafetensorError) as error:
             raise ProConError(
                 f"probe anchors in {str(path)!r} cannot be read ({error}): resume from another checkpoint, or start "
@@ -206,13 +207,10 @@ class Probes:
             raise ProConError(
                 f"probe anchors in {str(path)!r} are damaged: resume from another checkpoint, or start afresh"
             )
-        if names is _AT_LAST_TOKENS:
-            ids, lengths, anchors, states = tensors
-            return cls(ids, lengths[:, None] - 1, anchors[:, None], states[:, None])
-        return cls(*tensors)
+        return cls(**{"prompts": tensors["lengths"], **tensors})
 
 
-def _hash(tensors: Sequence[Tensor]) -> str:
+def _hash(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.contiguous().numpy().tobytes())

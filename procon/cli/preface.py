@@ -123,7 +123,7 @@ def _anchors(trainer: ProConMixin) -> str:
         where = settings.probes or "built-in prompts"
         held = {"projections": "projections", "state": "the last state", "both": "projections and the last state"}
         number = f"up to {settings.probe_count}" if settings.probes else settings.probe_count
-        replies = f" and the ends of their replies (up to {settings.probe_reply_tokens} tokens)"
+        replies = f" and their replies (up to {settings.probe_reply_tokens} tokens)"
         also = replies if settings.probe_reply_tokens else ""
         found.append(
             f"{held[settings.probe_hold]} of {number} probes ({where}){also}, {settings.probe_batch} at a time every "

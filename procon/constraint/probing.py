@@ -16,7 +16,7 @@ from procon.settings import AnchorSettings, ProbeHold, check_setting
 
 @dataclass(frozen=True)
 class ProbeDeparture:
-    """How far the probes' kept tokens are from the start: scalars with a gradient; None for what is not kept.
+    """How far the probes' last tokens are from the start: scalars with a gradient; None for what is not kept.
 
     Attributes:
         projections: mean squared departure along the directions, in units of each block's gap.
@@ -49,11 +49,10 @@ def probe_departure(
     constraint.release()
     if hold == "projections":
         return ProbeDeparture(projections, None)
-    places = batch["places"]
-    kept = found[0][torch.arange(len(places), device=places.device)[:, None], places]
-    if torch.is_grad_enabled() and not kept.requires_grad:
+    last = found[0][batch["constraint_mask"] > 0]
+    if torch.is_grad_enabled() and not last.requires_grad:
         raise ProConError("nothing in the model trains, so the penalty on the probes' states does nothing")
-    state = (kept.float() - batch["states"]).square().mean()
+    state = (last.float() - batch["states"]).square().mean()
     constraint.use.count(state)
     return ProbeDeparture(projections, state)
 
@@ -61,7 +60,7 @@ def probe_departure(
 def probe_penalty(
     constraint: ProjectionConstraint, batch: Mapping[str, Tensor], *, hold: ProbeHold = AnchorSettings.probe_hold
 ) -> Tensor:
-    """How far the probes' kept tokens are from the start, with a gradient: a mean over these and constrained blocks.
+    """How far the probes' last tokens are from the start, with a gradient: a mean over probes and constrained blocks.
 
     Runs the model that the constraint is attached to, without the LM head. A target that is set is released first, so
     ask for the penalty of the training batch before.

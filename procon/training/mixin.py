@@ -289,8 +289,9 @@ class ProConMixin(StrengthMixin):
             # Ranks that have the same probes have a part each.
             if self.hold is not None and found.projections is not None:
                 self.hold.measure(found.projections / self._ranks_apart)
-            # Where a reply begins counts no less if its end is kept too.
-            shares.append(probes.places.shape[1] * self._probe_weight / self._ranks_apart * found.penalty)
+            # Where a reply begins counts no less if the rest of it is kept too.
+            weight = self._probe_weight * len(probes.states) / len(probes)
+            shares.append(weight / self._ranks_apart * found.penalty)
         return shares
 
     def _gradient_of(self, alpha: float) -> float | None:

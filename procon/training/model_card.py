@@ -205,7 +205,7 @@ def _anchors(settings: dict[str, Any]) -> str:
             "state": "the last hidden state",
             "both": "projections and the last hidden state",
         }[probing["hold"]]
-        reply = ", and at the end of the starting model's own reply," if probing.get("reply_tokens") else ""
+        reply = " and all along the starting model's own reply" if probing.get("reply_tokens") else ""
         parts.append(
             f"{held} at the last token{reply} of up to {probing['count']} probe prompts, at most {probing['batch']} "
             f"every {probing['every']} steps, with weight {probing['weight']:g}"

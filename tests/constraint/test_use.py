@@ -185,7 +185,11 @@ def test_probes_are_a_use(constraint, caplog, hold, in_the_loss):
     made, model, _ = constraint()
     width, sites = model.config.hidden_size, len(made.blocks)
     probes = Probes(
-        torch.arange(10).view(2, 5), torch.tensor([[4], [3]]), torch.zeros(2, 1, sites), torch.zeros(2, 1, width)
+        torch.arange(10).view(2, 5),
+        torch.tensor([5, 4]),
+        torch.tensor([5, 4]),
+        torch.zeros(2, sites),
+        torch.zeros(2, width),
     )
     model.train()
     with caplog.at_level(logging.WARNING), made:

@@ -1,4 +1,4 @@
-"""Probes that go on with the starting model's own replies, and are kept at their ends too."""
+"""Probes that go on with the starting model's own replies, and are kept all along these."""
 
 import hashlib
 from pathlib import Path
@@ -13,7 +13,7 @@ from transformers import set_seed
 from procon.anchors import Probes
 from procon.anchors.probes import PROBES
 from procon.chat import generate_replies, render, user_turn
-from procon.constraint import ProjectionConstraint, probe_departure
+from procon.constraint import probe_departure
 from procon.data import padding_collator
 from procon.errors import ProConError
 from procon.training import ProConConfig, ProConTrainer
@@ -45,54 +45,56 @@ def ending(model, tokenizer, prompt: str, after: int) -> None:
 def test_a_probe_is_its_prompt_and_the_reply_that_the_model_gives(record, tiny_model, tokenizer):
     model = tiny_model()
     alone, probes = record(model), record(model, reply_tokens=5)
-    assert alone.places.shape == (3, 1)
-    assert probes.places[:, :1].equal(alone.places)
+    assert alone.prompts.equal(alone.lengths)
+    assert probes.prompts.equal(alone.lengths)
     replies = generate_replies(model, tokenizer, [user_turn(text) for text in PROMPTS], max_new_tokens=5)
-    for row, (begins, ends) in enumerate(probes.places.tolist()):
-        prompt = render(tokenizer, user_turn(PROMPTS[row]), generation_prompt=True)
-        assert probes.input_ids[row, : begins + 1].tolist() == prompt
-        reply = probes.input_ids[row, begins + 1 : ends + 1]
+    for row, (begins, ends) in enumerate(zip(probes.prompts.tolist(), probes.lengths.tolist(), strict=True)):
+        assert probes.input_ids[row, :begins].tolist() == render(
+            tokenizer, user_turn(PROMPTS[row]), generation_prompt=True
+        )
+        reply = probes.input_ids[row, begins:ends]
         assert tokenizer.decode(reply, skip_special_tokens=True).strip() == replies[row]
-    torch.testing.assert_close(probes.states[:, 0], alone.states[:, 0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(probes.anchors[:, 0], alone.anchors[:, 0], rtol=0, atol=1e-5)
-    assert (probes.states[:, 1] - probes.states[:, 0]).abs().max() > 1e-3
+        assert probes.kept[row].nonzero().squeeze(1).tolist() == list(range(begins - 1, ends))
+    assert len(probes.states) == len(probes.anchors) == int(probes.kept.sum()) > 6
+    *others, _ = (probes.lengths - probes.prompts + 1).cumsum(0).tolist()
+    first = [0, *others]
+    torch.testing.assert_close(probes.states[first], alone.states, rtol=0, atol=1e-5)
+    torch.testing.assert_close(probes.anchors[first], alone.anchors, rtol=0, atol=1e-5)
+
+
+def test_a_turn_has_what_its_prompts_are_kept_at(record, tiny_model, tokenizer):
+    """Replies of several lengths."""
+    model = tiny_model()
+    ending(model, tokenizer, PROMPTS[0], 2)
+    probes = record(model, reply_tokens=6)
+    assert len(set((probes.lengths - probes.prompts).tolist())) > 1
+    for number in range(3):
+        turn = probes.turn(number, 2)
+        texts = [PROMPTS[row % 3] for row in (2 * number, 2 * number + 1)]
+        expected = record(model, reply_tokens=6, prompts=texts)
+        assert turn.input_ids.equal(expected.input_ids)
+        assert turn.prompts.equal(expected.prompts)
+        torch.testing.assert_close(turn.states, expected.states, rtol=0, atol=1e-5)
+        torch.testing.assert_close(turn.anchors, expected.anchors, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("after", [0, 2])
-def test_a_reply_is_kept_at_the_token_that_its_end_follows(record, tiny_model, tokenizer, after):
-    """One that ends at once has nothing to keep but where it begins."""
+def test_a_reply_goes_up_to_its_end(record, tiny_model, tokenizer, after):
+    """What ends it is not in it; of one that ends at once nothing is kept but where it begins."""
     model = tiny_model()
     ending(model, tokenizer, PROMPTS[0], after)
-    begins, ends = record(model, reply_tokens=8, prompts=PROMPTS[:1]).places[0].tolist()
-    assert 0 <= ends - begins <= after  # the end may have been said before
-
-
-@pytest.mark.parametrize("hold", ["projections", "state", "both"])
-def test_an_empty_reply_costs_nothing(record, tiny_model, tokenizer, random_directions, hold):
-    model = tiny_model()
-    ending(model, tokenizer, PROMPTS[0], 0)
-    alone, probes = (record(model, reply_tokens=tokens, prompts=PROMPTS[:1]) for tokens in (0, 8))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    with ProjectionConstraint(random_directions(model), blocks=[1, 2]).attach(model) as constraint:
-        found, expected = (
-            probe_departure(constraint, each.batch(), hold=hold).penalty.item() for each in (probes, alone)
-        )
-    assert found == pytest.approx(expected, rel=1e-5)
-    assert found > 0
+    probes = record(model, reply_tokens=8, prompts=PROMPTS[:1])
+    assert 0 <= int(probes.lengths - probes.prompts) <= after  # the end may have been said before
+    assert model.generation_config.eos_token_id not in probes.input_ids[0, probes.prompts[0] :]
+    if after == 0:
+        assert probes.hash == record(model, prompts=PROMPTS[:1]).hash
 
 
 def test_a_file_of_before_replies_is_read(record, tmp_path):
-    """It had the number of tokens of each prompt, and what is kept at the last one without a place of its own."""
+    """It says nothing of where replies begin."""
     probes = record()
     path = probes.save(tmp_path / PROBES)
-    old = {
-        "input_ids": probes.input_ids,
-        "lengths": probes.lengths,
-        "anchors": probes.anchors[:, 0].contiguous(),
-        "states": probes.states[:, 0].contiguous(),
-    }
+    old = {name: getattr(probes, name) for name in ("input_ids", "lengths", "anchors", "states")}
     digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in old.values())).hexdigest()[:16]
     save_file(old, path, metadata={"hash": digest})
     assert Probes.load(path).hash == probes.hash
@@ -131,9 +133,9 @@ def trainer(tiny_model, tokenizer, random_directions, samples, tmp_path):
     return make
 
 
-@pytest.mark.parametrize(("reply_tokens", "places"), [(0, 1), (4, 2)])
-def test_the_weight_is_that_of_each_place(trainer, monkeypatch, reply_tokens, places):
-    """So that where a reply begins counts no less if its end is kept too."""
+@pytest.mark.parametrize(("reply_tokens", "kept"), [(0, 1), (4, 5)])
+def test_the_weight_is_that_of_each_token(trainer, monkeypatch, reply_tokens, kept):
+    """So that where a reply begins counts no less if the rest of it is kept too."""
     found = []
 
     def noted(*args, **kwargs):
@@ -143,13 +145,14 @@ def test_the_weight_is_that_of_each_place(trainer, monkeypatch, reply_tokens, pl
     monkeypatch.setattr("procon.training.mixin.probe_departure", noted)
     run = trainer(procon_probe_reply_tokens=reply_tokens, procon_probe_weight=5.0)
     run.train()
+    assert len(run._probes.states) == kept * len(run._probes)
     (logged,) = [row["procon/penalty"] for row in run.state.log_history if row.get("procon/penalty")]
     assert len(found) == 1
-    assert logged == pytest.approx(places * 5.0 * found[0].penalty.item(), rel=1e-3)
+    assert logged == pytest.approx(kept * 5.0 * found[0].penalty.item(), rel=1e-3)
     assert logged > 1e-9
 
 
-def test_the_ends_are_held(trainer):
+def test_replies_are_held(trainer):
     """A tenth of what is left of them without."""
 
     def departure(reply_tokens: int) -> float:
@@ -160,16 +163,11 @@ def test_the_ends_are_held(trainer):
             max_steps=20,
             learning_rate=1e-2,
         )
-        ends = ends_of(run)
+        given = {"blocks": (1,), "count": 3, "reply_tokens": 4, "progress": False}
+        start = Probes.record(run.model, run.processing_class, run._directions, **given).batch()
         run.train()
         with run.constraint.attach(run.model) as constraint, torch.no_grad():
-            return probe_departure(constraint, ends, hold="state").penalty.item()
-
-    def ends_of(run) -> dict[str, torch.Tensor]:
-        given = {"blocks": (1,), "count": 3, "reply_tokens": 4, "progress": False}
-        probes = Probes.record(run.model, run.processing_class, run._directions, **given)
-        batch = probes.batch()
-        return {**batch, "places": batch["places"][:, 1:], "states": batch["states"][:, 1:]}
+            return probe_departure(constraint, start, hold="state").penalty.item()
 
     assert departure(4) < 0.1 * departure(0)
 
@@ -180,12 +178,12 @@ def test_the_model_says_what_it_was_kept_at(trainer):
     run.save_model()
     folder = Path(run.args.output_dir)
     assert (
-        "at the last token, and at the end of the starting model's own reply, of up to 3 probe prompts"
+        "at the last token and all along the starting model's own reply of up to 3 probe prompts"
         in (folder / "README.md").read_text()
     )
     assert read_record(folder)["probing"]["reply_tokens"] == 4
     with safe_open(folder / PROBES, "pt") as file:
-        assert file.get_tensor("places").shape == (3, 2)
+        assert (file.get_tensor("lengths") - file.get_tensor("prompts")).tolist() == [4, 4, 4]
 
 
 def test_a_checkpoint_of_before_replies_goes_on_without(trainer):

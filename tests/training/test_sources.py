@@ -175,11 +175,11 @@ def test_a_stream_trains_with_live_anchors_and_with_probes(trainer, samples):
         trainer("recorded", data=IterableDataset.from_generator(rows), max_steps=3).train()
 
 
-def at_places(model, probes):
+def at_kept_tokens(model, probes):
     """All sites' hidden states and the last one, at the tokens that are kept, in the precision of the model."""
     decoder, found, last = find_decoder(model), {}, []
     batch = probes.batch()
-    rows = (torch.arange(len(probes))[:, None], probes.places)
+    rows = probes.kept
     with (
         observe_sites(decoder, lambda site, h: found.update({site: h[rows]})),
         observe_last_state(decoder, last.append),
@@ -206,13 +206,13 @@ def test_the_probes_penalty_and_its_gradient_are_those_by_definition(
     found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
     model.zero_grad()
 
-    sites, last = at_places(model, probes)
+    sites, last = at_kept_tokens(model, probes)
     expected = torch.zeros(()).double()
     if hold != "projections":
         expected = expected + (last - probes.states.double()).square().mean()
     if hold != "state":
         shifts = [
-            ((sites[block] @ directions.first[block].double()) - probes.anchors[..., block].double())
+            ((sites[block] @ directions.first[block].double()) - probes.anchors[:, block].double())
             / directions.gap[block].double()
             for block in (0, 1, 2)
         ]
@@ -229,9 +229,9 @@ def test_probes_are_kept_and_read_again(tiny_model, tokenizer, random_directions
     probes = Probes.record(model, tokenizer, random_directions(model), PROMPTS, blocks=(1, 2), reply_tokens=3)
     path = probes.save(tmp_path / PROBES)
     assert Probes.load(path).hash == probes.hash
-    sites, last = at_places(model.eval(), probes)
+    sites, last = at_kept_tokens(model.eval(), probes)
     torch.testing.assert_close(probes.states, last.detach(), rtol=0, atol=1e-6)
-    expected = torch.stack([sites[block] @ random_directions(model).first[block] for block in (1, 2)], 2)
+    expected = torch.stack([sites[block] @ random_directions(model).first[block] for block in (1, 2)], 1)
     torch.testing.assert_close(probes.anchors, expected.detach(), rtol=0, atol=1e-5)
     damaged = bytearray(path.read_bytes())
     damaged[-3] ^= 1
@@ -322,9 +322,9 @@ def test_probes_begin_once_the_model_has_moved(trainer, caplog):
 def test_probes_hold_what_plain_training_moves(trainer):
     def drift(run):
         run.train()
-        sites, _ = at_places(run.model.eval(), run._probes or kept)
-        found = torch.stack([sites[b] @ directions.first[b] for b in (1, 2)], 2)
-        return (found - (run._probes or kept).anchors[..., 1:]).square().mean().item()
+        sites, _ = at_kept_tokens(run.model.eval(), run._probes or kept)
+        found = torch.stack([sites[b] @ directions.first[b] for b in (1, 2)], 1)
+        return (found - (run._probes or kept).anchors[:, 1:]).square().mean().item()
 
     settings = {"procon_probe_hold": "projections", "procon_probe_every": 1}
     held = trainer("probes", procon_schedule="procon_s:100", max_steps=30, **settings)
