@@ -208,8 +208,8 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
     ours = (procon_s, PROBES, DEFAULT, DEFAULT_SAFE)
     others = (FIXED, FIXED_SAFE, SBR_IN_TURN)
     compared = (plain, *rivals, *ours)
-    again = (SBR_IN_TURN, FIXED, DEFAULT, DEFAULT_PROBES, DEFAULT_REPLIES)
-    candidates = (procon_s, HOLD, MANY, FEWER, MORE, EACH, *again)
+    again = (SBR_IN_TURN, FIXED, DEFAULT, DEFAULT_PROBES)
+    candidates = (procon_s, HOLD, MANY, FEWER, MORE, EACH, DEFAULT_REPLIES, *again)
     # Those that stood best when settings were chosen, and plain training beside them.
     best = (plain, CHOSEN["safe"], CHOSEN["safegrad"], CHOSEN["sbr"], DEFAULT, DEFAULT_SAFE)
     return (

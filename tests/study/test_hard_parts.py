@@ -11,7 +11,6 @@ from benchmarks.study.hard_parts import (
     CHOSEN,
     DEFAULT,
     DEFAULT_PROBES,
-    DEFAULT_REPLIES,
     FIXED,
     FULL_RATE,
     FULL_RATES,
@@ -93,7 +92,7 @@ def test_no_candidate_stands_more_than_two_prompts_above_the_default():
         for name, value in short.items()
         if f"{name}_x4" in one
     }
-    others = (FIXED, SBR_IN_TURN, DEFAULT_PROBES, DEFAULT_REPLIES)
+    others = (FIXED, SBR_IN_TURN, DEFAULT_PROBES)
     assert set(both) == {"plain", DEFAULT.name, *(method.name for method in others)}
     refusals = sum(reply["refused"] for reply in run_of("start")["replies"]["malicious"])
     assert max(both.values()) - both[DEFAULT.name] < 2 / refusals
