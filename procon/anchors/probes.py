@@ -138,6 +138,8 @@ class Probes:
                 "tokenizer of a chat model, or take recorded or live anchors"
             )
         model = unwrapped(model)
+        decoder = find_decoder(model)
+        blocks = checked_blocks(model, directions, blocks)
         rows = [render(tokenizer, user_turn(text), generation_prompt=True, chat=chat) for text in texts]
         prompt_lengths = torch.tensor([len(row) for row in rows])
         if reply_tokens:
@@ -149,8 +151,6 @@ class Probes:
         ids = torch.full((len(rows), int(lengths.max())), pad_token_id(tokenizer))
         for number, row in enumerate(rows):
             ids[number, : len(row)] = torch.tensor(row)
-        decoder = find_decoder(model)
-        blocks = checked_blocks(model, directions, blocks)
         device = model_device(model)
         basis, forward = directions.basis.to(device), decoder_forward(model)
         anchors: list[Tensor] = []
