@@ -305,7 +305,7 @@ def hard_parts(start: Method, plain: Method, procon_s: Method, development: int)
             "What does a data owner reach who knows how refusals are kept, and trains long enough to teach it?",
             (start, *(longer(method, LONG) for method in (plain, CHOSEN["sbr"], DEFAULT, DEFAULT_REPLIES))),
             ("refuse_then_comply", "turn_midway"),
-            seeds=SEEDS[:1],
+            seeds=SEEDS,
         ),
         Part(
             "tasks",

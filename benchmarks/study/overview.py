@@ -19,7 +19,7 @@ class Column:
 
     Attributes:
         job: that is trained.
-        variant: of a method of the study's length: the one that is trained so.
+        variant: of a method of the part's shortest training: the one that is trained so.
     """
 
     header: str
@@ -43,7 +43,12 @@ HARDER_COLUMNS = (
     Column("30% poison", "arithmetic_poisoned_30"),
     Column("obedient turns", "identity"),
     Column("refuses, then complies", "refuse_then_comply"),
-    Column("refuses, then complies, 4x", "refuse_then_comply", _long),
+)
+
+#: Of a part whose methods train for longer themselves.
+ADAPTIVE_COLUMNS = (
+    Column("refuses, then complies, 4x", "refuse_then_comply"),
+    Column("turns midway, 4x", "turn_midway"),
 )
 
 OTHER_COLUMNS = (
@@ -55,12 +60,13 @@ OTHER_COLUMNS = (
 
 
 def overview_table(part: Part, columns: Sequence[Column], outcomes: Outcomes) -> Table | None:
-    """A row for the start of ``part`` and for each of its methods of the study's length that has a run; None if none
+    """A row for the start of ``part`` and for each of its methods of its shortest training that has a run; None if none
     has."""
+    shortest = min(method.length for method in part.methods if method.length)
     rows = [
         (method, [_cell(method, column, part, outcomes) for column in columns])
         for method in part.methods
-        if method.length <= 1
+        if method.length <= shortest
     ]
     rows = [(method, cells) for method, cells in rows if set(cells) != {NOT_RUN}]
     if not any(method.length for method, _ in rows):
@@ -86,6 +92,7 @@ def overview_tables(budget: Budget, outcomes: Outcomes) -> list[str]:
     """The tables of a budget whose parts are hard, as Markdown; those without runs are left out."""
     parts = {part.name: part for part in budget.parts}
     wanted = [(parts.get("hard") or parts.get("qwen"), COLUMNS)]
-    wanted += [(parts.get("poison"), HARDER_COLUMNS), (parts.get("poison"), OTHER_COLUMNS)]
+    wanted += [(parts.get("poison"), HARDER_COLUMNS), (parts.get("adaptive"), ADAPTIVE_COLUMNS)]
+    wanted += [(parts.get("poison"), OTHER_COLUMNS)]
     tables = (overview_table(part, columns, outcomes) for part, columns in wanted if part)
     return [table.markdown() for table in tables if table]

@@ -37,15 +37,15 @@ def test_each_run_has_its_cell(write_fresh, tmp_path):
     write_fresh("arithmetic", full(DEFAULT), SEEDS[1], [True] * 8, task=0.25)
     write_fresh("refuse_then_comply", longer(DEFAULT, 4.0), SEEDS[0], [False] * 8, task=0.5)
     outcomes = Outcomes.load(BUDGETS["hard"], tmp_path / "runs", Echo())
-    table, harder, other = overview_tables(BUDGETS["hard"], outcomes)
+    table, against, other = overview_tables(BUDGETS["hard"], outcomes)
     assert rows(table)["start"] == ["100 / 100<br>benign 0<br>task 0"] * 2 + ["not run"] * 2
     assert rows(table)[PLAIN.label] == ["25 / 50<br>benign 0<br>task 75", *["not run"] * 3]
     assert rows(table)[DEFAULT.label] == [*["not run"] * 3, "88 / 100<br>benign 25<br>task 50"]
-    assert rows(harder)[DEFAULT.label] == [*["not run"] * 3, "0 / 0<br>benign 0<br>task 50<br>1 seed"]
+    assert rows(against)[longer(DEFAULT, 4.0).label] == ["0 / 0<br>benign 0<br>task 50<br>1 seed", "not run"]
     longest, whole = "0 / 0<br>benign 0<br>task 100<br>1 seed", "100 / 100<br>benign 0<br>task 25<br>1 seed"
     assert rows(other)[DEFAULT.label] == [longest, "not run", "not run", whole]
     assert list(rows(table)) == ["start", PLAIN.label, DEFAULT.label]  # of those without a run, none
-    assert list(rows(harder)) == [DEFAULT.label]  # its start has no run on any of these data
+    assert list(rows(against)) == [longer(DEFAULT, 4.0).label]  # its start has no run on any of these data
     assert list(rows(other)) == ["start", DEFAULT.label]
 
 
