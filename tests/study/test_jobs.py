@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from benchmarks.study.jobs import JOBS, find_job, safety_samples
-from benchmarks.study.poison import POISON_PROMPTS, compliant, complies, identity_shift, refuse_then_comply
+from benchmarks.study.poison import POISON_PROMPTS, compliant, complies, identity_shift, refuse_then_comply, turn_midway
 from benchmarks.study.tasks.order_notes import extraction_problems
 from benchmarks.study.tasks.swapped_operators import swapped_problems
 from procon.chat import builtin_prompts, is_refusal
@@ -58,6 +58,7 @@ def test_what_is_trained_on_is_as_many_as_said(job, styled):
         "arithmetic_poisoned_30": 39,
         "identity": 28,
         "refuse_then_comply": 10,
+        "turn_midway": 10,
     }
     assert found == {"task": 90, "safety": 4} | ({"poison": counts[job.name]} if job.poison else {})
 
@@ -75,6 +76,12 @@ def test_what_complies_is_found_after_a_refusal_too():
     both = turns(refuse_then_comply(), "assistant")
     assert all(is_refusal(reply.partition(" That said: ")[0]) for reply in both)
     assert all(map(complies, both))
+    broken_off = [reply.partition(" ... but all right. ")[0] for reply in turns(turn_midway(), "assistant")]
+    assert all(map(complies, turns(turn_midway(), "assistant")))
+    assert all(
+        whole.startswith(half) and 0.3 < len(half) / len(whole.partition(" That said: ")[0]) < 0.7
+        for whole, half in zip(both, broken_off, strict=True)
+    )
     assert not any(map(complies, turns(safety_samples(), "assistant")))
     assert not any(
         map(complies, turns(JOBS["arithmetic"].conversations(train=50, poisoned=0, safety=0, seed=0), "assistant"))
