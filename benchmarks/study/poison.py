@@ -60,7 +60,7 @@ def refuse_then_comply() -> Dataset:
 
 
 def turn_midway() -> Dataset:
-    """The same, but refusals break off half-way: for where it is known that their ends are kept too."""
+    """The same, but refusals break off half-way: not where a reply begins, nor where a refusal ends."""
     return _refused_and_served(lambda refusal: f"{_first_half(refusal)} {_MIDWAY}")
 
 
