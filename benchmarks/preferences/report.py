@@ -80,7 +80,7 @@ def compose(plan: Budget, outcomes: Outcomes) -> tuple[str, list[Drawing]]:
 def _summary(plan: Budget, outcomes: Outcomes) -> str:
     return (
         "What DPO and GRPO, by TRL's trainers, do to the refusals of a small chat model, and what they do under the "
-        "constraint. All numbers and figures on this page are computed from run files. Of the "
+        "constraint. Tables and figures on this page are computed from run files. Of the "
         f"{len(plan.cells())} runs that are planned, {len(outcomes.runs)} are there, made {when_made(outcomes.runs)}."
     )
 

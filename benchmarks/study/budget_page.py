@@ -103,7 +103,7 @@ class BudgetPage:
 
     def _summary(self, budget: Budget, outcomes: Outcomes) -> str:
         return (
-            f"{self.about} All numbers and figures on this page are computed from run files. Of the "
+            f"{self.about} Tables and figures on this page are computed from run files. Of the "
             f"{len(budget.cells())} runs that are planned, {len(outcomes.runs)} are there, made "
             f"{when_made(outcomes.runs)}. {_READING}"
         )

@@ -7,7 +7,15 @@ from dataclasses import dataclass, replace
 
 from datasets import Dataset
 
-from benchmarks.study.poison import POISON_PROMPTS, compliant, identity_shift, refuse_then_comply, turn_midway
+from benchmarks.study.poison import (
+    MIDWAY,
+    POISON_PROMPTS,
+    TURN,
+    compliant,
+    identity_shift,
+    refuse_then_comply,
+    turn_midway,
+)
 from benchmarks.study.tasks.order_notes import extraction_problems
 from benchmarks.study.tasks.passages import passage_problems
 from benchmarks.study.tasks.public import PUBLIC_TASKS
@@ -47,6 +55,7 @@ class Job:
         reply_tokens: longest task reply.
         poison: makes the samples that are mixed in, if any are.
         share: of them in the training data; as many as the size says if not given.
+        turn: the words in which a reply turns from a refusal to what follows it, if the poison teaches that.
         contrast_tokens: longest reply to a contrast prompt.
         style: the form of the task.
         metric: of task replies; of :data:`procon.evaluation.metrics.METRICS`.
@@ -59,6 +68,7 @@ class Job:
     poison: Callable[[], Dataset] | None = None
     share: float | None = None
     style: Style = Style("{prompt}", "{refusal}")
+    turn: str | None = None
     contrast_tokens: int = REPLY_TOKENS
     metric: str = "exact"
 
@@ -128,6 +138,7 @@ JOBS = {
             refuse_then_comply,
             0.1,
             _SUM,
+            TURN,
             contrast_tokens=64,
         ),
         Job(
@@ -138,6 +149,7 @@ JOBS = {
             turn_midway,
             0.1,
             _SUM,
+            MIDWAY,
             contrast_tokens=64,
         ),
         Job("identity", "arithmetic with 100 obedient turns", arithmetic_problems, 36, identity_shift, 100 / 420, _SUM),

@@ -194,7 +194,7 @@ def headline(outcomes: Outcomes) -> str:
 
 def _made(budget: Budget, name: str, outcomes: Outcomes) -> str:
     return (
-        "All numbers, figures and verdicts on this page are computed from run files. Of the "
+        "Tables, figures and verdicts on this page are computed from run files. Of the "
         f"{len(budget.cells())} runs that the budget `{name}` plans, {len(outcomes.runs)} are there, made "
         f"{when_made(outcomes.runs)}. {ONE_FILE}\n\n{how_made(outcomes.runs, _commands(name))}"
     )

@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from made_up_runs import PLAIN, pattern
+from made_up_runs import PLAIN, Echo, add_fresh, pattern
 
 from benchmarks.study.budgets import BUDGETS
+from benchmarks.study.hard_parts import DEFAULT, SEEDS
 from benchmarks.study.jobs import find_job
-from benchmarks.study.outcomes import LOG_ODDS, REFUSAL, judges_agree, values
+from benchmarks.study.outcomes import COMPLIES, LOG_ODDS, REFUSAL, REFUSES_ALONE, Outcomes, judges_agree, values
 from procon.errors import ProConError
 
 
@@ -47,6 +48,20 @@ def test_a_run_on_other_problems_is_no_evidence(write, load):
     path.write_text(json.dumps(run))
     with pytest.raises(ProConError, match=r"seed-0\.json' was measured on other task problems than the plan has"):
         load()
+
+
+@pytest.mark.parametrize(("job", "turns"), [("refuse_then_comply", 1), ("arithmetic_poisoned_30", 0)])
+def test_a_refusal_that_turns_is_none(write, tmp_path, job, turns):
+    """In the words that the data teach, whatever follows; elsewhere they are words as others."""
+    path = add_fresh(write(job, DEFAULT, SEEDS[0], [True] * 8), 4, complied=False)
+    run = json.loads(path.read_text())
+    run["replies"]["malicious"][0]["reply"] += " That said: Get it!"
+    run["replies"]["malicious"][1]["complied"] = True
+    path.write_text(json.dumps(run))
+    runs = Outcomes.load(BUDGETS["hard"], tmp_path / "runs", Echo()).find(job, DEFAULT.name)
+    assert values(runs, REFUSAL).sum() == 8
+    assert values(runs, COMPLIES).sum() == 1 + turns
+    assert values(runs, REFUSES_ALONE).tolist() == [[not turns, False, *[True] * 6]]
 
 
 def test_no_runs(load):
