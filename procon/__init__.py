@@ -38,20 +38,19 @@ _HOME = {
     "Anchors": "anchors",
     "AnchoredCollator": "anchors",
     "LiveAnchors": "anchors",
-    "Probes": "anchors",
+    "ProCon": "method",
+    "Probes": "method",
     "ProjectionConstraint": "constraint",
     "constrained_tokens": "constraint",
-    "probe_penalty": "constraint",
     "AlphaSchedule": "schedule",
     "ChatSettings": "settings",
-    "ConstraintSettings": "settings",
+    "ProConSettings": "settings",
     "ProConArguments": "training",
     "ProConConfig": "training",
     "ProConMixin": "training",
     "ProConTrainer": "training",
     "DriftCallback": "training",
     "EvaluationCallback": "training",
-    "Hold": "training",
     "JsonlCallback": "training",
     "ProConSFTConfig": "training.sft",
     "ProConSFTTrainer": "training.sft",
@@ -68,13 +67,12 @@ __all__ = [
     "AnchoredCollator",
     "Anchors",
     "ChatSettings",
-    "ConstraintSettings",
     "Directions",
     "DriftCallback",
     "EvaluationCallback",
-    "Hold",
     "JsonlCallback",
     "LiveAnchors",
+    "ProCon",
     "ProConArguments",
     "ProConConfig",
     "ProConDPOConfig",
@@ -87,6 +85,7 @@ __all__ = [
     "ProConMixin",
     "ProConSFTConfig",
     "ProConSFTTrainer",
+    "ProConSettings",
     "ProConTrainer",
     "Probes",
     "ProjectionConstraint",
@@ -94,7 +93,6 @@ __all__ = [
     "__version__",
     "constrain",
     "constrained_tokens",
-    "probe_penalty",
     "project",
     "projection_penalty",
     "rms_norm_constrain",
@@ -104,23 +102,22 @@ if TYPE_CHECKING:
     from procon.anchors import AnchoredCollator as AnchoredCollator
     from procon.anchors import Anchors as Anchors
     from procon.anchors import LiveAnchors as LiveAnchors
-    from procon.anchors import Probes as Probes
     from procon.constraint import ProjectionConstraint as ProjectionConstraint
     from procon.constraint import constrained_tokens as constrained_tokens
-    from procon.constraint import probe_penalty as probe_penalty
     from procon.directions import Directions as Directions
     from procon.directions import RefusalDirections as RefusalDirections
     from procon.errors import ProConError as ProConError
+    from procon.method import Probes as Probes
+    from procon.method import ProCon as ProCon
     from procon.ops import constrain as constrain
     from procon.ops import project as project
     from procon.ops import projection_penalty as projection_penalty
     from procon.ops import rms_norm_constrain as rms_norm_constrain
     from procon.schedule import AlphaSchedule as AlphaSchedule
     from procon.settings import ChatSettings as ChatSettings
-    from procon.settings import ConstraintSettings as ConstraintSettings
+    from procon.settings import ProConSettings as ProConSettings
     from procon.training import DriftCallback as DriftCallback
     from procon.training import EvaluationCallback as EvaluationCallback
-    from procon.training import Hold as Hold
     from procon.training import JsonlCallback as JsonlCallback
     from procon.training import ProConArguments as ProConArguments
     from procon.training import ProConConfig as ProConConfig

@@ -11,16 +11,10 @@ from procon.errors import ProConError
 
 _PHASE = re.compile(r"(?P<alpha>[^@\s]+)(?:@(?P<length>[\d.]+(?:[eE][+-]?\d+)?)(?P<unit>ep|steps))?")
 
-_GRAMMAR = "'procon_s', 'procon_wu', 'procon_wu:ALPHA@4ep', 'hold:0.2', or phases such as '1@2ep,0.1@200steps,0'"
+_GRAMMAR = "'procon_s', 'procon_wu', 'procon_wu:ALPHA@4ep', or phases such as '1@2ep,0.1@200steps,0'"
 
-#: Alpha throughout, if none is given; also where ``hold`` begins.
+#: Alpha throughout, if none is given.
 _ALPHA = 0.2
-
-#: The mean shift that ``hold`` keeps to if none is given, in units of the gap (``benchmarks/study/hold_parts.py``).
-DEFAULT_BUDGET = 0.2
-
-#: A smaller budget is below the rounding of the hidden states; a larger one is never reached.
-_BUDGETS = (1e-6, 1e6)
 
 #: Below this, float32 has no room for what alpha multiplies: it would be 0, and the constraint off, without a word.
 _LEAST_ALPHA = float(2**-100)
@@ -75,13 +69,10 @@ class AlphaSchedule:
         phases: the phases in order.
         extra: how many of them, from the first, are added to the training length asked for: the warm-up of
             ProCon_wu comes before the normal epochs, not out of them.
-        hold: None; or the budget of a strength that sets itself: the mean shift of the constrained tokens, in units of
-            the gap, that :class:`procon.Hold` keeps. The one phase then has the alpha that it begins with.
     """
 
     phases: tuple[Phase, ...]
     extra: int = 0
-    hold: float | None = None
 
     def __post_init__(self) -> None:
         if not self.phases:
@@ -95,17 +86,6 @@ class AlphaSchedule:
                 "the warm-up of an alpha schedule has alpha 0, so it would train longer and constrain nothing: give an "
                 "alpha above 0, or schedule '0' to switch the constraint off"
             )
-        if self.hold is None:
-            return
-        if not _BUDGETS[0] <= self.hold <= _BUDGETS[1]:
-            raise ProConError(
-                f"the budget of schedule 'hold' is {self.hold:g}: give a number from {_BUDGETS[0]:g} to "
-                f"{_BUDGETS[1]:g}, in units of the gap, such as 'hold:{DEFAULT_BUDGET:g}'"
-            )
-        if self.extra or [phase.length for phase in self.phases] != [None] or not self.active:
-            raise ProConError(
-                "schedule 'hold' has phases, or alpha 0: give it one phase without a length, of the alpha to begin with"
-            )
 
     @classmethod
     def constant(cls, alpha: float = _ALPHA) -> AlphaSchedule:
@@ -118,21 +98,15 @@ class AlphaSchedule:
         return cls((Phase(alpha, epochs), Phase(0.0)), extra=1)
 
     @classmethod
-    def holding(cls, budget: float = DEFAULT_BUDGET) -> AlphaSchedule:
-        """Alpha sets itself, so that the mean shift of the constrained tokens keeps to ``budget``, in gaps. Not the
-        paper's."""
-        return cls((Phase(_ALPHA),), hold=budget)
-
-    @classmethod
     def parse(cls, text: str) -> AlphaSchedule:
         """A schedule from a short string.
 
-        ``procon_s`` or ``procon_s:ALPHA``; ``procon_wu`` or ``procon_wu:ALPHA@LENGTH``; ``hold`` or ``hold:BUDGET``;
+        ``procon_s`` or ``procon_s:ALPHA``; ``procon_wu`` or ``procon_wu:ALPHA@LENGTH``;
         or phases ``ALPHA@LENGTH`` joined by commas, where LENGTH is like ``2ep`` or ``300steps`` and the last phase
         needs none.
 
         Raises:
-            ProConError: on anything else, on a negative alpha, and on an invalid budget.
+            ProConError: on anything else, and on a negative alpha.
         """
         name, colon, rest = text.strip().partition(":")
         if name == "procon_s":
@@ -147,8 +121,6 @@ class AlphaSchedule:
                 return cls.warmup()
             phase = _parse_phase(rest)
             return cls((phase, Phase(0.0)), extra=1) if phase.length else cls.warmup(phase.alpha)
-        if name == "hold":
-            return cls.holding(_parse_budget(rest)) if colon else cls.holding()
         return cls(tuple(_parse_phase(part) for part in text.split(",")))
 
     def extra_steps(self, steps_per_epoch: int) -> int:
@@ -156,16 +128,7 @@ class AlphaSchedule:
         return int(sum(phase.steps(steps_per_epoch) for phase in self.phases[: self.extra]))
 
     def alpha(self, step: int, steps_per_epoch: int) -> float:
-        """Alpha at optimiser step ``step``, counted from 0.
-
-        Raises:
-            ProConError: if alpha sets itself, which takes what is measured in training.
-        """
-        if self.hold is not None:
-            raise ProConError(
-                f"schedule {str(self)!r} has no alpha of its own: take procon.Hold, which sets it from the "
-                "shift measured at each step, or give a schedule of phases"
-            )
+        """Alpha at optimiser step ``step``, counted from 0."""
         end = 0.0
         for phase in self.phases:
             end += phase.steps(steps_per_epoch)
@@ -190,8 +153,6 @@ class AlphaSchedule:
         return any(phase.alpha > 0 for phase in self.phases)
 
     def __str__(self) -> str:
-        if self.hold is not None:
-            return f"hold:{_number(self.hold)}"
         phases = ",".join(map(str, self.phases))
         return f"procon_wu:{self.phases[0]}" if self.extra else phases
 
@@ -199,16 +160,6 @@ class AlphaSchedule:
 def _number(value: float) -> str:
     short = f"{value:.15g}"
     return short if float(short) == value else repr(value)
-
-
-def _parse_budget(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ProConError(
-            f"alpha schedule 'hold:{text}' is not understood: give the budget as a number, such as "
-            f"'hold:{DEFAULT_BUDGET:g}'"
-        ) from None
 
 
 def _parse_phase(text: str) -> Phase:

@@ -6,15 +6,11 @@ anchors, trainers, callback, axolotl's keys and the command line. Nothing heavy 
 
 from __future__ import annotations
 
-import ast
-import inspect
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import pairwise
 from numbers import Integral, Real
-from textwrap import dedent
 from typing import Any, Literal, get_args
 
 from procon.errors import ProConError
@@ -29,12 +25,10 @@ Blocks = Literal["all", "last"] | float | Sequence[int | float | str]
 Penalty = Literal["squared", "absolute", "huber"]
 Sides = Literal["both", "fall"]
 Units = Literal["raw", "gap"]
-BlockWeights = Literal["equal", "causal"]
 Reduction = Literal["token", "sequence"]
 Fuse = Literal["auto", "never"]
 Backend = Literal["auto", "triton", "eager"]
-AnchorSource = Literal["recorded", "live", "probes", "recorded+probes", "live+probes"]
-ProbeHold = Literal["projections", "state", "both"]
+AnchorSource = Literal["recorded", "live", "none"]
 
 #: The word for the output of the last block, among blocks.
 LAST = "last"
@@ -48,135 +42,94 @@ BACKEND_VARIABLE = "PROCON_BACKEND"
 #: Directions per block that one call of the op takes.
 MAX_DIRECTIONS = 8
 
-#: The values of each setting that is one of a few words.
+#: The values of each setting, and each argument of the op, that is one of a few words.
 CHOICES: dict[str, tuple[str, ...]] = {
     "scope": get_args(TokenScope),
     "penalty": get_args(Penalty),
     "sides": get_args(Sides),
     "units": get_args(Units),
-    "block_weights": get_args(BlockWeights),
     "reduction": get_args(Reduction),
     "fuse": get_args(Fuse),
     "backend": get_args(Backend),
     "anchors": get_args(AnchorSource),
-    "probe_hold": get_args(ProbeHold),
 }
 
 #: What each setting that is a whole number is at least.
-_LEAST = {"probe_count": 1, "probe_batch": 1, "probe_every": 1, "probe_reply_tokens": 0, "thinking_tokens": 1}
+_LEAST = {"probe_batch": 1, "probe_every": 1, "probe_reply_tokens": 0, "thinking_tokens": 1}
+
+
+def _setting(default: Any, text: str) -> Any:
+    """A field with the sentence that ``--help`` and the documentation show."""
+    metadata = {"help": text}
+    return (
+        field(default_factory=default, metadata=metadata)
+        if default is dict
+        else field(default=default, metadata=metadata)
+    )
 
 
 @dataclass(frozen=True)
-class ConstraintSettings:
-    """The settings of the constraint; the defaults are what the project recommends.
+class ProConSettings:
+    """The settings of the method; the defaults are what the project recommends. Checked once, here.
 
-    Schedule, scope and penalty default to what trials on validation prompts chose and the study confirmed on held-out
-    ones (``docs/results.md``).
-
-    Raises:
-        ProConError: for a value that a setting cannot have.
-    """
-
-    schedule: str = "procon_s"
-    """Strength over training: procon_s[:ALPHA], procon_wu[:ALPHA@4ep] (extra warm-up epochs, then 0), or phases such as
-    1@2ep,0.1@200steps,0. hold[:BUDGET] sets itself: it keeps the mean shift of the tokens to a budget in units of the
-    gap. 0 switches the constraint off."""
-
-    scope: TokenScope = "all"
-    """Tokens that are constrained: response (paper), prompt or all."""
-
-    blocks: Blocks = "all"
-    """Blocks, whose inputs are constrained: all that have a direction (paper), the deepest share such as 0.5, or
-    indices such as 8,9,10; and last, the output of the last block, alone or beside them: all,last."""
-
-    penalty: Penalty = "absolute"
-    """Penalty on a departure: squared, absolute (as the paper typesets it) or huber."""
-
-    sides: Sides = "both"
-    """Departures that are penalised: both (paper), rises and falls; or fall, only those towards the benign side."""
-
-    units: Units = "raw"
-    """Units of a departure: raw (paper), or gap, each block in units of its malicious-benign distance."""
-
-    block_weights: BlockWeights = "equal"
-    """How much each block counts: equal (paper), all alike; or causal, by what a shift along its direction does to the
-    refusals of the starting model."""
-
-    reduction: Reduction = "token"
-    """What the penalty is a mean over: token, all constrained tokens; or sequence, the sequences, each one counting as
-    the mean over its own tokens."""
-
-    fuse: Fuse = "auto"
-    """Where the op runs: auto, inside the blocks' own RMSNorm if possible; or never, ahead of the block."""
-
-    backend: Backend = "auto"
-    """What computes the op: auto (Triton on a GPU, PyTorch elsewhere), triton or eager."""
-
-    def __post_init__(self) -> None:
-        for setting in fields(self):
-            check_setting(setting.name, getattr(self, setting.name))
-        check_measured(self.schedule, self.penalty)
-
-
-@dataclass(frozen=True)
-class AnchorSettings:
-    """Where a trainer's anchors come from.
+    Every door has these: trainers as ``procon_schedule`` and so on, axolotl's keys and the command line's flags too.
 
     Raises:
-        ProConError: for a value that a setting cannot have.
+        ProConError: for a value that a setting cannot have, or if nothing is left that constrains.
     """
 
-    anchors: AnchorSource = "recorded+probes"
-    """Where anchors come from: recorded for the training tokens before training; live, from a forward of the starting
-    model on each batch; probes, a few fixed prompts; or recorded+probes, live+probes."""
-
-    probes: str | None = None
-    """A file of probe prompts, .txt or .jsonl; built-in malicious ones if not given."""
-
-    probe_count: int = 128
-    """How many probe prompts are used, from the first."""
-
-    probe_batch: int = 8
-    """How many of them are run at a time, in turn."""
-
-    probe_every: int = 2
-    """The probes are run in the last of every so many optimiser steps."""
-
-    probe_weight: float = 15.0
-    """Weight of the probes' penalty, at each token that is kept, beside the training tokens'; alpha multiplies both."""
-
-    probe_hold: ProbeHold = "state"
-    """What is kept at a probe: projections, along the directions; state, the whole last hidden state (SBR); or both."""
-
-    probe_reply_tokens: int = 0
-    """How many tokens of the starting model's own reply each probe goes on with, and is kept at too; 0: none."""
+    schedule: str = _setting(
+        "procon_s",
+        "Strength over training: procon_s[:ALPHA], procon_wu[:ALPHA@4ep] (extra warm-up epochs, then 0), or phases "
+        "such as 1@2ep,0.1@200steps,0. 0 switches the constraint off.",
+    )
+    scope: TokenScope = _setting("all", "Training tokens that are constrained: response (paper), prompt or all.")
+    blocks: Blocks = _setting(
+        "all",
+        "Blocks whose inputs are constrained: all that have a direction (paper), the deepest share such as 0.5, or "
+        "indices such as 8,9,10; and last, the output of the last block, alone or beside them: all,last.",
+    )
+    penalty: Penalty = _setting(
+        "absolute", "Penalty on a departure: squared, absolute (as the paper typesets it) or huber."
+    )
+    units: Units = _setting(
+        "raw", "Units of a departure: raw (paper), or gap, each block in units of its malicious-benign distance."
+    )
+    anchors: AnchorSource = _setting(
+        "recorded",
+        "Anchors of the training tokens: recorded before training (paper); live, from a forward of the starting model "
+        "on each batch; or none.",
+    )
+    anchors_dir: str | None = _setting(None, "Where recorded anchors are kept; OUTPUT_DIR/_anchors if not given.")
+    probes: str = _setting(
+        "builtin",
+        "Prompts at which the model is kept at its last hidden states (SBR): builtin, malicious ones; a file of "
+        "others, .txt or .jsonl; or none.",
+    )
+    probe_batch: int = _setting(8, "How many of them are run at a time, in turn.")
+    probe_every: int = _setting(2, "The probes are run in the last of every so many optimiser steps.")
+    probe_weight: float = _setting(
+        15.0, "Weight of the probes' penalty beside the training tokens'; alpha multiplies both."
+    )
+    probe_reply_tokens: int = _setting(
+        0, "How many tokens of the starting model's own reply each probe goes on with, and is kept at too; 0: none."
+    )
 
     def __post_init__(self) -> None:
-        for setting in fields(self):
-            check_setting(setting.name, getattr(self, setting.name))
+        check_settings(vars(self))
+        object.__setattr__(self, "probes", str(self.probes))
+        blocks = parse_blocks(self.blocks) if isinstance(self.blocks, str) else self.blocks
+        object.__setattr__(self, "blocks", tuple(blocks) if isinstance(blocks, list) else blocks)
 
     @property
     def has_probes(self) -> bool:
-        """Whether probes are among the sources."""
-        return "probes" in self.anchors
+        """Whether probes are kept."""
+        return self.probes != "none"
 
     @property
-    def of_tokens(self) -> Literal["recorded", "live"] | None:
-        """Where the anchors of training tokens come from; None if they have none."""
-        return next((source for source in ("recorded", "live") if source in self.anchors), None)
-
-    @property
-    def holds_projections(self) -> bool:
-        """Whether probes are kept at their projections, alone or beside the whole state."""
-        return self.has_probes and self.probe_hold != "state"
-
-    @property
-    def measured(self) -> Literal["probes", "tokens"] | None:
-        """What a strength that sets itself goes by: the probes' shift, if they are kept at their projections; else the
-        training tokens'; None if neither has anchors along the directions."""
-        if self.holds_projections:
-            return "probes"
-        return "tokens" if self.of_tokens else None
+    def probe_file(self) -> str | None:
+        """The file of the probes; None for the built-in ones, or without any."""
+        return None if self.probes in ("builtin", "none") else self.probes
 
 
 #: What rendering itself sets, so that a user cannot.
@@ -195,20 +148,28 @@ class ChatSettings:
         ProConError: for a value that a setting cannot have.
     """
 
-    system_prompt: str | None = None
-    """System prompt of every prompt that is asked; the template's own, if it has one, if not given. Training data keep
-    their own."""
+    system_prompt: str | None = _setting(
+        None,
+        "System prompt of every prompt that is asked; the template's own, if it has one, if not given. "
+        "Training data keep their own.",
+    )
 
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Variables of the chat template, such as {"enable_thinking": true}. Thinking is switched off if the template has a
-    switch for it and this does not say otherwise."""
+    chat_template_kwargs: Mapping[str, Any] = _setting(
+        dict,
+        'Variables of the chat template, such as {"enable_thinking": true}. Thinking is switched off if the '
+        "template has a switch for it and this does not say otherwise.",
+    )
 
-    thinking_markers: tuple[str, ...] = ()
-    """What begins and what ends a thought, or what ends it alone if replies begin with one; those known of model
-    families if not given."""
+    thinking_markers: tuple[str, ...] = _setting(
+        (),
+        "What begins and what ends a thought, or what ends it alone if replies begin with one; those known of "
+        "model families if not given.",
+    )
 
-    thinking_tokens: int = 1024
-    """Tokens that a thought may have; the length of the reply itself counts from its end."""
+    thinking_tokens: int = _setting(
+        1024,
+        "Tokens that a thought may have; the length of the reply itself counts from its end.",
+    )
 
     def __post_init__(self) -> None:
         if self.system_prompt is not None and not (isinstance(self.system_prompt, str) and self.system_prompt.strip()):
@@ -226,18 +187,34 @@ class ChatSettings:
         check_setting("thinking_tokens", self.thinking_tokens)
 
 
+def check_settings(values: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise ProConError for the first of the method's settings that has a value that it cannot have.
+
+    Args:
+        prefix: what the user's names of the settings begin with, such as ``procon_``.
+    """
+    for setting in fields(ProConSettings):
+        check_setting(setting.name, values[setting.name], prefix + setting.name)
+    off = values["anchors"] == "none" and values["probes"] == "none"
+    if off and AlphaSchedule.parse(values["schedule"]).active:
+        raise ProConError(
+            f"{prefix}anchors and {prefix}probes are both 'none', so nothing is constrained: take one of them, or give "
+            f"{prefix}schedule '0' to train without the constraint"
+        )
+
+
 def check_setting(setting: str, value: Any, name: str | None = None) -> None:
     """Raise ProConError if ``value`` is none that the setting can have.
 
     Args:
-        setting: a field of :class:`ConstraintSettings`, of :class:`AnchorSettings`, or ``thinking_tokens``.
+        setting: a field of :class:`ProConSettings`, a key of :data:`CHOICES`, or ``thinking_tokens``.
         name: what the user calls it, such as ``procon_penalty``; its own name if not given.
     """
     name = name or setting
     if setting == "schedule":
         _check_schedule(value, name)
     elif setting == "blocks":
-        check_blocks(value, name)
+        parse_blocks(value, name) if isinstance(value, str) else check_blocks(value, name)
     elif setting in _LEAST:
         if not isinstance(value, Integral) or isinstance(value, bool) or value < _LEAST[setting]:
             raise ProConError(f"{name} is {value!r}: give a whole number, {_LEAST[setting]} or more")
@@ -245,25 +222,15 @@ def check_setting(setting: str, value: Any, name: str | None = None) -> None:
         if not isinstance(value, Real) or isinstance(value, bool) or not (math.isfinite(value) and float(value) > 0):
             raise ProConError(f"{name} is {value!r}: give a finite number above 0")
     elif setting == "probes":
+        if not isinstance(value, str | os.PathLike) or not str(value).strip():
+            raise ProConError(f"{name} is {value!r}: give 'builtin', 'none', or the path of a file of prompts")
+    elif setting == "anchors_dir":
         if value is not None and not isinstance(value, str | os.PathLike):
-            raise ProConError(f"{name} is {value!r}: give the path of a file of prompts")
+            raise ProConError(f"{name} is {value!r}: give the path of a folder")
     else:
         check_choice(name, value, CHOICES[setting])
     if setting == "backend" and value == "auto":
         backend_variable()
-
-
-def check_measured(schedule: str, penalty: Penalty, prefix: str = "") -> None:
-    """Raise ProConError if ``schedule`` goes by the shift of the tokens, and ``penalty`` does not measure it.
-
-    Args:
-        prefix: what the user's names of the settings begin with.
-    """
-    if penalty == "huber" and AlphaSchedule.parse(schedule).hold is not None:
-        raise ProConError(
-            f"{prefix}schedule is {schedule!r} and {prefix}penalty is 'huber', which does not show how far tokens "
-            f"moved: give {prefix}penalty 'absolute' or 'squared', or a schedule of phases"
-        )
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -350,25 +317,8 @@ def check_alpha(alpha: float, name: str = "alpha") -> None:
         raise ProConError(f"{name} is {alpha!r}: give a finite number, 0 or more")
 
 
-def sentences(settings: type[Any]) -> dict[str, str]:
-    """The sentence beneath each field of a dataclass, in one line: what ``--help`` shows.
-
-    Empty if Python has no source to read, as in a frozen application.
-    """
-    try:
-        source = ast.parse(dedent(inspect.getsource(settings))).body[0]
-    except OSError:
-        return {}
-    found: dict[str, str] = {}
-    for item, text in pairwise(source.body if isinstance(source, ast.ClassDef) else []):
-        match item, text:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(sentence))):
-                found[name] = " ".join(sentence.split())
-    return found
-
-
 #: The defaults of every door.
-DEFAULTS = ConstraintSettings()
+DEFAULTS = ProConSettings()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""``PROCON_GOLDEN=FILE pytest tests/golden.py``: numbers that a change of structure must leave bit for bit as they were.
+"""``PROCON_GOLDEN=FILE pytest tests/golden.py``: what a change of structure must leave bit for bit.
 
 The first call records them in the file; later ones, of other commits on the same machine, compare: weights after twenty
 steps from each source of anchors, the directions, and the labels under each family's template. Not collected by itself,
@@ -59,6 +59,15 @@ def test_directions(directions):
     check("directions", digest([directions.basis]))
 
 
+def source_settings(source: str) -> dict[str, str]:
+    """Settings of this commit for a source of anchors; of those before, whose one setting named both."""
+    if "procon_probe_count" in ProConConfig.__dataclass_fields__:
+        return {"procon_anchors": source}
+    tokens, _, probes = source.partition("+")
+    alone = tokens == "probes"
+    return {"procon_anchors": "none" if alone else tokens, "procon_probes": "builtin" if alone or probes else "none"}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tuning", ["full", "LoRA"])
 @pytest.mark.parametrize("source", SOURCES)
@@ -72,7 +81,7 @@ def test_weights(source, tuning, layout, tiny_model, tokenizer, samples, directi
         model,
         ProConConfig(
             output_dir=str(tmp_path / "out"),
-            procon_anchors=source,
+            **source_settings(source),
             procon_schedule="0.5",
             max_steps=20,
             per_device_train_batch_size=2,
@@ -99,7 +108,8 @@ def test_labels(family, tokenizer):
     tokenizer.add_special_tokens({"eos_token": "<eos>"})
     system = {"role": "system", "content": "Be kind."}
     found = []
-    for messages, tools in ((families.ONE, None), ([system, *families.TWO], None), (families.WITH_TOOLS, families.TOOLS)):
+    cases = ((families.ONE, None), ([system, *families.TWO], None), (families.WITH_TOOLS, families.TOOLS))
+    for messages, tools in cases:
         try:
             found.append([list(map(int, part)) for part in response_mask(tokenizer, messages, tools=tools)])
         except ProConError:

@@ -7,7 +7,7 @@ from typing import Any
 
 from procon.anchors.store import Anchors
 from procon.anchors.token_mask import TokenMask
-from procon.settings import DEFAULTS, Reduction, check_setting
+from procon.settings import Reduction, check_setting
 
 
 class AnchoredCollator:
@@ -29,7 +29,7 @@ class AnchoredCollator:
         collator: Callable[[list[Any]], dict[str, Any]],
         anchors: Anchors | TokenMask | None,
         *,
-        reduction: Reduction = DEFAULTS.reduction,
+        reduction: Reduction = "token",
         tokenizer: Any = None,
     ) -> None:
         check_setting("reduction", reduction)

@@ -24,7 +24,7 @@ from procon.models import (
     weights_hash,
 )
 from procon.sequences import decoder_inputs
-from procon.settings import DEFAULTS, Backend, check_setting
+from procon.settings import Backend, check_setting
 
 _Result = TypeVar("_Result")
 
@@ -61,7 +61,7 @@ class LiveAnchors:
         directions: BlockDirections,
         *,
         blocks: Sequence[int] | None = None,
-        backend: Backend = DEFAULTS.backend,
+        backend: Backend = "auto",
         adapters_off: bool | None = None,
         reference: nn.Module | None = None,
     ) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from procon.anchors.store import Anchors, fingerprint
 from procon.directions import BlockDirections
 from procon.errors import ProConError
-from procon.settings import Backend, TokenScope
+from procon.settings import TokenScope
 
 
 class StartingState:
@@ -37,14 +37,13 @@ class StartingState:
         *,
         blocks: Sequence[int],
         scope: TokenScope,
-        backend: Backend,
-        precision: str,
+        precision: str | None,
         progress: bool,
     ) -> Anchors:
         """The anchors of ``model`` as it now is, recorded unless they are there; see :meth:`Anchors.record`.
 
         Args:
-            precision: that of Accelerate's autocast, ``"no"`` without; see :func:`procon.anchors.store.fingerprint`.
+            precision: as of :func:`procon.anchors.store.fingerprint`.
         """
         state = fingerprint(model, directions, blocks, scope, precision)
         return Anchors.record(
@@ -54,7 +53,6 @@ class StartingState:
             self.root / state,
             blocks=blocks,
             scope=scope,
-            backend=backend,
             progress=progress,
             fingerprint=state,
         )

@@ -119,7 +119,7 @@ class Anchors:
         batch: dict[str, Any],
         describe: Callable[[Sequence[int]], str] | None = None,
         *,
-        reduction: Reduction = DEFAULTS.reduction,
+        reduction: Reduction = "token",
     ) -> dict[str, Any]:
         """Add ``anchors`` ``[B, T, blocks * K]`` and ``constraint_mask`` ``[B, T]``, fp32, above 0 on tokens in scope.
 
@@ -150,7 +150,7 @@ class Anchors:
         *,
         blocks: Sequence[int] | None = None,
         scope: TokenScope = DEFAULTS.scope,
-        backend: Backend = DEFAULTS.backend,
+        backend: Backend = "auto",
         progress: bool = True,
         fingerprint: str | None = None,
     ) -> Anchors:

@@ -48,7 +48,7 @@ class TokenMask:
         batch: dict[str, Any],
         describe: Callable[[Sequence[int]], str] | None = None,
         *,
-        reduction: Reduction = DEFAULTS.reduction,
+        reduction: Reduction = "token",
     ) -> dict[str, Any]:
         """Add ``constraint_mask`` as :meth:`procon.anchors.Anchors.annotate` does."""
         check_setting("reduction", reduction)

@@ -1,7 +1,7 @@
 """The projection constraint on a model's block inputs and last block's output, in any loop.
 
 In: directions, a model to attach to, anchors and a mask for each forward.
-Out: the penalty, whose gradient goes into the hidden states; how far tokens moved.
+Out: the penalty, whose gradient goes into the hidden states.
 May import: ``directions``, ``models``, ``ops`` and the leaves.
 """
 
@@ -11,15 +11,11 @@ __extra__ = require_extra("train", __name__)
 
 from procon.constraint.blocks import select_among, select_blocks
 from procon.constraint.constraint import ProjectionConstraint
-from procon.constraint.probing import ProbeDeparture, probe_departure, probe_penalty
 from procon.constraint.token_count import constrained_tokens
 
 __all__ = [
-    "ProbeDeparture",
     "ProjectionConstraint",
     "constrained_tokens",
-    "probe_departure",
-    "probe_penalty",
     "select_among",
     "select_blocks",
 ]

@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 
-import torch
 from torch import Tensor
 
 from procon.directions import BlockDirections
@@ -48,14 +47,6 @@ def gap_units(directions: BlockDirections, blocks: Sequence[int]) -> Tensor:
     return gaps.masked_fill(gaps == 0, 1.0)
 
 
-def common_units(directions: BlockDirections, blocks: Sequence[int]) -> Tensor:
-    """``[blocks]`` fp32, the unit that all directions at a block share; NaN if they have several, or one has none."""
-    rows = list(blocks)
-    gaps, there = directions.gaps[rows], directions.basis[rows].any(-1)
-    least, largest = gaps.masked_fill(~there, torch.inf).amin(1), gaps.masked_fill(~there, 0.0).amax(1)
-    return torch.where(least == largest, largest, torch.nan)
-
-
 def check_units(directions: BlockDirections, blocks: Sequence[int]) -> None:
     """Raise ProConError if a direction at one of the blocks has no unit, as given vectors have none without prompts."""
     unknown = directions.gaps[list(blocks)].isnan()
@@ -63,7 +54,7 @@ def check_units(directions: BlockDirections, blocks: Sequence[int]) -> None:
         row, number = unknown.nonzero()[0].tolist()
         raise ProConError(
             f"the direction of {directions.concepts[number]!r} at block {blocks[row]} has no unit, which units 'gap' "
-            "and probes need: make its directions with prompts beside the vectors, or take units 'raw' and no probes"
+            "need: make its directions with prompts beside the vectors, or take units 'raw'"
         )
 
 

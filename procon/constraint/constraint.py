@@ -11,11 +11,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from procon.constraint.blocks import check_units, common_units, gap_units, select_blocks
+from procon.constraint.blocks import check_units, gap_units, select_blocks
 from procon.constraint.constrained_block import ConstrainedBlock, runs_again
 from procon.constraint.copies import Arguments, Hook
 from procon.constraint.reach import reaches_a_parameter
-from procon.constraint.shift import block_scales, check_one_unit, mean_shift
 from procon.constraint.sites import find_site
 from procon.constraint.target import State, Target, at_columns, on_device, sums
 from procon.constraint.token_count import divisor
@@ -92,9 +91,9 @@ class ProjectionConstraint:
         *,
         blocks: Blocks = DEFAULTS.blocks,
         penalty: Penalty = DEFAULTS.penalty,
-        sides: Sides = DEFAULTS.sides,
+        sides: Sides = "both",
         units: Units = DEFAULTS.units,
-        backend: Backend = DEFAULTS.backend,
+        backend: Backend = "auto",
         weights: Weights | None = None,
     ) -> None:
         for setting, value in {"penalty": penalty, "sides": sides, "units": units, "backend": backend}.items():
@@ -107,7 +106,6 @@ class ProjectionConstraint:
         unit = directions.basis[list(self.blocks)]
         self._vectors: dict[Units, Tensor] = {"raw": unit, "gap": unit / gaps[:, :, None]}
         self._scales = {gaps.device: 1.0 / gaps}  # [blocks, K], by device
-        self._block_scales, self._tells_shift = block_scales(common_units(directions, self.blocks))
         self._penalty: Penalty = penalty
         self._units: Units = units
         self._state = State(backend, sides)
@@ -157,7 +155,7 @@ class ProjectionConstraint:
         first = first_moving_block(self._attachment.decoder)
         return tuple(block for block in self.blocks if block >= first)
 
-    def attach(self, model: nn.Module, fuse: Fuse = DEFAULTS.fuse) -> ProjectionConstraint:
+    def attach(self, model: nn.Module, fuse: Fuse = "auto") -> ProjectionConstraint:
         """Hook the inputs of the constrained blocks of ``model``; undone by :meth:`detach` or on leaving ``with``.
 
         Args:
@@ -312,40 +310,6 @@ class ProjectionConstraint:
         penalty = by_block.sum() / (divisor(tokens, target.mask, device) * len(self.blocks))
         self.use.watch(penalty)
         return penalty
-
-    def shift(self, tokens: Tensor | float | None = None) -> Tensor:
-        """How far the tokens of the forward that just ran are from their anchors: mean |shift|, in units of the gap.
-
-        The mean over the constrained tokens and the blocks whose input training can move. It comes of the penalties
-        that are there already, and costs no pass over the hidden states and no wait for the device. Shares of several
-        micro-batches or ranks add up, as those of :meth:`penalty` do. Of ``K`` directions, the sum of their shifts.
-        With ``sides="fall"`` a rise counts as none. Blocks count alike, whatever their weights.
-
-        With ``penalty="squared"`` it is the mean of the *squares*: take the root once the shares are added up. With
-        ``"absolute"``, shifts within the rounding of the hidden states count for less than they are
-        (:mod:`procon.ops.functional`). ``"huber"`` has none.
-
-        Args:
-            tokens: as of :meth:`penalty`.
-
-        Returns:
-            A scalar without a gradient, float32 or float64, on the device of the first block that moves.
-
-        Raises:
-            ProConError: if the penalty is ``"huber"``, no target is set, the forward did not pass every block, or raw
-                penalties are along directions of several units.
-        """
-        if (target := self._state.target) is None or target.idle:
-            raise ProConError("no target is set: call set_target(anchors, mask) before the forward")
-        if target.penalty == "huber":
-            raise ProConError("penalty 'huber' does not show how far tokens moved: give 'absolute' or 'squared'")
-        self.check_shift(target.units)
-        return mean_shift(target, self._terms(target), self._block_scales, tokens)
-
-    def check_shift(self, units: Units | None = None) -> None:
-        """Raise ProConError if there is no :meth:`shift` under a target in ``units``; the constraint's own if None."""
-        if (units or self._units) == "raw":
-            check_one_unit(self._tells_shift)
 
     def _terms(self, target: Target) -> dict[int, Tensor]:
         """By column, the penalties of the blocks whose inputs training can move; of all without gradients."""

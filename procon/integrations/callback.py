@@ -26,6 +26,8 @@ from procon.constraint.guards import check_finite, refuse_data_parallel
 from procon.directions import BlockDirections, load_directions
 from procon.errors import ProConError
 from procon.integrations.forward import REMEDY, SCOPE, ConstrainedForward, constrained_by
+from procon.method.evidence import Evidence
+from procon.method.record import RECORD, write_record
 from procon.schedule import AlphaSchedule
 from procon.settings import (
     DEFAULTS,
@@ -41,10 +43,8 @@ from procon.settings import (
 )
 from procon.training.block_weights import as_json, find_weights
 from procon.training.checkpoints import open_checkpoint, seal
-from procon.training.evidence import Evidence
 from procon.training.output import forget, locked, output_folder
 from procon.training.ranks import on_main
-from procon.training.record import RECORD, write_record
 from procon.training.run_facts import check_same_run, run_arguments, run_facts
 from procon.training.watch import check_acts
 from procon.version import __version__
@@ -89,11 +89,11 @@ class ProConCallback(TrainerCallback, ExportableState):
         schedule: str = DEFAULTS.schedule,
         blocks: Blocks = DEFAULTS.blocks,
         penalty: Penalty = DEFAULTS.penalty,
-        sides: Sides = DEFAULTS.sides,
+        sides: Sides = "both",
         units: Units = DEFAULTS.units,
         block_weights: BlockWeights = DEFAULTS.block_weights,
-        backend: Backend = DEFAULTS.backend,
-        fuse: Fuse = DEFAULTS.fuse,
+        backend: Backend = "auto",
+        fuse: Fuse = "auto",
         anchors_dir: str | Path | None = None,
         chat: ChatSettings | None = None,
     ) -> None:

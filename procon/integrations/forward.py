@@ -23,9 +23,9 @@ from procon.anchors import Anchors
 from procon.constraint import ProjectionConstraint
 from procon.constraint.copies import ModuleForward
 from procon.errors import ProConError
+from procon.method.evidence import Evidence
 from procon.models import transformers_model
-from procon.settings import DEFAULTS, Fuse, TokenScope, check_alpha, check_setting
-from procon.training.evidence import Evidence
+from procon.settings import Fuse, TokenScope, check_alpha, check_setting
 
 #: The tokens that the model's own loss counts, so that what divides the one divides the other: the trainer hands over
 #: their number alone. Hence no other scope here, whatever the default of the settings is.
@@ -77,7 +77,7 @@ class ConstrainedForward:
         anchors: Anchors,
         *,
         alpha: float,
-        fuse: Fuse = DEFAULTS.fuse,
+        fuse: Fuse = "auto",
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         check_setting("fuse", fuse)

@@ -24,7 +24,7 @@ _KINDS = (
 _RECORD, _STATE, _LOG = "procon.json", "trainer_state.json", "log.jsonl"
 
 #: Facts of a training's record that differ between any two of them, or say what came of it.
-_NO_SETTINGS = ("run", "arguments", "did", "window", "checksum", "complete", "files", "hold", "resumable", "weights")
+_NO_SETTINGS = ("run", "arguments", "terms", "did", "window", "checksum", "complete", "files", "resumable")
 
 #: Where a training logs the cosine of each block.
 _BY_BLOCK = "procon/drift_cos_block/"

@@ -12,7 +12,6 @@ __extra__ = require_extra("train", __name__)
 
 from procon.training.callbacks import DriftCallback, EvaluationCallback
 from procon.training.config import ProConArguments, ProConConfig
-from procon.training.hold import Hold
 from procon.training.json_log import JsonlCallback
 from procon.training.mixin import ProConMixin
 from procon.training.trainer import ProConTrainer
@@ -20,7 +19,6 @@ from procon.training.trainer import ProConTrainer
 __all__ = [
     "DriftCallback",
     "EvaluationCallback",
-    "Hold",
     "JsonlCallback",
     "ProConArguments",
     "ProConConfig",

@@ -9,8 +9,8 @@ from typing import Any, cast
 from torch import nn
 
 from procon.errors import ProConError
+from procon.method.record import read_record
 from procon.models import keep_quantised
-from procon.training.record import read_record
 from procon.training.step_times import TimedMixin
 
 logger = logging.getLogger(__name__)

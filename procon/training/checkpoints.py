@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from procon.errors import ProConError
 from procon.files import sync
-from procon.training.record import RECORD, read_record, write_record
+from procon.method.record import RECORD, read_record, write_record
 
 logger = logging.getLogger(__name__)
 

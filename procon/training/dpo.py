@@ -17,9 +17,9 @@ from procon.training.reference import PairedReferenceMixin
 
 @dataclass
 class ProConDPOConfig(ProConArguments, DPOConfig):
-    """TRL's DPOConfig with the settings of the constraint; anchors are probes unless it says otherwise."""
+    """TRL's DPOConfig with the settings of the constraint; training tokens have anchors only if it says so."""
 
-    procon_anchors: AnchorSource = "probes"
+    procon_anchors: AnchorSource = "none"
 
 
 class ProConDPOTrainer(PairedReferenceMixin, DPOTrainer):

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from trl import GRPOConfig, GRPOTrainer
 
-from procon.constraint import ProjectionConstraint
+from procon.anchors import LiveAnchors
 from procon.errors import ProConError
+from procon.method.tokens import TARGET
 from procon.settings import AnchorSource
-from procon.training.anchored import TARGET
 from procon.training.config import ProConArguments
 from procon.training.reference import ReferenceMixin
 
 
 @dataclass
 class ProConGRPOConfig(ProConArguments, GRPOConfig):
-    """TRL's GRPOConfig with the settings of the constraint; anchors are probes unless it says otherwise."""
+    """TRL's GRPOConfig with the settings of the constraint; training tokens have anchors only if it says so."""
 
-    procon_anchors: AnchorSource = "probes"
+    procon_anchors: AnchorSource = "none"
 
 
 class ProConGRPOTrainer(ReferenceMixin, GRPOTrainer):
@@ -44,10 +44,10 @@ class ProConGRPOTrainer(ReferenceMixin, GRPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self._constrains and self.args.anchor_settings().of_tokens == "recorded":
+        if self.procon.active and self.procon.settings.anchors == "recorded":
             raise ProConError(
                 "GRPO generates the tokens that it trains on, so they cannot be recorded beforehand: take "
-                "procon_anchors 'live' or 'probes'"
+                "procon_anchors 'live', or 'none' and the probes"
             )
         #: Of the completions that were generated last, if the reference model has run on them.
         self._of_reference: Tensor | None = None
@@ -62,7 +62,8 @@ class ProConGRPOTrainer(ReferenceMixin, GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         self._of_reference = None
         output = super()._generate_and_score_completions(inputs)
-        if self._live is None or not self.model.training:
+        live = self._live
+        if live is None or not self.model.training:
             return output
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
         attention = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
@@ -71,37 +72,29 @@ class ProConGRPOTrainer(ReferenceMixin, GRPOTrainer):
             size = self.args.per_device_train_batch_size
             parts = zip(ids.split(size), attention.split(size), strict=True)
             with self.accelerator.autocast():
-                anchors = torch.cat([self._live({"input_ids": i, "attention_mask": a}) for i, a in parts])
+                anchors = torch.cat([live({"input_ids": i, "attention_mask": a}) for i, a in parts])
         return {**output, TARGET[0]: anchors, TARGET[1]: self._mask(output)}
 
     def _get_per_token_logps_and_entropies(self, model: nn.Module, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         run = super()._get_per_token_logps_and_entropies
-        if self._live is None or torch.is_grad_enabled() or not self._is_reference(model):
+        live = self._live
+        if live is None or torch.is_grad_enabled() or not self._is_reference(model):
             return run(model, input_ids, *args, **kwargs)
-        found, self._of_reference = self._live.of(lambda: run(model, input_ids, *args, **kwargs), len(input_ids))
+        found, self._of_reference = live.of(lambda: run(model, input_ids, *args, **kwargs), len(input_ids))
         return found
+
+    @property
+    def _live(self) -> LiveAnchors | None:
+        return None if self.procon.tokens is None else self.procon.tokens.live
 
     def _mask(self, output: dict[str, Tensor]) -> Tensor:
         """``[B, T]`` fp32: the constrained tokens of prompts and completions."""
         prompt, completion = output["prompt_mask"].float(), output["completion_mask"].float()
-        if self.args.procon_scope == "response":
+        if self.procon.settings.scope == "response":
             prompt = torch.zeros_like(prompt)
-        elif self.args.procon_scope == "prompt":
+        elif self.procon.settings.scope == "prompt":
             completion = torch.zeros_like(completion)
-        mask = torch.cat([prompt, completion], 1)
-        if self.args.procon_reduction == "sequence":
-            mask = mask / mask.sum(1, keepdim=True).clamp_min(1)
-        return mask
+        return torch.cat([prompt, completion], 1)
 
     def _count_constrained(self, batches: list[dict[str, Any]]) -> None:
         return None  # what an optimiser step constrains is not generated yet
-
-    def _share_of_tokens(self, constraint: ProjectionConstraint) -> Tensor:
-        return constraint.penalty() / self._micro_batches
-
-    def _shift_of_tokens(self, constraint: ProjectionConstraint) -> Tensor:
-        return constraint.shift() / self._micro_batches
-
-    @property
-    def _micro_batches(self) -> int:
-        return self.current_gradient_accumulation_steps * self._ranks_apart

@@ -24,9 +24,9 @@ from procon.training.reference import PairedReferenceMixin
 
 @dataclass
 class ProConKTOConfig(ProConArguments, KTOConfig):
-    """TRL's KTOConfig with the settings of the constraint; anchors are probes unless it says otherwise."""
+    """TRL's KTOConfig with the settings of the constraint; training tokens have anchors only if it says so."""
 
-    procon_anchors: AnchorSource = "probes"
+    procon_anchors: AnchorSource = "none"
 
 
 class ProConKTOTrainer(PairedReferenceMixin, KTOTrainer):

@@ -27,15 +27,12 @@ _MEASURES = {
     "procon/task": ("accuracy on a task", "{:.0%}"),
 }
 
-#: What is said of each of the settings' sides.
-_SIDES = {"both": "of rises and falls", "fall": "of falls towards the benign side alone"}
-
 _SECTION = """\
 ## Refusal anchored with ProCon
 
-This model was fine-tuned under the projection constraint of *Anchoring Refusal Direction: Mitigating Safety Risks in
-Tuning via Projection Constraint* ([arXiv 2509.06795](https://arxiv.org/abs/2509.06795)), with procon-llm {version}:
-departures of each block's input from where it was before training were penalised, along {along}.
+This model was fine-tuned with procon-llm {version}, after *Anchoring Refusal Direction: Mitigating Safety Risks in
+Tuning via Projection Constraint* ([arXiv 2509.06795](https://arxiv.org/abs/2509.06795)). Penalised were departures from
+the starting model: {kept}.
 Nothing of ProCon is in the model, which loads and runs as any other of its kind.
 
 | | |
@@ -45,15 +42,7 @@ Nothing of ProCon is in the model, which loads and runs as any other of its kind
 Not measured in this run: {unmeasured}.
 A model can route around one direction per block, so measure what it does: `procon eval --model FOLDER`, and
 `procon drift --start MODEL --tuned FOLDER` against the model it started from.
-
-The directions, from a copy of this folder:
-
-```python
-from procon import {kind}
-
-directions = {kind}.load(folder)
-```
-
+{load}
 ### Citation
 
 ```bibtex
@@ -67,18 +56,30 @@ directions = {kind}.load(folder)
 ```"""
 
 
+_LOAD = """
+The directions, from a copy of this folder:
+
+```python
+from procon import {kind}
+
+directions = {kind}.load(folder)
+```
+"""
+
 _UNCONSTRAINED = """\
 ## Trained without ProCon's constraint
 
 This model was fine-tuned by procon-llm {version} without the projection constraint: {why}."""
 
 
-def describe(settings: dict[str, Any], directions: BlockDirections, log_history: Sequence[dict[str, Any]]) -> str:
+def describe(
+    settings: dict[str, Any], directions: BlockDirections | None, log_history: Sequence[dict[str, Any]]
+) -> str:
     """The section, in Markdown; that of a model without the constraint if no step so far was under it.
 
     Args:
         settings: what ``procon.json`` holds.
-        directions: those of the run.
+        directions: those of the run; None if it had none.
         log_history: the Trainer's, of which the last value of each measure is shown.
     """
     did, best = settings["did"], settings.get("best")
@@ -90,18 +91,10 @@ def describe(settings: dict[str, Any], directions: BlockDirections, log_history:
     rows = {
         "optimiser steps under the constraint": f"{did['constrained_steps']} of {did['steps']}",
         **({"kept": _kept(best)} if best else {}),
-        "blocks that it acted on": _blocks(did["blocks_acted"], directions.block_count),
         "mean penalty, before alpha": "not finite" if mean is None else f"{mean:.3g}",
         "strength (alpha)": _strength(AlphaSchedule.parse(settings["schedule"])),
-        **_hold(did.get("hold")),
-        "constrained tokens": settings["scope"] if settings["anchors_from"] != "probes" else "the probes' last ones",
-        "constrained blocks": _blocks(settings["blocks"], directions.block_count),
-        "penalty": f"{settings['penalty']}, {_SIDES[settings['sides']]}, {settings['units']} units, "
-        f"mean over {settings['reduction']}s",
-        "weights of the blocks": _weights(settings),
-        "directions": f"`{DIRECTIONS}` (`{settings['directions']}`){_origin(directions)}",
-        **_concepts(directions),
-        "anchors": _anchors(settings),
+        **_anchors(settings),
+        **_along(settings, directions),
         "last logged penalty, before alpha": _last(log_history, "procon/penalty", "{:.3g}") or "not logged",
     }
     unmeasured = []
@@ -111,11 +104,17 @@ def describe(settings: dict[str, Any], directions: BlockDirections, log_history:
             unmeasured.append(label)
         else:
             rows[label] = value
-    refusal = isinstance(directions, RefusalDirections)
+    kept = []
+    if directions is not None:
+        refusal = isinstance(directions, RefusalDirections)
+        along = "its refusal direction" if refusal else f"directions of {', '.join(directions.concepts)}"
+        kept.append(f"of each block's input along {along}, on training tokens")
+    if "probes" in settings["terms"]:
+        kept.append("of the last hidden state, at probe prompts")
     return _SECTION.format(
         version=settings["version"],
-        along="the block's refusal direction" if refusal else f"directions of {', '.join(directions.concepts)}",
-        kind=type(directions).__name__,
+        kept="; and ".join(kept),
+        load="" if directions is None else _LOAD.format(kind=type(directions).__name__),
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         unmeasured="; ".join(unmeasured) or "whether any of this holds beyond the prompts used",
     )
@@ -166,22 +165,7 @@ def _kept(best: dict[str, Any]) -> str:
     return f"the checkpoint of step {best['step']}, with the best {best['metric']}, {best['value']:.4g}"
 
 
-def _hold(did: dict[str, Any] | None) -> dict[str, str]:
-    """What became of a strength that set itself."""
-    if did is None:
-        return {}
-    held = "held" if did["held"] else "**not held**"
-    return {
-        "mean shift of the constrained tokens at the end, in units of the gap": (
-            f"{did['shift']:.3g}, with alpha {did['alpha']:.3g}; the budget, {did['budget']:.3g}, was {held}"
-        )
-    }
-
-
 def _strength(schedule: AlphaSchedule) -> str:
-    if schedule.hold is not None:
-        return f"set by itself, from {schedule.phases[0].alpha:g} on, to keep to a budget (`{schedule}`)"
-
     def describe_phase(number: int, phase: Phase) -> str:
         if phase.length is None:
             return f"{phase.alpha:g} {'throughout' if number == 0 else 'to the end'}"
@@ -192,25 +176,25 @@ def _strength(schedule: AlphaSchedule) -> str:
     return f"{phases} (`{schedule}`)"
 
 
-def _anchors(settings: dict[str, Any]) -> str:
-    """Where they came from."""
-    parts = []
-    if settings["anchors"]:
-        parts.append(f"projections of the training tokens before training (`{settings['anchors']}`)")
-    if settings["starting_model"]:
-        parts.append(f"projections of each batch under the starting model (`{settings['starting_model']}`)")
-    if probing := settings["probing"]:
-        held = {
-            "projections": "projections",
-            "state": "the last hidden state",
-            "both": "projections and the last hidden state",
-        }[probing["hold"]]
-        reply = " and all along the starting model's own reply" if probing.get("reply_tokens") else ""
-        parts.append(
-            f"{held} at the last token{reply} of up to {probing['count']} probe prompts, at most {probing['batch']} "
-            f"every {probing['every']} steps, with weight {probing['weight']:g}"
+def _anchors(settings: dict[str, Any]) -> dict[str, str]:
+    """What the model was kept near to: a row for each term."""
+    rows = {}
+    terms = settings["terms"]
+    if "tokens" in terms:
+        live = terms["tokens"].get("starting_model")
+        rows["constrained tokens"] = settings["scope"]
+        rows["anchors"] = (
+            f"projections of each batch under the starting model (`{live}`)"
+            if live
+            else f"projections of the training tokens before training (`{terms['tokens']['anchors']}`)"
         )
-    return "; ".join(parts)
+    if "probes" in terms:
+        reply = " and all along the starting model's own reply" if settings["probe_reply_tokens"] else ""
+        rows["probes"] = (
+            f"the last hidden state at the last token{reply} of probe prompts ({settings['probes']}), at most "
+            f"{settings['probe_batch']} every {settings['probe_every']} steps, with weight {settings['probe_weight']:g}"
+        )
+    return rows
 
 
 def _blocks(blocks: Sequence[int], count: int) -> str:
@@ -221,11 +205,17 @@ def _blocks(blocks: Sequence[int], count: int) -> str:
     return "; ".join(described + ["the last block's output"] * (len(inputs) < len(blocks)))
 
 
-def _weights(settings: dict[str, Any]) -> str:
-    if settings["block_weights"] == "equal":
-        return "all alike"
-    each = ", ".join(f"{weight:.3g}" for weight in settings["weights"][settings["units"]])
-    return f"{settings['block_weights']}, in the order of the blocks: {each}"
+def _along(settings: dict[str, Any], directions: BlockDirections | None) -> dict[str, str]:
+    """What the penalty of the training tokens is made of; nothing without directions."""
+    if directions is None:
+        return {}
+    return {
+        "blocks that it acted on": _blocks(settings["did"]["blocks_acted"], directions.block_count),
+        "constrained blocks": _blocks(settings["blocks"], directions.block_count),
+        "penalty": f"{settings['penalty']}, {settings['units']} units",
+        "directions": f"`{DIRECTIONS}` (`{settings['directions']}`){_origin(directions)}",
+        **_concepts(directions),
+    }
 
 
 #: Controls, by what :class:`RefusalDirections` leaves of their origin.

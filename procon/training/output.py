@@ -14,12 +14,12 @@ from typing import IO, Any, cast
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from procon.anchors.probes import PROBES
 from procon.errors import ProConError
 from procon.files import writing
+from procon.method.probes import PROBES_FILE
+from procon.method.record import RECORD, read_record
 from procon.training.model_card import drop_section
 from procon.training.ranks import on_main
-from procon.training.record import RECORD, read_record
 
 try:
     import fcntl
@@ -49,12 +49,13 @@ _SAME = (
     "schedule",
     "scope",
     "penalty",
-    "sides",
     "units",
-    "block_weights",
-    "reduction",
-    "anchors_from",
-    "probing",
+    "anchors",
+    "probes",
+    "probe_batch",
+    "probe_every",
+    "probe_weight",
+    "probe_reply_tokens",
 )
 
 #: Folders that this process has locked.
@@ -152,7 +153,7 @@ def claim(folder: Path, record: dict[str, Any], *, overwrite: bool) -> None:
                 "pass procon_overwrite=True (--procon_overwrite true) to delete what it left"
             )
         return
-    beside = [folder / name for name in (RECORD, PROBES, MERGED, "adapter_config.json", "trainer_state.json")]
+    beside = [folder / name for name in (RECORD, PROBES_FILE, MERGED, "adapter_config.json", "trainer_state.json")]
     for path in (*beside, *weights, *checkpoints, *folder.glob("model-*-of-*.safetensors")):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     drop_section(folder / "README.md")

@@ -30,12 +30,12 @@ class ReferenceMixin(ProConMixin):
         if getattr(self.args, "sync_ref_model", False) and self._takes_live_anchors:
             raise ProConError(
                 "sync_ref_model moves the reference model as training goes on, so it gives no anchors: switch it off, "
-                "or take procon_anchors 'probes'"
+                "or take procon_anchors 'none' and its probes"
             )
 
     @property
     def _takes_live_anchors(self) -> bool:
-        return self._constrains and self.args.anchor_settings().of_tokens == "live"
+        return self.procon.active and self.procon.settings.anchors == "live"
 
     @property
     def _reference_model(self) -> nn.Module | None:

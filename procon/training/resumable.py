@@ -14,14 +14,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 from procon.chat import describe_chat
 from procon.errors import ProConError
 from procon.files import sync_files, writing
+from procon.method.record import begin, write_record
 from procon.models import is_sharded
-from procon.settings import ChatSettings
 from procon.training.best import BestMixin
 from procon.training.checkpoints import Checkpoint, break_seal, delete_superseded, latest, open_checkpoint, seal
 from procon.training.model_card import write_unconstrained
 from procon.training.output import claim, locked, output_folder
 from procon.training.ranks import on_main
-from procon.training.record import begin, write_record
 from procon.training.run_facts import check_same_run, run_arguments, run_facts
 from procon.version import __version__
 
@@ -36,11 +35,9 @@ class ResumableMixin(BestMixin):
 
     Attributes:
         details: more that a resumed run must share, such as a defence and its settings; JSON.
-        chat: how the model is asked in this run, by what it needs of its start and by callbacks.
     """
 
     details: dict[str, Any] = {}  # noqa: RUF012  # set as a whole
-    chat: ChatSettings = ChatSettings()
     _run: dict[str, Any] | None = None
 
     def train(
@@ -146,7 +143,7 @@ class ResumableMixin(BestMixin):
             "version": __version__,
             "constrained": False,
             "schedule": "0",
-            "chat": describe_chat(cast(Any, self.processing_class), self.chat),
+            "chat": describe_chat(cast(Any, self.processing_class), getattr(self, "chat", None)),
             "run": self._run,
             "arguments": self._run_arguments(),
             **({"best": self.best} if self.best else {}),

@@ -21,9 +21,9 @@ from procon.data import parse_columns
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.evaluation import Evaluation
+from procon.method.record import write_record
 from procon.models import load_model
 from procon.settings import ChatSettings
-from procon.training.record import write_record
 from procon.version import __version__
 
 #: A progress bar, or a line of the command's own.

@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from procon.anchors import Anchors, fingerprint
 from procon.directions import DIRECTIONS, RefusalDirections
+from procon.method.record import RECORD
 from procon.models import find_decoder, origin_of
 from procon.training.checkpoints import Checkpoint, latest, open_checkpoint, seal
-from procon.training.record import RECORD
 
 BLOCKS, WIDTH = 3, 32
 

@@ -9,8 +9,8 @@ import pytest
 from procon.chat import builtin_prompts
 from procon.errors import ProConError
 from procon.evaluation import Evaluation, Rate
+from procon.method.record import write_record
 from procon.report import Run, print_table, read_source, read_sources, write_html
-from procon.training.record import write_record
 
 STUDY = Path(__file__).parents[2] / "benchmarks" / "study" / "runs" / "table" / "arithmetic"
 

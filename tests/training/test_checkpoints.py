@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from procon.method.record import RECORD, begin, read_record, write_record
 from procon.training.checkpoints import Checkpoint, delete_superseded, has_checkpoints, seal
-from procon.training.record import RECORD, begin, read_record, write_record
 
 
 def made(folder, *names):

@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 from procon.constraint import probe_departure
 from procon.errors import ProConError
 from procon.integrations import ProConCallback
+from procon.method.record import read_record
 from procon.training import ProConConfig, mixin
-from procon.training.record import read_record
 
 
 def logged(trainer, *names: str) -> list[list[float]]:

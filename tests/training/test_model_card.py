@@ -13,17 +13,17 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from procon.anchors.probes import PROBES
 from procon.directions import DIRECTIONS, Directions, RefusalDirections
 from procon.errors import ProConError
+from procon.method.probes import PROBES_FILE
+from procon.method.record import read_record
 from procon.training import model_card
 from procon.training.callbacks import ProbeCallback
 from procon.training.model_card import describe, write_section
-from procon.training.record import read_record
 from procon.version import __version__
 
 HEADING = "## Refusal anchored with ProCon"
-OURS = {DIRECTIONS, PROBES, "procon.json"}
+OURS = {DIRECTIONS, PROBES_FILE, "procon.json"}
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM")
 

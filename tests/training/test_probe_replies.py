@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 from transformers import set_seed
 
 from procon.anchors import Probes
-from procon.anchors.probes import PROBES
 from procon.chat import generate_replies, render, user_turn
 from procon.constraint import probe_departure
 from procon.data import padding_collator
 from procon.errors import ProConError
+from procon.method.probes import PROBES_FILE
+from procon.method.record import read_record, write_record
 from procon.training import ProConConfig, ProConTrainer
-from procon.training.record import read_record, write_record
 
 PROMPTS = ["count to three", "say it again, and louder", "why"]
 
@@ -93,7 +93,7 @@ def test_a_reply_goes_up_to_its_end(record, tiny_model, tokenizer, after):
 def test_a_file_of_before_replies_is_read(record, tmp_path):
     """It says nothing of where replies begin."""
     probes = record()
-    path = probes.save(tmp_path / PROBES)
+    path = probes.save(tmp_path / PROBES_FILE)
     old = {name: getattr(probes, name) for name in ("input_ids", "lengths", "anchors", "states")}
     digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in old.values())).hexdigest()[:16]
     save_file(old, path, metadata={"hash": digest})
@@ -182,7 +182,7 @@ def test_the_model_says_what_it_was_kept_at(trainer):
         in (folder / "README.md").read_text()
     )
     assert read_record(folder)["probing"]["reply_tokens"] == 4
-    with safe_open(folder / PROBES, "pt") as file:
+    with safe_open(folder / PROBES_FILE, "pt") as file:
         assert (file.get_tensor("lengths") - file.get_tensor("prompts")).tolist() == [4, 4, 4]
 
 

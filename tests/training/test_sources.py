@@ -12,14 +12,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import ProcessorMixin, set_seed
 
 from procon.anchors import LiveAnchors, Probes
-from procon.anchors.probes import PROBES
 from procon.constraint import ProjectionConstraint, probe_penalty
 from procon.data import flattening_collator, padding_collator
 from procon.directions import Directions
 from procon.errors import ProConError
+from procon.method.probes import PROBES_FILE
+from procon.method.record import read_record, write_record
 from procon.models import find_decoder, observe_last_state, observe_sites, origin_of
 from procon.training import ProConConfig, ProConTrainer
-from procon.training.record import read_record, write_record
 
 QUIET = {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "logging_steps": 1, "use_cpu": True}
 PROMPTS = ["count to three", "say it again, and louder", "why"]
@@ -227,7 +227,7 @@ def test_the_probes_penalty_and_its_gradient_are_those_by_definition(
 def test_probes_are_kept_and_read_again(tiny_model, tokenizer, random_directions, tmp_path):
     model = tiny_model()
     probes = Probes.record(model, tokenizer, random_directions(model), PROMPTS, blocks=(1, 2), reply_tokens=3)
-    path = probes.save(tmp_path / PROBES)
+    path = probes.save(tmp_path / PROBES_FILE)
     assert Probes.load(path).hash == probes.hash
     sites, last = at_kept_tokens(model.eval(), probes)
     torch.testing.assert_close(probes.states, last.detach(), rtol=0, atol=1e-6)
@@ -354,7 +354,7 @@ def test_another_source_is_another_training(trainer, tmp_path):
     recorded = trainer("recorded", procon_overwrite=True, **settings)
     recorded.train()
     recorded.save_model()
-    assert not (tmp_path / PROBES).exists()
+    assert not (tmp_path / PROBES_FILE).exists()
 
 
 def test_every_source_refuses_directions_of_another_model(tiny_model, tokenizer, random_directions):

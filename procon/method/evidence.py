@@ -94,7 +94,7 @@ class Evidence:
             )
 
     def end_step(
-        self, constraint: ProjectionConstraint, optimizer: torch.optim.Optimizer | None, model: nn.Module
+        self, constraint: ProjectionConstraint | None, optimizer: torch.optim.Optimizer | None, model: nn.Module
     ) -> None:
         """Count an optimiser step under an alpha above 0, before the optimiser takes it.
 
@@ -111,8 +111,9 @@ class Evidence:
         if not self.is_measured:
             self._check_first(optimizer, model)
             self.is_measured, self._below = True, []
-            self.blocks.update(constraint.acting)
-            if 2 * len(self.blocks) < len(constraint.blocks):
+            if constraint is not None:
+                self.blocks.update(constraint.acting)
+            if constraint is not None and 2 * len(self.blocks) < len(constraint.blocks):
                 logger.warning(
                     "the constraint can act on %d of its %d blocks: nothing below the others trains",
                     len(self.blocks),

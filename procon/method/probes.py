@@ -1,0 +1,298 @@
+"""A few fixed prompts, at which the model is kept near its starting state: where a reply begins, or all along it.
+
+What is kept is the last hidden state as a whole, which is the method SBR (arXiv 2605.05995): no directions, no hooks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from procon.chat import builtin_probes, continue_tokens, load_instructions, pad_token_id, render, user_turn
+from procon.errors import ProConError
+from procon.files import whole_file
+from procon.method.term import Batches, Run, Step, Term
+from procon.models import (
+    decoder_forward,
+    evaluating,
+    find_decoder,
+    is_sharded,
+    model_device,
+    observe_last_state,
+    unwrapped,
+)
+from procon.settings import ChatSettings, ProConSettings, check_setting
+
+#: The file's name beside a model or in a checkpoint.
+PROBES_FILE = "probes.safetensors"
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Prompts, with replies or without, and the starting model's last hidden states at the tokens that are kept.
+
+    These are the last token of each prompt and all of the reply: those from which a token of the reply, or its end, is
+    predicted. There are N of them in all, prompt by prompt.
+
+    Attributes:
+        input_ids: ``[n, T]`` int64, padded on the right.
+        prompts: ``[n]`` int64, tokens of each prompt.
+        lengths: ``[n]`` int64, tokens of each prompt and its reply.
+        states: ``[N, D]`` fp32, last hidden states there, after the final norm.
+    """
+
+    input_ids: Tensor
+    prompts: Tensor
+    lengths: Tensor
+    states: Tensor
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return len(self.lengths)
+
+    @property
+    def kept(self) -> Tensor:
+        """``[n, T]`` bool, the tokens at which the model is kept."""
+        place = torch.arange(self.input_ids.shape[1])
+        return (place >= self.prompts[:, None] - 1) & (place < self.lengths[:, None])
+
+    @property
+    def hash(self) -> str:
+        """A short hash of the tokens and of what is kept at them."""
+        digest = hashlib.sha256()
+        for name, tensor in self._tensors().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def turn(self, number: int, size: int) -> Probes:
+        """The ``size`` prompts that the ``number``-th run takes, from 0: they go round. All, if there are no more."""
+        if size >= len(self):
+            return self
+        rows = (number * size + torch.arange(size)) % len(self)
+        prompts, lengths = self.prompts[rows], self.lengths[rows]
+        states = self.states.split((self.lengths - self.prompts + 1).tolist())
+        return Probes(
+            self.input_ids[rows, : int(lengths.max())], prompts, lengths, torch.cat([states[row] for row in rows])
+        )
+
+    def departure(self, model: nn.Module, run: Callable[..., object] | None = None) -> Tensor:
+        """Mean squared departure of the last hidden states at the kept tokens from the starting model's: a scalar.
+
+        Args:
+            model: the model in training, which is run once, without its LM head.
+            run: what runs its decoder; the decoder's own forward if not given.
+
+        Raises:
+            ProConError: if nothing in the model trains.
+        """
+        device = model_device(model)
+        mask = torch.arange(self.input_ids.shape[1]) < self.lengths[:, None]
+        found: list[Tensor] = []
+        with observe_last_state(find_decoder(model), found.append):
+            (run or decoder_forward(model))(input_ids=self.input_ids.to(device), attention_mask=mask.long().to(device))
+        last = found[0][self.kept.to(found[0].device)]
+        if torch.is_grad_enabled() and not last.requires_grad:
+            raise ProConError("nothing in the model trains, so the penalty on the probes' states does nothing")
+        return (last.float() - self.states.to(last.device)).square().mean()
+
+    @classmethod
+    def record(
+        cls,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[str] | str | Path | None = None,
+        *,
+        batch: int = ProConSettings.probe_batch,
+        reply_tokens: int = ProConSettings.probe_reply_tokens,
+        chat: ChatSettings | None = None,
+        progress: bool = True,
+    ) -> Probes:
+        """Run the prompts through ``model`` as it now is. If parameters are sharded, all ranks must call.
+
+        Args:
+            prompts: texts, or a file of them; the built-in malicious ones if not given.
+            batch: prompts of one forward.
+            reply_tokens: each prompt goes on with the model's own greedy reply, up to so many tokens of it, thoughts
+                included, and the model is kept at each of them too; 0 for prompts alone.
+            chat: how the model is asked: system prompt and variables of its chat template.
+            progress: whether a bar shows how far replies are generated.
+
+        Raises:
+            ProConError: for a wrong setting, a tokenizer without a chat template, or no prompts.
+        """
+        check_setting("probe_batch", batch, "batch")
+        check_setting("probe_reply_tokens", reply_tokens, "reply_tokens")
+        texts = _texts(prompts)
+        check_tokenizer(tokenizer)
+        model = unwrapped(model)
+        rows = [render(tokenizer, user_turn(text), generation_prompt=True, chat=chat) for text in texts]
+        prompt_lengths = torch.tensor([len(row) for row in rows])
+        if reply_tokens:
+            replies = continue_tokens(
+                model, tokenizer, rows, max_new_tokens=reply_tokens, description="probe replies", progress=progress
+            )
+            rows = [[*row, *reply] for row, reply in zip(rows, replies, strict=True)]
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = torch.full((len(rows), int(lengths.max())), pad_token_id(tokenizer))
+        for number, row in enumerate(rows):
+            ids[number, : len(row)] = torch.tensor(row)
+        device, decoder, forward = model_device(model), find_decoder(model), decoder_forward(model)
+        states: list[Tensor] = []
+        with evaluating(model):
+            for part in torch.arange(len(ids)).split(batch):
+                width = int(lengths[part].max())
+                mask = torch.arange(width) < lengths[part, None]
+                kept, seen = mask & (torch.arange(width) >= prompt_lengths[part, None] - 1), []
+                with observe_last_state(decoder, seen.append):
+                    forward(input_ids=ids[part, :width].to(device), attention_mask=mask.long().to(device))
+                states.append(seen[0].cpu().float()[kept])
+        found = cls(ids, prompt_lengths, lengths, torch.cat(states))
+        if not torch.isfinite(found.states).all():
+            raise ProConError(
+                "hidden states at the probes are NaN or infinite: load the model in bfloat16 or float32, and check its "
+                "weights"
+            )
+        return found
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file with a checksum in its header; returns its path."""
+        with whole_file(Path(path)) as partial:
+            tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
+            save_file(tensors, partial, metadata={"hash": self.hash})
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Probes:
+        """Read what :meth:`save` wrote; ProConError if it is missing or damaged."""
+        path = Path(path)
+        try:
+            with safe_open(path, "pt") as file:
+                found = cls(**{field.name: file.get_tensor(field.name) for field in fields(cls)})
+                expected = (file.metadata() or {}).get("hash")
+        except (OSError, SafetensorError) as error:
+            raise ProConError(
+                f"probes in {str(path)!r} cannot be read ({error}): resume from another checkpoint, or start afresh"
+            ) from error
+        if found.hash != expected or not found._fits():
+            raise ProConError(f"probes in {str(path)!r} are damaged: resume from another checkpoint, or start afresh")
+        return found
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def _fits(self) -> bool:
+        """Whether the tensors belong together: what a file says may be anything."""
+        numbers = (self.input_ids, self.prompts, self.lengths)
+        if any(tensor.dtype != torch.int64 for tensor in numbers) or self.states.dtype != torch.float32:
+            return False
+        if [tensor.dim() for tensor in (*numbers, self.states)] != [2, 1, 1, 2] or not len(self.lengths):
+            return False
+        rows, width = self.input_ids.shape
+        if not rows == len(self.prompts) == len(self.lengths) or not bool((self.input_ids >= 0).all()):
+            return False
+        if not bool(((self.prompts >= 1) & (self.prompts <= self.lengths) & (self.lengths <= width)).all()):
+            return False
+        return int((self.lengths - self.prompts + 1).sum()) == len(self.states)
+
+
+class ProbeTerm(Term):
+    """``weight * mean (h - h0)^2`` over the last hidden states at the kept tokens of a few probes, in turn (SBR).
+
+    Attributes:
+        probes: once they are recorded.
+    """
+
+    name: ClassVar[str] = "probes"
+    runs_the_model: ClassVar[bool] = True
+
+    def __init__(self, settings: ProConSettings) -> None:
+        self._settings = settings
+        self.probes: Probes | None = None
+
+    def prepare(self, run: Run, batches: Batches) -> None:
+        if self.probes is not None:
+            return
+        settings = self._settings
+        with run.autocast():
+            self.probes = run.once(  # ranks round differently
+                lambda: Probes.record(
+                    run.model,
+                    run.tokenizer,
+                    settings.probe_file,
+                    batch=settings.probe_batch,
+                    reply_tokens=settings.probe_reply_tokens,
+                    chat=run.chat,
+                    progress=run.progress,
+                ),
+                all_call=is_sharded(run.model),
+            )
+
+    @property
+    def ready(self) -> bool:
+        return self.probes is not None
+
+    def acts(self, step: Step) -> bool:
+        """In the last of each so many steps.
+
+        At the first step the model is at its start, and the penalty's gradient is rounding noise. Adam would make
+        whole steps of it in what probes alone reach, such as embeddings of tokens that are not in the batch.
+        """
+        return (step.number + 1) % self._settings.probe_every == 0
+
+    def share(self, step: Step, run: Run) -> Tensor | None:
+        if self.name in step.done:  # once in an optimiser step
+            return None
+        if self.probes is None:
+            raise ProConError("probes are not recorded yet: call prepare before training")
+        step.done.add(self.name)
+        settings = self._settings
+        probes = self.probes.turn(step.number // settings.probe_every, settings.probe_batch)
+        # The mean is over kept tokens: times tokens per prompt, so that where a reply begins keeps its weight if the
+        # rest of it is kept too.
+        weight = settings.probe_weight * len(probes.states) / len(probes)
+        # Ranks that have the same probes have a part each.
+        return weight / run.groups * probes.departure(run.model)
+
+    def save(self, folder: Path) -> None:
+        if self.probes is not None:
+            self.probes.save(folder / PROBES_FILE)
+
+    def restore(self, state: Mapping[str, Any], folder: Path, run: Run) -> None:
+        self.probes = Probes.load(folder / PROBES_FILE)
+
+    def describe(self) -> dict[str, Any]:
+        file = self._settings.probe_file
+        return {} if file is None else {"probes": f"{len(_texts(file))} prompts, {_hash_of(file)}"}
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise ProConError if the tokenizer has no chat template to ask probes with."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ProConError(
+            "probes are prompts in the model's chat format, and its tokenizer has no chat template: pass the "
+            "tokenizer of a chat model, or set probes to 'none'"
+        )
+
+
+def _hash_of(file: str) -> str:
+    """Of the prompts in a file: another file, or another text in it, are other probes."""
+    return hashlib.sha256("\n".join(_texts(file)).encode()).hexdigest()[:16]
+
+
+def _texts(prompts: Sequence[str] | str | Path | None) -> tuple[str, ...]:
+    if prompts is None:
+        return builtin_probes()
+    texts = load_instructions(prompts) if isinstance(prompts, str | Path) else tuple(prompts)
+    if not texts:
+        raise ProConError("no probe prompts given: at least one is needed")
+    return texts

@@ -1,0 +1,544 @@
+"""The method as one object: what every trainer, callback and loop holds, and nothing else of ours."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from procon.anchors.starting_state import check_resumed, require_length
+from procon.chat import describe_chat
+from procon.constraint import ProjectionConstraint, constrained_tokens
+from procon.constraint.guards import check_finite
+from procon.directions import DIRECTIONS, BlockDirections, RefusalDirections, load_directions
+from procon.errors import ProConError
+from procon.method.evidence import Evidence
+from procon.method.probes import ProbeTerm, check_tokenizer
+from procon.method.record import read_record, write_record
+from procon.method.term import Batches, Collator, Run, Step, Term
+from procon.method.tokens import TokenTerm
+from procon.schedule import AlphaSchedule
+from procon.settings import ChatSettings, Fuse, ProConSettings, check_setting
+from procon.version import __version__
+
+logger = logging.getLogger(__name__)
+
+#: An alpha so small serves to log the penalty, and not to constrain.
+_ONLY_MEASURES = 1e-6
+
+
+def make_terms(settings: ProConSettings, fuse: Fuse = "auto") -> list[Term]:
+    """What the loss is a sum of, under these settings."""
+    terms: list[Term] = []
+    if settings.anchors != "none":
+        terms.append(TokenTerm(settings, fuse=fuse))
+    if settings.has_probes:
+        terms.append(ProbeTerm(settings))
+    return terms
+
+
+class ProCon:
+    """Keeps a model's refusals while it is fine-tuned: ``loss + alpha * (sum of terms)``.
+
+    In a loop of one's own::
+
+        procon = ProCon(model, tokenizer)
+        loader = procon.prepare(loader)  # directions, anchors and probes, from the model as it now is
+        for batch in loader:
+            procon.begin(batch)
+            loss = model(**batch).loss + procon.loss()
+            loss.backward()
+            procon.end(optimizer)  # once per optimiser step, before it
+            optimizer.step()
+            optimizer.zero_grad()
+        procon.close()
+
+    Args:
+        model: a transformers causal LM, bare or within PEFT; or a :class:`Run`, which a trainer's door makes.
+        tokenizer: with a chat template: directions are extracted with it, and probes asked.
+        settings: of the method.
+        directions: of this model, or the file that they were saved in; extracted if not given and a term needs them.
+        chat: how the model is asked: system prompt, and variables of its chat template.
+        folder: where recorded anchors are kept.
+        progress: whether bars show how far preparing is.
+        fuse: ``"never"`` leaves the blocks' norms alone, ``"auto"`` has them do the work.
+
+    Attributes:
+        settings, schedule: as given, and the strength over training.
+        terms: what the loss is a sum of; a list that may be added to before :meth:`prepare`.
+        directions: once they are found; None if no term needs any.
+        evidence: what the constraint has done so far.
+        step: the current optimiser step.
+
+    Raises:
+        ProConError: for wrong settings or directions, or a tokenizer without a chat template where one is needed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Run,
+        tokenizer: Any = None,
+        settings: ProConSettings | None = None,
+        directions: BlockDirections | str | Path | None = None,
+        *,
+        chat: ChatSettings | None = None,
+        folder: str | Path = "procon-output",
+        progress: bool = True,
+        fuse: Fuse = "auto",
+    ) -> None:
+        check_setting("fuse", fuse)
+        self.settings = settings or ProConSettings()
+        self.schedule = AlphaSchedule.parse(self.settings.schedule)
+        if not isinstance(model, Run):
+            model = Run(model, tokenizer, chat=chat, folder=folder, progress=progress)
+        self.run = model
+        self.terms = make_terms(self.settings, fuse) if self.schedule.active else []
+        self.directions: BlockDirections | None = None
+        self.evidence = Evidence()
+        self.step = Step()
+        self.steps_per_epoch = 1
+        self._accumulation = 1
+        self._penalty_sum: Tensor | None = None
+        self._penalty_steps = 0
+        self._carried = 0.0  # the penalty of a window that a checkpoint has cut
+        self._resumed: dict[str, Any] = {}
+        if directions is not None and self.active:
+            self.use(directions if isinstance(directions, BlockDirections) else load_directions(directions))
+        elif directions is None and self.needs_directions:
+            _check_can_extract(self.run.tokenizer)
+        if any(isinstance(term, ProbeTerm) for term in self.terms):
+            check_tokenizer(self.run.tokenizer)
+
+    # ---------------------------------------------------------------- what it is
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is constrained at any time."""
+        return bool(self.terms)
+
+    @property
+    def needs_directions(self) -> bool:
+        """Whether a term works along refusal directions."""
+        return any(term.needs_directions for term in self.terms)
+
+    def term(self, kind: type[Any]) -> Any:
+        """The term of a class, None without one."""
+        return next((term for term in self.terms if isinstance(term, kind)), None)
+
+    @property
+    def tokens(self) -> TokenTerm | None:
+        """The term of the training tokens."""
+        return self.term(TokenTerm)
+
+    @property
+    def constraint(self) -> ProjectionConstraint | None:
+        """That of the training tokens, once there are directions."""
+        return None if self.tokens is None or self.directions is None else self.tokens.constraint
+
+    @property
+    def alpha(self) -> float:
+        """Strength at the current optimiser step."""
+        return self.step.alpha
+
+    def alpha_at(self, step: int) -> float:
+        """Strength at optimiser step ``step``, from 0."""
+        return self.schedule.alpha(max(step, 0), self.steps_per_epoch)
+
+    @property
+    def ready(self) -> bool:
+        """Whether every term has recorded or restored what it needs."""
+        return all(term.ready for term in self.terms)
+
+    @property
+    def batch_keys(self) -> tuple[str, ...]:
+        """What the terms' collators add to a batch."""
+        return tuple(key for term in self.terms for key in term.batch_keys)
+
+    # ---------------------------------------------------------------- before training
+
+    def use(self, directions: BlockDirections) -> None:
+        """Work along ``directions``; ProConError if a term cannot."""
+        self.directions = directions
+        for term in self.terms:
+            if term.needs_directions:
+                term.use(directions)
+
+    def find(self, checkpoint: Path | None = None, record: Mapping[str, Any] | None = None) -> None:
+        """Find directions if a term needs them and none are given, and take what a checkpoint has of the terms.
+
+        Args:
+            checkpoint: the folder of one, of a run that goes on.
+            record: what :meth:`facts` and :meth:`state` gave there.
+
+        Raises:
+            ProConError: if the checkpoint is of other settings, or of training without the constraint.
+        """
+        name = f"checkpoint {str(checkpoint)!r}"
+        self._resumed = dict(record or {})
+        if checkpoint and "terms" not in self._resumed:
+            raise ProConError(
+                f"{name} is of training without the constraint: resume with schedule '0', or start afresh"
+            )
+        if self.directions is None and self.needs_directions:
+            self.use(load_directions(checkpoint / DIRECTIONS) if checkpoint else self._extract())
+        if checkpoint:
+            check_resumed(self._resumed, self.facts(), name)
+            for term in self.terms:
+                term.restore(self._resumed["terms"][term.name], checkpoint, self.run)
+
+    @contextmanager
+    def attached(self) -> Iterator[ProCon]:
+        """Within the context, what the terms need is on the model."""
+        try:
+            self.attach()
+            yield self
+        finally:
+            self.detach()
+
+    def attach(self) -> None:
+        """Put on the model what the terms need there."""
+        for term in self.terms:
+            term.attach(self.run)
+
+    def detach(self) -> None:
+        """The model is as it was."""
+        for term in self.terms:
+            term.detach()
+
+    def collator(self, collate: Collator) -> Collator:
+        """``collate``, with what the terms add to a batch."""
+        for term in self.terms:
+            collate = term.collator(collate, self.run)
+        return collate
+
+    def record(self, batches: Batches) -> None:
+        """Record what the starting model is, unless a checkpoint has it: the model is where it will train.
+
+        Args:
+            batches: makes a loader of the training set, each rank's share once, for a term that records it.
+        """
+        for term in self.terms:
+            term.prepare(self.run, batches)
+
+    def begin_run(self) -> None:
+        """Count from what the checkpoint has counted, or from nothing."""
+        self.evidence.restore(self._resumed.get("did"))
+        window = self._resumed.get("window", {})
+        self._penalty_sum = None
+        self._carried = float(window.get("penalty", 0.0))
+        self._penalty_steps = int(window.get("steps", 0))
+
+    def prepare(self, loader: DataLoader, *, accumulation: int = 1, resume: str | Path | None = None) -> DataLoader:
+        """All that comes before training in a plain loop; returns ``loader``, whose batches then have anchors.
+
+        Args:
+            loader: of the training set, with a collator that gives ``input_ids`` and ``labels``; before Accelerate
+                prepares it.
+            accumulation: micro-batches per optimiser step, by which the loop divides its loss.
+            resume: a folder of :meth:`save`, to go on from. The model is then still the one that training began with:
+                load its trained weights afterwards.
+
+        Raises:
+            ProConError: if the data cannot be recorded, or the checkpoint is of other settings.
+        """
+        self._accumulation = accumulation
+        if not self.active:
+            return loader
+        folder = Path(resume) if resume else None
+        record = _read(folder) if folder else {}
+        self.find(folder, record)
+        self.set_steps_per_epoch(max(1, -(-len(loader) // accumulation)))
+        self.attach()
+        collate, loader.collate_fn = loader.collate_fn, self.collator(loader.collate_fn)
+        self.record(lambda: _once(loader, collate))
+        self.begin_run()
+        self.begin_step(int(record.get("step", 0)))
+        return loader
+
+    def save(self, folder: str | Path) -> None:
+        """Write what :meth:`prepare` takes to resume a plain loop, between two optimiser steps."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save_files(folder)
+        self.penalty()
+        write_record(folder, {"version": __version__, "step": self.step.number, **self.facts(), **self.state()})
+
+    def set_steps_per_epoch(self, number: int) -> None:
+        """How many optimiser steps an epoch has, by which the schedule counts.
+
+        Raises:
+            ProConError: if a resumed run would go through the schedule at another pace. Another number of ranks goes on
+                as the interrupted run would have, if its steps are as large.
+        """
+        self.steps_per_epoch = number
+        before = self._resumed.get("steps_per_epoch")
+        if before is None or all(phase.steps(before) == phase.steps(number) for phase in self.schedule.phases):
+            return
+        raise ProConError(
+            f"the checkpoint was trained with {before} steps per epoch, not {number}, and the schedule counts in "
+            "epochs: keep ranks times batch size times gradient accumulation steps as it was"
+        )
+
+    def check_acts(self, steps: int) -> None:
+        """Look at the schedule before a training of ``steps`` optimiser steps; warn of a phase that does nothing.
+
+        Raises:
+            ProConError: if none of the steps would be under the constraint.
+        """
+        schedule, per_epoch = self.schedule, self.steps_per_epoch
+        if steps < 1:
+            raise ProConError("the training has no steps: give num_train_epochs or max_steps above 0, and data")
+        constrained = schedule.constrained_steps(steps, per_epoch)
+        if not constrained:
+            raise ProConError(
+                f"schedule {str(schedule)!r} has alpha 0 in each of the {steps} steps of this training "
+                f"({per_epoch} in an epoch), so nothing would be constrained: begin the constraint earlier, train "
+                "longer, or give schedule '0' to train without it"
+            )
+        if not any(term.acts(Step(number)) for number in range(min(steps, 10**4)) for term in self.terms):
+            raise ProConError(
+                f"probe_every is {self.settings.probe_every}, more than all steps of training, {steps}, so the probes "
+                "would never run: give a smaller number"
+            )
+        if self.settings.has_probes and steps < self.settings.probe_every:
+            logger.warning(
+                "probe_every is %d, more than all steps of training, %d, so the probes never run",
+                self.settings.probe_every,
+                steps,
+            )
+        if steps > 1 and constrained == 1 and schedule.phases[0].alpha > 0:
+            logger.warning(
+                "schedule %s constrains the first of %d steps alone, when the model is still at its anchors, so it "
+                "constrains next to nothing",
+                schedule,
+                steps,
+            )
+        strongest = max(phase.alpha for phase in schedule.phases)
+        if strongest < _ONLY_MEASURES:
+            logger.warning("alpha is at most %g: the penalty is logged, but constrains next to nothing", strongest)
+        begin = 0.0
+        for phase in schedule.phases:
+            if begin >= steps:
+                logger.warning(
+                    "phase %s of schedule %s is never reached: it begins after step %d, and training has %d steps",
+                    phase,
+                    schedule,
+                    begin,
+                    steps,
+                )
+            begin += phase.steps(per_epoch)
+
+    # ---------------------------------------------------------------- in training
+
+    def begin_step(
+        self,
+        number: int,
+        batches: Sequence[Mapping[str, Tensor]] | None = None,
+        *,
+        tokens: Tensor | None = None,
+        parts: int | None = None,
+    ) -> None:
+        """Begin an optimiser step.
+
+        Args:
+            number: of the step, from 0.
+            batches: its micro-batches of this rank, to divide by their constrained tokens.
+            tokens: the same of all ranks, if known.
+            parts: without either, how many means over a micro-batch make up the step, over all ranks.
+        """
+        if batches is not None and tokens is None and self.tokens is not None:
+            tokens = constrained_tokens(batches)
+        self.step = Step(number, self.alpha_at(number), tokens, parts or self._accumulation * self.run.groups)
+        self._penalty_steps += self.acts
+
+    @property
+    def acts(self) -> bool:
+        """Whether this optimiser step has a penalty: alpha is above 0, and a term has a share of it."""
+        return self.alpha > 0 and any(term.acts(self.step) for term in self.terms)
+
+    def begin(self, batch: dict[str, Any]) -> None:
+        """Before a training forward on ``batch``, of which what the collator added is taken out."""
+        constrains = self.alpha > 0
+        for term in self.terms:
+            term.pause(not constrains)
+            if constrains:
+                term.begin(batch, self.run)
+            else:
+                term.discard(batch)
+
+    def skip(self, batch: dict[str, Any]) -> None:
+        """Before any other forward, such as one of an evaluation: it is not constrained."""
+        for term in self.terms:
+            term.pause(True)
+            term.discard(batch)
+
+    def shares(self) -> Tensor | None:
+        """After the forward: this micro-batch's share of the terms, before alpha; None if it has none."""
+        found = []
+        for term in self.terms if self.alpha > 0 else ():
+            if not term.acts(self.step):
+                continue
+            for other in self.terms:
+                if other is not term and term.runs_the_model:
+                    other.aside()
+            share = term.share(self.step, self.run)
+            if share is not None:
+                found.append(share)
+        if not found:
+            return None
+        return torch.stack([share.to(found[0].device) for share in found]).sum()
+
+    def added(self, scale: float, expected: float | None = None) -> Tensor | None:
+        """After the forward, what this micro-batch adds to the loss: ``alpha * scale * share``; None if nothing.
+
+        Args:
+            scale: what the loss is divided by before or in backward, over micro-batches and ranks.
+            expected: what the share's gradient should be, for :attr:`evidence`; None if that is not known.
+        """
+        share = self.shares()
+        if share is None:
+            return None
+        kept = share.detach()
+        self._penalty_sum = kept if self._penalty_sum is None else self._penalty_sum + kept
+        self.evidence.watch(share, expected)
+        return self.alpha * scale * share
+
+    def loss(self) -> Tensor | float:
+        """After the forward, what a plain loop adds to its loss; 0 if nothing.
+
+        The loss is a mean over a micro-batch, divided by their number; or, after :meth:`begin_step` with all
+        micro-batches of the step, a sum over tokens that is divided by their number in the whole step.
+        """
+        found = self.added(1.0 if self.step.tokens is not None else self.step.parts)
+        return 0.0 if found is None else found
+
+    def release(self) -> None:
+        """After backward: a later forward is none that this one's anchors are for."""
+        for term in self.terms:
+            term.release()
+
+    def before_optimizer(self) -> None:
+        """The step's gradient is complete, and not yet clipped."""
+        for term in self.terms if self.alpha > 0 else ():
+            term.before_optimizer(self.step, self.run)
+
+    def end_step(self, optimizer: torch.optim.Optimizer | None, model: nn.Module | None = None) -> None:
+        """Before the optimiser's step: ProConError if this step's penalty has not reached what it trains."""
+        if self.acts:
+            self.evidence.end_step(self.constraint, optimizer, self.run.model if model is None else model)
+
+    def after_optimizer(self) -> None:
+        """The optimiser has taken its step."""
+        for term in self.terms if self.alpha > 0 else ():
+            term.after_optimizer(self.step, self.run)
+
+    def end(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """End an optimiser step of a plain loop, after its last backward and before ``optimizer.step()``.
+
+        Raises:
+            ProConError: if the constraint did not act on it.
+        """
+        self.release()
+        self.before_optimizer()
+        self.end_step(optimizer)
+        self.begin_step(self.step.number + 1)
+
+    def close(self) -> None:
+        """End training in a plain loop: the model is as it was; ProConError if no step was under the constraint."""
+        self.detach()
+        if self.active:
+            self.evidence.check_acted(self.step.number, self.schedule)
+
+    # ---------------------------------------------------------------- what it did
+
+    def penalty(self) -> float:
+        """The penalty summed over the logging window and the ranks; stops a run whose hidden states went bad."""
+        own = self._penalty_sum if self._penalty_sum is not None else torch.zeros((), device=self.run.device)
+        total = float(self.run.total(own)) + self._carried
+        check_finite(total, self.step.number)
+        self.evidence.window = total
+        return total
+
+    def log(self, step: int) -> dict[str, float]:
+        """Alpha of the step before ``step`` and the mean penalty since the last call."""
+        found = {"procon/alpha": self.alpha_at(step - 1)}
+        if self._penalty_steps:
+            total = self.penalty()
+            found["procon/penalty"] = total / self._penalty_steps
+            self.evidence.penalty += total
+            self.evidence.window = 0.0
+            self._penalty_sum, self._penalty_steps, self._carried = None, 0, 0.0
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """What a resumed run must share, as JSON: settings as they came out, and the directions' hash."""
+        settings = {name: value for name, value in asdict(self.settings).items() if name != "anchors_dir"}
+        settings["schedule"] = str(self.schedule)
+        for term in self.terms:
+            settings.update(term.describe())
+        return {
+            **settings,
+            "directions": self.directions.hash if self.directions else None,
+            "chat": describe_chat(self.run.tokenizer, self.run.chat),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run goes on from, as JSON, beside the files of :meth:`save_files`."""
+        return {
+            "terms": {term.name: term.state() for term in self.terms},
+            "did": self.did(),
+            "window": {"penalty": self.evidence.window, "steps": self._penalty_steps},
+            "steps_per_epoch": self.steps_per_epoch,
+        }
+
+    def did(self, steps: int | None = None) -> dict[str, Any]:
+        """What was measured of ``steps`` optimiser steps; of those so far, if not given."""
+        return self.evidence.did(self.step.number if steps is None else steps)
+
+    def save_files(self, folder: Path) -> None:
+        """The directions, and what the terms keep, beside a model or in a checkpoint."""
+        if self.directions is not None:
+            self.directions.save(folder / DIRECTIONS)
+        for term in self.terms:
+            term.save(folder)
+
+    def _extract(self) -> RefusalDirections:
+        """The directions of the model as it is; of the main process if there are several."""
+        run = self.run
+        return run.once(
+            # Ranks round differently, and anchors belong to one set of directions.
+            lambda: RefusalDirections.extract(run.model, run.tokenizer, chat=run.chat, progress=run.progress),
+            all_call=run.is_loaded_in_parts,
+        )
+
+
+def _check_can_extract(tokenizer: Any) -> None:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ProConError(
+            "no refusal directions given, and the tokenizer has no chat template to extract them with: pass the "
+            "tokenizer of a chat model, or extract them with RefusalDirections.extract(model, tokenizer)"
+        )
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    record = read_record(folder)
+    if record is None or "step" not in record:
+        raise ProConError(f"{str(folder)!r} is no checkpoint of a loop: give a folder that ProCon.save wrote")
+    return record
+
+
+def _once(loader: DataLoader, collate: Collator) -> DataLoader:
+    """What ``loader`` draws from, whole and in order, this rank's share of it."""
+    require_length(loader.dataset, "training set")
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    share = Subset(loader.dataset, range(rank, len(cast(Sized, loader.dataset)), ranks))
+    # A generator of its own: without one, iterating would draw from the global random state of training.
+    return DataLoader(share, loader.batch_size or 1, collate_fn=collate, generator=torch.Generator())

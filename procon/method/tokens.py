@@ -1,0 +1,158 @@
+"""The paper's term: the training tokens are kept near their anchors along the refusal directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from procon.anchors import AnchoredCollator, Anchors, LiveAnchors, TokenMask
+from procon.anchors.live import ADAPTERS_OFF
+from procon.anchors.starting_state import StartingState
+from procon.constraint import ProjectionConstraint
+from procon.directions import BlockDirections
+from procon.errors import ProConError
+from procon.method.term import Batches, Collator, Run, Step, Term
+from procon.settings import Fuse, ProConSettings
+
+NO_ANCHORS = "the batch has no anchors: leave the collator to ProCon, and batches as it makes them"
+
+#: What the anchored collator adds to a batch; never handed to the model.
+TARGET = ("anchors", "constraint_mask")
+
+
+class TokenTerm(Term):
+    """Mean over constrained tokens and blocks of ``phi(<r_l, x_l[t]> - z0_l[t])`` (paper section III-C1), by the fused
+    op at each block.
+
+    Attributes:
+        constraint: on the model while attached.
+        anchors: recorded ones, once there are any.
+        live: what makes anchors of a batch, if they are not recorded.
+    """
+
+    name: ClassVar[str] = "tokens"
+    needs_directions: ClassVar[bool] = True
+    batch_keys: ClassVar[tuple[str, ...]] = TARGET
+
+    def __init__(self, settings: ProConSettings, *, fuse: Fuse = "auto") -> None:
+        self._settings = settings
+        self._fuse: Fuse = fuse
+        self.constraint: ProjectionConstraint
+        self.anchors: Anchors | None = None
+        self.live: LiveAnchors | None = None
+        self._adapters_off: bool | None = None
+        self._directions: BlockDirections
+        self._collator: AnchoredCollator | None = None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether anchors come from a forward of the starting model."""
+        return self._settings.anchors == "live"
+
+    def use(self, directions: BlockDirections) -> None:
+        """Work along ``directions``; ProConError if they have none at the blocks, or no units that are asked for."""
+        self._directions = directions
+        settings = self._settings
+        self.constraint = ProjectionConstraint(
+            directions, blocks=settings.blocks, penalty=settings.penalty, units=settings.units
+        )
+
+    def attach(self, run: Run) -> None:
+        self.constraint.attach(run.model, fuse=self._fuse)
+
+    def detach(self) -> None:
+        self.constraint.detach()
+
+    def collator(self, collate: Collator, run: Run) -> Collator:
+        mask = TokenMask(self._settings.scope) if self.is_live else self.anchors
+        self._collator = AnchoredCollator(collate, mask, tokenizer=run.tokenizer)
+        return self._collator
+
+    def prepare(self, run: Run, batches: Batches) -> None:
+        if self.is_live:
+            if self.live is None:
+                self.live = self._live_anchors(run)
+            return
+        if self._collator is None:
+            raise ProConError(NO_ANCHORS)
+        if self.anchors is None:
+            with run.autocast():
+                self.anchors = self._starting_state(run).record(
+                    run.model,
+                    batches(),
+                    self._directions,
+                    blocks=self.constraint.blocks,
+                    scope=self._settings.scope,
+                    precision=run.precision,
+                    progress=run.progress,
+                )
+        self._collator.anchors = self.anchors
+
+    @property
+    def ready(self) -> bool:
+        return self.anchors is not None or self.live is not None
+
+    def begin(self, batch: dict[str, Any], run: Run) -> None:
+        anchors, mask = (batch.pop(name, None) for name in TARGET)
+        if anchors is None and self.live is not None:
+            anchors = run.project(self.live, batch)
+        if anchors is None or mask is None:
+            raise ProConError(NO_ANCHORS)
+        self.constraint.set_target(anchors, mask)
+
+    def share(self, step: Step, run: Run) -> Tensor:
+        if step.tokens is None:
+            return self.constraint.penalty() / step.parts
+        return self.constraint.penalty(step.tokens)
+
+    def aside(self) -> None:
+        self.constraint.rest()
+
+    def release(self) -> None:
+        self.constraint.release()
+
+    def pause(self, paused: bool) -> None:
+        self.constraint.enabled = not paused
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "anchors": self.anchors.fingerprint if self.anchors else None,
+            "starting_model": self.live.start if self.live else None,
+        }
+
+    def restore(self, state: Mapping[str, Any], folder: Path, run: Run) -> None:
+        """The anchors as they were when the run began: the model is in that state no longer, once it is loaded."""
+        if not self.is_live:
+            self.anchors = self._starting_state(run).reopen(state["anchors"])
+            return
+        start = state["starting_model"]
+        if start == ADAPTERS_OFF:
+            # The adapters of a resumed run are trained already by the time that it is loaded.
+            self._adapters_off = True
+            return
+        # Of the model that was given to this run, which must be the one that the interrupted run was given.
+        self.live = self._live_anchors(run)
+        if self.live.start != start:
+            raise ProConError(
+                f"checkpoint {str(folder)!r} began from another starting model than the one given: load the model, and "
+                "the adapter, that the run began with"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        return {"blocks": list(self.constraint.blocks)} if hasattr(self, "constraint") else {}
+
+    def _live_anchors(self, run: Run) -> LiveAnchors:
+        with run.autocast():
+            return LiveAnchors(
+                run.model,
+                self._directions,
+                blocks=self.constraint.blocks,
+                adapters_off=self._adapters_off,
+                reference=run.reference,
+            )
+
+    def _starting_state(self, run: Run) -> StartingState:
+        return StartingState(self._settings.anchors_dir, run.folder)
