@@ -49,6 +49,7 @@ _HOME = {
     "ProConConfig": "training",
     "ProConMixin": "training",
     "ProConTrainer": "training",
+    "protect": "training",
     "DriftCallback": "training",
     "EvaluationCallback": "training",
     "JsonlCallback": "training",
@@ -95,6 +96,7 @@ __all__ = [
     "constrained_tokens",
     "project",
     "projection_penalty",
+    "protect",
     "rms_norm_constrain",
 ]
 
@@ -123,6 +125,7 @@ if TYPE_CHECKING:
     from procon.training import ProConConfig as ProConConfig
     from procon.training import ProConMixin as ProConMixin
     from procon.training import ProConTrainer as ProConTrainer
+    from procon.training import protect as protect
     from procon.training.dpo import ProConDPOConfig as ProConDPOConfig
     from procon.training.dpo import ProConDPOTrainer as ProConDPOTrainer
     from procon.training.grpo import ProConGRPOConfig as ProConGRPOConfig

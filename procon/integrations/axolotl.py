@@ -17,16 +17,21 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from procon.errors import ProConError
+from procon.schedule import AlphaSchedule
 from procon.settings import check_alpha
 
 # axolotl goes on without a plugin that raises ImportError, which here would be an unconstrained training.
 try:
     from axolotl.integrations.base import BasePlugin
-    from pydantic import BaseModel
+    from pydantic import create_model
 
     from procon.training import ProConArguments, ProConMixin
+    from procon.training.config import check_probe_file
 except ImportError as error:
     raise ProConError(f"the axolotl plugin cannot be loaded: {error}") from error
+
+#: Settings that are texts, and that a YAML file may have as numbers or lists.
+_TEXTS = ("procon_schedule", "procon_blocks")
 
 #: Keys of axolotl that make it train by another loss or on split sequences, and what to do about them.
 _REFUSED = {
@@ -39,31 +44,16 @@ _REFUSED = {
 }
 
 
-class AxolotlKeys(BaseModel):
-    """The keys that the plugin adds to axolotl's YAML file."""
-
-    procon_directions: str | None = None
-    procon_alpha: float | None = None
-    procon_schedule: str | float | None = None
-    procon_scope: str | None = None
-    procon_blocks: str | float | list[int | float | str] | None = None
-    procon_penalty: str | None = None
-    procon_sides: str | None = None
-    procon_units: str | None = None
-    procon_block_weights: str | None = None
-    procon_reduction: str | None = None
-    procon_fuse: str | None = None
-    procon_backend: str | None = None
-    procon_anchors: str | None = None
-    procon_probes: str | None = None
-    procon_probe_count: int | None = None
-    procon_probe_batch: int | None = None
-    procon_probe_every: int | None = None
-    procon_probe_weight: float | None = None
-    procon_probe_hold: str | None = None
-    procon_probe_reply_tokens: int | None = None
-    procon_anchors_dir: str | None = None
-    procon_overwrite: bool | None = None
+#: The keys that the plugin adds to axolotl's YAML file: the settings, as a YAML file has them.
+AxolotlKeys = create_model(
+    "AxolotlKeys",
+    procon_directions=(str | None, None),
+    procon_alpha=(float | None, None),
+    **{
+        item.name: (str | float | list[int | float | str] | None if item.name in _TEXTS else item.type | None, None)
+        for item in fields(ProConArguments)
+    },
+)
 
 
 @dataclass
@@ -94,16 +84,17 @@ class ProConPlugin(BasePlugin):
             if name.startswith("procon_") and name not in AxolotlKeys.model_fields:
                 raise ProConError(f"there is no key {name}: the keys are {', '.join(AxolotlKeys.model_fields)}")
         arguments = _arguments(cfg)
-        if not arguments.schedule().active:
+        settings = arguments.procon_settings()
+        if not AlphaSchedule.parse(settings.schedule).active:
             return
-        arguments.check_probe_file()
+        check_probe_file(settings)
         for name, remedy in _REFUSED.items():
             if cfg.get(name):
                 raise ProConError(f"{name} is set, under which the constraint could not act: {remedy}")
-        if cfg.get("pretraining_dataset") and arguments.anchor_settings().of_tokens == "recorded":
+        if cfg.get("pretraining_dataset") and settings.anchors == "recorded":
             raise ProConError(
                 "pretraining_dataset is set, and a streamed one has no anchors recorded beforehand: use datasets, or "
-                "set procon_anchors to live or probes"
+                "set procon_anchors to live or none"
             )
         if (cfg.get("context_parallel_size") or 1) > 1:
             raise ProConError(
@@ -153,7 +144,7 @@ class ProConPlugin(BasePlugin):
             )
 
     def _constrains(self, cfg: Mapping[str, Any]) -> bool:
-        return _is_asked_for(cfg) and _arguments(cfg).schedule().active
+        return _is_asked_for(cfg) and AlphaSchedule.parse(_arguments(cfg).procon_settings().schedule).active
 
 
 def _is_asked_for(cfg: Mapping[str, Any]) -> bool:
@@ -169,7 +160,7 @@ def _settings(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """
     names = [item.name for item in fields(ProConAxolotlArguments)]
     settings: dict[str, Any] = {name: cfg[name] for name in names if cfg.get(name) is not None}
-    settings |= {name: _text(settings[name]) for name in ("procon_schedule", "procon_blocks") if name in settings}
+    settings |= {name: _text(settings[name]) for name in _TEXTS if name in settings}
     if cfg.get("procon_alpha") is not None:
         if "procon_schedule" in settings:
             raise ProConError("procon_alpha and procon_schedule both say how strong the constraint is: give one")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Sized
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,39 +14,23 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import reduce
 from torch import nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from procon.anchors import Anchors
-from procon.anchors.starting_state import StartingState, check_resumed, require_length
-from procon.constraint import ProjectionConstraint
-from procon.constraint.guards import check_finite, refuse_data_parallel
+from procon.constraint.guards import refuse_data_parallel
 from procon.directions import BlockDirections, load_directions
 from procon.errors import ProConError
-from procon.integrations.forward import REMEDY, SCOPE, ConstrainedForward, constrained_by
-from procon.method.evidence import Evidence
+from procon.integrations.forward import REMEDY, ConstrainedForward, constrained_by
+from procon.method import ProCon, Run, once_through
 from procon.method.record import RECORD, write_record
 from procon.schedule import AlphaSchedule
-from procon.settings import (
-    DEFAULTS,
-    Backend,
-    Blocks,
-    BlockWeights,
-    ChatSettings,
-    Fuse,
-    Penalty,
-    Sides,
-    Units,
-    check_setting,
-)
-from procon.training.block_weights import as_json, find_weights
+from procon.settings import ChatSettings, Fuse, ProConSettings, check_setting
 from procon.training.checkpoints import open_checkpoint, seal
 from procon.training.output import forget, locked, output_folder
 from procon.training.ranks import on_main
 from procon.training.run_facts import check_same_run, run_arguments, run_facts
-from procon.training.watch import check_acts
 from procon.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -57,26 +41,27 @@ class ProConCallback(TrainerCallback, ExportableState):
 
         run_exp(args, callbacks=[ProConCallback("refusal-directions.safetensors", schedule="1@2ep,0")])
 
-    As training begins it records anchors from the Trainer's own data and collator, then trains through a
-    :class:`ConstrainedForward`; as training ends the model is as it was. A training that an error ended leaves the
-    model constrained, until it trains again or :meth:`detach` is called. A resumed training keeps the anchors of
-    the one it continues, which must still be where they were recorded.
+    As training begins it records anchors from the Trainer's own data and collator, and probes with its tokenizer, then
+    trains through a :class:`ConstrainedForward`; as training ends the model is as it was. A training that an error
+    ended leaves the model constrained, until it trains again or :meth:`detach` is called. A resumed training keeps the
+    anchors of the one that it continues, which must still be where they were recorded, and its probes.
 
     A callback cannot lengthen the training, so the extra warm-up of ``"procon_wu"`` is refused: add its epochs to
-    ``num_train_epochs``, and write it out as phases, ``"1@4ep,0"``. ``"hold"`` is refused too: it takes a trainer.
+    ``num_train_epochs``, and write it out as phases, ``"1@4ep,0"``.
 
-    Logs ``procon/penalty`` (mean over the tokens constrained in the logging window, before alpha) and ``procon/alpha``,
-    in ``state.log_history`` and to the callbacks that come after this one. Trackers named in ``report_to`` come before:
-    give ``report_to="none"`` and their callbacks after this one.
+    Logs ``procon/penalty`` (mean over the logging window, before alpha) and ``procon/alpha``, in ``state.log_history``
+    and to the callbacks that come after this one. Trackers named in ``report_to`` come before: give
+    ``report_to="none"`` and their callbacks after this one.
 
     Args:
-        directions: of the model as training starts, or the file that they were saved in.
-        schedule: of :meth:`procon.schedule.AlphaSchedule.parse`. ``"0"`` switches the constraint off.
-        blocks, penalty, sides, units, backend: of :class:`procon.constraint.ProjectionConstraint`.
-        block_weights: ``"equal"``, or ``"causal"``, which needs the Trainer's tokenizer.
-        fuse: of :meth:`procon.constraint.ProjectionConstraint.attach`.
-        anchors_dir: where initial projections are kept; OUTPUT_DIR/_anchors if not given.
-        chat: how the model is asked for causal block weights.
+        directions: of the model as training starts, or the file that they were saved in; extracted with the Trainer's
+            tokenizer if not given.
+        chat: how the model is asked.
+        fuse: of :class:`procon.ProCon`.
+        settings: of :class:`procon.ProConSettings`, by name.
+
+    Attributes:
+        procon: the method, while it trains and afterwards.
 
     Raises:
         ProConError: if the settings or the Trainer would lose the constraint.
@@ -84,70 +69,33 @@ class ProConCallback(TrainerCallback, ExportableState):
 
     def __init__(
         self,
-        directions: BlockDirections | str | Path,
+        directions: BlockDirections | str | Path | None = None,
         *,
-        schedule: str = DEFAULTS.schedule,
-        blocks: Blocks = DEFAULTS.blocks,
-        penalty: Penalty = DEFAULTS.penalty,
-        sides: Sides = "both",
-        units: Units = DEFAULTS.units,
-        block_weights: BlockWeights = DEFAULTS.block_weights,
-        backend: Backend = "auto",
-        fuse: Fuse = "auto",
-        anchors_dir: str | Path | None = None,
         chat: ChatSettings | None = None,
+        fuse: Fuse = "auto",
+        **settings: Any,
     ) -> None:
-        settings = {
-            "schedule": schedule,
-            "blocks": blocks,
-            "penalty": penalty,
-            "sides": sides,
-            "units": units,
-            "block_weights": block_weights,
-        }
-        for setting, value in {**settings, "backend": backend, "fuse": fuse}.items():
-            check_setting(setting, value)
-        self._schedule = AlphaSchedule.parse(schedule)
-        if self._schedule.hold is not None:
+        check_setting("fuse", fuse)
+        self._settings = ProConSettings(**settings)
+        schedule = AlphaSchedule.parse(self._settings.schedule)
+        if schedule.extra:
+            written_out = ",".join(map(str, schedule.phases))
             raise ProConError(
-                f"schedule {schedule!r} sets alpha from what is measured at each step, which a callback does not: give "
-                "a schedule of phases, or use ProConTrainer or ProConSFTTrainer"
+                f"schedule {self._settings.schedule!r} adds epochs of warm-up before those asked for, which a callback "
+                f"cannot: give schedule={written_out!r} and add them to num_train_epochs"
             )
-        if self._schedule.extra:
-            written_out = ",".join(map(str, self._schedule.phases))
-            raise ProConError(
-                f"schedule {schedule!r} adds epochs of warm-up before those asked for, which a callback cannot: give "
-                f"schedule={written_out!r} and add them to num_train_epochs"
-            )
-        if not isinstance(directions, BlockDirections):
+        if directions is not None and not isinstance(directions, BlockDirections):
             directions = load_directions(directions)
         self._directions = directions
-        self._constraint = ProjectionConstraint(
-            directions, blocks=blocks, penalty=penalty, sides=sides, units=units, backend=backend
-        )
-        self._settings = {
-            **settings,
-            "schedule": str(self._schedule),
-            "blocks": list(self._constraint.blocks),
-            "directions": directions.hash,
-            "concepts": list(directions.concepts),
-        }
-        self._block_weights: BlockWeights = block_weights
-        self._backend: Backend = backend
-        self._fuse: Fuse = fuse
-        self._anchors_dir, self._chat = anchors_dir, chat
-        self._steps_per_epoch = 1
+        self._chat, self._fuse = chat, fuse
+        self.procon: ProCon | None = None
         self._forward: ConstrainedForward | None = None
         self._lock = ExitStack()
-        self.evidence = Evidence()
         self._run: dict[str, Any] = {}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, in ``trainer_state.json``: settings, the anchors' folder, what was done so far."""
-        anchors = self._forward.anchors.path.name if self._forward else None
-        did = self.evidence.did(self.evidence.constrained_steps)
-        more = {"weights": as_json(self._constraint.weights), "anchors": anchors, "did": did}
-        return {"args": {}, "attributes": {**self._settings, **self._run, **more}}
+        """What a checkpoint keeps, in ``trainer_state.json``: settings, where anchors are, what was done so far."""
+        return {"args": {}, "attributes": self._facts()}
 
     def detach(self) -> None:
         """Leave the model as it was, after a training that an error ended."""
@@ -181,46 +129,45 @@ class ProConCallback(TrainerCallback, ExportableState):
         if state.global_step == 0:
             # What an earlier training has said of its own model.
             on_main(lambda: forget(output_folder(args)))
-        if not self._schedule.active:
+        if not AlphaSchedule.parse(self._settings.schedule).active:
             return
-        _refuse(args, model, train_dataloader)
-        self._steps_per_epoch = max(1, -(-len(train_dataloader) // args.gradient_accumulation_steps))
-        # Differs on resuming if the schedule counts in epochs and the steps are of another size.
-        self._settings["phase_steps"] = [
-            int(phase.steps(self._steps_per_epoch)) for phase in self._schedule.phases if phase.length is not None
-        ]
-        check_acts(self._schedule, state.max_steps, self._steps_per_epoch)
+        _refuse(args, model)
+        # The Trainer starts over, for example with a smaller batch, and the model may have moved meanwhile.
+        again = left_over is not None and left_over is self._forward and state.global_step == 0
+        run = _CallbackRun(args, model, processing_class, self._chat)
+        if again and self.procon is not None:
+            procon = self.procon
+            procon.run = run
+        else:
+            procon = ProCon(run, settings=self._settings, directions=self._directions, fuse=self._fuse)
+        self.procon = procon
         with _random_state_kept(args.device):
             self._run = _run(args, model, train_dataloader)
-        self.evidence.restore(None)
-        if state.global_step > 0:
-            anchors = self._reopen_anchors(args, state)
-        elif left_over is not None and left_over is self._forward:
-            # The Trainer starts over, for example with a smaller batch, and the model may have moved meanwhile.
-            anchors = left_over.anchors
-        else:
-            self._constraint.weights = find_weights(
-                self._block_weights, model, processing_class, self._directions, self._constraint.blocks, self._chat
-            )
-            anchors = self._record_anchors(args, model, train_dataloader)
-        self._forward = ConstrainedForward(
-            model, self._constraint, anchors, alpha=0.0, fuse=self._fuse, tokenizer=processing_class
-        ).attach()
-        self._forward.evidence = self.evidence
+            if state.global_step > 0:
+                self._resume(procon, args, state)
+            elif not again:
+                procon.find()
+            procon.set_steps_per_epoch(max(1, -(-len(train_dataloader) // args.gradient_accumulation_steps)))
+            procon.accumulation = args.gradient_accumulation_steps
+            procon.check_acts(state.max_steps)
+            procon.attach()
+            self._forward = ConstrainedForward(procon)
+            procon.record(lambda: _recording_loader(train_dataloader, args))
+        self._forward.attach()
+        procon.begin_run()
         logger.info(
             "alpha schedule %s over %d steps of %d epochs, %d steps each",
-            self._schedule,
+            procon.schedule,
             state.max_steps,
             state.num_train_epochs,
-            self._steps_per_epoch,
+            procon.steps_per_epoch,
         )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._forward is not None:
-            self._forward.alpha = self._schedule.alpha(state.global_step, self._steps_per_epoch)
-            self._forward.backwards = 0
+            self._forward.begin_step(state.global_step)
 
     def on_pre_optimizer_step(
         self,
@@ -232,19 +179,18 @@ class ProConCallback(TrainerCallback, ExportableState):
         optimizer: torch.optim.Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        if self._forward is None or self._forward.alpha == 0:
-            return
-        self._forward.check()
-        if self._forward.backwards == 0:
-            raise ProConError(
-                "the gradient of this step came without a training forward of the model that the Trainer named, so the "
-                f"constraint was lost: train it in training mode and through its own forward, or {REMEDY}"
-            )
-        self.evidence.end_step(self._constraint, optimizer, model)
+        if self._forward is not None:
+            self._forward.end_step(optimizer, model)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._forward is not None:
+            self._forward.procon.after_optimizer()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._forward is not None and control.should_save:
-            check_finite(float(self._forward.penalty_sum), state.global_step)
+            self._forward.procon.penalty()
 
     def on_log(
         self,
@@ -256,14 +202,7 @@ class ProConCallback(TrainerCallback, ExportableState):
     ) -> None:
         if self._forward is None or logs is None or "loss" not in logs:
             return
-        found = {"procon/alpha": self._forward.alpha}
-        sums = torch.tensor([float(self._forward.penalty_sum), self._forward.tokens], device=PartialState().device)
-        # Of a mapping, accelerate would make a mapping.
-        penalty, tokens = cast(torch.Tensor, reduce(sums, "sum")).tolist()
-        check_finite(penalty, state.global_step)
-        if tokens:
-            found["procon/penalty"] = penalty / tokens
-        self._forward.penalty_sum, self._forward.tokens = 0.0, 0
+        found = self._forward.procon.log(state.global_step)
         logs.update(found)
         state.log_history[-1].update(found)
 
@@ -273,6 +212,7 @@ class ProConCallback(TrainerCallback, ExportableState):
             return
         PartialState().wait_for_everyone()  # until every rank has written its files
         if args.should_save:
+            self._forward.procon.save_files(folder)
             seal(folder, {**self._record(state), "resumable": not args.save_only_model})
 
     def on_train_end(
@@ -281,63 +221,65 @@ class ProConCallback(TrainerCallback, ExportableState):
         self.detach()
         if self._forward is None:
             return
-        self._forward = None
-        self.evidence.check_acted(state.global_step, self._schedule)
+        procon, self._forward = self._forward.procon, None
+        procon.penalty()
+        procon.evidence.check_acted(state.global_step, procon.schedule)
         if args.should_save:
+            procon.save_files(output_folder(args))
             write_record(output_folder(args), self._record(state))
 
+    def _facts(self) -> dict[str, Any]:
+        return {} if self.procon is None else {**self.procon.facts(), **self.procon.state(), **self._run}
+
     def _record(self, state: TrainerState) -> dict[str, Any]:
-        did = self.evidence.did(state.global_step)
-        # The penalty is summed over tokens here, and logged as a mean over those of a window.
-        for name in ("mean_penalty", "penalty_sum"):
-            del did[name]
-        return {
-            "version": __version__,
-            "constrained": did["constrained_steps"] > 0,
-            **self._settings,
-            "weights": as_json(self._constraint.weights),
-            "did": did,
-            **self._run,
-        }
+        did = self.procon.did(state.global_step) if self.procon else {}
+        return {**self._facts(), "version": __version__, "constrained": did["constrained_steps"] > 0, "did": did}
 
-    def _starting_state(self, args: TrainingArguments) -> StartingState:
-        # None is what the arguments may be made with: they then name a folder themselves.
-        return StartingState(self._anchors_dir, cast(str, args.output_dir))
-
-    def _record_anchors(self, args: TrainingArguments, model: nn.Module, loader: DataLoader) -> Anchors:
-        with _random_state_kept(args.device):
-            return self._starting_state(args).record(
-                model,
-                _recording_loader(loader, args),
-                self._directions,
-                blocks=self._constraint.blocks,
-                scope=SCOPE,
-                backend=self._backend,
-                precision=AcceleratorState().mixed_precision,
-                progress=not args.disable_tqdm,
-            )
-
-    def _reopen_anchors(self, args: TrainingArguments, state: TrainerState) -> Anchors:
+    def _resume(self, procon: ProCon, args: TrainingArguments, state: TrainerState) -> None:
         # Annotated as a list of callbacks, of which TrainerState makes what each of them keeps.
         kept = cast("dict[str, Any] | None", state.stateful_callbacks)
         saved = (kept or {}).get(type(self).__name__)
-        if saved is None or saved["attributes"]["anchors"] is None:
+        name = f"the checkpoint of step {state.global_step}"
+        if saved is None or not saved["attributes"]:
             raise ProConError(
-                f"the checkpoint of step {state.global_step} was trained without a constraint, so there are no anchors "
-                "to go on with: start afresh from the model that is to be constrained"
+                f"{name} was trained without a constraint, so there are no anchors to go on with: start afresh from "
+                "the model that is to be constrained"
             )
-        kept, name = saved["attributes"], f"the checkpoint of step {state.global_step}"
-        check_resumed(kept, self._settings, name)
-        check_same_run(kept, self._run["run"], self._run["arguments"], name)
+        record = saved["attributes"]
+        check_same_run(record, self._run["run"], self._run["arguments"], name)
         folder = output_folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if (folder / RECORD).exists():
             on_main(lambda: open_checkpoint(folder).record)
-        self.evidence.restore(kept["did"])
-        self._constraint.weights = kept["weights"]
-        return self._starting_state(args).reopen(kept["anchors"])
+        procon.find(folder, record)
 
 
-def _refuse(args: TrainingArguments, model: nn.Module, loader: DataLoader) -> None:
+class _CallbackRun(Run):
+    """A training of which a callback knows the arguments and the model."""
+
+    def __init__(self, args: TrainingArguments, model: nn.Module, tokenizer: Any, chat: ChatSettings | None) -> None:
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        progress = not args.disable_tqdm and PartialState().is_main_process
+        super().__init__(model, tokenizer, chat=chat, folder=output_folder(args), progress=progress)
+        self.groups = args.world_size
+        self.precision = AcceleratorState().mixed_precision
+        self._device = args.device
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.precision))
+        return nullcontext() if dtype is None else torch.autocast(self._device.type, dtype)
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, reduce(tensor, "sum"))
+
+    def once(self, call: Callable[[], Any], *, all_call: bool = False) -> Any:
+        return on_main(call, all_call=all_call)
+
+
+def _refuse(args: TrainingArguments, model: nn.Module) -> None:
     refuse_data_parallel(args.n_gpu)
     if (getattr(model, "tp_size", None) or 1) > 1:
         raise ProConError(
@@ -348,7 +290,6 @@ def _refuse(args: TrainingArguments, model: nn.Module, loader: DataLoader) -> No
             "label_smoothing_factor makes a loss of its own, in which the model's, and with it the constraint, is "
             f"lost: set it to 0, or {REMEDY}"
         )
-    require_length(loader.dataset, "training set")
 
 
 def _run(args: TrainingArguments, model: nn.Module, loader: DataLoader) -> dict[str, Any]:
@@ -361,14 +302,8 @@ def _run(args: TrainingArguments, model: nn.Module, loader: DataLoader) -> dict[
 
 def _recording_loader(loader: DataLoader, args: TrainingArguments) -> DataLoader:
     """This rank's share of what ``loader`` draws from, whole: training may drop other samples in each epoch."""
-    samples = len(cast(Sized, loader.dataset))  # _refuse saw to it
-    # A generator of its own: without one, iterating would draw from the global random state of training.
-    return DataLoader(
-        Subset(loader.dataset, range(args.process_index, samples, args.world_size)),
-        batch_size=args.per_device_train_batch_size,
-        collate_fn=loader.collate_fn,
-        generator=torch.Generator(),
-    )
+    size = args.per_device_train_batch_size
+    return once_through(loader.dataset, loader.collate_fn, size, rank=args.process_index, ranks=args.world_size)
 
 
 @contextmanager

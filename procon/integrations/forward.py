@@ -1,122 +1,79 @@
-"""The constraint inside the model's own forward, for frameworks that let neither the collator nor the loss be changed.
+"""The method inside the model's own forward, for frameworks that let neither the collator nor the loss be changed.
 
-Whatever trains on ``outputs.loss`` is then constrained, for example in LLaMA-Factory and unsloth. If the Trainer class
-can be chosen, :class:`procon.training.ProConMixin` is the better way: it has all token scopes and reductions, the
-warm-up that is added to the training, and it looks anchors up in the loader's workers.
+Whatever trains on ``outputs.loss`` is then constrained, for example in LLaMA-Factory and unsloth. If the trainer is at
+hand, :func:`procon.protect` is the better way: it adds the warm-up to the training, and looks anchors up in the
+loader's workers.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.autograd import Variable
-from transformers import PreTrainedTokenizerBase
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from procon.anchors import Anchors
-from procon.constraint import ProjectionConstraint
 from procon.constraint.copies import ModuleForward
 from procon.errors import ProConError
-from procon.method.evidence import Evidence
+from procon.method import ProCon
 from procon.models import transformers_model
-from procon.settings import Fuse, TokenScope, check_alpha, check_setting
+from procon.sequences import IGNORE_INDEX
 
-#: The tokens that the model's own loss counts, so that what divides the one divides the other: the trainer hands over
-#: their number alone. Hence no other scope here, whatever the default of the settings is.
-SCOPE: TokenScope = "response"
-
-REMEDY = "use ProConTrainer or ProConSFTTrainer, or put ProConMixin before the trainer's class"
+REMEDY = "use procon.protect(trainer), ProConTrainer or ProConSFTTrainer, or put ProConMixin before the trainer's class"
 
 
 class ConstrainedForward:
-    """While attached, a causal LM's training forwards return ``loss + alpha * penalty``; no other forward is touched.
+    """While attached, a causal LM's training forwards return ``loss + alpha * terms``; no other forward is touched.
 
     Usage, around whatever trains ``model`` on ``outputs.loss``::
 
-        with ConstrainedForward(model, ProjectionConstraint(directions), anchors, alpha=0.1):
+        procon = ProCon(model, tokenizer)
+        procon.prepare(loader)  # of the training set
+        with ConstrainedForward(procon):
             trainer.train()
 
     A training forward is one in training mode with gradients enabled. It needs ``input_ids`` and ``labels``, whose
     tokens are taken to the CPU and looked up there: one synchronisation with the device for each micro-batch.
 
     The penalty scales as the model's own loss does. If the trainer hands over ``num_items_in_batch``, the count of
-    target tokens over the optimiser step, its token sum is divided by that; else it is the mean over the micro-batch.
-    So only response tokens, each counting alike, are constrained here.
+    target tokens over the optimiser step, each micro-batch counts by its share of them; else it is the mean over the
+    micro-batch. An optimiser step is one of an optimiser that trains the model, unless a callback says when they are.
 
     A trainer that makes a loss of its own would lose the constraint without a word. So each loss must go through
     backward before the next training forward; :meth:`check` says whether the last one did.
 
     Args:
-        model: a causal LM, bare or wrapped.
-        constraint: attached to no model yet; it is attached and detached along with this.
-        anchors: of the scope ``"response"`` and the constraint's blocks.
-        alpha: strength of the constraint; may be set between steps. At 0 the model's own code runs, at plain speed.
-        fuse: of :meth:`ProjectionConstraint.attach`.
-        tokenizer: names samples in errors.
+        procon: the method, prepared.
 
     Attributes:
-        backwards: training forwards whose penalty went through backward.
-        penalty_sum: sum of the penalty over the tokens constrained, before alpha; ``tokens`` counts them. Both may be
-            set back to zero.
-        evidence: what the constraint has done so far.
+        backwards: training forwards of this optimiser step whose penalty went through backward.
 
     Raises:
-        ProConError: if anchors and constraint do not belong together, or a training forward would lose the constraint.
+        ProConError: if a training forward would lose the constraint.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        constraint: ProjectionConstraint,
-        anchors: Anchors,
-        *,
-        alpha: float,
-        fuse: Fuse = "auto",
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> None:
-        check_setting("fuse", fuse)
-        check_alpha(alpha)
-        if anchors.scope != SCOPE:
-            raise ProConError(
-                f"anchors are of the scope {anchors.scope!r}, and a forward's loss counts {SCOPE!r} tokens only: "
-                f"record anchors with scope={SCOPE!r}, or, to constrain other tokens, {REMEDY}"
-            )
-        if anchors.blocks != constraint.blocks:
-            raise ProConError(
-                f"anchors are of the blocks {list(anchors.blocks)}, the constraint of {list(constraint.blocks)}: "
-                "record anchors with blocks=constraint.blocks"
-            )
-        self.constraint = constraint
-        self.anchors = anchors
-        self.alpha = alpha
+    def __init__(self, procon: ProCon) -> None:
+        self.procon = procon
         self.backwards = 0
-        self.penalty_sum: Tensor | float = 0.0
-        self.tokens = 0
-        self.evidence = Evidence()
-        self._model = model
-        self._module = _causal_lm(model)
-        self._fuse: Fuse = fuse
-        self._decode = getattr(tokenizer, "decode", None)
+        self._module = _causal_lm(procon.run.model)
+        self._annotate = procon.collator(dict)
         self._patch: Any = None
+        self._hooks: list[Any] = []
         self._unused = False
-        self._acted = False
 
     def attach(self) -> ConstrainedForward:
         """Constrain the model; undone by :meth:`detach` or on leaving ``with``. After ``torch.compile`` it must come
         before the first forward, which is when it is traced."""
         if constrained_by(self._module) is not None:
             raise ProConError("this model's forward is constrained already: call detach() on what constrains it first")
-        self.constraint.attach(self._model, fuse=self._fuse)
         self._replaced = vars(self._module).get("forward")
         self._original = self._module.forward
         self._parameters = list(inspect.signature(self._original).parameters)
-
         self._module.forward = self._patch = _Patch(self, self._module, self._original)
         return self
 
@@ -130,7 +87,10 @@ class ConstrainedForward:
                 self._module.forward = self._replaced
         self._patch = None
         self._unused = False
-        self.constraint.detach()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self.procon.detach()
 
     @property
     def attached(self) -> bool:
@@ -138,19 +98,53 @@ class ConstrainedForward:
         return self._patch is not None
 
     def __enter__(self) -> ConstrainedForward:
-        return self.attach()
+        self.attach()
+        trained = {id(parameter) for parameter in self._module.parameters() if parameter.requires_grad}
+
+        def trains(optimizer: torch.optim.Optimizer) -> bool:
+            return any(id(parameter) in trained for group in optimizer.param_groups for parameter in group["params"])
+
+        def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            if trains(optimizer):
+                self.end_step(optimizer, self._module)
+
+        def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            if trains(optimizer):
+                self.procon.after_optimizer()
+                self.begin_step(self.procon.step.number + 1)
+
+        self._hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+        return self
 
     def __exit__(self, exception: type[BaseException] | None, *_rest: object) -> None:
         try:
             if exception is None:
                 self.check()
-                if self.alpha > 0 and not self._acted:
+                if self.procon.alpha > 0 and not self.procon.evidence.constrained_steps:
                     raise ProConError(
                         "no training forward of the constrained model ran, so nothing was constrained: train that "
                         "model, in training mode and with gradients"
                     )
         finally:
             self.detach()
+
+    def begin_step(self, number: int) -> None:
+        """Begin optimiser step ``number``, from 0."""
+        self.backwards = 0
+        self.procon.begin_step(number)
+
+    def end_step(self, optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
+        """Before the optimiser's step: ProConError if it is without the constraint."""
+        self.check()
+        if not self.procon.acts:
+            return
+        if self.backwards == 0:
+            raise ProConError(
+                "the gradient of this step came without a training forward of the model that the Trainer named, so the "
+                f"constraint was lost: train it in training mode and through its own forward, or {REMEDY}"
+            )
+        self.procon.before_optimizer()
+        self.procon.end_step(optimizer, model)
 
     def check(self) -> None:
         """Raise ProConError if the loss of the last training forward did not go through backward, or the first one did
@@ -161,40 +155,29 @@ class ConstrainedForward:
                 f"it was lost: if the trainer makes a loss of its own, {REMEDY}; in your own loop, call backward "
                 "after each forward"
             )
-        if self._acted:
-            self.evidence.check_gradient()
+        if self.backwards:
+            self.procon.evidence.check_gradient()
 
     @torch.compiler.disable(recursive=False)  # what it calls is compiled: the original forward, as without this
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.attached:
             return self._original(*args, **kwargs)
         if not (self._module.training and torch.is_grad_enabled()):
-            with self._resting():
+            with self.procon.resting():
                 return self._original(*args, **kwargs)
         self.check()
         # Stays as it is until the next training forward, since a checkpointed block runs again within backward.
-        self.constraint.enabled = self.alpha > 0
-        if self.alpha == 0:
+        self.procon.pause(self.procon.alpha == 0)
+        if self.procon.alpha == 0:
             return self._original(*args, **kwargs)
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        count = self._set_target(given)
-        outputs = self._original(*args, **kwargs)
-        tokens = given.get("num_items_in_batch")
-        if tokens is None:  # the model's own loss is then the mean over this micro-batch
-            tokens = count
-        return self._add_penalty(outputs, count, torch.as_tensor(tokens, device=given["input_ids"].device))
-
-    @contextmanager
-    def _resting(self) -> Iterator[None]:
-        enabled, self.constraint.enabled = self.constraint.enabled, False
-        try:
-            yield
-        finally:
-            self.constraint.enabled = enabled
+        share = self._begin(given)
+        return self._add(self._original(*args, **kwargs), share)
 
     @torch.compiler.disable()
-    def _set_target(self, given: Mapping[str, Any]) -> int:
-        """Hold the coming forward to its anchors; returns the number of constrained tokens."""
+    def _begin(self, given: Mapping[str, Any]) -> Tensor | None:
+        """Hold the coming forward to its anchors; returns this micro-batch's share of the step's target tokens, None if
+        the trainer does not say how many they are."""
         if given.get("fused_lm_head"):
             raise ProConError(f"TRL makes the loss from log-probabilities, not from the forward's: {REMEDY}")
         if given.get("shift_labels") is not None:
@@ -208,35 +191,47 @@ class ConstrainedForward:
                     f"a training forward has no {name}, so its loss is not the model's own and the constraint would "
                     f"be lost (by label smoothing, for example, or a compute_loss_func): {REMEDY}"
                 )
-        batch = self.anchors.annotate(_on_cpu(given), self._decode)
-        device = given["input_ids"].device
-        anchors, mask = batch["anchors"], batch["constraint_mask"]
-        self.constraint.set_target(anchors.to(device, non_blocking=True), mask.to(device, non_blocking=True))
-        return int(mask.sum())
+        device, batch = given["input_ids"].device, _on_cpu(given)
+        found = self._annotate(batch)
+        added = {name: found[name].to(device, non_blocking=True) for name in self.procon.batch_keys if name in found}
+        inputs = {name: given[name] for name in batch}
+        self.procon.begin({**inputs, **added})
+        tokens = given.get("num_items_in_batch")
+        if tokens is None:
+            return None
+        own = (batch["labels"][..., 1:] != IGNORE_INDEX).sum()
+        return own / torch.as_tensor(tokens, device="cpu").clamp_min(1)
 
     @torch.compiler.disable()
-    def _add_penalty(self, outputs: Any, count: int, tokens: Tensor) -> Any:
+    def _add(self, outputs: Any, share: Tensor | None) -> Any:
         loss = getattr(outputs, "loss", None)
         if not isinstance(loss, Tensor):
             raise ProConError(
                 f"the model returned a {type(outputs).__name__} without a loss in training, so the constraint would "
                 f"be lost: {REMEDY}"
             )
-        tokens = tokens.clamp_min(1)
-        share = self.constraint.penalty(tokens)
-        self.penalty_sum = self.penalty_sum + (share * tokens).detach()
-        self.tokens += count
+        step = self.procon.step
+        if share is None:
+            scale = step.parts  # the trainer takes means: over micro-batches and ranks
+        elif share == 0:
+            return outputs
+        else:
+            step.parts, scale = 1 / share, 1.0
+        with self.procon.run.autocast():
+            found = self.procon.added(scale)
+        if found is None:
+            self.procon.release()
+            return outputs
         self._unused = True
-        self.evidence.watch(share, None)
-        share.register_hook(self._arrived)
-        outputs.loss = loss + self.alpha * share.to(loss.device)
+        found.register_hook(self._arrived)
+        outputs.loss = loss + found.to(loss.device)
         return outputs
 
     def _arrived(self, _gradient: Tensor) -> None:
-        self._unused, self._acted = False, True
+        self._unused = False
         self.backwards += 1
         # At the end of this backward, not now: checkpointed blocks are still to run again.
-        Variable._execution_engine.queue_callback(self.constraint.release)
+        Variable._execution_engine.queue_callback(self.procon.release)
 
 
 class _Patch(ModuleForward):

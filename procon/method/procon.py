@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,6 +77,7 @@ class ProCon:
         directions: once they are found; None if no term needs any.
         evidence: what the constraint has done so far.
         step: the current optimiser step.
+        accumulation: micro-batches per optimiser step, where a loop takes means over them.
 
     Raises:
         ProConError: for wrong settings or directions, or a tokenizer without a chat template where one is needed.
@@ -105,7 +106,8 @@ class ProCon:
         self.evidence = Evidence()
         self.step = Step()
         self.steps_per_epoch = 1
-        self._accumulation = 1
+        self.accumulation = 1
+        self._paused = False
         self._penalty_sum: Tensor | None = None
         self._penalty_steps = 0
         self._carried = 0.0  # the penalty of a window that a checkpoint has cut
@@ -249,7 +251,7 @@ class ProCon:
         Raises:
             ProConError: if the data cannot be recorded, or the checkpoint is of other settings.
         """
-        self._accumulation = accumulation
+        self.accumulation = accumulation
         if not self.active:
             return loader
         folder = Path(resume) if resume else None
@@ -258,7 +260,9 @@ class ProCon:
         self.set_steps_per_epoch(max(1, -(-len(loader) // accumulation)))
         self.attach()
         collate, loader.collate_fn = loader.collate_fn, self.collator(loader.collate_fn)
-        self.record(lambda: _once(loader, collate))
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        size = loader.batch_size or 1
+        self.record(lambda: once_through(loader.dataset, collate, size, rank=rank, ranks=ranks))
         self.begin_run()
         self.begin_step(int(record.get("step", 0)))
         return loader
@@ -356,7 +360,7 @@ class ProCon:
         """
         if batches is not None and tokens is None and self.tokens is not None:
             tokens = constrained_tokens(batches)
-        self.step = Step(number, self.alpha_at(number), tokens, parts or self._accumulation * self.run.groups)
+        self.step = Step(number, self.alpha_at(number), tokens, parts or self.accumulation * self.run.groups)
         self._penalty_steps += self.acts
 
     @property
@@ -367,8 +371,8 @@ class ProCon:
     def begin(self, batch: dict[str, Any]) -> None:
         """Before a training forward on ``batch``, of which what the collator added is taken out."""
         constrains = self.alpha > 0
+        self.pause(not constrains)
         for term in self.terms:
-            term.pause(not constrains)
             if constrains:
                 term.begin(batch, self.run)
             else:
@@ -376,9 +380,25 @@ class ProCon:
 
     def skip(self, batch: dict[str, Any]) -> None:
         """Before any other forward, such as one of an evaluation: it is not constrained."""
+        self.pause(True)
         for term in self.terms:
-            term.pause(True)
             term.discard(batch)
+
+    def pause(self, paused: bool) -> None:
+        """Whether forwards run at plain speed from now on."""
+        self._paused = paused
+        for term in self.terms:
+            term.pause(paused)
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Within the context, forwards are not constrained."""
+        paused = self._paused
+        self.pause(True)
+        try:
+            yield
+        finally:
+            self.pause(paused)
 
     def shares(self) -> Tensor | None:
         """After the forward: this micro-batch's share of the terms, before alpha; None if it has none."""
@@ -535,10 +555,24 @@ def _read(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _once(loader: DataLoader, collate: Collator) -> DataLoader:
-    """What ``loader`` draws from, whole and in order, this rank's share of it."""
-    require_length(loader.dataset, "training set")
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    share = Subset(loader.dataset, range(rank, len(cast(Sized, loader.dataset)), ranks))
+def once_through(
+    dataset: Any, collate: Collator, batch_size: int, *, rank: int = 0, ranks: int = 1, name: str = "training set"
+) -> DataLoader:
+    """A loader that runs through a training set once, longest samples first; this rank's share of them.
+
+    Raises:
+        ProConError: for a dataset without a length.
+    """
+    require_length(dataset, name)
+    order = sorted(range(len(dataset)), key=lambda number: -_tokens(dataset[number]))
     # A generator of its own: without one, iterating would draw from the global random state of training.
-    return DataLoader(share, loader.batch_size or 1, collate_fn=collate, generator=torch.Generator())
+    return DataLoader(Subset(dataset, order[rank::ranks]), batch_size, collate_fn=collate, generator=torch.Generator())
+
+
+def _tokens(row: Any) -> int:
+    """Length of a row; of preference data, that of its parts together."""
+    if not isinstance(row, Mapping):
+        return 0
+    if "input_ids" in row:
+        return len(row["input_ids"])
+    return sum(len(part) for name, part in row.items() if name.endswith("_ids"))

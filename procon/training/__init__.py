@@ -14,6 +14,7 @@ from procon.training.callbacks import DriftCallback, EvaluationCallback
 from procon.training.config import ProConArguments, ProConConfig
 from procon.training.json_log import JsonlCallback
 from procon.training.mixin import ProConMixin
+from procon.training.protect import protect
 from procon.training.trainer import ProConTrainer
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "ProConConfig",
     "ProConMixin",
     "ProConTrainer",
+    "protect",
 ]

@@ -42,15 +42,16 @@ class ProConGRPOTrainer(ReferenceMixin, GRPOTrainer):
         ProConError: for recorded anchors, as tokens are generated while training.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.procon.active and self.procon.settings.anchors == "recorded":
+    #: Of the completions that were generated last, if the reference model has run on them.
+    _of_reference: Tensor | None = None
+
+    def _refuse(self) -> None:
+        super()._refuse()
+        if self.procon.settings.anchors == "recorded":
             raise ProConError(
                 "GRPO generates the tokens that it trains on, so they cannot be recorded beforehand: take "
                 "procon_anchors 'live', or 'none' and the probes"
             )
-        #: Of the completions that were generated last, if the reference model has run on them.
-        self._of_reference: Tensor | None = None
 
     def get_train_dataloader(self) -> DataLoader:
         # Prompts alone: what is constrained is generated from them.

@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import TrainOutput
 
 from procon.anchors import LiveAnchors
-from procon.anchors.starting_state import require_length
 from procon.constraint import constrained_tokens
 from procon.constraint.guards import refuse_data_parallel
 from procon.directions import BlockDirections
 from procon.errors import ProConError
-from procon.method import ProCon
+from procon.method import ProCon, once_through
 from procon.method.record import write_record
 from procon.settings import ChatSettings, ProConSettings
 from procon.training.checkpoints import Checkpoint
@@ -217,23 +216,20 @@ class ProConMixin(_Resumable):
 
     def _recording_dataloader(self) -> DataLoader:
         """This rank's share of the training set, longest samples first, through the training collator."""
-        dataset = self.train_dataset
-        require_length(dataset, "train_dataset")
-        collator = self.data_collator
+        dataset, collator = self.train_dataset, self.data_collator
         if isinstance(dataset, Dataset):
             dataset = self._remove_unused_columns(dataset, description="anchors")
         else:
             collator = self._get_collator_with_removed_columns(collator, description="anchors")
-        order = sorted(range(len(dataset)), key=lambda i: -_tokens(dataset[i]))
         # Ranks of tensor parallelism compute every batch together.
         together = self.get_tp_size()
-        share = order[self.args.process_index // together :: self.args.world_size // together]
-        # A generator of its own: without one, iterating would draw from the global random state of training.
-        return DataLoader(
-            Subset(dataset, share),  # pyright: ignore[reportArgumentType]  # a datasets.Dataset serves too
-            batch_size=self.args.per_device_train_batch_size,
-            collate_fn=collator,
-            generator=torch.Generator(),
+        return once_through(
+            dataset,
+            collator,
+            self.args.per_device_train_batch_size,
+            rank=self.args.process_index // together,
+            ranks=self.args.world_size // together,
+            name="train_dataset",
         )
 
     @contextmanager
@@ -393,10 +389,3 @@ class _Steps(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._procon.after_optimizer()
-
-
-def _tokens(row: Mapping[str, Any]) -> int:
-    """Length of a row; of preference data, that of its parts together."""
-    if "input_ids" in row:
-        return len(row["input_ids"])
-    return sum(len(part) for name, part in row.items() if name.endswith("_ids"))

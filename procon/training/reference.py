@@ -25,17 +25,13 @@ class ReferenceMixin(ProConMixin):
     if TYPE_CHECKING:
         ref_model: nn.Module | None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if getattr(self.args, "sync_ref_model", False) and self._takes_live_anchors:
+    def _refuse(self) -> None:
+        super()._refuse()
+        if getattr(self.args, "sync_ref_model", False) and self.procon.settings.anchors == "live":
             raise ProConError(
                 "sync_ref_model moves the reference model as training goes on, so it gives no anchors: switch it off, "
                 "or take procon_anchors 'none' and its probes"
             )
-
-    @property
-    def _takes_live_anchors(self) -> bool:
-        return self.procon.active and self.procon.settings.anchors == "live"
 
     @property
     def _reference_model(self) -> nn.Module | None:
