@@ -77,9 +77,8 @@ WRONG = {
 #: Any text may be a file of probe prompts; whether it is one shows before a model is read, too.
 NO_FILE = ("nowhere.txt", "prompt file 'nowhere.txt' does not exist")
 
-#: Doors that are not the constraint's: the op keeps the squared magnitude, and other people's defences their papers'
-#: settings.
-NOT_THE_METHOD = ("procon.ops", "procon.kernels", "procon.eager", "procon.defences")
+#: Doors that are not the constraint's: the op keeps the squared magnitude.
+NOT_THE_METHOD = ("procon.ops", "procon.kernels", "procon.eager")
 
 
 class Untouchable:
@@ -381,7 +380,6 @@ def test_wrong_values_among_axolotl_s_keys(setting):
         (["train", "--model", "m", "--data", "d", "--method", "qlora"], "method is 'qlora': choose one of lora, full"),
         (["train", "--model", "m", "--data", "d", "--drift_gate", "7"], "drift_gate is 7.0"),
         (["train", "--model", "m", "--data", "d", "--drift_gate_action", "halt"], "drift_gate_action is 'halt'"),
-        (["train", "--model", "m", "--data", "d", "--defence", "lissa"], "there is no defence 'lissa'"),
     ],
 )
 def test_the_commands_own_settings(command, message, tmp_path, monkeypatch, capsys):

@@ -16,7 +16,7 @@ Overlong = Literal["cut", "drop", "error"]
 Shell = Literal["bash", "zsh", "fish"]
 
 #: Titles under which ``--help`` lists settings that are more than a few.
-MODEL_AND_DATA, ADAPTER, DEFENCE, DRIFT = "model and data", "adapter", "defence and safety data", "drift"
+MODEL_AND_DATA, ADAPTER, SAFETY, DRIFT = "model and data", "adapter", "directions and safety data", "drift"
 EVALUATION, PROCESSES = "evaluation while training", "processes"
 
 
@@ -60,7 +60,7 @@ class DirectionsArguments(LoadingArguments):
 
 @dataclass(kw_only=True)
 class TrainArguments(LoadingArguments):
-    """Fine-tune a chat model on your data under the projection constraint, or another defence."""
+    """Fine-tune a chat model on your data under the projection constraint."""
 
     model: str = required(
         "Chat model to start from: a folder or hub name; a LoRA folder is trained further.", MODEL_AND_DATA
@@ -88,26 +88,13 @@ class TrainArguments(LoadingArguments):
     )
     early_stopping_threshold: float = option(0.0, "How much lower the loss has to be to count.", EVALUATION)
     directions: str | None = option(
-        None, "Directions file; extracted from the model at the start if not given.", DEFENCE
-    )
-    defence: str | None = option(
-        None,
-        "plain, safe, sppft, constrained_sft, safe_lora, lisa, steering, kl, safegrad, safety_step, null_space, "
-        "moving_average, safe_merge, hidden_states, sbr, block_em, procon_s, procon_wu, procon_s_safe or "
-        "procon_wu_safe; what the procon_ settings say if not given.",
-        DEFENCE,
-    )
-    defence_settings: str | None = option(
-        None, "The defence's own settings: key=value, joined by commas, with values as in YAML.", DEFENCE
-    )
-    base: str | None = option(
-        None, "For safe_lora and safe_merge: the model before it was aligned, a folder or hub name.", DEFENCE
+        None, "Directions file; extracted from the model at the start if not given.", SAFETY
     )
     safety_samples: int = option(
-        0, "How many safety samples (malicious prompt, refusal) to mix in; paper: 1000.", DEFENCE
+        0, "How many safety samples (malicious prompt, refusal) to mix in; paper: 1000.", SAFETY
     )
     safety_data: str | None = option(
-        None, "Where they come from, in the formats of --data; built-in if not given.", DEFENCE
+        None, "Where they come from, in the formats of --data; built-in if not given.", SAFETY
     )
     method: Method = option("lora", "lora, or full for all weights.", ADAPTER)
     lora_r: int = option(PAPER_RECIPE.lora_r, "Rank of the LoRA adapter.", ADAPTER)

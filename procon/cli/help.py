@@ -31,7 +31,7 @@ _FILES = {
     *("eval_data", "procon_probes", "runs", "safety_data", "task", "vectors", "first", "second"),
 }
 _FOLDERS = {"output_dir", "procon_anchors_dir"}
-_MODELS = {"model", "start", "tuned", "base"}
+_MODELS = {"model", "start", "tuned"}
 
 
 @dataclass(frozen=True)

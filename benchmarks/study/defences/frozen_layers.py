@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_utils import TrainOutput
 
-from procon.defences.trainer import DefenceTrainer
+from benchmarks.study.defences.trainer import DefenceTrainer
 from procon.errors import ProConError
 from procon.models import Decoder, find_decoder
 

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import TrainOutput
 
-from procon.defences.safe_lora import SafeLoRATrainer, measure_updates
-from procon.defences.trainer import DefenceTrainer, PlainTrainer
+from benchmarks.study.defences.safe_lora import SafeLoRATrainer, measure_updates
+from benchmarks.study.defences.trainer import DefenceTrainer
 from procon.errors import ProConError
 
 logger = logging.getLogger(__name__)
@@ -83,9 +83,7 @@ class SafeMergeTrainer(SafeLoRATrainer):
         args.load_best_model_at_end = args.push_to_hub = False
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
             args.output_dir = folder
-            PlainTrainer(
-                self.model, args, train_dataset=self.alignment_dataset, data_collator=self.data_collator
-            ).train()
+            Trainer(self.model, args, train_dataset=self.alignment_dataset, data_collator=self.data_collator).train()
         safe = {parameter: parameter.detach().clone() for parameter in trained}
         with torch.no_grad():
             for parameter, weights in zip(trained, start, strict=True):

@@ -20,21 +20,20 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import Trainer, TrainerCallback, set_seed
 
-from procon.data import flattening_collator, padding_collator
-from procon.defences import (
+from benchmarks.study.defences import (
     ConstrainedSFTTrainer,
     FrozenLayersTrainer,
     HiddenStatesTrainer,
     LisaTrainer,
     SafeLoRATrainer,
-    StartingModel,
     SteeringTrainer,
     project_update,
 )
-from procon.defences.constrained_sft import response_positions
+from benchmarks.study.defences.constrained_sft import response_positions
+from procon.data import flattening_collator, padding_collator
 from procon.directions import Directions
 from procon.errors import ProConError
-from procon.models import find_decoder
+from procon.models import StartingModel, find_decoder
 
 # What the model was
 

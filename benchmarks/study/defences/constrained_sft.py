@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from procon.defences.predictions import response_log_probs, without_labels
-from procon.defences.trainer import TokenMeanTrainer
+from benchmarks.study.defences.predictions import response_log_probs, without_labels
+from benchmarks.study.defences.trainer import TokenMeanTrainer
 from procon.errors import ProConError
 from procon.models import StartingModel
 from procon.sequences import IGNORE_INDEX

@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from procon.defences.alignment import AlignmentTrainer
+from benchmarks.study.defences.alignment import AlignmentTrainer
 from procon.errors import ProConError
 from procon.training.loss_scale import loss_scale
 

@@ -16,9 +16,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from procon.defences.alignment import AlignmentGradientTrainer, inner_product
-from procon.defences.predictions import response_log_probs, without_labels
-from procon.defences.trainer import AfterStep
+from benchmarks.study.defences.alignment import AlignmentGradientTrainer, inner_product
+from benchmarks.study.defences.predictions import response_log_probs, without_labels
+from benchmarks.study.defences.trainer import AfterStep
 from procon.errors import ProConError
 
 

@@ -21,8 +21,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
-from procon.defences.lora import check_lora_alone, lora_factors, lora_layers
-from procon.defences.trainer import AfterStep, DefenceTrainer
+from benchmarks.study.defences.lora import check_lora_alone, lora_factors, lora_layers
+from benchmarks.study.defences.trainer import AfterStep, DefenceTrainer
 from procon.errors import ProConError
 from procon.models import evaluating
 from procon.sequences import IGNORE_INDEX

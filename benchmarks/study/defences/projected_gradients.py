@@ -17,8 +17,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from procon.defences.alignment import AlignmentGradientTrainer, inner_product
-from procon.defences.predictions import kl_divergence, response_predictions, without_labels
+from benchmarks.study.defences.alignment import AlignmentGradientTrainer, inner_product
+from benchmarks.study.defences.predictions import kl_divergence, response_predictions, without_labels
 from procon.errors import ProConError
 from procon.models import StartingModel
 

@@ -5,15 +5,15 @@ import torch
 from first_step import lora_model
 from transformers import set_seed
 
-from benchmarks.study.reply_logits import reply_logits
-from procon.data import padding_collator
-from procon.defences import (
+from benchmarks.study.defences import (
     ConstrainedSFTTrainer,
     HiddenStatesTrainer,
     KLToStartTrainer,
     ProjectedGradientsTrainer,
     SafetyStepTrainer,
 )
+from benchmarks.study.reply_logits import reply_logits
+from procon.data import padding_collator
 from procon.training import ProConConfig, ProConTrainer
 
 

@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
-from procon.defences.trainer import DefenceTrainer, tokens_in_scope
+from benchmarks.study.defences.trainer import DefenceTrainer, tokens_in_scope
 from procon.errors import ProConError
 
 #: By parameter.

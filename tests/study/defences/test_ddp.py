@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from forked import run_python, run_ranks
 
-WORKER = Path(__file__).parents[1] / "workers" / "defences.py"
+WORKER = Path(__file__).parents[2] / "workers" / "defences.py"
 NAMES = ["plain", "sppft", "constrained_sft", "safe_lora", "lisa", "steering", "hidden_states"]
 NAMES += ["kl", "safegrad", "safety_step", "null_space", "moving_average", "safe_merge"]
 

@@ -9,8 +9,7 @@ from first_step import ACCUMULATION, Gradients, arguments, assert_same, double_m
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import Trainer, TrainerCallback, set_seed
 
-from procon.data import padding_collator
-from procon.defences import (
+from benchmarks.study.defences import (
     KLToStartTrainer,
     MovingAverageTrainer,
     NullSpaceTrainer,
@@ -18,8 +17,9 @@ from procon.defences import (
     SafeMergeTrainer,
     SafetyStepTrainer,
 )
-from procon.defences.lora import lora_factors, lora_layers
-from procon.defences.null_space import leading_directions
+from benchmarks.study.defences.lora import lora_factors, lora_layers
+from benchmarks.study.defences.null_space import leading_directions
+from procon.data import padding_collator
 from procon.errors import ProConError
 
 
@@ -353,7 +353,7 @@ def test_the_safe_adapter_is_not_published(tiny_model, dataset, make, monkeypatc
             seen.append(args)
             super().__init__(model, args, **kwargs)
 
-    monkeypatch.setattr("procon.defences.safe_merge.PlainTrainer", Noted)
+    monkeypatch.setattr("benchmarks.study.defences.safe_merge.Trainer", Noted)
     own = {"base": base, "alignment_dataset": alignment(dataset), "alignment_steps": 1}
     trainer = make(SafeMergeTrainer, lora_model(model), own=own)
     trainer.args.push_to_hub = trainer.args.load_best_model_at_end = True

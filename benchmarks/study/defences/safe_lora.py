@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import TrainOutput
 
-from procon.defences.lora import check_lora_alone, lora_factors, lora_layers, without_peft
-from procon.defences.trainer import DefenceTrainer
+from benchmarks.study.defences.lora import check_lora_alone, lora_factors, lora_layers, without_peft
+from benchmarks.study.defences.trainer import DefenceTrainer
 from procon.errors import ProConError
 from procon.models import load_model
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
-from procon.defences.trainer import AfterStep, DefenceTrainer
+from benchmarks.study.defences.trainer import AfterStep, DefenceTrainer
 from procon.errors import ProConError
 
 

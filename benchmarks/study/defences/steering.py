@@ -18,8 +18,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
+from benchmarks.study.defences.trainer import DefenceTrainer
 from procon.constraint import select_blocks
-from procon.defences.trainer import DefenceTrainer
 from procon.directions import RefusalDirections
 from procon.errors import ProConError
 from procon.models import block_input, find_decoder

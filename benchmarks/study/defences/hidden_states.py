@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.study.defences.predictions import without_labels
+from benchmarks.study.defences.trainer import TokenMeanTrainer, tokens_in_scope
 from procon.constraint import select_among
-from procon.defences.predictions import without_labels
-from procon.defences.trainer import TokenMeanTrainer, tokens_in_scope
 from procon.errors import ProConError
 from procon.models import StartingModel, find_decoder, first_moving_block, observe_block_inputs, transformers_model
 from procon.settings import Blocks, TokenScope, check_alpha, check_setting

@@ -12,14 +12,9 @@ from transformers import Trainer, TrainerCallback
 from procon.errors import ProConError
 from procon.sequences import IGNORE_INDEX, TokenScope
 from procon.training.loss_scale import loss_scale
-from procon.training.resumable import ResumableMixin
 
 
-class PlainTrainer(ResumableMixin, Trainer):
-    """transformers' Trainer, with a folder to itself and checkpoints that are known to be whole."""
-
-
-class DefenceTrainer(PlainTrainer):
+class DefenceTrainer(Trainer):
     """A Trainer on one device, or on several under DDP; what would lose the defence is refused.
 
     Args:

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from procon.defences.predictions import kl_divergence, response_predictions, without_labels
-from procon.defences.trainer import TokenMeanTrainer
+from benchmarks.study.defences.predictions import kl_divergence, response_predictions, without_labels
+from benchmarks.study.defences.trainer import TokenMeanTrainer
 from procon.errors import ProConError
 from procon.models import StartingModel
 from procon.settings import check_alpha
