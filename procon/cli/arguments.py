@@ -159,11 +159,6 @@ class DriftArguments(LoadingArguments):
     output: str | None = option(None, "JSON file to write the figures to.")
     malicious: str | None = option(None, "Malicious prompts (.txt or .jsonl); the built-in ones if not given.")
     benign: str | None = option(None, "Benign prompts (.txt or .jsonl); the built-in ones if not given.")
-    monitors: str | None = option(None, "Directions file of probes that are to read both models alike.")
-    positive: str | None = option(
-        None, "Prompts that have what the monitors look for; one file, or one for each, joined by commas."
-    )
-    negative: str | None = option(None, "Prompts that do not have it, given in the same way.")
     batch_size: str = option("auto", BATCH_SIZE)
     system_prompt: str | None = option(None, chat.SYSTEM_PROMPT)
     chat_template_kwargs: dict | str | None = option(None, chat.CHAT_TEMPLATE_KWARGS)
@@ -172,10 +167,6 @@ class DriftArguments(LoadingArguments):
         super().__post_init__()
         check_batch_size(self.batch_size)
         chat.chat_settings(self)
-        if len({value is None for value in (self.monitors, self.positive, self.negative)}) > 1:
-            raise ProConError(
-                "monitors are read on labelled prompts: give --monitors, --positive and --negative together"
-            )
 
 
 @dataclass
