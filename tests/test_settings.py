@@ -61,7 +61,6 @@ WRONG = {
     "penalty": ("l2", "is 'l2': choose one of squared, absolute, huber"),
     "sides": ("rise", "is 'rise': choose one of both, fall"),
     "units": ("metres", "is 'metres': choose one of raw, gap"),
-    "block_weights": ("random", "is 'random': choose one of equal, causal"),
     "reduction": ("mean", "is 'mean': choose one of token, sequence"),
     "fuse": ("maybe", "is 'maybe': choose one of auto, never"),
     "backend": ("cuda", "is 'cuda': choose one of auto, triton, eager"),
@@ -127,7 +126,7 @@ def test_every_door_has_the_defaults():
         (Anchors.record, ("scope", "backend")),
         (Anchors.annotate, ("reduction",)),
         (AnchoredCollator, ("reduction",)),
-        (ProConCallback, ("schedule", "blocks", "penalty", "sides", "units", "block_weights", "backend", "fuse")),
+        (ProConCallback, ("schedule", "blocks", "penalty", "sides", "units", "backend", "fuse")),
         (ConstrainedForward, ("fuse",)),
         (ConstraintSettings, tuple(SETTINGS)),
         (LiveAnchors, ("backend",)),
@@ -272,7 +271,7 @@ def python_doors() -> dict[str, tuple[str, Callable[[Any], object]]]:
     add("record", ["scope", "backend"], lambda **s: Anchors.record(nothing, nothing, nothing, "nowhere", **s))
     add(
         "callback",
-        ["schedule", "blocks", "penalty", "sides", "units", "block_weights", "backend", "fuse"],
+        ["schedule", "blocks", "penalty", "sides", "units", "backend", "fuse"],
         lambda **s: ProConCallback("nowhere.safetensors", **s),
     )
     return calls

@@ -1,7 +1,7 @@
 """Measures of a model: does it refuse, does it answer, how far has refusal drifted?
 
 In: a model, prompts, a task with known answers, judges, directions of the start.
-Out: rates with intervals, log-odds, what each block does to them, cosines and shifts.
+Out: rates with intervals, log-odds, cosines and shifts.
 May import: ``directions``, ``chat``, ``models`` and the leaves.
 """
 
@@ -9,7 +9,6 @@ from procon.errors import require_extra
 
 __extra__ = require_extra("train", __name__)
 
-from procon.evaluation.causal_effects import block_effects, causal_weights
 from procon.evaluation.drift import Drift, compare_means, measure_drift
 from procon.evaluation.evaluation import Evaluation, NothingFinished, evaluate
 from procon.evaluation.harness import HarnessTasks
@@ -54,8 +53,6 @@ __all__ = [
     "NothingFinished",
     "Rate",
     "Verdict",
-    "block_effects",
-    "causal_weights",
     "compare_means",
     "contains_answer",
     "evaluate",

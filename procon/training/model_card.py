@@ -98,7 +98,6 @@ def describe(settings: dict[str, Any], directions: BlockDirections, log_history:
         "constrained blocks": _blocks(settings["blocks"], directions.block_count),
         "penalty": f"{settings['penalty']}, {_SIDES[settings['sides']]}, {settings['units']} units, "
         f"mean over {settings['reduction']}s",
-        "weights of the blocks": _weights(settings),
         "directions": f"`{DIRECTIONS}` (`{settings['directions']}`){_origin(directions)}",
         **_concepts(directions),
         "anchors": _anchors(settings),
@@ -219,13 +218,6 @@ def _blocks(blocks: Sequence[int], count: int) -> str:
     which = f"{inputs[0]} to {inputs[-1]}" if run else ", ".join(map(str, inputs))
     described = [f"{which} of {count}, from 0"] if inputs else []
     return "; ".join(described + ["the last block's output"] * (len(inputs) < len(blocks)))
-
-
-def _weights(settings: dict[str, Any]) -> str:
-    if settings["block_weights"] == "equal":
-        return "all alike"
-    each = ", ".join(f"{weight:.3g}" for weight in settings["weights"][settings["units"]])
-    return f"{settings['block_weights']}, in the order of the blocks: {each}"
 
 
 #: Controls, by what :class:`RefusalDirections` leaves of their origin.

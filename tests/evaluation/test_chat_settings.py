@@ -10,7 +10,6 @@ from procon.chat import ContrastPrompts, measure_refusal
 from procon.directions import ContrastMeans, Directions, RefusalDirections
 from procon.errors import ProConError
 from procon.evaluation import (
-    block_effects,
     evaluate,
     first_token_log_probabilities,
     measure_drift,
@@ -77,7 +76,6 @@ ASKING = {
     "drift": lambda m, t, d, c: [measure_drift(m, t, d, PROMPTS, chat=c, **QUIET).malicious_shift],
     "first tokens": lambda m, t, d, c: [first_token_log_probabilities(m, t, PROMPTS.malicious, chat=c)],
     "log-odds": lambda m, t, d, c: [refusal_log_odds(m, t, [5], PROMPTS.malicious, chat=c)],
-    "effects": lambda m, t, d, c: [block_effects(m, t, d, PROMPTS, tokens=[5], chat=c)],
 }
 
 

@@ -203,7 +203,6 @@ case("another scope", build=other(procon_scope="response"))
 case("another penalty", build=other(procon_penalty="huber"))
 case("other units", build=other(procon_units="gap"))
 case("other sides", build=other(procon_sides="fall"))
-case("other weights of the blocks", build=other(procon_block_weights="causal"))
 case("other blocks", build=other(procon_blocks="1,2"))
 case("another reduction", build=other(procon_reduction="sequence"))
 
