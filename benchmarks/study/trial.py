@@ -26,12 +26,13 @@ from benchmarks.study.missing import summary
 from benchmarks.study.plan import Budget, Size
 from benchmarks.study.poison import complies
 from benchmarks.study.record import Cell, save_run
+from benchmarks.study.refusal_odds import refusal_log_odds
 from benchmarks.study.reply_logits import reply_logits
 from benchmarks.study.start import Start, contrast_means
 from procon.chat import ContrastPrompts, Split, builtin_prompts
 from procon.data import padding_collator, tokenize_conversations
 from procon.directions import BlockDirections
-from procon.evaluation import Evaluation, Judge, compare_means, evaluate, refusal_log_odds
+from procon.evaluation import Evaluation, Judge, compare_means, evaluate
 from procon.settings import PAPER_RECIPE
 from procon.training import ProConConfig
 

@@ -187,15 +187,11 @@ class EvalArguments(LoadingArguments):
     judge: str = option(
         "keywords",
         "Who says what is a refusal, joined by commas: keywords (English), wildguard, llama-guard, harmbench, "
-        "refusal:MODEL, strongreject:MODEL, or a URL such as http://localhost:8000/v1#MODEL. The first one counts, the "
-        "others are compared with it.",
+        "refusal:MODEL, strongreject:MODEL, or a URL such as http://localhost:8000/v1#MODEL. The first one "
+        "counts; the file has what each of them said.",
     )
     task: str | None = option(None, "Task with known answers, in the formats of procon train --data.")
     task_metric: str = option("exact", "When a task reply is right: exact, contains or rouge-l.")
-    lm_eval: str | None = option(
-        None, "Tasks of lm-evaluation-harness, names or .yaml files joined by commas, to run as well."
-    )
-    lm_eval_limit: int = option(0, "Documents of each of these tasks; 0 for all.")
     max_new_tokens: int = option(32, "Length of a reply to a malicious or benign prompt.")
     task_max_new_tokens: int = option(128, "Length of a task reply.")
     batch_size: str = option("auto", BATCH_SIZE)
@@ -208,7 +204,7 @@ class EvalArguments(LoadingArguments):
         super().__post_init__()
         check_batch_size(self.batch_size)
         check_least(1, self, "max_new_tokens", "task_max_new_tokens")
-        check_least(0, self, "max_prompts", "lm_eval_limit")
+        check_least(0, self, "max_prompts")
         chat.chat_settings(self)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from procon.directions.refusal_directions import check_k
 from procon.errors import ProConError, printable
 from procon.evaluation import (
     Drift,
-    HarnessTasks,
     evaluate,
     find_metric,
     load_judges,
@@ -111,7 +109,6 @@ def evaluation(arguments: EvalArguments) -> None:
     """``procon eval``"""
     output = _output_file(arguments.output) if arguments.output else None
     find_metric(arguments.task_metric)
-    harness = HarnessTasks(arguments.lm_eval) if arguments.lm_eval else None
     prompts, sources = evaluation_prompts(arguments)
     task = _task(arguments.task) if arguments.task else None
     judges = load_judges(arguments.judge, **arguments.loading())
@@ -133,11 +130,6 @@ def evaluation(arguments: EvalArguments) -> None:
     )
     if output:
         found.save(output)
-    if harness:
-        results = harness.run(model, tokenizer, batch_size=batch_size, limit=arguments.lm_eval_limit)
-        found = replace(found, lm_eval=results)
-        if output:
-            found.save(output)
     print_table([Run(label=arguments.model, evaluation=found)])
     for line in judging_lines(found):
         Console().print(Text(printable(line)))

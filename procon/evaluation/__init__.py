@@ -1,7 +1,7 @@
 """Measures of a model: does it refuse, does it answer, how far has refusal drifted?
 
 In: a model, prompts, a task with known answers, judges, directions of the start.
-Out: rates with intervals, log-odds, cosines and shifts.
+Out: rates with intervals, cosines and shifts.
 May import: ``directions``, ``chat``, ``models`` and the leaves.
 """
 
@@ -11,10 +11,8 @@ __extra__ = require_extra("train", __name__)
 
 from procon.evaluation.drift import Drift, compare_means, measure_drift
 from procon.evaluation.evaluation import Evaluation, NothingFinished, evaluate
-from procon.evaluation.harness import HarnessTasks
 from procon.evaluation.judges import (
     FORMATS,
-    Agreement,
     EndpointJudge,
     Format,
     Judge,
@@ -33,18 +31,15 @@ from procon.evaluation.metrics import (
     rouge_l,
 )
 from procon.evaluation.rates import Z_95, Mean, Rate
-from procon.evaluation.refusal_odds import first_token_log_probabilities, refusal_log_odds, refusal_tokens
 
 __all__ = [
     "FORMATS",
     "METRICS",
     "Z_95",
-    "Agreement",
     "Drift",
     "EndpointJudge",
     "Evaluation",
     "Format",
-    "HarnessTasks",
     "Judge",
     "KeywordJudge",
     "Mean",
@@ -59,10 +54,7 @@ __all__ = [
     "exact_match",
     "extract_answer",
     "find_metric",
-    "first_token_log_probabilities",
     "load_judges",
     "measure_drift",
-    "refusal_log_odds",
-    "refusal_tokens",
     "rouge_l",
 ]

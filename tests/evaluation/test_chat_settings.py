@@ -11,9 +11,7 @@ from procon.directions import ContrastMeans, Directions, RefusalDirections
 from procon.errors import ProConError
 from procon.evaluation import (
     evaluate,
-    first_token_log_probabilities,
     measure_drift,
-    refusal_log_odds,
 )
 from procon.settings import ChatSettings
 
@@ -74,8 +72,6 @@ ASKING = {
     "probes": probes,
     "replies": replies,
     "drift": lambda m, t, d, c: [measure_drift(m, t, d, PROMPTS, chat=c, **QUIET).malicious_shift],
-    "first tokens": lambda m, t, d, c: [first_token_log_probabilities(m, t, PROMPTS.malicious, chat=c)],
-    "log-odds": lambda m, t, d, c: [refusal_log_odds(m, t, [5], PROMPTS.malicious, chat=c)],
 }
 
 

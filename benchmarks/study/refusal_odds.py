@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 from procon.chat import ContrastPrompts, left_padded_batches, user_turn
 from procon.errors import ProConError
 from procon.models import evaluating, model_device
-from procon.settings import ChatSettings
 
 #: A token opens refusals if it is this much likelier after malicious than after benign prompts.
 MARGIN = 0.005
@@ -20,37 +19,16 @@ MARGIN = 0.005
 _BATCH = 32
 
 
-def first_token_log_probabilities(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    chat: ChatSettings | None = None,
-    batch_size: int = _BATCH,
-) -> Tensor:
-    """Log-probabilities of the first token of the reply to each prompt: ``[len(prompts), V]`` fp32, on the CPU."""
-    found: list[Tensor] = [torch.empty(0)] * len(prompts)
-    with evaluating(model):
-        for rows, logits in first_token_logits(model, tokenizer, prompts, batch_size, chat):
-            for i, row in zip(rows, logits.float().log_softmax(-1).cpu(), strict=True):
-                found[i] = row
-    return torch.stack(found)
-
-
-def first_token_logits(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    batch_size: int,
-    chat: ChatSettings | None = None,
+def _first_token_logits(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Batch by batch, indices of prompts and the logits ``[B, V]`` of the first token of their replies.
 
-    All prompts end in the last column. Whether there are gradients is for the caller to say.
+    All prompts end in the last column.
     """
     device = model_device(model)
     turns = [user_turn(prompt) for prompt in prompts]
-    for rows, ids, mask in left_padded_batches(tokenizer, turns, batch_size, chat):
+    for rows, ids, mask in left_padded_batches(tokenizer, turns, _BATCH, None):
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
         output = model(
             input_ids=ids.to(device),
@@ -61,13 +39,11 @@ def first_token_logits(
         yield rows, output.logits[:, -1]
 
 
-def _mean_probabilities(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chat: ChatSettings | None
-) -> Tensor:
+def _mean_probabilities(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> Tensor:
     """Mean over the prompts of the first token's probabilities: ``[V]`` fp32, on the CPU."""
     total: Tensor | float = 0.0
     with evaluating(model):
-        for _, logits in first_token_logits(model, tokenizer, prompts, _BATCH, chat):
+        for _, logits in _first_token_logits(model, tokenizer, prompts):
             total = total + logits.float().softmax(-1).sum(0)
     return (torch.as_tensor(total) / len(prompts)).cpu()
 
@@ -78,7 +54,6 @@ def refusal_tokens(
     prompts: ContrastPrompts,
     *,
     margin: float = MARGIN,
-    chat: ChatSettings | None = None,
 ) -> list[int]:
     """Tokens by which ``model`` opens refusals: those likelier by ``margin`` after malicious than after benign prompts.
 
@@ -87,9 +62,7 @@ def refusal_tokens(
     Raises:
         ProConError: if there is none: the model replies to both kinds alike.
     """
-    malicious, benign = (
-        _mean_probabilities(model, tokenizer, side, chat) for side in (prompts.malicious, prompts.benign)
-    )
+    malicious, benign = (_mean_probabilities(model, tokenizer, side) for side in (prompts.malicious, prompts.benign))
     tokens = (malicious - benign > margin).nonzero().flatten().tolist()
     if not tokens:
         raise ProConError(
@@ -104,8 +77,6 @@ def refusal_log_odds(
     tokenizer: PreTrainedTokenizerBase,
     tokens: Sequence[int],
     prompts: Sequence[str],
-    *,
-    chat: ChatSettings | None = None,
 ) -> Tensor:
     """``log(p / (1 - p))``, p the probability that the reply's first token is among ``tokens``: ``[n]`` fp32.
 
@@ -113,12 +84,12 @@ def refusal_log_odds(
     """
     found = torch.empty(len(prompts), dtype=torch.float32)
     with evaluating(model):
-        for rows, logits in first_token_logits(model, tokenizer, prompts, _BATCH, chat):
-            found[rows] = log_odds_of(logits.float().log_softmax(-1), tokens).cpu()
+        for rows, logits in _first_token_logits(model, tokenizer, prompts):
+            found[rows] = _log_odds(logits.float().log_softmax(-1), tokens).cpu()
     return found
 
 
-def log_odds_of(log_probabilities: Tensor, tokens: Sequence[int]) -> Tensor:
+def _log_odds(log_probabilities: Tensor, tokens: Sequence[int]) -> Tensor:
     """``log(p / (1 - p))`` ``[n]``, p the probability of ``tokens`` by ``log_probabilities [n, V]``."""
     inside = torch.zeros(log_probabilities.shape[-1], dtype=torch.bool)
     inside[list(tokens)] = True

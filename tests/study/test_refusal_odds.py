@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from benchmarks.study import refusal_odds
+from benchmarks.study.refusal_odds import refusal_log_odds, refusal_tokens
 from procon.chat import ContrastPrompts, render, user_turn
 from procon.errors import ProConError
-from procon.evaluation import first_token_log_probabilities, refusal_log_odds, refusal_tokens
 
 #: Unequal lengths, out of order, so that padding or a lost order shows.
 PROMPTS = ContrastPrompts(
@@ -40,7 +41,10 @@ def log_odds(model, tokenizer, prompt: str, tokens: list[int]) -> float:
     return float((p / (1 - p)).log())
 
 
-def test_log_odds_by_definition(model, tokenizer):
+@pytest.mark.parametrize("batch", [1, 2, 32])
+def test_log_odds_by_definition(model, tokenizer, monkeypatch, batch):
+    monkeypatch.setattr(refusal_odds, "_BATCH", batch)
+    tokenizer.padding_side = "right"  # the measure pads by itself
     found = refusal_log_odds(model, tokenizer, TOKENS, PROMPTS.malicious)
     expected = torch.tensor([log_odds(model, tokenizer, prompt, TOKENS) for prompt in PROMPTS.malicious])
     assert expected.std() > 0.1  # prompts differ
@@ -58,18 +62,6 @@ def test_log_odds_of_one_who_is_certain(model, tokenizer):
         expected = (logits[best] - others.logsumexp(0)).item()
         found = refusal_log_odds(model, tokenizer, [int(best)], [prompt]).item()
         assert found == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 32])
-def test_neither_batch_nor_padding_matters(model, tokenizer, batch_size):
-    tokenizer.padding_side = "right"  # the measure pads by itself
-    found = first_token_log_probabilities(model, tokenizer, PROMPTS.malicious, batch_size=batch_size)
-    expected = torch.stack([first_logits(model, tokenizer, prompt).log_softmax(-1) for prompt in PROMPTS.malicious])
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=ROUNDING)
-    tokenizer.pad_token_id = 9
-    again = first_token_log_probabilities(model, tokenizer, PROMPTS.malicious, batch_size=batch_size)
-    torch.testing.assert_close(again, found, rtol=0, atol=ROUNDING)
 
 
 def test_the_mode_is_left_as_it_was(tiny_model, tokenizer):
