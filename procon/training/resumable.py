@@ -32,12 +32,8 @@ class ResumableMixin(BestMixin):
     - A checkpoint counts as whole once the files of every rank are on the disk, with their checksums in its
       ``procon.json``. If the latest one is damaged, a warning names the file, and the one before is taken.
     - A resumed run has the model, data, seed, batch size and settings of the one that it goes on from.
-
-    Attributes:
-        details: more that a resumed run must share, such as a defence and its settings; JSON.
     """
 
-    details: dict[str, Any] = {}  # noqa: RUF012  # set as a whole
     _run: dict[str, Any] | None = None
 
     def train(
@@ -52,7 +48,7 @@ class ResumableMixin(BestMixin):
         folder = output_folder(self.args)
         with locked(folder):
             checkpoint = self._opened(resume_from_checkpoint)
-            self._run = {**self._run_facts(), **self.details}
+            self._run = self._run_facts()
             if checkpoint:
                 self._check_resumed(checkpoint)
                 if self.args.should_save and not self.args.metric_for_best_model:
