@@ -36,7 +36,7 @@ from benchmarks.harness.interleaved import Samples, interleave
 from benchmarks.harness.machine import DEVICE, PAIRS, SMOKE
 from benchmarks.harness.shapes import SHAPES, make_batch, make_directions, make_model, make_optimizer
 from benchmarks.harness.timers import wall_time
-from procon import LiveAnchors, Probes, ProConDPOConfig, ProConDPOTrainer, ProjectionConstraint, probe_penalty
+from procon import LiveAnchors, Probes, ProConDPOConfig, ProConDPOTrainer, ProjectionConstraint
 
 SUPERVISED = ("plain", "recorded", "live", "probes", "default")
 PREFERENCES = ("dpo", "dpo_live")
@@ -105,9 +105,9 @@ def _peaks(steps: dict[str, _Step]) -> dict[str, int]:
 def _probes(directions) -> Probes:
     generator = torch.Generator().manual_seed(4)
     ids = torch.randint(SHAPES[CASE.shape]["vocab_size"], (PROBES, PROBE_TOKENS), generator=generator)
-    blocks, size = directions.first.shape
+    size = directions.first.shape[1]
     lengths = torch.full((PROBES,), PROBE_TOKENS)
-    return Probes(ids, lengths, lengths, torch.zeros(PROBES, blocks), torch.zeros(PROBES, size))
+    return Probes(ids, lengths, lengths, torch.zeros(PROBES, size))
 
 
 @cache
@@ -118,7 +118,7 @@ def _supervised() -> _Result:
     mask = torch.ones(batch["input_ids"].shape, device=DEVICE)
     constraint = ProjectionConstraint(directions).attach(model)
     live = LiveAnchors(model, directions, blocks=constraint.blocks)
-    anchors, probes = live(batch), _probes(directions).batch(DEVICE)
+    anchors, probes = live(batch), _probes(directions)
 
     def plain() -> Tensor:
         constraint.enabled = False
@@ -130,13 +130,13 @@ def _supervised() -> _Result:
         return model(**batch).loss + ALPHA * constraint.penalty()
 
     def probed() -> Tensor:
-        constraint.enabled = True
-        constraint.rest()
-        return model(**batch).loss + ALPHA * probe_penalty(constraint, probes, hold="projections")
+        constraint.enabled = False
+        return model(**batch).loss + ALPHA * probes.departure(model)
 
     def both() -> Tensor:
         loss = constrained(lambda: anchors)
-        return loss + ALPHA * probe_penalty(constraint, probes, hold="state")
+        constraint.rest()
+        return loss + ALPHA * probes.departure(model)
 
     losses = {
         "plain": plain,
@@ -175,14 +175,15 @@ def _preferences() -> _Result:
         # Of alpha 0 it is TRL's own: the same code path and the same model for both.
         trainer = ProConDPOTrainer(
             model,
-            args=ProConDPOConfig(procon_anchors="live", **settings),
+            args=ProConDPOConfig(procon_anchors="live", procon_probes="none", **settings),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             directions=make_directions(CASE.shape),
         )
-        constraint = trainer.constraint
+        procon = trainer.procon
         stack.enter_context(trainer._constraining(None))
-        trainer._find_anchors(constraint)
+        procon.record(trainer._recording_dataloader)
+        procon.begin_step(0)
         trainer.current_gradient_accumulation_steps = 1
         batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
         plain = {name: value for name, value in batch.items() if name != "constraint_mask"}
@@ -190,10 +191,10 @@ def _preferences() -> _Result:
         def loss(constrained: bool) -> Tensor:
             if constrained:
                 return trainer.compute_loss(model, dict(batch))
-            constraint.enabled = False
+            procon.pause(True)
             return super(ProConDPOTrainer, trainer)._compute_loss(model, dict(plain), False)
 
-        steps = {name: _Step(partial(loss, name == "dpo_live"), optimizer, constraint.release) for name in PREFERENCES}
+        steps = {name: _Step(partial(loss, name == "dpo_live"), optimizer, procon.release) for name in PREFERENCES}
         return _Result(interleave(steps, wall_time, rounds=PAIRS, warmup=1), _peaks(steps))
 
 

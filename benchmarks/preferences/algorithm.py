@@ -69,6 +69,8 @@ class Algorithm:
         anchors = {} if is_plain else {"procon_anchors": "live", "procon_probe_count": 8}
         recipe = {**_SHARED, **anchors, **self.recipe, **settings, **method.config}
         recipe["max_steps"] = round(recipe["max_steps"] * method.length)
+        if not is_plain:
+            recipe = settings_now(recipe, recipe["output_dir"])
         return trainer(
             model,
             args=arguments(**recipe),

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 
 from benchmarks.study.defences import build_trainer
 from benchmarks.study.displacement import measure_displacement
+from benchmarks.study.earlier_settings import settings_now
 from benchmarks.study.fresh import fresh_prompts
 from benchmarks.study.jobs import Job, safety_samples
 from benchmarks.study.memory import peak_memory
@@ -155,7 +156,7 @@ def make_trainer(
     return build_trainer(
         method.defence,
         tuned,
-        ProConConfig(output_dir=folder, seed=seed, **config),
+        ProConConfig(output_dir=folder, seed=seed, **settings_now(config, folder)),
         settings=method.settings,
         directions=directions,
         alignment_dataset=tokenize_conversations(safety_samples(), tokenizer, progress=False),

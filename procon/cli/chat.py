@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from typing import Any, Protocol
 
 from procon.errors import ProConError
-from procon.settings import ChatSettings, sentences
+from procon.settings import ChatSettings
 
-_SENTENCES = sentences(ChatSettings)
+_SENTENCES = {field.name: field.metadata["help"] for field in fields(ChatSettings)}
 
-SYSTEM_PROMPT = _SENTENCES.get("system_prompt", "")
-CHAT_TEMPLATE_KWARGS = _SENTENCES.get("chat_template_kwargs", "") + " A JSON object."
-THINKING_MARKERS = _SENTENCES.get("thinking_markers", "") + " Joined by a comma."
-THINKING_TOKENS = _SENTENCES.get("thinking_tokens", "")
+SYSTEM_PROMPT = _SENTENCES["system_prompt"]
+CHAT_TEMPLATE_KWARGS = _SENTENCES["chat_template_kwargs"] + " A JSON object."
+THINKING_MARKERS = _SENTENCES["thinking_markers"] + " Joined by a comma."
+THINKING_TOKENS = _SENTENCES["thinking_tokens"]
 
 
 class HasChat(Protocol):

@@ -17,7 +17,7 @@ from procon.cli.arguments import DRIFT, MODEL_AND_DATA, PROCESSES
 from procon.cli.loading import LOADING
 from procon.cli.registry import COMMANDS, Command
 from procon.cli.training_arguments import OtherProConArguments, ShownTrainingArguments
-from procon.settings import CHOICES, AnchorSettings, ConstraintSettings, sentences
+from procon.settings import CHOICES, ProConSettings
 
 _NOTES = (
     "Settings may also stand in a YAML file, by the same names: --config FILE.yaml. Flags win over it. Names take "
@@ -72,8 +72,7 @@ def groups_of(command: Command) -> list[Group]:
     drift, processes = found.pop(DRIFT), found.pop(PROCESSES)
     found = {MODEL_AND_DATA: found.pop(MODEL_AND_DATA), LOADING: loading, **found}
     found |= {
-        "constraint": [*_prefixed(ConstraintSettings), *dict(_grouped(OtherProConArguments)).pop("settings")],
-        "anchors": _prefixed(AnchorSettings),
+        "constraint": [*_prefixed(ProConSettings), *dict(_grouped(OtherProConArguments)).pop("settings")],
         DRIFT: drift,
     }
     for title, settings in _grouped(ShownTrainingArguments):
@@ -95,8 +94,8 @@ def _grouped(own: type[Any]) -> Iterator[tuple[str, list[Setting]]]:
 
 def _prefixed(own: type[Any]) -> list[Setting]:
     """The ``procon_`` settings of a dataclass in :mod:`procon.settings`."""
-    texts, hints = sentences(own), get_type_hints(own)
-    return [_setting(field, hints[field.name], texts.get(field.name, ""), prefix="procon_") for field in fields(own)]
+    hints = get_type_hints(own)
+    return [_setting(field, hints[field.name], field.metadata["help"], prefix="procon_") for field in fields(own)]
 
 
 def _setting(field: Field[Any], hint: Any, text: str, prefix: str = "") -> Setting:

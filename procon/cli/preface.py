@@ -96,40 +96,35 @@ def _samples(dataset: Any) -> str:
 
 
 def _constraint(trainer: Trainer) -> dict[str, str]:
-    if not isinstance(trainer, ProConMixin) or (constraint := trainer.constraint) is None:
+    if not isinstance(trainer, ProConMixin) or not trainer.procon.active:
         return {"constraint": "none"}
-    args = trainer.args
-    fused, blocks = len(constraint.fused), len(constraint.blocks)
-    where = "within their norms" if fused == blocks else f"{fused} of them within a norm, {blocks - fused} ahead of it"
-    acting = len(constraint.acting)
-    moved = "" if acting == blocks else f"; training moves {acting}"
-    return {
-        "constraint": f"alpha {trainer.alpha_schedule}, penalty {args.procon_penalty}, tokens {args.procon_scope}, "
-        f"units {args.procon_units}",
-        "blocks": f"{blocks} under the constraint, of {len(find_decoder(constraint.model).blocks)}; {where}{moved}",
-        "anchors": _anchors(trainer),
-    }
-
-
-def _anchors(trainer: ProConMixin) -> str:
-    settings = trainer.args.anchor_settings()
-    parts = {
-        "recorded": f"recorded in {trainer.args.procon_anchors_dir or f'{trainer.args.output_dir}/_anchors'}",
-        "live": "from a forward of the starting model on each batch",
-        None: "",
-    }
-    found = [parts[settings.of_tokens]] if settings.of_tokens else []
+    procon, settings = trainer.procon, trainer.procon.settings
+    found = {"constraint": f"alpha {procon.schedule}"}
+    if (constraint := procon.constraint) is not None:
+        fused, blocks = len(constraint.fused), len(constraint.blocks)
+        where = (
+            "within their norms" if fused == blocks else f"{fused} of them within a norm, {blocks - fused} ahead of it"
+        )
+        acting = len(constraint.acting)
+        moved = "" if acting == blocks else f"; training moves {acting}"
+        source = (
+            "from a forward of the starting model on each batch"
+            if settings.anchors == "live"
+            else f"recorded in {settings.anchors_dir or f'{trainer.args.output_dir}/_anchors'}"
+        )
+        found |= {
+            "training tokens": f"{settings.scope}, penalty {settings.penalty}, units {settings.units}",
+            "blocks": f"{blocks} under the constraint, of {len(find_decoder(constraint.model).blocks)}; {where}{moved}",
+            "anchors": source,
+        }
     if settings.has_probes:
-        where = settings.probes or "built-in prompts"
-        held = {"projections": "projections", "state": "the last state", "both": "projections and the last state"}
-        number = f"up to {settings.probe_count}" if settings.probes else settings.probe_count
         replies = f" and their replies (up to {settings.probe_reply_tokens} tokens)"
-        also = replies if settings.probe_reply_tokens else ""
-        found.append(
-            f"{held[settings.probe_hold]} of {number} probes ({where}){also}, {settings.probe_batch} at a time every "
+        found["probes"] = (
+            f"the last state of {settings.probe_file or 'built-in prompts'}"
+            f"{replies if settings.probe_reply_tokens else ''}, {settings.probe_batch} at a time every "
             f"{settings.probe_every} steps, weight {settings.probe_weight:g}"
         )
-    return "; ".join(found)
+    return found
 
 
 def _lines(facts: dict[str, str]) -> list[str]:

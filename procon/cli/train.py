@@ -31,8 +31,10 @@ from procon.directions import DIRECTIONS, BlockDirections, RefusalDirections, lo
 from procon.errors import ProConError, printable
 from procon.files import check_writable
 from procon.models import check_loading, check_name, find_decoder, load_model
+from procon.schedule import AlphaSchedule
 from procon.training import DriftCallback, JsonlCallback, ProConConfig, ProConTrainer
 from procon.training.checkpoints import Checkpoint, has_checkpoints, latest
+from procon.training.config import check_probe_file
 from procon.training.console_rows import show_rows
 from procon.training.drift_gate import DriftGate
 from procon.training.output import drop_merged, locked, output_folder
@@ -130,20 +132,23 @@ def _resumable(output: Path) -> Iterator[None]:
 
 def _summary(trainer: Trainer) -> str:
     """What the constraint did, as measured."""
-    if not isinstance(trainer, ProConTrainer) or trainer.constraint is None:
+    if not isinstance(trainer, ProConTrainer) or not trainer.procon.active:
         return "Trained without the constraint."
-    did, blocks = trainer.evidence.did(trainer.state.global_step), len(trainer.constraint.blocks)
-    text = (
-        f"{did['constrained_steps']} of {did['steps']} steps were under the constraint, which acted on "
-        f"{len(did['blocks_acted'])} of its {blocks} blocks; mean penalty {did['mean_penalty']:.3g} before alpha."
+    did, constraint = trainer.procon.did(trainer.state.global_step), trainer.procon.constraint
+    blocks = (
+        ""
+        if constraint is None
+        else (f", which acted on {len(did['blocks_acted'])} of its {len(constraint.blocks)} blocks")
     )
-    if trainer.hold is None:
-        return text
-    hold = trainer.hold.did()
     return (
-        f"{text} The mean shift at the end is {hold['shift']:.3g} of the gap, the budget {hold['budget']:.3g}, alpha "
-        f"{hold['alpha']:.3g}."
+        f"{did['constrained_steps']} of {did['steps']} steps were under the constraint{blocks}; mean penalty "
+        f"{did['mean_penalty']:.3g} before alpha."
     )
+
+
+def _needs_directions(config: ProConConfig) -> bool:
+    settings = config.procon_settings()
+    return settings.anchors != "none" and AlphaSchedule.parse(settings.schedule).active
 
 
 def _checkpoint(output: Path) -> Checkpoint:
@@ -159,9 +164,9 @@ def _plan(arguments: TrainArguments, config: ProConConfig, checkpoint: Checkpoin
         raise ProConError(f"drift_gate is {arguments.drift_gate}, but drift_steps is 0: give steps to measure it at")
     if config.max_steps <= 0 and not config.num_train_epochs > 0:
         raise ProConError(f"num_train_epochs is {config.num_train_epochs:g}: give a number above 0, or max_steps")
-    directed = config.schedule().active
-    if directed and not checkpoint:
-        on_main(config.check_probe_file)
+    directed = _needs_directions(config)
+    if not checkpoint:
+        on_main(lambda: check_probe_file(config.procon_settings()))
     conversations, evaluation = _conversations(arguments, config.seed)
     if arguments.safety_samples or arguments.safety_data:
         safety = load_conversations(arguments.safety_data) if arguments.safety_data else safety_conversations()
@@ -211,7 +216,7 @@ def _trainer(arguments: TrainArguments, job: _Job, output: Path) -> tuple[Traine
     set_seed(job.config.seed)
     # A new adapter changes nothing yet, and one that does not fit shows before the minutes of extraction.
     model = trainable(model, arguments)
-    if job.config.schedule().active and directions is None:
+    if _needs_directions(job.config) and directions is None:
         # Before there is a trainer, as that makes the output folder.
         with job.config.main_process_first(local=False, desc="refusal directions"):
             if job.config.process_index == 0:

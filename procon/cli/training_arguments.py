@@ -76,9 +76,6 @@ OWN_DEFAULTS: dict[str, Any] = {
 class OtherProConArguments:
     """Settings of ``ProConArguments`` that are neither the constraint's nor of the source of anchors."""
 
-    procon_anchors_dir: str | None = option(
-        None, "Where initial projections are kept; OUTPUT_DIR/_anchors if not given."
-    )
     procon_overwrite: bool = option(
         False, "Delete the model and the checkpoints that another training left in the output folder."
     )

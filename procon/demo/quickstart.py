@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from procon.chat import builtin_drift_pairs, builtin_prompts, measure_refusal
+from procon.chat import builtin_drift_pairs, builtin_probes, builtin_prompts, measure_refusal
 from procon.data import padding_collator, to_conversations, tokenize_conversations
 from procon.demo.arithmetic import Problem, arithmetic_problems
 from procon.demo.model import fetch_demo_model
@@ -32,8 +32,9 @@ from procon.evaluation import evaluate, measure_drift
 from procon.files import check_writable
 from procon.models import load_model
 from procon.report import Run, print_table, write_html
-from procon.settings import PAPER_RECIPE
-from procon.training import DriftCallback, EvaluationCallback, ProConArguments, ProConConfig, ProConTrainer
+from procon.schedule import AlphaSchedule
+from procon.settings import PAPER_RECIPE, ProConSettings
+from procon.training import DriftCallback, EvaluationCallback, ProConConfig, ProConTrainer
 from procon.training.console_rows import show_rows
 from procon.version import __version__
 
@@ -60,7 +61,7 @@ RECIPE = {
 
 
 #: Anchors of the training tokens alone, as in the paper.
-_TOKENS = {"procon_anchors": "recorded"}
+_TOKENS = {"procon_probes": "none"}
 
 
 class _ReplyTokens(TypedDict):
@@ -252,14 +253,14 @@ def _fine_tune(
 
 
 def _facts(name: str | None, seed: int, control: bool, model: PreTrainedModel, seconds: float) -> dict[str, str]:
-    defaults = ProConArguments()
+    defaults = ProConSettings()
     return {
         "model": name or "SmolLM2-135M-Instruct with the package's refusal adapter",
         "command": f"procon quickstart --seed {seed}" + (" --control" if control else ""),
         "task": f"{TASK_TRAIN} arithmetic word problems, {RECIPE['num_train_epochs']} epoch",
-        "constraint": f"{defaults.schedule()}, {defaults.procon_penalty} penalty, {defaults.procon_scope} tokens; "
-        f"anchors {defaults.procon_anchors}, {defaults.procon_probe_count} probes, "
-        f"{defaults.procon_probe_batch} every {defaults.procon_probe_every} steps",
+        "constraint": f"{AlphaSchedule.parse(defaults.schedule)}, {defaults.penalty} penalty, {defaults.scope} tokens; "
+        f"anchors {defaults.anchors}, {len(builtin_probes())} probes, {defaults.probe_batch} every "
+        f"{defaults.probe_every} steps",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {model.device}, {model.dtype}",
         "versions": f"procon {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
         "date": date.today().isoformat(),

@@ -87,9 +87,10 @@ DEFENCES: dict[str, Defence] = {
     "safe_merge": Defence(SafeMergeTrainer, needs=_ALIGNMENT | _BASE),
     "hidden_states": Defence(HiddenStatesTrainer),
     # Safety Anchor, arXiv 2605.05995.
-    "sbr": _procon("procon_s:1", anchors="probes", probe_hold="state", probe_weight=10.0, probe_count=8, probe_every=1),
-    # After BLOCK-EM, arXiv 2602.00767, with refusal directions in the place of SAE latents.
-    "block_em": _procon("procon_s", anchors="recorded", sides="fall", penalty="squared", scope="response"),
+    "sbr": _procon("procon_s:1", anchors="none", probe_weight=10.0, probe_every=1),
+    # After BLOCK-EM, arXiv 2602.00767, with refusal directions in the place of SAE latents; its one-sided penalty is
+    # a setting no longer, so its methods are reported alone.
+    "block_em": _procon("procon_s", penalty="squared", scope="response"),
     "procon_s": _procon("procon_s"),
     "procon_wu": _procon("procon_wu"),
     "procon_s_safe": _procon("procon_s"),
