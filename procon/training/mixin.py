@@ -15,6 +15,7 @@ from transformers.trainer_utils import TrainOutput
 
 from procon.anchors import LiveAnchors
 from procon.anchors.probes import PROBES
+from procon.chat import load_instructions
 from procon.constraint import ProjectionConstraint, constrained_tokens, probe_departure
 from procon.constraint.guards import check_finite, refuse_data_parallel
 from procon.directions import DIRECTIONS, BlockDirections, load_directions
@@ -31,6 +32,7 @@ from procon.training.model_card import describe, write_section
 from procon.training.output import output_folder
 from procon.training.ranks import on_main
 from procon.training.record import write_record
+from procon.training.run_facts import prompts_hash
 from procon.training.strength import StrengthMixin
 from procon.training.watch import Watch
 
@@ -154,8 +156,6 @@ class ProConMixin(StrengthMixin):
             return super()._constraining(checkpoint)
         if self.args.use_liger_kernel:  # train() does so later, and would take the norms from the constraint
             apply_liger_kernel(self.model, self.args.liger_kernel_config)
-        if not checkpoint:  # which has the probes
-            on_main(self.args.check_probe_file)
         constraint = self.constraint
         if constraint is None:
             constraint = self._make_constraint(
@@ -166,6 +166,12 @@ class ProConMixin(StrengthMixin):
             self._reopen_anchors(constraint, checkpoint)
         self._weigh_blocks(constraint, checkpoint)
         return constraint.attach(self.model, fuse=self.args.procon_fuse)
+
+    def _run_facts(self) -> dict[str, Any]:
+        settings = self.args.anchor_settings()
+        file = settings.probes if self.alpha_schedule.active and settings.has_probes else None
+        prompts = file and on_main(lambda: prompts_hash(load_instructions(file)))
+        return {**super()._run_facts(), "probe_prompts": prompts}
 
     def begin_evidence(self) -> None:
         """Count from what the checkpoint has counted, or from nothing."""
