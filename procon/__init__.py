@@ -5,7 +5,8 @@ Names are imported on first use, so ``from procon import constrain`` loads neith
 
 import sys
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +14,16 @@ from procon.version import __version__
 
 
 def _mount_kernels() -> None:
-    """In a source tree ``kernels/`` lies beside this package, not in it; that one folder becomes ``procon.kernels``."""
-    file = Path(__file__).resolve().parents[1] / "kernels" / "__init__.py"
-    if "procon.kernels" in sys.modules or Path(__file__).with_name("kernels").is_dir() or not file.is_file():
+    """In a source tree ``kernels/`` lies beside this package, not in it; that one folder becomes ``procon.kernels``.
+
+    It has no ``__init__.py``, so that ``import kernels`` in a source tree finds Hugging Face's package of that name.
+    """
+    folder = Path(__file__).resolve().parents[1] / "kernels"
+    if "procon.kernels" in sys.modules or Path(__file__).with_name("kernels").is_dir() or not folder.is_dir():
         return
-    spec = spec_from_file_location("procon.kernels", file, submodule_search_locations=[str(file.parent)])
-    if spec is not None and spec.loader is not None:
-        sys.modules["procon.kernels"] = module = module_from_spec(spec)
-        globals()["kernels"] = module  # as an import of a submodule sets it
-        spec.loader.exec_module(module)
+    spec = ModuleSpec("procon.kernels", None, is_package=True)
+    spec.submodule_search_locations = [str(folder)]
+    sys.modules["procon.kernels"] = globals()["kernels"] = module_from_spec(spec)  # as an import of a submodule sets it
 
 
 _mount_kernels()

@@ -81,7 +81,7 @@ def _reason(error: Exception) -> OSError | None:
         return error
     if number := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors, tokenizers
         return OSError(int(number[1]), os.strerror(int(number[1])))
-    if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|unexpected pos", str(error)):
+    if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|unexpected pos|iostream error", str(error)):
         return OSError(errno.ENOSPC, "torch wrote a part of it, and gives no reason")
     return None
 

@@ -296,7 +296,7 @@ def _run(args: TrainingArguments, model: nn.Module, loader: DataLoader) -> dict[
     precision = AcceleratorState().mixed_precision
     return {
         "run": run_facts(args, model, loader.dataset, precision=precision, reads_data=True),
-        "arguments": run_arguments(args, model, loader.collate_fn),
+        "arguments": run_arguments(args, model, data_collator=loader.collate_fn),
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from procon.errors import ProConError
 from procon.files import json_checksum, save_json
+from procon.version import __version__
 
 RECORD = "procon.json"
 
@@ -46,7 +47,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not isinstance(record, dict):
         raise ProConError(f"{str(path)!r} is damaged (no object): take another checkpoint, or start afresh")
     checksum = record.pop("checksum", None)
-    # A checkpoint's has one in any case; beside a model there may be one of an older version.
-    if checksum != json_checksum(record) and (checksum is not None or "files" in record):
+    # A checkpoint's and one of this version have one in any case; beside a model there may be one of an older version.
+    must = "files" in record or record.get("version") == __version__
+    if checksum != json_checksum(record) and (checksum is not None or must):
         raise ProConError(f"{str(path)!r} is damaged (its checksum differs): take another checkpoint, or start afresh")
     return record

@@ -11,6 +11,8 @@ from torch import nn
 from procon.errors import ProConError
 from procon.method.record import read_record
 from procon.models import keep_quantised
+from procon.training.checkpoints import check_files, check_no_others
+from procon.training.ranks import on_main
 from procon.training.step_times import TimedMixin
 
 logger = logging.getLogger(__name__)
@@ -62,5 +64,14 @@ class BestMixin(TimedMixin):
                 f"the best checkpoint {str(folder)!r} is not on this host, so the model would stay the last one: set "
                 "save_on_each_node, or load_best_model_at_end to false"
             )
+        self._best = on_main(lambda: _checked(folder))
         super()._load_best_model()
-        self._best = read_record(folder) or {}
+
+
+def _checked(folder: Path) -> dict[str, Any]:
+    """The record of a checkpoint whose weights are as they were written; what only resuming needs is not looked at."""
+    record = read_record(folder) or {}
+    if files := record.get("files"):
+        check_files(folder, files, _WEIGHTS)
+        check_no_others(folder, files)
+    return record

@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 #: Bytes that are read at a time.
 _PIECE = 16 * 2**20
 
+#: Endings of the files that weights, states and lists of them are in.
+_LOADED = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".index.json")
+
 #: Written last by the Trainer itself, and read first when a training goes on.
 _TRAINER_STATE = "trainer_state.json"
 
@@ -67,8 +70,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in ``path``, every file of which is read once.
 
     Raises:
-        ProConError: if it is not whole or damaged, naming the file, or was saved without what resuming needs.
+        ProConError: if it is not whole or damaged, naming the file, was saved without what resuming needs, or holds
+            weights that it was not saved with.
     """
+    found = _whole(path)
+    check_no_others(path, found.record["files"])
+    return found
+
+
+def _whole(path: Path) -> Checkpoint:
     record = read_record(path)
     files = (record or {}).get("files")
     if record is None or not isinstance(files, dict) or _TRAINER_STATE not in files:
@@ -78,8 +88,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"checkpoint {str(path)!r} was saved without the optimiser's state (save_only_model), so training would "
             "not go on as it was: start afresh, and save with save_only_model=False"
         )
+    check_files(path, files)
+    return Checkpoint(path, record)
+
+
+def check_files(folder: Path, files: dict[str, str], beginning: str | tuple[str, ...] = "") -> None:
+    """Raise ProConError unless those of a checkpoint's files whose names begin so are as they were written."""
     for name, expected in files.items():
-        file = path / name
+        if not name.startswith(beginning):
+            continue
+        file = folder / name
         try:
             found = _checksum(file) if file.is_file() else None
         except OSError as error:
@@ -87,18 +105,34 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if found != expected:
             what = "is missing" if found is None else "is not as it was written"
             raise ProConError(f"checkpoint file {str(file)!r} {what}: resume from another checkpoint, or start afresh")
-    return Checkpoint(path, record)
+
+
+def check_no_others(folder: Path, files: dict[str, str]) -> None:
+    """Raise ProConError for weights that are not of the checkpoint: they may be read before those that are."""
+    for path in sorted(folder.rglob("*")):
+        if path.name.endswith(_LOADED) and path.relative_to(folder).as_posix() not in files:
+            raise ProConError(
+                f"file {str(path)!r} was put there after the checkpoint was saved, and may be loaded in place of its "
+                "weights: move it to a folder of its own"
+            )
 
 
 def latest(output_dir: Path) -> Checkpoint | None:
-    """The latest whole checkpoint under ``output_dir``; a warning names each later one, and what is wrong with it."""
+    """The latest whole checkpoint under ``output_dir``; a warning names each later one, and what is wrong with it.
+
+    Raises:
+        ProConError: if it was saved without what resuming needs, or holds weights that it was not saved with.
+    """
     for path in reversed(_folders(output_dir)):
         try:
-            return open_checkpoint(path)
+            found = _whole(path)
         except ProConError as error:
             if _is_whole_but_for_the_optimiser(path):
                 raise
             logger.warning("passed over %s: %s", path.name, error)
+        else:
+            check_no_others(path, found.record["files"])
+            return found
     return None
 
 

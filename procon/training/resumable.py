@@ -116,7 +116,10 @@ class ResumableMixin(BestMixin):
 
     def _run_facts(self) -> dict[str, Any]:
         """Of the main process: others may hold no weights worth the name yet; of sharded ones, all need the others."""
-        model = cast(nn.Module, self.model)
+        model, reference = cast(nn.Module, self.model), getattr(self, "ref_model", None)
+        # One that moves with the model, or lies on several ranks, has no weights to compare.
+        if reference is not None and (getattr(self.args, "sync_ref_model", False) or is_sharded(reference)):
+            reference = None
 
         def find() -> dict[str, Any]:
             return run_facts(
@@ -126,12 +129,18 @@ class ResumableMixin(BestMixin):
                 precision=self.accelerator.mixed_precision,
                 together=self.get_tp_size() * self.get_cp_size() * self.get_sp_size(),
                 reads_data=self._constrains,
+                reference=reference,
             )
 
         return on_main(find, all_call=is_sharded(model))
 
     def _run_arguments(self) -> dict[str, Any]:
-        return run_arguments(self.args, cast(nn.Module, self.model), self.data_collator)
+        return run_arguments(
+            self.args,
+            cast(nn.Module, self.model),
+            data_collator=self.data_collator,
+            compute_loss_func=self.compute_loss_func,
+        )
 
     def _record(self) -> dict[str, Any]:
         """What goes into ``procon.json``."""

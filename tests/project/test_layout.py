@@ -1,6 +1,7 @@
 """The house: few entries, short files, doors that say what they are, and no way past them."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -96,13 +97,23 @@ def test_only_the_kernels_are_mounted_in_a_source_tree(tmp_path):
         "assert all(u.find_spec(f'procon.{name}') is None for name in ('tests', 'docs', 'benchmarks', 'setup'))\n"
         "assert u.find_spec('procon.kernels.launch').origin.endswith('/kernels/launch.py')\n"
         "assert procon.kernels is kernels\n"
-        "print(kernels.__file__)\n"
+        "print(*kernels.__path__)\n"
     )
     # Isolated, and without site-packages, where an installed one would be found.
     search = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
     run = subprocess.run([sys.executable, "-ISc", search + program], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == str(ROOT / "kernels" / "__init__.py")
+    assert run.stdout.strip() == str(ROOT / "kernels")
+
+
+def test_kernels_of_a_checkout_do_not_pass_for_the_hubs(tmp_path):
+    """In its root, where ``python -m benchmarks...`` and notebooks start."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").touch()
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}  # looked through after the current folder
+    command = [sys.executable, "-c", "import procon.kernels, kernels; print(kernels.__file__)"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == str(tmp_path / "kernels" / "__init__.py")
 
 
 def test_what_readme_and_pages_import_is_at_the_top():

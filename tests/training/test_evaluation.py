@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from procon.errors import ProConError
+
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2}
 
 
@@ -83,7 +85,7 @@ def test_evaluation_within_training_leaves_training_alone(make_trainer, base):
     """The penalty and the weights are those of a run that never evaluates."""
 
     evaluated = make_trainer(base, "procon_s:1", **EVALUATING)
-    never = make_trainer(base, "procon_s:1")
+    never = make_trainer(base, "procon_s:1", folder="never")
     for trainer in (evaluated, never):
         trainer.train()
     assert penalties(evaluated) == penalties(never)
@@ -108,3 +110,14 @@ def test_the_best_checkpoint_is_what_the_record_speaks_of(make_trainer, tmp_path
     assert record["best"] == trainer.best
     assert record["did"]["steps"] == record["did"]["constrained_steps"] == best
     assert len(penalties(trainer)) == 4
+
+    checkpoint = tmp_path / "out" / f"checkpoint-{best}"
+    (checkpoint / "optimizer.pt").write_bytes(b"damaged, and not read")
+    trainer._load_best_model()
+    (checkpoint / "adapter_model.safetensors").touch()
+    with pytest.raises(ProConError, match=r"adapter_model.safetensors' was put there after the checkpoint was saved"):
+        trainer._load_best_model()
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(ProConError, match=r"model.safetensors' is not as it was written"):
+        trainer._load_best_model()

@@ -7,6 +7,7 @@ from peft import LoraConfig
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from procon.constraint import ProjectionConstraint
+from procon.data import to_conversations, tokenize_conversations
 from procon.directions import DIRECTIONS, RefusalDirections
 from procon.errors import ProConError
 from procon.sequences import split_batch
@@ -43,7 +44,16 @@ def trainer(random_directions):
     """A ProConSFTTrainer along random directions, of three steps unless told otherwise."""
 
     def make(
-        model, tokenizer, folder, dataset=None, *, callbacks=(), directions="random", peft_config=None, **settings
+        model,
+        tokenizer,
+        folder,
+        dataset=None,
+        *,
+        callbacks=(),
+        directions="random",
+        peft_config=None,
+        eval_dataset=None,
+        **settings,
     ):
         defaults = {
             "procon_anchors": "recorded",
@@ -64,6 +74,7 @@ def trainer(random_directions):
             ProConSFTConfig(output_dir=str(folder), **{**defaults, **settings}),
             directions=random_directions(model) if directions == "random" else directions,
             train_dataset=prompt_completion() if dataset is None else dataset,
+            eval_dataset=eval_dataset,
             processing_class=tokenizer,
             peft_config=peft_config,
             callbacks=list(callbacks),
@@ -90,6 +101,24 @@ class Seen(TrainerCallback):
             return inner(model, inputs, *args, **kwargs)
 
         run.training_step = step
+
+
+@pytest.mark.parametrize("loaded", [True, False], ids=["tokenizer", "its folder"])
+def test_without_a_training_template_labels_are_those_of_procon_train(trainer, tiny_model, tokenizer, tmp_path, loaded):
+    """Of this tokenizer's template TRL knows none, and raises."""
+    dataset = Dataset.from_list([{"messages": turns} for turns in conversations()])
+    expected = tokenize_conversations(to_conversations(dataset), tokenizer)["labels"]
+    model = tiny_model()
+    if not loaded:
+        tokenizer.save_pretrained(tmp_path / "model")
+        model.config._name_or_path = str(tmp_path / "model")
+    settings = {"assistant_only_loss": True, "eval_dataset": {"some": dataset}}
+    run = trainer(model, tokenizer if loaded else None, tmp_path / "out", dataset, **settings)
+    assert run.train_dataset["labels"] == expected
+    assert run.eval_dataset["some"]["labels"] == expected
+    assert run.args.assistant_only_loss
+    run.evaluate(dataset)
+    run.train()
 
 
 @pytest.mark.parametrize(

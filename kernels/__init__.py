@@ -1,1 +1,0 @@
-"""Triton kernels of ProCon: tensors in, tensors out. Installed as ``procon.kernels``."""
