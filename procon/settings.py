@@ -29,7 +29,6 @@ Blocks = Literal["all", "last"] | float | Sequence[int | float | str]
 Penalty = Literal["squared", "absolute", "huber"]
 Sides = Literal["both", "fall"]
 Units = Literal["raw", "gap"]
-Reduction = Literal["token", "sequence"]
 Fuse = Literal["auto", "never"]
 Backend = Literal["auto", "triton", "eager"]
 AnchorSource = Literal["recorded", "live", "probes", "recorded+probes", "live+probes"]
@@ -53,7 +52,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "penalty": get_args(Penalty),
     "sides": get_args(Sides),
     "units": get_args(Units),
-    "reduction": get_args(Reduction),
     "fuse": get_args(Fuse),
     "backend": get_args(Backend),
     "anchors": get_args(AnchorSource),
@@ -90,15 +88,8 @@ class ConstraintSettings:
     penalty: Penalty = "absolute"
     """Penalty on a departure: squared, absolute (as the paper typesets it) or huber."""
 
-    sides: Sides = "both"
-    """Departures that are penalised: both (paper), rises and falls; or fall, only those towards the benign side."""
-
     units: Units = "raw"
     """Units of a departure: raw (paper), or gap, each block in units of its malicious-benign distance."""
-
-    reduction: Reduction = "token"
-    """What the penalty is a mean over: token, all constrained tokens; or sequence, the sequences, each one counting as
-    the mean over its own tokens."""
 
     fuse: Fuse = "auto"
     """Where the op runs: auto, inside the blocks' own RMSNorm if possible; or never, ahead of the block."""
@@ -224,7 +215,7 @@ def check_setting(setting: str, value: Any, name: str | None = None) -> None:
     """Raise ProConError if ``value`` is none that the setting can have.
 
     Args:
-        setting: a field of :class:`ConstraintSettings`, of :class:`AnchorSettings`, or ``thinking_tokens``.
+        setting: a field of :class:`ConstraintSettings`, of :class:`AnchorSettings`, ``sides`` or ``thinking_tokens``.
         name: what the user calls it, such as ``procon_penalty``; its own name if not given.
     """
     name = name or setting

@@ -87,7 +87,7 @@ class ProjectionConstraint:
         *,
         blocks: Blocks = DEFAULTS.blocks,
         penalty: Penalty = DEFAULTS.penalty,
-        sides: Sides = DEFAULTS.sides,
+        sides: Sides = "both",
         units: Units = DEFAULTS.units,
         backend: Backend = DEFAULTS.backend,
     ) -> None:
@@ -297,7 +297,7 @@ class ProjectionConstraint:
         The mean over the constrained tokens and the blocks whose input training can move. It comes of the penalties
         that are there already, and costs no pass over the hidden states and no wait for the device. Shares of several
         micro-batches or ranks add up, as those of :meth:`penalty` do. Of ``K`` directions, the sum of their shifts.
-        With ``sides="fall"`` a rise counts as none. Blocks count alike, whatever their weights.
+        With ``sides="fall"`` a rise counts as none.
 
         With ``penalty="squared"`` it is the mean of the *squares*: take the root once the shares are added up. With
         ``"absolute"``, shifts within the rounding of the hidden states count for less than they are

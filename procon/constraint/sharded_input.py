@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from procon.errors import ProConError
 from procon.ops import constrain
-from procon.settings import DEFAULTS, Backend, Penalty, Sides
+from procon.settings import Backend, Penalty, Sides
 
 
 def check_placements(hidden: DTensor, block: int) -> None:
@@ -32,7 +32,7 @@ def constrain_sharded(
     *,
     penalty: Penalty,
     backend: Backend,
-    sides: Sides = DEFAULTS.sides,
+    sides: Sides = "both",
 ) -> tuple[DTensor, Tensor]:
     """:func:`procon.ops.constrain`, with ``anchor`` and ``weight`` of all tokens, the same on every rank.
 

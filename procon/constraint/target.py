@@ -11,7 +11,7 @@ from torch import Tensor
 
 from procon.ops.backends import choose_backend
 from procon.ops.operators import folded
-from procon.settings import DEFAULTS, Backend, Penalty, Sides, Units
+from procon.settings import Backend, Penalty, Sides, Units
 
 
 class Placed(NamedTuple):
@@ -65,7 +65,7 @@ class State:
     """What all constrained blocks of a model go by."""
 
     backend: Backend
-    sides: Sides = DEFAULTS.sides
+    sides: Sides = "both"
     enabled: bool = True
     target: Target | None = None
     #: That of the last target, which may be released when blocks run again within backward; None before the first one.

@@ -48,9 +48,7 @@ class AxolotlKeys(BaseModel):
     procon_scope: str | None = None
     procon_blocks: str | float | list[int | float | str] | None = None
     procon_penalty: str | None = None
-    procon_sides: str | None = None
     procon_units: str | None = None
-    procon_reduction: str | None = None
     procon_fuse: str | None = None
     procon_backend: str | None = None
     procon_anchors: str | None = None

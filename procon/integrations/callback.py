@@ -33,7 +33,6 @@ from procon.settings import (
     Blocks,
     Fuse,
     Penalty,
-    Sides,
     Units,
     check_setting,
 )
@@ -69,7 +68,7 @@ class ProConCallback(TrainerCallback, ExportableState):
     Args:
         directions: of the model as training starts, or the file that they were saved in.
         schedule: of :meth:`procon.schedule.AlphaSchedule.parse`. ``"0"`` switches the constraint off.
-        blocks, penalty, sides, units, backend: of :class:`procon.constraint.ProjectionConstraint`.
+        blocks, penalty, units, backend: of :class:`procon.constraint.ProjectionConstraint`.
         fuse: of :meth:`procon.constraint.ProjectionConstraint.attach`.
         anchors_dir: where initial projections are kept; OUTPUT_DIR/_anchors if not given.
 
@@ -84,7 +83,6 @@ class ProConCallback(TrainerCallback, ExportableState):
         schedule: str = DEFAULTS.schedule,
         blocks: Blocks = DEFAULTS.blocks,
         penalty: Penalty = DEFAULTS.penalty,
-        sides: Sides = DEFAULTS.sides,
         units: Units = DEFAULTS.units,
         backend: Backend = DEFAULTS.backend,
         fuse: Fuse = DEFAULTS.fuse,
@@ -94,7 +92,6 @@ class ProConCallback(TrainerCallback, ExportableState):
             "schedule": schedule,
             "blocks": blocks,
             "penalty": penalty,
-            "sides": sides,
             "units": units,
         }
         for setting, value in {**settings, "backend": backend, "fuse": fuse}.items():
@@ -115,7 +112,7 @@ class ProConCallback(TrainerCallback, ExportableState):
             directions = load_directions(directions)
         self._directions = directions
         self._constraint = ProjectionConstraint(
-            directions, blocks=blocks, penalty=penalty, sides=sides, units=units, backend=backend
+            directions, blocks=blocks, penalty=penalty, units=units, backend=backend
         )
         self._settings = {
             **settings,

@@ -41,9 +41,7 @@ _SAME_WHEN_RESUMED = (
     "schedule",
     "scope",
     "penalty",
-    "sides",
     "units",
-    "reduction",
     "blocks",
     "directions",
     "anchors_from",
@@ -127,7 +125,6 @@ class AnchoredMixin(_Resumable):
             directions,
             blocks=settings.blocks,
             penalty=settings.penalty,
-            sides=settings.sides,
             units=settings.units,
             backend=settings.backend,
         )
@@ -205,7 +202,6 @@ class AnchoredMixin(_Resumable):
         self._collator = AnchoredCollator(
             self.data_collator,
             TokenMask(self.args.procon_scope) if source == "live" else self._anchors,
-            reduction=self.args.procon_reduction,
             tokenizer=self._chat_tokenizer,
         )
         with self._collating(self._collator):
@@ -262,7 +258,6 @@ class AnchoredMixin(_Resumable):
         if probing := found.setdefault("probing", None):
             probing.setdefault("batch", probing["count"])
             probing.setdefault("reply_tokens", 0)
-        found.setdefault("sides", "both")
         found.setdefault("chat", describe_chat(None, None))
         check_resumed(found, {name: record[name] for name in _SAME_WHEN_RESUMED}, str(checkpoint))
         settings = self.args.anchor_settings()

@@ -20,8 +20,6 @@ from procon.settings import (
     Fuse,
     Penalty,
     ProbeHold,
-    Reduction,
-    Sides,
     TokenScope,
     Units,
     check_measured,
@@ -59,9 +57,7 @@ class ProConArguments:
     procon_scope: TokenScope = field(default=DEFAULTS.scope, metadata=_help("scope"))
     procon_blocks: str = field(default=str(DEFAULTS.blocks), metadata=_help("blocks"))
     procon_penalty: Penalty = field(default=DEFAULTS.penalty, metadata=_help("penalty"))
-    procon_sides: Sides = field(default=DEFAULTS.sides, metadata=_help("sides"))
     procon_units: Units = field(default=DEFAULTS.units, metadata=_help("units"))
-    procon_reduction: Reduction = field(default=DEFAULTS.reduction, metadata=_help("reduction"))
     procon_fuse: Fuse = field(default=DEFAULTS.fuse, metadata=_help("fuse"))
     procon_backend: Backend = field(default=DEFAULTS.backend, metadata=_help("backend"))
     procon_anchors: AnchorSource = field(default=AnchorSettings.anchors, metadata=_help("anchors"))

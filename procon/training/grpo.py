@@ -88,10 +88,7 @@ class ProConGRPOTrainer(ReferenceMixin, GRPOTrainer):
             prompt = torch.zeros_like(prompt)
         elif self.args.procon_scope == "prompt":
             completion = torch.zeros_like(completion)
-        mask = torch.cat([prompt, completion], 1)
-        if self.args.procon_reduction == "sequence":
-            mask = mask / mask.sum(1, keepdim=True).clamp_min(1)
-        return mask
+        return torch.cat([prompt, completion], 1)
 
     def _count_constrained(self, batches: list[dict[str, Any]]) -> None:
         return None  # what an optimiser step constrains is not generated yet

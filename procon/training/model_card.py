@@ -27,9 +27,6 @@ _MEASURES = {
     "procon/task": ("accuracy on a task", "{:.0%}"),
 }
 
-#: What is said of each of the settings' sides.
-_SIDES = {"both": "of rises and falls", "fall": "of falls towards the benign side alone"}
-
 _SECTION = """\
 ## Refusal anchored with ProCon
 
@@ -96,8 +93,7 @@ def describe(settings: dict[str, Any], directions: BlockDirections, log_history:
         **_hold(did.get("hold")),
         "constrained tokens": settings["scope"] if settings["anchors_from"] != "probes" else "the probes' last ones",
         "constrained blocks": _blocks(settings["blocks"], directions.block_count),
-        "penalty": f"{settings['penalty']}, {_SIDES[settings['sides']]}, {settings['units']} units, "
-        f"mean over {settings['reduction']}s",
+        "penalty": f"{settings['penalty']}, {settings['units']} units, mean over tokens",
         "directions": f"`{DIRECTIONS}` (`{settings['directions']}`){_origin(directions)}",
         **_concepts(directions),
         "anchors": _anchors(settings),

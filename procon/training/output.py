@@ -49,9 +49,7 @@ _SAME = (
     "schedule",
     "scope",
     "penalty",
-    "sides",
     "units",
-    "reduction",
     "anchors_from",
     "probing",
 )
