@@ -25,7 +25,6 @@ Blocks = Literal["all", "last"] | float | Sequence[int | float | str]
 Penalty = Literal["squared", "absolute", "huber"]
 Sides = Literal["both", "fall"]
 Units = Literal["raw", "gap"]
-Reduction = Literal["token", "sequence"]
 Fuse = Literal["auto", "never"]
 Backend = Literal["auto", "triton", "eager"]
 AnchorSource = Literal["recorded", "live", "none"]
@@ -48,7 +47,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "penalty": get_args(Penalty),
     "sides": get_args(Sides),
     "units": get_args(Units),
-    "reduction": get_args(Reduction),
     "fuse": get_args(Fuse),
     "backend": get_args(Backend),
     "anchors": get_args(AnchorSource),

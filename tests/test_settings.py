@@ -15,7 +15,6 @@ import torch
 import procon
 from procon import (
     AlphaSchedule,
-    AnchoredCollator,
     Anchors,
     ChatSettings,
     ConstraintSettings,
@@ -59,9 +58,7 @@ WRONG = {
     "scope": ("reply", "is 'reply': choose one of response, prompt, all"),
     "blocks": ("1.5", "is the fraction 1.5: give one above 0"),
     "penalty": ("l2", "is 'l2': choose one of squared, absolute, huber"),
-    "sides": ("rise", "is 'rise': choose one of both, fall"),
     "units": ("metres", "is 'metres': choose one of raw, gap"),
-    "reduction": ("mean", "is 'mean': choose one of token, sequence"),
     "fuse": ("maybe", "is 'maybe': choose one of auto, never"),
     "backend": ("cuda", "is 'cuda': choose one of auto, triton, eager"),
     "anchors": ("remembered", "is 'remembered': choose one of recorded, live, probes, recorded+probes, live+probes"),
@@ -121,12 +118,10 @@ def default_of(function: Callable, parameter: str) -> Any:
 def test_every_door_has_the_defaults():
     """Doors that are named here, and any other parameter of a setting's name that has a default."""
     named = {
-        (ProjectionConstraint, ("blocks", "penalty", "sides", "units", "backend")),
+        (ProjectionConstraint, ("blocks", "penalty", "units", "backend")),
         (ProjectionConstraint.attach, ("fuse",)),
         (Anchors.record, ("scope", "backend")),
-        (Anchors.annotate, ("reduction",)),
-        (AnchoredCollator, ("reduction",)),
-        (ProConCallback, ("schedule", "blocks", "penalty", "sides", "units", "backend", "fuse")),
+        (ProConCallback, ("schedule", "blocks", "penalty", "units", "backend", "fuse")),
         (ConstrainedForward, ("fuse",)),
         (ConstraintSettings, tuple(SETTINGS)),
         (LiveAnchors, ("backend",)),
@@ -247,8 +242,6 @@ def python_doors() -> dict[str, tuple[str, Callable[[Any], object]]]:
             "fuse",
             lambda value: ConstrainedForward(nothing, ProjectionConstraint(directions()), nothing, alpha=1, fuse=value),
         ),
-        "collator-reduction": ("reduction", lambda value: AnchoredCollator(nothing, nothing, reduction=value)),
-        "annotate-reduction": ("reduction", lambda value: Anchors.annotate(nothing, nothing, reduction=value)),
         "live-backend": ("backend", lambda value: LiveAnchors(nothing, nothing, backend=value)),
         "probes-backend": (
             "backend",
@@ -265,13 +258,13 @@ def python_doors() -> dict[str, tuple[str, Callable[[Any], object]]]:
     add("sources", ANCHOR_SETTINGS, AnchorSettings)
     add(
         "constraint",
-        ["blocks", "penalty", "sides", "units", "backend"],
+        ["blocks", "penalty", "units", "backend"],
         lambda **s: ProjectionConstraint(directions(), **s),
     )
     add("record", ["scope", "backend"], lambda **s: Anchors.record(nothing, nothing, nothing, "nowhere", **s))
     add(
         "callback",
-        ["schedule", "blocks", "penalty", "sides", "units", "backend", "fuse"],
+        ["schedule", "blocks", "penalty", "units", "backend", "fuse"],
         lambda **s: ProConCallback("nowhere.safetensors", **s),
     )
     return calls

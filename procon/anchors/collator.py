@@ -7,7 +7,6 @@ from typing import Any
 
 from procon.anchors.store import Anchors
 from procon.anchors.token_mask import TokenMask
-from procon.settings import Reduction, check_setting
 
 
 class AnchoredCollator:
@@ -17,11 +16,10 @@ class AnchoredCollator:
         collator: any collator that gives ``input_ids`` and ``labels``.
         anchors: an opened store; or what marks the constrained tokens alone, for live anchors. None until there is
             one: batches then pass as they are.
-        reduction: of :meth:`Anchors.annotate`.
         tokenizer: names samples in errors; the collator's own if not given.
 
     Raises:
-        ProConError: for another reduction, and as :meth:`Anchors.annotate` does.
+        ProConError: when it is called, as of :meth:`Anchors.annotate`.
     """
 
     def __init__(
@@ -29,13 +27,10 @@ class AnchoredCollator:
         collator: Callable[[list[Any]], dict[str, Any]],
         anchors: Anchors | TokenMask | None,
         *,
-        reduction: Reduction = "token",
         tokenizer: Any = None,
     ) -> None:
-        check_setting("reduction", reduction)
         self.collator = collator
         self.anchors = anchors
-        self.reduction: Reduction = reduction
         self.tokenizer = tokenizer
 
     def __call__(self, features: list[Any]) -> dict[str, Any]:
@@ -43,4 +38,4 @@ class AnchoredCollator:
         if self.anchors is None:
             return batch
         decode = getattr(self.tokenizer or getattr(self.collator, "tokenizer", None), "decode", None)
-        return self.anchors.annotate(batch, decode, reduction=self.reduction)
+        return self.anchors.annotate(batch, decode)

@@ -30,7 +30,7 @@ from procon.directions import BlockDirections
 from procon.errors import ProConError
 from procon.models import configuration_hash, evaluating, token_embedding, unwrapped, weights_hash
 from procon.sequences import TokenSequence
-from procon.settings import DEFAULTS, Backend, Reduction, TokenScope, check_setting
+from procon.settings import DEFAULTS, Backend, TokenScope, check_setting
 
 
 class Anchors:
@@ -114,27 +114,17 @@ class Anchors:
             )
         return rows
 
-    def annotate(
-        self,
-        batch: dict[str, Any],
-        describe: Callable[[Sequence[int]], str] | None = None,
-        *,
-        reduction: Reduction = "token",
-    ) -> dict[str, Any]:
-        """Add ``anchors`` ``[B, T, blocks * K]`` and ``constraint_mask`` ``[B, T]``, fp32, above 0 on tokens in scope.
+    def annotate(self, batch: dict[str, Any], describe: Callable[[Sequence[int]], str] | None = None) -> dict[str, Any]:
+        """Add ``anchors`` ``[B, T, blocks * K]`` and ``constraint_mask`` ``[B, T]``, fp32, 1 on tokens in scope.
 
         Args:
             batch: on the CPU, padded, packed or flattened (see :func:`procon.sequences.split_batch`).
             describe: makes a text of token ids, for errors.
-            reduction: ``"token"``: the mask is 1 on each of them, and counts tokens. ``"sequence"``: it adds up to 1
-                over each sequence that has any, and counts those, so that the constraint, which divides by the sum of
-                the mask, is the mean over sequences of each one's mean over its tokens.
 
         Raises:
             ProConError: for a sequence that is not in the store, naming it, and for a batch that is not of text alone.
         """
-        check_setting("reduction", reduction)
-        mask, sequences = mask_tokens(batch, self.scope, reduction)
+        mask, sequences = mask_tokens(batch, self.scope)
         anchors = torch.zeros(*mask.shape, len(self.blocks) * self.k)
         for sequence, chosen in sequences:
             anchors[sequence.row, sequence.span][chosen] = torch.from_numpy(self.lookup(sequence, describe))

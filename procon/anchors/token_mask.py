@@ -1,4 +1,4 @@
-"""Which tokens of a batch are constrained, and with what weight."""
+"""Which tokens of a batch are constrained."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from procon.sequences import TokenSequence, check_text_only, split_batch
-from procon.settings import DEFAULTS, Reduction, TokenScope, check_setting
+from procon.settings import DEFAULTS, TokenScope, check_setting
 
 
-def mask_tokens(
-    batch: Mapping[str, Any], scope: TokenScope, reduction: Reduction
-) -> tuple[Tensor, list[tuple[TokenSequence, Tensor]]]:
+def mask_tokens(batch: Mapping[str, Any], scope: TokenScope) -> tuple[Tensor, list[tuple[TokenSequence, Tensor]]]:
     """The mask of a batch, ``[B, T]`` fp32; and its sequences that have constrained tokens, with those, ``[t]`` bool.
 
     Raises:
@@ -25,9 +23,8 @@ def mask_tokens(
     sequences = []
     for sequence in split_batch(batch):
         chosen = torch.from_numpy(sequence.in_scope(scope))
-        tokens = int(chosen.sum())
-        if tokens:
-            mask[sequence.row, sequence.span][chosen] = 1 / tokens if reduction == "sequence" else 1.0
+        if chosen.any():
+            mask[sequence.row, sequence.span][chosen] = 1.0
             sequences.append((sequence, chosen))
     return mask, sequences
 
@@ -43,13 +40,6 @@ class TokenMask:
         check_setting("scope", scope)
         self.scope: TokenScope = scope
 
-    def annotate(
-        self,
-        batch: dict[str, Any],
-        describe: Callable[[Sequence[int]], str] | None = None,
-        *,
-        reduction: Reduction = "token",
-    ) -> dict[str, Any]:
+    def annotate(self, batch: dict[str, Any], describe: Callable[[Sequence[int]], str] | None = None) -> dict[str, Any]:
         """Add ``constraint_mask`` as :meth:`procon.anchors.Anchors.annotate` does."""
-        check_setting("reduction", reduction)
-        return {**batch, "constraint_mask": mask_tokens(batch, self.scope, reduction)[0]}
+        return {**batch, "constraint_mask": mask_tokens(batch, self.scope)[0]}

@@ -187,36 +187,6 @@ def test_a_sequence_without_constrained_tokens_needs_no_anchors(samples, tokeniz
     assert batch["constraint_mask"].sum(1).tolist() == [len(samples[0]["input_ids"]) // 3, 0]
 
 
-@pytest.mark.parametrize("layout", ["padded", "flattened"])
-def test_sequence_reduction_gives_the_mean_over_sequences_of_their_means(samples, tokenizer, anchors, layout):
-    no_response = {"input_ids": [9, 8, 7, 6], "labels": [-100] * 4}
-    collator = padding_collator(tokenizer) if layout == "padded" else flattening_collator()
-    batch = AnchoredCollator(collator, anchors, reduction="sequence")([*samples, no_response])
-    mask = batch["constraint_mask"].double()
-    # Sums of up to ten shares that are rounded to float32.
-    assert mask.sum().item() == pytest.approx(len(samples), rel=1e-6)
-
-    def penalty(annotated) -> torch.Tensor:
-        """Of each token: something that differs from token to token, on which its place has no influence."""
-        return annotated["anchors"].double().square().sum(-1)
-
-    means = []
-    for sample in samples:
-        alone = AnchoredCollator(padding_collator(tokenizer), anchors)([sample])
-        means.append(penalty(alone)[alone["constraint_mask"] > 0].mean())
-    expected = torch.stack(means).mean()
-    found = (mask * penalty(batch)).sum() / mask.sum()
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-    assert abs(penalty(batch)[mask > 0].mean() - expected) > 1e-2 * expected  # the mean over tokens is another
-
-
-def test_unknown_reduction_is_refused(samples, tokenizer, anchors):
-    with pytest.raises(ProConError, match="reduction is 'sample': choose one of token, sequence"):
-        AnchoredCollator(padding_collator(tokenizer), anchors, reduction="sample")
-    with pytest.raises(ProConError, match="reduction is 'sample'"):
-        anchors.annotate(dict(padding_collator(tokenizer)(samples)), reduction="sample")
-
-
 def test_a_tokenizer_names_samples_where_the_collator_has_none(tokenizer, anchors):
     stranger = {"input_ids": tokenizer("Hello, you")["input_ids"]}
     stranger["labels"] = stranger["input_ids"]

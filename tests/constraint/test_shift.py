@@ -64,15 +64,14 @@ def test_the_shift_is_the_definition(tiny_model, batch, penalty, power, units, c
 
 
 @pytest.mark.parametrize(("penalty", "power"), [("absolute", 1), ("squared", 2)])
-def test_one_sided_it_is_that_of_the_fall_and_blocks_count_alike(tiny_model, batch, penalty, power):
+def test_one_sided_it_is_that_of_the_fall(tiny_model, batch, penalty, power):
     model = tiny_model().double()
     directions = directions_with_gaps(model, 1)
     blocks, mask = len(directions.gap), torch.ones(2, 9)
     states = model(**batch, output_hidden_states=True).hidden_states[:-1]
     projections = torch.stack([x @ r.double() for x, r in zip(states, directions.first, strict=True)], -1).detach()
     moved = torch.randn(2, 9, blocks, generator=torch.Generator().manual_seed(6)).double()
-    weights = torch.tensor([0.5, 1.0, 1.5])
-    found = ProjectionConstraint(directions, penalty=penalty, sides="fall", weights=weights)
+    found = ProjectionConstraint(directions, penalty=penalty, sides="fall")
     with found.attach(model) as constraint:
         constraint.set_target((projections - moved).float(), mask)
         model(**batch)

@@ -22,8 +22,8 @@ def test_every_method_is_one_that_its_defence_takes(budget, tmp_path):
         for method in part.methods:
             defence = DEFENCES[method.defence]
             assert method.settings.keys() <= inspect.signature(defence.trainer.__init__).parameters.keys()
-            assert set(method.config) <= known
-            defence.configure(ProConConfig(output_dir=str(tmp_path), report_to=[], **method.config))
+            assert set(method.arguments) <= known
+            defence.configure(ProConConfig(output_dir=str(tmp_path), report_to=[], **method.arguments))
 
 
 def test_fresh_prompts_are_of_another_make():

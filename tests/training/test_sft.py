@@ -6,12 +6,11 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from procon.constraint import ProjectionConstraint
 from procon.data import to_conversations, tokenize_conversations
 from procon.directions import DIRECTIONS, RefusalDirections
 from procon.errors import ProConError
 from procon.sequences import split_batch
-from procon.training import ProConConfig, ProConMixin
+from procon.training import ProConMixin
 
 pytest.importorskip("trl", reason="the extra trl")
 from procon.training.sft import ProConSFTConfig, ProConSFTTrainer
@@ -238,48 +237,6 @@ def test_mixin_wants_its_arguments(tiny_model, tmp_path):
 
     with pytest.raises(ProConError, match="args is a TrainingArguments: pass one that has ProConArguments"):
         Mine(tiny_model(), TrainingArguments(output_dir=str(tmp_path)))
-
-
-def test_mean_over_sequences(trainer, tiny_model, tokenizer, tmp_path):
-    """``reduction="sequence"``: each sequence counts as the mean of its own tokens, over accumulated micro-batches."""
-
-    class Move(TrainerCallback):
-        def on_train_begin(self, args, state, control, model=None, **kwargs):
-            torch.manual_seed(3)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter += 0.05 * torch.randn_like(parameter)
-
-    model = tiny_model().double()
-    seen = Seen()
-    run = trainer(
-        model,
-        tokenizer,
-        tmp_path,
-        callbacks=[Move()],
-        procon_reduction="sequence",
-        max_steps=1,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=4,
-        learning_rate=0.0,
-    )
-    seen.watch(run)
-    run.train()
-    means = []
-    with torch.no_grad():
-        for batch in seen.batches:
-            constraint = ProjectionConstraint(run._directions, penalty="squared").attach(model)
-            for row in range(len(batch["input_ids"])):
-                one = {name: batch[name][row : row + 1] for name in ("input_ids", "attention_mask", "labels")}
-                mask = (one["labels"] != -100).float()
-                with torch.enable_grad():
-                    constraint.set_target(batch["anchors"][row : row + 1], mask)
-                    model(input_ids=one["input_ids"], attention_mask=one["attention_mask"])
-                    means.append(constraint.penalty().item())
-            constraint.detach()
-    assert len(means) == 8
-    assert ProConConfig(output_dir=str(tmp_path)).procon_reduction == "token"
-    assert penalties(run)[0] == pytest.approx(sum(means) / 8, rel=1e-6)
 
 
 def test_anchors_are_recorded_in_the_precision_of_training(trainer, tiny_model, tokenizer, tmp_path):

@@ -82,9 +82,9 @@ def losses(run) -> torch.Tensor:
         {"collator": lambda _tokenizer: flattening_collator()},
         {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-        {"procon_reduction": "sequence", "procon_scope": "response"},
+        {"procon_scope": "response"},
     ],
-    ids=["LoRA", "full", "packed", "accumulated", "checkpointed", "by sequence"],
+    ids=["LoRA", "full", "packed", "accumulated", "checkpointed", "response"],
 )
 def test_live_anchors_train_as_recorded_ones_do(trainer, settings):
     """Losses within 1e-6, relative, over 20 steps; what is logged of the penalty, too."""

@@ -202,9 +202,7 @@ case("a schedule that has ended", build=lambda folder: trainer(folder, "50@1ep,0
 case("another scope", build=other(procon_scope="response"))
 case("another penalty", build=other(procon_penalty="huber"))
 case("other units", build=other(procon_units="gap"))
-case("other sides", build=other(procon_sides="fall"))
 case("other blocks", build=other(procon_blocks="1,2"))
-case("another reduction", build=other(procon_reduction="sequence"))
 
 
 def other_directions(folder: Path) -> Any:

@@ -19,6 +19,7 @@ from benchmarks.study.defences.kl_to_start import KLToStartTrainer
 from benchmarks.study.defences.lisa import LisaTrainer
 from benchmarks.study.defences.moving_average import MovingAverageTrainer
 from benchmarks.study.defences.null_space import NullSpaceTrainer
+from benchmarks.study.defences.one_sided import OneSidedTrainer
 from benchmarks.study.defences.projected_gradients import ProjectedGradientsTrainer
 from benchmarks.study.defences.safe_lora import SafeLoRATrainer
 from benchmarks.study.defences.safe_merge import SafeMergeTrainer
@@ -88,9 +89,17 @@ DEFENCES: dict[str, Defence] = {
     "hidden_states": Defence(HiddenStatesTrainer),
     # Safety Anchor, arXiv 2605.05995.
     "sbr": _procon("procon_s:1", anchors="none", probe_weight=10.0, probe_every=1),
-    # After BLOCK-EM, arXiv 2602.00767, with refusal directions in the place of SAE latents; its one-sided penalty is
-    # a setting no longer, so its methods are reported alone.
-    "block_em": _procon("procon_s", penalty="squared", scope="response"),
+    "block_em": Defence(
+        OneSidedTrainer,
+        {
+            "procon_schedule": "procon_s",
+            "procon_anchors": "recorded",
+            "procon_probes": "none",
+            "procon_penalty": "squared",
+            "procon_scope": "response",
+        },
+        _DIRECTIONS,
+    ),
     "procon_s": _procon("procon_s"),
     "procon_wu": _procon("procon_wu"),
     "procon_s_safe": _procon("procon_s"),

@@ -89,6 +89,8 @@ def test_every_defence_trains(tiny_model, random_directions, samples, config, da
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     trainer = build_trainer(name, model, config(), **given, **data)
     assert type(trainer) is DEFENCES[name].trainer
+    if name == "block_em":
+        assert trainer.constraint._state.sides == "fall"
     trainer.train()
     extra = DEFENCES[name].configure(config()).schedule().extra_steps(2)
     assert trainer.state.global_step == 2 + extra
