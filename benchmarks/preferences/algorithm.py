@@ -9,6 +9,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
+from benchmarks.study.earlier_settings import settings_now
 from benchmarks.study.methods import Method, choose_directions
 from benchmarks.study.start import Start
 from procon.demo import Problem

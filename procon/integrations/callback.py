@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from procon.anchors.starting_state import require_length
 from procon.constraint.guards import refuse_data_parallel
 from procon.directions import BlockDirections, load_directions
 from procon.errors import ProConError
@@ -132,6 +133,8 @@ class ProConCallback(TrainerCallback, ExportableState):
         if not AlphaSchedule.parse(self._settings.schedule).active:
             return
         _refuse(args, model)
+        if self._settings.anchors == "recorded":
+            require_length(train_dataloader.dataset, "training set")
         # The Trainer starts over, for example with a smaller batch, and the model may have moved meanwhile.
         again = left_over is not None and left_over is self._forward and state.global_step == 0
         run = _CallbackRun(args, model, processing_class, self._chat)

@@ -64,13 +64,14 @@ class ConstrainedForward:
         self._annotate = procon.collator(dict)
         self._patch: Any = None
         self._hooks: list[Any] = []
-        self._unused = False
+        self._unused = self._acted = False
 
     def attach(self) -> ConstrainedForward:
         """Constrain the model; undone by :meth:`detach` or on leaving ``with``. After ``torch.compile`` it must come
         before the first forward, which is when it is traced."""
         if constrained_by(self._module) is not None:
             raise ProConError("this model's forward is constrained already: call detach() on what constrains it first")
+        self.procon.attach()
         self._replaced = vars(self._module).get("forward")
         self._original = self._module.forward
         self._parameters = list(inspect.signature(self._original).parameters)
@@ -120,7 +121,7 @@ class ConstrainedForward:
         try:
             if exception is None:
                 self.check()
-                if self.procon.alpha > 0 and not self.procon.evidence.constrained_steps:
+                if self.procon.alpha > 0 and not self._acted:
                     raise ProConError(
                         "no training forward of the constrained model ran, so nothing was constrained: train that "
                         "model, in training mode and with gradients"
@@ -228,7 +229,7 @@ class ConstrainedForward:
         return outputs
 
     def _arrived(self, _gradient: Tensor) -> None:
-        self._unused = False
+        self._unused, self._acted = False, True
         self.backwards += 1
         # At the end of this backward, not now: checkpointed blocks are still to run again.
         Variable._execution_engine.queue_callback(self.procon.release)

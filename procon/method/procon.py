@@ -107,7 +107,7 @@ class ProCon:
         self.step = Step()
         self.steps_per_epoch = 1
         self.accumulation = 1
-        self._paused = False
+        self._paused = self._attached = False
         self._penalty_sum: Tensor | None = None
         self._penalty_steps = 0
         self._carried = 0.0  # the penalty of a window that a checkpoint has cut
@@ -206,12 +206,16 @@ class ProCon:
             self.detach()
 
     def attach(self) -> None:
-        """Put on the model what the terms need there."""
+        """Put on the model what the terms need there, unless it is there."""
+        if self._attached:
+            return
         for term in self.terms:
             term.attach(self.run)
+        self._attached = True
 
     def detach(self) -> None:
         """The model is as it was."""
+        self._attached = False
         for term in self.terms:
             term.detach()
 
@@ -483,7 +487,7 @@ class ProCon:
         """The penalty summed over the logging window and the ranks; stops a run whose hidden states went bad."""
         own = self._penalty_sum if self._penalty_sum is not None else torch.zeros((), device=self.run.device)
         total = float(self.run.total(own)) + self._carried
-        check_finite(total, self.step.number)
+        check_finite(total, self.step.number + 1)
         self.evidence.window = total
         return total
 

@@ -32,7 +32,8 @@ _NAMES = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_
 #: Of an adapter's.
 _ADAPTER_NAMES = {"base_model_name_or_path", "inference_mode", "peft_version", "revision", "auto_mapping"}
 
-#: Arguments on which the weights do not depend, or that are compared by what comes of them: the model, its rows. When to evaluate is none of them: dropout draws on from where an evaluation leaves off.
+#: Arguments on which the weights do not depend, or that are compared by what comes of them: the model, its rows. When
+#: to evaluate is none of them: dropout draws on from where an evaluation leaves off.
 _NO_MATTER = frozenset(
     """
     output_dir do_train do_eval do_predict resume_from_checkpoint local_rank debug skip_memory_metrics

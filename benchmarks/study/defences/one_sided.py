@@ -6,15 +6,15 @@ directions in the place of SAE latents).
 
 from __future__ import annotations
 
-from procon.constraint import ProjectionConstraint
-from procon.directions import BlockDirections
+from typing import Any
+
 from procon.training import ProConTrainer
 
 
 class OneSidedTrainer(ProConTrainer):
     """The projection constraint with ``sides="fall"``, which the library's trainers have no setting for."""
 
-    def _make_constraint(self, directions: BlockDirections) -> ProjectionConstraint:
-        constraint = super()._make_constraint(directions)
-        constraint._state.sides = "fall"
-        return constraint
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.procon.constraint is not None:
+            self.procon.constraint._state.sides = "fall"
