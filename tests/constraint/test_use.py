@@ -5,8 +5,7 @@ import logging
 import pytest
 import torch
 
-from procon.anchors import Probes
-from procon.constraint import ProjectionConstraint, constrained_tokens, probe_penalty
+from procon.constraint import ProjectionConstraint, constrained_tokens
 from procon.constraint.target import Target, on_device
 from procon.constraint.use import Use
 from procon.directions import RefusalDirections
@@ -177,28 +176,3 @@ def test_a_constraint_on_one_block(tiny_model, random_directions):
 def test_a_setting_that_is_none(tiny_model, random_directions, setting):
     with pytest.raises(ProConError, match=f"{setting} is 'usual': choose one of"):
         ProjectionConstraint(random_directions(tiny_model()), **{setting: "usual"})
-
-
-@pytest.mark.parametrize("hold", ["state", "both", "projections"])
-@pytest.mark.parametrize("in_the_loss", [True, False])
-def test_probes_are_a_use(constraint, caplog, hold, in_the_loss):
-    made, model, _ = constraint()
-    width, sites = model.config.hidden_size, len(made.blocks)
-    probes = Probes(
-        torch.arange(10).view(2, 5),
-        torch.tensor([5, 4]),
-        torch.tensor([5, 4]),
-        torch.zeros(2, sites),
-        torch.zeros(2, width),
-    )
-    model.train()
-    with caplog.at_level(logging.WARNING), made:
-        made.rest()
-        model(torch.arange(10).view(2, 5)).logits.sum().backward()  # the training batch, which nothing constrains
-        penalty = probe_penalty(made, probes.batch(), hold=hold)
-        if in_the_loss:
-            penalty.backward()
-    if in_the_loss:
-        assert not caplog.text
-    else:
-        assert "none of them went through backward, so nothing was constrained" in caplog.text

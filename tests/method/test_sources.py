@@ -1,6 +1,5 @@
 """Where anchors come from: live ones train as recorded ones do, probes hold their prompts, and sources combine."""
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +10,25 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from transformers import ProcessorMixin, set_seed
 
-from procon.anchors import LiveAnchors, Probes
-from procon.constraint import ProjectionConstraint, probe_penalty
+from procon.anchors import LiveAnchors
 from procon.data import flattening_collator, padding_collator
 from procon.directions import Directions
 from procon.errors import ProConError
+from procon.method import Probes, ProbeTerm
 from procon.method.probes import PROBES_FILE
-from procon.method.record import read_record, write_record
-from procon.models import find_decoder, observe_last_state, observe_sites, origin_of
+from procon.method.record import read_record
+from procon.models import find_decoder, origin_of
 from procon.training import ProConConfig, ProConTrainer
 
 QUIET = {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "logging_steps": 1, "use_cpu": True}
 PROMPTS = ["count to three", "say it again, and louder", "why"]
+
+
+def sources(source: str, prompts=None) -> dict[str, str]:
+    """Settings for "recorded", "live", "probes", or two of them; the probes' prompts go into a file."""
+    tokens = [name for name in ("recorded", "live") if name in source]
+    kept = ("builtin" if prompts is None else str(prompts)) if "probes" in source else "none"
+    return {"procon_anchors": tokens[0] if tokens else "none", "procon_probes": kept}
 
 
 def lora(model, seed: int = 0):
@@ -34,13 +40,13 @@ def lora(model, seed: int = 0):
 def trainer(tiny_model, tokenizer, random_directions, samples, tmp_path):
     """``trainer(source, **settings)`` of a tiny model, with an adapter unless ``full``."""
 
-    def make(source, *, full=False, model=None, data=None, collator=None, given=True, **settings):
+    def make(source, *, full=False, model=None, data=None, collator=None, given=True, probes=None, **settings):
         base = tiny_model() if model is None else model
         directions = random_directions(base)
         folder = settings.pop("output_dir", str(tmp_path / source.replace("+", "-")))
         config = {
             **QUIET,
-            "procon_anchors": source,
+            **sources(source, probes),
             "procon_schedule": "procon_s:1",
             "procon_penalty": "squared",
             "max_steps": 20,
@@ -59,6 +65,14 @@ def trainer(tiny_model, tokenizer, random_directions, samples, tmp_path):
         )
 
     return make
+
+
+@pytest.fixture
+def three(tmp_path) -> Path:
+    """A file of three prompts."""
+    file = tmp_path / "three.txt"
+    file.write_text("\n".join(PROMPTS) + "\n")
+    return file
 
 
 def losses(run) -> torch.Tensor:
@@ -98,7 +112,7 @@ def test_live_anchors_train_as_recorded_ones_do(trainer, settings):
     ]
     torch.testing.assert_close(penalties[1], penalties[0], rtol=1e-4, atol=1e-9)
     assert penalties[1].max() > 1e-4
-    assert (live._live.start == "adapters off") is not settings.get("full", False)
+    assert (live.procon.tokens.live.start == "adapters off") is not settings.get("full", False)
 
 
 def test_live_anchors_of_an_adapter_that_was_trained_before(trainer, tiny_model):
@@ -110,36 +124,21 @@ def test_live_anchors_of_an_adapter_that_was_trained_before(trainer, tiny_model)
                 parameter += 0.1
     run = trainer("live", full=True, model=model, max_steps=2)
     run.train()
-    assert run._live.start != "adapters off"
+    assert run.procon.tokens.live.start != "adapters off"
     assert run.state.log_history[0]["procon/penalty"] < 1e-9 < run.state.log_history[1]["procon/penalty"]
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["LoRA", "full"])
 @pytest.mark.parametrize("source", ["live", "live+probes", "probes", "recorded+probes"])
-def test_resumed_is_uninterrupted(trainer, source, full, tmp_path):
+def test_resumed_is_uninterrupted(trainer, source, full, three, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 3, "procon_probe_every": 2, "max_steps": 6, "full": full}
-    saving |= {"procon_probe_count": 3, "procon_probe_batch": 2, "procon_probe_reply_tokens": 4}
+    saving |= {"probes": three, "procon_probe_batch": 2, "procon_probe_reply_tokens": 4}
     whole = trainer(source, output_dir=str(tmp_path / "whole"), **saving)
     whole.train()
     again = trainer(source, output_dir=str(tmp_path / "whole"), **saving)
     again.train(str(tmp_path / "whole" / "checkpoint-3"))
     for (name, one), (_, other) in zip(whole.model.named_parameters(), again.model.named_parameters(), strict=True):
         assert torch.equal(one, other), name
-
-
-def test_a_checkpoint_of_before_probes_went_round(trainer, tmp_path):
-    """All of them ran at a time."""
-    saving = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 1, "procon_probe_every": 1}
-    saving |= {"procon_probe_count": 3, "procon_probe_batch": 3, "max_steps": 2}
-    trainer("probes", **saving).train()
-    checkpoint = tmp_path / "checkpoint-1"
-    record = read_record(checkpoint)
-    del record["probing"]["batch"]
-    record.pop("checksum", None)
-    write_record(checkpoint, record)
-    with pytest.raises(ProConError, match=r"'batch': 3.*'batch': 2"):
-        trainer("probes", **{**saving, "procon_probe_batch": 2}).train(str(checkpoint))
-    trainer("probes", **saving).train(str(checkpoint))
 
 
 def test_a_resumed_run_has_the_start_of_the_interrupted_one(trainer, tiny_model, tmp_path):
@@ -156,7 +155,7 @@ def test_a_resumed_run_has_the_start_of_the_interrupted_one(trainer, tiny_model,
         next(other.parameters()).add_(0.1)
     with pytest.raises(ProConError, match="began from another starting model than the one given"):
         trainer("live", model=other, **saving).train(str(tmp_path / "a" / "checkpoint-2"))
-    with pytest.raises(ProConError, match="was trained with anchors_from 'live', not 'recorded'"):
+    with pytest.raises(ProConError, match="was trained with anchors 'live', not 'recorded'"):
         trainer("recorded", **saving).train(str(tmp_path / "a" / "checkpoint-2"))
 
 
@@ -168,104 +167,15 @@ def test_a_stream_trains_with_live_anchors_and_with_probes(trainer, samples):
     for source in ("live", "probes"):
         run = trainer(source, data=IterableDataset.from_generator(rows), max_steps=3)
         run.train()
-        assert run.evidence.constrained_steps == (3 if source == "live" else 1)
+        assert run.procon.evidence.constrained_steps == (3 if source == "live" else 1)
     with pytest.raises(
         ProConError, match="a streamed one cannot be recorded beforehand, so take procon_anchors 'live'"
     ):
         trainer("recorded", data=IterableDataset.from_generator(rows), max_steps=3).train()
 
 
-def at_kept_tokens(model, probes):
-    """All sites' hidden states and the last one, at the tokens that are kept, in the precision of the model."""
-    decoder, found, last = find_decoder(model), {}, []
-    batch = probes.batch()
-    rows = probes.kept
-    with (
-        observe_sites(decoder, lambda site, h: found.update({site: h[rows]})),
-        observe_last_state(decoder, last.append),
-    ):
-        decoder.module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    return found, last[0][rows]
-
-
-@pytest.mark.parametrize("hold", ["projections", "state", "both"])
-@pytest.mark.parametrize(("fuse", "reply_tokens"), [("auto", 0), ("never", 0), ("auto", 4)])
-def test_the_probes_penalty_and_its_gradient_are_those_by_definition(
-    tiny_model, tokenizer, random_directions, hold, fuse, reply_tokens
-):
-    model = tiny_model().double()
-    directions = random_directions(model)
-    directions.gap[:] = torch.tensor([1.0, 2.0, 0.5])
-    probes = Probes.record(model, tokenizer, directions, PROMPTS, blocks=(0, 1, 2), reply_tokens=reply_tokens)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).double()
-    with ProjectionConstraint(directions).attach(model, fuse=fuse) as constraint:
-        penalty = probe_penalty(constraint, probes.batch(), hold=hold)
-        penalty.backward()
-    found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
-    model.zero_grad()
-
-    sites, last = at_kept_tokens(model, probes)
-    expected = torch.zeros(()).double()
-    if hold != "projections":
-        expected = expected + (last - probes.states.double()).square().mean()
-    if hold != "state":
-        shifts = [
-            ((sites[block] @ directions.first[block].double()) - probes.anchors[:, block].double())
-            / directions.gap[block].double()
-            for block in (0, 1, 2)
-        ]
-        expected = expected + torch.stack(shifts).square().mean()
-    torch.testing.assert_close(penalty.double(), expected, rtol=1e-5, atol=0)
-    expected.backward()
-    by_definition = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    for one, other in zip(found, by_definition, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
-
-
-def test_probes_are_kept_and_read_again(tiny_model, tokenizer, random_directions, tmp_path):
-    model = tiny_model()
-    probes = Probes.record(model, tokenizer, random_directions(model), PROMPTS, blocks=(1, 2), reply_tokens=3)
-    path = probes.save(tmp_path / PROBES_FILE)
-    assert Probes.load(path).hash == probes.hash
-    sites, last = at_kept_tokens(model.eval(), probes)
-    torch.testing.assert_close(probes.states, last.detach(), rtol=0, atol=1e-6)
-    expected = torch.stack([sites[block] @ random_directions(model).first[block] for block in (1, 2)], 1)
-    torch.testing.assert_close(probes.anchors, expected.detach(), rtol=0, atol=1e-5)
-    damaged = bytearray(path.read_bytes())
-    damaged[-3] ^= 1
-    path.write_bytes(damaged)
-    with pytest.raises(ProConError, match="are damaged: resume from another checkpoint"):
-        Probes.load(path)
-    with pytest.raises(ProConError, match="cannot be read"):
-        Probes.load(tmp_path / "nothing")
-
-
-def test_probes_go_round(tiny_model, tokenizer, random_directions):
-    """Two at a time of three: after three runs each has been there twice, so their mean penalty is that of all."""
-    model = tiny_model()
-    probes = Probes.record(model, tokenizer, random_directions(model), PROMPTS[:3], blocks=(1, 2))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    turns = [probes.turn(number, 2) for number in range(4)]
-    assert [turn.lengths.tolist() for turn in turns[:3]] == [
-        probes.lengths[rows].tolist() for rows in ([0, 1], [2, 0], [1, 2])
-    ]
-    assert turns[3].hash == turns[0].hash != turns[1].hash
-    assert turns[0].input_ids.shape[1] == int(turns[0].lengths.max())
-    assert probes.turn(5, 3) is probes
-    with ProjectionConstraint(random_directions(model), blocks=[1, 2]).attach(model) as constraint:
-        for hold in ("state", "both"):
-            found = [probe_penalty(constraint, turn.batch(), hold=hold).item() for turn in turns[:3]]
-            expected = probe_penalty(constraint, probes.batch(), hold=hold).item()
-            assert sum(found) / 3 == pytest.approx(expected, rel=1e-4)
-            assert max(found) > 1.001 * min(found)
-
-
-def test_a_trainer_runs_the_probes_in_turn(trainer):
-    run, seen = trainer("recorded+probes", max_steps=6, procon_probe_count=3, procon_probe_batch=2), []
+def test_a_trainer_runs_the_probes_in_turn(trainer, three):
+    run, seen = trainer("recorded+probes", max_steps=6, probes=three, procon_probe_batch=2), []
     decoder = find_decoder(run.model).module
 
     def keep(_: object, args: tuple, kwargs: dict) -> None:
@@ -274,10 +184,11 @@ def test_a_trainer_runs_the_probes_in_turn(trainer):
 
     decoder.register_forward_pre_hook(keep, with_kwargs=True)
     run.train()
-    asked = [ids for ids in seen if any(ids.equal(run._probes.turn(turn, 2).input_ids) for turn in range(3))]
+    probes = run.procon.term(ProbeTerm).probes
+    asked = [ids for ids in seen if any(ids.equal(probes.turn(turn, 2).input_ids) for turn in range(3))]
     assert len(asked) == 3
     for turn, ids in enumerate(asked):
-        assert ids.equal(run._probes.turn(turn, 2).input_ids)
+        assert ids.equal(probes.turn(turn, 2).input_ids)
 
 
 def test_probes_alone_leave_the_training_batch_free(trainer):
@@ -294,9 +205,9 @@ def test_probes_alone_leave_the_training_batch_free(trainer):
             gradient_checkpointing_kwargs={"use_reentrant": False},
         )
         torch.testing.assert_close(losses(held), expected, rtol=1e-5, atol=0)
-        assert held.evidence.constrained_steps == 1
+        assert held.procon.evidence.constrained_steps == 1
     with pytest.raises(
-        ProConError, match=r"^procon_probe_every is 5, more than all steps of training, 4, so the probes would"
+        ProConError, match=r"^probe_every is 5, more than all steps of training, 4, so the probes would"
     ):
         trainer("probes", max_steps=4, procon_probe_every=5).train()
 
@@ -316,31 +227,72 @@ def test_probes_begin_once_the_model_has_moved(trainer, caplog):
     assert penalties[0] < 1e-10 < 1e-4 < penalties[1]
     with caplog.at_level("WARNING"):
         trainer("recorded+probes", max_steps=1).train()
-    assert "procon_probe_every is 2, more than all steps of training, 1, so the probes never run" in caplog.text
+    assert "probe_every is 2, more than all steps of training, 1, so the probes never run" in caplog.text
 
 
-def test_probes_hold_what_plain_training_moves(trainer):
-    def drift(run):
+def test_probes_keep_what_plain_training_moves(trainer):
+    def departure(run) -> float:
         run.train()
-        sites, _ = at_kept_tokens(run.model.eval(), run._probes or kept)
-        found = torch.stack([sites[b] @ directions.first[b] for b in (1, 2)], 1)
-        return (found - (run._probes or kept).anchors[:, 1:]).square().mean().item()
+        with torch.no_grad():
+            return kept.departure(run.model.eval()).item()
 
-    settings = {"procon_probe_hold": "projections", "procon_probe_every": 1}
-    held = trainer("probes", procon_schedule="procon_s:100", max_steps=30, **settings)
-    directions = held._directions
-    after = drift(held)
-    kept = held._probes
-    assert after < 0.1 * drift(trainer("recorded", procon_schedule="0", max_steps=30))
+    held = trainer("probes", procon_schedule="procon_s:100", max_steps=30, procon_probe_every=1)
+    held.train()
+    kept = held.procon.term(ProbeTerm).probes
+    with torch.no_grad():
+        after = kept.departure(held.model.eval()).item()
+    assert after < 0.1 * departure(trainer("recorded", procon_schedule="0", max_steps=30))
     held.save_model()
-    record = json.loads((Path(held.args.output_dir) / "procon.json").read_text())
-    assert record["anchors_from"] == "probes"
-    assert (record["probing"]["count"], record["probing"]["batch"]) == (128, 8)
+    record = read_record(Path(held.args.output_dir))
+    assert (record["anchors"], record["probes"], record["probe_batch"]) == ("none", "builtin", 8)
+    assert record["directions"] is None  # what works along none asks for none
     card = (Path(held.args.output_dir) / "README.md").read_text()
-    assert "| constrained tokens | the probes' last ones |" in card
+    assert "| constrained tokens |" not in card
     assert (
-        "| projections at the last token of up to 128 probe prompts, at most 8 every 1 steps, with weight 15 |" in card
+        "| the last hidden state at the last token of probe prompts (builtin), at most 8 every 1 steps, with weight "
+        "15 |" in card
     )
+
+
+@pytest.mark.parametrize(("reply_tokens", "kept"), [(0, 1), (4, 5)])
+def test_the_weight_is_that_of_each_token(trainer, three, monkeypatch, reply_tokens, kept):
+    """So that where a reply begins counts no less if the rest of it is kept too."""
+    found, departure = [], Probes.departure
+
+    def noted(*args, **kwargs):
+        found.append(departure(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(Probes, "departure", noted)
+    settings = {"procon_probe_reply_tokens": reply_tokens, "procon_probe_weight": 5.0, "full": True, "max_steps": 2}
+    run = trainer("probes", probes=three, **settings)
+    run.train()
+    probes = run.procon.term(ProbeTerm).probes
+    assert len(probes.states) == kept * len(probes)
+    (logged,) = [row["procon/penalty"] for row in run.state.log_history if row.get("procon/penalty")]
+    assert len(found) == 1
+    assert logged == pytest.approx(kept * 5.0 * found[0].item(), rel=1e-3)
+    assert logged > 1e-9
+
+
+def test_replies_are_kept(trainer, three):
+    """A tenth of what is left of them without."""
+
+    def departure(reply_tokens: int) -> float:
+        run = trainer(
+            "probes",
+            probes=three,
+            full=True,
+            procon_probe_reply_tokens=reply_tokens,
+            procon_schedule="procon_s:100",
+            procon_probe_every=1,
+        )
+        start = Probes.record(run.model, run.processing_class, three, reply_tokens=4, progress=False)
+        run.train()
+        with torch.no_grad():
+            return start.departure(run.model).item()
+
+    assert departure(4) < 0.1 * departure(0)
 
 
 def test_another_source_is_another_training(trainer, tmp_path):
@@ -357,31 +309,23 @@ def test_another_source_is_another_training(trainer, tmp_path):
     assert not (tmp_path / PROBES_FILE).exists()
 
 
-def test_every_source_refuses_directions_of_another_model(tiny_model, tokenizer, random_directions):
+def test_live_anchors_refuse_directions_of_another_model(tiny_model, random_directions):
     model, other = tiny_model(), tiny_model()
     with torch.no_grad():
         other.get_input_embeddings().weight.normal_()
     directions = replace(random_directions(model), provenance={"origin": origin_of(other)})
-    for record in (
-        lambda: LiveAnchors(model, directions),
-        lambda: Probes.record(model, tokenizer, directions, PROMPTS, blocks=(0, 1, 2)),
-    ):
-        with pytest.raises(ProConError, match=r"^directions were extracted from another model"):
-            record()
+    with pytest.raises(ProConError, match=r"^directions were extracted from another model"):
+        LiveAnchors(model, directions)
 
 
 def test_bad_input(trainer, tokenizer, tiny_model, random_directions, tmp_path):
     tokenizer.chat_template = None
-    with pytest.raises(ProConError, match=r"^procon_anchors is 'probes', and processing_class has no chat template"):
-        trainer("probes")
     with pytest.raises(ProConError, match="tokenizer has no chat template: pass the tokenizer of a chat model"):
-        Probes.record(tiny_model(), tokenizer, random_directions(tiny_model()), PROMPTS, blocks=(1,))
+        trainer("probes")
     for setting, value in {
         "procon_anchors": "remembered",
-        "procon_probe_count": 0,
         "procon_probe_every": 1.5,
         "procon_probe_weight": float("nan"),
-        "procon_probe_hold": "everything",
         "procon_probes": 3,
     }.items():
         with pytest.raises(ProConError, match=f"^{setting} is "):
@@ -394,20 +338,6 @@ def test_bad_input(trainer, tokenizer, tiny_model, random_directions, tmp_path):
     off.base_model.disable_adapter_layers()
     with pytest.raises(ProConError, match=r"nothing in the model trains|the adapter is switched off"):
         LiveAnchors(off, random_directions(off))
-
-
-def test_strength_that_sets_itself_goes_by_training_tokens_whatever_their_source(trainer):
-    def rows(source: str) -> list[tuple[float, float]]:
-        # Probes kept at their projections would be what it goes by.
-        run = trainer(source, procon_schedule="hold:0.001", max_steps=10, procon_probe_hold="state")
-        run.train()
-        return [(row["procon/alpha"], row["procon/shift"]) for row in run.state.log_history if "procon/shift" in row]
-
-    recorded, live, both = (torch.tensor(rows(source)) for source in ("recorded", "live", "recorded+probes"))
-    assert recorded.shape == (10, 2)
-    assert torch.allclose(recorded, live, rtol=1e-4, atol=1e-9)
-    # The probes act along with the tokens, and are not in the measure: at step 1 nothing has moved.
-    assert both[0, 1] == recorded[0, 1] < 1e-6 < both[-1, 1]
 
 
 # Directions of other concepts
@@ -424,23 +354,10 @@ def probe(tiny_model) -> Directions:
 def test_given_vectors_are_trained_along(trainer, random_directions, tiny_model, probe, source):
     both = Directions.combine(random_directions(tiny_model()), probe)
     run = trainer(source, given=False, max_steps=2, procon_blocks="all,last")
-    run._make_constraint(both)
+    run.procon.use(both)
     run.train()
-    assert run.constraint.blocks == (0, 1, 2, 3)
-    assert run.evidence.did(2)["blocks_acted"] == [1, 2, 3]
-    assert run._record()["concepts"] == ["refusal", "honesty"]
-
-
-def test_probes_need_a_unit_for_each_vector(trainer, probe):
-    run = trainer("probes", given=False, procon_probe_hold="projections")
-    with pytest.raises(ProConError, match=r"^the direction of 'honesty' at block 1 has no unit, which units 'gap'"):
-        run._make_constraint(probe)
-    assert trainer("probes", given=False)._make_constraint(probe).blocks == (1,)
-
-
-def test_what_is_of_the_gap_is_refused_for_other_concepts(trainer, probe):
-    with pytest.raises(ProConError, match=r"^shifts are counted in units of the gap, and directions at one block"):
-        trainer("recorded", given=False, procon_schedule="hold")._make_constraint(probe)
+    assert run.procon.constraint.blocks == (0, 1, 2, 3)
+    assert run.procon.evidence.did(2)["blocks_acted"] == [1, 2, 3]
 
 
 def test_a_processor_asks_by_its_tokenizer(trainer, tokenizer):
@@ -451,16 +368,15 @@ def test_a_processor_asks_by_its_tokenizer(trainer, tokenizer):
             super().__init__(tokenizer)
 
     run = trainer("recorded+probes", max_steps=1)
-    expected = run._record_probes(run._make_constraint(run._directions))
     run.processing_class = Processor(tokenizer)
-    assert run._record_probes(run.constraint).hash == expected.hash
-    assert len(run._chat_tokenizer("one")["input_ids"]) == len(tokenizer("one")["input_ids"])
+    assert run.procon.run.tokenizer is tokenizer
+    run.train()
 
 
 @pytest.mark.parametrize("schedule", ["procon_s:0.5", "0.5@2steps,0"])
 @pytest.mark.parametrize("source", ["live", "probes", "recorded+probes"])
 def test_what_acts_is_not_taken_for_unused(trainer, source, schedule, caplog):
     with caplog.at_level(logging.WARNING):
-        trainer(source, procon_schedule=schedule, procon_probe_hold="state", max_steps=4).train()
+        trainer(source, procon_schedule=schedule, max_steps=4).train()
     assert "nothing was constrained" not in caplog.text
     assert "never under it" not in caplog.text

@@ -1,0 +1,178 @@
+"""Probes: what is recorded of the starting model, the penalty by definition, turns, replies, and files."""
+
+import pytest
+import torch
+
+from procon.chat import generate_replies, render, user_turn
+from procon.errors import ProConError
+from procon.method import Probes
+from procon.method.probes import PROBES_FILE
+from procon.models import find_decoder, observe_last_state
+
+PROMPTS = ["count to three", "say it again, and louder", "why"]
+
+
+@pytest.fixture
+def record(tiny_model, tokenizer):
+    """``record(model, reply_tokens)`` of three prompts, on a tiny model if none is given."""
+
+    def make(model=None, reply_tokens=0, prompts=PROMPTS) -> Probes:
+        model = tiny_model() if model is None else model
+        return Probes.record(model, tokenizer, prompts, reply_tokens=reply_tokens, progress=False)
+
+    return make
+
+
+def move(model) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+            parameter += 0.05 * noise.to(parameter.dtype)
+
+
+def states_at(model, probes: Probes) -> torch.Tensor:
+    """Last hidden states at the tokens that are kept, in the precision of the model."""
+    last: list[torch.Tensor] = []
+    mask = torch.arange(probes.input_ids.shape[1]) < probes.lengths[:, None]
+    with observe_last_state(find_decoder(model), last.append):
+        model(input_ids=probes.input_ids, attention_mask=mask.long())
+    return last[0][probes.kept]
+
+
+@pytest.mark.parametrize("reply_tokens", [0, 4])
+def test_the_penalty_and_its_gradient_are_those_by_definition(tiny_model, record, reply_tokens):
+    model = tiny_model().double()
+    probes = record(model, reply_tokens)
+    move(model)
+    penalty = probes.departure(model)
+    penalty.backward()
+    found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    expected = (states_at(model, probes) - probes.states.double()).square().mean()
+    torch.testing.assert_close(penalty.double(), expected, rtol=1e-5, atol=0)
+    expected.backward()
+    by_definition = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    for one, other in zip(found, by_definition, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
+def test_a_model_that_does_not_train_is_refused(tiny_model, record):
+    model = tiny_model()
+    probes = record(model)
+    with pytest.raises(ProConError, match="nothing in the model trains"):
+        probes.departure(model.requires_grad_(False))
+    with torch.no_grad():
+        assert probes.departure(model) < 1e-12
+
+
+def test_they_are_kept_and_read_again(tiny_model, record, tmp_path):
+    model = tiny_model()
+    probes = record(model, 3)
+    path = probes.save(tmp_path / PROBES_FILE)
+    assert Probes.load(path).hash == probes.hash
+    torch.testing.assert_close(probes.states, states_at(model.eval(), probes).detach(), rtol=0, atol=1e-6)
+    damaged = bytearray(path.read_bytes())
+    damaged[-3] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(ProConError, match="are damaged: resume from another checkpoint"):
+        Probes.load(path)
+    with pytest.raises(ProConError, match="cannot be read"):
+        Probes.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompts": torch.tensor([1, 1])},
+        {"lengths": torch.tensor([99, 99, 99])},
+        {"prompts": torch.tensor([0, 1, 1])},
+        {"states": torch.zeros(2, 32)},
+        {"states": torch.zeros(3, 32).double()},
+        {"input_ids": torch.zeros(3, 4, 4).long()},
+    ],
+)
+def test_a_forged_file_is_refused(record, tmp_path, change):
+    """Its hash is right, and what it holds does not belong together."""
+    whole = record()
+    forged = Probes(**{**whole._tensors(), **change})
+    path = forged.save(tmp_path / PROBES_FILE)
+    with pytest.raises(ProConError, match="are damaged"):
+        Probes.load(path)
+
+
+def test_they_go_round(tiny_model, record):
+    """Two at a time of three: after three runs each has been there twice, so their mean penalty is that of all."""
+    model = tiny_model()
+    probes = record(model)
+    move(model)
+    turns = [probes.turn(number, 2) for number in range(4)]
+    assert [turn.lengths.tolist() for turn in turns[:3]] == [
+        probes.lengths[rows].tolist() for rows in ([0, 1], [2, 0], [1, 2])
+    ]
+    assert turns[3].hash == turns[0].hash != turns[1].hash
+    assert turns[0].input_ids.shape[1] == int(turns[0].lengths.max())
+    assert probes.turn(5, 3) is probes
+    found = [turn.departure(model).item() for turn in turns[:3]]
+    assert sum(found) / 3 == pytest.approx(probes.departure(model).item(), rel=1e-4)
+    assert max(found) > 1.001 * min(found)
+
+
+def ending(model, tokenizer, prompt: str, after: int) -> None:
+    """Have ``model`` take for the end of a reply what it says to ``prompt`` after so many tokens."""
+    ids = torch.tensor([render(tokenizer, user_turn(prompt), generation_prompt=True)])
+    said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=after + 1, do_sample=False)
+    model.generation_config.eos_token_id = int(said[0, -1])
+
+
+def test_one_with_a_reply_is_its_prompt_and_what_the_model_says(record, tiny_model, tokenizer):
+    model = tiny_model()
+    alone, probes = record(model), record(model, 5)
+    assert alone.prompts.equal(alone.lengths)
+    assert probes.prompts.equal(alone.lengths)
+    replies = generate_replies(model, tokenizer, [user_turn(text) for text in PROMPTS], max_new_tokens=5)
+    for row, (begins, ends) in enumerate(zip(probes.prompts.tolist(), probes.lengths.tolist(), strict=True)):
+        prompt = render(tokenizer, user_turn(PROMPTS[row]), generation_prompt=True)
+        assert probes.input_ids[row, :begins].tolist() == prompt
+        reply = probes.input_ids[row, begins:ends]
+        assert tokenizer.decode(reply, skip_special_tokens=True).strip() == replies[row]
+        assert probes.kept[row].nonzero().squeeze(1).tolist() == list(range(begins - 1, ends))
+    assert len(probes.states) == int(probes.kept.sum()) > 6
+    *others, _ = (probes.lengths - probes.prompts + 1).cumsum(0).tolist()
+    torch.testing.assert_close(probes.states[[0, *others]], alone.states, rtol=0, atol=1e-5)
+
+
+def test_a_turn_has_what_its_prompts_are_kept_at(record, tiny_model, tokenizer):
+    """Replies of several lengths."""
+    model = tiny_model()
+    ending(model, tokenizer, PROMPTS[0], 2)
+    probes = record(model, 6)
+    assert len(set((probes.lengths - probes.prompts).tolist())) > 1
+    for number in range(3):
+        turn = probes.turn(number, 2)
+        expected = record(model, 6, [PROMPTS[row % 3] for row in (2 * number, 2 * number + 1)])
+        assert turn.input_ids.equal(expected.input_ids)
+        assert turn.prompts.equal(expected.prompts)
+        torch.testing.assert_close(turn.states, expected.states, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_reply_goes_up_to_its_end(record, tiny_model, tokenizer, after):
+    """What ends it is not in it; of one that ends at once nothing is kept but where it begins."""
+    model = tiny_model()
+    ending(model, tokenizer, PROMPTS[0], after)
+    probes = record(model, 8, PROMPTS[:1])
+    assert 0 <= int(probes.lengths - probes.prompts) <= after  # the end may have been said before
+    assert model.generation_config.eos_token_id not in probes.input_ids[0, probes.prompts[0] :]
+    if after == 0:
+        assert probes.hash == record(model, 0, PROMPTS[:1]).hash
+
+
+def test_bad_input(tiny_model, tokenizer, record):
+    with pytest.raises(ProConError, match="no probe prompts given"):
+        record(prompts=[])
+    for setting in ("batch", "reply_tokens"):
+        with pytest.raises(ProConError, match=f"^{setting} is -1"):
+            Probes.record(tiny_model(), tokenizer, PROMPTS, **{setting: -1})
+    tokenizer.chat_template = None
+    with pytest.raises(ProConError, match="tokenizer has no chat template: pass the tokenizer of a chat model"):
+        record()
