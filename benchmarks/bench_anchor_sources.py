@@ -105,7 +105,7 @@ def _peaks(steps: dict[str, _Step]) -> dict[str, int]:
 def _probes(directions) -> Probes:
     generator = torch.Generator().manual_seed(4)
     ids = torch.randint(SHAPES[CASE.shape]["vocab_size"], (PROBES, PROBE_TOKENS), generator=generator)
-    blocks, size = directions.first.shape
+    blocks, _, size = directions.basis.shape
     lengths = torch.full((PROBES,), PROBE_TOKENS)
     return Probes(ids, lengths, lengths, torch.zeros(PROBES, blocks), torch.zeros(PROBES, size))
 

@@ -13,7 +13,7 @@ from benchmarks.monitors.logistic import fit
 from benchmarks.monitors.prompts import CONCEPTS, labelled_prompts
 from benchmarks.study.plan import Size
 from procon.chat import ContrastPrompts, Split, builtin_prompts
-from procon.directions import BlockDirections, Directions, RefusalDirections, auroc, each_last_token
+from procon.directions import Directions, auroc, each_last_token
 from procon.errors import ProConError
 from procon.evaluation import measure_monitors
 from procon.models import find_decoder, load_model
@@ -39,7 +39,7 @@ class Watched:
     folder: Path
     tokenizer: PreTrainedTokenizerBase
     monitors: Directions
-    refusal: RefusalDirections
+    refusal: Directions
     pairs: int
 
     @classmethod
@@ -50,10 +50,10 @@ class Watched:
         if (work / MONITORS).is_file() and (work / REFUSAL).is_file():
             monitors = Directions.load(work / MONITORS)
             monitors.check_origin(model)
-            return cls(folder, tokenizer, monitors, RefusalDirections.load(work / REFUSAL), pairs)
+            return cls(folder, tokenizer, monitors, Directions.load(work / REFUSAL), pairs)
         monitors = Directions.combine(*(_train(model, tokenizer, concept, pairs) for concept in CONCEPTS))
         prompts = builtin_prompts("extraction").first(size.extraction)
-        refusal = RefusalDirections.extract(model, tokenizer, prompts, progress=False)
+        refusal = Directions.extract(model, tokenizer, prompts, progress=False)
         monitors.save(work / MONITORS)
         refusal.save(work / REFUSAL)
         return cls(folder, tokenizer, monitors, refusal, pairs)
@@ -67,7 +67,7 @@ class Watched:
         there = self.monitors.vectors.any(-1)
         return {name: int(there[:, column].nonzero().item()) for column, name in enumerate(self.monitors.names)}
 
-    def directions(self, kind: str) -> BlockDirections:
+    def directions(self, kind: str) -> Directions:
         """What a method anchors: ``refusal``, ``monitors``, or ``refusal+monitors``.
 
         Raises:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.study.start import Start
-from procon.directions import RefusalDirections
+from procon.directions import Directions, randomized, randomized_within, shuffled
 from procon.errors import ProConError
 
 
@@ -40,7 +40,7 @@ class Method:
     adapter: bool = True
 
 
-def choose_directions(method: Method, start: Start) -> RefusalDirections:
+def choose_directions(method: Method, start: Start) -> Directions:
     """The directions that ``method`` constrains.
 
     Raises:
@@ -51,12 +51,12 @@ def choose_directions(method: Method, start: Start) -> RefusalDirections:
     if kind == "refusal":
         return found
     if kind == "random":
-        return found.randomized(int(argument))
+        return randomized(found, int(argument))
     if kind == "within":
         benign = start.states[len(start.states) // 2 :]  # with the malicious ones, draws would lean towards r
-        return found.randomized_within(benign, int(argument))
+        return randomized_within(found, benign, int(argument))
     if kind == "shuffled":
-        return found.shuffled(int(argument))
+        return shuffled(found, int(argument))
     if kind == "k":
         return start.extract(int(argument))
     raise ProConError(

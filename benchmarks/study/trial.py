@@ -30,7 +30,7 @@ from benchmarks.study.start import Start, contrast_means
 from procon.chat import ContrastPrompts, Split, builtin_prompts
 from procon.data import padding_collator, tokenize_conversations
 from procon.defences import build_trainer
-from procon.directions import BlockDirections
+from procon.directions import Directions
 from procon.evaluation import Evaluation, Judge, compare_means, evaluate, refusal_log_odds
 from procon.settings import PAPER_RECIPE
 from procon.training import ProConConfig
@@ -92,7 +92,7 @@ def fine_tune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     method: Method,
-    directions: BlockDirections,
+    directions: Directions,
     job: Job,
     seed: int,
     size: Size,
@@ -122,7 +122,7 @@ def make_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     method: Method,
-    directions: BlockDirections,
+    directions: Directions,
     job: Job,
     seed: int,
     size: Size,

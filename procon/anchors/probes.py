@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from procon.anchors.checked_blocks import checked_blocks
 from procon.anchors.projections import project_sites
 from procon.chat import builtin_probes, continue_tokens, load_instructions, pad_token_id, render, user_turn
-from procon.directions import BlockDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.files import whole_file
 from procon.models import decoder_forward, evaluating, find_decoder, model_device, observe_last_state, unwrapped
@@ -99,7 +99,7 @@ class Probes:
         cls,
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
-        directions: BlockDirections,
+        directions: Directions,
         prompts: Sequence[str] | str | Path | None = None,
         *,
         blocks: Sequence[int],

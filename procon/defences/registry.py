@@ -28,7 +28,7 @@ from procon.defences.safe_merge import SafeMergeTrainer
 from procon.defences.safety_step import SafetyStepTrainer
 from procon.defences.steering import SteeringTrainer
 from procon.defences.trainer import PlainTrainer
-from procon.directions import BlockDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.settings import ChatSettings, check_setting
 from procon.training import ProConArguments, ProConConfig, ProConTrainer
@@ -286,7 +286,7 @@ def build_trainer(
     args: ProConConfig,
     *,
     settings: Mapping[str, Any] | None = None,
-    directions: BlockDirections | None = None,
+    directions: Directions | None = None,
     alignment_dataset: Dataset | None = None,
     base: PreTrainedModel | str | Path | None = None,
     chat: ChatSettings | None = None,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from procon.chat import ContrastPrompts, builtin_prompts
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.evaluation.refusal_odds import first_token_logits, log_odds_of, refusal_tokens
 from procon.models import evaluating, find_decoder, is_sharded, observe_sites, site_name
@@ -26,7 +26,7 @@ _PROBES = 16
 def block_effects(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    directions: RefusalDirections,
+    directions: Directions,
     prompts: ContrastPrompts | None = None,
     *,
     tokens: Sequence[int] | None = None,
@@ -61,7 +61,7 @@ def block_effects(
     directions.check_fits(decoder)
     prompts = prompts or builtin_prompts("extraction").first(_PROBES)
     tokens = refusal_tokens(model, tokenizer, prompts, chat=chat) if tokens is None else tokens
-    basis = directions.basis.double() * directions.gap[:, None, None].double()
+    basis = directions.basis.double() * directions.gaps[:, :1, None].double()
     effects = torch.zeros(basis.shape[:2], dtype=torch.float64)
     states: list[Tensor] = []
 
@@ -86,7 +86,7 @@ def block_effects(
     return torch.where(directions.usable[:, None], effects, torch.nan).float()
 
 
-def causal_weights(effects: Tensor, directions: RefusalDirections, blocks: Sequence[int]) -> dict[Units, Tensor]:
+def causal_weights(effects: Tensor, directions: Directions, blocks: Sequence[int]) -> dict[Units, Tensor]:
     """Weights of the constrained blocks, in proportion to what a departure of 1 does to the refusal log-odds.
 
     A departure of 1 is a gap in units of the gap, and a length of 1 in raw ones. Of several directions per block it is
@@ -111,5 +111,5 @@ def causal_weights(effects: Tensor, directions: RefusalDirections, blocks: Seque
                 f"nothing to the refusal log-odds, so block {block} has no causal weight: leave it out of blocks, or "
                 "set block_weights to 'equal'"
             )
-    sizes: dict[Units, Tensor] = {"raw": size / directions.gap.double()[chosen], "gap": size}
+    sizes: dict[Units, Tensor] = {"raw": size / directions.gaps[:, 0].double()[chosen], "gap": size}
     return {units: (each / each.mean()).float() for units, each in sizes.items()}

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from procon.chat import ContrastPrompts
-from procon.directions import BlockDirections, Directions, auroc, project_on_all
+from procon.directions import Directions, auroc
+from procon.directions import project_last_token as project_on_all
 from procon.errors import ProConError
 from procon.models import find_decoder
 from procon.settings import LAST, ChatSettings
@@ -98,7 +99,7 @@ class MonitorChange:
 def measure_monitors(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    monitors: BlockDirections,
+    monitors: Directions,
     prompts: ContrastPrompts | Mapping[str, ContrastPrompts],
     *,
     chat: ChatSettings | None = None,
@@ -114,7 +115,6 @@ def measure_monitors(
     Raises:
         ProConError: if the monitors are of another model's shape, or one of them has no prompts.
     """
-    monitors = Directions.of(monitors)
     monitors.check_fits(find_decoder(model))
     by_name = prompts if isinstance(prompts, Mapping) else dict.fromkeys(monitors.names, prompts)
     missing = [name for name in monitors.names if name not in by_name]

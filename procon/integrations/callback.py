@@ -23,7 +23,7 @@ from procon.anchors import Anchors
 from procon.anchors.starting_state import StartingState, check_resumed, require_length
 from procon.constraint import ProjectionConstraint
 from procon.constraint.guards import check_finite, refuse_data_parallel
-from procon.directions import BlockDirections, load_directions
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.integrations.forward import REMEDY, SCOPE, ConstrainedForward, constrained_by
 from procon.schedule import AlphaSchedule
@@ -84,7 +84,7 @@ class ProConCallback(TrainerCallback, ExportableState):
 
     def __init__(
         self,
-        directions: BlockDirections | str | Path,
+        directions: Directions | str | Path,
         *,
         schedule: str = DEFAULTS.schedule,
         blocks: Blocks = DEFAULTS.blocks,
@@ -119,8 +119,8 @@ class ProConCallback(TrainerCallback, ExportableState):
                 f"schedule {schedule!r} adds epochs of warm-up before those asked for, which a callback cannot: give "
                 f"schedule={written_out!r} and add them to num_train_epochs"
             )
-        if not isinstance(directions, BlockDirections):
-            directions = load_directions(directions)
+        if not isinstance(directions, Directions):
+            directions = Directions.load(directions)
         self._directions = directions
         self._constraint = ProjectionConstraint(
             directions, blocks=blocks, penalty=penalty, sides=sides, units=units, backend=backend

@@ -20,7 +20,7 @@ from procon.anchors.starting_state import StartingState, check_resumed, require_
 from procon.chat import describe_chat
 from procon.constraint import ProjectionConstraint
 from procon.constraint.blocks import check_units
-from procon.directions import BlockDirections, RefusalDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import is_sharded
 from procon.schedule import AlphaSchedule
@@ -85,7 +85,7 @@ class AnchoredMixin(_Resumable):
     _live: LiveAnchors | None
     _probes: Probes | None
     _resumed: Checkpoint | None
-    _directions: BlockDirections  # there once there is a constraint
+    _directions: Directions  # there once there is a constraint
     _collator: AnchoredCollator  # there once there is a loader
 
     @property
@@ -122,7 +122,7 @@ class AnchoredMixin(_Resumable):
         plugin: Any = self.accelerator.state.deepspeed_plugin
         return int(plugin.zero_stage)
 
-    def _make_constraint(self, directions: BlockDirections) -> ProjectionConstraint:
+    def _make_constraint(self, directions: Directions) -> ProjectionConstraint:
         settings = self.args.constraint_settings()
         self._directions = directions
         self.constraint = constraint = ProjectionConstraint(
@@ -140,12 +140,12 @@ class AnchoredMixin(_Resumable):
             check_units(directions, constraint.blocks)
         return constraint
 
-    def _extract(self) -> RefusalDirections:
+    def _extract(self) -> Directions:
         """The directions of the model as it is; of the main process if there are several."""
         progress = self.is_world_process_zero() and not self.args.disable_tqdm
         return on_main(
             # Ranks round differently, and anchors belong to one set of directions.
-            lambda: RefusalDirections.extract(self.model, self._chat_tokenizer, chat=self.chat, progress=progress),
+            lambda: Directions.extract(self.model, self._chat_tokenizer, chat=self.chat, progress=progress),
             # Not yet sharded, the model may be whole on the main process alone. Sharded already, it needs all of them.
             all_call=getattr(self, "is_distributed_loading_by_transformers", False),
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from procon.directions import BlockDirections, RefusalDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.evaluation import block_effects, causal_weights
 from procon.settings import BlockWeights, ChatSettings, Units
@@ -18,7 +18,7 @@ def find_weights(
     block_weights: BlockWeights,
     model: nn.Module,
     tokenizer: Any,
-    directions: BlockDirections,
+    directions: Directions,
     blocks: Sequence[int],
     chat: ChatSettings | None = None,
 ) -> dict[Units, Tensor] | None:
@@ -32,7 +32,7 @@ def find_weights(
     """
     if block_weights == "equal":
         return None
-    if not isinstance(directions, RefusalDirections):
+    if not directions.of_refusal:
         raise ProConError(
             "block_weights is 'causal', which weighs blocks by their effect on refusals, and these are directions of "
             f"{', '.join(directions.concepts)}: set block_weights to 'equal'"

@@ -17,7 +17,7 @@ from procon.anchors import LiveAnchors
 from procon.anchors.probes import PROBES
 from procon.constraint import ProjectionConstraint, constrained_tokens, probe_departure
 from procon.constraint.guards import check_finite, refuse_data_parallel
-from procon.directions import DIRECTIONS, BlockDirections, load_directions
+from procon.directions import DIRECTIONS_FILE, Directions
 from procon.errors import ProConError
 from procon.settings import ChatSettings
 from procon.training.anchored import NO_ANCHORS, TARGET
@@ -83,7 +83,7 @@ class ProConMixin(StrengthMixin):
     def __init__(
         self,
         *trainer_args: Any,
-        directions: BlockDirections | str | Path | None = None,
+        directions: Directions | str | Path | None = None,
         chat: ChatSettings | None = None,
         **trainer_kwargs: Any,
     ) -> None:
@@ -121,13 +121,11 @@ class ProConMixin(StrengthMixin):
                 "out: use context parallelism (cp_size)"
             )
         if directions is not None:
-            self._make_constraint(
-                directions if isinstance(directions, BlockDirections) else load_directions(directions)
-            )
+            self._make_constraint(directions if isinstance(directions, Directions) else Directions.load(directions))
         elif getattr(self._chat_tokenizer, "chat_template", None) is None:
             raise ProConError(
                 "no refusal directions given, and processing_class has no chat template to extract them with: extract "
-                "them with RefusalDirections.extract(model, tokenizer)"
+                "them with Directions.extract(model, tokenizer)"
             )
         self._check_sources()
 
@@ -159,7 +157,7 @@ class ProConMixin(StrengthMixin):
         constraint = self.constraint
         if constraint is None:
             constraint = self._make_constraint(
-                load_directions(checkpoint.path / DIRECTIONS) if checkpoint else self._extract()
+                Directions.load(checkpoint.path / DIRECTIONS_FILE) if checkpoint else self._extract()
             )
         self._anchors = self._live = self._probes = None
         if checkpoint:
@@ -330,7 +328,7 @@ class ProConMixin(StrengthMixin):
             super()._describe(folder)
         elif self.args.should_save:
             record = self._record()
-            self._directions.save(folder / DIRECTIONS)
+            self._directions.save(folder / DIRECTIONS_FILE)
             if self._probes is not None:
                 self._probes.save(folder / PROBES)
             write_section(folder / "README.md", describe(record, self._directions, self.state.log_history))

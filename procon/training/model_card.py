@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import metadata_load, metadata_save
 
-from procon.directions import DIRECTIONS, BlockDirections, RefusalDirections
+from procon.directions import DIRECTIONS_FILE, Directions
 from procon.files import whole_file, write_text
 from procon.schedule import AlphaSchedule, Phase
 from procon.version import __version__
@@ -49,9 +49,9 @@ A model can route around one direction per block, so measure what it does: `proc
 The directions, from a copy of this folder:
 
 ```python
-from procon import {kind}
+from procon import Directions
 
-directions = {kind}.load(folder)
+directions = Directions.load(folder)
 ```
 
 ### Citation
@@ -73,7 +73,7 @@ _UNCONSTRAINED = """\
 This model was fine-tuned by procon-llm {version} without the projection constraint: {why}."""
 
 
-def describe(settings: dict[str, Any], directions: BlockDirections, log_history: Sequence[dict[str, Any]]) -> str:
+def describe(settings: dict[str, Any], directions: Directions, log_history: Sequence[dict[str, Any]]) -> str:
     """The section, in Markdown; that of a model without the constraint if no step so far was under it.
 
     Args:
@@ -99,7 +99,7 @@ def describe(settings: dict[str, Any], directions: BlockDirections, log_history:
         "penalty": f"{settings['penalty']}, {_SIDES[settings['sides']]}, {settings['units']} units, "
         f"mean over {settings['reduction']}s",
         "weights of the blocks": _weights(settings),
-        "directions": f"`{DIRECTIONS}` (`{settings['directions']}`){_origin(directions)}",
+        "directions": f"`{DIRECTIONS_FILE}` (`{settings['directions']}`){_origin(directions)}",
         **_concepts(directions),
         "anchors": _anchors(settings),
         "last logged penalty, before alpha": _last(log_history, "procon/penalty", "{:.3g}") or "not logged",
@@ -111,11 +111,10 @@ def describe(settings: dict[str, Any], directions: BlockDirections, log_history:
             unmeasured.append(label)
         else:
             rows[label] = value
-    refusal = isinstance(directions, RefusalDirections)
+    refusal = directions.of_refusal
     return _SECTION.format(
         version=settings["version"],
         along="the block's refusal direction" if refusal else f"directions of {', '.join(directions.concepts)}",
-        kind=type(directions).__name__,
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         unmeasured="; ".join(unmeasured) or "whether any of this holds beyond the prompts used",
     )
@@ -228,7 +227,7 @@ def _weights(settings: dict[str, Any]) -> str:
     return f"{settings['block_weights']}, in the order of the blocks: {each}"
 
 
-#: Controls, by what :class:`RefusalDirections` leaves of their origin.
+#: Controls, by what :mod:`procon.directions.controls` leaves of their origin.
 _CONTROLS = {
     "random_seed": "random ones",
     "random_within_seed": "random ones with the hidden states' covariance",
@@ -236,34 +235,34 @@ _CONTROLS = {
 }
 
 
-def _concepts(directions: BlockDirections) -> dict[str, str]:
+def _concepts(directions: Directions) -> dict[str, str]:
     """Where each concept has a direction, if they are named."""
-    if isinstance(directions, RefusalDirections):
+    if directions.of_refusal:
         return {}
     there = directions.basis.any(-1)
     sites = {name: there[:, number].nonzero().flatten().tolist() for number, name in enumerate(directions.concepts)}
     return {f"blocks of {name}": _blocks(blocks, directions.block_count) for name, blocks in sites.items()}
 
 
-def _origin(directions: BlockDirections) -> str:
+def _origin(directions: Directions) -> str:
     """How many directions per block there are, and where they came from, as far as their provenance says."""
     provenance = directions.provenance
-    several = f", {directions.k} a block" if directions.k > 1 else ""
-    if not isinstance(directions, RefusalDirections):
+    several = f", {directions.k} per block" if directions.k > 1 else ""
+    if not directions.of_refusal:
         return several
     for name, control in _CONTROLS.items():
         if name in provenance:
             return f"{several}, {control} (seed {provenance[name]}): a control"
     model, counts, rate = (provenance.get(name) for name in ("model", "counts", "refusal_rate"))
     # Whoever made the file may have written anything into it.
-    if not (isinstance(counts, dict) and all(type(counts.get(side)) is int for side in ("malicious", "benign"))):
+    if not (isinstance(counts, dict) and all(type(counts.get(side)) is int for side in ("positive", "negative"))):
         return several
     rate = rate if isinstance(rate, float | int) else None
     # A folder's name is enough: the path to it is of no use to others.
     model = Path(str(model)).name if model and Path(str(model)).is_absolute() else model
     model = re.sub(r"[^\w./@:+ -]", "", str(model or ""))
-    origin = f"{several}: of {model or 'the model before training'}, from {counts['malicious']} malicious and "
-    origin += f"{counts['benign']} benign prompts"
+    origin = f"{several}: of {model or 'the model before training'}, from {counts['positive']} malicious and "
+    origin += f"{counts['negative']} benign prompts"
     return origin if rate is None else f"{origin}; it then refused {rate:.0%} of malicious ones"
 
 

@@ -13,7 +13,7 @@ from procon.cli import main
 from procon.cli import train as command
 from procon.cli.arguments import TrainArguments
 from procon.defences import DEFENCES
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 
 TRAIN = [
     *("train", "--model", "model", "--data", "data.jsonl", "--output-dir", "out", "--max-steps", "1"),
@@ -84,7 +84,7 @@ def test_a_number_of_safety_samples_wins(here, built):
     assert main([*TRAIN, "--defence", "procon_s_safe", *SAFETY, "--safety-samples", "5", *DIRECTIONS]) == 0
     assert len(built["train_dataset"]) == 16 + 5
     assert built["args"].procon_schedule == "procon_s"
-    assert RefusalDirections.load("out").hash == built["directions"].hash
+    assert Directions.load("out").hash == built["directions"].hash
 
 
 def test_a_schedule_that_is_given_wins(here, built):
@@ -101,7 +101,7 @@ def test_safe_lora_takes_its_base(here, built, capsys):
 def test_steering_finds_its_directions_again(here, built):
     """Of a run that is resumed."""
     saving = [*TRAIN, "--save-strategy", "steps", "--save-steps", "1", "--defence", "steering"]
-    given = RefusalDirections.load("directions.safetensors")
+    given = Directions.load("directions.safetensors")
     given.save("out/refusal-directions.safetensors")  # as extraction leaves them
     assert main([*saving, *DIRECTIONS]) == 0
     assert main([*saving, "--resume", "--max-steps", "2"]) == 0

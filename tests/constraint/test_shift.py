@@ -4,17 +4,16 @@ import pytest
 import torch
 
 from procon.constraint import ProjectionConstraint
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 
 
-def directions_with_gaps(model, count: int) -> RefusalDirections:
+def directions_with_gaps(model, count: int) -> Directions:
     blocks, width = model.config.num_hidden_layers, model.config.hidden_size
     random = torch.randn(blocks, width, count, generator=torch.Generator().manual_seed(2))
     basis = torch.linalg.qr(random).Q.mT.contiguous()
     gap = 0.5 + torch.arange(blocks).float()
-    further = basis[:, 1:].contiguous() if count > 1 else None
-    return RefusalDirections(basis[:, 0].contiguous(), gap, gap, gap, gap, further=further)
+    return Directions(basis, gap[:, None].expand(blocks, count).contiguous())
 
 
 @pytest.fixture
@@ -27,10 +26,10 @@ def defined(model, directions, batch, anchors, mask, power: int, moving: slice) 
     states = model(**batch, output_hidden_states=True).hidden_states[:-1]
     blocks, k = len(states), directions.basis.shape[1]
     shifts = torch.stack(
-        [x @ r.double().T / gap for x, r, gap in zip(states, directions.basis, directions.gap.double(), strict=True)],
+        [x @ r.double().T / gap for x, r, gap in zip(states, directions.basis, directions.gaps.double(), strict=True)],
         -2,
     )
-    shifts = shifts - anchors.double().unflatten(-1, (blocks, k)) / directions.gap.double()[:, None]
+    shifts = shifts - anchors.double().unflatten(-1, (blocks, k)) / directions.gaps.double()
     return (shifts.abs().pow(power).sum(-1)[..., moving].mean(-1) * mask).sum() / mask.sum()
 
 
@@ -67,18 +66,18 @@ def test_the_shift_is_the_definition(tiny_model, batch, penalty, power, units, c
 def test_one_sided_it_is_that_of_the_fall_and_blocks_count_alike(tiny_model, batch, penalty, power):
     model = tiny_model().double()
     directions = directions_with_gaps(model, 1)
-    blocks, mask = len(directions.gap), torch.ones(2, 9)
+    blocks, mask = directions.block_count, torch.ones(2, 9)
     states = model(**batch, output_hidden_states=True).hidden_states[:-1]
-    projections = torch.stack([x @ r.double() for x, r in zip(states, directions.first, strict=True)], -1).detach()
+    projections = torch.stack([x @ r.double() for x, r in zip(states, directions.basis[:, 0], strict=True)], -1)
     moved = torch.randn(2, 9, blocks, generator=torch.Generator().manual_seed(6)).double()
     weights = torch.tensor([0.5, 1.0, 1.5])
     found = ProjectionConstraint(directions, penalty=penalty, sides="fall", weights=weights)
     with found.attach(model) as constraint:
-        constraint.set_target((projections - moved).float(), mask)
+        constraint.set_target((projections - moved).detach().float(), mask)
         model(**batch)
         constraint.penalty()
         shift = constraint.shift()
-    expected = (-moved / directions.gap).clamp_min(0).pow(power).mean()
+    expected = (-moved / directions.gaps[:, 0]).clamp_min(0).pow(power).mean()
     # Anchors are float32.
     assert shift.item() == pytest.approx(expected.item(), rel=1e-5)
 

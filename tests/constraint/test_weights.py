@@ -4,18 +4,17 @@ import pytest
 import torch
 
 from procon.constraint import ProjectionConstraint
-from procon.directions import RefusalDirections
-from procon.directions.subspace import orthonormalised
+from procon.directions import Directions
 from procon.errors import ProConError
 
 WEIGHTS = torch.tensor([0.25, 2.0, 0.75])
 
 
-def directions(k: int = 1) -> RefusalDirections:
+def directions(k: int = 1) -> Directions:
     make = torch.Generator().manual_seed(0)
-    basis = orthonormalised(torch.randn(3, k, 32, generator=make)).float()
+    basis = torch.linalg.qr(torch.randn(3, 32, k, generator=make)).Q.mT.contiguous()
     gap = torch.rand(3, generator=make) + 0.5
-    return RefusalDirections(basis[:, 0].contiguous(), gap, gap, gap, gap, further=basis[:, 1:] if k > 1 else None)
+    return Directions(basis, gap[:, None].expand(3, k))
 
 
 def batch(k: int, blocks: int = 3) -> tuple[dict, torch.Tensor, torch.Tensor]:
@@ -44,7 +43,7 @@ def by_definition(model, given, k: int, weights: torch.Tensor) -> tuple[torch.Te
     states = model(**inputs, output_hidden_states=True).hidden_states
     total = 0.0
     for block, anchor in enumerate(anchors.unflatten(-1, (3, k)).unbind(2)):
-        error = (states[block] @ given.basis[block].T - anchor) / given.gap[block]
+        error = (states[block] @ given.basis[block].T - anchor) / given.gaps[block, 0]
         total = total + weights[block] * (error.square().sum(-1) * mask).sum()
     penalty = total / (3 * mask.sum())
     penalty.backward()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from procon.chat import ContrastPrompts, render, user_turn
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.evaluation import block_effects, causal_weights, refusal_log_odds, refusal_tokens
 from procon.models import find_decoder
@@ -28,12 +28,11 @@ def model(tiny_model):
     return model
 
 
-def directions(k: int = 1, blocks: int = 3, width: int = 32) -> RefusalDirections:
+def directions(k: int = 1, blocks: int = 3, width: int = 32) -> Directions:
     make = torch.Generator().manual_seed(2)
     basis = torch.linalg.qr(torch.randn(blocks, width, k, generator=make))[0].mT.contiguous()
     gap = torch.tensor([0.5, 1.0, 3.0, 2.0])[:blocks]
-    ones = torch.ones(blocks)
-    return RefusalDirections(basis[:, 0].clone(), gap, ones, gap, 0 * ones, further=basis[:, 1:] if k > 1 else None)
+    return Directions(basis, gap[:, None].expand(basis.shape[:2]))
 
 
 def shifted_log_odds(model, tokenizer, block: int, shift: torch.Tensor) -> float:
@@ -73,7 +72,7 @@ def test_the_derivative_is_a_finite_difference(model, tokenizer, k, sites):
     step = 1e-4
     for block in range(sites):
         for column in range(k):
-            shift = step * given.gap[block].double() * given.basis[block, column].double()
+            shift = step * given.gaps[block, 0].double() * given.basis[block, column].double()
             up, down = (shifted_log_odds(model, tokenizer, block, sign * shift) for sign in (1, -1))
             # logits go through fp32 before the softmax, and results are fp32.
             assert found[block, column].item() == pytest.approx((up - down) / (2 * step), rel=1e-3, abs=1e-4)
@@ -102,7 +101,8 @@ def test_by_default_the_tokens_that_open_refusals(model, tokenizer):
 
 def test_a_block_without_a_direction_has_none(model, tokenizer):
     given = directions()
-    none = replace(given, first=given.first * torch.tensor([[0], [1], [1]]), gap=given.gap * torch.tensor([0, 1, 1]))
+    there = torch.tensor([[0], [1], [1]])
+    none = replace(given, basis=given.basis * there[..., None], gaps=given.gaps * there)
     found = block_effects(model, tokenizer, none, PROMPTS, tokens=TOKENS)
     assert found.isnan().flatten().tolist() == [True, False, False]
     assert causal_weights(found, none, [1, 2])["gap"].isfinite().all()
@@ -136,8 +136,8 @@ def test_in_either_unit_the_penalty_is_the_change_of_the_log_odds():
     given, make = directions(), torch.Generator().manual_seed(0)
     effects, departures = torch.randn(3, 1, generator=make), torch.randn(3, generator=make)
     weights = causal_weights(effects, given, range(3))
-    gaps, raw = weights["gap"] * (departures / given.gap).abs(), weights["raw"] * departures.abs()
-    changes = (effects[:, 0] * departures / given.gap).abs()
+    gaps, raw = weights["gap"] * (departures / given.gaps[:, 0]).abs(), weights["raw"] * departures.abs()
+    changes = (effects[:, 0] * departures / given.gaps[:, 0]).abs()
     torch.testing.assert_close(gaps / gaps.sum(), changes / changes.sum())
     torch.testing.assert_close(raw / raw.sum(), changes / changes.sum())
 

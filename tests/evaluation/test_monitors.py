@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from procon.chat import ContrastPrompts, render, user_turn
-from procon.directions import Directions, RefusalDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.evaluation import compare_monitors, measure_monitors
 
@@ -138,7 +138,7 @@ def test_rows_for_reports(model, monitors, tokenizer):
 
 
 def test_refusal_directions_are_monitors_too(model, tokenizer):
-    found = RefusalDirections.extract(model, tokenizer, PROMPTS, held_out=OTHERS, check_refusal=False, progress=False)
+    found = Directions.extract(model, tokenizer, PROMPTS, held_out=OTHERS, check_refusal=False, progress=False)
     readings = read(model, tokenizer, found, OTHERS)
     torch.testing.assert_close(readings["refusal"].auroc[1:], found.auroc[1:])
     assert math.isnan(readings["refusal"].auroc[0])
