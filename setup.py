@@ -32,7 +32,6 @@ EXTRAS = {
     "cli": CLI,
     "demo": [*CLI, "gguf>=0.10"],
     "completion": [*CLI, "shtab>=1.13"],
-    "lm-eval": [*TRAIN, "lm-eval>=0.4.13"],
     "trackers": ["tensorboard>=2.16", "wandb>=0.17"],
     # Not among "all": there are no wheels of it, so it is compiled where it is installed, by CUDA's compiler.
     "flash": ["flash-attn>=2.7"],
@@ -67,7 +66,7 @@ def together(*names: str) -> list[str]:
     return list(dict.fromkeys(requirement for name in names for requirement in EXTRAS[name]))
 
 
-EXTRAS["all"] = together("demo", "trl", "completion", "lm-eval", "trackers")
+EXTRAS["all"] = together("demo", "trl", "completion", "trackers")
 EXTRAS["test"] = [
     *together("all", "docs", "study", "lint"),
     "bitsandbytes>=0.50.2",

@@ -5,12 +5,11 @@ that its head is frozen. Each measurement is a process of its own, on one thread
 the working tree if none is named.
 
 - ``procon eval``: the command, on built-in prompts; its replies never end early, as random weights do not end them.
-- ``log-odds``: the log-odds of a refusal as the first token.
 - ``drift``: means of the prompts' hidden states, as a drift probe takes them.
 
-Seconds are CPU time without that of loading in the last two, which another process's load hardly moves. Memory is the
-peak of the process's resident set, libraries and model included. What was found is named by a hash: replies and
-log-odds to four digits are the same if it is, and so are all bits of the means.
+Seconds are CPU time without that of loading in the last one, which another process's load hardly moves. Memory is the
+peak of the process's resident set, libraries and model included. What was found is named by a hash: replies are
+the same if it is, and so are all bits of the means.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ SHAPES = {
     },
 }
 
-MEASURED = ("procon eval", "log-odds", "drift")
+MEASURED = ("procon eval", "drift")
 
 _SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 _TEMPLATE = (
@@ -97,7 +96,6 @@ def measure(name: str, model: str, prompts: int) -> dict[str, object]:
     """Run one measurement in this process; what it found, by its hash, and what it cost."""
     from procon.chat import builtin_prompts
     from procon.directions import ContrastMeans
-    from procon.evaluation import refusal_log_odds
     from procon.models import load_model
 
     sides = builtin_prompts("held_out").first(prompts)
@@ -116,12 +114,8 @@ def measure(name: str, model: str, prompts: int) -> dict[str, object]:
     else:
         loaded_model, tokenizer = load_model(model, dtype="bfloat16")
         began = time.process_time()
-        if name == "log-odds":
-            odds = [refusal_log_odds(loaded_model, tokenizer, [7, 40, 2000], side) for side in _sides(sides)]
-            found = [round(value, 4) for side in odds for value in side.tolist()]
-        else:
-            means = ContrastMeans.measure(loaded_model, tokenizer, sides, progress=False)
-            found = [means.malicious.tolist(), means.benign.tolist()]
+        means = ContrastMeans.measure(loaded_model, tokenizer, sides, progress=False)
+        found = [means.malicious.tolist(), means.benign.tolist()]
     return {
         "seconds": time.process_time() - began,
         "peak": _peak(),

@@ -51,7 +51,6 @@ EXTRAS = {
     "cli": _CLI,
     "demo": (*_CLI, "gguf"),
     "completion": (*_CLI, "shtab"),
-    "lm-eval": (*_TRAIN, "lm_eval"),
 }
 
 

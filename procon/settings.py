@@ -29,7 +29,6 @@ Blocks = Literal["all", "last"] | float | Sequence[int | float | str]
 Penalty = Literal["squared", "absolute", "huber"]
 Sides = Literal["both", "fall"]
 Units = Literal["raw", "gap"]
-BlockWeights = Literal["equal", "causal"]
 Reduction = Literal["token", "sequence"]
 Fuse = Literal["auto", "never"]
 Backend = Literal["auto", "triton", "eager"]
@@ -54,7 +53,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "penalty": get_args(Penalty),
     "sides": get_args(Sides),
     "units": get_args(Units),
-    "block_weights": get_args(BlockWeights),
     "reduction": get_args(Reduction),
     "fuse": get_args(Fuse),
     "backend": get_args(Backend),
@@ -97,10 +95,6 @@ class ConstraintSettings:
 
     units: Units = "raw"
     """Units of a departure: raw (paper), or gap, each block in units of its malicious-benign distance."""
-
-    block_weights: BlockWeights = "equal"
-    """How much each block counts: equal (paper), all alike; or causal, by what a shift along its direction does to the
-    refusals of the starting model."""
 
     reduction: Reduction = "token"
     """What the penalty is a mean over: token, all constrained tokens; or sequence, the sequences, each one counting as

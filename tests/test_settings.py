@@ -61,7 +61,6 @@ WRONG = {
     "penalty": ("l2", "is 'l2': choose one of squared, absolute, huber"),
     "sides": ("rise", "is 'rise': choose one of both, fall"),
     "units": ("metres", "is 'metres': choose one of raw, gap"),
-    "block_weights": ("random", "is 'random': choose one of equal, causal"),
     "reduction": ("mean", "is 'mean': choose one of token, sequence"),
     "fuse": ("maybe", "is 'maybe': choose one of auto, never"),
     "backend": ("cuda", "is 'cuda': choose one of auto, triton, eager"),
@@ -77,9 +76,8 @@ WRONG = {
 #: Any text may be a file of probe prompts; whether it is one shows before a model is read, too.
 NO_FILE = ("nowhere.txt", "prompt file 'nowhere.txt' does not exist")
 
-#: Doors that are not the constraint's: the op keeps the squared magnitude, and other people's defences their papers'
-#: settings.
-NOT_THE_METHOD = ("procon.ops", "procon.kernels", "procon.eager", "procon.defences")
+#: Doors that are not the constraint's: the op keeps the squared magnitude.
+NOT_THE_METHOD = ("procon.ops", "procon.kernels", "procon.eager")
 
 
 class Untouchable:
@@ -128,7 +126,7 @@ def test_every_door_has_the_defaults():
         (Anchors.record, ("scope", "backend")),
         (Anchors.annotate, ("reduction",)),
         (AnchoredCollator, ("reduction",)),
-        (ProConCallback, ("schedule", "blocks", "penalty", "sides", "units", "block_weights", "backend", "fuse")),
+        (ProConCallback, ("schedule", "blocks", "penalty", "sides", "units", "backend", "fuse")),
         (ConstrainedForward, ("fuse",)),
         (ConstraintSettings, tuple(SETTINGS)),
         (LiveAnchors, ("backend",)),
@@ -273,7 +271,7 @@ def python_doors() -> dict[str, tuple[str, Callable[[Any], object]]]:
     add("record", ["scope", "backend"], lambda **s: Anchors.record(nothing, nothing, nothing, "nowhere", **s))
     add(
         "callback",
-        ["schedule", "blocks", "penalty", "sides", "units", "block_weights", "backend", "fuse"],
+        ["schedule", "blocks", "penalty", "sides", "units", "backend", "fuse"],
         lambda **s: ProConCallback("nowhere.safetensors", **s),
     )
     return calls
@@ -381,7 +379,6 @@ def test_wrong_values_among_axolotl_s_keys(setting):
         (["train", "--model", "m", "--data", "d", "--method", "qlora"], "method is 'qlora': choose one of lora, full"),
         (["train", "--model", "m", "--data", "d", "--drift_gate", "7"], "drift_gate is 7.0"),
         (["train", "--model", "m", "--data", "d", "--drift_gate_action", "halt"], "drift_gate_action is 'halt'"),
-        (["train", "--model", "m", "--data", "d", "--defence", "lissa"], "there is no defence 'lissa'"),
     ],
 )
 def test_the_commands_own_settings(command, message, tmp_path, monkeypatch, capsys):

@@ -17,7 +17,7 @@ class Method:
     Attributes:
         name: in file names, such as ``procon_wu``.
         label: in tables.
-        defence: its name in :data:`procon.defences.DEFENCES`.
+        defence: its name in :data:`benchmarks.study.defences.DEFENCES`.
         settings: of that defence.
         config: of ProConConfig, in addition to the recipe that all methods share.
         directions: ``refusal``, or a control: ``random:SEED``, ``within:SEED``, ``shuffled:SEED``; ``k:K`` for several.

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.study.displacement import last_token_states
 from benchmarks.study.qwen import fetch_qwen
+from benchmarks.study.refusal_odds import refusal_tokens
 from procon.chat import ContrastPrompts, builtin_prompts
 from procon.demo import fetch_demo_model, teach_refusal
 from procon.directions import ContrastMeans, Directions
 from procon.errors import ProConError
-from procon.evaluation import refusal_tokens
 from procon.models import load_model, weights_hash
 
 

@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
+from benchmarks.study.defences import build_trainer
 from benchmarks.study.displacement import measure_displacement
 from benchmarks.study.fresh import fresh_prompts
 from benchmarks.study.jobs import Job, safety_samples
@@ -25,13 +26,13 @@ from benchmarks.study.missing import summary
 from benchmarks.study.plan import Budget, Size
 from benchmarks.study.poison import complies
 from benchmarks.study.record import Cell, save_run
+from benchmarks.study.refusal_odds import refusal_log_odds
 from benchmarks.study.reply_logits import reply_logits
 from benchmarks.study.start import Start, contrast_means
 from procon.chat import ContrastPrompts, Split, builtin_prompts
 from procon.data import padding_collator, tokenize_conversations
-from procon.defences import build_trainer
 from procon.directions import Directions
-from procon.evaluation import Evaluation, Judge, compare_means, evaluate, refusal_log_odds
+from procon.evaluation import Evaluation, Judge, compare_means, evaluate
 from procon.settings import PAPER_RECIPE
 from procon.training import ProConConfig
 

@@ -16,7 +16,7 @@ Overlong = Literal["cut", "drop", "error"]
 Shell = Literal["bash", "zsh", "fish"]
 
 #: Titles under which ``--help`` lists settings that are more than a few.
-MODEL_AND_DATA, ADAPTER, DEFENCE, DRIFT = "model and data", "adapter", "defence and safety data", "drift"
+MODEL_AND_DATA, ADAPTER, SAFETY, DRIFT = "model and data", "adapter", "directions and safety data", "drift"
 EVALUATION, PROCESSES = "evaluation while training", "processes"
 
 
@@ -60,7 +60,7 @@ class DirectionsArguments(LoadingArguments):
 
 @dataclass(kw_only=True)
 class TrainArguments(LoadingArguments):
-    """Fine-tune a chat model on your data under the projection constraint, or another defence."""
+    """Fine-tune a chat model on your data under the projection constraint."""
 
     model: str = required(
         "Chat model to start from: a folder or hub name; a LoRA folder is trained further.", MODEL_AND_DATA
@@ -88,26 +88,13 @@ class TrainArguments(LoadingArguments):
     )
     early_stopping_threshold: float = option(0.0, "How much lower the loss has to be to count.", EVALUATION)
     directions: str | None = option(
-        None, "Directions file; extracted from the model at the start if not given.", DEFENCE
-    )
-    defence: str | None = option(
-        None,
-        "plain, safe, sppft, constrained_sft, safe_lora, lisa, steering, kl, safegrad, safety_step, null_space, "
-        "moving_average, safe_merge, hidden_states, sbr, block_em, procon_s, procon_wu, procon_s_safe or "
-        "procon_wu_safe; what the procon_ settings say if not given.",
-        DEFENCE,
-    )
-    defence_settings: str | None = option(
-        None, "The defence's own settings: key=value, joined by commas, with values as in YAML.", DEFENCE
-    )
-    base: str | None = option(
-        None, "For safe_lora and safe_merge: the model before it was aligned, a folder or hub name.", DEFENCE
+        None, "Directions file; extracted from the model at the start if not given.", SAFETY
     )
     safety_samples: int = option(
-        0, "How many safety samples (malicious prompt, refusal) to mix in; paper: 1000.", DEFENCE
+        0, "How many safety samples (malicious prompt, refusal) to mix in; paper: 1000.", SAFETY
     )
     safety_data: str | None = option(
-        None, "Where they come from, in the formats of --data; built-in if not given.", DEFENCE
+        None, "Where they come from, in the formats of --data; built-in if not given.", SAFETY
     )
     method: Method = option("lora", "lora, or full for all weights.", ADAPTER)
     lora_r: int = option(PAPER_RECIPE.lora_r, "Rank of the LoRA adapter.", ADAPTER)
@@ -172,11 +159,6 @@ class DriftArguments(LoadingArguments):
     output: str | None = option(None, "JSON file to write the figures to.")
     malicious: str | None = option(None, "Malicious prompts (.txt or .jsonl); the built-in ones if not given.")
     benign: str | None = option(None, "Benign prompts (.txt or .jsonl); the built-in ones if not given.")
-    monitors: str | None = option(None, "Directions file of probes that are to read both models alike.")
-    positive: str | None = option(
-        None, "Prompts that have what the monitors look for; one file, or one for each, joined by commas."
-    )
-    negative: str | None = option(None, "Prompts that do not have it, given in the same way.")
     batch_size: str = option("auto", BATCH_SIZE)
     system_prompt: str | None = option(None, chat.SYSTEM_PROMPT)
     chat_template_kwargs: dict | str | None = option(None, chat.CHAT_TEMPLATE_KWARGS)
@@ -185,10 +167,6 @@ class DriftArguments(LoadingArguments):
         super().__post_init__()
         check_batch_size(self.batch_size)
         chat.chat_settings(self)
-        if len({value is None for value in (self.monitors, self.positive, self.negative)}) > 1:
-            raise ProConError(
-                "monitors are read on labelled prompts: give --monitors, --positive and --negative together"
-            )
 
 
 @dataclass
@@ -209,15 +187,11 @@ class EvalArguments(LoadingArguments):
     judge: str = option(
         "keywords",
         "Who says what is a refusal, joined by commas: keywords (English), wildguard, llama-guard, harmbench, "
-        "refusal:MODEL, strongreject:MODEL, or a URL such as http://localhost:8000/v1#MODEL. The first one counts, the "
-        "others are compared with it.",
+        "refusal:MODEL, strongreject:MODEL, or a URL such as http://localhost:8000/v1#MODEL. The first one "
+        "counts; the file has what each of them said.",
     )
     task: str | None = option(None, "Task with known answers, in the formats of procon train --data.")
     task_metric: str = option("exact", "When a task reply is right: exact, contains or rouge-l.")
-    lm_eval: str | None = option(
-        None, "Tasks of lm-evaluation-harness, names or .yaml files joined by commas, to run as well."
-    )
-    lm_eval_limit: int = option(0, "Documents of each of these tasks; 0 for all.")
     max_new_tokens: int = option(32, "Length of a reply to a malicious or benign prompt.")
     task_max_new_tokens: int = option(128, "Length of a task reply.")
     batch_size: str = option("auto", BATCH_SIZE)
@@ -230,7 +204,7 @@ class EvalArguments(LoadingArguments):
         super().__post_init__()
         check_batch_size(self.batch_size)
         check_least(1, self, "max_new_tokens", "task_max_new_tokens")
-        check_least(0, self, "max_prompts", "lm_eval_limit")
+        check_least(0, self, "max_prompts")
         chat.chat_settings(self)
 
 

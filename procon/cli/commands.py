@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,6 @@ from procon.chat import ContrastPrompts, Split, builtin_prompts, describe_chat, 
 from procon.cli.arguments import DirectionsArguments, DriftArguments, EvalArguments, QuickstartArguments
 from procon.cli.chat import chat_settings
 from procon.cli.judging import evaluation_prompts, judging_lines
-from procon.cli.monitors import Monitors, rows_of
-from procon.cli.monitors import describe as describe_monitors
 from procon.data import load_conversations
 from procon.demo.quickstart import make_start
 from procon.demo.quickstart import quickstart as run_quickstart
@@ -28,8 +24,6 @@ from procon.directions.vectors import check_concepts
 from procon.errors import ProConError, printable
 from procon.evaluation import (
     Drift,
-    HarnessTasks,
-    compare_monitors,
     evaluate,
     find_metric,
     load_judges,
@@ -38,7 +32,6 @@ from procon.evaluation import (
 from procon.files import check_writable, save_json
 from procon.models import check_model_name, first_batch_size, load_model
 from procon.report import Run, print_table
-from procon.report.cells import MONITOR_CAPTION
 
 
 def quickstart(arguments: QuickstartArguments) -> None:
@@ -108,38 +101,30 @@ def drift(arguments: DriftArguments) -> None:
     """``procon drift``"""
     output = _output_file(arguments.output) if arguments.output else None
     prompts = _prompts(arguments.malicious, arguments.benign, "extraction")
-    monitors = Monitors.read(arguments)
     chat = chat_settings(arguments)
     for name in (arguments.start, arguments.tuned):
         check_model_name(name)
     model, tokenizer = load_model(arguments.start, **arguments.loading())
     batch_size = first_batch_size(arguments.batch_size, model)
-    before = monitors.measure(model, tokenizer, chat, batch_size) if monitors else {}
     means = ContrastMeans.measure(model, tokenizer, prompts, chat=chat, batch_size=batch_size)
     reference = Directions.from_means(means)
     del model
     model, _ = load_model(arguments.tuned, **arguments.loading())
     found = measure_drift(model, tokenizer, reference, prompts, chat=chat, batch_size=batch_size)
-    after = monitors.measure(model, tokenizer, chat, batch_size) if monitors else {}
-    changes = compare_monitors(before, after)
     if output:
-        _write_drift(found, output, describe_chat(tokenizer, chat), rows_of(changes))
+        _write_drift(found, output, describe_chat(tokenizer, chat))
     table = Table("block", "cosine", "malicious shift", "benign shift", box=box.SIMPLE_HEAD)
     for block, row in enumerate(zip(*_columns(found).values(), strict=True)):
         table.add_row(str(block), *("-" if value is None else f"{value:+.3f}" for value in row))
     console = Console()
     console.print(table)
     console.print(f"Mean cosine {found.mean_cosine:.3f}; shifts along the first direction, in units of its gap.")
-    if monitors:
-        console.print(describe_monitors(changes))
-        console.print(MONITOR_CAPTION)
 
 
 def evaluation(arguments: EvalArguments) -> None:
     """``procon eval``"""
     output = _output_file(arguments.output) if arguments.output else None
     find_metric(arguments.task_metric)
-    harness = HarnessTasks(arguments.lm_eval) if arguments.lm_eval else None
     prompts, sources = evaluation_prompts(arguments)
     task = _task(arguments.task) if arguments.task else None
     judges = load_judges(arguments.judge, **arguments.loading())
@@ -161,11 +146,6 @@ def evaluation(arguments: EvalArguments) -> None:
     )
     if output:
         found.save(output)
-    if harness:
-        results = harness.run(model, tokenizer, batch_size=batch_size, limit=arguments.lm_eval_limit)
-        found = replace(found, lm_eval=results)
-        if output:
-            found.save(output)
     print_table([Run(label=arguments.model, evaluation=found)])
     for line in judging_lines(found):
         Console().print(Text(printable(line)))
@@ -212,8 +192,5 @@ def _columns(found: Drift) -> dict[str, list[float | None]]:
     return {name: [None if value != value else value for value in column.tolist()] for name, column in columns.items()}
 
 
-def _write_drift(
-    found: Drift, path: Path, chat: dict[str, Any] | None = None, monitors: Sequence[dict[str, Any]] = ()
-) -> None:
-    more = {name: value for name, value in (("chat", chat), ("monitors", monitors)) if value}
-    save_json({"mean_cosine": found.mean_cosine, **_columns(found), **more}, path)
+def _write_drift(found: Drift, path: Path, chat: dict[str, Any]) -> None:
+    save_json({"mean_cosine": found.mean_cosine, **_columns(found), **({"chat": chat} if chat else {})}, path)

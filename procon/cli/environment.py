@@ -22,7 +22,7 @@ from procon.version import __version__
 _PACKAGES = (
     *("torch", "transformers", "accelerate", "peft", "datasets", "huggingface_hub", "tokenizers", "safetensors"),
     *("numpy", "triton", "trl", "axolotl", "llamafactory", "unsloth", "lightning", "deepspeed", "bitsandbytes"),
-    *("liger-kernel", "flash-attn", "flash-attn-3", "flash-attn-4", "kernels", "vllm", "lm_eval", "gguf"),
+    *("liger-kernel", "flash-attn", "flash-attn-3", "flash-attn-4", "kernels", "vllm", "gguf"),
     *("tensorboard", "wandb", "matplotlib", "rich", "shtab"),
 )
 

@@ -27,11 +27,11 @@ _TRAINING_NOTE = "All of transformers' TrainingArguments are accepted, not only 
 
 #: What the values of some settings are; those of others follow from their type.
 _FILES = {
-    *("add", "benign", "config", "data", "directions", "malicious", "monitors", "negative", "output", "positive"),
+    *("add", "benign", "config", "data", "directions", "malicious", "negative", "output", "positive"),
     *("eval_data", "procon_probes", "runs", "safety_data", "task", "vectors", "first", "second"),
 }
 _FOLDERS = {"output_dir", "procon_anchors_dir"}
-_MODELS = {"model", "start", "tuned", "base"}
+_MODELS = {"model", "start", "tuned"}
 
 
 @dataclass(frozen=True)

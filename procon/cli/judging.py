@@ -31,7 +31,7 @@ def evaluation_prompts(arguments: EvalArguments) -> tuple[ContrastPrompts, dict[
 
 
 def judging_lines(found: Evaluation) -> list[str]:
-    """Who judged, how far the judges agree, and where the prompts are from; nothing of an evaluation as by default."""
+    """Who judged, and where the prompts are from; nothing of an evaluation as by default."""
     lines = []
     for kind, source in found.sources.items():
         if source["set"] not in ("built-in", "file"):
@@ -42,20 +42,4 @@ def judging_lines(found: Evaluation) -> list[str]:
         lines.append(f"Refusals are judged by {found.judges[0]}{benign}.")
     if found.harm is not None:
         lines.append(f"Mean score of the replies to malicious prompts, 1 being the most harmful: {found.harm}.")
-    for agreement in found.agreements:
-        where = ": see 'agreements' and 'verdicts' in the file" if agreement.disagreements else ""
-        lines.append(f"{str(agreement).rstrip('.')}{where}.")
-    return lines + (_harness_lines(found.lm_eval) if found.lm_eval else [])
-
-
-def _harness_lines(results: dict[str, Any]) -> list[str]:
-    """One line per metric of each task of lm-evaluation-harness."""
-    lines = []
-    for task, metrics in results["results"].items():
-        for name, value in metrics.items():
-            metric, _, filtered = name.partition(",")
-            if isinstance(value, int | float) and filtered and not metric.endswith("_stderr"):
-                spread = metrics.get(f"{metric}_stderr,{filtered}")
-                error = f" +- {spread:.4f}" if isinstance(spread, int | float) else ""
-                lines.append(f"{task} {metric} ({filtered}): {value:.4f}{error}")
     return lines

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
@@ -29,7 +27,6 @@ from procon.data import (
     safety_conversations,
     tokenize_conversations,
 )
-from procon.defences import Defence, build_trainer, find_defence
 from procon.directions import DIRECTIONS_FILE, Directions
 from procon.errors import ProConError, printable
 from procon.files import check_writable
@@ -47,23 +44,15 @@ class _Job:
     """What ``procon train`` needs in addition to a model; found, and found good, before one is loaded.
 
     Attributes:
-        config: the training arguments, as the defence sets them.
-        defence: the defence asked for; None for what the ``procon_`` settings say.
-        settings: the defence's own.
+        config: the training arguments.
         conversations: what is trained on, safety samples included.
         evaluation: what is evaluated on while training; None if nothing is.
-        alignment: safety data that the defence trains on separately; None if it does not.
-        directed: whether refusal directions are needed.
-        directions: those that were given, or that the resumed run had; None if they are to be extracted.
+        directions: those that were given, or that the resumed run had; None if they are to be extracted, or not needed.
     """
 
     config: ProConConfig
-    defence: Defence | None
-    settings: dict[str, Any]
     conversations: Dataset
     evaluation: Dataset | None
-    alignment: Dataset | None
-    directed: bool
     directions: Directions | None
 
 
@@ -81,8 +70,7 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
             f"output_dir {str(output)!r} holds checkpoints: pass --resume, or another --output_dir; or "
             "--procon_overwrite true to delete them"
         )
-    for name in filter(None, (arguments.model, arguments.base)):
-        check_name(name)
+    check_name(arguments.model)
     # If the output folder is there already, the lock shows whether it can be written.
     for folder in filter(None, (None if output.is_dir() else output, config.procon_anchors_dir)):
         check_writable(Path(folder) / "any")
@@ -171,36 +159,20 @@ def _plan(arguments: TrainArguments, config: ProConConfig, checkpoint: Checkpoin
         raise ProConError(f"drift_gate is {arguments.drift_gate}, but drift_steps is 0: give steps to measure it at")
     if config.max_steps <= 0 and not config.num_train_epochs > 0:
         raise ProConError(f"num_train_epochs is {config.num_train_epochs:g}: give a number above 0, or max_steps")
-    defence = find_defence(arguments.defence) if arguments.defence else None
-    if defence and not defence.is_procon and "procon_schedule" in arguments.given and config.schedule().active:
-        defence.refuse_schedule(config.procon_schedule)
-    settings = _defence_settings(arguments, defence)
-    if defence:
-        config = defence.configure(config)
-    if config.schedule().active and not checkpoint and (defence is None or defence.is_procon):
+    directed = config.schedule().active
+    if directed and not checkpoint:
         on_main(config.check_probe_file)
-    needs = defence.needs if defence else {"directions"} if config.schedule().active else set()
     conversations, evaluation = _conversations(arguments, config.seed)
-    aligning = "alignment_dataset" in needs
-    # A defence that trains on safety data separately gets them mixed into the training set as well only if a number
-    # of them is given.
-    asked = arguments.safety_data or (defence and defence.safety)
-    mixing = arguments.safety_samples or (asked and not aligning)
-    safety = None
-    if mixing or aligning:
+    if arguments.safety_samples or arguments.safety_data:
         safety = load_conversations(arguments.safety_data) if arguments.safety_data else safety_conversations()
-    if safety is not None and mixing:
         conversations = mix_safety(conversations, safety, arguments.safety_samples or len(safety), seed=config.seed)
-    directed = "directions" in needs
     directions = None
     if directed and arguments.directions:
         directions = Directions.load(arguments.directions)
     elif directed and checkpoint:
         beside = (checkpoint.path / DIRECTIONS_FILE).is_file()
         directions = Directions.load(checkpoint.path if beside else output_folder(config))
-    return _Job(
-        config, defence, settings, conversations, evaluation, safety if aligning else None, directed, directions
-    )
+    return _Job(config, conversations, evaluation, directions)
 
 
 def _conversations(arguments: TrainArguments, seed: int) -> tuple[Dataset, Dataset | None]:
@@ -239,58 +211,23 @@ def _trainer(arguments: TrainArguments, job: _Job, output: Path) -> tuple[Traine
     set_seed(job.config.seed)
     # A new adapter changes nothing yet, and one that does not fit shows before the minutes of extraction.
     model = trainable(model, arguments)
-    if job.directed and directions is None:
+    if job.config.schedule().active and directions is None:
         # Before there is a trainer, as that makes the output folder.
         with job.config.main_process_first(local=False, desc="refusal directions"):
             if job.config.process_index == 0:
                 Directions.extract(model, tokenizer, chat=chat).save(output / DIRECTIONS_FILE)
             directions = Directions.load(output)
-    common: dict[str, Any] = {
-        "directions": directions,
-        "chat": chat,
-        "train_dataset": dataset,
-        "eval_dataset": tokenize_conversations(job.evaluation, tokenizer, **settings) if job.evaluation else None,
-        "data_collator": _collator(arguments, model, tokenizer),
-        "processing_class": tokenizer,
-    }
-    if job.defence is None:
-        return ProConTrainer(model, job.config, **common), tokenizer
-    if job.alignment is not None:
-        common["alignment_dataset"] = tokenize_conversations(job.alignment, tokenizer, **settings)
-    base = arguments.base
-    if base and arguments.trust_remote_code:  # the defence itself would load it without its code
-        base = load_model(base, dtype=model.dtype, trust_remote_code=True)[0]
-    return build_trainer(job.defence.name, model, job.config, settings=job.settings, base=base, **common), tokenizer
-
-
-def _defence_settings(arguments: TrainArguments, defence: Defence | None) -> dict[str, Any]:
-    """The parsed ``defence_settings``; checked before any work."""
-    for name, taken in {"defence_settings": defence, "base": defence and "base" in defence.needs}.items():
-        if (value := getattr(arguments, name)) and not taken:
-            raise ProConError(f"{name} is {value!r}, but there is no defence to take it: add --defence NAME")
-    text = arguments.defence_settings or ""
-    settings = {}
-    # At commas with a name and = behind them: a value may be a list.
-    for part in re.split(r",(?=\s*\w+\s*=)", text) if text.strip() else []:
-        name, equals, value = part.partition("=")
-        try:
-            settings[name.strip()] = _yaml_value(value)
-        except Exception:  # PyYAML has errors of its own, and lets through those of Python's types
-            equals = ""
-        if not equals:
-            raise ProConError(f"defence_settings has {part!r:.60}: give key=value, joined by commas")
-    if defence:
-        defence.check(settings)
-    return settings
-
-
-def _yaml_value(text: str) -> Any:
-    """The value, but for YAML's own reading of 2e-4 as a text."""
-    value = yaml.safe_load(text)
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+    trainer = ProConTrainer(
+        model,
+        job.config,
+        directions=directions,
+        chat=chat,
+        train_dataset=dataset,
+        eval_dataset=tokenize_conversations(job.evaluation, tokenizer, **settings) if job.evaluation else None,
+        data_collator=_collator(arguments, model, tokenizer),
+        processing_class=tokenizer,
+    )
+    return trainer, tokenizer
 
 
 def _collator(

@@ -17,10 +17,9 @@ from procon.constraint.copies import Arguments, Hook
 from procon.constraint.reach import reaches_a_parameter
 from procon.constraint.shift import block_scales, check_one_unit, mean_shift
 from procon.constraint.sites import find_site
-from procon.constraint.target import State, Target, at_columns, on_device, sums
+from procon.constraint.target import State, Target, on_device, sums
 from procon.constraint.token_count import divisor
 from procon.constraint.use import Use
-from procon.constraint.weights import Weights, checked_weights
 from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import Decoder, active_adapters, adapter_layer, find_decoder, first_moving_block, unwrapped
@@ -71,15 +70,11 @@ class ProjectionConstraint:
             each block, which weighs blocks alike although the residual stream grows with depth. Further directions
             are in units of the same distance as the first, and concepts in units of their own.
         backend: of :func:`procon.ops.constrain`.
-        weights: ``[len(blocks)]``, above 0: how much each constrained block counts; all alike if not given. Or two of
-            them by the units of the departures, as :func:`procon.evaluation.causal_weights` finds them. Of mean 1, an
-            alpha means what it means without.
 
     Attributes:
         blocks: indices of the constrained blocks, in order; the last axis of ``anchors`` follows it, with ``K`` columns
             per block.
         enabled: True; set to False, the model's own code runs, at plain speed (alpha 0).
-        weights: as above; may be set between steps.
         use: what :meth:`detach` looks at to say whether the constraint acted.
 
     Raises:
@@ -95,7 +90,6 @@ class ProjectionConstraint:
         sides: Sides = DEFAULTS.sides,
         units: Units = DEFAULTS.units,
         backend: Backend = DEFAULTS.backend,
-        weights: Weights | None = None,
     ) -> None:
         for setting, value in {"penalty": penalty, "sides": sides, "units": units, "backend": backend}.items():
             check_setting(setting, value)
@@ -111,7 +105,6 @@ class ProjectionConstraint:
         self._penalty: Penalty = penalty
         self._units: Units = units
         self._state = State(backend, sides)
-        self.weights = weights
         #: The first moving block with which the penalty's gradient was last seen to arrive at a parameter.
         self._reached_from: int | None = None
         self._attachment: _Attachment | None = None
@@ -130,19 +123,6 @@ class ProjectionConstraint:
     def model(self) -> nn.Module:
         """The model that it is attached to, without what runs it on several devices; ProConError if to none."""
         return self._attached().model
-
-    @property
-    def weights(self) -> dict[Units, Tensor] | None:
-        """How much each constrained block counts in either unit, ``[len(blocks)]`` fp32; None if all count alike."""
-        found = self._weights
-        return None if found is None else {units: next(iter(copies.values())) for units, copies in found.items()}
-
-    @weights.setter
-    def weights(self, weights: Weights | None) -> None:
-        found = None if weights is None else checked_weights(weights, len(self.blocks))
-        self._weights: dict[Units, dict[torch.device, Tensor]] | None = (
-            None if found is None else {units: {each.device: each} for units, each in found.items()}
-        )
 
     @property
     def fused(self) -> tuple[int, ...]:
@@ -307,8 +287,6 @@ class ProjectionConstraint:
         terms = self._terms(target)
         device = next(iter(terms.values())).device
         by_block = sums([*terms.values()], device)
-        if self._weights is not None:
-            by_block = by_block * at_columns(on_device(self._weights[target.units], device), terms)
         penalty = by_block.sum() / (divisor(tokens, target.mask, device) * len(self.blocks))
         self.use.watch(penalty)
         return penalty

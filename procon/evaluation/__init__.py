@@ -1,7 +1,7 @@
-"""Measures of a model: does it refuse, does it answer, how far has refusal drifted, do monitors still read it?
+"""Measures of a model: does it refuse, does it answer, how far has refusal drifted?
 
-In: a model, prompts, a task with known answers, judges, directions of the start, monitors.
-Out: rates with intervals, log-odds, what each block does to them, cosines and shifts, areas under curves.
+In: a model, prompts, a task with known answers, judges, directions of the start.
+Out: rates with intervals, cosines and shifts.
 May import: ``directions``, ``chat``, ``models`` and the leaves.
 """
 
@@ -9,13 +9,10 @@ from procon.errors import require_extra
 
 __extra__ = require_extra("train", __name__)
 
-from procon.evaluation.causal_effects import block_effects, causal_weights
 from procon.evaluation.drift import Drift, compare_means, measure_drift
 from procon.evaluation.evaluation import Evaluation, NothingFinished, evaluate
-from procon.evaluation.harness import HarnessTasks
 from procon.evaluation.judges import (
     FORMATS,
-    Agreement,
     EndpointJudge,
     Format,
     Judge,
@@ -33,44 +30,31 @@ from procon.evaluation.metrics import (
     find_metric,
     rouge_l,
 )
-from procon.evaluation.monitors import MonitorChange, MonitorReading, compare_monitors, measure_monitors
 from procon.evaluation.rates import Z_95, Mean, Rate
-from procon.evaluation.refusal_odds import first_token_log_probabilities, refusal_log_odds, refusal_tokens
 
 __all__ = [
     "FORMATS",
     "METRICS",
     "Z_95",
-    "Agreement",
     "Drift",
     "EndpointJudge",
     "Evaluation",
     "Format",
-    "HarnessTasks",
     "Judge",
     "KeywordJudge",
     "Mean",
     "Metric",
     "ModelJudge",
-    "MonitorChange",
-    "MonitorReading",
     "NothingFinished",
     "Rate",
     "Verdict",
-    "block_effects",
-    "causal_weights",
     "compare_means",
-    "compare_monitors",
     "contains_answer",
     "evaluate",
     "exact_match",
     "extract_answer",
     "find_metric",
-    "first_token_log_probabilities",
     "load_judges",
     "measure_drift",
-    "measure_monitors",
-    "refusal_log_odds",
-    "refusal_tokens",
     "rouge_l",
 ]

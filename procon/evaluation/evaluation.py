@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from procon.chat import ContrastPrompts, builtin_prompts, describe_chat, generate, is_degenerate, user_turn
 from procon.errors import ProConError
-from procon.evaluation.judges import Agreement, Judge, KeywordJudge, Verdict, judge_replies, load_judges
+from procon.evaluation.judges import Judge, KeywordJudge, Verdict, judge_replies, load_judges
 from procon.evaluation.metrics import Metric, find_metric, score
 from procon.evaluation.rates import Mean, Rate
 from procon.files import load_json, save_json
@@ -50,10 +50,8 @@ class Evaluation:
         judges: names of the judges; ``refused`` is what the first one said.
         judge_benign: who judged the replies to benign prompts: keywords, if the first judge reads harm.
         harm: mean score of the replies to malicious prompts, if the first judge gives scores.
-        agreements: of the first judge with each of the others, on the replies that both judged.
         metric: name of the task's metric.
         sources: where the prompts come from, per kind, if a prompt set was chosen by name.
-        lm_eval: results of tasks of lm-evaluation-harness, if any were run.
         unfinished: share of all replies whose thought did not end; None in files of earlier versions.
         chat: how the model was asked: ``system_prompt`` and ``template_kwargs``; empty in files of earlier versions.
     """
@@ -67,16 +65,14 @@ class Evaluation:
     judges: list[str] = field(default_factory=lambda: ["keywords"])
     judge_benign: str = "keywords"
     harm: Mean | None = None
-    agreements: list[Agreement] = field(default_factory=list)
     metric: str = "exact"
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
-    lm_eval: dict[str, Any] | None = None
     unfinished: Rate | None = None
     chat: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, for JSON."""
-        return {**asdict(self), "agreements": [agreement.to_dict() for agreement in self.agreements]}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Evaluation:
@@ -86,8 +82,8 @@ class Evaluation:
             KeyError, TypeError, ValueError: if ``data`` is of something else.
         """
         task, harm = data["task"], data.get("harm")
-        if not isinstance(data.get("sources", {}), dict) or not isinstance(data.get("lm_eval"), dict | None):
-            raise TypeError("sources or lm_eval is no object")
+        if not isinstance(data.get("sources", {}), dict):
+            raise TypeError("sources is no object")
         return cls(
             label=text_of(data, "label"),
             refusal_malicious=Rate(**data["refusal_malicious"]),
@@ -98,10 +94,8 @@ class Evaluation:
             judges=[str(name) for name in data.get("judges", ["keywords"])],
             judge_benign=str(data.get("judge_benign", "keywords")),
             harm=None if harm is None else Mean(**harm),
-            agreements=[Agreement.from_dict(agreement) for agreement in data.get("agreements", [])],
             metric=str(data.get("metric", "exact")),
             sources=data.get("sources", {}),
-            lm_eval=data.get("lm_eval"),
             unfinished=None if data.get("unfinished") is None else Rate(**data["unfinished"]),
             chat=dict(data.get("chat", {})),
         )
@@ -166,9 +160,8 @@ def evaluate(
         tokenizer: its tokenizer, with a chat template.
         prompts: malicious and benign instructions; the built-in held-out ones if not given.
         task: rows ``{"instruction", "output"}`` whose replies are compared with the reference by ``metric``.
-        judge: who says whether a reply refuses; :class:`KeywordJudge` if not given. Of several, the first one counts,
-            and the evaluation says how far the others agree with it. A text names them
-            (:func:`load_judges`).
+        judge: who says whether a reply refuses; :class:`KeywordJudge` if not given. Of several, the first one counts.
+            A text names them (:func:`load_judges`).
         metric: ``exact``, ``contains`` or ``rouge-l``, or a function of a reply and a reference that returns whether
             the reply is right, or how good it is, 0 to 1.
         label: name of the model or run in reports.
@@ -241,7 +234,6 @@ def evaluate(
         judges=[judge.name for judge in judges],
         judge_benign=readers[0].name,
         harm=Mean.of(scores) if scores else None,
-        agreements=[_agreement(judges[0].name, other.name, malicious + benign) for other in judges[1:]],
         metric=metric_name,
         sources=sources or {},
         unfinished=unfinished,
@@ -301,13 +293,6 @@ def _judge(judges: Sequence[Judge], rows: list[dict[str, Any]]) -> dict[str, lis
         if unread := [name for name, verdict in verdicts.items() if verdict.unread]:
             row["unread"] = unread
     return said
-
-
-def _agreement(first: str, other: str, rows: Sequence[dict[str, Any]]) -> Agreement:
-    """On the rows that both judged; both judged all malicious ones."""
-    places = [place for place, row in enumerate(rows) if {first, other} <= row.get("verdicts", {}).keys()]
-    verdicts = ([rows[place]["verdicts"][name] for place in places] for name in (first, other))
-    return Agreement.of((first, other), *verdicts, places=places)
 
 
 def _task_figure(tasks: Sequence[dict[str, Any]]) -> Rate | Mean | None:

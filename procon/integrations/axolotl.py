@@ -50,7 +50,6 @@ class AxolotlKeys(BaseModel):
     procon_penalty: str | None = None
     procon_sides: str | None = None
     procon_units: str | None = None
-    procon_block_weights: str | None = None
     procon_reduction: str | None = None
     procon_fuse: str | None = None
     procon_backend: str | None = None

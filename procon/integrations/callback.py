@@ -31,15 +31,12 @@ from procon.settings import (
     DEFAULTS,
     Backend,
     Blocks,
-    BlockWeights,
-    ChatSettings,
     Fuse,
     Penalty,
     Sides,
     Units,
     check_setting,
 )
-from procon.training.block_weights import as_json, find_weights
 from procon.training.checkpoints import open_checkpoint, seal
 from procon.training.evidence import Evidence
 from procon.training.output import forget, locked, output_folder
@@ -73,10 +70,8 @@ class ProConCallback(TrainerCallback, ExportableState):
         directions: of the model as training starts, or the file that they were saved in.
         schedule: of :meth:`procon.schedule.AlphaSchedule.parse`. ``"0"`` switches the constraint off.
         blocks, penalty, sides, units, backend: of :class:`procon.constraint.ProjectionConstraint`.
-        block_weights: ``"equal"``, or ``"causal"``, which needs the Trainer's tokenizer.
         fuse: of :meth:`procon.constraint.ProjectionConstraint.attach`.
         anchors_dir: where initial projections are kept; OUTPUT_DIR/_anchors if not given.
-        chat: how the model is asked for causal block weights.
 
     Raises:
         ProConError: if the settings or the Trainer would lose the constraint.
@@ -91,11 +86,9 @@ class ProConCallback(TrainerCallback, ExportableState):
         penalty: Penalty = DEFAULTS.penalty,
         sides: Sides = DEFAULTS.sides,
         units: Units = DEFAULTS.units,
-        block_weights: BlockWeights = DEFAULTS.block_weights,
         backend: Backend = DEFAULTS.backend,
         fuse: Fuse = DEFAULTS.fuse,
         anchors_dir: str | Path | None = None,
-        chat: ChatSettings | None = None,
     ) -> None:
         settings = {
             "schedule": schedule,
@@ -103,7 +96,6 @@ class ProConCallback(TrainerCallback, ExportableState):
             "penalty": penalty,
             "sides": sides,
             "units": units,
-            "block_weights": block_weights,
         }
         for setting, value in {**settings, "backend": backend, "fuse": fuse}.items():
             check_setting(setting, value)
@@ -132,10 +124,9 @@ class ProConCallback(TrainerCallback, ExportableState):
             "directions": directions.hash,
             "concepts": list(directions.concepts),
         }
-        self._block_weights: BlockWeights = block_weights
         self._backend: Backend = backend
         self._fuse: Fuse = fuse
-        self._anchors_dir, self._chat = anchors_dir, chat
+        self._anchors_dir = anchors_dir
         self._steps_per_epoch = 1
         self._forward: ConstrainedForward | None = None
         self._lock = ExitStack()
@@ -146,7 +137,7 @@ class ProConCallback(TrainerCallback, ExportableState):
         """What a checkpoint keeps, in ``trainer_state.json``: settings, the anchors' folder, what was done so far."""
         anchors = self._forward.anchors.path.name if self._forward else None
         did = self.evidence.did(self.evidence.constrained_steps)
-        more = {"weights": as_json(self._constraint.weights), "anchors": anchors, "did": did}
+        more = {"anchors": anchors, "did": did}
         return {"args": {}, "attributes": {**self._settings, **self._run, **more}}
 
     def detach(self) -> None:
@@ -199,9 +190,6 @@ class ProConCallback(TrainerCallback, ExportableState):
             # The Trainer starts over, for example with a smaller batch, and the model may have moved meanwhile.
             anchors = left_over.anchors
         else:
-            self._constraint.weights = find_weights(
-                self._block_weights, model, processing_class, self._directions, self._constraint.blocks, self._chat
-            )
             anchors = self._record_anchors(args, model, train_dataloader)
         self._forward = ConstrainedForward(
             model, self._constraint, anchors, alpha=0.0, fuse=self._fuse, tokenizer=processing_class
@@ -295,7 +283,6 @@ class ProConCallback(TrainerCallback, ExportableState):
             "version": __version__,
             "constrained": did["constrained_steps"] > 0,
             **self._settings,
-            "weights": as_json(self._constraint.weights),
             "did": did,
             **self._run,
         }
@@ -333,7 +320,6 @@ class ProConCallback(TrainerCallback, ExportableState):
         if (folder / RECORD).exists():
             on_main(lambda: open_checkpoint(folder).record)
         self.evidence.restore(kept["did"])
-        self._constraint.weights = kept["weights"]
         return self._starting_state(args).reopen(kept["anchors"])
 
 

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from procon.errors import ProConError
 from procon.evaluation import Mean, Rate
 from procon.report.run import Run
-from procon.settings import LAST
 
 INTERVAL_CAPTION = "After a rate: its 95% interval."
-MONITOR_CAPTION = (
-    "Monitors, before and after training: AUROC 0.5 is chance. Shifts are of the mean score of prompts with the "
-    "concept and without it, in units of the distance between the two before."
-)
-MONITOR_HEADERS = (
-    "monitor",
-    "block",
-    "AUROC before",
-    "AUROC after",
-    "shift with",
-    "shift without",
-    "caught",
-    "false alarms",
-)
 
 
 def check_runs(runs: Sequence[Run]) -> None:
@@ -55,24 +39,6 @@ def rate_cells(run: Run) -> list[tuple[str, str]]:
 def _interval(rate: Rate | Mean) -> str:
     low, high = rate.interval
     return f"{100 * low:.0f}-{100 * high:.0f}"
-
-
-def monitor_cells(row: Mapping[str, Any]) -> list[str]:
-    """One monitor at one block, as text."""
-    shifts = [row[f"{side}_shift"] for side in ("positive", "negative")]
-    shares = [(row[f"{name}_before"], row[f"{name}_after"]) for name in ("caught", "false_alarms")]
-    return [
-        row["monitor"],
-        "last output" if row["block"] == LAST else str(row["block"]),
-        *("-" if row[f"auroc_{when}"] is None else f"{row[f'auroc_{when}']:.3f}" for when in ("before", "after")),
-        *("-" if shift is None else f"{shift:+.2f}" for shift in shifts),
-        *("-" if None in (before, after) else f"{before:.0%} to {after:.0%}" for before, after in shares),
-    ]
-
-
-def monitor_rows(runs: Sequence[Run]) -> list[list[str]]:
-    """Of each run's monitors the block that was best before, as text, behind the run's label."""
-    return [[run.label, *monitor_cells(row)] for run in runs for row in run.monitors if row["best"]]
 
 
 def number_cells(run: Run) -> tuple[str, str]:

@@ -13,11 +13,8 @@ from matplotlib.figure import Figure
 from procon.evaluation import extract_answer
 from procon.report.cells import (
     INTERVAL_CAPTION,
-    MONITOR_CAPTION,
-    MONITOR_HEADERS,
     caption,
     check_runs,
-    monitor_rows,
     number_cells,
     rate_cells,
 )
@@ -67,8 +64,6 @@ def write_html(
         for heading, name, plot, present, alt, text in _plots(runs)
         if present
     )
-    if rows := monitor_rows(runs):
-        sections.append(("Monitors", f"{_html_monitors(rows)}<p class='caption'>{escape(MONITOR_CAPTION)}</p>"))
     if replies := _html_replies(runs):
         sections.append(("Sample replies", replies))
     if notes:
@@ -171,15 +166,6 @@ def _html_results(runs: Sequence[Run]) -> str:
     return _beside(
         _html_table(["run", "refusal of malicious", "refusal of benign", "task accuracy"], rates),
         _html_table(["run", "degenerate replies", "mean cosine", "seconds per step"], rest),
-    )
-
-
-def _html_monitors(rows: Sequence[Sequence[str]]) -> str:
-    headers = [escape(header) for header in ("run", *MONITOR_HEADERS)]
-    cells = [[escape(cell) for cell in row] for row in rows]
-    return _beside(
-        _html_table(headers[:5], [row[:5] for row in cells], texts=3),
-        _html_table([*headers[:2], *headers[5:]], [[*row[:2], *row[5:]] for row in cells], texts=2),
     )
 
 

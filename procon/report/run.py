@@ -10,21 +10,8 @@ from typing import Any, TypeVar
 from procon.evaluation import Evaluation
 from procon.evaluation.evaluation import text_of
 from procon.files import load_json, save_json
-from procon.settings import LAST
 
 T = TypeVar("T")
-
-#: Figures of a monitor at a block, each before and after.
-_MONITOR_NUMBERS = (
-    "auroc_before",
-    "auroc_after",
-    "positive_shift",
-    "negative_shift",
-    "caught_before",
-    "caught_after",
-    "false_alarms_before",
-    "false_alarms_after",
-)
 
 #: Characters of a run's name, which is drawn; and what a number in a run's file may be, at most.
 _LONGEST_LABEL, _LARGEST = 1_000, 1e38
@@ -43,7 +30,6 @@ class Run:
         history: rows of ``trainer.state.log_history``, whose keys ``step``, ``loss``, ``procon/penalty``,
             ``procon/alpha``, ``procon/drift_cos``, ``procon/refusal_malicious``, ``procon/refusal_benign`` and
             ``procon/task`` are plotted where they occur. Numbers that are not finite become None in JSON.
-        monitors: rows of :meth:`procon.evaluation.MonitorChange.rows`, of monitors before and after the run.
     """
 
     label: str
@@ -51,7 +37,6 @@ class Run:
     cosine: list[float] | None = None
     seconds_per_step: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
-    monitors: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def mean_cosine(self) -> float | None:
@@ -83,7 +68,6 @@ class Run:
             cosine=None if cosine is None else [math.nan if value is None else _number(value) for value in cosine],
             seconds_per_step=None if seconds is None else _number(seconds),
             history=[_row(row) for row in data["history"]],
-            monitors=[_monitor(row) for row in data.get("monitors", ())],  # which earlier versions did not write
         )
 
     def save(self, path: str | Path) -> Path:
@@ -138,20 +122,6 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
     if type(row.get("step", 0)) is not int:
         raise TypeError(f"step is {row['step']!r:.40}, no whole number")
     return dict(row)
-
-
-def _monitor(row: dict[str, Any]) -> dict[str, Any]:
-    """What tables show of a monitor."""
-    text_of(row, "monitor")
-    if row["block"] != LAST and type(row["block"]) is not int:
-        raise TypeError(f"block is {row['block']!r:.40}, no whole number")
-    if not isinstance(row["best"], bool):
-        raise TypeError(f"best is {row['best']!r:.40}, neither true nor false")
-    numbers = {name: row[name] for name in _MONITOR_NUMBERS}
-    for value in numbers.values():
-        if value is not None:
-            _number(value)
-    return {name: row[name] for name in ("monitor", "block", "best")} | numbers
 
 
 def _finite_or_none(value: T) -> T | None:

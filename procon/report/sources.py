@@ -83,7 +83,7 @@ def _recognise(data: Any, path: Path) -> Source:
     if {"setting", "method", "seed", "replies"} <= keys:
         return _of_study(data, path)
     if {"mean_cosine", "cosine"} <= keys:
-        return Source(path, _checked(path.stem, None, data["cosine"], monitors=data.get("monitors", ())), "drift")
+        return Source(path, _checked(path.stem, None, data["cosine"]), "drift")
     raise ValueError(_KINDS)
 
 
@@ -97,10 +97,9 @@ def _checked(
     cosine: Sequence[float | None] | None,
     seconds: float | None = None,
     history: Sequence[Mapping[str, Any]] = (),
-    monitors: Sequence[Mapping[str, Any]] = (),
 ) -> Run:
     """A run of what a file holds, checked as that of a run's own file is."""
-    data = {"label": label, "cosine": cosine, "seconds_per_step": seconds, "history": history, "monitors": monitors}
+    data = {"label": label, "cosine": cosine, "seconds_per_step": seconds, "history": history}
     return replace(Run.from_dict({**data, "evaluation": None}), evaluation=evaluation)
 
 

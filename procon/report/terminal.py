@@ -12,11 +12,8 @@ from rich.text import Text
 from procon.errors import printable
 from procon.report.cells import (
     INTERVAL_CAPTION,
-    MONITOR_CAPTION,
-    MONITOR_HEADERS,
     caption,
     check_runs,
-    monitor_rows,
     number_cells,
     rate_cells,
 )
@@ -24,7 +21,7 @@ from procon.report.run import Run
 
 
 def print_table(runs: Sequence[Run], console: Console | None = None) -> None:
-    """Print one row per run. If the 95% intervals fit too, they stand beside the rates; monitors follow.
+    """Print one row per run. If the 95% intervals fit too, they stand beside the rates.
 
     Args:
         console: where to print; the standard output if not given, as wide as the table needs when that is no terminal.
@@ -43,11 +40,6 @@ def print_table(runs: Sequence[Run], console: Console | None = None) -> None:
         console.print(detailed, Text(printable(f"{caption(runs)} {INTERVAL_CAPTION}"), style="dim"), sep="\n")
     else:
         console.print(_table(runs, intervals=False), Text(printable(caption(runs)), style="dim"), sep="\n")
-    if rows := monitor_rows(runs):
-        monitors = Table("run", *MONITOR_HEADERS, box=box.SIMPLE_HEAD, pad_edge=False)
-        for row in rows:
-            monitors.add_row(*(Text(printable(cell)) for cell in row))
-        console.print(monitors, Text(MONITOR_CAPTION, style="dim"), sep="\n")
 
 
 def _table(runs: Sequence[Run], *, intervals: bool) -> Table:

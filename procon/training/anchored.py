@@ -25,7 +25,6 @@ from procon.errors import ProConError
 from procon.models import is_sharded
 from procon.schedule import AlphaSchedule
 from procon.settings import ChatSettings
-from procon.training.block_weights import find_weights
 from procon.training.checkpoints import Checkpoint
 from procon.training.config import ProConConfig
 from procon.training.output import output_folder
@@ -44,7 +43,6 @@ _SAME_WHEN_RESUMED = (
     "penalty",
     "sides",
     "units",
-    "block_weights",
     "reduction",
     "blocks",
     "directions",
@@ -75,7 +73,7 @@ class AnchoredMixin(_Resumable):
     Attributes:
         alpha_schedule: the strength of the constraint over training.
         constraint: None if there is none, or not yet directions to make it of.
-        chat: how the model is asked as directions, block weights and probes are found.
+        chat: how the model is asked as directions and probes are found.
     """
 
     alpha_schedule: AlphaSchedule
@@ -149,16 +147,6 @@ class AnchoredMixin(_Resumable):
             # Not yet sharded, the model may be whole on the main process alone. Sharded already, it needs all of them.
             all_call=getattr(self, "is_distributed_loading_by_transformers", False),
         )
-
-    def _weigh_blocks(self, constraint: ProjectionConstraint, checkpoint: Checkpoint | None) -> None:
-        """Before training starts, or as the checkpoint has it."""
-        if checkpoint:
-            constraint.weights = checkpoint.record.get("weights")
-        else:
-            kind, directions = self.args.procon_block_weights, self._directions
-            constraint.weights = find_weights(
-                kind, self.model, self._chat_tokenizer, directions, constraint.blocks, self.chat
-            )
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | bool | None
@@ -276,7 +264,6 @@ class AnchoredMixin(_Resumable):
             probing.setdefault("reply_tokens", 0)
         found.setdefault("sides", "both")
         found.setdefault("chat", describe_chat(None, None))
-        found.setdefault("block_weights", "equal")
         check_resumed(found, {name: record[name] for name in _SAME_WHEN_RESUMED}, str(checkpoint))
         settings = self.args.anchor_settings()
         if settings.of_tokens == "recorded":

@@ -16,7 +16,6 @@ from procon.settings import (
     AnchorSource,
     Backend,
     Blocks,
-    BlockWeights,
     ConstraintSettings,
     Fuse,
     Penalty,
@@ -62,7 +61,6 @@ class ProConArguments:
     procon_penalty: Penalty = field(default=DEFAULTS.penalty, metadata=_help("penalty"))
     procon_sides: Sides = field(default=DEFAULTS.sides, metadata=_help("sides"))
     procon_units: Units = field(default=DEFAULTS.units, metadata=_help("units"))
-    procon_block_weights: BlockWeights = field(default=DEFAULTS.block_weights, metadata=_help("block_weights"))
     procon_reduction: Reduction = field(default=DEFAULTS.reduction, metadata=_help("reduction"))
     procon_fuse: Fuse = field(default=DEFAULTS.fuse, metadata=_help("fuse"))
     procon_backend: Backend = field(default=DEFAULTS.backend, metadata=_help("backend"))

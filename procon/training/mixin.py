@@ -21,7 +21,6 @@ from procon.directions import DIRECTIONS_FILE, Directions
 from procon.errors import ProConError
 from procon.settings import ChatSettings
 from procon.training.anchored import NO_ANCHORS, TARGET
-from procon.training.block_weights import as_json
 from procon.training.checkpoints import Checkpoint
 from procon.training.config import ProConArguments
 from procon.training.evidence import Evidence
@@ -52,10 +51,8 @@ class ProConMixin(StrengthMixin):
         directions: refusal directions of the model as training starts, or directions of other concepts, or the file
             that they were saved in. If not given, refusal directions are extracted with the built-in prompts when
             training starts, which needs a tokenizer as ``processing_class``, and kept in the output folder.
-        chat: how the model is asked as directions, block weights and probes are found: system prompt and variables of
+        chat: how the model is asked as directions and probes are found: system prompt and variables of
             its chat template. A resumed run must ask in the same way.
-
-    With ``procon_block_weights="causal"`` the blocks' weights are found when training starts, too, with the tokenizer.
 
     Logs ``procon/penalty`` (mean over the logging window, before alpha) and ``procon/alpha``; under the schedule
     ``hold``, also ``procon/shift``, the moving average that it keeps to its budget.
@@ -162,7 +159,6 @@ class ProConMixin(StrengthMixin):
         self._anchors = self._live = self._probes = None
         if checkpoint:
             self._reopen_anchors(constraint, checkpoint)
-        self._weigh_blocks(constraint, checkpoint)
         return constraint.attach(self.model, fuse=self.args.procon_fuse)
 
     def begin_evidence(self) -> None:
@@ -349,7 +345,6 @@ class ProConMixin(StrengthMixin):
             "penalty": args.procon_penalty,
             "sides": args.procon_sides,
             "units": args.procon_units,
-            "block_weights": args.procon_block_weights,
             "reduction": args.procon_reduction,
             "anchors_from": args.procon_anchors,
             "probing": self._probing(),
@@ -359,7 +354,6 @@ class ProConMixin(StrengthMixin):
         if self.constraint is not None:
             record |= {
                 "blocks": list(self.constraint.blocks),
-                "weights": as_json(self.constraint.weights),
                 "directions": self._directions.hash,
                 "concepts": list(self._directions.concepts),
                 "anchors": self._anchors.fingerprint if self._anchors else None,

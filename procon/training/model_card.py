@@ -98,7 +98,6 @@ def describe(settings: dict[str, Any], directions: Directions, log_history: Sequ
         "constrained blocks": _blocks(settings["blocks"], directions.block_count),
         "penalty": f"{settings['penalty']}, {_SIDES[settings['sides']]}, {settings['units']} units, "
         f"mean over {settings['reduction']}s",
-        "weights of the blocks": _weights(settings),
         "directions": f"`{DIRECTIONS_FILE}` (`{settings['directions']}`){_origin(directions)}",
         **_concepts(directions),
         "anchors": _anchors(settings),
@@ -220,14 +219,7 @@ def _blocks(blocks: Sequence[int], count: int) -> str:
     return "; ".join(described + ["the last block's output"] * (len(inputs) < len(blocks)))
 
 
-def _weights(settings: dict[str, Any]) -> str:
-    if settings["block_weights"] == "equal":
-        return "all alike"
-    each = ", ".join(f"{weight:.3g}" for weight in settings["weights"][settings["units"]])
-    return f"{settings['block_weights']}, in the order of the blocks: {each}"
-
-
-#: Controls, by what :mod:`procon.directions.controls` leaves of their origin.
+#: Controls, by what :class:`Directions` leaves of their origin.
 _CONTROLS = {
     "random_seed": "random ones",
     "random_within_seed": "random ones with the hidden states' covariance",

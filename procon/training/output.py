@@ -51,7 +51,6 @@ _SAME = (
     "penalty",
     "sides",
     "units",
-    "block_weights",
     "reduction",
     "anchors_from",
     "probing",

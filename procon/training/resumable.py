@@ -35,11 +35,9 @@ class ResumableMixin(BestMixin):
     - A resumed run has the model, data, seed, batch size and settings of the one that it goes on from.
 
     Attributes:
-        details: more that a resumed run must share, such as a defence and its settings; JSON.
         chat: how the model is asked in this run, by what it needs of its start and by callbacks.
     """
 
-    details: dict[str, Any] = {}  # noqa: RUF012  # set as a whole
     chat: ChatSettings = ChatSettings()
     _run: dict[str, Any] | None = None
 
@@ -55,7 +53,7 @@ class ResumableMixin(BestMixin):
         folder = output_folder(self.args)
         with locked(folder):
             checkpoint = self._opened(resume_from_checkpoint)
-            self._run = {**self._run_facts(), **self.details}
+            self._run = self._run_facts()
             if checkpoint:
                 self._check_resumed(checkpoint)
                 if self.args.should_save and not self.args.metric_for_best_model:

@@ -56,29 +56,6 @@ def test_of_given_vectors(capsys):
     assert Directions.load("directions.safetensors").gaps[1, 0] > 0
 
 
-DRIFT = ["drift", "--start", "model", "--tuned", "model", "--dtype", "float32"]
-DRIFT += ["--malicious", "french.txt", "--benign", "english.txt", "--positive", "french.txt,english.txt"]
-
-
-def test_drift_of_monitors(capsys):
-    assert main([*FIND, "--vectors", "probe.safetensors", "--name", "probe", "--output", "p.safetensors"]) == 0
-    both = Directions.combine(Directions.load("p.safetensors"), Directions.load("refusal.safetensors"))
-    both.save("monitors.safetensors")
-    argv = ["--negative", "english.txt,french.txt", "--monitors", "monitors.safetensors", "--output", "drift.json"]
-    capsys.readouterr()
-    assert main([*DRIFT, *argv]) == 0
-    printed = capsys.readouterr().out
-    assert "AUROC" in printed
-    rows = json.loads(Path("drift.json").read_text())["monitors"]
-    assert [(row["monitor"], row["block"]) for row in rows] == [("probe", 1), *(("refusal", n) for n in range(3))]
-    assert all(row["auroc_before"] == row["auroc_after"] for row in rows)
-    # The same vector at block 1, read on the two sides the other way round.
-    assert rows[0]["auroc_before"] == pytest.approx(1 - rows[2]["auroc_before"])
-    assert rows[0]["caught_before"] is not None
-    assert main([*DRIFT, "--negative", "english.txt", "--monitors", "p.safetensors"]) == 2
-    assert "positive names 2 files for the 1 monitors probe: give one, or one for each" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -89,7 +66,6 @@ def test_drift_of_monitors(capsys):
         ([*CONCEPT, "--k", "2"], "malicious, benign and k are of refusal directions"),
         ([*CONCEPT[:-1], "two words"], "the name of a concept is 'two words'"),
         ([*CONCEPT[:-1], "refusal", "--add", "refusal.safetensors"], "two concepts are named 'refusal'"),
-        (DRIFT, "monitors are read on labelled prompts: give --monitors, --positive and --negative together"),
         ([*FIND, "--add", "refusal.safetensors"], "two concepts are named 'refusal'"),
         ([*CONCEPT, "--add", "none"], "directions file 'none' does not exist"),
         ([*FIND, "--vectors", "none", "--name", "probe"], "vectors file 'none' does not exist"),

@@ -70,7 +70,7 @@ def test_groups_of_training(monkeypatch):
     text = help_of("train")
     titles = re.findall(r"^([a-z ,]+):$", text, flags=re.MULTILINE)
     assert titles == [
-        *("model and data", "loading the model", "evaluation while training", "defence and safety data", "adapter"),
+        *("model and data", "loading the model", "evaluation while training", "directions and safety data", "adapter"),
         *("constraint", "anchors", "drift", "length and batches", "optimiser", "precision and memory"),
         *("saving and logging", "processes", "other"),
     ]

@@ -1,6 +1,5 @@
 """Judges, prompt sets and task metrics of ``procon eval``, on a tiny model."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -45,14 +44,11 @@ def test_two_judges_and_a_set(place, named_set, monkeypatch, capsys):
     assert named_set == [("harmbench", 2)]
     found = Evaluation.load("found.json")
     assert (found.judges, found.refusal_malicious.total, found.refusal_benign.total) == ([url, "keywords"], 2, 1)
-    assert found.agreements[0].first == len(found.agreements[0].disagreements)
-    assert json.loads(Path("found.json").read_text())["agreements"][0]["kappa"] == 0
+    assert [row["verdicts"][url] for row in found.replies] == [True, False, True]
     assert found.sources == dict(zip(("malicious", "benign"), SET, strict=True))
     printed = " ".join(capsys.readouterr().out.split())
     assert "malicious prompts: 2 of 9 of harmbench, revision main, whose commit is not known." in printed
     assert f"Refusals are judged by {url}." in printed
-    assert f"{url} and keywords agree on " in printed
-    assert "see 'agreements' and 'verdicts' in the file." in printed
 
 
 def test_a_graded_metric(place, capsys):
@@ -81,7 +77,6 @@ def test_a_file_goes_before_a_set(named_set, tmp_path):
         (["--prompts", "harm"], "there is no prompt set 'harm'"),
         (["--max_prompts", "5"], "max_prompts is 5, and there is no set to take them from: give --prompts"),
         (["--max_prompts", "-1"], "max_prompts is -1: give 0 or more"),
-        (["--lm_eval", "none.yaml"], "lm_eval task file 'none.yaml' does not exist|harness is not installed"),
     ],
 )
 def test_what_is_wrong_shows_before_a_model_is_read(place, capsys, monkeypatch, argv, message):

@@ -166,7 +166,6 @@ def test_the_model_card_tells_how_many(tmp_path):
         "penalty": "squared",
         "sides": "both",
         "units": "raw",
-        "block_weights": "equal",
         "reduction": "token",
         "blocks": [0, 1, 2],
         "directions": "abc",

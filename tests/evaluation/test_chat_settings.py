@@ -10,12 +10,8 @@ from procon.chat import ContrastPrompts, measure_refusal
 from procon.directions import ContrastMeans, Directions
 from procon.errors import ProConError
 from procon.evaluation import (
-    block_effects,
     evaluate,
-    first_token_log_probabilities,
     measure_drift,
-    measure_monitors,
-    refusal_log_odds,
 )
 from procon.settings import ChatSettings
 
@@ -42,11 +38,6 @@ def probes(model, tokenizer, directions, chat):
     return [found.input_ids, found.anchors, found.states]
 
 
-def monitors(model, tokenizer, directions, chat):
-    reading = measure_monitors(model, tokenizer, directions, PROMPTS, chat=chat, **QUIET)["refusal"]
-    return [reading.positive, reading.negative]
-
-
 def replies(model, tokenizer, _, chat):
     return [row["reply"] for row in evaluate(model, tokenizer, prompts=PROMPTS, chat=chat, **QUIET).replies]
 
@@ -70,10 +61,6 @@ ASKING = {
     "probes": probes,
     "replies": replies,
     "drift": lambda m, t, d, c: [measure_drift(m, t, d, PROMPTS, chat=c, **QUIET).malicious_shift],
-    "monitors": monitors,
-    "first tokens": lambda m, t, d, c: [first_token_log_probabilities(m, t, PROMPTS.malicious, chat=c)],
-    "log-odds": lambda m, t, d, c: [refusal_log_odds(m, t, [5], PROMPTS.malicious, chat=c)],
-    "effects": lambda m, t, d, c: [block_effects(m, t, d, PROMPTS, tokens=[5], chat=c)],
 }
 
 

@@ -8,7 +8,6 @@ from procon.chat import ContrastPrompts, Reply
 from procon.errors import ProConError
 from procon.evaluation import (
     FORMATS,
-    Agreement,
     Evaluation,
     KeywordJudge,
     Mean,
@@ -134,29 +133,6 @@ def test_wrong_names(text, message):
         load_judges(text)
 
 
-# Agreement
-
-
-def test_agreement_against_a_worked_example():
-    """Cohen's table of two raters, 50 subjects: 20 both, 5 and 10 one alone, 15 neither; kappa 0.4."""
-    first = [True] * 25 + [False] * 25
-    second = [True] * 20 + [False] * 5 + [True] * 10 + [False] * 15
-    found = Agreement.of(("a", "b"), first, second, places=range(100, 150))
-    assert (found.both, found.first, found.second, found.neither) == (20, 5, 10, 15)
-    assert found.kappa == pytest.approx(0.4)
-    assert found.share == 0.7
-    assert found.disagreements == tuple(range(120, 135))
-    assert Agreement.from_dict(found.to_dict()) == found
-    assert str(found) == (
-        "a and b agree on 35 of 50 replies, kappa 0.40. Refusals to the first alone: 5; to the second alone: 10."
-    )
-
-
-def test_kappa_of_judges_that_say_one_thing():
-    assert Agreement.of(("a", "b"), [True, True], [True, True]).kappa is None
-    assert Agreement.of(("a", "b"), [True, False], [False, True]).kappa == -1
-
-
 # In an evaluation
 
 
@@ -190,7 +166,7 @@ def scripted_replies(monkeypatch):
     )
 
 
-def test_another_judge_and_its_disagreement(tmp_path):
+def test_another_judge_beside_keywords(tmp_path):
     said = {
         "I can't help with that.": Verdict(True, 0.0),
         "Absolutely, take a pen.": Verdict(False, 0.75),
@@ -204,8 +180,6 @@ def test_another_judge_and_its_disagreement(tmp_path):
     assert (result.judges, result.judge_benign) == (["other", "keywords"], "other")
     assert other.asked == list(REPLIES.items())
     assert result.harm == Mean.of([0.0, 0.75, 0.25])
-    (agreement,) = result.agreements
-    assert agreement == Agreement(("other", "keywords"), both=2, first=1, second=0, neither=2, disagreements=(2,))
     assert result.replies[2] == {
         "kind": "malicious",
         "prompt": "spy",
@@ -226,7 +200,7 @@ def test_a_judge_of_harm_is_not_asked_about_benign_prompts():
     assert [prompt for prompt, _ in guard.asked] == ["steal", "forge", "spy"]
     assert evaluate(None, None, prompts=PROMPTS, judge="keywords") == evaluate(None, None, prompts=PROMPTS)
     second = evaluate(None, None, prompts=PROMPTS, judge=[KeywordJudge(), guard])
-    assert second.agreements[0].total == 3
+    assert [set(row.get("verdicts", ())) for row in second.replies] == [{"keywords", "guard"}] * 3 + [set()] * 2
     assert second.refusal_malicious == Rate(1, 3)
 
 

@@ -24,13 +24,10 @@ from transformers import PreTrainedTokenizerFast
 
 from procon.chat import is_degenerate, is_refusal, load_instructions, response_mask
 from procon.cli import main
-from procon.cli.arguments import TrainArguments
 from procon.cli.parsing import parse
 from procon.cli.registry import COMMANDS
-from procon.cli.train import _defence_settings
 from procon.data import load_conversations, to_conversations
 from procon.data.conversations import _conversations_of_file
-from procon.defences import DEFENCES, find_defence
 from procon.errors import ProConError
 from procon.evaluation import Evaluation, Rate, exact_match, extract_answer
 from procon.files import MAX_NESTING, MAX_TEXT
@@ -346,24 +343,6 @@ def take_flags(argv: list[str]) -> None:
         raise ProConError(lines[0])
 
 
-def make_defence_settings(random: Random) -> tuple[str, str]:
-    defence = random.choice(list(DEFENCES))
-    names = [*DEFENCES[defence].settings, "blocks", "rho", text(random, 5)]
-    values = ("1", "0.5", "2e-4", "[1, 2]", "true", "~", "-1", "nan", "9" * 5000, "[" * 300, "2026-99-99", "{a: 1}")
-    parts = [
-        f"{random.choice(names)}{random.choice(('=', '=', '=', ' = ', ''))}"
-        + (random.choice(values) if random.random() < 0.7 else text(random))
-        for _ in range(random.randrange(1, 4))
-    ]
-    return defence, random.choice((",", ",", ", ", ";")).join(parts)
-
-
-def take_defence_settings(given: tuple[str, str]) -> None:
-    defence, settings = given
-    arguments = TrainArguments(model="m", data="d", defence=defence, defence_settings=settings)
-    _defence_settings(arguments, find_defence(defence))
-
-
 # Runs and replies
 
 
@@ -468,7 +447,6 @@ KINDS = {
     "YAML of training": Kind(make_training_yaml, take_yaml, 500),
     "flags": Kind(make_flags, take_flags, 4_000),
     "flags of training": Kind(make_training_flags, take_flags, 500),
-    "settings of defences": Kind(make_defence_settings, take_defence_settings, 2_000),
     "run files, as a table": Kind(make_run, take_run, 10_000),
     "run files, as a page": Kind(make_run, take_report, 500),
     "replies": Kind(make_replies, take_replies, 3_000),

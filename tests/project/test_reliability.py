@@ -13,7 +13,7 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 DOCS = TESTS.parent / "docs"
-TABLES = DOCS / "tried.md"
+TABLES = DOCS / "campaigns.md"
 CAMPAIGNS = ("faults", "flips", "unconstrained", "fuzz", "mutants")
 
 #: What the long ones are added up by.
@@ -41,7 +41,7 @@ def test_the_tables_are_the_records():
 @pytest.mark.parametrize("campaign", CAMPAIGNS)
 def test_the_page_shows_the_table_and_its_command(campaign):
     text = (DOCS / "reliability.md").read_text()
-    assert f'--8<-- "tried.md:{campaign}"' in text
+    assert f'--8<-- "campaigns.md:{campaign}"' in text
     assert (TESTS / campaign / "__main__.py").is_file()
     assert f"python tests/{campaign}" in TABLES.read_text()
 

@@ -79,7 +79,7 @@ def test_what_compiles_for_the_gpu_that_is_played_is_supported(declared):
 
 def test_what_the_package_requires_is_tested(declared):
     untested = {"pytest", "pytest-benchmark", "pytest-xdist", "deepspeed", "lightning", "liger-kernel"}
-    untested |= {"tensorboard", "wandb", "flash-attn", "lm-eval"}
+    untested |= {"tensorboard", "wandb", "flash-attn"}
     untested |= {"latex2mathml", "mkdocs-material", "mkdocstrings", "playwright"}
     untested |= {"coverage", "mutmut"}
     untested |= {"markdown", "scikit-learn", "scipy", "shtab"}

@@ -4,7 +4,6 @@ import io
 import json
 import math
 from collections import Counter
-from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -360,46 +359,3 @@ def test_sections_without_data_are_left_out(bare, tmp_path):
 def test_two_pages_of_the_same_runs_are_equal(runs, tmp_path):
     first, second = (write_html(runs, tmp_path / name, title="x").read_bytes() for name in ("a.html", "b.html"))
     assert first == second
-
-
-# Monitors
-
-
-def monitor(block: int | str = 2, *, best: bool = True, **changed) -> dict:
-    row = {"monitor": "lang<b>", "block": block, "best": best, "auroc_before": 0.987, "auroc_after": 0.75}
-    row |= {"positive_shift": -0.5, "negative_shift": None, "caught_before": 0.9, "caught_after": 0.25}
-    return row | {"false_alarms_before": None, "false_alarms_after": None} | changed
-
-
-def test_monitors_stand_in_the_terminal_and_on_the_page(bare, tmp_path):
-    run = replace(bare, monitors=[monitor(1, best=False, auroc_after=0.111), monitor("last")])
-    loaded = Run.load(run.save(tmp_path / "run.json"))
-    assert loaded.monitors == run.monitors
-    stream = io.StringIO()
-    print_table([bare, loaded], Console(file=stream, width=200))
-    row = next(line.split() for line in stream.getvalue().splitlines() if "lang<b>" in line)
-    assert row == ["before", "lang<b>", "last", "output", "0.987", "0.750", "-0.50", "-", "90%", "to", "25%", "-"]
-    assert "0.111" not in stream.getvalue()  # not the block where it was best before
-    page = write_html([loaded], tmp_path / "report.html", title="t").read_text()
-    assert "<h2>Monitors</h2>" in page
-    numbers = [f"<td class='number'>{text}</td>" for text in ("0.987", "0.750", "-0.50", "-", "90% to 25%", "-")]
-    assert f"<td>lang&lt;b&gt;</td><td>last output</td>{''.join(numbers[:2])}</tr>" in page
-    assert f"<td>lang&lt;b&gt;</td>{''.join(numbers[2:])}</tr>" in page
-    assert "Monitors" not in write_html([bare], tmp_path / "bare.html", title="t").read_text()
-
-
-def test_a_run_of_a_version_without_monitors_is_read(bare):
-    data = bare.to_dict()
-    del data["monitors"]
-    assert Run.from_dict(data) == bare
-
-
-@pytest.mark.parametrize(
-    "row",
-    [monitor(1.5), monitor("first"), monitor(best=1), monitor(monitor=3), monitor(auroc_after="x"), {"monitor": "a"}],
-)
-def test_a_monitor_that_is_none(bare, row, tmp_path):
-    path = tmp_path / "run.json"
-    path.write_text(json.dumps(bare.to_dict() | {"monitors": [row]}))
-    with pytest.raises(ProConError, match=r"run.json"):
-        Run.load(path)

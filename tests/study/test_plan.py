@@ -1,15 +1,16 @@
 """What is planned can be run: every method of every budget is one that its defence takes."""
 
+import inspect
 import re
 from dataclasses import fields
 
 import pytest
 
 from benchmarks.study.budgets import BUDGETS
+from benchmarks.study.defences import DEFENCES
 from benchmarks.study.fresh import FORMS, fresh_prompts
 from benchmarks.study.jobs import find_job
 from procon.chat import builtin_prompts
-from procon.defences import find_defence
 from procon.training import ProConConfig
 
 
@@ -19,8 +20,8 @@ def test_every_method_is_one_that_its_defence_takes(budget, tmp_path):
     for part in BUDGETS[budget].parts:
         assert [find_job(job).name for job in part.jobs] == list(part.jobs)
         for method in part.methods:
-            defence = find_defence(method.defence)
-            defence.check(method.settings)
+            defence = DEFENCES[method.defence]
+            assert method.settings.keys() <= inspect.signature(defence.trainer.__init__).parameters.keys()
             assert set(method.config) <= known
             defence.configure(ProConConfig(output_dir=str(tmp_path), report_to=[], **method.config))
 

@@ -438,13 +438,9 @@ def test_probes_need_a_unit_for_each_vector(trainer, probe):
     assert trainer("probes", given=False)._make_constraint(probe).blocks == (1,)
 
 
-def test_what_is_of_refusal_or_of_the_gap_is_refused_for_other_concepts(trainer, probe):
+def test_what_is_of_the_gap_is_refused_for_other_concepts(trainer, probe):
     with pytest.raises(ProConError, match=r"^shifts are counted in units of the gap, and directions at one block"):
         trainer("recorded", given=False, procon_schedule="hold")._make_constraint(probe)
-    causal = trainer("recorded", given=False, procon_block_weights="causal")
-    causal._make_constraint(probe)
-    with pytest.raises(ProConError, match=r"^block_weights is 'causal', which weighs .* directions of honesty: set"):
-        causal.train()
 
 
 def test_a_processor_asks_by_its_tokenizer(trainer, tokenizer):
@@ -454,7 +450,7 @@ def test_a_processor_asks_by_its_tokenizer(trainer, tokenizer):
         def __init__(self, tokenizer):
             super().__init__(tokenizer)
 
-    run = trainer("recorded+probes", max_steps=1, procon_block_weights="equal")
+    run = trainer("recorded+probes", max_steps=1)
     expected = run._record_probes(run._make_constraint(run._directions))
     run.processing_class = Processor(tokenizer)
     assert run._record_probes(run.constraint).hash == expected.hash

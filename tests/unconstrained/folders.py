@@ -30,7 +30,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from procon.cli import main
-from procon.defences import build_trainer
 from procon.models import load_model
 from procon.training.output import locked
 
@@ -73,14 +72,6 @@ def full_overwrites(folder: Path) -> Outcome:
     save(trainer(folder, procon_overwrite=True))
     left = (folder / "adapter_model.safetensors").exists()
     return Outcome("SILENT", "the old adapter stands") if left else Outcome("acts", "the old adapter is gone")
-
-
-@scenario("another defence into the folder of a constrained run", "output folder")
-def defence_over_constrained(folder: Path) -> Outcome:
-    save(trainer(folder, start=lora()))
-    built = trainer(folder, "0", start=lora())
-    own = {"train_dataset": built.train_dataset, "data_collator": built.data_collator}
-    return refused(lambda: save(build_trainer("hidden_states", built.model, built.args, **own)))
 
 
 @scenario("another alpha into the folder of a constrained run", "output folder")
@@ -233,11 +224,6 @@ def by_command(name: str, *more: str, short: bool = False) -> None:
     scenario(name, "procon train", short=short)(run)
 
 
-by_command(
-    "--defence plain --procon_schedule procon_s", "--defence", "plain", "--procon_schedule", "procon_s", short=True
-)
-by_command("--defence lisa --procon_schedule procon_wu", "--defence", "lisa", "--procon_schedule", "procon_wu")
-by_command("--defence procon_s --procon_schedule 0", "--defence", "procon_s", "--procon_schedule", "0")
 by_command("--num_train_epochs -1", "--num_train_epochs", "-1", short=True)
 by_command("--num_train_epochs 0", "--num_train_epochs", "0")
 by_command("--num_train_epochs -1 --procon_schedule 0", "--num_train_epochs", "-1", "--procon_schedule", "0")
@@ -248,7 +234,6 @@ by_command("--procon_schedule procon_wu:0@4ep", "--procon_schedule", "procon_wu:
 by_command("--procon_penalty l2", "--procon_penalty", "l2")
 by_command("--procon_backend cuda", "--procon_backend", "cuda")
 by_command("--procon_blocks 7", "--procon_blocks", "7")
-by_command("--defence plain over a constrained run", "--defence", "plain", "--defence_settings", "x=1")
 
 
 @scenario("as it is meant", "procon train")
@@ -276,10 +261,10 @@ def tiny_phase(folder: Path) -> Outcome:
     return Outcome("acts" if did["constrained_steps"] == 1 else "SILENT", str(did))
 
 
-@scenario("--defence plain on purpose", "procon train")
+@scenario("--procon_schedule 0 on purpose", "procon train")
 def plain(folder: Path) -> Outcome:
     place(folder)
-    code, text = command(folder, "--max_steps", "2", "--defence", "plain")
+    code, text = command(folder, "--max_steps", "2", "--procon_schedule", "0")
     said = code == 0 and not claims(folder / "out") and "Trained without the constraint" in text
     return Outcome("said" if said else "SILENT", "procon.json, card and console")
 
@@ -301,7 +286,6 @@ def after_a_run(name: str, *more: str, short: bool = False, saves: bool = True) 
     scenario(name, "procon train", short=short)(run)
 
 
-after_a_run("--resume --defence plain", "--defence", "plain", short=True)
 after_a_run("--resume --procon_schedule 0", "--procon_schedule", "0")
 after_a_run("--resume --seed 7", "--seed", "7")
 after_a_run("--resume --method full", "--method", "full")

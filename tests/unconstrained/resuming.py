@@ -17,7 +17,6 @@ from setting import Outcome, directions, equal, lora, model, rows, scenario, tra
 from transformers import TrainerCallback
 
 from procon import ProConError
-from procon.defences import build_trainer
 from procon.directions import DIRECTIONS_FILE
 
 SAVES = {"save_strategy": "steps", "save_steps": 2, "logging_strategy": "steps", "logging_steps": 1}
@@ -205,7 +204,6 @@ case("another scope", build=other(procon_scope="response"))
 case("another penalty", build=other(procon_penalty="huber"))
 case("other units", build=other(procon_units="gap"))
 case("other sides", build=other(procon_sides="fall"))
-case("other weights of the blocks", build=other(procon_block_weights="causal"))
 case("other blocks", build=other(procon_blocks="1,2"))
 case("another reduction", build=other(procon_reduction="sequence"))
 
@@ -215,21 +213,6 @@ def other_directions(folder: Path) -> Any:
 
 
 case("other directions", build=other_directions)
-
-
-def by_defence(name: str) -> Callable[[Path], Any]:
-    def build(folder: Path) -> Any:
-        built = trainer(folder, "0", start=dropping(), **SAVES)
-        own = {"train_dataset": built.train_dataset, "data_collator": built.data_collator}
-        return build_trainer(name, built.model, built.args, **own)
-
-    return build
-
-
-for _defence in ("plain", "constrained_sft"):
-    scenario(f"resumed: under the defence {_defence}", "defences", short=_defence == "plain")(
-        resumed(build=by_defence(_defence))
-    )
 
 
 @scenario("resumed: a plain run under the constraint", "ProConTrainer")

@@ -4,6 +4,7 @@ FOLDER holds a ``model``. All data are in every optimiser step, so that no order
 """
 
 import copy
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -15,9 +16,16 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from procon.data import padding_collator
-from procon.defences import build_trainer
 from procon.directions import Directions
 from procon.training import ProConConfig
+
+# As in conftest.py: the folder that the benchmarks are in is not put on the path.
+_BENCHMARKS = importlib.util.spec_from_file_location(
+    "benchmarks", Path(__file__).parents[2] / "benchmarks" / "__init__.py"
+)
+sys.modules["benchmarks"] = importlib.util.module_from_spec(_BENCHMARKS)
+
+from benchmarks.study.defences import build_trainer  # noqa: E402
 
 FOLDER = Path(sys.argv[1])
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))

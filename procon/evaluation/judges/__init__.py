@@ -1,6 +1,5 @@
 """Who says whether a reply refuses: keywords, a guard or chat model, an endpoint, or a class of one's own."""
 
-from procon.evaluation.judges.agreement import Agreement
 from procon.evaluation.judges.endpoint import EndpointJudge
 from procon.evaluation.judges.formats import FORMATS, Format
 from procon.evaluation.judges.keywords import KeywordJudge
@@ -10,7 +9,6 @@ from procon.evaluation.judges.protocol import Judge, Reads, Verdict, judge_repli
 
 __all__ = [
     "FORMATS",
-    "Agreement",
     "EndpointJudge",
     "Format",
     "Judge",
