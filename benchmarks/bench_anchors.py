@@ -54,7 +54,7 @@ def _measure() -> _Result:
     model = make_model(SHAPE, dtype, "lora")
     optimizer = make_optimizer(model.parameters())
     directions = make_directions(SHAPE)
-    blocks = range(len(directions.first))
+    blocks = range(directions.block_count)
     large = make_batch(SHAPE, BATCHES * ROWS, LENGTH, packed=False)
     batches = [
         {name: value[start : start + ROWS] for name, value in large.items()} for start in range(0, BATCHES * ROWS, ROWS)

@@ -114,7 +114,7 @@ class _Training:
         self._inputs = {name: value for name, value in self._batch.items() if name != "labels"}
         self._mask = (self._batch["labels"] != -100).float()
         self._directions = make_directions(case.shape)
-        self._vectors = self._directions.first.to(DEVICE)
+        self._vectors = self._directions.basis[:, 0].to(DEVICE)
         inputs = zip(_block_inputs(self._model, self._inputs), self._vectors, strict=True)
         self._anchors = torch.stack([hidden.float() @ direction for hidden, direction in inputs], dim=-1)
         self._constraints: dict[str, ProjectionConstraint] = {}

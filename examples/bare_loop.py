@@ -20,8 +20,8 @@ from procon import (
     AlphaSchedule,
     AnchoredCollator,
     Anchors,
+    Directions,
     ProjectionConstraint,
-    RefusalDirections,
     constrained_tokens,
 )
 from procon.data import load_conversations, padding_collator, tokenize_conversations
@@ -46,7 +46,7 @@ def main() -> None:
     collator = padding_collator(tokenizer)
 
     # Directions and anchors: once, before the first step, from the model as training starts.
-    directions = RefusalDirections.extract(model, tokenizer)
+    directions = Directions.extract(model, tokenizer)
     constraint = ProjectionConstraint(directions)
     anchors = Anchors.record(
         model,

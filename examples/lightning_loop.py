@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from procon import AnchoredCollator, Anchors, ProjectionConstraint, RefusalDirections, constrained_tokens
+from procon import AnchoredCollator, Anchors, Directions, ProjectionConstraint, constrained_tokens
 from procon.data import load_conversations, padding_collator, tokenize_conversations
 
 
@@ -91,7 +91,7 @@ def main() -> None:
     collator = padding_collator(tokenizer)
 
     # Directions and anchors: once, before the first step, from the model as training starts.
-    directions = RefusalDirections.extract(model, tokenizer)
+    directions = Directions.extract(model, tokenizer)
     constraint = ProjectionConstraint(directions)
     anchors = Anchors.record(
         model,

@@ -36,7 +36,6 @@ _HOME = {
     "rms_norm_constrain": "ops",
     "ProConError": "errors",
     "Directions": "directions",
-    "RefusalDirections": "directions",
     "Anchors": "anchors",
     "AnchoredCollator": "anchors",
     "LiveAnchors": "anchors",
@@ -92,7 +91,6 @@ __all__ = [
     "ProConTrainer",
     "Probes",
     "ProjectionConstraint",
-    "RefusalDirections",
     "__version__",
     "constrain",
     "constrained_tokens",
@@ -109,7 +107,6 @@ if TYPE_CHECKING:
     from procon.constraint import ProjectionConstraint as ProjectionConstraint
     from procon.constraint import constrained_tokens as constrained_tokens
     from procon.directions import Directions as Directions
-    from procon.directions import RefusalDirections as RefusalDirections
     from procon.errors import ProConError as ProConError
     from procon.method import Probes as Probes
     from procon.method import ProCon as ProCon

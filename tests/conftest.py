@@ -255,7 +255,7 @@ def make_trainer(tiny_model, tokenizer, tmp_path) -> Callable[..., Trainer]:
     from transformers import Trainer, TrainingArguments, set_seed
 
     from procon.data import padding_collator
-    from procon.directions import RefusalDirections
+    from procon.directions import Directions
     from procon.training import ProConConfig, ProConTrainer
 
     def counting(numbers: range) -> list[dict[str, str]]:
@@ -265,11 +265,10 @@ def make_trainer(tiny_model, tokenizer, tmp_path) -> Callable[..., Trainer]:
         prompt, completion = (tokenizer(row[part])["input_ids"] for part in ("prompt", "completion"))
         return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
 
-    def directions(model: PreTrainedModel) -> RefusalDirections:
+    def directions(model: PreTrainedModel) -> Directions:
         blocks, width = model.config.num_hidden_layers, model.config.hidden_size
-        ones = torch.ones(blocks)
-        provenance = {"model": "/data/models/tiny", "counts": {"malicious": 3, "benign": 4}, "refusal_rate": 0.955}
-        return RefusalDirections(torch.full((blocks, width), width**-0.5), ones, ones, ones, ones, provenance)
+        provenance = {"model": "/data/models/tiny", "counts": {"positive": 3, "negative": 4}, "refusal_rate": 0.955}
+        return Directions(torch.full((blocks, 1, width), width**-0.5), torch.ones(blocks, 1), provenance=provenance)
 
     def make(base: str, schedule: str | None, *, model=None, lora=None, folder="out", compute_metrics=None, **settings):
         model = tiny_model() if model is None else model
@@ -348,15 +347,15 @@ def place(tiny_model, tokenizer, tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def random_directions() -> Callable[..., Any]:
     """``random_directions(model)``: unit directions for the blocks of a model, the same at every call."""
-    from procon.directions import RefusalDirections
+    from procon.directions import Directions
     from procon.models import find_decoder
 
-    def make(model: PreTrainedModel) -> RefusalDirections:
+    def make(model: PreTrainedModel) -> Directions:
         decoder = find_decoder(model)
         shape = (len(decoder.blocks), decoder.hidden_size)
         directions = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         ones = torch.ones(len(directions))
-        return RefusalDirections(torch.nn.functional.normalize(directions, dim=-1), ones, ones, ones, ones)
+        return Directions(torch.nn.functional.normalize(directions, dim=-1)[:, None], ones[:, None])
 
     return make
 
@@ -398,7 +397,7 @@ def assert_penalty(random_directions) -> Callable[..., None]:
         random = torch.Generator().manual_seed(0)
         mask = (torch.rand(batch["input_ids"].shape, generator=random) < 0.6).float()
 
-        z = projections(reference, batch, directions.first)
+        z = projections(reference, batch, directions.basis[:, 0])
         anchors = z.detach().float() + torch.randn(z.shape, generator=random) * (torch.arange(z.shape[-1]) >= still)
         expected = ((z - anchors.double()).square() * mask[..., None]).sum() / (mask.sum() * z.shape[-1])
         expected.backward()

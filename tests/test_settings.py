@@ -18,6 +18,7 @@ from procon import (
     Anchors,
     ChatSettings,
     ConstraintSettings,
+    Directions,
     LiveAnchors,
     Probes,
     ProConArguments,
@@ -25,7 +26,6 @@ from procon import (
     ProConError,
     ProConTrainer,
     ProjectionConstraint,
-    RefusalDirections,
     probe_penalty,
 )
 from procon.cli import main
@@ -90,8 +90,8 @@ class Untouchable:
 NO_BLOCKS = ("some", [], [True], 1, 0.0, {1}, ["all", 3], [True, "last"], [["last"], "last"], [0.5, 0.5], b"last")
 
 
-def directions() -> RefusalDirections:
-    return RefusalDirections(torch.eye(3, 8), *torch.ones(4, 3))
+def directions() -> Directions:
+    return Directions(torch.eye(3, 8)[:, None], torch.ones(3, 1))
 
 
 def callables() -> Iterator[tuple[str, Callable]]:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from procon.constraint import ProjectionConstraint
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 
 BLOCKS, TOKENS, WIDTH, SEQUENCES = 16, 512, 576, 8
 DTYPES = (torch.float32, torch.bfloat16)
@@ -140,7 +140,7 @@ def _naive(model: LlamaForCausalLM, reference: LlamaForCausalLM, unit: Tensor, i
 
 def _constrained(model: LlamaForCausalLM, unit: Tensor, ids: Tensor, fuse: str) -> None:
     ones = torch.ones(BLOCKS)
-    with ProjectionConstraint(RefusalDirections(unit, ones, ones, ones, ones), penalty="squared").attach(
+    with ProjectionConstraint(Directions(unit[:, None], ones[:, None]), penalty="squared").attach(
         model, fuse
     ) as constraint:
         assert len(constraint.fused) == (BLOCKS if fuse == "auto" else 0)

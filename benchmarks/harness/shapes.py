@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.harness.machine import DEVICE, installed
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.settings import PAPER_RECIPE
 
 
@@ -53,12 +53,11 @@ def make_optimizer(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.AdamW((p for p in parameters if p.requires_grad), lr=1e-4, fused=True)
 
 
-def make_directions(shape: str) -> RefusalDirections:
+def make_directions(shape: str) -> Directions:
     """Random unit directions: their values do not change what a step costs."""
     blocks, size = SHAPES[shape]["num_hidden_layers"], SHAPES[shape]["hidden_size"]
     unit = torch.nn.functional.normalize(torch.randn(blocks, size, generator=torch.Generator().manual_seed(2)), dim=1)
-    ones, zeros = torch.ones(blocks), torch.zeros(blocks)
-    return RefusalDirections(unit, gap=ones, auroc=ones, malicious=ones, benign=zeros)
+    return Directions(unit[:, None], torch.ones(blocks, 1))
 
 
 def make_batch(shape: str, rows: int, length: int, *, packed: bool) -> dict[str, Any]:

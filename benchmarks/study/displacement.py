@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from procon.directions import RefusalDirections, each_last_token
+from procon.directions import Directions, each_last_token
 from procon.models import find_decoder
 
 #: Leading principal directions, and dimensions of largest magnitude, whose share is reported.
@@ -53,11 +53,11 @@ class Displacement:
     massive_share: Tensor
 
 
-def measure_displacement(before: Tensor, after: Tensor, directions: RefusalDirections) -> Displacement:
+def measure_displacement(before: Tensor, after: Tensor, directions: Directions) -> Displacement:
     """Displacement between two results of :func:`last_token_states` for the same prompts, ``[n, L, D]`` each."""
     change = (after - before).double()
-    unit = directions.first.double()
-    gap = directions.gap.double()
+    unit = directions.basis[:, 0].double()
+    gap = directions.gaps[:, 0].double()
     along = torch.where(directions.usable, (change * unit).sum(-1), torch.nan)  # [n, L]
     off = (change - along[..., None] * unit).norm(dim=-1)
     total = change.square().sum((0, 2))  # [L]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.study.start import Start
-from procon.directions import RefusalDirections
+from procon.directions import Directions, randomized, randomized_within, shuffled
 from procon.errors import ProConError
 
 #: Settings that run files name, and that training arguments do not have: the trainer of the defence has them.
@@ -48,7 +48,7 @@ class Method:
         return {name: value for name, value in self.config.items() if name not in OF_THE_DEFENCE}
 
 
-def choose_directions(method: Method, start: Start) -> RefusalDirections:
+def choose_directions(method: Method, start: Start) -> Directions:
     """The directions that ``method`` constrains.
 
     Raises:
@@ -59,12 +59,12 @@ def choose_directions(method: Method, start: Start) -> RefusalDirections:
     if kind == "refusal":
         return found
     if kind == "random":
-        return found.randomized(int(argument))
+        return randomized(found, int(argument))
     if kind == "within":
         benign = start.states[len(start.states) // 2 :]  # with the malicious ones, draws would lean towards r
-        return found.randomized_within(benign, int(argument))
+        return randomized_within(found, benign, int(argument))
     if kind == "shuffled":
-        return found.shuffled(int(argument))
+        return shuffled(found, int(argument))
     if kind == "k":
         return start.extract(int(argument))
     raise ProConError(

@@ -16,7 +16,7 @@ from benchmarks.study.qwen import fetch_qwen
 from benchmarks.study.refusal_odds import refusal_tokens
 from procon.chat import ContrastPrompts, builtin_prompts
 from procon.demo import fetch_demo_model, teach_refusal
-from procon.directions import ContrastMeans, RefusalDirections
+from procon.directions import ContrastMeans, Directions
 from procon.errors import ProConError
 from procon.models import load_model, weights_hash
 
@@ -39,8 +39,8 @@ class Start:
 
     folder: str | Path
     tokenizer: PreTrainedTokenizerBase
-    directions: RefusalDirections
-    reference: RefusalDirections
+    directions: Directions
+    reference: Directions
     prompts: ContrastPrompts
     states: Tensor
     tokens: list[int]
@@ -71,7 +71,7 @@ class Start:
         loading = loading or {}
         model, tokenizer = load_model(folder, **loading)
         prompts = builtin_prompts("extraction").first(extraction)
-        directions = RefusalDirections.extract(
+        directions = Directions.extract(
             model, tokenizer, prompts, held_out=builtin_prompts("validation").first(pairs), progress=False
         )
         if directions.provenance["refusal_rate"] == 0:
@@ -81,7 +81,7 @@ class Start:
             folder=folder,
             tokenizer=tokenizer,
             directions=directions,
-            reference=RefusalDirections.from_means(contrast_means(states)),
+            reference=Directions.from_means(contrast_means(states)),
             prompts=prompts,
             states=states,
             tokens=refusal_tokens(model, tokenizer, prompts.first(pairs)),
@@ -94,11 +94,9 @@ class Start:
         """A fresh copy of the model."""
         return load_model(self.folder, **self.loading)[0]
 
-    def extract(self, k: int) -> RefusalDirections:
+    def extract(self, k: int) -> Directions:
         """``k`` directions per block."""
-        return RefusalDirections.extract(
-            self.model(), self.tokenizer, self.prompts, k=k, check_refusal=False, progress=False
-        )
+        return Directions.extract(self.model(), self.tokenizer, self.prompts, k=k, check_refusal=False, progress=False)
 
     def probe_states(self, model: PreTrainedModel) -> Tensor:
         """As :attr:`states`, of a model that came from this one."""

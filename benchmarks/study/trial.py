@@ -32,7 +32,7 @@ from benchmarks.study.reply_logits import reply_logits
 from benchmarks.study.start import Start, contrast_means
 from procon.chat import ContrastPrompts, Split, builtin_prompts
 from procon.data import padding_collator, tokenize_conversations
-from procon.directions import BlockDirections
+from procon.directions import Directions
 from procon.evaluation import Evaluation, Judge, compare_means, evaluate
 from procon.settings import PAPER_RECIPE
 from procon.training import ProConConfig
@@ -94,7 +94,7 @@ def fine_tune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     method: Method,
-    directions: BlockDirections,
+    directions: Directions,
     job: Job,
     seed: int,
     size: Size,
@@ -124,7 +124,7 @@ def make_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     method: Method,
-    directions: BlockDirections,
+    directions: Directions,
     job: Job,
     seed: int,
     size: Size,

@@ -25,8 +25,8 @@ from procon import (
     AlphaSchedule,
     AnchoredCollator,
     Anchors,
+    Directions,
     ProjectionConstraint,
-    RefusalDirections,
     constrained_tokens,
 )
 from procon.data import load_conversations, padding_collator, tokenize_conversations
@@ -57,10 +57,10 @@ def main() -> None:
     anchored = AnchoredCollator(padded, None)
 
     if args.directions:
-        directions = RefusalDirections.load(args.directions)
+        directions = Directions.load(args.directions)
     else:
         # By the main process: FSDP may have loaded the weights only there.
-        found = [RefusalDirections.extract(model, tokenizer) if accelerator.is_main_process else None]
+        found = [Directions.extract(model, tokenizer) if accelerator.is_main_process else None]
         directions = broadcast_object_list(found)[0]
     constraint = ProjectionConstraint(directions).attach(model)
     model, optimizer, loader = accelerator.prepare(

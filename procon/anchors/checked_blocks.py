@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from procon.directions import BlockDirections
+from procon.directions import Directions
 from procon.models import find_decoder
 
 
-def checked_blocks(model: nn.Module, directions: BlockDirections, blocks: Sequence[int] | None) -> tuple[int, ...]:
+def checked_blocks(model: nn.Module, directions: Directions, blocks: Sequence[int] | None) -> tuple[int, ...]:
     """``blocks`` as they are, or all block inputs that have a direction. If weights are sharded, all ranks must call.
 
     Raises:

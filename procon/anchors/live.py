@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from procon.anchors.checked_blocks import checked_blocks
 from procon.anchors.projections import project_sites
-from procon.directions import BlockDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import (
     StartingModel,
@@ -58,7 +58,7 @@ class LiveAnchors:
     def __init__(
         self,
         model: nn.Module,
-        directions: BlockDirections,
+        directions: Directions,
         *,
         blocks: Sequence[int] | None = None,
         backend: Backend = "auto",

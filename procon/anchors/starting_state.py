@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from procon.anchors.store import Anchors, fingerprint
-from procon.directions import BlockDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.settings import TokenScope
 
@@ -33,7 +33,7 @@ class StartingState:
         self,
         model: nn.Module,
         dataloader: Iterable[Mapping[str, Tensor]],
-        directions: BlockDirections,
+        directions: Directions,
         *,
         blocks: Sequence[int],
         scope: TokenScope,

@@ -26,7 +26,7 @@ from procon.anchors.precision import running_precision
 from procon.anchors.recording import record_projections
 from procon.anchors.shards import AnchorShards, ShardWriter
 from procon.anchors.token_mask import mask_tokens
-from procon.directions import BlockDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import configuration_hash, evaluating, token_embedding, unwrapped, weights_hash
 from procon.sequences import TokenSequence
@@ -80,7 +80,7 @@ class Anchors:
     def __contains__(self, sequence: TokenSequence) -> bool:
         return sequence.key() in self._shards
 
-    def check_fits(self, model: nn.Module, directions: BlockDirections) -> None:
+    def check_fits(self, model: nn.Module, directions: Directions) -> None:
         """Raise ProConError unless these are the anchors of ``model`` as it now is, with the adapters that are on.
 
         For a loop that opens anchors instead of recording them; takes a pass over all weights, and one forward: call it
@@ -135,7 +135,7 @@ class Anchors:
         cls,
         model: nn.Module,
         dataloader: Iterable[Mapping[str, Tensor]],
-        directions: BlockDirections,
+        directions: Directions,
         path: str | Path,
         *,
         blocks: Sequence[int] | None = None,
@@ -197,7 +197,7 @@ class Anchors:
 
 def fingerprint(
     model: nn.Module,
-    directions: BlockDirections,
+    directions: Directions,
     blocks: Sequence[int],
     scope: TokenScope,
     precision: str | None = None,

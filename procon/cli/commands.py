@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from rich.text import Text
 from procon.chat import ContrastPrompts, Split, builtin_prompts, describe_chat, load_instructions
 from procon.cli.arguments import DirectionsArguments, DriftArguments, EvalArguments, QuickstartArguments
 from procon.cli.chat import chat_settings
-from procon.cli.concepts import ConceptFiles, describe, read_others
 from procon.cli.judging import evaluation_prompts, judging_lines
 from procon.data import load_conversations
 from procon.demo.quickstart import make_start
 from procon.demo.quickstart import quickstart as run_quickstart
-from procon.directions import ContrastMeans, Directions, RefusalDirections
-from procon.directions.refusal_directions import check_k
+from procon.directions import ContrastMeans, Directions, load_vectors
+from procon.directions.directions import check_k, numbered
+from procon.directions.vectors import check_concepts
 from procon.errors import ProConError, printable
 from procon.evaluation import (
     Drift,
@@ -50,35 +51,50 @@ def quickstart(arguments: QuickstartArguments) -> None:
 def directions(arguments: DirectionsArguments) -> None:
     """``procon directions``"""
     output = _output_file(arguments.output)
-    concept = ConceptFiles.read(arguments)
-    others = read_others(arguments.add, arguments.name)
-    prompts = _prompts(arguments.malicious, arguments.benign, "extraction")
-    check_k(arguments.k, prompts)
+    name = arguments.name or "refusal"
+    # All that can be wrong is found before a model is loaded.
+    vectors = load_vectors(arguments.vectors) if arguments.vectors else None
+    prompts = None
+    if arguments.positive and arguments.negative:
+        prompts = ContrastPrompts(load_instructions(arguments.positive), load_instructions(arguments.negative))
+    elif arguments.name is None:
+        prompts = _prompts(arguments.malicious, arguments.benign, "extraction")
+        check_k(arguments.k, prompts)
+    others = Directions.load(arguments.add) if arguments.add else None
+    check_concepts((*(others.concepts if others else ()), *numbered(name, arguments.k)))
     model, tokenizer = load_model(arguments.model, **arguments.loading())
     batch_size = first_batch_size(arguments.batch_size, model)
     console, chat = Console(), chat_settings(arguments)
-    if concept is None:
-        refusal = RefusalDirections.extract(model, tokenizer, prompts, k=arguments.k, chat=chat, batch_size=batch_size)
-        console.print(_refusal_table(refusal))
-        if (rate := refusal.provenance["refusal_rate"]) is not None:
-            console.print(f"The model refuses {rate:.0%} of malicious prompts.")
-        found = refusal
+    asked: dict[str, Any] = {"name": name, "chat": chat, "batch_size": batch_size}
+    if vectors is None:
+        found = Directions.extract(model, tokenizer, prompts, k=arguments.k, **asked)
     else:
-        found = concept.find(model, tokenizer, chat, batch_size)
-        console.print(describe(found))
+        found = Directions.from_vectors(model, vectors, tokenizer=tokenizer, prompts=prompts, **asked)
+    console.print(_table(found))
+    if (rate := found.provenance.get("refusal_rate")) is not None:
+        console.print(f"The model refuses {rate:.0%} of malicious prompts.")
     if others is not None:
         found = Directions.combine(others, found)
-        console.print(f"Concepts: {', '.join(found.names)}.")
+        console.print(f"Concepts: {', '.join(found.concepts)}.")
     found.save(output)
     console.print(Text(f"Written: {printable(str(output))}"))  # a path may look like markup
 
 
-def _refusal_table(found: RefusalDirections) -> Table:
-    table = Table("block", "gap", "held-out AUROC", box=box.SIMPLE_HEAD)
-    for block, (gap, auroc) in enumerate(zip(found.gap.tolist(), found.auroc.tolist(), strict=True)):
-        name = str(block) if block < found.block_count else "last output"
-        table.add_row(name, f"{gap:.3g}" if gap else "no direction", f"{auroc:.2f}" if gap else "-")
+def _table(found: Directions) -> Table:
+    """A row for each block and direction there, and for blocks without any."""
+    table = Table("block", "direction", "gap", "held-out AUROC", box=box.SIMPLE_HEAD)
+    for site, (gaps, quality) in enumerate(zip(found.gaps.tolist(), found.auroc.tolist(), strict=True)):
+        block = str(site) if site < found.block_count else "last output"
+        if not any(gaps):
+            table.add_row(block, "no direction", "-", "-")
+        for name, gap, one in zip(found.concepts, gaps, quality, strict=True):
+            if gap:
+                table.add_row(block, name, _number(gap, ".3g"), _number(one, ".2f"))
     return table
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
 
 
 def drift(arguments: DriftArguments) -> None:
@@ -91,7 +107,7 @@ def drift(arguments: DriftArguments) -> None:
     model, tokenizer = load_model(arguments.start, **arguments.loading())
     batch_size = first_batch_size(arguments.batch_size, model)
     means = ContrastMeans.measure(model, tokenizer, prompts, chat=chat, batch_size=batch_size)
-    reference = RefusalDirections.from_means(means)
+    reference = Directions.from_means(means)
     del model
     model, _ = load_model(arguments.tuned, **arguments.loading())
     found = measure_drift(model, tokenizer, reference, prompts, chat=chat, batch_size=batch_size)

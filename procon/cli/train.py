@@ -27,7 +27,7 @@ from procon.data import (
     safety_conversations,
     tokenize_conversations,
 )
-from procon.directions import DIRECTIONS, BlockDirections, RefusalDirections, load_directions
+from procon.directions import DIRECTIONS_FILE, Directions
 from procon.errors import ProConError, printable
 from procon.files import check_writable
 from procon.models import check_loading, check_name, find_decoder, load_model
@@ -55,7 +55,7 @@ class _Job:
     config: ProConConfig
     conversations: Dataset
     evaluation: Dataset | None
-    directions: BlockDirections | None
+    directions: Directions | None
 
 
 def train(arguments: TrainArguments, config: ProConConfig) -> None:
@@ -173,10 +173,10 @@ def _plan(arguments: TrainArguments, config: ProConConfig, checkpoint: Checkpoin
         conversations = mix_safety(conversations, safety, arguments.safety_samples or len(safety), seed=config.seed)
     directions = None
     if directed and arguments.directions:
-        directions = load_directions(arguments.directions)
+        directions = Directions.load(arguments.directions)
     elif directed and checkpoint:
-        beside = (checkpoint.path / DIRECTIONS).is_file()
-        directions = load_directions(checkpoint.path if beside else output_folder(config))
+        beside = (checkpoint.path / DIRECTIONS_FILE).is_file()
+        directions = Directions.load(checkpoint.path if beside else output_folder(config))
     return _Job(config, conversations, evaluation, directions)
 
 
@@ -220,8 +220,8 @@ def _trainer(arguments: TrainArguments, job: _Job, output: Path) -> tuple[Traine
         # Before there is a trainer, as that makes the output folder.
         with job.config.main_process_first(local=False, desc="refusal directions"):
             if job.config.process_index == 0:
-                RefusalDirections.extract(model, tokenizer, chat=chat).save(output / DIRECTIONS)
-            directions = RefusalDirections.load(output)
+                Directions.extract(model, tokenizer, chat=chat).save(output / DIRECTIONS_FILE)
+            directions = Directions.load(output)
     trainer = ProConTrainer(
         model,
         job.config,

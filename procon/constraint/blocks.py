@@ -11,12 +11,12 @@ from numbers import Integral, Real
 
 from torch import Tensor
 
-from procon.directions import BlockDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.settings import LAST, Blocks, check_blocks
 
 
-def select_blocks(directions: BlockDirections, blocks: Blocks) -> tuple[int, ...]:
+def select_blocks(directions: Directions, blocks: Blocks) -> tuple[int, ...]:
     """Indices of the blocks to constrain, of those that have a direction, in order; ``L`` for the last one's output.
 
     Raises:
@@ -41,13 +41,13 @@ def select_among(usable: Tensor, blocks: Blocks, last: bool | None = None) -> tu
     return tuple(sorted(chosen))
 
 
-def gap_units(directions: BlockDirections, blocks: Sequence[int]) -> Tensor:
+def gap_units(directions: Directions, blocks: Sequence[int]) -> Tensor:
     """``[blocks, K]`` fp32, what a departure along each direction is divided by under ``"gap"``; 1 if there is none."""
     gaps = directions.gaps[list(blocks)]
     return gaps.masked_fill(gaps == 0, 1.0)
 
 
-def check_units(directions: BlockDirections, blocks: Sequence[int]) -> None:
+def check_units(directions: Directions, blocks: Sequence[int]) -> None:
     """Raise ProConError if a direction at one of the blocks has no unit, as given vectors have none without prompts."""
     unknown = directions.gaps[list(blocks)].isnan()
     if unknown.any():

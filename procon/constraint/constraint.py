@@ -19,7 +19,7 @@ from procon.constraint.sites import find_site
 from procon.constraint.target import State, Target, on_device, sums
 from procon.constraint.token_count import divisor
 from procon.constraint.use import Use
-from procon.directions import BlockDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import Decoder, active_adapters, adapter_layer, find_decoder, first_moving_block, unwrapped
 from procon.ops.arguments import check_constant
@@ -82,7 +82,7 @@ class ProjectionConstraint:
 
     def __init__(
         self,
-        directions: BlockDirections,
+        directions: Directions,
         *,
         blocks: Blocks = DEFAULTS.blocks,
         penalty: Penalty = DEFAULTS.penalty,

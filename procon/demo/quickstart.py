@@ -26,7 +26,7 @@ from procon.data import padding_collator, to_conversations, tokenize_conversatio
 from procon.demo.arithmetic import Problem, arithmetic_problems
 from procon.demo.model import fetch_demo_model
 from procon.demo.refusal_tuning import teach_refusal
-from procon.directions import RefusalDirections
+from procon.directions import Directions, randomized
 from procon.errors import ProConError, printable
 from procon.evaluation import evaluate, measure_drift
 from procon.files import check_writable
@@ -116,13 +116,13 @@ def quickstart(
     start, tokenizer, _ = _starting_model(model, output / "start", console, trust_remote_code)
 
     console.rule(f"2/{parts}  refusal directions")
-    directions = RefusalDirections.extract(start, tokenizer)
+    directions = Directions.extract(start, tokenizer)
     directions.save(output / "directions.safetensors")
     inputs = directions.at_block_inputs
     usable = inputs.auroc[inputs.usable]
     console.print(f"{len(usable)} blocks; held-out AUROC {usable.min():.2f} to {usable.max():.2f}")
     # Drift is measured on prompts that no training here keeps.
-    reference = RefusalDirections.extract(start, tokenizer, builtin_drift_pairs(), check_refusal=False, progress=False)
+    reference = Directions.extract(start, tokenizer, builtin_drift_pairs(), check_refusal=False, progress=False)
 
     problems = arithmetic_problems(TASK_TRAIN + TASK_TEST + TASK_PROBE, TASK_SEED)
     task, probe = problems[TASK_TRAIN:-TASK_PROBE], problems[-TASK_PROBE:]
@@ -140,7 +140,7 @@ def quickstart(
     if control:
         # Probes keep a state whatever the directions are, so the direction is compared without them.
         plan.append(("tokens", _TOKENS, directions))
-        plan.append(("random", _TOKENS, directions.randomized(seed=1)))
+        plan.append(("random", _TOKENS, randomized(directions, seed=1)))
     for number, (label, settings, along) in enumerate(plan, 3):
         console.rule(f"{number}/{parts}  {label} fine-tuning")
         config = ProConConfig(output_dir=str(output / label.lower()), seed=seed, **RECIPE, **settings)
@@ -207,8 +207,8 @@ def _fine_tune(
     label: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    reference: RefusalDirections,
-    constrained: RefusalDirections,
+    reference: Directions,
+    constrained: Directions,
     train: Dataset,
     task: Sequence[Problem],
     probe_task: Sequence[Problem],

@@ -9,25 +9,20 @@ from procon.errors import require_extra
 
 __extra__ = require_extra("train", __name__)
 
-from procon.directions.block_directions import DIRECTIONS, BlockDirections
-from procon.directions.contrast_means import ContrastMeans, each_last_token
-from procon.directions.directions import Directions, load_directions
-from procon.directions.given_vectors import load_vectors
-from procon.directions.projections import auroc, project_last_token, project_on_all
-from procon.directions.refusal_directions import RefusalDirections
-from procon.directions.subspace import mean_squared_cosine
+from procon.directions.controls import randomized, randomized_within, shuffled
+from procon.directions.directions import DIRECTIONS_FILE, Directions
+from procon.directions.extraction import ContrastMeans, auroc, each_last_token, project_last_token
+from procon.directions.vectors import load_vectors
 
 __all__ = [
-    "DIRECTIONS",
-    "BlockDirections",
+    "DIRECTIONS_FILE",
     "ContrastMeans",
     "Directions",
-    "RefusalDirections",
     "auroc",
     "each_last_token",
-    "load_directions",
     "load_vectors",
-    "mean_squared_cosine",
     "project_last_token",
-    "project_on_all",
+    "randomized",
+    "randomized_within",
+    "shuffled",
 ]

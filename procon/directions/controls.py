@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from procon.directions.contrast_means import DEAD_GAP
-from procon.directions.subspace import orthonormalised
+from procon.directions.directions import Directions
+from procon.directions.extraction import DEAD_GAP
 from procon.errors import ProConError
 
-if TYPE_CHECKING:
-    from procon.directions.refusal_directions import RefusalDirections
 
+def randomized(directions: Directions, seed: int) -> Directions:
+    """The control for *any* direction: isotropic random unit directions at the same blocks, with the same gaps.
 
-def randomized(directions: RefusalDirections, seed: int) -> RefusalDirections:
-    """See :meth:`RefusalDirections.randomized`."""
+    If this control preserves refusals too, the protection comes from anchoring hidden states along *any* direction.
+    Hidden states vary little along most directions, so at the same alpha this control constrains the model less than
+    the refusal directions do; :func:`randomized_within` corrects for that.
+    """
     generator = torch.Generator().manual_seed(seed)
-    blocks, width = directions.block_count, directions.first.shape[1]
+    blocks, width = directions.block_count, directions.basis.shape[2]
     # The last block's output is drawn after the block inputs, so that theirs are the same with it and without it.
     sites = [blocks, 1] if directions.last_output else [blocks]
     draws = [
@@ -30,18 +32,34 @@ def randomized(directions: RefusalDirections, seed: int) -> RefusalDirections:
     return _along(directions, torch.cat(draws), {"random_seed": seed})
 
 
-def randomized_within(directions: RefusalDirections, hidden_states: Tensor, seed: int) -> RefusalDirections:
-    """See :meth:`RefusalDirections.randomized_within`."""
+def randomized_within(directions: Directions, hidden_states: Tensor, seed: int) -> Directions:
+    """The control for a direction *in which hidden states vary*: random ones drawn with their covariance.
+
+    Each is ``sum_i g_i (x_i - mean)`` for standard normal ``g``, scaled to unit length: a random contrast of the given
+    states, just as the refusal direction is a contrast of prompt states. The same ``g`` is used at every block.
+    Whatever the refusal directions preserve beyond this control is specific to them.
+
+    Take states of benign text, best of what is trained on: those of malicious and benign prompts vary along the refusal
+    direction itself, and the draws lean to it (see :meth:`Directions.cosine`). If few dimensions hold most of the
+    variance, as the massive ones do at a sequence's first token, draws lean to those, and to each other.
+
+    Args:
+        hidden_states: ``[n, L, D]`` of any floating dtype, inputs of each block at n tokens, n above K. The control has
+            no row for the last block's output if they have none.
+
+    Raises:
+        ProConError: if they do not fit, are not finite, or do not vary at a block that has a direction.
+    """
     if hidden_states.dim() == 3 and hidden_states.shape[1] == directions.block_count:
         directions = directions.at_block_inputs
-    rows, width = directions.first.shape
-    if hidden_states.dim() != 3 or hidden_states.shape[1:] != (rows, width) or len(hidden_states) <= directions.k:
+    rows, k, width = directions.basis.shape
+    if hidden_states.dim() != 3 or hidden_states.shape[1:] != (rows, width) or len(hidden_states) <= k:
         raise ProConError(
             f"hidden_states have shape {tuple(hidden_states.shape)}: give [n, {directions.block_count}, {width}] with "
-            f"n above {directions.k}"
+            f"n above {k}"
         )
     generator = torch.Generator().manual_seed(seed)
-    weights = torch.randn(directions.k, len(hidden_states), generator=generator, dtype=torch.float64)
+    weights = torch.randn(k, len(hidden_states), generator=generator, dtype=torch.float64)
     weights -= weights.mean(1, keepdim=True)
     # Block by block, as an fp64 copy of all states would be large.
     drawn = torch.stack([weights @ states.double().cpu() for states in hidden_states.unbind(1)])
@@ -56,31 +74,40 @@ def randomized_within(directions: RefusalDirections, hidden_states: Tensor, seed
     return _along(directions, drawn, {"random_within_seed": seed})
 
 
-def shuffled(directions: RefusalDirections, seed: int) -> RefusalDirections:
-    """See :meth:`RefusalDirections.shuffled`."""
+def shuffled(directions: Directions, seed: int) -> Directions:
+    """The control for the *right block*: each usable block has the directions of another, with its own gap.
+
+    They are true refusal directions, but of other blocks. If this control preserves refusals too, the protection does
+    not depend on the block. Neighbouring blocks have similar directions, so look at :meth:`Directions.cosine` first:
+    this control is the weaker the closer it is to 1.
+
+    Raises:
+        ProConError: if fewer than two blocks have a direction.
+    """
     usable = directions.at_block_inputs.usable.nonzero().flatten()
     if len(usable) < 2:
-        raise ProConError("only one block has a direction, so blocks cannot be shuffled: use randomized(seed)")
+        raise ProConError("only one block has a direction, so blocks cannot be shuffled: use randomized()")
     generator = torch.Generator().manual_seed(seed)
     order = usable
     while (order == usable).any():  # until none keeps its own: e = 2.7 draws on average
         order = usable[torch.randperm(len(usable), generator=generator)]
-    source = torch.arange(len(directions.gap)).index_copy(0, usable, order)
+    source = torch.arange(len(directions.gaps)).index_copy(0, usable, order)
     if directions.last_output and directions.usable[-1]:
         source[-1] = usable[torch.randint(len(usable), (), generator=generator)]
+    # Of several directions per block, one may be missing at either block.
+    there = (directions.gaps != 0) & (directions.gaps[source] != 0)
     return replace(
         directions,
-        first=directions.first[source],
-        further=None if directions.further is None else directions.further[source],
+        basis=torch.where(there[..., None], directions.basis[source], 0.0),
+        gaps=torch.where(there, directions.gaps, 0.0),
         provenance={"shuffled_seed": seed, "source_blocks": source.tolist()},
     )
 
 
-def _along(directions: RefusalDirections, vectors: Tensor, provenance: dict[str, Any]) -> RefusalDirections:
-    """Directions along ``vectors [L, K, D]``, orthonormalised, for those of the usable blocks."""
-    usable = directions.usable
-    first = normalize(vectors[:, 0], dim=-1).float()
-    further = None
-    if directions.further is not None:
-        further = orthonormalised(vectors)[:, 1:].float() * usable[:, None, None]
-    return replace(directions, first=first * usable[:, None], further=further, provenance=provenance)
+def _along(directions: Directions, vectors: Tensor, provenance: dict[str, Any]) -> Directions:
+    """Directions along ``vectors [L, K, D]``, orthonormalised, where there are any."""
+    # Gram-Schmidt in fp64: row k lies in the span of the first k.
+    q, r = torch.linalg.qr(vectors.double().mT)
+    further = (q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None]).mT[:, 1:]
+    basis = torch.cat([normalize(vectors[:, :1], dim=-1).float(), further.float()], 1)
+    return replace(directions, basis=basis * (directions.gaps != 0)[..., None], provenance=provenance)

@@ -1,179 +1,175 @@
-"""Directions of any concept: from two sets of prompts, or from given vectors; several concepts at once."""
+"""Directions of refusal, or of any other concept: what they are, where they come from, and their file."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Sequence
+import json
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from procon.chat import ContrastPrompts
-from procon.directions.block_directions import DIRECTIONS, BlockDirections
-from procon.directions.concepts import check_name, contrast, hold_out
-from procon.directions.contrast_means import DEAD_GAP, ContrastMeans
-from procon.directions.file import CONCEPT_TENSORS, read, write
-from procon.directions.given_vectors import GivenVectors, Numbers, Vectors
-from procon.directions.projections import auroc, project_on_all
-from procon.directions.provenance import provenance_of
-from procon.directions.refusal_directions import RefusalDirections
-from procon.directions.soundness import concepts_flaw
+from procon.chat import ContrastPrompts, builtin_prompts, measure_refusal
+from procon.directions.extraction import (
+    DEAD_GAP,
+    ContrastMeans,
+    auroc,
+    further_directions,
+    hold_out,
+    project_last_token,
+    provenance_of,
+)
+from procon.directions.vectors import Vectors, check_concepts, rows_of
 from procon.errors import ProConError
-from procon.models import find_decoder, refuse_unprepared
+from procon.files import write_bytes
+from procon.models import Decoder, compare_origin, find_decoder, refuse_unprepared
+from procon.models.origin import Relation
 from procon.settings import MAX_DIRECTIONS, ChatSettings
+
+#: The file's name if it stands beside a model or an adapter.
+DIRECTIONS_FILE = "refusal-directions.safetensors"
+
+_REFUSAL = "refusal"
+_TENSORS = ("basis", "gaps", "auroc", "positive", "negative")
+_UNMEASURED = torch.tensor(torch.nan)
+
+#: How far from 1 a length may be: bfloat16 rounds each value by 2**-9 of it at most.
+_TOLERANCE = 2**-8
+
+#: From the one that decides to the one that says least.
+_RELATIONS: tuple[Relation, ...] = ("another model", "other weights", "unknown", "same")
 
 
 @dataclass(frozen=True)
-class Directions(BlockDirections):
-    """One direction per block for each of ``K`` named concepts, at most 8; a concept may have none at a block.
+class Directions:
+    """``K`` unit directions for each of ``L`` rows: the inputs of the blocks, and the output of the last one.
 
-    They need not be at right angles to each other: each is what its name says. Rows are the inputs of the blocks and
-    the output of the last one, ``L`` in all.
-
-    Under the constraint each vector counts alike: the penalty is a mean over constrained tokens and constrained blocks
-    of the sum over the concepts. A vector that is not there adds 0, so a concept with vectors at a tenth of the
-    constrained blocks has a tenth of the weight that it would have alone at those blocks.
+    They are refusal directions, or those of other concepts, which need not be at right angles to each other. Under the
+    constraint each vector counts alike: the penalty is a mean over constrained tokens and constrained blocks of the sum
+    over the directions. A vector that is not there adds 0.
 
     Attributes:
-        vectors: ``[L, K, D]`` fp32, unit vectors, or zeros where a concept has none.
-        scale: ``[L, K]`` fp32, the unit of a departure under ``units="gap"``: the distance between the two means of
-            prompts along it. NaN if no prompts were given, 0 where there is no vector.
-        auroc: ``[L, K]`` fp32, how well the projection separates positive from negative prompts; NaN if not measured.
-        positive, negative: ``[L, K]`` fp32, projections of the means of both sides; NaN if not measured.
-        names: of the concepts, ``K`` different ones.
-        length: ``[L, K]`` fp32, of each vector as it was given: a probe's score is ``length * <vector, x> + bias``.
-        bias: ``[L, K]`` fp32, of a linear probe; 0 if it has none.
-        threshold: ``[L, K]`` fp32, the score from which a probe says that the concept is there; NaN if it has none.
-        provenance: under ``concepts``, for each name, where its vectors came from.
-        last_output: whether the last row is that of the last block's output.
+        basis: ``[L, K, D]`` fp32, unit vectors, or zeros where there is none.
+        gaps: ``[L, K]`` fp32, the unit of a departure along each direction under ``units="gap"``: the distance between
+            the means of two sets of prompts, in units of the hidden states. 0 if there is no direction, NaN if there
+            were no prompts.
+        auroc: ``[L, K]`` fp32, how well the projection separates held-out prompts of both sets (0.5 is chance); NaN if
+            it is not measured.
+        positive, negative: ``[L, K]`` fp32, projections of the means of both sets: the prompts that have the concept,
+            as malicious ones have refusal, and those that do not. NaN if they are not measured.
+        concepts: ``K`` names, of what each direction stands for; ``refusal``, ``refusal_2`` and on if not given.
+        provenance: model id, revision and origin, chat template and prompt-set hashes, counts, versions, refusal rate;
+            of several concepts, under ``concepts``, for each name.
+        last_output: whether the last row is that of the last block's output, before the final norm.
     """
 
-    vectors: Tensor
-    scale: Tensor
-    auroc: Tensor
-    positive: Tensor
-    negative: Tensor
-    names: tuple[str, ...]
-    length: Tensor
-    bias: Tensor
-    threshold: Tensor
+    basis: Tensor
+    gaps: Tensor
+    auroc: Tensor = _UNMEASURED
+    positive: Tensor = _UNMEASURED
+    negative: Tensor = _UNMEASURED
+    concepts: tuple[str, ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
     last_output: bool = False
 
-    @property
-    def basis(self) -> Tensor:
-        return self.vectors
-
-    @property
-    def gaps(self) -> Tensor:
-        return self.scale
-
-    @property
-    def concepts(self) -> tuple[str, ...]:
-        return self.names
-
-    @property
-    def usable(self) -> Tensor:
-        return self.vectors.flatten(1).any(-1)
-
-    @property
-    def hash(self) -> str:
-        data = self.vectors.numpy().tobytes() + self.scale.numpy().tobytes()
-        return hashlib.sha256(data).hexdigest()[:16]
-
-    @property
-    def at_block_inputs(self) -> Directions:
-        if not self.last_output:
-            return self
-        return replace(self, **{name: getattr(self, name)[:-1] for name in CONCEPT_TENSORS}, last_output=False)
-
-    def _flaw(self) -> str | None:
-        return concepts_flaw(self.vectors, self.scale)
-
-    def _origins(self) -> list[dict[str, Any]]:
-        concepts = self.provenance.get("concepts")
-        found = [concepts.get(name) for name in self.names] if isinstance(concepts, dict) else []
-        return [one if isinstance(one, dict) else {} for one in found]
+    def __post_init__(self) -> None:
+        for name in _TENSORS[2:]:
+            object.__setattr__(self, name, getattr(self, name).expand(self.gaps.shape))
+        if not self.concepts:
+            object.__setattr__(self, "concepts", numbered(_REFUSAL, self.k))
 
     @classmethod
     def extract(
         cls,
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
-        positive: Sequence[str],
-        negative: Sequence[str],
+        prompts: ContrastPrompts | None = None,
         *,
-        name: str,
+        name: str = _REFUSAL,
+        k: int = 1,
         held_out: ContrastPrompts | None = None,
         chat: ChatSettings | None = None,
         batch_size: int = 32,
+        check_refusal: bool = True,
         progress: bool = True,
     ) -> Directions:
-        """Difference in means between two sets of prompts at their last token, block by block, as unit vectors.
-
-        The same as :meth:`RefusalDirections.extract`, for any concept; no refusals are looked for.
+        """Difference in means at the last prompt token, block by block, scaled to unit length (paper section III-A).
 
         Args:
-            model, tokenizer: a chat model and its tokenizer.
-            positive, negative: prompts that have the concept, and prompts that do not.
+            model: a chat model; used in eval mode, without gradients, through its base decoder only.
+            tokenizer: its tokenizer, with a chat template.
+            prompts: contrast prompts to extract from; for refusal, the built-in ones if not given. Those of another
+                concept are ``ContrastPrompts(positive, negative)``: prompts that have it, and prompts that do not.
             name: of the concept, at most 40 letters, digits, ``_``, ``-`` and ``.``.
-            held_out: prompts to measure :attr:`auroc` on, positive ones first. If not given, every fifth of each side
-                is taken, and left out of the means; none if a side has fewer than ten.
-            chat: how the model is asked: system prompt and variables of its chat template.
+            k: directions per block. The first is that of ``k=1``; the further ones are how the prompts' categories
+                depart from it (:func:`procon.directions.extraction.further_directions`).
+            held_out: prompts to measure :attr:`auroc` on. If not given: for refusal, the built-in held-out ones; for
+                another concept every fifth of each side, left out of the means, and none if a side has fewer than ten.
+            chat: how the model is asked: system prompt, variables of its chat template, markers of its thoughts.
+            check_refusal: for refusal, generate replies to some malicious prompts first, and warn if none is refused.
+
+        Memory: one block's input at a time, plus ``2 * L * D`` fp64 sums, those of each category too with ``k > 1``.
 
         Raises:
-            ProConError: without prompts; for an invalid name; on hidden states that are not finite, or that are
-                the same for both sides at every block.
+            ProConError: for a ``k`` that is not 1 to 8, or above the number of categories; for an invalid name; on
+                hidden states that are not finite, a tokenizer without chat template, no usable block, or a model that
+                DeepSpeed ZeRO-3 has partitioned and not prepared.
         """
-        check_name(name)
-        refuse_unprepared(model)
-        prompts = contrast(positive, negative)
-        if held_out is None:
+        of_refusal = name == _REFUSAL
+        if prompts is None and not of_refusal:
+            raise ProConError(f"no prompts of {name!r} are given: pass ContrastPrompts(positive, negative)")
+        prompts = prompts or builtin_prompts("extraction")
+        if of_refusal:
+            held_out = held_out or builtin_prompts("held_out")
+        elif held_out is None:
             prompts, held_out = hold_out(prompts)
-        means = ContrastMeans.measure(
-            model,
-            tokenizer,
-            prompts,
-            called=("positive", "negative"),
-            chat=chat,
-            batch_size=batch_size,
-            progress=progress,
-        )
+        check_k(k, prompts)
+        check_concepts(numbered(name, k))
+        refuse_unprepared(model)
+        asked: dict[str, Any] = {"chat": chat, "batch_size": batch_size, "progress": progress}
+        rate = measure_refusal(model, tokenizer, prompts.malicious, **asked) if of_refusal and check_refusal else None
+        means = ContrastMeans.measure(model, tokenizer, prompts, by_category=k > 1, **asked)
+        found = cls.from_means(means, k, name)
+        provenance = {
+            **provenance_of(model, tokenizer, chat),
+            **_described(prompts),
+            "held_out_prompts": held_out and held_out.hash,
+            "refusal_rate": rate,
+        }
+        quality = found._auroc(model, tokenizer, held_out, asked) if held_out else _UNMEASURED
+        return replace(found, auroc=quality, provenance=provenance)
+
+    @classmethod
+    def from_means(cls, means: ContrastMeans, k: int = 1, name: str = _REFUSAL) -> Directions:
+        """Difference in means, scaled to unit length; without AUROC and provenance.
+
+        Args:
+            k: directions per block; more than one need :attr:`ContrastMeans.differences` of at least ``k`` categories.
+
+        Raises:
+            ProConError: if the two sides' means are the same at every block.
+        """
         unit, gap = means.contrast()
         if not gap.any():
-            raise ProConError(f"positive and negative prompts of {name!r} give the same hidden states: pass others")
-        vectors = unit.float()[:, None]
-        quality = torch.full(vectors.shape[:2], torch.nan)
-        if held_out is not None:
-            z = [
-                project_on_all(model, tokenizer, vectors, side, chat=chat, batch_size=batch_size, progress=progress)
-                for side in (held_out.malicious, held_out.benign)
-            ]
-            quality = torch.where(gap[:, None] > 0, auroc(*z), torch.nan)
-        known = {
-            **provenance_of(model, tokenizer, chat),
-            "prompts": prompts.hash,
-            "held_out_prompts": None if held_out is None else held_out.hash,
-            "counts": {"positive": len(prompts.malicious), "negative": len(prompts.benign)},
-            "position": "last prompt token",
-        }
+            raise ProConError("both sides of the prompts give the same hidden states: pass prompts that differ")
+        basis = unit[:, None]
+        if k > 1:
+            assert means.differences is not None  # noqa: S101  # for the type checker: k fits the prompts
+            further = further_directions(unit, means.differences, k - 1, DEAD_GAP * means.scale)
+            basis = torch.cat([basis, torch.where(gap[:, None, None] > 0, further, 0.0)], 1)
         return cls(
-            vectors=vectors,
-            scale=gap.float()[:, None],
-            auroc=quality,
-            positive=(unit * means.malicious).sum(-1).float()[:, None],
-            negative=(unit * means.benign).sum(-1).float()[:, None],
-            names=(name,),
-            length=(gap > 0).float()[:, None],
-            bias=torch.zeros(len(gap), 1),
-            threshold=torch.full((len(gap), 1), torch.nan),
-            provenance={"concepts": {name: known}},
-            last_output=True,
+            basis.float(),
+            torch.where(basis.any(-1), gap[:, None], 0.0).float(),
+            positive=(basis * means.malicious[:, None]).sum(-1).float(),
+            negative=(basis * means.benign[:, None]).sum(-1).float(),
+            concepts=numbered(name, k),
+            last_output=means.last_output,
         )
 
     @classmethod
@@ -183,11 +179,8 @@ class Directions(BlockDirections):
         vectors: Vectors,
         *,
         name: str,
-        bias: Numbers = None,
-        threshold: Numbers = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        positive: Sequence[str] = (),
-        negative: Sequence[str] = (),
+        prompts: ContrastPrompts | None = None,
         chat: ChatSettings | None = None,
         batch_size: int = 32,
         progress: bool = True,
@@ -200,187 +193,271 @@ class Directions(BlockDirections):
                 out. A vector stands for the input of its block; that of ``"last"``, or of block L, for the output of
                 the last block. Of any length: the constraint takes unit vectors.
             name: of the concept, at most 40 letters, digits, ``_``, ``-`` and ``.``.
-            bias, threshold: of a linear probe, whose score is ``<vector, x> + bias`` and which says yes above the
-                threshold: one number for all blocks that have a vector, ``{block: number}``, or ``[L]``.
-            tokenizer, positive, negative: prompts that have the concept, and prompts that do not. The distance of their
-                means along each vector is its unit, and its AUROC is measured on them. Without them the vectors have
-                no unit, and the constraint takes ``units="raw"`` alone.
+            tokenizer, prompts: ``ContrastPrompts(positive, negative)``: prompts that have the concept, and prompts that
+                do not. The distance of their means along each vector is its unit, and its AUROC is measured on them.
+                Without them the vectors have no unit, and the constraint takes ``units="raw"`` alone.
             chat: how the model is asked with them: system prompt and variables of its chat template.
 
         Raises:
-            ProConError: for a vector of another width, of zeros or not finite, or of a block that is not there; for a
-                bias or a threshold without a vector; for an invalid name.
+            ProConError: for a vector of another width, of zeros or not finite, or of a block that is not there; for an
+                invalid name.
         """
-        check_name(name)
+        check_concepts((name,))
         decoder = find_decoder(model)
-        given = GivenVectors.read(vectors, bias, threshold, len(decoder.blocks), decoder.hidden_size)
-        unit = (given.vectors / given.length.clamp_min(torch.finfo(torch.float64).tiny)[:, None]).float()[:, None]
-        there = given.length > 0
-        unknown = torch.full((len(there), 1), torch.nan)
+        given = rows_of(vectors, len(decoder.blocks), decoder.hidden_size)[:, None]
+        length = given.norm(dim=-1)
+        there = length > 0
         found = cls(
-            vectors=unit,
-            scale=torch.where(there[:, None], torch.nan, 0.0),
-            auroc=unknown,
-            positive=unknown,
-            negative=unknown,
-            names=(name,),
-            length=given.length.float()[:, None],
-            bias=given.bias.float()[:, None],
-            threshold=given.threshold.float()[:, None],
-            provenance={"concepts": {name: {**provenance_of(model, tokenizer, chat), "given": True}}},
+            (given / length.clamp_min(torch.finfo(torch.float64).tiny)[..., None]).float(),
+            torch.where(there, torch.nan, 0.0),
+            concepts=(name,),
+            provenance={**provenance_of(model, tokenizer, chat), "given": True},
             last_output=True,
         )
-        if not positive and not negative:
+        if prompts is None:
             return found
         if tokenizer is None:
             raise ProConError("prompts are given without a tokenizer: pass tokenizer as well, to read them with")
-        return found._with_units(model, tokenizer, contrast(positive, negative), batch_size, progress, chat)
-
-    def _with_units(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: ContrastPrompts,
-        batch_size: int,
-        progress: bool,
-        chat: ChatSettings | None,
-    ) -> Directions:
-        """These of one concept, with what is measured on prompts that have it and prompts that do not."""
-        asked = {"chat": chat, "batch_size": batch_size, "progress": progress}
-        means = ContrastMeans.measure(model, tokenizer, prompts, called=("positive", "negative"), **asked)
-        sides = (prompts.malicious, prompts.benign)
-        z = [project_on_all(model, tokenizer, self.vectors, side, **asked) for side in sides]
-        unit = self.vectors[:, 0].double()
-        positive, negative = ((unit * mean).sum(-1)[:, None] for mean in (means.malicious, means.benign))
+        asked: dict[str, Any] = {"chat": chat, "batch_size": batch_size, "progress": progress}
+        means = ContrastMeans.measure(model, tokenizer, prompts, **asked)
+        quality = found._auroc(model, tokenizer, prompts, asked)
+        positive, negative = (
+            (found.basis.double() * mean[:, None]).sum(-1) for mean in (means.malicious, means.benign)
+        )
         distance = (positive - negative).abs()
         # A vector may point to either side. If both are at the same place along it, it has no unit.
-        scale = torch.where(distance > DEAD_GAP * means.scale[:, None], distance, torch.nan).float()
-        there = self.vectors.any(-1)
-        (name,) = self.names
-        known = {
-            **self.provenance["concepts"][name],
-            "prompts": prompts.hash,
-            "counts": {"positive": len(prompts.malicious), "negative": len(prompts.benign)},
-            "position": "last prompt token",
-        }
+        gaps = torch.where(distance > DEAD_GAP * means.scale[:, None], distance, torch.nan).float()
         return replace(
-            self,
-            scale=torch.where(there, scale, 0.0),
-            auroc=torch.where(there, auroc(*z), torch.nan),
+            found,
+            gaps=torch.where(there, gaps, 0.0),
+            auroc=quality,
             positive=torch.where(there, positive.float(), torch.nan),
             negative=torch.where(there, negative.float(), torch.nan),
-            provenance={"concepts": {name: known}},
+            provenance=found.provenance | _described(prompts),
         )
 
     @classmethod
-    def combine(cls, *parts: BlockDirections) -> Directions:
-        """The concepts of all parts, in their order; refusal directions are a part like others.
+    def combine(cls, *parts: Directions) -> Directions:
+        """The concepts of all parts, in their order.
 
         Raises:
-            ProConError: for parts of different models' shapes, two concepts of one name, or more than 8 in all.
+            ProConError: for parts of different shapes, two concepts of one name, or more than 8 in all.
         """
         if not parts:
             raise ProConError("no directions to combine: give one part at least")
-        found = [_rows_for(cls.of(part), any(other.last_output for other in parts)) for part in parts]
-        shapes = {(one.block_count, one.vectors.shape[2]) for one in found}
+        shapes = {(one.block_count, one.basis.shape[2], one.last_output) for one in parts}
         if len(shapes) > 1:
-            described = " and ".join(f"{blocks} blocks of width {width}" for blocks, width in sorted(shapes))
-            raise ProConError(f"directions for {described} cannot be combined: take those of one model")
-        names = tuple(name for one in found for name in one.names)
-        if len(names) > MAX_DIRECTIONS:
-            raise ProConError(f"{len(names)} concepts are too many: combine {MAX_DIRECTIONS} at most")
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice:
-            raise ProConError(f"two concepts are named {twice[0]!r}: give each a name of its own")
-        tensors = {name: torch.cat([getattr(one, name) for one in found], 1) for name in CONCEPT_TENSORS}
-        concepts = {
-            name: part for one in found for name, part in zip(one.names, one._origins() or [{}] * one.k, strict=True)
-        }
-        return cls(**tensors, names=names, provenance={"concepts": concepts}, last_output=found[0].last_output)
-
-    @classmethod
-    def of(cls, directions: BlockDirections) -> Directions:
-        """Refusal directions as directions of concepts: ``refusal``, and ``refusal_2`` and on if they are several."""
-        if isinstance(directions, Directions):
-            return directions
-        assert isinstance(directions, RefusalDirections)  # noqa: S101  # for the type checker: there are two kinds
-        first = torch.arange(directions.k) == 0
-        there = directions.basis.any(-1)
-
-        def of_first(values: Tensor) -> Tensor:
-            return torch.where(there & first, values[:, None], torch.nan)
-
+            described = " and ".join(
+                f"{blocks} blocks of width {width} {'with' if last else 'without'} the last one's output"
+                for blocks, width, last in sorted(shapes)
+            )
+            raise ProConError(f"directions for {described} cannot be combined: extract all from one model")
+        concepts = tuple(name for one in parts for name in one.concepts)
+        check_concepts(concepts)
         return cls(
-            vectors=directions.basis,
-            scale=directions.gaps,
-            auroc=of_first(directions.auroc),
-            positive=of_first(directions.malicious),
-            negative=of_first(directions.benign),
-            names=directions.concepts,
-            length=there.float(),
-            bias=torch.zeros(there.shape),
-            threshold=torch.full(there.shape, torch.nan),
-            provenance={"concepts": dict.fromkeys(directions.concepts, directions.provenance)},
-            last_output=directions.last_output,
+            **{name: torch.cat([getattr(one, name) for one in parts], 1) for name in _TENSORS},
+            concepts=concepts,
+            provenance={"concepts": {name: known for one in parts for name, known in one._origins().items()}},
+            last_output=parts[0].last_output,
         )
+
+    @property
+    def k(self) -> int:
+        """Number of directions per block."""
+        return self.basis.shape[1]
+
+    @property
+    def block_count(self) -> int:
+        """Number of blocks of the model."""
+        return len(self.basis) - self.last_output
+
+    @property
+    def usable(self) -> Tensor:
+        """``[L]`` bool: rows that have a direction."""
+        return (self.gaps != 0).any(-1)
+
+    @property
+    def of_refusal(self) -> bool:
+        """Whether all of them are refusal directions."""
+        return self.concepts == numbered(_REFUSAL, self.k)
+
+    @property
+    def hash(self) -> str:
+        """A short hash of the directions and their gaps."""
+        data = self.basis.numpy().tobytes() + self.gaps.numpy().tobytes()
+        return hashlib.sha256(data).hexdigest()[:16]
+
+    @property
+    def at_block_inputs(self) -> Directions:
+        """These without the row of the last block's output."""
+        if not self.last_output:
+            return self
+        return replace(self, **{name: getattr(self, name)[:-1] for name in _TENSORS}, last_output=False)
+
+    def cosine(self, other: Directions) -> Tensor:
+        """Signed cosine to ``other`` (section III-B) at block inputs, of the first directions if there are several.
+
+        Returns:
+            ``[block_count]`` fp32, NaN where either has no direction.
+        """
+        one, two = (found.at_block_inputs.basis[:, 0] for found in (self, other))
+        if one.shape != two.shape:
+            raise ProConError(
+                f"directions of shape {tuple(one.shape)} and {tuple(two.shape)} cannot be compared: extract both from "
+                "the same architecture"
+            )
+        there = (self.gaps != 0)[: len(one), 0] & (other.gaps != 0)[: len(one), 0]
+        return torch.where(there, (one.double() * two.double()).sum(-1).float(), torch.nan)
+
+    def check_fits(self, decoder: Decoder) -> None:
+        """Raise ProConError unless these are unit directions of width ``D`` for each block of ``decoder``."""
+        blocks, width = self.block_count, self.basis.shape[2]
+        if (blocks, width) != (len(decoder.blocks), decoder.hidden_size):
+            raise ProConError(
+                f"directions are for {blocks} blocks of width {width}, but the model has {len(decoder.blocks)} blocks "
+                f"of width {decoder.hidden_size}: extract directions from this model with 'procon directions'"
+            )
+        if reason := self._flaw():
+            raise ProConError(f"directions hold {reason}: extract them again with 'procon directions'")
+
+    def check_origin(self, model: nn.Module) -> Relation:
+        """Compare ``model``, as it now is, with the one that directions were extracted from, if that is known.
+
+        The same weights in float32 and bfloat16 are the same, and so is a fresh LoRA adapter on them. If weights are
+        sharded, all ranks must call.
+
+        Returns:
+            "same"; "other weights" of the same model, with a warning; or "unknown". Of several concepts, what is worst.
+
+        Raises:
+            ProConError: if it is another model.
+        """
+        parts = [(part.get("origin"), str(part.get("model") or "unnamed")) for part in self._origins().values()]
+        # Several concepts are often of one model, and comparing it takes a pass over its weights.
+        different = [part for i, part in enumerate(parts) if part not in parts[:i]]
+        found: list[tuple[Relation, str]] = [(compare_origin(origin, model), name) for origin, name in different]
+        relation, name = min(found, key=lambda one: _RELATIONS.index(one[0]))
+        if relation == "another model":
+            raise ProConError(
+                f"directions were extracted from another model ({name!r}), whose embeddings are unrelated to this "
+                "one's: extract directions from this model with 'procon directions'"
+            )
+        if relation == "other weights":
+            warnings.warn(
+                f"directions were extracted from other weights ({name!r}) than the model's: that is right if it was "
+                "quantised, or an adapter merged or taken off; if it was trained since, extract directions again",
+                stacklevel=2,
+            )
+        return relation
 
     def save(self, path: str | Path) -> Path:
-        tensors = {name: getattr(self, name) for name in CONCEPT_TENSORS}
-        known = self._origins() or [{}] * self.k
-        return write(
-            path, tensors, {"concepts": dict(zip(self.names, known, strict=True)), "last_output": self.last_output}
-        )
+        """Write a safetensors file with names, provenance and a checksum in its header; returns its path.
+
+        Equal directions make equal files.
+        """
+        # Copies, as safetensors refuses tensors that share memory.
+        tensors = {name: getattr(self, name).clone(memory_format=torch.contiguous_format) for name in _TENSORS}
+        about = {"concepts": self.concepts, "provenance": self.provenance, "last_output": self.last_output}
+        # One entry, since safetensors puts several in an order that chance gives.
+        text = json.dumps(about | {"checksum": _checksum(tensors, about)})
+        return write_bytes(save(tensors, {"procon": text}), path)
 
     @classmethod
     def load(cls, path: str | Path) -> Directions:
-        """Read what :meth:`save` wrote, or a file of refusal directions; of a folder, the file beside a model.
+        """Read what :meth:`save` wrote; of a folder, the file that training leaves beside a model.
 
         Raises:
             ProConError: if the file is missing or damaged, or holds something else than unit directions.
         """
-        return cls.of(load_directions(path))
-
-    @classmethod
-    def _of(cls, path: Path, tensors: dict[str, Tensor], provenance: dict[str, Any]) -> Directions:
-        concepts = provenance.get("concepts")
-        shape = tuple(tensors["vectors"].shape)
-        fits = isinstance(concepts, dict) and len(shape) == 3 and shape[1] == len(concepts) <= MAX_DIRECTIONS
-        if not fits or not all(tensors[name].shape == shape[:2] for name in CONCEPT_TENSORS[1:]):
-            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        path = Path(path)
+        path = path / DIRECTIONS_FILE if path.is_dir() else path
+        if not path.is_file():
+            raise ProConError(f"directions file {str(path)!r} does not exist: make it with 'procon directions'")
+        try:
+            with safe_open(path, "pt") as file:
+                if {*file.keys()} != {*_TENSORS}:  # a model's, for example, which is not read
+                    raise ValueError(f"it holds {', '.join(sorted(file.keys()))[:100]}")
+                about = json.loads((file.metadata() or {})["procon"])
+                # Copies: what is loaded does not follow the file, which is mapped into memory.
+                tensors = {name: file.get_tensor(name).clone() for name in _TENSORS}
+            if about.pop("checksum") != _checksum(tensors, about):
+                raise ValueError("its checksum differs")
+            typed = isinstance(about["provenance"], dict) and type(about["last_output"]) is bool
+            if not typed or not all(tensor.is_floating_point() for tensor in tensors.values()):
+                raise TypeError("it holds other values")
+            about["concepts"] = tuple(about["concepts"])
+            check_concepts(about["concepts"])
+            found = cls(**{name: tensor.float() for name, tensor in tensors.items()}, **about)
+            if reason := found._flaw():
+                raise ValueError(f"it holds {reason}")
+        # What safetensors, json and torch raise on such bytes.
+        except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError) as error:
             raise ProConError(
-                f"directions file {str(path)!r} holds {shapes}, not [L, K, D] and [L, K] of K concepts with names, K "
-                f"at most {MAX_DIRECTIONS}: make it again"
-            )
-        for name in concepts or ():
-            check_name(name)
-        last = provenance.pop("last_output", False) is True
-        found = cls(**tensors, names=tuple(concepts or ()), provenance=provenance, last_output=last)
-        if reason := found._flaw():
-            raise ProConError(f"directions file {str(path)!r} holds {reason}: make it again")
+                f"directions file {str(path)!r} is damaged or not one of ProCon's ({error}): extract it again"
+            ) from error
         return found
 
+    def _auroc(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: ContrastPrompts, asked: dict[str, Any]
+    ) -> Tensor:
+        sides = (prompts.malicious, prompts.benign)
+        z = [project_last_token(model, tokenizer, self.basis, side, **asked) for side in sides]
+        return torch.where(self.gaps != 0, auroc(*z), torch.nan)
 
-def load_directions(path: str | Path) -> BlockDirections:
-    """Directions of either kind from a file; of a folder, from the one that training leaves beside a model.
+    def _origins(self) -> dict[str, dict[str, Any]]:
+        """Provenance of each concept."""
+        parts = self.provenance.get("concepts")
+        known = parts if isinstance(parts, dict) else dict.fromkeys(self.concepts, self.provenance)
+        # Whoever made a file may have written anything into it.
+        return {name: one if isinstance(one := known.get(name), dict) else {} for name in self.concepts}
 
-    Raises:
-        ProConError: if the file is missing or damaged, or holds something else than unit directions.
-    """
-    path = Path(path)
-    path = path / DIRECTIONS if path.is_dir() else path
-    tensors, provenance = read(path)
-    return (RefusalDirections if "directions" in tensors else Directions)._of(path, tensors, provenance)
+    def _flaw(self) -> str | None:
+        """What is wrong with the values; None if nothing is. At a block they are unit vectors, or there is none."""
+        if self.basis.dim() != 3 or self.gaps.shape != self.basis.shape[:2] or self.k != len(self.concepts):
+            shapes = f"{tuple(self.basis.shape)} and {tuple(self.gaps.shape)}"
+            return f"tensors of shape {shapes} for {len(self.concepts)} concepts, not [L, K, D] and [L, K]"
+        lengths = self.basis.double().norm(dim=-1)
+        if not torch.isfinite(lengths).all() or self.gaps.isinf().any():
+            return "NaN or infinite values"
+        if (self.gaps < 0).any():
+            return "a negative gap"
+        if not self.usable.any():
+            return "no direction for any block"
+        expected = (self.gaps != 0).double()
+        wrong = ((lengths - expected).abs() > _TOLERANCE).nonzero()
+        if not len(wrong):
+            return None
+        row, number = wrong[0].tolist()
+        kind = "a unit vector" if expected[row, number] else "zeros where its gap is 0"
+        return f"a vector of length {lengths[row, number]:.4g} for block {row}, not {kind}"
 
 
-def _rows_for(directions: Directions, last_output: bool) -> Directions:
-    """These with a row for the last block's output, in which nothing stands, if others have one."""
-    if directions.last_output or not last_output:
-        return directions
-    one = directions.vectors.shape[1]
-    fill = {"auroc": torch.nan, "positive": torch.nan, "negative": torch.nan, "threshold": torch.nan}
-    rows = {
-        name: torch.cat([getattr(directions, name), torch.full((1, one), fill.get(name, 0.0))])
-        for name in CONCEPT_TENSORS[1:]
-    }
-    vectors = torch.cat([directions.vectors, torch.zeros_like(directions.vectors[:1])])
-    return replace(directions, vectors=vectors, **rows, last_output=True)
+def numbered(name: str, k: int) -> tuple[str, ...]:
+    """Names of ``k`` directions of one concept."""
+    return (name, *(f"{name}_{number}" for number in range(2, k + 1)))
+
+
+def check_k(k: int, prompts: ContrastPrompts) -> None:
+    """Raise ProConError unless ``k`` directions per block can be found from the prompts' categories."""
+    if not 1 <= k <= MAX_DIRECTIONS:
+        raise ProConError(f"k is {k}: give 1 to {MAX_DIRECTIONS} directions per block")
+    categories = len(set(prompts.categories))
+    if k > 1 and categories < k:
+        raise ProConError(
+            f"k is {k}, but the prompts have {categories} categories: give prompts with as many at least, as the "
+            "built-in ones, or k=1"
+        )
+
+
+def _described(prompts: ContrastPrompts) -> dict[str, Any]:
+    """What provenance has of prompts."""
+    counts = {"positive": len(prompts.malicious), "negative": len(prompts.benign)}
+    return {"prompts": prompts.hash, "counts": counts, "position": "last prompt token"}
+
+
+def _checksum(tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
+    digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from procon.chat import ContrastPrompts
-from procon.directions import ContrastMeans, RefusalDirections
+from procon.directions import ContrastMeans, Directions
 from procon.settings import ChatSettings
 
 
@@ -17,7 +17,7 @@ from procon.settings import ChatSettings
 class Drift:
     """Change of a model since its directions were extracted, block by block; NaN where a block has no direction.
 
-    Block inputs alone are compared, as in the paper: directions of earlier versions have no row for the last output.
+    Block inputs alone are compared, as in the paper.
 
     Attributes:
         cosine: ``[L]``, signed cosine of the re-extracted to the first direction (paper section III-B): 1 is no drift.
@@ -45,7 +45,7 @@ class Drift:
 def measure_drift(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    reference: RefusalDirections,
+    reference: Directions,
     prompts: ContrastPrompts,
     *,
     chat: ChatSettings | None = None,
@@ -59,17 +59,17 @@ def measure_drift(
     )
 
 
-def compare_means(reference: RefusalDirections, means: ContrastMeans) -> Drift:
+def compare_means(reference: Directions, means: ContrastMeans) -> Drift:
     """Drift from ``reference`` to ``means`` of the same prompts."""
-    cosine = reference.cosine(RefusalDirections.from_means(means))
+    cosine = reference.cosine(Directions.from_means(means))
     reference = reference.at_block_inputs
 
     def shift(mean: Tensor, at_start: Tensor) -> Tensor:
-        z = (mean[: reference.block_count] * reference.first.double()).sum(-1).float()
-        return torch.where(reference.usable, (z - at_start) / reference.gap, torch.nan)
+        z = (mean[: reference.block_count] * reference.basis[:, 0].double()).sum(-1).float()
+        return torch.where(reference.usable, (z - at_start[:, 0]) / reference.gaps[:, 0], torch.nan)
 
     return Drift(
         cosine=cosine,
-        malicious_shift=shift(means.malicious, reference.malicious),
-        benign_shift=shift(means.benign, reference.benign),
+        malicious_shift=shift(means.malicious, reference.positive),
+        benign_shift=shift(means.benign, reference.negative),
     )

@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from procon.anchors.starting_state import require_length
 from procon.constraint.guards import refuse_data_parallel
-from procon.directions import BlockDirections, load_directions
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.integrations.forward import REMEDY, ConstrainedForward, constrained_by
 from procon.method import ProCon, Run, once_through
@@ -70,7 +70,7 @@ class ProConCallback(TrainerCallback, ExportableState):
 
     def __init__(
         self,
-        directions: BlockDirections | str | Path | None = None,
+        directions: Directions | str | Path | None = None,
         *,
         chat: ChatSettings | None = None,
         fuse: Fuse = "auto",
@@ -85,8 +85,8 @@ class ProConCallback(TrainerCallback, ExportableState):
                 f"schedule {self._settings.schedule!r} adds epochs of warm-up before those asked for, which a callback "
                 f"cannot: give schedule={written_out!r} and add them to num_train_epochs"
             )
-        if directions is not None and not isinstance(directions, BlockDirections):
-            directions = load_directions(directions)
+        if directions is not None and not isinstance(directions, Directions):
+            directions = Directions.load(directions)
         self._directions = directions
         self._chat, self._fuse = chat, fuse
         self.procon: ProCon | None = None

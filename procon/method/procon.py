@@ -18,7 +18,7 @@ from procon.anchors.starting_state import check_resumed, require_length
 from procon.chat import describe_chat
 from procon.constraint import ProjectionConstraint, constrained_tokens
 from procon.constraint.guards import check_finite
-from procon.directions import DIRECTIONS, BlockDirections, RefusalDirections, load_directions
+from procon.directions import DIRECTIONS_FILE, Directions
 from procon.errors import ProConError
 from procon.method.evidence import Evidence
 from procon.method.probes import ProbeTerm, check_tokenizer
@@ -88,7 +88,7 @@ class ProCon:
         model: nn.Module | Run,
         tokenizer: Any = None,
         settings: ProConSettings | None = None,
-        directions: BlockDirections | str | Path | None = None,
+        directions: Directions | str | Path | None = None,
         *,
         chat: ChatSettings | None = None,
         folder: str | Path = "procon-output",
@@ -102,7 +102,7 @@ class ProCon:
             model = Run(model, tokenizer, chat=chat, folder=folder, progress=progress)
         self.run = model
         self.terms = make_terms(self.settings, fuse) if self.schedule.active else []
-        self.directions: BlockDirections | None = None
+        self.directions: Directions | None = None
         self.evidence = Evidence()
         self.step = Step()
         self.steps_per_epoch = 1
@@ -113,7 +113,7 @@ class ProCon:
         self._carried = 0.0  # the penalty of a window that a checkpoint has cut
         self._resumed: dict[str, Any] = {}
         if directions is not None and self.active:
-            self.use(directions if isinstance(directions, BlockDirections) else load_directions(directions))
+            self.use(directions if isinstance(directions, Directions) else Directions.load(directions))
         elif directions is None and self.needs_directions:
             _check_can_extract(self.run.tokenizer)
         if any(isinstance(term, ProbeTerm) for term in self.terms):
@@ -166,7 +166,7 @@ class ProCon:
 
     # ---------------------------------------------------------------- before training
 
-    def use(self, directions: BlockDirections) -> None:
+    def use(self, directions: Directions) -> None:
         """Work along ``directions``; ProConError if a term cannot."""
         self.directions = directions
         for term in self.terms:
@@ -190,7 +190,7 @@ class ProCon:
                 f"{name} is of training without the constraint: resume with schedule '0', or start afresh"
             )
         if self.directions is None and self.needs_directions:
-            self.use(load_directions(checkpoint / DIRECTIONS) if checkpoint else self._extract())
+            self.use(Directions.load(checkpoint / DIRECTIONS_FILE) if checkpoint else self._extract())
         if checkpoint:
             check_resumed(self._resumed, self.facts(), name)
             for term in self.terms:
@@ -530,16 +530,16 @@ class ProCon:
     def save_files(self, folder: Path) -> None:
         """The directions, and what the terms keep, beside a model or in a checkpoint."""
         if self.directions is not None:
-            self.directions.save(folder / DIRECTIONS)
+            self.directions.save(folder / DIRECTIONS_FILE)
         for term in self.terms:
             term.save(folder)
 
-    def _extract(self) -> RefusalDirections:
+    def _extract(self) -> Directions:
         """The directions of the model as it is; of the main process if there are several."""
         run = self.run
         return run.once(
             # Ranks round differently, and anchors belong to one set of directions.
-            lambda: RefusalDirections.extract(run.model, run.tokenizer, chat=run.chat, progress=run.progress),
+            lambda: Directions.extract(run.model, run.tokenizer, chat=run.chat, progress=run.progress),
             all_call=run.is_loaded_in_parts,
         )
 
@@ -548,7 +548,7 @@ def _check_can_extract(tokenizer: Any) -> None:
     if getattr(tokenizer, "chat_template", None) is None:
         raise ProConError(
             "no refusal directions given, and the tokenizer has no chat template to extract them with: pass the "
-            "tokenizer of a chat model, or extract them with RefusalDirections.extract(model, tokenizer)"
+            "tokenizer of a chat model, or extract them with Directions.extract(model, tokenizer)"
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from procon.anchors import LiveAnchors
-from procon.directions import BlockDirections
+from procon.directions import Directions
 from procon.settings import ChatSettings
 
 #: Makes a loader that runs through the training set once.
@@ -118,7 +118,7 @@ class Term:
     runs_the_model: ClassVar[bool] = False
     batch_keys: ClassVar[tuple[str, ...]] = ()
 
-    def use(self, directions: BlockDirections) -> None:
+    def use(self, directions: Directions) -> None:
         """Work along ``directions``, once they are found; asked of a term that needs them."""
 
     def attach(self, run: Run) -> None:

@@ -12,7 +12,7 @@ from procon.anchors import AnchoredCollator, Anchors, LiveAnchors, TokenMask
 from procon.anchors.live import ADAPTERS_OFF
 from procon.anchors.starting_state import StartingState
 from procon.constraint import ProjectionConstraint
-from procon.directions import BlockDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.method.term import Batches, Collator, Run, Step, Term
 from procon.settings import Fuse, ProConSettings
@@ -44,7 +44,7 @@ class TokenTerm(Term):
         self.anchors: Anchors | None = None
         self.live: LiveAnchors | None = None
         self._adapters_off: bool | None = None
-        self._directions: BlockDirections
+        self._directions: Directions
         self._collator: AnchoredCollator | None = None
 
     @property
@@ -52,7 +52,7 @@ class TokenTerm(Term):
         """Whether anchors come from a forward of the starting model."""
         return self._settings.anchors == "live"
 
-    def use(self, directions: BlockDirections) -> None:
+    def use(self, directions: Directions) -> None:
         """Work along ``directions``; ProConError if they have none at the blocks, or no units that are asked for."""
         self._directions = directions
         settings = self._settings

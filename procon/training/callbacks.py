@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from procon.chat import ContrastPrompts, builtin_drift_pairs, builtin_prompts, describe_chat
-from procon.directions import ContrastMeans, RefusalDirections
+from procon.directions import ContrastMeans, Directions
 from procon.errors import ProConError
 from procon.evaluation import Drift, Evaluation, Judge, Metric, NothingFinished, evaluate, measure_drift
 from procon.settings import ChatSettings, GateAction
@@ -130,7 +130,7 @@ class DriftCallback(ProbeCallback):
         ProConError: for a gate or an action that cannot be; when a run is resumed that has no reference.
     """
 
-    _reference: RefusalDirections  # there from the beginning of training on
+    _reference: Directions  # there from the beginning of training on
 
     def __init__(
         self,
@@ -176,9 +176,9 @@ class DriftCallback(ProbeCallback):
         if gate.action == "stop":
             control.should_training_stop = control.should_save = True
 
-    def _extract(self) -> RefusalDirections:
+    def _extract(self) -> Directions:
         means = ContrastMeans.measure(self._model, self.tokenizer, self.prompts, chat=self.chat, progress=False)
-        return replace(RefusalDirections.from_means(means), provenance=self._asked())
+        return replace(Directions.from_means(means), provenance=self._asked())
 
     def _asked(self) -> dict[str, Any]:
         """What is asked, and how: of the reference and of all that is compared with it."""
@@ -197,9 +197,9 @@ class DriftCallback(ProbeCallback):
         self.drift = drift = on_main(measure, all_call=True)
         return drift
 
-    def _reopen(self, path: Path) -> RefusalDirections:
+    def _reopen(self, path: Path) -> Directions:
         """The reference of the run that is resumed: the model that it started from is no longer there to measure."""
-        found = on_main(lambda: RefusalDirections.load(path) if path.is_file() else None)
+        found = on_main(lambda: Directions.load(path) if path.is_file() else None)
         if found is None:
             raise ProConError(
                 f"there is no drift reference {str(path)!r}: the run that is resumed did not measure drift, or had "

@@ -19,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 from procon.anchors import LiveAnchors
 from procon.constraint import constrained_tokens
 from procon.constraint.guards import refuse_data_parallel
-from procon.directions import BlockDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.method import ProCon, once_through
 from procon.method.record import write_record
@@ -91,7 +91,7 @@ class ProConMixin(_Resumable):
     def __init__(
         self,
         *trainer_args: Any,
-        directions: BlockDirections | str | Path | None = None,
+        directions: Directions | str | Path | None = None,
         chat: ChatSettings | None = None,
         **trainer_kwargs: Any,
     ) -> None:
@@ -105,7 +105,7 @@ class ProConMixin(_Resumable):
     def constrain(
         self,
         settings: ProConSettings,
-        directions: BlockDirections | str | Path | None = None,
+        directions: Directions | str | Path | None = None,
         chat: ChatSettings | None = None,
     ) -> None:
         """Take up the method; once, before :meth:`train`. ProConError if this trainer would lose the constraint."""

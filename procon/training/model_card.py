@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import metadata_load, metadata_save
 
-from procon.directions import DIRECTIONS, BlockDirections, RefusalDirections
+from procon.directions import DIRECTIONS_FILE, Directions
 from procon.files import whole_file, write_text
 from procon.schedule import AlphaSchedule, Phase
 from procon.version import __version__
@@ -60,9 +60,9 @@ _LOAD = """
 The directions, from a copy of this folder:
 
 ```python
-from procon import {kind}
+from procon import Directions
 
-directions = {kind}.load(folder)
+directions = Directions.load(folder)
 ```
 """
 
@@ -73,7 +73,7 @@ This model was fine-tuned by procon-llm {version} without the projection constra
 
 
 def describe(
-    settings: dict[str, Any], directions: BlockDirections | None, log_history: Sequence[dict[str, Any]]
+    settings: dict[str, Any], directions: Directions | None, log_history: Sequence[dict[str, Any]]
 ) -> str:
     """The section, in Markdown; that of a model without the constraint if no step so far was under it.
 
@@ -106,7 +106,7 @@ def describe(
             rows[label] = value
     kept = []
     if directions is not None:
-        refusal = isinstance(directions, RefusalDirections)
+        refusal = directions.of_refusal
         along = "its refusal direction" if refusal else f"directions of {', '.join(directions.concepts)}"
         kept.append(f"of each block's input along {along}, on training tokens")
     if "probes" in settings["terms"]:
@@ -114,7 +114,7 @@ def describe(
     return _SECTION.format(
         version=settings["version"],
         kept="; and ".join(kept),
-        load="" if directions is None else _LOAD.format(kind=type(directions).__name__),
+        load="" if directions is None else _LOAD,
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         unmeasured="; ".join(unmeasured) or "whether any of this holds beyond the prompts used",
     )
@@ -205,7 +205,7 @@ def _blocks(blocks: Sequence[int], count: int) -> str:
     return "; ".join(described + ["the last block's output"] * (len(inputs) < len(blocks)))
 
 
-def _along(settings: dict[str, Any], directions: BlockDirections | None) -> dict[str, str]:
+def _along(settings: dict[str, Any], directions: Directions | None) -> dict[str, str]:
     """What the penalty of the training tokens is made of; nothing without directions."""
     if directions is None:
         return {}
@@ -213,12 +213,12 @@ def _along(settings: dict[str, Any], directions: BlockDirections | None) -> dict
         "blocks that it acted on": _blocks(settings["did"]["blocks_acted"], directions.block_count),
         "constrained blocks": _blocks(settings["blocks"], directions.block_count),
         "penalty": f"{settings['penalty']}, {settings['units']} units",
-        "directions": f"`{DIRECTIONS}` (`{settings['directions']}`){_origin(directions)}",
+        "directions": f"`{DIRECTIONS_FILE}` (`{settings['directions']}`){_origin(directions)}",
         **_concepts(directions),
     }
 
 
-#: Controls, by what :class:`RefusalDirections` leaves of their origin.
+#: Controls, by what :class:`Directions` leaves of their origin.
 _CONTROLS = {
     "random_seed": "random ones",
     "random_within_seed": "random ones with the hidden states' covariance",
@@ -226,34 +226,34 @@ _CONTROLS = {
 }
 
 
-def _concepts(directions: BlockDirections) -> dict[str, str]:
+def _concepts(directions: Directions) -> dict[str, str]:
     """Where each concept has a direction, if they are named."""
-    if isinstance(directions, RefusalDirections):
+    if directions.of_refusal:
         return {}
     there = directions.basis.any(-1)
     sites = {name: there[:, number].nonzero().flatten().tolist() for number, name in enumerate(directions.concepts)}
     return {f"blocks of {name}": _blocks(blocks, directions.block_count) for name, blocks in sites.items()}
 
 
-def _origin(directions: BlockDirections) -> str:
+def _origin(directions: Directions) -> str:
     """How many directions per block there are, and where they came from, as far as their provenance says."""
     provenance = directions.provenance
-    several = f", {directions.k} a block" if directions.k > 1 else ""
-    if not isinstance(directions, RefusalDirections):
+    several = f", {directions.k} per block" if directions.k > 1 else ""
+    if not directions.of_refusal:
         return several
     for name, control in _CONTROLS.items():
         if name in provenance:
             return f"{several}, {control} (seed {provenance[name]}): a control"
     model, counts, rate = (provenance.get(name) for name in ("model", "counts", "refusal_rate"))
     # Whoever made the file may have written anything into it.
-    if not (isinstance(counts, dict) and all(type(counts.get(side)) is int for side in ("malicious", "benign"))):
+    if not (isinstance(counts, dict) and all(type(counts.get(side)) is int for side in ("positive", "negative"))):
         return several
     rate = rate if isinstance(rate, float | int) else None
     # A folder's name is enough: the path to it is of no use to others.
     model = Path(str(model)).name if model and Path(str(model)).is_absolute() else model
     model = re.sub(r"[^\w./@:+ -]", "", str(model or ""))
-    origin = f"{several}: of {model or 'the model before training'}, from {counts['malicious']} malicious and "
-    origin += f"{counts['benign']} benign prompts"
+    origin = f"{several}: of {model or 'the model before training'}, from {counts['positive']} malicious and "
+    origin += f"{counts['negative']} benign prompts"
     return origin if rate is None else f"{origin}; it then refused {rate:.0%} of malicious ones"
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from transformers import Trainer
 
-from procon.directions import BlockDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.settings import ChatSettings, ProConSettings
 from procon.training.mixin import ProConMixin
@@ -31,7 +31,7 @@ _PROBES_ALONE = ("ProConDPOTrainer", "ProConKTOTrainer", "ProConGRPOTrainer")
 
 def protect(
     trainer: _Trainer,
-    directions: BlockDirections | str | Path | None = None,
+    directions: Directions | str | Path | None = None,
     *,
     chat: ChatSettings | None = None,
     **settings: Any,

@@ -6,15 +6,15 @@ from torch.utils.data import DataLoader
 
 from procon.anchors import Anchors
 from procon.data import padding_collator
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import find_decoder
 
 
 @pytest.fixture
-def directions() -> RefusalDirections:
+def directions() -> Directions:
     unit = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-    return RefusalDirections(torch.nn.functional.normalize(unit, dim=-1), *torch.ones(4, 4), last_output=True)
+    return Directions(torch.nn.functional.normalize(unit, dim=-1)[:, None], torch.ones(4, 1), last_output=True)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -34,7 +34,7 @@ def test_recorded_if_it_is_asked_for(tiny_model, directions, samples, tokenizer,
     for sample in samples:
         with torch.no_grad():
             inputs = model(torch.tensor([sample["input_ids"]]), output_hidden_states=True).hidden_states
-        expected = torch.stack([inputs[1][0] @ directions.first[1], seen["left"][0] @ directions.first[3]], -1)
+        expected = torch.stack([inputs[1][0] @ directions.basis[1, 0], seen["left"][0] @ directions.basis[3, 0]], -1)
         batch = dict(padding_collator(tokenizer)([sample]))
         found = asked.annotate(batch)
         live = found["constraint_mask"][0] > 0

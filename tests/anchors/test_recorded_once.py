@@ -8,6 +8,7 @@ import torch
 from procon.anchors import Anchors
 from procon.anchors.store import fingerprint
 from procon.data import padding_collator
+from procon.directions import randomized
 from procon.sequences import split_batch
 
 
@@ -38,7 +39,7 @@ def test_what_the_fingerprint_follows(tiny_model, random_directions):
     others = [
         fingerprint(moved, directions, (0, 1), "all"),
         fingerprint(copy.deepcopy(model).float(), directions, (0, 1), "all"),  # the same values
-        fingerprint(model, directions.randomized(1), (0, 1), "all"),
+        fingerprint(model, randomized(directions, 1), (0, 1), "all"),
         fingerprint(model, directions, (0, 2), "all"),
         fingerprint(model, directions, (0, 1), "response"),
         fingerprint(model, directions, (0, 1), "all", "bf16"),

@@ -20,14 +20,14 @@ COMMON = textwrap.dedent(
     from transformers import LlamaConfig, LlamaForCausalLM
     from procon.anchors import Anchors
     from procon.models import find_decoder
-    from procon.directions import RefusalDirections
+    from procon.directions import Directions
 
     root, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     dist.init_process_group("gloo")
     ones = torch.ones(3)
     generator = torch.Generator().manual_seed(1)
     unit = torch.nn.functional.normalize(torch.randn(3, 32, generator=generator), dim=1)
-    directions = RefusalDirections(unit, ones, ones, ones, ones)
+    directions = Directions(unit[:, None], ones[:, None])
     rows = [torch.randint(5, 60, (1, length), generator=generator) for length in (12, 7, 23, 5, 9, 16, 3, 30)]
     batches = [{"input_ids": ids, "labels": torch.where(torch.arange(ids.shape[1]) < 2, -100, ids)} for ids in rows]
     share = batches[:6] if rank == 0 else batches[6:]

@@ -16,7 +16,7 @@ from transformers.data.data_collator import DataCollatorWithFlattening
 from procon.anchors import AnchoredCollator, Anchors, fingerprint
 from procon.anchors.shards import ShardWriter
 from procon.data import flattening_collator, padding_collator
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.files import json_checksum
 from procon.models import find_decoder
@@ -25,12 +25,12 @@ from procon.sequences import split_batch
 ADDED = ("anchors", "constraint_mask")
 
 
-def random_directions(blocks: int, width: int, seed: int = 0) -> RefusalDirections:
+def random_directions(blocks: int, width: int, seed: int = 0) -> Directions:
     unit = torch.nn.functional.normalize(
         torch.randn(blocks, width, generator=torch.Generator().manual_seed(seed)), dim=1
     )
     ones = torch.ones(blocks)
-    return RefusalDirections(unit, ones, ones, ones, ones)
+    return Directions(unit[:, None], ones[:, None])
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def projections(model, directions, sample) -> torch.Tensor:
     ids = torch.tensor([sample["input_ids"]])
     with torch.no_grad():
         states = model(input_ids=ids, output_hidden_states=True).hidden_states
-    return torch.stack([(states[block][0] @ directions.first[block]) for block in range(len(states) - 1)], -1)
+    return torch.stack([(states[block][0] @ directions.basis[block, 0]) for block in range(len(states) - 1)], -1)
 
 
 def test_recorded_projections_are_those_of_the_single_samples(model, directions, samples, tokenizer, anchors):

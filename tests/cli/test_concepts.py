@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from procon.cli import main
-from procon.directions import Directions, RefusalDirections
+from procon.directions import Directions
 
 FIND = ["directions", "--model", "model", "--dtype", "float32"]
 CONCEPT = [*FIND, "--positive", "french.txt", "--negative", "english.txt", "--name", "french"]
@@ -18,9 +18,9 @@ CONCEPT = [*FIND, "--positive", "french.txt", "--negative", "english.txt", "--na
 def files(place) -> Path:
     Path("french.txt").write_text("\n".join(f"bonjour {n}" for n in range(10)))
     Path("english.txt").write_text("\n".join(f"hello {n}" for n in range(12)))
-    save_file({"1": torch.ones(32), "1.bias": torch.tensor(0.5), "threshold": torch.tensor(1.0)}, "probe.safetensors")
-    unit = torch.nn.functional.normalize(torch.ones(3, 32))
-    RefusalDirections(unit, *torch.ones(4, 3)).save("refusal.safetensors")
+    save_file({"1": torch.ones(32)}, "probe.safetensors")
+    unit = torch.nn.functional.normalize(torch.ones(4, 32))
+    Directions(unit[:, None], torch.ones(4, 1), last_output=True).save("refusal.safetensors")
     return place
 
 
@@ -30,7 +30,7 @@ def test_of_prompts_beside_refusal_then_trained_along(capsys):
     assert "Concepts: refusal, french." in printed
     assert "refuses" not in printed  # no replies are generated for another concept
     found = Directions.load("both.safetensors")
-    assert found.names == ("refusal", "french")
+    assert found.concepts == ("refusal", "french")
     assert found.auroc[1:, 1].isfinite().all()
     assert found.provenance["concepts"]["french"]["counts"] == {"positive": 8, "negative": 10}
 
@@ -48,12 +48,12 @@ def test_of_given_vectors(capsys):
     assert main([*FIND, "--vectors", "probe.safetensors", "--name", "probe", "--output", "p.safetensors"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["1", "probe", "-", "-"] in rows
-    assert ["0", "-", "no", "direction", "-"] in rows
+    assert ["0", "no", "direction", "-", "-"] in rows
     found = Directions.load("p.safetensors")
-    assert (found.bias[1, 0], found.threshold[1, 0], found.length[1, 0].item()) == (0.5, 1, pytest.approx(32**0.5))
+    assert found.usable.tolist() == [False, True, False, False]
     prompts = ["--positive", "french.txt", "--negative", "english.txt"]
     assert main([*FIND, "--vectors", "probe.safetensors", "--name", "probe", *prompts]) == 0
-    assert Directions.load("directions.safetensors").scale[1, 0] > 0
+    assert Directions.load("directions.safetensors").gaps[1, 0] > 0
 
 
 @pytest.mark.parametrize(

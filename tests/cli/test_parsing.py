@@ -18,7 +18,7 @@ from procon.cli.chat import chat_settings
 from procon.cli.parsing import parse
 from procon.cli.registry import COMMANDS
 from procon.data import parse_columns
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.evaluation import Evaluation
 from procon.method.record import write_record
@@ -49,9 +49,9 @@ def place(tiny_model, tokenizer, tmp_path, tmp_path_factory, monkeypatch) -> Pat
     return tmp_path
 
 
-def directions(blocks: int, width: int) -> RefusalDirections:
+def directions(blocks: int, width: int) -> Directions:
     ones = torch.ones(blocks)
-    return RefusalDirections(torch.nn.functional.normalize(torch.ones(blocks, width)), ones, ones, ones, ones)
+    return Directions(torch.nn.functional.normalize(torch.ones(blocks, width))[:, None], ones[:, None])
 
 
 PROMPT_FILES = ["--malicious", "malicious.txt", "--benign", "benign.txt"]
@@ -432,7 +432,7 @@ def test_directions_then_drift_then_eval(place, capsys):
     assert "no direction" in printed.out
     assert "refuses 0% of malicious prompts" in printed.out
     assert "procon: warning: the model refuses 0 of 2 malicious prompts" in printed.err
-    assert RefusalDirections.load("new/d.safetensors").usable.tolist() == [False, True, True, True]
+    assert Directions.load("new/d.safetensors").usable.tolist() == [False, True, True, True]
 
     # A new adapter changes nothing; its folder has no tokenizer of its own.
     argv = ["drift", "--start", "model", "--tuned", "adapter", "--output", "new/drift.json", "--dtype", "float32"]
@@ -468,20 +468,20 @@ def test_train_then_resume(place, capsys):
     card = Path("out/README.md").read_text()
     assert card.count("## Refusal anchored with ProCon") == 1
     assert "| 0.5 for 1 step, then 0 to the end (`0.5@1steps,0`) |" in card
-    assert RefusalDirections.load("out").hash == RefusalDirections.load("directions.safetensors").hash
+    assert Directions.load("out").hash == Directions.load("directions.safetensors").hash
 
 
 def test_train_extracts_directions_where_none_are_given(place, capsys):
     argv = ["train", "--model", "model", "--data", "data.jsonl", "--output_dir", "out", "--max_steps", "1"]
     assert main([*argv, "--procon_schedule", "procon_s", "--dtype", "float32", "--use_cpu", "--drift_steps", "1"]) == 0
     assert "procon: warning: the model refuses 0 of 32 malicious prompts" in capsys.readouterr().err
-    found = RefusalDirections.load("out")
+    found = Directions.load("out")
     assert (
         "of model, from 192 malicious and 192 benign prompts; it then refused 0%" in Path("out/README.md").read_text()
     )
     assert found.usable.tolist() == [False, True, True, True]
-    assert found.provenance["counts"] == {"malicious": 192, "benign": 192}
-    start = RefusalDirections.extract(
+    assert found.provenance["counts"] == {"positive": 192, "negative": 192}
+    start = Directions.extract(
         *load_model("model", dtype=torch.float32), check_refusal=False, progress=False, batch_size=7
     )
     assert found.cosine(start)[1:].tolist() == pytest.approx([1, 1], abs=1e-4)  # of the model before training

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from procon.anchors import AnchoredCollator, Anchors
 from procon.chat import ContrastPrompts
 from procon.constraint import ProjectionConstraint
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import weights_hash
 
@@ -135,17 +135,15 @@ def start(model, batch, directions, folder):
 def test_an_adapter_that_is_trained_further(tiny_model, tokenizer, batch, tmp_path, adapter):
     """Directions and anchors are those of the model with it, and the penalty begins at 0."""
 
-    def extract(model) -> RefusalDirections:
-        return RefusalDirections.extract(
-            model, tokenizer, PROMPTS, held_out=PROMPTS, check_refusal=False, progress=False
-        )
+    def extract(model) -> Directions:
+        return Directions.extract(model, tokenizer, PROMPTS, held_out=PROMPTS, check_refusal=False, progress=False)
 
     shake(get_peft_model(tiny_model(), copy.deepcopy(ADAPTERS[adapter]))).save_pretrained(tmp_path / "adapter")
     model = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter", is_trainable=True)
     merged = copy.deepcopy(model).merge_and_unload()
     directions = extract(model)
-    torch.testing.assert_close(directions.first, extract(merged).first, rtol=1e-4, atol=1e-4)
-    assert (directions.first - extract(tiny_model()).first).abs().max() > 0.02
+    torch.testing.assert_close(directions.basis[:, 0], extract(merged).basis[:, 0], rtol=1e-4, atol=1e-4)
+    assert (directions.basis[:, 0] - extract(tiny_model()).basis[:, 0]).abs().max() > 0.02
 
     anchors, penalty = start(model, batch, directions, tmp_path / "anchors")
     assert penalty < 1e-10

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from procon.constraint.blocks import select_among, select_blocks
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 
 #: Block 0 and block 3 have no direction.
@@ -55,7 +55,7 @@ def test_the_output_of_the_last_block(blocks, expected):
 
 def test_blocks_of_directions_with_and_without_the_last_output():
     gap = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    found = RefusalDirections(torch.eye(4, 8) * (gap > 0)[:, None], gap, gap, gap, gap, last_output=True)
+    found = Directions((torch.eye(4, 8) * (gap > 0)[:, None])[:, None], gap[:, None], last_output=True)
     assert select_blocks(found, "all") == (1, 2)
     assert select_blocks(found, ["all", "last"]) == (1, 2, 3)
     assert select_blocks(found, "last") == select_blocks(found, [3]) == (3,)

@@ -33,14 +33,14 @@ def directions(model) -> Directions:
         for name, blocks in (("everywhere", (0, 1, 2)), ("late", (2,)), ("here", (0, 2)))
     ]
     found = Directions.combine(*parts)
-    scale = torch.where(found.vectors.any(-1), torch.rand(found.scale.shape, generator=random) + 0.5, 0.0)
-    return replace(found, scale=scale)
+    gaps = torch.where(found.basis.any(-1), torch.rand(found.gaps.shape, generator=random) + 0.5, 0.0)
+    return replace(found, gaps=gaps)
 
 
 def projections(model, directions, ids) -> torch.Tensor:
     """``[B, T, L, K]``, differentiable."""
     states = torch.stack(model(input_ids=ids, output_hidden_states=True).hidden_states[:3], 2)
-    return torch.einsum("btld,lkd->btlk", states, directions.vectors[:3].to(states.dtype))
+    return torch.einsum("btld,lkd->btlk", states, directions.basis[:3].to(states.dtype))
 
 
 @pytest.mark.parametrize("fuse", ["auto", "never"])
@@ -52,10 +52,10 @@ def test_value_and_gradient_by_definition(model, directions, penalty, units, fus
     ids = torch.randint(3, 200, (2, 9), generator=random)
     mask = (torch.rand(2, 9, generator=random) < 0.7).float()
     z = projections(model, directions, ids)
-    there = directions.vectors[:3].any(-1)
+    there = directions.basis[:3].any(-1)
     # As recorded, an anchor of a vector of zeros is 0; and off the kinks, so that rounding decides nothing.
     anchors = (z.detach() + 0.3 + torch.rand(z.shape, generator=random).double()).float() * there
-    unit = directions.scale[:3].double() if units == "gap" else torch.ones(3, 3).double()
+    unit = directions.gaps[:3].double() if units == "gap" else torch.ones(3, 3).double()
     terms = []
     for concept in range(3):
         for block in there[:, concept].nonzero().flatten().tolist():
@@ -89,7 +89,7 @@ def test_a_model_beside_its_anchors_has_no_penalty(tiny_model, directions, sampl
     anchors = Anchors.record(model, DataLoader(samples, 3, collate_fn=collator), directions, tmp_path, progress=False)
     batch = AnchoredCollator(collator, anchors)(samples[:3])
     recorded = batch["anchors"].unflatten(-1, (3, 3))
-    there = directions.vectors[:3].any(-1)
+    there = directions.basis[:3].any(-1)
     assert recorded[..., ~there].count_nonzero() == 0
     assert recorded[batch["constraint_mask"] > 0][:, there].all()
     with ProjectionConstraint(directions, penalty="absolute", backend=backend).attach(model) as constraint:
@@ -102,16 +102,16 @@ def test_a_model_beside_its_anchors_has_no_penalty(tiny_model, directions, sampl
 
 
 def test_units_of_the_gap_need_a_unit(model, directions):
-    unknown = replace(directions, scale=directions.scale.where(directions.scale == 0, torch.nan))
+    unknown = replace(directions, gaps=directions.gaps.where(directions.gaps == 0, torch.nan))
     message = r"^the direction of 'everywhere' at block 0 has no unit, which units 'gap' and probes need: make its"
     with pytest.raises(ProConError, match=message):
         ProjectionConstraint(unknown, units="gap")
     assert ProjectionConstraint(unknown, units="raw").blocks == (0, 1, 2)
-    half = directions.scale.clone()
+    half = directions.gaps.clone()
     half[2, 1] = torch.nan
     with pytest.raises(ProConError, match="the direction of 'late' at block 2 has no unit"):
-        ProjectionConstraint(replace(directions, scale=half), units="gap")
-    assert ProjectionConstraint(replace(directions, scale=half), units="gap", blocks=[0, 1]).blocks == (0, 1)
+        ProjectionConstraint(replace(directions, gaps=half), units="gap")
+    assert ProjectionConstraint(replace(directions, gaps=half), units="gap", blocks=[0, 1]).blocks == (0, 1)
 
 
 def test_shifts_in_units_of_the_gap_need_one_unit_at_a_block(model, directions):
@@ -119,8 +119,8 @@ def test_shifts_in_units_of_the_gap_need_one_unit_at_a_block(model, directions):
     random = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 200, (2, 9), generator=random)
     mask = torch.ones(2, 9)
-    there = directions.vectors.any(-1)
-    alike = replace(directions, scale=torch.where(there, torch.tensor([2.0, 3.0, 4.0, 1.0])[:, None], 0.0))
+    there = directions.basis.any(-1)
+    alike = replace(directions, gaps=torch.where(there, torch.tensor([2.0, 3.0, 4.0, 1.0])[:, None], 0.0))
     z = projections(model, directions, ids).detach()
     anchors = (z + torch.rand(z.shape, generator=random).double()).float() * there[:3]
 
@@ -132,8 +132,8 @@ def test_shifts_in_units_of_the_gap_need_one_unit_at_a_block(model, directions):
             return constraint.shift()
 
     for found, units in ((alike, "raw"), (alike, "gap"), (directions, "gap")):
-        moved = (z - anchors.double()).abs() / found.scale[:3].double().where(there[:3], 1.0)
+        moved = (z - anchors.double()).abs() / found.gaps[:3].double().where(there[:3], 1.0)
         torch.testing.assert_close(shift(found, units).double(), moved.sum(-1).mean(), rtol=1e-5, atol=0)
-    for found in (directions, replace(alike, scale=alike.scale.where(alike.scale == 0, torch.nan))):
+    for found in (directions, replace(alike, gaps=alike.gaps.where(alike.gaps == 0, torch.nan))):
         with pytest.raises(ProConError, match=r"^shifts are counted in units of the gap, and directions at one block"):
             shift(found, "raw")

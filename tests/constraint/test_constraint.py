@@ -9,7 +9,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from procon.constraint import ProjectionConstraint, constrained_tokens, select_blocks
 from procon.constraint.input_norm import find_input_norm
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import find_decoder
 
@@ -19,14 +19,14 @@ WITHOUT_RMS_NORM = ("gpt2", "gpt_neox")
 both_ways = pytest.mark.parametrize("fuse", ["auto", "never"])
 
 
-def random_directions(model, seed: int = 0) -> RefusalDirections:
+def random_directions(model, seed: int = 0) -> Directions:
     decoder = find_decoder(model)
     generator = torch.Generator().manual_seed(seed)
     unit = torch.nn.functional.normalize(
         torch.randn(len(decoder.blocks), decoder.hidden_size, generator=generator), dim=1
     )
     gap = torch.rand(len(decoder.blocks), generator=generator) + 0.5
-    return RefusalDirections(unit, gap, gap, gap, gap)
+    return Directions(unit[:, None], gap[:, None])
 
 
 def random_batch(blocks: int, rows: int = 2, length: int = 9) -> tuple[dict, torch.Tensor, torch.Tensor]:
@@ -46,10 +46,10 @@ def by_definition(model, directions, batch, anchors, mask, units="raw", sides="b
     model.zero_grad()
     output = model(**batch, output_hidden_states=True)
     error = torch.stack(
-        [h @ r for h, r in zip(output.hidden_states, directions.first.to(model.dtype), strict=False)], -1
+        [h @ r for h, r in zip(output.hidden_states, directions.basis[:, 0].to(model.dtype), strict=False)], -1
     ) - anchors.to(model.dtype)
     if units == "gap":
-        error = error / directions.gap
+        error = error / directions.gaps[:, 0]
     if sides == "fall":
         error = error.clamp(max=0)
     penalty = (error.square().mean(-1) * mask).sum() / mask.sum()
@@ -184,7 +184,7 @@ def test_lora_leaves_the_first_block_out(tiny_model, fuse):
     with torch.no_grad():
         first = model(**batch, output_hidden_states=True).hidden_states[0]
     # The first block's input cannot move under LoRA, so its anchors always match.
-    anchors[..., 0] = first @ directions.first[0]
+    anchors[..., 0] = first @ directions.basis[0, 0]
     assert_same(
         by_definition(model, directions, batch, anchors, mask),
         constrained(model, directions, batch, anchors, mask, fuse=fuse),
@@ -310,7 +310,7 @@ def test_directions_of_another_model_are_refused(tiny_model):
 )
 def test_block_selection(blocks, expected):
     gap = torch.tensor([0.0, 1, 1, 1])
-    directions = RefusalDirections(torch.eye(4), gap, gap, gap, gap)
+    directions = Directions(torch.eye(4)[:, None], gap[:, None])
     assert select_blocks(directions, blocks) == expected
 
 
@@ -318,7 +318,7 @@ def test_block_selection(blocks, expected):
 def test_bad_block_selection(blocks):
     gap = torch.tensor([0.0, 1, 1, 1])
     with pytest.raises(ProConError, match=r"block"):
-        select_blocks(RefusalDirections(torch.eye(4), gap, gap, gap, gap), blocks)
+        select_blocks(Directions(torch.eye(4)[:, None], gap[:, None]), blocks)
 
 
 @both_ways
@@ -347,7 +347,7 @@ def test_autocast(tiny_model, fuse):
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad():
             states = model(**batch, output_hidden_states=True).hidden_states
-        error = torch.stack([h.float() @ r for h, r in zip(states, directions.first, strict=False)], -1) - anchors
+        error = torch.stack([h.float() @ r for h, r in zip(states, directions.basis[:, 0], strict=False)], -1) - anchors
         penalty, _ = constrained(model, directions, batch, anchors, mask, fuse=fuse)
     expected = (error.square().mean(-1) * mask).sum() / mask.sum()
     torch.testing.assert_close(penalty, expected, rtol=1e-5, atol=0)

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from procon.constraint import ProjectionConstraint
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import find_decoder, observe_sites
 
 
-def directions(blocks: int = 3, width: int = 32) -> RefusalDirections:
+def directions(blocks: int = 3, width: int = 32) -> Directions:
     unit = torch.randn(blocks + 1, width, generator=torch.Generator().manual_seed(0))
     ones = torch.ones(blocks + 1)
-    return RefusalDirections(torch.nn.functional.normalize(unit, dim=-1), ones, ones, ones, ones, last_output=True)
+    return Directions(torch.nn.functional.normalize(unit, dim=-1)[:, None], ones[:, None], last_output=True)
 
 
 def batch():
@@ -25,7 +25,7 @@ def by_definition(model, sites, anchors, mask):
     found = {}
     with observe_sites(find_decoder(model), lambda site, hidden: found.update({site: hidden})):
         model(**batch())
-    basis = directions().first.to(next(model.parameters()).dtype)
+    basis = directions().basis[:, 0].to(next(model.parameters()).dtype)
     shifts = torch.stack([found[site] @ basis[site] for site in sites], -1) - anchors
     return (shifts.square() * mask[..., None]).sum() / (mask.sum() * len(sites))
 

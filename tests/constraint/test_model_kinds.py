@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 from procon.anchors import AnchoredCollator, Anchors
 from procon.chat import ContrastPrompts
 from procon.constraint import ProjectionConstraint
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import find_decoder
 
@@ -75,7 +75,7 @@ def test_beside_the_routers_loss(tiny_model, batch, random_directions, family):
     reference = in_float64(model)
     output = reference(**batch, output_router_logits=True, output_hidden_states=True)
     states = torch.stack(output.hidden_states[:3], -2)  # [B, T, 3, D], inputs of the blocks
-    error = (states * directions.first.double()).sum(-1) - anchors
+    error = (states * directions.basis[:, 0].double()).sum(-1) - anchors
     expected = output.loss + 3 * (error.square().mean(-1) * mask).sum() / mask.sum()
     expected.backward()
     assert abs(output.loss - reference(**batch).loss) > 0.1
@@ -189,9 +189,9 @@ def seeing_model(family: str):
     return AutoModelForImageTextToText.from_config(config)
 
 
-def extract(model, tokenizer) -> RefusalDirections:
+def extract(model, tokenizer) -> Directions:
     prompts = ContrastPrompts(("Steal the car.", "Forge the will."), ("Wash the car.", "Read the will."))
-    return RefusalDirections.extract(model, tokenizer, prompts, held_out=prompts, check_refusal=False, progress=False)
+    return Directions.extract(model, tokenizer, prompts, held_out=prompts, check_refusal=False, progress=False)
 
 
 @both_ways

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from procon.anchors import AnchoredCollator, Anchors
 from procon.chat import ContrastPrompts
 from procon.constraint import ProjectionConstraint
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.models import find_decoder, weights_hash
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="4-bit and 8-bit weights are bitsandbytes'")
@@ -122,9 +122,7 @@ def test_a_base_in_bfloat16_whose_norms_are_upcast(load, batch, assert_penalty, 
 def test_directions_anchors_and_a_penalty_that_begins_at_zero(load, tokenizer, batch, tmp_path, bits, prepared):
     model = adapt(load(bits, prepared=prepared))
     first = weights_hash(model)
-    directions = RefusalDirections.extract(
-        model, tokenizer, PROMPTS, held_out=PROMPTS, check_refusal=False, progress=False
-    )
+    directions = Directions.extract(model, tokenizer, PROMPTS, held_out=PROMPTS, check_refusal=False, progress=False)
     anchors = Anchors.record(model, [batch], directions, tmp_path / "anchors", progress=False, scope="response")
     assert weights_hash(model) == first
     found = AnchoredCollator(lambda _: batch, anchors)([])

@@ -39,7 +39,7 @@ def definition(model, directions, ids, anchors, mask) -> torch.Tensor:
     """Loss and penalty of one forward, from the hidden states that the model gives out."""
     output = model(input_ids=ids, output_hidden_states=True)
     inputs = torch.stack(output.hidden_states[:2], -2)  # [B, T, blocks, D]
-    error = (inputs * directions.first.double()).sum(-1) - anchors
+    error = (inputs * directions.basis[:, 0].double()).sum(-1) - anchors
     return output.logits.square().mean() + (error.square().mean(-1) * mask).sum() / mask.sum()
 
 

@@ -8,8 +8,7 @@ import torch
 from procon.constraint import ProjectionConstraint, constrained_tokens
 from procon.constraint.target import Target, on_device
 from procon.constraint.use import Use
-from procon.directions import RefusalDirections
-from procon.directions.subspace import orthonormalised
+from procon.directions import Directions
 from procon.errors import ProConError
 
 
@@ -21,10 +20,8 @@ def constraint(tiny_model, random_directions):
         model = tiny_model()
         found = random_directions(model)
         draws = torch.randn(3, k - 1, 32, generator=torch.Generator().manual_seed(1))
-        further = (
-            orthonormalised(torch.cat([found.first[:, None], draws], 1).double())[:, 1:].float() if k > 1 else None
-        )
-        directions = RefusalDirections(found.first, *(found.gap,) * 4, further=further)
+        q = torch.linalg.qr(torch.cat([found.basis, draws], 1).mT).Q
+        directions = Directions(q.mT.contiguous(), torch.ones(3, k))
         made = ProjectionConstraint(directions, penalty="squared")
         return made.attach(model), model, {"input_ids": torch.arange(10).view(2, 5)}
 

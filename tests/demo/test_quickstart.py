@@ -12,7 +12,7 @@ from procon.cli import main
 from procon.data import padding_collator, to_conversations, tokenize_conversations
 from procon.demo import arithmetic_problems, fetch_demo_model, teach_refusal
 from procon.demo import quickstart as module
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.models import load_model, weights_hash
 from procon.settings import PAPER_RECIPE
 from procon.training import ProConConfig, ProConTrainer
@@ -27,7 +27,7 @@ def test_real_model_refuses_and_trains_under_the_constraint(tmp_path):
     # The packaged adapter refuses 95% of held-out prompts in bfloat16; 75% leaves room for another dtype's rounding.
     assert measure_refusal(model, tokenizer, held_out.malicious, progress=False) >= 0.75
 
-    directions = RefusalDirections.extract(
+    directions = Directions.extract(
         model, tokenizer, builtin_prompts("extraction").first(16), check_refusal=False, progress=False
     )
     assert directions.usable.tolist() == [False] + [True] * 30  # RoPE: the first block sees the token alone

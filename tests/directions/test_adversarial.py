@@ -7,16 +7,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 
 quick = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
-NAMES = ["directions", "gap", "auroc", "malicious", "benign"]
+NAMES = ["basis", "gaps", "auroc", "positive", "negative"]
 
-texts = st.text(max_size=8) | st.sampled_from([*NAMES, "further", "__metadata__", "procon", "checksum", "F32"])
+texts = st.text(max_size=8) | st.sampled_from([*NAMES, "concepts", "__metadata__", "procon", "checksum", "F32"])
 numbers = st.integers(-(2**70), 2**70) | st.integers(0, 200)
 values = st.recursive(
     st.none() | st.booleans() | numbers | st.floats() | texts,
@@ -28,19 +28,19 @@ entries = st.fixed_dictionaries(
     {"dtype": dtypes | values, "shape": st.lists(numbers, max_size=3) | values},
     optional={"data_offsets": st.lists(numbers, min_size=2, max_size=2) | values},
 )
-metadata = st.fixed_dictionaries({}, optional={"procon": texts, "checksum": texts}) | values
+abouts = st.fixed_dictionaries(dict.fromkeys(["concepts", "provenance", "last_output", "checksum"], values)) | values
+metadata = st.fixed_dictionaries({}, optional={"procon": texts | abouts.map(json.dumps)}) | values
 
 
 @pytest.fixture
 def saved(tmp_path):
-    ones = torch.ones(2)
-    found = RefusalDirections(torch.eye(2, 8), ones, ones, ones, ones, {"model": "tiny"})
+    found = Directions(torch.eye(2, 8)[:, None], *torch.ones(4, 2, 1), provenance={"model": "tiny"})
     return found, found.save(tmp_path / "d.safetensors")
 
 
-def load_or_refuse(path) -> RefusalDirections | None:
+def load_or_refuse(path) -> Directions | None:
     try:
-        return RefusalDirections.load(path)
+        return Directions.load(path)
     except ProConError as error:
         message = str(error)
     assert "directions file" in message
@@ -64,12 +64,11 @@ def test_a_file_with_other_bytes(saved, changes):
 
 @quick
 @given(
-    tensors=st.fixed_dictionaries(dict.fromkeys(NAMES, entries), optional={"further": entries, "x": entries}) | values,
+    tensors=st.fixed_dictionaries(dict.fromkeys(NAMES, entries), optional={"x": entries}) | values,
     about=metadata,
     body=st.binary(max_size=200),
     declared=st.none() | st.integers(0, 2**64 - 1),
 )
-@pytest.mark.filterwarnings("ignore:directions file")
 def test_a_file_with_any_header(tmp_path, tensors, about, body, declared):
     header = {**tensors, "__metadata__": about} if isinstance(tensors, dict) else tensors
     text = json.dumps(header).encode()
@@ -80,12 +79,11 @@ def test_a_file_with_any_header(tmp_path, tensors, about, body, declared):
 
 @quick
 @given(shapes=st.lists(st.lists(st.integers(0, 3), max_size=3), min_size=5, max_size=6), dtype=dtypes, about=metadata)
-@pytest.mark.filterwarnings("ignore:directions file")
 def test_a_file_of_tensors_of_any_shape(tmp_path, shapes, dtype, about):
     """Whose bytes are there, so that it is read to the end."""
     sizes = {"F64": 8, "I64": 8, "C64": 8, "F32": 4, "F16": 2, "BF16": 2}
     header, place = {"__metadata__": about}, 0
-    for name, shape in zip([*NAMES, "further"], shapes, strict=False):
+    for name, shape in zip([*NAMES, "x"], shapes, strict=False):
         size = sizes.get(dtype, 1) * int(torch.tensor(shape, dtype=torch.int64).prod())
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [place, place + size]}
         place += size

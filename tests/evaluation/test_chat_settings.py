@@ -7,7 +7,7 @@ import torch
 
 from procon.anchors import Probes
 from procon.chat import ContrastPrompts, measure_refusal
-from procon.directions import ContrastMeans, Directions, RefusalDirections
+from procon.directions import ContrastMeans, Directions
 from procon.errors import ProConError
 from procon.evaluation import (
     evaluate,
@@ -43,26 +43,15 @@ def replies(model, tokenizer, _, chat):
 
 
 def concept(model, tokenizer, _, chat):
-    sides = (PROMPTS.malicious, PROMPTS.benign)
-    found = Directions.extract(model, tokenizer, *sides, name="x", held_out=PROMPTS, chat=chat, **QUIET)
-    given = Directions.from_vectors(
-        model,
-        found.vectors[:, 0],
-        name="y",
-        tokenizer=tokenizer,
-        positive=sides[0],
-        negative=sides[1],
-        chat=chat,
-        **QUIET,
-    )
-    return [found.vectors, found.auroc, given.scale, given.auroc]
+    asked = {"chat": chat, **QUIET}
+    found = Directions.extract(model, tokenizer, PROMPTS, name="x", held_out=PROMPTS, **asked)
+    given = Directions.from_vectors(model, found.basis[:, 0], name="y", tokenizer=tokenizer, prompts=PROMPTS, **asked)
+    return [found.basis, found.auroc, given.gaps, given.auroc]
 
 
 def refusal(model, tokenizer, _, chat):
-    found = RefusalDirections.extract(
-        model, tokenizer, PROMPTS, held_out=PROMPTS, chat=chat, check_refusal=False, **QUIET
-    )
-    return [found.first, found.auroc]
+    found = Directions.extract(model, tokenizer, PROMPTS, held_out=PROMPTS, chat=chat, check_refusal=False, **QUIET)
+    return [found.basis, found.auroc]
 
 
 ASKING = {
@@ -96,7 +85,7 @@ def test_settings_stand_in_what_comes_out(tiny_model, tokenizers, monkeypatch):
     given, _ = tokenizers
     model = tiny_model()
     settings = {"prompts": PROMPTS, "held_out": PROMPTS, "progress": False}
-    assert RefusalDirections.extract(model, given, chat=CHAT, **settings).provenance["chat"] == ASKED
+    assert Directions.extract(model, given, chat=CHAT, **settings).provenance["chat"] == ASKED
     assert evaluate(model, given, prompts=PROMPTS, chat=CHAT, progress=False).chat == ASKED
     assert measure_refusal(model, given, PROMPTS.malicious, chat=CHAT, progress=False) == 0
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from procon.chat import ContrastPrompts
-from procon.directions import ContrastMeans, RefusalDirections
+from procon.directions import ContrastMeans, Directions
 from procon.errors import ProConError
 from procon.evaluation import measure_drift
 
@@ -27,7 +27,7 @@ def model(tiny_model):
 
 @pytest.fixture
 def reference(model, tokenizer):
-    return RefusalDirections.from_means(ContrastMeans.measure(model, tokenizer, PROMPTS, progress=False))
+    return Directions.from_means(ContrastMeans.measure(model, tokenizer, PROMPTS, progress=False))
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_an_unchanged_model_has_not_drifted(drift):
 def test_a_shift_of_all_prompts_along_the_direction(model, reference, drift, amount):
     """A bias on the output of a block moves both sides alike: the shift sees it, the cosine does not."""
     with torch.no_grad():
-        model.gpt_neox.layers[1].mlp.dense_4h_to_h.bias += amount * reference.gap[2] * reference.first[2]
+        model.gpt_neox.layers[1].mlp.dense_4h_to_h.bias += amount * reference.gaps[2, 0] * reference.basis[2, 0]
     found = drift()
     assert_blocks(found.cosine, [1, 1])
     assert_blocks(found.malicious_shift, [0, amount])
@@ -61,9 +61,9 @@ def test_a_shift_of_all_prompts_along_the_direction(model, reference, drift, amo
 
 def test_a_shift_across_the_direction_is_none(model, reference, drift):
     across = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    across -= (across @ reference.first[2]) * reference.first[2]
+    across -= (across @ reference.basis[2, 0]) * reference.basis[2, 0]
     with torch.no_grad():
-        model.gpt_neox.layers[1].mlp.dense_4h_to_h.bias += 10 * reference.gap[2] * across
+        model.gpt_neox.layers[1].mlp.dense_4h_to_h.bias += 10 * reference.gaps[2, 0] * across
     found = drift()
     assert_blocks(found.cosine, [1, 1])
     # The bias is as long as 60 gaps, and across only up to fp32.
@@ -80,7 +80,7 @@ def rotate(model, block: int, rotation: torch.Tensor) -> None:
 def test_a_rotation_of_the_stream_is_its_cosine(model, reference, drift, tokenizer, degrees):
     """The difference of the means turns in the plane of the direction and one at right angles to it."""
     before = ContrastMeans.measure(model, tokenizer, PROMPTS, progress=False)
-    r = reference.first[2].double()
+    r = reference.basis[2, 0].double()
     across = torch.randn(32, generator=torch.Generator().manual_seed(0)).double()
     across -= (across @ r) * r / (r @ r)
     across /= across.norm()
@@ -95,9 +95,9 @@ def test_a_rotation_of_the_stream_is_its_cosine(model, reference, drift, tokeniz
     assert_blocks(found.cosine, [1, cosine])
     assert found.mean_cosine == pytest.approx((1 + cosine) / 2, abs=ROUNDING)
     for shift, mean in ((found.malicious_shift, before.malicious[2]), (found.benign_shift, before.benign[2])):
-        expected = (rotation @ mean - mean) @ r / reference.gap[2].double()
+        expected = (rotation @ mean - mean) @ r / reference.gaps[2, 0].double()
         # Projections are kept as fp32, and count in gaps here.
-        allowed = ROUNDING * max(1, float(mean.norm() / reference.gap[2]))
+        allowed = ROUNDING * max(1, float(mean.norm() / reference.gaps[2, 0]))
         assert_blocks(shift, [0, float(expected)], tolerance=allowed)
 
 

@@ -25,7 +25,7 @@ from procon.cli import commands
 from procon.cli.parsing import main
 from procon.demo import model as demo_model
 from procon.demo import refusal_tuning
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.evaluation import Drift, Evaluation
 from procon.evaluation.evaluation import Rate
@@ -140,7 +140,7 @@ class Place:
 
         def readable() -> None:
             if Path("directions.safetensors").exists():
-                RefusalDirections.load("directions.safetensors")
+                Directions.load("directions.safetensors")
 
         whole = {"single": "directions.safetensors", "check": readable}
         return [
@@ -158,8 +158,8 @@ class Place:
         found = Evaluation("m", Rate(1, 2), Rate(0, 2), Rate(0, 4), None, [reply])
         with (
             mock.patch.object(commands, "load_model", return_value=(self.model, self.tokenizer)),
-            mock.patch.object(RefusalDirections, "extract", return_value=self.directions),
-            mock.patch.object(RefusalDirections, "from_means", return_value=self.directions),
+            mock.patch.object(Directions, "extract", return_value=self.directions),
+            mock.patch.object(Directions, "from_means", return_value=self.directions),
             mock.patch.object(commands, "ContrastMeans"),
             mock.patch.object(commands, "evaluate", return_value=found),
             mock.patch.object(commands, "measure_drift", return_value=Drift(ones, ones, ones)),
@@ -309,10 +309,10 @@ def as_command(call: Callable[[], object]) -> int:
     return 0
 
 
-def _directions(seed: int) -> RefusalDirections:
+def _directions(seed: int) -> Directions:
     unit = torch.nn.functional.normalize(torch.randn(3, 32, generator=torch.Generator().manual_seed(seed)), dim=-1)
-    provenance = {"model": "tiny", "counts": {"malicious": 2, "benign": 2}, "refusal_rate": 0.5}
-    return RefusalDirections(unit, *torch.ones(4, 3), provenance)
+    provenance = {"model": "tiny", "counts": {"positive": 2, "negative": 2}, "refusal_rate": 0.5}
+    return Directions(unit[:, None], torch.ones(3, 1), provenance=provenance)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

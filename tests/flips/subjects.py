@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from procon.anchors import Anchors, fingerprint
-from procon.directions import DIRECTIONS, RefusalDirections
+from procon.directions import DIRECTIONS_FILE, Directions
 from procon.method.record import RECORD
 from procon.models import find_decoder, origin_of
 from procon.training.checkpoints import Checkpoint, latest, open_checkpoint, seal
@@ -54,12 +54,12 @@ def model_of(seed: int = 0, **settings: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def directions_of(seed: int = 0, model: LlamaForCausalLM | None = None) -> RefusalDirections:
+def directions_of(seed: int = 0, model: LlamaForCausalLM | None = None) -> Directions:
     generator = torch.Generator().manual_seed(seed)
     first = torch.nn.functional.normalize(torch.randn(BLOCKS, WIDTH, generator=generator), dim=-1)
-    provenance = {"model": "tiny", "counts": {"malicious": 3, "benign": 4}, "refusal_rate": 0.5}
+    provenance = {"model": "tiny", "counts": {"positive": 3, "negative": 4}, "refusal_rate": 0.5}
     provenance |= {} if model is None else {"origin": origin_of(model)}
-    return RefusalDirections(first, *torch.rand(4, BLOCKS, generator=generator), provenance)
+    return Directions(first[:, None], torch.rand(BLOCKS, 1, generator=generator) + 0.5, provenance=provenance)
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -107,9 +107,9 @@ def directions_subject(folder: Path) -> Subject:
     file = directions_of(model=model_of()).save(folder / "directions.safetensors")
 
     def load() -> tuple:
-        found = RefusalDirections.load(file)
-        tensors = [getattr(found, name).numpy().tobytes() for name in ("first", "gap", "auroc", "malicious", "benign")]
-        return tensors, found.provenance
+        found = Directions.load(file)
+        tensors = (found.basis, found.gaps, found.auroc, found.positive, found.negative)
+        return [tensor.numpy().tobytes() for tensor in tensors], found.provenance
 
     return Subject("directions", file, "loaded", load, tensor_regions(file))
 
@@ -129,7 +129,7 @@ class Checkpoints:
             place.mkdir(parents=True)
             for name in self.FILES:
                 (place / name).write_bytes(bytes(torch.randint(256, (400,), generator=generator).tolist()))
-            directions_of().save(place / DIRECTIONS)
+            directions_of().save(place / DIRECTIONS_FILE)
             seal(place, {"version": "0", "constrained": True, **settings, "did": did, "resumable": True})
         self.place = place
 
@@ -144,7 +144,7 @@ class Checkpoints:
         return self._content(open_checkpoint(self.place))
 
     def subjects(self) -> Iterator[Subject]:
-        for name in (*self.FILES, DIRECTIONS, RECORD):
+        for name in (*self.FILES, DIRECTIONS_FILE, RECORD):
             file = self.place / name
             for way, use, instead in (("latest", self.resume, self.before), ("by name", self.named, None)):
                 yield Subject(f"checkpoint's {name}", file, way, use, {"all": (0, file.stat().st_size)}, instead)
@@ -188,7 +188,7 @@ def swaps(folder: Path) -> Iterator[tuple[str, Callable[[], Any], Any]]:
     file = directions_of(model=model_of(seed=1)).save(folder / "other.safetensors")
 
     def fit() -> None:
-        found, model = RefusalDirections.load(file), model_of()
+        found, model = Directions.load(file), model_of()
         found.check_fits(find_decoder(model))
         found.check_origin(model)
 

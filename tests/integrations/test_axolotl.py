@@ -13,7 +13,7 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.training import ProConArguments
 
@@ -106,7 +106,7 @@ def test_warm_up_is_added_and_resumed(axolotl_train, tiny_model, tmp_path):
     assert first < 1e-9 < min(rest)
     # Directions were extracted from the model, and are kept beside what was trained.
     # Three block inputs, and the last output.
-    assert RefusalDirections.load(out / "refusal-directions.safetensors").first.shape == (4, 32)
+    assert Directions.load(out / "refusal-directions.safetensors").basis.shape == (4, 1, 32)
     assert json.loads((out / "procon.json").read_text())["schedule"] == "procon_wu:1@1ep"
     assert "ProCon" in (out / "README.md").read_text()
 

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from procon import ProCon, ProConSettings
 from procon.data import flattening_collator, padding_collator
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.integrations import ConstrainedForward, ProConCallback
 from procon.models import find_decoder
@@ -37,13 +37,13 @@ ALPHA = 100.0
 RELATIVE = 1e-5
 
 
-def random_directions(model) -> RefusalDirections:
+def random_directions(model) -> Directions:
     decoder = find_decoder(model)
     unit = torch.nn.functional.normalize(
         torch.randn(len(decoder.blocks), decoder.hidden_size, generator=torch.Generator().manual_seed(0)), dim=1
     )
     ones = torch.ones(len(decoder.blocks))
-    return RefusalDirections(unit, ones, ones, ones, ones)
+    return Directions(unit[:, None], ones[:, None])
 
 
 def move(model) -> None:
@@ -60,7 +60,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 def by_definition(start, model, groups: list[list[dict]], alpha: float = ALPHA) -> dict[str, torch.Tensor]:
     """Gradient of CE + alpha * penalty, row by row: the mean over the tokens of each group, then over groups."""
-    unit = random_directions(start).first.double()
+    unit = random_directions(start).basis[:, 0].double()
     model.zero_grad()
     for group in groups:
         sums, tokens = 0.0, 0

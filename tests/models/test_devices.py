@@ -9,7 +9,7 @@ from torch import nn
 
 from procon.anchors import Anchors
 from procon.chat import ContrastPrompts, generate_replies
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import default_device, default_dtype, load_model, model_device, origin_of, spread, weights_hash
 from procon.models.devices import check_devices
@@ -107,7 +107,7 @@ def test_a_device_map_changes_nothing(saved, tiny_model, tokenizer, random_direc
     assert origin_of(model) == origin_of(plain)
 
     def found(model: nn.Module, name: str):
-        directions = RefusalDirections.extract(
+        directions = Directions.extract(
             model, tokenizer, PROMPTS, held_out=PROMPTS, check_refusal=False, progress=False
         )
         ids = torch.tensor([samples[0]["input_ids"]])
@@ -116,7 +116,7 @@ def test_a_device_map_changes_nothing(saved, tiny_model, tokenizer, random_direc
         replies = generate_replies(
             model, tokenizer, [[{"role": "user", "content": "Hello"}]], max_new_tokens=4, progress=False
         )
-        return directions.first, anchors.annotate(batch)["anchors"], replies
+        return directions.basis[:, 0], anchors.annotate(batch)["anchors"], replies
 
     ours, theirs = found(model, "ours"), found(plain, "theirs")
     assert torch.equal(ours[0], theirs[0])

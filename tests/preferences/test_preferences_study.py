@@ -17,7 +17,7 @@ from benchmarks.study.plan import Budget, Part, Size
 from benchmarks.study.record import load_run
 from benchmarks.study.start import Start, _probe_states, contrast_means
 from procon.chat import builtin_prompts
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.models import load_model
 
 SMALL = Budget(
@@ -33,7 +33,7 @@ def small(tiny_model, tokenizer, tmp_path, monkeypatch):
         part.save_pretrained(tmp_path / "start")
     model, own = load_model(tmp_path / "start")
     states = _probe_states(model, own, SMALL.size.pairs)
-    directions = RefusalDirections.from_means(contrast_means(states))
+    directions = Directions.from_means(contrast_means(states))
     prompts = builtin_prompts("extraction").first(8)
     start = Start(tmp_path / "start", own, directions, directions, prompts, states, [7], "")
     monkeypatch.setattr(command, "PLAN", SMALL)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from procon import AnchoredCollator, Anchors, ProjectionConstraint, RefusalDirections
+from procon import AnchoredCollator, Anchors, Directions, ProjectionConstraint
 from procon.data import padding_collator
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -98,7 +98,7 @@ def test_lightning_module_scales_by_the_optimizer_step(tiny_model, tokenizer, tm
     ]
     collator = padding_collator(tokenizer)
     model = tiny_model()
-    directions = RefusalDirections.extract(model, tokenizer, check_refusal=False, progress=False)
+    directions = Directions.extract(model, tokenizer, check_refusal=False, progress=False)
     constraint = ProjectionConstraint(directions, penalty="squared")
     whole = DataLoader(rows, 8, collate_fn=collator)
     anchors = Anchors.record(

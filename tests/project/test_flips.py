@@ -33,7 +33,7 @@ def test_planted_defects_are_found(monkeypatch):
         return None
 
     monkeypatch.setattr(shards.AnchorShards, "read", read)
-    monkeypatch.setattr("procon.directions.file._checksum", lambda tensors, provenance: "the same")
+    monkeypatch.setattr("procon.directions.directions._checksum", lambda tensors, about: "the same")
     shown = []
     bad = campaign.failures(campaign.run(2, 2, show=shown.append))
     found = {

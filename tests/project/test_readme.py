@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from procon import RefusalDirections
+from procon import Directions
 from procon.chat import response_mask, user_turn
 from procon.data import padding_collator
 
@@ -56,7 +56,7 @@ def test_own_loop_block(tiny_model, tokenizer, tmp_path):
         "dataset": rows,
         "collator": collator,
         "loader": DataLoader(rows, batch_size=4, collate_fn=collator),
-        "directions": RefusalDirections.extract(model, tokenizer, check_refusal=False, progress=False),
+        "directions": Directions.extract(model, tokenizer, check_refusal=False, progress=False),
         "anchors_dir": tmp_path / "anchors",
         "optimizer": torch.optim.AdamW(model.parameters()),
     }

@@ -12,7 +12,7 @@ from made_up_runs import load_runs, writer
 
 from benchmarks.study.start import Start, contrast_means
 from procon.chat import builtin_prompts
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.models import load_model
 
 
@@ -37,5 +37,5 @@ def tiny_start(tiny_model, tokenizer, tmp_path) -> Start:
     states = model(**own(["one two"] * 4, return_tensors="pt"), output_hidden_states=True).hidden_states[:3]
     states = states[0].new_tensor([[layer[row, -1].tolist() for layer in states] for row in range(4)])
     states[:2] += 1
-    directions = RefusalDirections.from_means(contrast_means(states))
+    directions = Directions.from_means(contrast_means(states))
     return Start(tmp_path / "start", own, directions, directions, prompts, states, [7], "")

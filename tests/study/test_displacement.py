@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.study.displacement import MASSIVE, PRINCIPAL, last_token_states, measure_displacement
 from procon.chat import render, user_turn
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 
 BLOCKS, WIDTH, PROMPTS = 3, 16, 12
 
@@ -23,10 +23,10 @@ def draw(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def make_directions(unit: torch.Tensor, gap: list[float]) -> RefusalDirections:
+def make_directions(unit: torch.Tensor, gap: list[float]) -> Directions:
     """With ``unit [L, D]``; none at a block whose gap is 0."""
-    gaps, ones = torch.tensor(gap), torch.ones(BLOCKS)
-    return RefusalDirections(unit.float() * (gaps > 0)[:, None], gaps, ones, ones, ones)
+    gaps = torch.tensor(gap)
+    return Directions((unit.float() * (gaps > 0)[:, None])[:, None], gaps[:, None])
 
 
 def test_along_and_off_by_definition():

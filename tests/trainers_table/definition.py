@@ -31,7 +31,7 @@ def of_probes(parameters: str, folder: Path) -> dict[str, Tensor]:
     """Of ``ALPHA * PROBE_WEIGHT`` * the mean over probes' last tokens and the blocks, in units of the blocks' gaps."""
     start, moved = _models(parameters, folder)
     last = torch.stack([_departures(start, moved, setting.rendered(prompt))[:, -1] for prompt in setting.probes()], 1)
-    shifts = last / setting.directions().gap.double()[:, None]
+    shifts = last / setting.directions().gaps[:, 0].double()[:, None]
     (setting.ALPHA * setting.PROBE_WEIGHT * shifts.square().mean()).backward()
     return setting.gradients(moved)
 
@@ -51,7 +51,7 @@ def _departures(start: nn.Module, moved: nn.Module, ids: list[int]) -> Tensor:
 
 
 def _projections(module: nn.Module, ids: list[int]) -> Tensor:
-    unit = setting.directions().first.double()
+    unit = setting.directions().basis[:, 0].double()
     inputs = [None] * setting.BLOCKS
     with observe_block_inputs(find_decoder(module), lambda block, hidden: inputs.__setitem__(block, hidden[0])):
         module(input_ids=torch.tensor([ids]), use_cache=False)

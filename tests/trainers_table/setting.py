@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 
 VOCABULARY, WIDTH, BLOCKS = 64, 64, 3
 
@@ -142,12 +142,11 @@ def probe_file(folder: Path) -> Path:
     return path
 
 
-def directions() -> RefusalDirections:
+def directions() -> Directions:
     """With gaps that differ: departures at probes are in units of them."""
     generator = torch.Generator().manual_seed(0)
     unit = nn.functional.normalize(torch.randn(BLOCKS, WIDTH, generator=generator), dim=1)
-    ones = torch.ones(BLOCKS)
-    return RefusalDirections(unit, torch.tensor([0.5, 1.0, 2.0]), ones, ones, ones)
+    return Directions(unit[:, None], torch.tensor([[0.5], [1.0], [2.0]]))
 
 
 def model(parameters: str, folder: Path) -> nn.Module:

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from procon.cli.noise import others_apart
 from procon.cli.preface import Preface, describe
 from procon.data import padding_collator
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.training import ProConConfig, ProConTrainer
 from procon.training.console_rows import row, show_rows
 
@@ -45,7 +45,7 @@ def made(tiny_model, tokenizer, tmp_path):
         trainer = ProConTrainer(
             get_peft_model(tiny_model(), LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"])),
             config,
-            directions=RefusalDirections(unit, *torch.ones(4, 3)),
+            directions=Directions(unit[:, None], torch.ones(3, 1)),
             train_dataset=rows,
             data_collator=padding_collator(tokenizer),
             processing_class=tokenizer,

@@ -12,7 +12,7 @@ from datasets import Dataset
 from forked import run_python, run_ranks
 
 from procon.data import padding_collator
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.training import ProConConfig, ProConTrainer
 
@@ -207,7 +207,7 @@ def test_resume_with_steps_of_another_size_is_refused(tiny_model, tokenizer, tmp
                 report_to=[],
                 disable_tqdm=True,
             ),
-            directions=RefusalDirections(unit, *torch.ones(4, 3)),
+            directions=Directions(unit[:, None], torch.ones(3, 1)),
             train_dataset=Dataset.from_list(rows),
             data_collator=padding_collator(tokenizer),
             processing_class=tokenizer,

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from procon.directions import DIRECTIONS, Directions, RefusalDirections
+from procon.directions import DIRECTIONS_FILE, Directions, randomized
 from procon.errors import ProConError
 from procon.method.probes import PROBES_FILE
 from procon.method.record import read_record
@@ -23,7 +23,7 @@ from procon.training.model_card import describe, write_section
 from procon.version import __version__
 
 HEADING = "## Refusal anchored with ProCon"
-OURS = {DIRECTIONS, PROBES_FILE, "procon.json"}
+OURS = {DIRECTIONS_FILE, PROBES_FILE, "procon.json"}
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM")
 
@@ -63,7 +63,7 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
         assert names(folder) >= OURS
         assert (folder / "README.md").read_text().count(HEADING) == 1
         assert "procon" in metadata_load(folder / "README.md")["tags"]
-        assert RefusalDirections.load(folder).hash == trainer.constraint._directions.hash
+        assert Directions.load(folder).hash == trainer.constraint._directions.hash
         anchors = [path.name for path in (output / "_anchors").iterdir()]
         record = json.loads((folder / "procon.json").read_text())
         assert read_record(folder) == {name: value for name, value in record.items() if name != "checksum"}
@@ -241,8 +241,7 @@ def test_card_of_other_settings():
         "probing": None,
         "did": {"steps": 300, "constrained_steps": 204, "blocks_acted": [2], "mean_penalty": None},
     }
-    ones = torch.ones(3)
-    random = RefusalDirections(torch.eye(3, 8), ones, ones, ones, ones).randomized(seed=7)
+    random = randomized(Directions(torch.eye(3, 8)[:, None], torch.ones(3, 1)), seed=7)
     measured = [
         {"procon/refusal_malicious": 0.5, "procon/refusal_benign": 0.25, "procon/task": 0.125, "step": 3},
         {"procon/refusal_malicious": 0.75, "step": 9},
@@ -269,7 +268,8 @@ def test_card_of_other_settings():
 def test_a_card_names_concepts_and_the_last_output(tiny_model):
     model = tiny_model()
     probe = Directions.from_vectors(model, {1: torch.ones(32), "last": torch.ones(32)}, name="honesty")
-    both = Directions.combine(RefusalDirections(torch.eye(3, 32), *torch.ones(4, 3)), probe)
+    refusal = torch.eye(4, 32)[:, None] * torch.tensor([1, 1, 1, 0])[:, None, None]
+    both = Directions.combine(Directions(refusal, refusal.any(-1).float(), last_output=True), probe)
     settings = {
         "version": "1",
         "schedule": "0.1",
@@ -289,7 +289,7 @@ def test_a_card_names_concepts_and_the_last_output(tiny_model):
         "penalised, along directions of refusal, honesty.\n",
         "| constrained blocks | 0, 2 of 3, from 0; the last block's output |",
         "| blocks that it acted on | the last block's output |",
-        "| directions | `refusal-directions.safetensors` (`abc`), 2 a block |",
+        "| directions | `refusal-directions.safetensors` (`abc`), 2 per block |",
         "| blocks of refusal | 0 to 2 of 3, from 0 |",
         "| blocks of honesty | 1 of 3, from 0; the last block's output |",
         "from procon import Directions\n",
@@ -332,9 +332,9 @@ def test_merged_model_has_no_trace(make_trainer, tmp_path, base):
     [
         {"counts": {}},
         {"counts": None},
-        {"counts": {"malicious": "x", "benign": 1}},
-        {"counts": {"malicious": 1, "benign": 2}, "model": 5, "refusal_rate": "high"},
-        {"counts": {"malicious": 1, "benign": 2}, "model": ["<script>"], "refusal_rate": [1]},
+        {"counts": {"positive": "x", "negative": 1}},
+        {"counts": {"positive": 1, "negative": 2}, "model": 5, "refusal_rate": "high"},
+        {"counts": {"positive": 1, "negative": 2}, "model": ["<script>"], "refusal_rate": [1]},
         {"random_seed": {}},
     ],
     ids=str,

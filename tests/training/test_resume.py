@@ -12,7 +12,7 @@ import pytest
 from forked import Python, run_python
 from transformers import TrainingArguments
 
-from procon.directions import DIRECTIONS
+from procon.directions import DIRECTIONS_FILE
 from procon.errors import ProConError
 from procon.training import ProConConfig
 from procon.training.run_facts import _NO_MATTER, run_arguments
@@ -71,7 +71,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.training.sft import ProConSFTConfig, ProConSFTTrainer
 
 source, output, way = sys.argv[1:]
@@ -90,7 +90,7 @@ def refuse(*args, **kwargs):
 
 
 if way == "resumed":
-    RefusalDirections.extract = refuse
+    Directions.extract = refuse
 rows = [{"prompt": f"count to {n} please", "completion": " ".join(map(str, range(n)))} for n in range(1, 41)]
 trainer = Trainer(
     AutoModelForCausalLM.from_pretrained(source),
@@ -143,7 +143,7 @@ def test_packed_sft_killed_in_a_checkpoint_and_resumed_equals_uninterrupted(tiny
     assert max(filter(None, penalties)) > 1e-6
     final = "adapter_model.safetensors"
     assert (killed / final).read_bytes() == (tmp_path / "whole" / final).read_bytes()
-    assert (killed / DIRECTIONS).read_bytes() == (tmp_path / "whole" / DIRECTIONS).read_bytes()
+    assert (killed / DIRECTIONS_FILE).read_bytes() == (tmp_path / "whole" / DIRECTIONS_FILE).read_bytes()
 
 
 def config_classes() -> list[type]:

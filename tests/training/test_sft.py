@@ -7,7 +7,7 @@ from peft import LoraConfig
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from procon.data import to_conversations, tokenize_conversations
-from procon.directions import DIRECTIONS, RefusalDirections
+from procon.directions import DIRECTIONS_FILE, Directions
 from procon.errors import ProConError
 from procon.sequences import split_batch
 from procon.training import ProConMixin
@@ -211,9 +211,9 @@ def test_one_line_with_lora(tiny_model, tokenizer, tmp_path):
     run.train()
     assert run.state.global_step == 2
     assert penalties(run)[0] == pytest.approx(0, abs=1e-9)
-    kept = RefusalDirections.load(tmp_path / "out" / "checkpoint-2" / DIRECTIONS)
-    fresh = RefusalDirections.extract(tiny_model(), tokenizer, check_refusal=False, progress=False)
-    assert torch.allclose(kept.first, fresh.first, atol=1e-5, equal_nan=True)
+    kept = Directions.load(tmp_path / "out" / "checkpoint-2" / DIRECTIONS_FILE)
+    fresh = Directions.extract(tiny_model(), tokenizer, check_refusal=False, progress=False)
+    assert torch.allclose(kept.basis, fresh.basis, atol=1e-5, equal_nan=True)
 
 
 def test_directions_from_a_file(random_directions, trainer, tiny_model, tokenizer, tmp_path):

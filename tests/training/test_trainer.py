@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from procon.anchors import projections
 from procon.data import flattening_collator, padding_collator
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.integrations import ProConCallback
 from procon.models import find_decoder
@@ -22,14 +22,14 @@ def dataset(samples) -> Dataset:
     return Dataset.from_list(samples)
 
 
-def random_directions(model) -> RefusalDirections:
+def random_directions(model) -> Directions:
     decoder = find_decoder(model)
     generator = torch.Generator().manual_seed(0)
     unit = torch.nn.functional.normalize(
         torch.randn(len(decoder.blocks), decoder.hidden_size, generator=generator), dim=1
     )
     ones = torch.ones(len(decoder.blocks))
-    return RefusalDirections(unit, ones, ones, ones, ones)
+    return Directions(unit[:, None], ones[:, None])
 
 
 def constrained_trainer(model, dataset, collator, folder, *, callbacks=(), **settings) -> ProConTrainer:

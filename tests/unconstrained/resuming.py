@@ -17,7 +17,7 @@ from setting import Outcome, directions, equal, lora, model, rows, scenario, tra
 from transformers import TrainerCallback
 
 from procon import ProConError
-from procon.directions import DIRECTIONS
+from procon.directions import DIRECTIONS_FILE
 
 SAVES = {"save_strategy": "steps", "save_steps": 2, "logging_strategy": "steps", "logging_steps": 1}
 
@@ -129,7 +129,8 @@ case("nothing changed", short=True)
 case("nothing changed, all weights", kind="full")
 case("nothing changed, from a checkpoint by name", checkpoint="checkpoint-2")
 
-FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", DIRECTIONS)
+FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+FILES += (DIRECTIONS_FILE,)
 for _file in (*FILES, "procon.json"):
     case(f"{_file} missing", without(_file), short=_file in ("optimizer.pt", "rng_state.pth"))
     case(f"{_file} cut", cut(_file))

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback, set_seed
 
-from procon import ProConConfig, ProConError, ProConTrainer, RefusalDirections
+from procon import Directions, ProConConfig, ProConError, ProConTrainer
 from procon.data import padding_collator
 
 VOCABULARY, WIDTH, BLOCKS = 64, 16, 3
@@ -106,9 +106,9 @@ def rows(seed: int = 1) -> list[dict]:
     return found
 
 
-def directions(seed: int = 0) -> RefusalDirections:
+def directions(seed: int = 0) -> Directions:
     unit = nn.functional.normalize(torch.randn(BLOCKS, WIDTH, generator=torch.Generator().manual_seed(seed)), dim=1)
-    return RefusalDirections(unit, *torch.ones(4, BLOCKS))
+    return Directions(unit[:, None], torch.ones(BLOCKS, 1))
 
 
 def config(folder: Path, alpha: float | str = ALPHA, *, made_by: type = ProConConfig, **settings: Any) -> Any:
@@ -136,7 +136,7 @@ def trainer(
     kind: type = ProConTrainer,
     start: nn.Module | None = None,
     data: Any = None,
-    given: RefusalDirections | None = None,
+    given: Directions | None = None,
     callbacks: tuple[TrainerCallback, ...] = (),
     extra: dict[str, Any] | None = None,
     **settings: Any,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
-from procon import AnchoredCollator, ProConMixin, ProConTrainer, RefusalDirections
+from procon import AnchoredCollator, Directions, ProConMixin, ProConTrainer
 from procon.data import padding_collator
 from procon.models import find_decoder
 
@@ -452,16 +453,14 @@ compare("rows drawn at random", lambda folder, alpha: trainer(folder, alpha, dat
 # Directions
 
 
-def _with(**changes: Any) -> RefusalDirections:
-    fields = {"first": directions().first, "gap": torch.ones(BLOCKS), "auroc": torch.ones(BLOCKS)}
-    fields |= {"malicious": torch.ones(BLOCKS), "benign": torch.ones(BLOCKS)} | changes
-    return RefusalDirections(*fields.values())
+def _with(**changes: Any) -> Directions:
+    return replace(directions(), **changes)
 
 
 @scenario("directions of zeros with a gap of 1", "ProConTrainer", short=True)
 def zero_directions(folder: Path) -> Outcome:
     def trained(place: Path, alpha: float | str) -> nn.Module:
-        zeros = _with(first=torch.zeros(BLOCKS, directions().first.shape[1]))
+        zeros = _with(basis=torch.zeros_like(directions().basis))
         return train(trainer(place, alpha, given=zeros if alpha != "0" else directions()))
 
     return against_plain(trained, folder)
@@ -469,12 +468,12 @@ def zero_directions(folder: Path) -> Outcome:
 
 @scenario("directions without a gap", "ProConTrainer")
 def no_gap(folder: Path) -> Outcome:
-    return refused(lambda: trainer(folder, given=_with(gap=torch.zeros(BLOCKS))).train())
+    return refused(lambda: trainer(folder, given=_with(gaps=torch.zeros(BLOCKS, 1))).train())
 
 
 @scenario("directions that are not finite", "ProConTrainer")
 def not_finite(folder: Path) -> Outcome:
-    return refused(lambda: trainer(folder, given=_with(first=directions().first * torch.nan)).train())
+    return refused(lambda: trainer(folder, given=_with(basis=directions().basis * torch.nan)).train())
 
 
 @scenario("directions of another width", "ProConTrainer")

@@ -14,7 +14,7 @@ from torch.distributed.tensor.experimental import implicit_replication
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from procon.constraint import ProjectionConstraint
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 
 ROWS, TOKENS = 4, 10
@@ -48,7 +48,7 @@ ANCHORS, MASK = torch.randn(ROWS, TOKENS, 3), torch.randint(0, 2, (ROWS, TOKENS)
 
 
 def constraint(model: LlamaForCausalLM, fuse: str) -> ProjectionConstraint:
-    return ProjectionConstraint(RefusalDirections(UNIT, *torch.ones(4, 3)), penalty="squared").attach(model, fuse=fuse)
+    return ProjectionConstraint(Directions(UNIT[:, None], torch.ones(3, 1)), penalty="squared").attach(model, fuse=fuse)
 
 
 def gradient(model: LlamaForCausalLM) -> torch.Tensor:

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from procon.data import padding_collator
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.training import ProConConfig
 
 # As in conftest.py: the folder that the benchmarks are in is not put on the path.
@@ -85,7 +85,7 @@ def trained(name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
             dataloader_pin_memory=False,
         ),
         settings=SETTINGS.get(name),
-        directions=RefusalDirections(unit, *torch.ones(4, 3)),
+        directions=Directions(unit[:, None], torch.ones(3, 1)),
         alignment_dataset=rows(2),
         base=base,
         train_dataset=rows(1),

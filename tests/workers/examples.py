@@ -16,7 +16,7 @@ import gloo
 from accelerate.commands import launch
 from accelerate.state import AcceleratorState, PartialState
 
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 
 FOLDER = Path(sys.argv[1])
 EXAMPLES = Path(__file__).parents[2] / "examples" / "accelerate"
@@ -37,10 +37,10 @@ def set_environment(config: str) -> None:
     os.environ |= ranks
 
 
-def extract(*_) -> RefusalDirections:
+def extract(*_) -> Directions:
     """As where the main process alone has the weights."""
     assert RANK == 0
-    return RefusalDirections.load(FOLDER / "directions.safetensors")
+    return Directions.load(FOLDER / "directions.safetensors")
 
 
 def run(config: str) -> dict[str, str]:
@@ -55,7 +55,7 @@ def run(config: str) -> dict[str, str]:
     with (
         contextlib.redirect_stdout(printed),
         mock.patch.object(sys, "argv", ["train.py", *arguments]),
-        mock.patch.object(RefusalDirections, "extract", extract),
+        mock.patch.object(Directions, "extract", extract),
         # The ranks go on to the next.
         mock.patch.object(PartialState, "destroy_process_group"),
     ):

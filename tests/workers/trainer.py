@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from procon.chat import builtin_prompts
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import find_decoder
 from procon.training import DriftCallback, ProConConfig, ProConTrainer, callbacks
@@ -65,10 +65,10 @@ def rows() -> list[dict]:
     return found
 
 
-def directions(seed: int = 0) -> RefusalDirections:
+def directions(seed: int = 0) -> Directions:
     generator = torch.Generator().manual_seed(seed)
     unit = torch.nn.functional.normalize(torch.randn(3, 32, generator=generator), dim=1)
-    return RefusalDirections(unit, *torch.ones(4, 3))
+    return Directions(unit[:, None], torch.ones(3, 1))
 
 
 def load(**settings) -> torch.nn.Module:
@@ -218,7 +218,7 @@ def sharded_at_load(name: str) -> dict:
     gloo.start(sharding=True)
     load_sharded = partial(load_distributed, fsdp_size=WORLD)
     whole, sharded = (
-        RefusalDirections.extract(model, TOKENIZER, PROMPTS, held_out=PROMPTS, check_refusal=False, progress=False)
+        Directions.extract(model, TOKENIZER, PROMPTS, held_out=PROMPTS, check_refusal=False, progress=False)
         for model in (load(), load_sharded())
     )
     found = train(name, model=load_sharded, sharding=True, **SHORT)
@@ -252,9 +252,9 @@ def refusals(call) -> list[str]:
 def extracted_once(name: str) -> dict:
     """Directions of ranks that would extract different ones, or of which one fails."""
     ours = trainer(name, given=None)
-    with mock.patch.object(RefusalDirections, "extract", return_value=directions(seed=RANK)):
+    with mock.patch.object(Directions, "extract", return_value=directions(seed=RANK)):
         hashes = everywhere(ours._extract().hash)
-    with mock.patch.object(RefusalDirections, "extract", side_effect=ProConError("no refusals")):
+    with mock.patch.object(Directions, "extract", side_effect=ProConError("no refusals")):
         return {"hashes": hashes, "expected": directions(seed=0).hash, "errors": refusals(ours._extract)}
 
 

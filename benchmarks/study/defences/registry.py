@@ -25,7 +25,7 @@ from benchmarks.study.defences.safe_lora import SafeLoRATrainer
 from benchmarks.study.defences.safe_merge import SafeMergeTrainer
 from benchmarks.study.defences.safety_step import SafetyStepTrainer
 from benchmarks.study.defences.steering import SteeringTrainer
-from procon.directions import BlockDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.training import ProConConfig, ProConTrainer
 
@@ -114,7 +114,7 @@ def build_trainer(
     args: ProConConfig,
     *,
     settings: Mapping[str, Any] | None = None,
-    directions: BlockDirections | None = None,
+    directions: Directions | None = None,
     alignment_dataset: Dataset | None = None,
     base: PreTrainedModel | str | Path | None = None,
     **trainer_arguments: Any,

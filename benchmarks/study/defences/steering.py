@@ -20,7 +20,7 @@ from transformers.trainer_utils import TrainOutput
 
 from benchmarks.study.defences.trainer import DefenceTrainer
 from procon.constraint import select_blocks
-from procon.directions import RefusalDirections
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import block_input, find_decoder
 from procon.settings import Blocks
@@ -44,7 +44,7 @@ class SteeringTrainer(DefenceTrainer):
     def __init__(
         self,
         *args: Any,
-        directions: RefusalDirections,
+        directions: Directions,
         strength: float = 0.25,
         blocks: Blocks = "all",
         **kwargs: Any,
@@ -53,11 +53,11 @@ class SteeringTrainer(DefenceTrainer):
         if not 0 < strength < math.inf:
             raise ProConError(f"strength is {strength:g}: give a finite number above 0")
         directions.check_fits(find_decoder(self.model))
-        if not isinstance(directions, RefusalDirections):
+        if not directions.of_refusal:
             raise ProConError("steering goes against refusal, and these are directions of other concepts: extract some")
         directions = directions.at_block_inputs
         self.blocks = select_blocks(directions, blocks)
-        compliance = -strength * (directions.gap[:, None] * directions.first)[list(self.blocks)]
+        compliance = -strength * (directions.gaps[:, :1] * directions.basis[:, 0])[list(self.blocks)]
         self._steps = compliance.clone()
         self._steps[1:] -= compliance[:-1]
 

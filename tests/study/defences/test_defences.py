@@ -300,7 +300,7 @@ def test_steering_displaces_block_inputs_towards_compliance(tiny_model, random_d
     """With blocks that add nothing, the input of block l is gap_l * r_l / 4 away from the embeddings."""
     model = tiny_model()
     directions = random_directions(model)
-    directions.gap.copy_(torch.tensor([1.0, 2.0, 5.0]))
+    directions.gaps[:, 0].copy_(torch.tensor([1.0, 2.0, 5.0]))
     with torch.no_grad():
         for block in find_decoder(model).blocks:
             block.self_attn.o_proj.weight.zero_()
@@ -323,7 +323,7 @@ def test_steering_displaces_block_inputs_towards_compliance(tiny_model, random_d
         unsteered = [hidden - embedded for hidden in seen[3:]]
     for hook in hooks:
         hook.remove()
-    r = directions.first
+    r = directions.basis[:, 0]
     expected = [-0.25 * 1.0 * r[0], -0.25 * 1.0 * r[0], -0.25 * 5.0 * r[2]]
     for shift, vector in zip(shifts, expected, strict=True):
         torch.testing.assert_close(shift, vector.expand_as(shift), atol=1e-5, rtol=0)

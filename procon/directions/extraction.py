@@ -1,18 +1,19 @@
-"""Means over contrast prompts of the hidden states at the last prompt token: what directions are made of."""
+"""From prompts to what directions are made of: hidden states at the last prompt token, means, and projections."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from procon.chat import ContrastPrompts, pad_token_id, render, user_turn
+from procon.chat import ContrastPrompts, describe_chat, pad_token_id, render, template_hash, user_turn
 from procon.errors import ProConError
 from procon.models import (
     SharedPrefix,
@@ -22,10 +23,13 @@ from procon.models import (
     in_batches,
     model_device,
     observe_sites,
+    origin_of,
     same_states,
     site_name,
+    transformers_model,
 )
 from procon.settings import ChatSettings
+from procon.version import __version__
 
 #: A mean difference this small beside the hidden states themselves is rounding, not a direction: the first block's
 #: input at the last prompt token is one and the same embedding for every prompt.
@@ -58,7 +62,6 @@ class ContrastMeans:
         prompts: ContrastPrompts,
         *,
         by_category: bool = False,
-        called: tuple[str, str] = ("malicious", "benign"),
         chat: ChatSettings | None = None,
         batch_size: int = 32,
         progress: bool = True,
@@ -67,20 +70,18 @@ class ContrastMeans:
 
         Args:
             by_category: measure :attr:`differences` on the way; ``prompts`` then have categories.
-            called: what progress bars call the two sides.
             chat: how the model is asked: system prompt and variables of its chat template.
 
         Raises:
             ProConError: on hidden states that are not finite, or a tokenizer without chat template.
         """
         categories = prompts.categories if by_category else ()
-        malicious, benign = (
-            _mean_last_token(model, tokenizer, side, categories, batch_size, f"{name} prompts", progress, chat)
-            for side, name in zip((prompts.malicious, prompts.benign), called, strict=True)
+        (malicious, one, first), (benign, other, second) = (
+            _mean_last_token(model, tokenizer, side, categories, batch_size, f"prompts {number}/2", progress, chat)
+            for number, side in enumerate((prompts.malicious, prompts.benign), 1)
         )
-        differences = malicious.by_category - benign.by_category if by_category else None
-        scale = torch.maximum(malicious.norm, benign.norm)
-        return cls(malicious.mean, benign.mean, scale, differences, last_output=True)
+        differences = first - second if by_category else None
+        return cls(malicious, benign, torch.maximum(one, other), differences, last_output=True)
 
     def contrast(self) -> tuple[Tensor, Tensor]:
         """Difference in means as a unit vector, ``[L, D]``, and its length, ``[L]``; both 0 where it is rounding."""
@@ -88,14 +89,6 @@ class ContrastMeans:
         gap = difference.norm(dim=-1)
         usable = gap > DEAD_GAP * self.scale
         return torch.where(usable[:, None], difference / gap[:, None], 0.0), torch.where(usable, gap, 0.0)
-
-
-class _Means(NamedTuple):
-    """Over prompts, fp64 on the CPU."""
-
-    mean: Tensor  # [L + 1, D]
-    norm: Tensor  # [L + 1], mean of the norms
-    by_category: Tensor  # [C, L + 1, D], mean of each category
 
 
 def _mean_last_token(
@@ -106,8 +99,9 @@ def _mean_last_token(
     batch_size: int,
     description: str,
     progress: bool,
-    chat: ChatSettings | None = None,
-) -> _Means:
+    chat: ChatSettings | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Over prompts, fp64 on the CPU: mean ``[L + 1, D]``, mean norm ``[L + 1]``, and categories' means."""
     decoder = find_decoder(model)
     blocks = len(decoder.blocks)
     total = torch.zeros(blocks + 1, decoder.hidden_size, dtype=torch.float64)
@@ -127,7 +121,7 @@ def _mean_last_token(
         where = site_name(int((~torch.isfinite(total)).any(-1).nonzero()[0]), blocks)
         raise ProConError(f"hidden states {where} are NaN or infinite: load the model in bfloat16 or float32")
     counts = torch.from_numpy(np.bincount(category, minlength=len(names)))
-    return _Means(total / len(prompts), norms / len(prompts), by_category / counts[:, None, None])
+    return total / len(prompts), norms / len(prompts), by_category / counts[:, None, None]
 
 
 def each_last_token(
@@ -188,3 +182,92 @@ def each_last_token(
         # Of unequal length, so that the two run under a mask, as the others do.
         in_batches([order[0], order[-1]], 2, share)
         in_batches(order, batch_size, run)
+
+
+def project_last_token(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    basis: Tensor,
+    prompts: Sequence[str],
+    *,
+    chat: ChatSettings | None = None,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> Tensor:
+    """Projection of each prompt's last token on all directions of ``basis [L, K, D]``: ``[len(prompts), L, K]`` fp32.
+
+    Rows are the inputs of the blocks; one row more is that of the last block's output.
+    """
+    z = torch.empty(len(prompts), *basis.shape[:2])
+    unit = basis.to(model_device(model))
+
+    def consume(rows: list[int], site: int, hidden: Tensor) -> None:
+        if site < len(unit):
+            z[rows, site] = (hidden.float() @ unit[site].to(hidden.device).mT).cpu()
+
+    each_last_token(model, tokenizer, prompts, consume, batch_size, "projections", progress, chat)
+    return z
+
+
+def auroc(positive: Tensor, negative: Tensor) -> Tensor:
+    """Probability that a positive value exceeds a negative one, ties counting half: ``[n, ...], [m, ...] -> [...]``.
+
+    The area under the receiver operating characteristic, exactly, as a share of all pairs, in fp32.
+    """
+    difference = positive[:, None] - negative[None]
+    return ((difference > 0).float() + 0.5 * (difference == 0).float()).mean((0, 1))
+
+
+def further_directions(first: Tensor, differences: Tensor, count: int, smallest: Tensor) -> Tensor:
+    """``[L, count, D]``: the main ways in which prompt categories depart from the first direction.
+
+    The paper (section III-A) takes one direction per block. With prompt categories ``c``, their differences in means
+    ``d_c = mean(malicious of c) - mean(benign of c)`` and the first direction ``r``, the further ones are the leading
+    right singular vectors of the matrix with the rows ``d_c - <d_c, r> r``: each takes up as much as one direction can
+    of what those before it leave of the categories' differences. Together they are orthonormal. The category with the
+    largest difference along a direction, in magnitude, has a positive one.
+
+    Args:
+        first: ``[L, D]``, unit rows.
+        differences: ``[C, L, D]``, malicious minus benign mean of each category, each counting alike; C > ``count``.
+        smallest: ``[L]``, the singular value up to which a direction is rounding; its row is zero.
+    """
+    rows = differences.movedim(0, 1)
+    rest = rows - (rows @ first[:, :, None]) * first[:, None]
+    _, length, found = torch.linalg.svd(rest, full_matrices=False)
+    length, found = length[:, :count], found[:, :count]
+    along = rest @ found.mT  # [L, C, count]
+    largest = along.gather(1, along.abs().argmax(1, keepdim=True)).movedim(1, 2)
+    return torch.where((length > smallest[:, None])[:, :, None], found * largest.sign(), 0.0)
+
+
+def hold_out(prompts: ContrastPrompts) -> tuple[ContrastPrompts, ContrastPrompts | None]:
+    """Prompts to extract from, and every fifth of each side to measure on; None if a side has fewer than ten."""
+    if min(len(prompts.malicious), len(prompts.benign)) < 10:
+        return prompts, None
+    sides = (prompts.malicious, prompts.benign, prompts.categories)
+    kept, out = (
+        ContrastPrompts(*(tuple(one for i, one in enumerate(side, 1) if (i % 5 == 0) == held) for side in sides))
+        for held in (False, True)
+    )
+    return kept, out
+
+
+def provenance_of(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, chat: ChatSettings | None = None
+) -> dict[str, Any]:
+    """What is kept of the model: name, revision, origin and dtype, chat template, versions; for JSON."""
+    described = transformers_model(model)
+    return {
+        "model": getattr(described.config, "_name_or_path", ""),
+        "revision": getattr(described.config, "_commit_hash", None),
+        "origin": origin_of(model),
+        "dtype": str(described.dtype),
+        "chat_template": None if tokenizer is None else template_hash(tokenizer),
+        "chat": None if tokenizer is None else describe_chat(tokenizer, chat),
+        "versions": {
+            "procon": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
