@@ -112,9 +112,9 @@ class ProCon:
         self._penalty_steps = 0
         self._carried = 0.0  # the penalty of a window that a checkpoint has cut
         self._resumed: dict[str, Any] = {}
-        if directions is not None and self.active:
+        if directions is not None and self.needs_directions:
             self.use(directions if isinstance(directions, Directions) else Directions.load(directions))
-        elif directions is None and self.needs_directions:
+        elif self.needs_directions:
             _check_can_extract(self.run.tokenizer)
         if any(isinstance(term, ProbeTerm) for term in self.terms):
             check_tokenizer(self.run.tokenizer)

@@ -213,14 +213,6 @@ def test_probes_alone_leave_the_training_batch_free(trainer):
 
 
 def test_probes_begin_once_the_model_has_moved(trainer, caplog):
-    """At the first step their gradient would be rounding noise, and Adam makes whole steps of that."""
-    first = trainer("probes", max_steps=1, full=True, procon_probe_every=1)
-    other = trainer("recorded", max_steps=1, full=True, procon_schedule="0")
-    for run in (first, other):
-        run.train()
-    (noisy, plain) = (run.model.get_input_embeddings().weight for run in (first, other))
-    assert (noisy - plain).abs().max() > 0.5 * first.args.learning_rate  # what the pause is for
-
     held = trainer("recorded+probes", max_steps=2, full=True, lr_scheduler_type="constant")
     held.train()
     penalties = [row["procon/penalty"] for row in held.state.log_history if "procon/penalty" in row]
@@ -351,8 +343,8 @@ def probe(tiny_model) -> Directions:
 
 
 @pytest.mark.parametrize("source", ["recorded", "live"])
-def test_given_vectors_are_trained_along(trainer, random_directions, tiny_model, probe, source):
-    both = Directions.combine(random_directions(tiny_model()), probe)
+def test_given_vectors_are_trained_along(trainer, probe, source):
+    both = Directions.combine(Directions(torch.eye(4, 32)[:, None], torch.ones(4, 1), last_output=True), probe)
     run = trainer(source, given=False, max_steps=2, procon_blocks="all,last")
     run.procon.use(both)
     run.train()
