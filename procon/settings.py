@@ -193,6 +193,7 @@ def check_settings(values: Mapping[str, Any], prefix: str = "") -> None:
     """
     for setting in fields(ProConSettings):
         check_setting(setting.name, values[setting.name], prefix + setting.name)
+    backend_variable()
     off = values["anchors"] == "none" and values["probes"] == "none"
     if off and AlphaSchedule.parse(values["schedule"]).active:
         raise ProConError(

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from procon.errors import ProConError
-from procon.schedule import DEFAULT_BUDGET, AlphaSchedule, Phase
+from procon.schedule import AlphaSchedule, Phase
 
 PER_EPOCH = 10
 
@@ -23,14 +23,12 @@ PER_EPOCH = 10
         ("procon_wu:0.5@30steps", [(0.5, 30, "steps"), (0, None, "ep")], 1),
         ("0", [(0, None, "ep")], 0),
         ("0.3@0.5ep", [(0.3, 0.5, "ep")], 0),
-        ("hold", [(0.2, None, "ep")], 0),
         ("1@2ep, 0.1@200steps ,0", [(1, 2, "ep"), (0.1, 200, "steps"), (0, None, "ep")], 0),
     ],
 )
 def test_grammar(text, phases, extra):
     schedule = AlphaSchedule.parse(text)
-    hold = DEFAULT_BUDGET if text == "hold" else None
-    assert schedule == AlphaSchedule(tuple(Phase(*phase) for phase in phases), extra=extra, hold=hold)
+    assert schedule == AlphaSchedule(tuple(Phase(*phase) for phase in phases), extra=extra)
     assert AlphaSchedule.parse(str(schedule)) == schedule
 
 
@@ -47,9 +45,6 @@ def test_the_papers_two_schedules():
         "procon_wu:1@0.333333333ep",
         "procon_wu:1@1e-07ep",
         "0.30000000000000004",
-        "hold:0.05",
-        "hold:1e-06",
-        "hold:0.30000000000000004",
     ],
 )
 def test_text_of_a_schedule_gives_it_back(text):
@@ -85,15 +80,7 @@ def test_text_of_a_schedule_gives_it_back(text):
         ("procon_wu:1@0steps", "positive length"),
         ("1@2.5steps,0", "whole number"),
         ("1,0.5", "only the last phase"),
-        ("hold:abc", "schedule 'hold:abc' is not understood: give the budget as a number, such as 'hold:0.2'"),
-        ("hold:", "schedule 'hold:' is not understood"),
-        ("hold:0.1@2ep", "schedule 'hold:0.1@2ep' is not understood"),
-        ("hold:0.1,0", "schedule 'hold:0.1,0' is not understood"),
-        ("hold@2ep", "schedule 'hold@2ep' is not understood"),
-        ("hold:-1", "the budget of schedule 'hold' is -1: give a number from 1e-06 to 1e\\+06, in units of the gap"),
-        ("hold:nan", "the budget of schedule 'hold' is nan"),
-        ("hold:0", "the budget of schedule 'hold' is 0"),
-        ("hold:inf", "the budget of schedule 'hold' is inf"),
+        ("hold:0.2", "schedule 'hold:0.2' is not understood"),
     ],
 )
 def test_what_is_no_schedule(text, message):
@@ -189,16 +176,3 @@ def test_constrained_steps_are_those_with_an_alpha(text, steps, constrained):
     schedule = AlphaSchedule.parse(text)
     assert schedule.constrained_steps(steps, PER_EPOCH) == constrained
     assert sum(schedule.alpha(step, PER_EPOCH) > 0 for step in range(steps)) == constrained
-
-
-def test_a_strength_that_sets_itself_is_one_phase_that_constrains():
-    schedule = AlphaSchedule.parse("hold:0.1")
-    assert schedule == AlphaSchedule.holding(0.1)
-    assert schedule.active
-    assert schedule.constrained_steps(30, PER_EPOCH) == 30
-    assert schedule.extra_steps(PER_EPOCH) == 0
-    with pytest.raises(ProConError, match=r"schedule 'hold:0.1' has no alpha of its own: take procon.Hold"):
-        schedule.alpha(0, PER_EPOCH)
-    for phases, extra in (((Phase(1, 2), Phase(0.5)), 0), ((Phase(1, 2),), 1), ((Phase(1, 2),), 0), ((Phase(0),), 0)):
-        with pytest.raises(ProConError, match="schedule 'hold' has phases, or alpha 0"):
-            AlphaSchedule(phases, extra, hold=0.1)

@@ -2,9 +2,8 @@
 
 import importlib
 import inspect
-import pkgutil
-from collections.abc import Callable, Iterator
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +16,34 @@ from procon import (
     AlphaSchedule,
     Anchors,
     ChatSettings,
-    ConstraintSettings,
     Directions,
     LiveAnchors,
     Probes,
     ProConArguments,
     ProConConfig,
     ProConError,
+    ProConSettings,
     ProConTrainer,
     ProjectionConstraint,
-    probe_penalty,
 )
 from procon.cli import main
 from procon.cli.arguments import TrainArguments
 from procon.cli.chat import chat_settings
 from procon.cli.parsing import parse
-from procon.integrations import ConstrainedForward, ProConCallback
+from procon.integrations import ProConCallback
 from procon.settings import (
     CHOICES,
     DEFAULTS,
     PAPER_RECIPE,
-    AnchorSettings,
     check_setting,
     parse_blocks,
-    sentences,
 )
 
-SETTINGS = [item.name for item in fields(ConstraintSettings)]
+SETTINGS = [item.name for item in fields(ProConSettings)]
 
-#: Settings of the trainers alone: where anchors come from.
-ANCHOR_SETTINGS = [item.name for item in fields(AnchorSettings)]
-
-#: Trainers of TRL's, and the source of anchors that each one's configuration has by default: with preference pairs and
-#: rollouts that which keeps most (docs/preferences-results.md).
-TRL_CONFIGS = {"sft": "recorded+probes", "dpo": "probes", "kto": "probes", "grpo": "probes"}
+#: Trainers of TRL's, and the anchors of training tokens that each one's configuration has by default: with preference
+#: pairs and rollouts, probes alone keep most (docs/preferences-results.md).
+TRL_CONFIGS = {"sft": "recorded", "dpo": "none", "kto": "none", "grpo": "none"}
 
 #: A value that each setting cannot have, as a text, and what is said of it after its name.
 WRONG = {
@@ -59,22 +52,15 @@ WRONG = {
     "blocks": ("1.5", "is the fraction 1.5: give one above 0"),
     "penalty": ("l2", "is 'l2': choose one of squared, absolute, huber"),
     "units": ("metres", "is 'metres': choose one of raw, gap"),
-    "fuse": ("maybe", "is 'maybe': choose one of auto, never"),
-    "backend": ("cuda", "is 'cuda': choose one of auto, triton, eager"),
-    "anchors": ("remembered", "is 'remembered': choose one of recorded, live, probes, recorded+probes, live+probes"),
-    "probe_count": ("0", "is 0: give a whole number, 1 or more"),
+    "anchors": ("remembered", "is 'remembered': choose one of recorded, live, none"),
     "probe_batch": ("0", "is 0: give a whole number, 1 or more"),
     "probe_every": ("0", "is 0: give a whole number, 1 or more"),
     "probe_weight": ("-1.0", "is -1.0: give a finite number above 0"),
-    "probe_hold": ("everything", "is 'everything': choose one of projections, state, both"),
     "probe_reply_tokens": ("-1", "is -1: give a whole number, 0 or more"),
 }
 
 #: Any text may be a file of probe prompts; whether it is one shows before a model is read, too.
 NO_FILE = ("nowhere.txt", "prompt file 'nowhere.txt' does not exist")
-
-#: Doors that are not the constraint's: the op keeps the squared magnitude.
-NOT_THE_METHOD = ("procon.ops", "procon.kernels", "procon.eager")
 
 
 class Untouchable:
@@ -94,71 +80,39 @@ def directions() -> Directions:
     return Directions(torch.eye(3, 8)[:, None], torch.ones(3, 1))
 
 
-def callables() -> Iterator[tuple[str, Callable]]:
-    """Every function and method that the library defines, by name."""
-    for module_info in pkgutil.walk_packages(procon.__path__, "procon."):
-        if module_info.name.endswith(("__main__", "axolotl", "axolotl_trainer", *(f".{name}" for name in TRL_CONFIGS))):
-            continue  # run as a script, or of packages that may be missing
-        module = importlib.import_module(module_info.name)
-        for name, value in vars(module).items():
-            if getattr(value, "__module__", None) != module.__name__:
-                continue
-            if inspect.isfunction(value):
-                yield f"{module.__name__}.{name}", value
-            elif inspect.isclass(value):
-                for method, function in inspect.getmembers(value, callable):
-                    if getattr(function, "__module__", None) == module.__name__:
-                        yield f"{module.__name__}.{name}.{method}", function
-
-
 def default_of(function: Callable, parameter: str) -> Any:
     return inspect.signature(function).parameters[parameter].default
 
 
 def test_every_door_has_the_defaults():
-    """Doors that are named here, and any other parameter of a setting's name that has a default."""
-    named = {
-        (ProjectionConstraint, ("blocks", "penalty", "units", "backend")),
-        (ProjectionConstraint.attach, ("fuse",)),
-        (Anchors.record, ("scope", "backend")),
-        (ProConCallback, ("schedule", "blocks", "penalty", "units", "backend", "fuse")),
-        (ConstrainedForward, ("fuse",)),
-        (ConstraintSettings, tuple(SETTINGS)),
-        (LiveAnchors, ("backend",)),
-        (Probes.record, ("backend",)),
+    doors = {
+        (ProjectionConstraint, ("blocks", "penalty", "units")),
+        (Anchors.record, ("scope",)),
+        (ProConSettings, tuple(SETTINGS)),
     }
-    for door, settings in named:
+    for door, settings in doors:
         for setting in settings:
             assert default_of(door, setting) == getattr(DEFAULTS, setting), (door, setting)
-    assert default_of(probe_penalty, "hold") == AnchorSettings.probe_hold
-
-    seen = set()
-    for name, function in callables():
-        if name.startswith(NOT_THE_METHOD):
-            continue
-        try:
-            parameters = inspect.signature(function).parameters
-        except (TypeError, ValueError):
-            continue
-        for setting in [*SETTINGS, *ANCHOR_SETTINGS]:
-            if setting in ("anchors", "probes"):
-                continue  # elsewhere the anchors and the probes themselves
-            if setting in parameters and parameters[setting].default is not inspect.Parameter.empty:
-                seen.add(name)
-                default = parameters[setting].default
-                # None: what is not given is left out, or all that have a direction.
-                defaults = DEFAULTS if setting in SETTINGS else AnchorSettings
-                assert default is None or default == getattr(defaults, setting), (name, setting)
-    assert len(seen) >= 6
-
-
-def test_training_arguments_and_the_command_have_the_defaults():
+    assert default_of(Probes.record, "batch") == DEFAULTS.probe_batch
+    assert ProConCallback()._settings == DEFAULTS
     for made in (ProConArguments(), ProConConfig("out"), parse("train", ["--model", "m", "--data", "d"])[1]):
-        assert made.constraint_settings() == DEFAULTS
-        assert made.anchor_settings() == AnchorSettings()
+        assert made.procon_settings() == DEFAULTS
         assert {setting: getattr(made, f"procon_{setting}") for setting in SETTINGS} == vars(DEFAULTS)
-        assert {setting: getattr(made, f"procon_{setting}") for setting in ANCHOR_SETTINGS} == vars(AnchorSettings())
     assert AlphaSchedule.parse(DEFAULTS.schedule) == AlphaSchedule.constant()
+
+
+def test_settings_are_checked_once_and_stay(tmp_path, tiny_model, random_directions, monkeypatch):
+    with pytest.raises(FrozenInstanceError):
+        DEFAULTS.penalty = "squared"
+    assert ProConSettings(blocks="8,9") == ProConSettings(blocks=[8, 9]) == ProConSettings(blocks=(8, 9))
+    with pytest.raises(ProConError, match="anchors and probes are both 'none', so nothing is constrained"):
+        ProConSettings(anchors="none", probes="none")
+    assert ProConSettings(anchors="none", probes="none", schedule="0").schedule == "0"
+    model = tiny_model()
+    args = ProConConfig(str(tmp_path / "out"), report_to=[], procon_probes="none")
+    trainer = ProConTrainer(model, args, directions=random_directions(model))
+    args.procon_penalty = "huber"  # too late to count
+    assert trainer.procon.settings.penalty == "absolute"
 
 
 @pytest.mark.parametrize("argv", [["directions"], ["train", "--data", "d"], ["eval"], ["drift", "--tuned", "m"]])
@@ -177,8 +131,7 @@ def trl_config(kind: str) -> type:
 @pytest.mark.parametrize("kind", TRL_CONFIGS)
 def test_trl_s_training_arguments_have_the_defaults(kind, tmp_path):
     made = trl_config(kind)(str(tmp_path), bf16=False)
-    assert made.constraint_settings() == DEFAULTS
-    assert made.anchor_settings() == AnchorSettings(anchors=TRL_CONFIGS[kind])
+    assert made.procon_settings() == ProConSettings(anchors=TRL_CONFIGS[kind])
 
 
 def test_axolotl_s_keys_have_the_defaults():
@@ -186,9 +139,8 @@ def test_axolotl_s_keys_have_the_defaults():
     from procon.integrations.axolotl import AxolotlKeys, _arguments
 
     assert all(value is None for value in AxolotlKeys().model_dump().values())
-    assert _arguments({}).constraint_settings() == DEFAULTS
-    assert _arguments({}).anchor_settings() == AnchorSettings()
-    assert {f"procon_{setting}" for setting in [*SETTINGS, *ANCHOR_SETTINGS]} < AxolotlKeys.model_fields.keys()
+    assert _arguments({}).procon_settings() == DEFAULTS
+    assert {f"procon_{setting}" for setting in SETTINGS} < AxolotlKeys.model_fields.keys()
 
 
 def test_the_op_alone_keeps_the_squared_magnitude():
@@ -207,8 +159,7 @@ def test_the_paper_s_recipe_stands_once():
 
 
 def test_every_setting_has_its_sentence_in_the_help(capsys):
-    text = sentences(ConstraintSettings) | sentences(AnchorSettings)
-    assert list(text) == [*SETTINGS, *ANCHOR_SETTINGS]
+    text = {item.name: item.metadata["help"] for item in fields(ProConSettings)}
     assert main(["train", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     for setting, sentence in text.items():
@@ -224,49 +175,28 @@ def wrong_values(setting: str) -> tuple[Any, ...]:
     """Values that ``setting`` cannot have: that of WRONG first, then some of other types."""
     if setting == "blocks":
         return (float(WRONG[setting][0]), *NO_BLOCKS)
-    if setting in ("probe_count", "probe_batch", "probe_every"):
+    if setting in ("probe_batch", "probe_every"):
         return (int(WRONG[setting][0]), -1, 1.5, True, "8", None)
     if setting == "probe_reply_tokens":
         return (int(WRONG[setting][0]), 1.5, True, "8", None)
     if setting == "probe_weight":
         return (float(WRONG[setting][0]), 0, float("nan"), float("inf"), True, "1", None)
-    return (7, True, ["file"]) if setting == "probes" else (WRONG[setting][0], 7, None)
+    return (7, "", ["file"]) if setting in ("probes", "anchors_dir") else (WRONG[setting][0], 7, None)
 
 
 def python_doors() -> dict[str, tuple[str, Callable[[Any], object]]]:
     """By an id, the setting and a call with one value of it; nothing else that the call is given may be read."""
     nothing = Untouchable()
-    calls: dict[str, tuple[str, Callable[[Any], object]]] = {
-        "attach-fuse": ("fuse", lambda value: ProjectionConstraint(directions()).attach(nothing, fuse=value)),
-        "forward-fuse": (
-            "fuse",
-            lambda value: ConstrainedForward(nothing, ProjectionConstraint(directions()), nothing, alpha=1, fuse=value),
-        ),
-        "live-backend": ("backend", lambda value: LiveAnchors(nothing, nothing, backend=value)),
-        "probes-backend": (
-            "backend",
-            lambda value: Probes.record(nothing, nothing, nothing, blocks=nothing, backend=value),
-        ),
-        "penalty-hold": ("probe_hold", lambda value: probe_penalty(nothing, nothing, hold=value)),
-    }
+    calls: dict[str, tuple[str, Callable[[Any], object]]] = {}
 
     def add(door: str, settings: list[str], call: Callable[..., object]) -> None:
         for setting in settings:
             calls[f"{door}-{setting}"] = setting, lambda value, setting=setting: call(**{setting: value})
 
-    add("settings", SETTINGS, ConstraintSettings)
-    add("sources", ANCHOR_SETTINGS, AnchorSettings)
-    add(
-        "constraint",
-        ["blocks", "penalty", "units", "backend"],
-        lambda **s: ProjectionConstraint(directions(), **s),
-    )
-    add("record", ["scope", "backend"], lambda **s: Anchors.record(nothing, nothing, nothing, "nowhere", **s))
-    add(
-        "callback",
-        ["schedule", "blocks", "penalty", "units", "backend", "fuse"],
-        lambda **s: ProConCallback("nowhere.safetensors", **s),
-    )
+    add("settings", [*WRONG], ProConSettings)
+    add("callback", [*WRONG], ProConCallback)
+    add("constraint", ["penalty", "units"], lambda **s: ProjectionConstraint(directions(), **s))
+    add("record", ["scope"], lambda **s: Anchors.record(nothing, nothing, nothing, "nowhere", **s))
     return calls
 
 
@@ -275,20 +205,32 @@ def test_wrong_values_at_python_s_doors(door, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     setting, call = python_doors()[door]
     name, values = door.rpartition("-")[2], wrong_values(setting)
-    message = WRONG.get(setting, ("", "give the path of a file of prompts"))[1]
     for value in values:
         with pytest.raises(ProConError) as error:
             call(value)
         assert name in str(error.value)
-        assert message in str(error.value) or value is not values[0]
+        assert WRONG[setting][1] in str(error.value) or value is not values[0]
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("count", [0, -1, 1.5, True, "8"])
-def test_wrong_numbers_of_probes(count):
-    for name in ("count", "batch"):
-        with pytest.raises(ProConError, match=rf"^{name} is .*: give a whole number, 1 or more"):
-            Probes.record(Untouchable(), Untouchable(), Untouchable(), blocks=Untouchable(), **{name: count})
+@pytest.mark.parametrize("value", [7, "", ["file"]])
+def test_probes_are_words_or_a_file(value):
+    with pytest.raises(ProConError, match=r"^probes is .*: give 'builtin', 'none', or the path of a file of prompts"):
+        ProConSettings(probes=value)
+
+
+def test_the_other_words(tiny_model, random_directions):
+    model = tiny_model()
+    constraint = ProjectionConstraint(random_directions(model))
+    for call in (lambda: constraint.attach(model, fuse="maybe"), lambda: ProConCallback(fuse="maybe")):
+        with pytest.raises(ProConError, match="fuse is 'maybe': choose one of auto, never"):
+            call()
+    for call in (
+        lambda: ProjectionConstraint(random_directions(model), backend="cuda"),
+        lambda: LiveAnchors(Untouchable(), Untouchable(), backend="cuda"),
+    ):
+        with pytest.raises(ProConError, match="backend is 'cuda': choose one of auto, triton, eager"):
+            call()
 
 
 @pytest.mark.parametrize("setting", WRONG)
@@ -319,9 +261,9 @@ def test_wrong_values_among_trl_s_training_arguments(kind, tmp_path):
 
 def test_a_file_of_probes_that_is_not_there(tmp_path, tiny_model, tokenizer):
     """The trainer finds it before it extracts directions, which takes minutes."""
-    args = ProConConfig(str(tmp_path / "out"), report_to=[], procon_anchors="probes", procon_probes=NO_FILE[0])
+    args = ProConConfig(str(tmp_path / "out"), report_to=[], procon_anchors="none", procon_probes=NO_FILE[0])
     trainer = ProConTrainer(tiny_model(), args, processing_class=tokenizer, train_dataset=[{"input_ids": [1]}])
-    trainer._extract = lambda: pytest.fail("directions were extracted")
+    trainer.procon._extract = lambda: pytest.fail("directions were extracted")
     with pytest.raises(ProConError, match=f"^{NO_FILE[1]}"):
         trainer.train()
 
@@ -364,7 +306,7 @@ def test_wrong_values_among_axolotl_s_keys(setting):
         (["drift", "--start", "m", "--tuned", "m", "--dtype", "int8"], "dtype is 'int8': choose one of"),
         (["train", "--model", "m", "--data", "d", "--safety_samples", "-1"], "safety_samples is -1: give 0 or more"),
         (
-            ["train", "--model", "m", "--data", "d", "--procon_anchors", "probes", "--procon_probes", NO_FILE[0]],
+            ["train", "--model", "m", "--data", "d", "--procon_probes", NO_FILE[0]],
             NO_FILE[1],
         ),
         (["train", "--model", "m", "--data", "d", "--drift_steps", "-1"], "drift_steps is -1: give 0 or more"),
@@ -386,8 +328,7 @@ def test_the_commands_own_settings(command, message, tmp_path, monkeypatch, caps
 def test_wrong_backend_in_the_environment(monkeypatch):
     monkeypatch.setenv("PROCON_BACKEND", "fast")
     with pytest.raises(ProConError, match="the environment variable PROCON_BACKEND is 'fast': choose one of"):
-        ConstraintSettings()
-    ConstraintSettings(backend="eager")  # which does not ask the environment
+        ProConSettings()
 
 
 # Blocks
@@ -412,11 +353,9 @@ def test_blocks_from_a_text(text, blocks):
     assert parse_blocks(text) == blocks
 
 
-@pytest.mark.parametrize("value", [[1], 0.5, None, True, b"all"])
+@pytest.mark.parametrize("value", [None, True, b"all"])
 def test_blocks_from_what_is_no_text(value):
-    with pytest.raises(ProConError, match=r"blocks is .*: give a text, such as 'all'"):
-        parse_blocks(value)
-    with pytest.raises(ProConError, match=r"procon_blocks is .*: give a text, such as 'all'"):
+    with pytest.raises(ProConError, match=r"procon_blocks is "):
         ProConArguments(procon_blocks=value)
 
 

@@ -511,6 +511,7 @@ class ProCon:
         return {
             **settings,
             "directions": self.directions.hash if self.directions else None,
+            "concepts": list(self.directions.concepts) if self.directions else [],
             "chat": describe_chat(self.run.tokenizer, self.run.chat),
         }
 

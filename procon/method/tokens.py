@@ -31,6 +31,7 @@ class TokenTerm(Term):
         constraint: on the model while attached.
         anchors: recorded ones, once there are any.
         live: what makes anchors of a batch, if they are not recorded.
+        fuse: ``"never"`` leaves the blocks' norms alone, ``"auto"`` has them do the work.
     """
 
     name: ClassVar[str] = "tokens"
@@ -39,7 +40,7 @@ class TokenTerm(Term):
 
     def __init__(self, settings: ProConSettings, *, fuse: Fuse = "auto") -> None:
         self._settings = settings
-        self._fuse: Fuse = fuse
+        self.fuse: Fuse = fuse
         self.constraint: ProjectionConstraint
         self.anchors: Anchors | None = None
         self.live: LiveAnchors | None = None
@@ -61,7 +62,7 @@ class TokenTerm(Term):
         )
 
     def attach(self, run: Run) -> None:
-        self.constraint.attach(run.model, fuse=self._fuse)
+        self.constraint.attach(run.model, fuse=self.fuse)
 
     def detach(self) -> None:
         self.constraint.detach()

@@ -72,9 +72,7 @@ _UNCONSTRAINED = """\
 This model was fine-tuned by procon-llm {version} without the projection constraint: {why}."""
 
 
-def describe(
-    settings: dict[str, Any], directions: Directions | None, log_history: Sequence[dict[str, Any]]
-) -> str:
+def describe(settings: dict[str, Any], directions: Directions | None, log_history: Sequence[dict[str, Any]]) -> str:
     """The section, in Markdown; that of a model without the constraint if no step so far was under it.
 
     Args:

@@ -21,7 +21,6 @@ from procon.chat import (
 )
 from procon.chat.prompts import _pairs as pairs
 from procon.errors import ProConError
-from procon.settings import AnchorSettings
 
 
 def normalised(text: str) -> str:
@@ -191,7 +190,7 @@ def test_bad_prompt_files_are_named_in_one_line(tmp_path, name, content, message
 
 def test_drift_is_not_measured_on_what_is_kept():
     probes, pairs, extraction = builtin_probes(), builtin_drift_pairs(), builtin_prompts("extraction")
-    assert len(probes) == AnchorSettings().probe_count == 128
+    assert len(probes) == 128
     assert not set(probes) & set(pairs.malicious)
     assert {*probes, *pairs.malicious} == set(extraction.malicious)
     category = dict(zip(extraction.malicious, extraction.categories, strict=True))

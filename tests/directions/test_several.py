@@ -164,15 +164,10 @@ def test_the_model_card_tells_how_many(tmp_path):
         "schedule": "procon_s:1",
         "scope": "response",
         "penalty": "squared",
-        "sides": "both",
         "units": "raw",
-        "reduction": "token",
         "blocks": [0, 1, 2],
         "directions": "abc",
-        "anchors": "def",
-        "anchors_from": "recorded",
-        "starting_model": None,
-        "probing": None,
+        "terms": {"tokens": {"anchors": "def", "starting_model": None}},
         "did": {"steps": 3, "constrained_steps": 3, "blocks_acted": [1, 2], "mean_penalty": 0.5},
     }
     found = random_subspaces(3)

@@ -69,21 +69,19 @@ def test_what_is_printed(made, capsys, disable_tqdm):
     text = " ".join(" ".join(lines).split())
     assert "LoRA of rank 2 on q_proj" in text
     assert "data 8 samples, 2 per step, 2 steps" in text
-    assert "constraint alpha 0.2, penalty absolute, tokens all, units raw" in text
+    assert "constraint alpha 0.2 training tokens all, penalty absolute, units raw" in text
     assert "blocks 3 under the constraint, of 3; within their norms; training moves 2" in text
     assert "anchors recorded in" in text
-    assert "; the last state of 128 probes (built-in prompts), 8 at a time every 2 steps, weight 15 " in text
+    assert "probes the last state of built-in prompts, 8 at a time every 2 steps, weight 15 " in text
     assert [line[:7] for line in lines if line.startswith("step")] == ["step 1 ", "step 2 ", "step 2 "]
     assert "seconds of training" in text
     assert "{" not in text
 
 
 def test_other_sources_and_none(made):
-    trainer = made(procon_anchors="live+probes", procon_probe_hold="both")
-    trainer.constraint.attach(trainer.model)
+    trainer = made(procon_anchors="live", procon_probe_reply_tokens=9)
+    trainer.procon.attach()
     facts = describe(trainer, "m")
-    assert facts["anchors"] == (
-        "from a forward of the starting model on each batch; projections and the last state of 128 probes (built-in "
-        "prompts), 8 at a time every 2 steps, weight 15"
-    )
+    assert facts["anchors"] == "from a forward of the starting model on each batch"
+    assert facts["probes"].startswith("the last state of built-in prompts and their replies (up to 9 tokens), 8 at a")
     assert describe(made(procon_schedule="0"), "m")["constraint"] == "none"

@@ -63,7 +63,7 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
         assert names(folder) >= OURS
         assert (folder / "README.md").read_text().count(HEADING) == 1
         assert "procon" in metadata_load(folder / "README.md")["tags"]
-        assert Directions.load(folder).hash == trainer.constraint._directions.hash
+        assert Directions.load(folder).hash == trainer.procon.directions.hash
         anchors = [path.name for path in (output / "_anchors").iterdir()]
         record = json.loads((folder / "procon.json").read_text())
         assert read_record(folder) == {name: value for name, value in record.items() if name != "checksum"}
@@ -89,13 +89,16 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
             "penalty": "squared",
             "units": "gap",
             "blocks": [1, 2],
-            "directions": trainer.constraint._directions.hash,
+            "directions": trainer.procon.directions.hash,
             "concepts": ["refusal"],
-            "anchors": anchors[0],
-            "anchors_from": "recorded+probes",
-            "starting_model": None,
-            "probing": {"count": 128, "batch": 8, "every": 2, "weight": 15.0, "hold": "state", "reply_tokens": 0},
-            "steps_per_epoch": trainer._steps_per_epoch,
+            "anchors": "recorded",
+            "probes": "builtin",
+            "probe_batch": 8,
+            "probe_every": 2,
+            "probe_weight": 15.0,
+            "probe_reply_tokens": 0,
+            "terms": {"tokens": {"anchors": anchors[0], "starting_model": None}, "probes": {}},
+            "steps_per_epoch": trainer.procon.steps_per_epoch,
         }
     for part in (
         "| strength (alpha) | 0.5 for 1 extra epoch, then 0 to the end (`procon_wu:0.5@1ep`) |",
@@ -104,8 +107,8 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
         f"| mean penalty, before alpha | {sum(penalties.values()) / 2:.3g} |",
         "| constrained tokens | all |",
         "| constrained blocks | 1 to 2 of 3, from 0 |",
-        "| penalty | squared, gap units, mean over tokens |",
-        "the last hidden state at the last token of up to 128 probe prompts, at most 8 every 2 steps, with weight 15 |",
+        "| penalty | squared, gap units |",
+        "the last hidden state at the last token of probe prompts (builtin), at most 8 every 2 steps, with weight 15 |",
         "`): of tiny, from 3 malicious and 4 benign prompts; it then refused 96% of malicious ones |",
         f"| last logged penalty, before alpha | {penalties[2]:.3g} at step 2 |",
         "| mean cosine of re-extracted directions to the first | 0.988 at step 6 |",
@@ -235,10 +238,7 @@ def test_card_of_other_settings():
         "units": "raw",
         "blocks": [0, 2],
         "directions": "abc",
-        "anchors": "def",
-        "anchors_from": "recorded",
-        "starting_model": None,
-        "probing": None,
+        "terms": {"tokens": {"anchors": "def", "starting_model": None}},
         "did": {"steps": 300, "constrained_steps": 204, "blocks_acted": [2], "mean_penalty": None},
     }
     random = randomized(Directions(torch.eye(3, 8)[:, None], torch.ones(3, 1)), seed=7)
@@ -251,7 +251,7 @@ def test_card_of_other_settings():
         "| 1 for 2 epochs, then 0.1 for 200 steps, then 0 to the end (`1@2ep,0.1@200steps,0`) |",
         "| 0, 2 of 3, from 0 |",
         "random ones (seed 7): a control",
-        "| penalty | huber, raw units, mean over tokens |",
+        "| penalty | huber, raw units |",
         "| last logged penalty, before alpha | not logged |",
         "| refusal of malicious prompts (keywords) | 75% at step 9 |",
         "| refusal of benign prompts (keywords) | 25% at step 3 |",
@@ -278,15 +278,12 @@ def test_a_card_names_concepts_and_the_last_output(tiny_model):
         "units": "raw",
         "blocks": [0, 2, 3],
         "directions": "abc",
-        "anchors": "def",
-        "anchors_from": "recorded",
-        "starting_model": None,
-        "probing": None,
+        "terms": {"tokens": {"anchors": "def", "starting_model": None}},
         "did": {"steps": 3, "constrained_steps": 3, "blocks_acted": [3], "mean_penalty": 0.5},
     }
     text = describe(settings, both, [])
     for part in (
-        "penalised, along directions of refusal, honesty.\n",
+        "of each block's input along directions of refusal, honesty, on training tokens.\n",
         "| constrained blocks | 0, 2 of 3, from 0; the last block's output |",
         "| blocks that it acted on | the last block's output |",
         "| directions | `refusal-directions.safetensors` (`abc`), 2 per block |",

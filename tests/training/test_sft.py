@@ -55,7 +55,7 @@ def trainer(random_directions):
         **settings,
     ):
         defaults = {
-            "procon_anchors": "recorded",
+            "procon_probes": "none",
             "procon_schedule": "procon_s:1",
             "procon_scope": "response",
             "procon_penalty": "squared",

@@ -8,11 +8,9 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from procon.anchors import projections
 from procon.data import flattening_collator, padding_collator
 from procon.directions import Directions
 from procon.errors import ProConError
-from procon.integrations import ProConCallback
 from procon.models import find_decoder
 from procon.training import DriftCallback, ProConConfig, ProConMixin, ProConTrainer
 
@@ -34,7 +32,7 @@ def random_directions(model) -> Directions:
 
 def constrained_trainer(model, dataset, collator, folder, *, callbacks=(), **settings) -> ProConTrainer:
     """A ProConTrainer of training tokens, that writes no checkpoints and prints nothing unless told to."""
-    defaults = {"procon_anchors": "recorded", "save_strategy": "no", "report_to": [], "disable_tqdm": True}
+    defaults = {"procon_probes": "none", "save_strategy": "no", "report_to": [], "disable_tqdm": True}
     return ProConTrainer(
         model,
         ProConConfig(output_dir=str(folder), **{**defaults, **settings}),
@@ -262,12 +260,12 @@ def test_fused_and_plain_norms_end_at_the_same_loss(tiny_model, dataset, tokeniz
             tmp_path / fuse,
             procon_schedule="procon_s:1",
             procon_penalty="squared",  # smooth: rounding does not turn a gradient round
-            procon_fuse=fuse,
             max_steps=50,
             per_device_train_batch_size=4,
             learning_rate=1e-3,
             logging_steps=1,
         )
+        trainer.procon.tokens.fuse = fuse
         trainer.train()
         return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
@@ -316,24 +314,3 @@ def test_drift_callback_logs_the_cosine(tiny_model, dataset, tokenizer, tmp_path
     assert found.keys() == {0, 3, 4}
     assert found.pop(0) == pytest.approx(1)
     assert all(-1 <= cosine < 0.9999 for cosine in found.values())
-
-
-@pytest.mark.parametrize("door", ["arguments", "callback"])
-def test_the_backend_reaches_the_recording_of_anchors(tiny_model, tokenizer, dataset, tmp_path, monkeypatch, door):
-    asked, original = [], projections.project
-
-    def project(*args, backend, **kwargs):
-        asked.append(backend)
-        return original(*args, backend=backend, **kwargs)
-
-    monkeypatch.setattr(projections, "project", project)
-    model, collator = tiny_model(), padding_collator(tokenizer)
-    settings = {"max_steps": 1, "save_strategy": "no", "report_to": [], "disable_tqdm": True}
-    if door == "arguments":
-        trainer = constrained_trainer(model, dataset, collator, tmp_path, procon_backend="eager", max_steps=1)
-    else:
-        callback = ProConCallback(random_directions(model), backend="eager")
-        args = TrainingArguments(str(tmp_path), **settings)
-        trainer = Trainer(model, args, train_dataset=dataset, data_collator=collator, callbacks=[callback])
-    trainer.train()
-    assert set(asked) == {"eager"}

@@ -161,8 +161,8 @@ class StepThatComputes(ProConTrainer):
         model.train()
         loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
         self.accelerator.backward(loss)
-        if self.constraint:
-            self.constraint.release()
+        if self.procon.active:
+            self.procon.release()
         return loss.detach()
 
 
@@ -174,7 +174,7 @@ class StepThatDropsIt(ProConTrainer):
         _, outputs = self.compute_loss(model, inputs, True, num_items_in_batch)
         loss = own_loss(outputs.logits, labels)
         self.accelerator.backward(loss)
-        self.constraint.release()
+        self.procon.release()
         return loss.detach()
 
 
@@ -216,19 +216,19 @@ class NoCallbacks(ProConTrainer):
 
 
 class AlphaOfItsOwn(ProConTrainer):
-    """An override by which alpha is 0 all along."""
+    """A method of its own by which alpha is 0 all along."""
 
-    alpha = 0.0
+    def training_step(self, *args, **kwargs):
+        self.procon.step.alpha = 0.0
+        return super().training_step(*args, **kwargs)
 
 
 class Disabled(ProConTrainer):
     def compute_loss(self, *args, **kwargs):
-        self.constraint.enabled = False
-        original, self.constraint.penalty = self.constraint.penalty, lambda tokens: torch.zeros((), requires_grad=True)
-        try:
-            return super().compute_loss(*args, **kwargs)
-        finally:
-            self.constraint.penalty = original
+        constraint = self.procon.constraint
+        self.procon.pause = lambda paused: setattr(constraint, "enabled", False)
+        constraint.penalty = lambda tokens: torch.zeros((), requires_grad=True)
+        return super().compute_loss(*args, **kwargs)
 
 
 for _name, _kind, _short in (
