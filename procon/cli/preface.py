@@ -13,7 +13,7 @@ from procon.errors import printable
 from procon.models import find_decoder, spread
 from procon.training import ProConMixin
 
-_WIDTH, _HEAD = 80, 12
+_WIDTH, _HEAD = 80, 16
 
 
 class Preface(TrainerCallback):

@@ -65,7 +65,7 @@ def test_what_is_printed(made, capsys, disable_tqdm):
     assert max(map(len, lines)) <= 80
     heads = [line.split("  ")[0].strip() for line in lines]
     assert heads[:2] == ["model", "trains"]
-    assert lines[0] == "model       a [model], float32, on cpu"
+    assert lines[0] == "model           a [model], float32, on cpu"
     text = " ".join(" ".join(lines).split())
     assert "LoRA of rank 2 on q_proj" in text
     assert "data 8 samples, 2 per step, 2 steps" in text

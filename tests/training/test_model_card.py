@@ -145,7 +145,7 @@ def test_schedule_of_zero_writes_what_the_trainer_writes_and_says_so(make_traine
 
 def test_constrained_run_does_not_go_on_from_an_unconstrained_one(make_trainer):
     make_trainer("Trainer", "0").train()
-    with pytest.raises(ProConError, match="is of training without the constraint: resume with procon_schedule 0"):
+    with pytest.raises(ProConError, match="is of training without the constraint: resume with schedule '0'"):
         make_trainer("Trainer", "procon_s").train(resume_from_checkpoint=True)
 
 

@@ -209,7 +209,7 @@ def test_a_run_is_resumed_with_the_same_probe_prompts_only(make_trainer, tmp_pat
     trainer("probes.jsonl", "count to nine", "why").train()
     with pytest.raises(ProConError, match=r"was trained with probes '2 prompts, .*', not '2 prompts"):
         trainer("probes.jsonl", "count to nine", "how").train(True)
-    with pytest.raises(ProConError, match="was trained with probes .*, not 'builtin'"):
+    with pytest.raises(ProConError, match=r"was trained with probes .*, not 'builtin'"):
         make_trainer("Trainer", "procon_s", procon_anchors="none").train(True)
     trainer("moved.jsonl", "count to nine", "why").train(True)
 
