@@ -1,0 +1,66 @@
+"""A term is a class and a line: three that are planted here train in every door, and nothing else is changed for it."""
+
+import pytest
+import torch
+from test_doors import DOORS, Setting
+
+from procon.method import Term
+from procon.method import procon as home
+
+
+class Share(Term):
+    """One with a share of the loss: the mean square of an output layer."""
+
+    name = "share"
+
+    def share(self, step, run):
+        weight = run.model.get_output_embeddings().weight
+        return weight.float().square().mean() / step.parts
+
+
+class Gradient(Term):
+    """One that changes the step's gradient: that of the output layer is turned round."""
+
+    name = "gradient"
+
+    def before_optimizer(self, step, run):
+        run.model.get_output_embeddings().weight.grad.neg_()
+
+
+class Weights(Term):
+    """One with a step of its own: after the optimiser's, the output layer shrinks. It counts its steps, and goes on."""
+
+    name = "weights"
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def after_optimizer(self, step, run):
+        self.steps += 1
+        with torch.no_grad():
+            run.model.get_output_embeddings().weight.mul_(1 - 0.01 * self.steps)
+
+    def state(self):
+        return {"steps": self.steps}
+
+    def restore(self, state, folder, run):
+        self.steps = state["steps"]
+
+
+@pytest.fixture
+def setting(tiny_model, tokenizer, samples, random_directions, tmp_path) -> Setting:
+    return Setting(tiny_model, tokenizer, samples, random_directions(tiny_model()), tmp_path)
+
+
+@pytest.mark.parametrize("door", [name for name in DOORS if name not in ("ProConTrainer", "axolotl")])
+@pytest.mark.parametrize("term", [Share, Gradient, Weights])
+def test_a_planted_term_trains_in_every_door(setting, door, term, monkeypatch, tmp_path):
+    plain = DOORS["ProConTrainer"](setting, False)
+    made = home.make_terms
+    monkeypatch.setattr(home, "make_terms", lambda settings, fuse="auto": [*made(settings, fuse), term()])
+    setting.folder = tmp_path / "door"
+    found = DOORS[door](setting, False)
+    assert DOORS[door](setting, True) == pytest.approx(found[-12:], abs=1e-7)
+    setting.folder = tmp_path / "class"
+    assert found == pytest.approx(DOORS["ProConTrainer"](setting, False), abs=1e-5)
+    assert max(abs(one - other) for one, other in zip(found, plain, strict=True)) > 1e-3
