@@ -198,6 +198,11 @@ def in_lightning(setting: Setting, resume: bool) -> list[float]:
         def on_before_optimizer_step(self, optimizer):
             procon.end(optimizer)
 
+        def on_train_batch_end(self, *_):
+            if self.trainer.global_step == MIDDLE:
+                self.trainer.save_checkpoint(checkpoint)
+                procon.save(setting.folder / "procon")
+
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters(), lr=RATE, weight_decay=0.0)
 
@@ -205,14 +210,8 @@ def in_lightning(setting: Setting, resume: bool) -> list[float]:
     procon = setting.procon(module.model)
     loader = procon.prepare(setting.loader(), resume=setting.folder / "procon" if resume else None)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    if not resume:
-        first = lightning.Trainer(max_steps=MIDDLE, max_epochs=-1, **quiet)
-        first.fit(module, loader)
-        first.save_checkpoint(checkpoint)
-        procon.save(setting.folder / "procon")
-        lightning.Trainer(max_steps=STEPS, max_epochs=-1, **quiet).fit(module, loader, ckpt_path=checkpoint)
-    else:
-        lightning.Trainer(max_steps=STEPS, max_epochs=-1, **quiet).fit(module, loader, ckpt_path=checkpoint)
+    trainer = lightning.Trainer(max_steps=STEPS, max_epochs=-1, **quiet)
+    trainer.fit(module, loader, ckpt_path=checkpoint if resume else None)
     procon.close()
     return found
 
