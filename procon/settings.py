@@ -219,7 +219,8 @@ class ChatSettings:
         if taken := sorted(_RENDERING & kwargs.keys()):
             raise ProConError(f"chat_template_kwargs has {taken[0]!r}, which rendering sets itself: leave it out")
         markers = self.thinking_markers
-        if isinstance(markers, str) or len(markers) > 2 or not all(isinstance(m, str) and m.strip() for m in markers):
+        known = isinstance(markers, list | tuple) and len(markers) <= 2
+        if not known or not all(isinstance(marker, str) and marker.strip() for marker in markers):
             raise ProConError(
                 f"thinking_markers is {markers!r:.60}: give what begins and what ends a thought, or what ends it alone"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import urllib.error
 import urllib.request
@@ -14,8 +15,8 @@ from procon.errors import ProConError
 #: Seconds that the hub has to answer in.
 _PATIENCE = 5
 
-#: ``owner/name``, or one of the few names without an owner.
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+#: ``owner/name``, or one of the few names without an owner; of 96 letters at most.
+_HUB_NAME = re.compile(r"(?!.{97})[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def check_name(name: str | Path, what: str = "model", remedy: str = "give a folder or a hub name") -> None:
@@ -44,10 +45,7 @@ _CONFIGURATIONS = ("config.json", "adapter_config.json")
 
 
 def _exists(name: str | Path) -> bool:
-    try:
-        return str(name) != "" and Path(name).exists()
-    except (OSError, ValueError):  # no name that a file could have
-        return False
+    return str(name) != "" and os.path.exists(name)
 
 
 def _is_cached(name: str, file: str) -> bool:
