@@ -26,6 +26,9 @@ _RECORD, _STATE, _LOG = "procon.json", "trainer_state.json", "log.jsonl"
 #: Facts of a training's record that differ between any two of them, or say what came of it.
 _NO_SETTINGS = ("run", "arguments", "did", "window", "checksum", "complete", "files", "hold", "resumable", "weights")
 
+#: What the names of an evaluation's settings begin with.
+EVALUATION = "evaluation."
+
 #: Where a training logs the cosine of each block.
 _BY_BLOCK = "procon/drift_cos_block/"
 
@@ -41,7 +44,8 @@ class Source:
         path: where it was read.
         run: it.
         kind: what it was read from.
-        settings: what it was made by, by name; empty if the file does not say.
+        settings: what it was made by, by name, and what its evaluation was made by, behind :data:`EVALUATION`; without
+            what the file does not say.
     """
 
     path: Path
@@ -58,10 +62,24 @@ def read_source(path: str | Path) -> Source:
     """
     path = Path(path)
     if os.path.isdir(path):
-        return _training(path)
+        return _with_evaluation(_training(path))
     if not os.path.exists(path):
         raise ProConError(f"run {str(path)!r} does not exist: {_KINDS}")
-    return load_json(path, lambda data: _recognise(data, path), "run")
+    return _with_evaluation(load_json(path, lambda data: _recognise(data, path), "run"))
+
+
+def _with_evaluation(source: Source) -> Source:
+    evaluation = source.run.evaluation
+    if evaluation is None or source.kind == "study":  # whose settings say it
+        return source
+    own = {f"{EVALUATION}sources": evaluation.sources or None, **measured_by(evaluation)}
+    return replace(source, settings={**source.settings, **own})
+
+
+def measured_by(evaluation: Evaluation) -> dict[str, Any]:
+    """What the rates of ``evaluation`` depend on beside the model: judges, metric, how it was asked."""
+    found = {"judge": evaluation.judges[0], "judge_benign": evaluation.judge_benign, "metric": evaluation.metric}
+    return {f"{EVALUATION}{name}": value for name, value in {**found, **evaluation.chat}.items()}
 
 
 def read_sources(paths: Sequence[str | Path]) -> list[Source]:
