@@ -10,6 +10,7 @@ import ast
 import inspect
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
@@ -271,6 +272,16 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ProConError, naming the choices, if ``value`` is not one of them."""
     if value not in choices:
         raise ProConError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
+
+
+#: ``owner/name``, or one of the few names without an owner; of 96 letters at most.
+_HUB_NAME = re.compile(r"(?!.{97})[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def check_name(name: str | os.PathLike[str], what: str = "model", remedy: str = "give a folder or a hub name") -> None:
+    """Raise ProConError if ``name`` is neither there nor could be a name on the hub."""
+    if not (str(name) and os.path.exists(name)) and not _HUB_NAME.fullmatch(str(name)):
+        raise ProConError(f"{what} {str(name)!r} cannot be loaded (there is no such file or folder): {remedy}")
 
 
 def backend_variable() -> str:
