@@ -200,8 +200,8 @@ class Probes:
         try:
             with safe_open(path, "pt") as file:
                 found = cls(*map(file.get_tensor, _TENSORS))
-                whole = (file.metadata() or {}).get("hash") == found.hash and found._fits()
-        except (OSError, SafetensorError) as error:
+                whole = found._fits() and (file.metadata() or {}).get("hash") == found.hash
+        except (OSError, ValueError, SafetensorError) as error:  # ValueError: a name that no file can have
             raise ProConError(
                 f"probe anchors in {str(path)!r} cannot be read ({error}): resume from another checkpoint, or start "
                 "afresh"
