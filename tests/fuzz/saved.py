@@ -45,7 +45,7 @@ def make_reported(random: Random) -> dict[str, bytes]:
     """Files by their names; of a training folder, or one alone."""
     evaluation = dict.fromkeys(("refusal_malicious", "refusal_benign", "degenerate", "unfinished"), RATE)
     evaluation |= {"label": "x", "task": random.choice((None, MEAN)), "harm": MEAN, "replies": [REPLY], "judges": ["k"]}
-    evaluation |= {"agreements": random.choice(([], [AGREEMENT])), "chat": {"system_prompt": None}}
+    evaluation |= {"agreements": [AGREEMENT], "chat": {"system_prompt": None}}
     record: dict[str, Any] = {"schedule": "0.2", "run": {"seed": 1}, "arguments": {"learning_rate": 1e-3}}
     record["checksum"] = json_checksum(record)
     study = {"setting": "s", "method": {"label": "m", "settings": {}, "config": {}}, "seed": 1, "split": "held_out"}
