@@ -7,7 +7,7 @@ hidden state, which is the method SBR (arXiv 2605.05995).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,8 +66,13 @@ class Probes:
 
     @property
     def hash(self) -> str:
-        """A short hash of the tokens and of what is kept at them."""
-        return _hash(getattr(self, name) for name in _TENSORS)
+        """A short hash of the tokens and of what is kept at them: of names, types, shapes and values."""
+        digest = hashlib.sha256()
+        for name in _TENSORS:
+            tensor = getattr(self, name).contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def turn(self, number: int, size: int) -> Probes:
         """The ``size`` prompts that the ``number``-th run takes, from 0: they go round. All, if there are no more."""
@@ -194,11 +199,9 @@ class Probes:
         path = Path(path)
         try:
             with safe_open(path, "pt") as file:
-                # One of before probes could have replies says nothing of prompts.
-                names = [name for name in _TENSORS if name != "prompts" or name in file.keys()]  # noqa: SIM118
-                tensors = {name: file.get_tensor(name) for name in names}
-                whole = (file.metadata() or {}).get("hash") == _hash(tensors.values())
-        except (OSError, SafetensorError) as error:
+                found = cls(*map(file.get_tensor, _TENSORS))
+                whole = found._fits() and (file.metadata() or {}).get("hash") == found.hash
+        except (OSError, ValueError, SafetensorError) as error:  # ValueError: a name that no file can have
             raise ProConError(
                 f"probe anchors in {str(path)!r} cannot be read ({error}): resume from another checkpoint, or start "
                 "afresh"
@@ -207,14 +210,21 @@ class Probes:
             raise ProConError(
                 f"probe anchors in {str(path)!r} are damaged: resume from another checkpoint, or start afresh"
             )
-        return cls(**{"prompts": tensors["lengths"], **tensors})
+        return found
 
-
-def _hash(tensors: Iterable[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    def _fits(self) -> bool:
+        """Whether the tensors have the types and the shapes that belong together."""
+        of_prompts, of_tokens = (self.input_ids, self.prompts, self.lengths), (self.anchors, self.states)
+        types = [tensor.dtype for tensor in (*of_prompts, *of_tokens)]
+        if types != [torch.int64] * 3 + [torch.float32] * 2 or [tensor.ndim for tensor in of_prompts] != [2, 1, 1]:
+            return False
+        count, width = self.input_ids.shape
+        if not count or any(tensor.shape != (count,) for tensor in of_prompts[1:]) or (self.input_ids < 0).any():
+            return False
+        if not ((self.prompts >= 1) & (self.prompts <= self.lengths) & (self.lengths <= width)).all():
+            return False
+        kept = int((self.lengths - self.prompts + 1).sum())
+        return all(tensor.ndim == 2 and len(tensor) == kept for tensor in of_tokens)
 
 
 def _texts(prompts: Sequence[str] | str | Path | None, count: int | None) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -367,7 +368,7 @@ def load_directions(path: str | Path) -> BlockDirections:
         ProConError: if the file is missing or damaged, or holds something else than unit directions.
     """
     path = Path(path)
-    path = path / DIRECTIONS if path.is_dir() else path
+    path = path / DIRECTIONS if os.path.isdir(path) else path
     tensors, provenance = read(path)
     return (RefusalDirections if "directions" in tensors else Directions)._of(path, tensors, provenance)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         ProConError: if the file does not exist, or is not what :func:`write` wrote.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ProConError(f"directions file {str(path)!r} does not exist: make it with 'procon directions'")
     try:
         with path.open("rb") as stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +128,7 @@ def load_vectors(path: str | Path) -> dict[str, Any]:
         ProConError: if the file is missing or damaged, or has other names.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ProConError(f"vectors file {str(path)!r} does not exist")
     try:
         tensors = load_file(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,7 @@ class RefusalDirections(BlockDirections):
             ProConError: if the file is missing or damaged, or holds something else than unit directions.
         """
         path = Path(path)
-        path = path / DIRECTIONS if path.is_dir() else path
+        path = path / DIRECTIONS if os.path.isdir(path) else path
         return cls._of(path, *read(path))
 
     @classmethod

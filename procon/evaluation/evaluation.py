@@ -88,6 +88,8 @@ class Evaluation:
         task, harm = data["task"], data.get("harm")
         if not isinstance(data.get("sources", {}), dict) or not isinstance(data.get("lm_eval"), dict | None):
             raise TypeError("sources or lm_eval is no object")
+        if not (judges := [str(name) for name in data.get("judges", ["keywords"])]):
+            raise ValueError("judges is empty")
         return cls(
             label=text_of(data, "label"),
             refusal_malicious=Rate(**data["refusal_malicious"]),
@@ -95,7 +97,7 @@ class Evaluation:
             degenerate=Rate(**data["degenerate"]),
             task=None if task is None else Mean(**task) if "deviation" in task else Rate(**task),
             replies=[_reply(reply) for reply in data["replies"]],
-            judges=[str(name) for name in data.get("judges", ["keywords"])],
+            judges=judges,
             judge_benign=str(data.get("judge_benign", "keywords")),
             harm=None if harm is None else Mean(**harm),
             agreements=[Agreement.from_dict(agreement) for agreement in data.get("agreements", [])],

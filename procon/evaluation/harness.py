@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -35,7 +35,7 @@ class HarnessTasks:
         require_extra("lm-eval", "an evaluation by lm-evaluation-harness")
         files = [name for name in self.names if name.endswith((".yaml", ".yml"))]
         for file in files:
-            if not Path(file).is_file():
+            if not os.path.isfile(file):
                 raise ProConError(f"lm_eval task file {file!r} does not exist: check the path")
         # To index the harness's own tasks takes seconds.
         self._manager: Any = _module("lm_eval.tasks").TaskManager(include_defaults=len(files) < len(self.names))

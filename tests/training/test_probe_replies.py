@@ -1,13 +1,12 @@
 """Probes that go on with the starting model's own replies, and are kept all along these."""
 
-import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import set_seed
 
 from procon.anchors import Probes
@@ -90,17 +89,29 @@ def test_a_reply_goes_up_to_its_end(record, tiny_model, tokenizer, after):
         assert probes.hash == record(model, prompts=PROMPTS[:1]).hash
 
 
-def test_a_file_of_before_replies_is_read(record, tmp_path):
-    """It says nothing of where replies begin."""
-    probes = record()
-    path = probes.save(tmp_path / PROBES)
-    old = {name: getattr(probes, name) for name in ("input_ids", "lengths", "anchors", "states")}
-    digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in old.values())).hexdigest()[:16]
-    save_file(old, path, metadata={"hash": digest})
-    assert Probes.load(path).hash == probes.hash
-    save_file({**old, "states": old["states"] + 1}, path, metadata={"hash": digest})
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"lengths": torch.tensor([3.0])},
+        {"lengths": torch.tensor(3)},
+        {"lengths": torch.tensor([9_000, 2, 2])},
+        {"prompts": torch.tensor([0, 0, 0])},
+        {"input_ids": torch.full((3, 30), -1)},
+        {"anchors": torch.zeros(2, 3)},
+        {"states": torch.zeros(3, 32, dtype=torch.float64)},
+        {"states": torch.zeros(3, 8, 4)},
+        {name: torch.zeros(0, dtype=torch.int64) for name in ("prompts", "lengths")},
+    ],
+)
+def test_a_file_that_is_whole_and_no_probes(record, tmp_path, forged):
     with pytest.raises(ProConError, match="are damaged"):
-        Probes.load(path)
+        Probes.load(replace(record(), **forged).save(tmp_path / PROBES))
+
+
+def test_the_hash_is_of_shapes_and_types_too(record):
+    probes = record()
+    others = [{"states": probes.states.reshape(len(probes), -1, 2)}, {"lengths": probes.lengths.view(torch.float64)}]
+    assert len({probes.hash, *(replace(probes, **other).hash for other in others)}) == 3
 
 
 @pytest.fixture
