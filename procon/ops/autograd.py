@@ -45,11 +45,35 @@ class _Context(Protocol):
     def set_materialize_grads(self, value: bool) -> None: ...
 
 
-class _DifferentiableOnce(torch.autograd.Function):
-    """Identity on a gradient. Taking its derivative is an error; that of a plain tensor would silently be 0."""
+class _MadeOf(torch.autograd.Function):
+    """``tensor``, which in autograd's graph then comes of ``hidden``, whose memory it does not keep."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, hidden: Tensor, tensor: Tensor) -> Tensor:
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def _made_of(hidden: Tensor, tensor: Tensor) -> Tensor:
+    """``tensor``, through which :class:`_DifferentiableOnce` is found from ``hidden``. It takes no operation."""
+    if torch.compiler.is_compiling() or not hidden.requires_grad:
+        return tensor
+    with torch.enable_grad():
+        return _MadeOf.apply(hidden, tensor)
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    """A gradient as it is, made of ``sources``. Taking its derivative is an error; that of a plain tensor would be 0.
+
+    Of all that the gradient depends on, because ``torch.autograd.grad`` leaves out what leads to none of its inputs.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, gradient: Tensor, *sources: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
@@ -75,9 +99,10 @@ def _differentiable_once(
         result = operation(*arguments)
     if torch.compiler.is_compiling():
         return result
+    sources = [argument for argument in arguments if isinstance(argument, Tensor)]
     if isinstance(result, Tensor):
-        return _DifferentiableOnce.apply(result.requires_grad_())
-    return tuple(_DifferentiableOnce.apply(tensor.requires_grad_()) for tensor in result)
+        return _DifferentiableOnce.apply(result.requires_grad_(), *sources)
+    return tuple(_DifferentiableOnce.apply(tensor.requires_grad_(), *sources) for tensor in result)
 
 
 class Project(torch.autograd.Function):
@@ -120,7 +145,7 @@ class Constrain(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         tokens, coefficient = operators.penalize(hidden, direction, anchor, weight, penalty, rounding, sides, backend)
         ctx.set_materialize_grads(False)
-        ctx.coefficient, ctx.direction = coefficient, direction
+        ctx.coefficient, ctx.direction = _made_of(hidden, coefficient), direction
         ctx.shape, ctx.dtype, ctx.backend = hidden.shape, hidden.dtype, backend
         return hidden, tokens if per_token else tokens.sum()
 
@@ -207,6 +232,7 @@ class RmsNormConstrain(torch.autograd.Function):
                 operators.rms_norm_gradient, grad_normed, grad_penalty, *saved, *options
             )
         elif grad_penalty is not None:
+            coefficient = _made_of(hidden, coefficient)
             arguments = (None, grad_penalty, coefficient, direction, hidden.shape, hidden.dtype, ctx.backend)
             grad_hidden = _differentiable_once(operators.accumulate_gradient, *arguments)
         return grad_hidden if needs_hidden else None, grad_weight if needs_weight else None, *(None,) * 11

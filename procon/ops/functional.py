@@ -23,8 +23,9 @@ whatever they hold: NaN and infinity too.
 Dtypes: ``hidden`` is float16, bfloat16, float32 or float64. Everything is computed and returned in float32 (float64 for
 float64 hidden states), under autocast too.
 
-Gradients flow to ``hidden`` alone, once (no double backward). A direction, anchor or weight that requires a gradient is
-refused. All bad input raises :class:`procon.errors.ProConError`.
+Gradients flow to ``hidden`` alone, once: a second derivative through the op raises ProConError. In a compiled graph the
+refusal is torch's own, which ``torch.autograd.grad`` does not always meet. A direction, anchor or weight that requires
+a gradient is refused. All bad input raises :class:`procon.errors.ProConError`.
 
 Backends: ``"auto"`` is Triton for tensors on a CUDA or ROCm device and plain PyTorch elsewhere; ``"triton"`` and
 ``"eager"`` insist. The environment variable ``PROCON_BACKEND`` says what ``"auto"`` means.

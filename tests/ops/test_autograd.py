@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from procon.errors import ProConError
 from procon.ops import constrain, operators, project, projection_penalty
 from procon.ops.autograd import HAS_INPUT_GRAD_BUFFERS
 
@@ -179,16 +178,6 @@ def test_empty_and_single_rows(problem, backend, shape):
     z = reference @ direction.T
     (reference.sum() + z.square().sum() + z.sum()).backward()
     torch.testing.assert_close(leaf.grad, reference.grad)
-
-
-def test_double_backward_is_refused(problem, backend):
-    hidden, *rest = problem
-    leaf = hidden.clone().requires_grad_()
-    same, penalty = constrain(leaf, *rest, backend=backend)
-    for output in (same.square().sum() + penalty, project(leaf, rest[0], backend=backend).sum()):
-        (gradient,) = torch.autograd.grad(output, leaf, create_graph=True)
-        with pytest.raises(ProConError, match="no second derivative"):
-            (leaf.sum() + gradient.sum()).backward()
 
 
 def test_double_backward_through_the_hidden_states_alone(problem, backend):
