@@ -8,7 +8,7 @@ With hidden states ``h_t``, directions ``r_k``, anchors ``a_tk`` and token weigh
 
 ``phi`` is ``"squared"`` (``e^2``), ``"absolute"`` (``|e|``, the paper's norm of a scalar) or ``"huber"`` (``e^2 / 2``
 up to 1, ``|e| - 1/2`` beyond). Up to ``d = rounding |h_t| |r_k|`` "absolute" is ``e^2 / 2d``, and ``|e| - d/2`` beyond:
-the sign of a departure that may be rounding is noise, and would push at full strength. ``rounding`` is 4 units in the
+the sign of a departure that may be rounding is noise, and would push at full strength. ``rounding`` is 16 units in the
 last place of the dtype of ``hidden``, or of autocast's if that is on, and at most 1/256.
 
 ``sides`` is ``"both"``, or ``"fall"``: ``phi(min(e, 0))``, so a projection above its anchor costs nothing and gets no
