@@ -318,6 +318,18 @@ def test_gradient_is_linear_in_the_upstream_gradient(backend, device):
     torch.testing.assert_close(scaled, 3 * once, rtol=tiny, atol=tiny * once.abs().max().item())
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16])
+def test_weight_gradient_of_float64_states_in_half_precision(device, weight_dtype):
+    given = inputs(5, 64, 1, (torch.float64, weight_dtype), device)
+    gradients = []
+    for backend in ("eager", "triton"):
+        v = given["norm_weight"].clone().requires_grad_()
+        rms_norm(given["hidden"], v, EPS, backend=backend).sum().backward()
+        gradients.append(v.grad)
+    # Triton's interpreter truncates to bfloat16 where a GPU rounds.
+    torch.testing.assert_close(*gradients, rtol=torch.finfo(weight_dtype).eps, atol=0)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpoint(backend, device, use_reentrant):
     given = inputs(5, 64, 1, (torch.float32,) * 2, device)
