@@ -182,7 +182,7 @@ def rms_norm_constrain(
     Args:
         hidden: ``[..., D]``.
         norm_weight: ``[D]``, of any floating dtype.
-        eps: added to the mean square.
+        eps: added to the mean square; not checked, and a negative one may give NaN.
         direction, anchor, weight, penalty, sides, backend: as for :func:`constrain`.
         casting: ``"llama"`` rounds to the dtype of ``hidden`` before it multiplies by the weight, and returns what that
             product promotes to (Llama, Mistral, Qwen); ``"gemma"`` rounds the product to the dtype of ``hidden``.
