@@ -22,7 +22,7 @@ from procon.constraint.target import State, Target, on_device
 from procon.errors import ProConError
 from procon.models import block_input, block_output
 from procon.ops import outside_backward, rms_norm
-from procon.ops.operators import folded
+from procon.ops.operators import folded, version_of
 from procon.ops.prepared import constrain_tokens, rms_norm_constrain_tokens
 from procon.settings import Units
 
@@ -108,7 +108,7 @@ class ConstrainedBlock:
 
     def _note(self, hidden: Tensor) -> None:
         if self._state.enabled and (target := self._state.target) is not None:
-            target.called_with[self._column] = hidden, _version(hidden)
+            target.called_with[self._column] = hidden, version_of(hidden)
 
     def _within(self, norm: InputNorm) -> Callable[[Tensor], Tensor]:
         """A forward for a block's first norm, which gives the penalty on the way."""
@@ -169,7 +169,7 @@ class ConstrainedBlock:
         """What the block was called with: ``given``, or ``hidden``, which its norm gets, if that is the same."""
         if isinstance(hidden, DTensor) and not isinstance(given, DTensor):
             return hidden  # a parallel plan made it of the block's input
-        if _version(given) != version:
+        if version_of(given) != version:
             raise ProConError(
                 f"block {self._index} changes its input in place before its norm reads it: attach the constraint with "
                 "fuse='never'"
@@ -267,8 +267,3 @@ def _unseen(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
 def runs_again() -> bool:
     """Whether autograd is running a backward now, as it is when a checkpointed block runs again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _version(tensor: Tensor) -> int:
-    """Counts the changes in place; 0 if nothing counts them."""
-    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
