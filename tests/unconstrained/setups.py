@@ -214,8 +214,9 @@ for _name, _start in {
     "an adapter on the embeddings": adapted(r=4, target_modules=["q_proj", "embed_tokens"]),
     "trainable tokens": adapted(**LORA, trainable_token_indices=[5, 6, 7]),
 }.items():
-    _rate = 0.1 if _name in ("OFT", "IA3") else 1e-2  # slower, they hardly move
-    row(f"{_name}, live", made(_start, procon_anchors="live", learning_rate=_rate))
+    # What hardly moves departs by so little that the squared penalty has no gradient to speak of.
+    _penalty = "absolute" if _name in ("VeRA", "OFT", "IA3", "norms") else "squared"
+    row(f"{_name}, live", made(_start, procon_anchors="live", procon_penalty=_penalty))
 row(
     "an adapter on the embeddings, probes",
     made(adapted(r=4, target_modules=["embed_tokens"]), procon_anchors="probes", **PROBES),
