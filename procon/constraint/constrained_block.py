@@ -17,6 +17,7 @@ from procon.constraint.copies import Arguments, Hook, ModuleForward, PreForward
 from procon.constraint.input_norm import InputNorm
 from procon.constraint.reach import is_the_same
 from procon.constraint.sharded_input import check_placements, constrain_sharded
+from procon.constraint.shift import typical_departure
 from procon.constraint.sites import Site
 from procon.constraint.target import State, Target, on_device
 from procon.errors import ProConError
@@ -222,7 +223,12 @@ class ConstrainedBlock:
         if torch.compiler.is_compiling():
             # A graph cannot ask whether it runs again, and would save what the op makes of the target of that time.
             anchors = outside_backward(anchors)
-        return self._directions(target.units, device, backend), anchors, mask, backend
+        vectors = self._directions(target.units, device, backend)
+        # A graph would be compiled once more for the first step.
+        noted = None if torch.compiler.is_compiling() else self._state.departures
+        if noted is not None and trains and not isinstance(hidden, DTensor):
+            noted.append(typical_departure(hidden, vectors, anchors, mask, backend))
+        return vectors, anchors, mask, backend
 
     def _directions(self, units: Units, device: torch.device, backend: str) -> Tensor:
         """As the op takes them."""

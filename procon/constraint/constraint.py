@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from procon.chat import warn_of_low_refusal
 from procon.constraint.blocks import check_units, common_units, gap_units, select_blocks
 from procon.constraint.constrained_block import ConstrainedBlock, runs_again
 from procon.constraint.copies import Arguments, Hook
+from procon.constraint.guards import refuse_noise
 from procon.constraint.reach import reaches_a_parameter
 from procon.constraint.shift import block_scales, check_one_unit, mean_shift
 from procon.constraint.sites import find_site
@@ -23,7 +26,15 @@ from procon.constraint.use import Use
 from procon.constraint.weights import Weights, checked_weights
 from procon.directions import BlockDirections
 from procon.errors import ProConError
-from procon.models import Decoder, active_adapters, adapter_layer, find_decoder, first_moving_block, unwrapped
+from procon.models import (
+    Decoder,
+    active_adapters,
+    adapter_layer,
+    find_decoder,
+    first_moving_block,
+    token_embedding,
+    unwrapped,
+)
 from procon.ops.arguments import check_constant
 from procon.settings import DEFAULTS, Backend, Blocks, Fuse, Penalty, Sides, Units, check_setting
 
@@ -99,6 +110,9 @@ class ProjectionConstraint:
     ) -> None:
         for setting, value in {"penalty": penalty, "sides": sides, "units": units, "backend": backend}.items():
             check_setting(setting, value)
+        concepts = directions.provenance.get("concepts")
+        for known in (directions.provenance, *(concepts.values() if isinstance(concepts, dict) else ())):
+            warn_of_low_refusal(known.get("refusal_rate"))
         self.blocks = select_blocks(directions, blocks)
         if units == "gap":
             check_units(directions, self.blocks)
@@ -173,6 +187,7 @@ class ProjectionConstraint:
             raise ProConError("this constraint is attached already: call detach() first")
         decoder = find_decoder(model)
         self._directions.check_fits(decoder)
+        refuse_noise(getattr(token_embedding(model), "neftune_noise_alpha", None))  # as transformers sets it
         fused = []
         with ExitStack() as undo:
             hook = Hook(self._before_decoder)
@@ -341,6 +356,17 @@ class ProjectionConstraint:
             raise ProConError("penalty 'huber' does not show how far tokens moved: give 'absolute' or 'squared'")
         self.check_shift(target.units)
         return mean_shift(target, self._terms(target), self._block_scales, tokens)
+
+    def note_departures(self, noting: bool) -> None:
+        """Measure in the coming forwards how far tokens are from their anchors, which waits for the device; or not."""
+        self._state.departures = [] if noting else None
+
+    def largest_departure(self) -> float:
+        """Of the block that is farthest in the forwards noted: how many times as far its median token is from its
+        anchor as rounding takes it; NaN if none was noted. Ends the noting."""
+        found = [float(departure) for departure in self._state.departures or ()]
+        self._state.departures = None
+        return max((departure for departure in found if departure == departure), default=math.nan)
 
     def check_shift(self, units: Units | None = None) -> None:
         """Raise ProConError if there is no :meth:`shift` under a target in ``units``; the constraint's own if None."""

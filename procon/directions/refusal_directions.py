@@ -267,7 +267,7 @@ class RefusalDirections(BlockDirections):
                 depart from it (:mod:`procon.directions.subspace`).
             held_out: prompts to measure :attr:`auroc` on; the built-in held-out ones if not given.
             chat: how the model is asked: system prompt, variables of its chat template, markers of its thoughts.
-            check_refusal: generate replies to some malicious prompts first, and warn if none is refused.
+            check_refusal: generate replies to some malicious prompts first, and warn if less than half are refused.
 
         Memory: one block's input at a time, plus ``2 * L * D`` fp64 sums, those of each category too with ``k > 1``.
 

@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from procon.anchors import Anchors
 from procon.anchors.starting_state import StartingState, check_resumed, require_length
 from procon.constraint import ProjectionConstraint
-from procon.constraint.guards import check_finite, refuse_data_parallel
+from procon.constraint.guards import check_finite, refuse_data_parallel, refuse_noise
 from procon.directions import BlockDirections, load_directions
 from procon.errors import ProConError
 from procon.integrations.forward import REMEDY, SCOPE, ConstrainedForward, constrained_by
@@ -46,7 +46,7 @@ from procon.training.output import forget, locked, output_folder
 from procon.training.ranks import on_main
 from procon.training.record import RECORD, write_record
 from procon.training.run_facts import check_same_run, run_arguments, run_facts
-from procon.training.watch import check_acts
+from procon.training.watch import check_acts, check_batches
 from procon.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -207,6 +207,7 @@ class ProConCallback(TrainerCallback, ExportableState):
             model, self._constraint, anchors, alpha=0.0, fuse=self._fuse, tokenizer=processing_class
         ).attach()
         self._forward.evidence = self.evidence
+        self._forward.at_start = state.global_step == 0 and left_over is None
         logger.info(
             "alpha schedule %s over %d steps of %d epochs, %d steps each",
             self._schedule,
@@ -221,6 +222,12 @@ class ProConCallback(TrainerCallback, ExportableState):
         if self._forward is not None:
             self._forward.alpha = self._schedule.alpha(state.global_step, self._steps_per_epoch)
             self._forward.backwards = 0
+        self.evidence.begin_step()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.evidence.next_micro_batch()
 
     def on_pre_optimizer_step(
         self,
@@ -339,6 +346,7 @@ class ProConCallback(TrainerCallback, ExportableState):
 
 def _refuse(args: TrainingArguments, model: nn.Module, loader: DataLoader) -> None:
     refuse_data_parallel(args.n_gpu)
+    refuse_noise(args.neftune_noise_alpha)
     if (getattr(model, "tp_size", None) or 1) > 1:
         raise ProConError(
             "the model is split by tensor parallelism, whose ranks share batches: train with DDP, FSDP or DeepSpeed"
@@ -349,6 +357,7 @@ def _refuse(args: TrainingArguments, model: nn.Module, loader: DataLoader) -> No
             f"lost: set it to 0, or {REMEDY}"
         )
     require_length(loader.dataset, "training set")
+    check_batches(len(loader) > 0, loader.dataset)
 
 
 def _run(args: TrainingArguments, model: nn.Module, loader: DataLoader) -> dict[str, Any]:

@@ -99,6 +99,8 @@ class ConstrainedForward:
         self.penalty_sum: Tensor | float = 0.0
         self.tokens = 0
         self.evidence = Evidence()
+        #: Whether the coming training forward is of the model that the anchors are of.
+        self.at_start = True
         self._model = model
         self._module = _causal_lm(model)
         self._fuse: Fuse = fuse
@@ -170,15 +172,23 @@ class ConstrainedForward:
             return self._original(*args, **kwargs)
         if not (self._module.training and torch.is_grad_enabled()):
             with self._resting():
-                return self._original(*args, **kwargs)
+                outputs = self._original(*args, **kwargs)
+            loss = getattr(outputs, "loss", None)
+            if self.alpha > 0 and isinstance(loss, Tensor) and loss.requires_grad:
+                loss.register_hook(_refuse_evaluation)
+            return outputs
         self.check()
         # Stays as it is until the next training forward, since a checkpointed block runs again within backward.
         self.constraint.enabled = self.alpha > 0
+        at_start, self.at_start = self.at_start, False
         if self.alpha == 0:
             return self._original(*args, **kwargs)
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         count = self._set_target(given)
+        self.constraint.note_departures(at_start)
         outputs = self._original(*args, **kwargs)
+        if at_start:
+            self.evidence.check_start(self.constraint)
         tokens = given.get("num_items_in_batch")
         if tokens is None:  # the model's own loss is then the mean over this micro-batch
             tokens = count
@@ -237,6 +247,13 @@ class ConstrainedForward:
         self.backwards += 1
         # At the end of this backward, not now: checkpointed blocks are still to run again.
         Variable._execution_engine.queue_callback(self.constraint.release)
+
+
+def _refuse_evaluation(_gradient: Tensor) -> None:
+    raise ProConError(
+        "the loss of a forward in evaluation mode goes through backward, and has no penalty, so the constraint would "
+        "be lost: call model.train() before it, or detach() if that is no training"
+    )
 
 
 class _Patch(ModuleForward):

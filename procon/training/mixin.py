@@ -17,7 +17,7 @@ from procon.anchors import LiveAnchors
 from procon.anchors.probes import PROBES
 from procon.chat import load_instructions
 from procon.constraint import ProjectionConstraint, constrained_tokens, probe_departure
-from procon.constraint.guards import check_finite, refuse_data_parallel
+from procon.constraint.guards import check_finite, refuse_data_parallel, refuse_noise
 from procon.directions import DIRECTIONS, BlockDirections, load_directions
 from procon.errors import ProConError
 from procon.settings import ChatSettings
@@ -34,7 +34,7 @@ from procon.training.ranks import on_main
 from procon.training.record import write_record
 from procon.training.run_facts import prompts_hash
 from procon.training.strength import StrengthMixin
-from procon.training.watch import Watch
+from procon.training.watch import Watch, check_batches
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +115,7 @@ class ProConMixin(StrengthMixin):
             return
         self.add_callback(Watch(self))
         refuse_data_parallel(args.n_gpu)
+        refuse_noise(args.neftune_noise_alpha)
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ProConError("FSDP 1 flattens the parameters that identify anchors: set version 2 in fsdp_config")
         if self.get_sp_size() > 1:
@@ -145,6 +146,7 @@ class ProConMixin(StrengthMixin):
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.constraint is not None:
             self.evidence.window = self._check_penalty()
+            check_batches(self.state.global_step > 0, self.train_dataset)
             self.evidence.check_acted(self.state.global_step, self.alpha_schedule)
             if self.hold is not None:
                 self.hold.warn()

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
+from transformers.trainer_utils import has_length
 
 from procon.errors import ProConError
 from procon.training.anchored import AnchoredMixin
 from procon.training.checkpoints import Checkpoint
 from procon.training.hold import Hold
-from procon.training.watch import check_acts, check_probes_act
+from procon.training.watch import check_acts, check_batches, check_probes_act
 
 
 class StrengthMixin(AnchoredMixin):
@@ -67,8 +68,9 @@ class StrengthMixin(AnchoredMixin):
             max_steps += extra
             epochs = -(-max_steps // per_epoch)
         if self.alpha_schedule.active:
+            check_batches(not has_length(dataloader) or len(dataloader) > 0, dataloader.dataset)
             check_acts(self.alpha_schedule, max_steps, per_epoch)
-            check_probes_act(self.args.anchor_settings(), max_steps)
+            check_probes_act(self.args.anchor_settings(), max_steps, self.model)
         return epochs, per_epoch, examples, samples, batch_size, steps_in_epoch, max_steps
 
     def _check_resumed_schedule(self) -> None:

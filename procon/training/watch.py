@@ -6,10 +6,13 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from procon.errors import ProConError
+from procon.models import token_embedding
 from procon.schedule import AlphaSchedule
 from procon.settings import AnchorSettings
 
@@ -33,6 +36,18 @@ class Watch(TrainerCallback):
     ) -> None:
         self._trainer.begin_evidence()
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.evidence.begin_step()
+        if self._trainer.constraint is not None:
+            self._trainer.constraint.note_departures(state.global_step == 0)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.evidence.next_micro_batch()
+
     def on_pre_optimizer_step(
         self,
         args: TrainingArguments,
@@ -45,7 +60,18 @@ class Watch(TrainerCallback):
     ) -> None:
         constraint = self._trainer.constraint
         if constraint is not None and self._trainer.has_alpha and self._trainer.constrains_this_step:
-            self._trainer.evidence.end_step(constraint, optimizer, model)
+            each = args.anchor_settings().of_tokens is not None
+            self._trainer.evidence.end_step(constraint, optimizer, model, each=each)
+
+
+def check_batches(made: bool, dataset: Any) -> None:
+    """Raise ProConError if a training made no batch of its data, or would make none."""
+    if not made:
+        rows = f"the {len(dataset)} rows of " if has_length(dataset) else ""
+        raise ProConError(
+            f"no batch was made of {rows}the training set: with dataloader_drop_last or sample packing, fewer (packed) "
+            "rows than per_device_train_batch_size (axolotl: micro_batch_size) make none, so lower it or give more data"
+        )
 
 
 def check_acts(schedule: AlphaSchedule, steps: int, steps_per_epoch: int) -> None:
@@ -85,8 +111,18 @@ def check_acts(schedule: AlphaSchedule, steps: int, steps_per_epoch: int) -> Non
         begin += phase.steps(steps_per_epoch)
 
 
-def check_probes_act(anchors: AnchorSettings, steps: int) -> None:
-    """Raise ProConError if probes are all that there is, and would not run at all; warn if training tokens are left."""
+def check_probes_act(anchors: AnchorSettings, steps: int, model: nn.Module) -> None:
+    """Raise ProConError if probes are all that there is, and would not run at all; warn if training tokens are left.
+
+    Warns of an adapter on the embeddings, too.
+    """
+    if anchors.has_probes and isinstance(token_embedding(model), BaseTunerLayer):
+        # Of rows that probes alone reach, Adam makes whole steps however small their gradient is.
+        logger.warning(
+            "an adapter is on the embeddings, and probes may move what they should hold there, more than training "
+            "without them would: leave the embeddings out of target_modules, or take procon_anchors 'recorded' or "
+            "'live'"
+        )
     if not anchors.has_probes or steps >= anchors.probe_every:
         return
     if anchors.of_tokens is None:
