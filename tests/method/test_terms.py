@@ -1,11 +1,18 @@
 """A term is a class and a line: three that are planted here train in every door, and nothing else is changed for it."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
-from test_doors import DOORS, Setting
 
 from procon.method import Term
 from procon.method import procon as home
+
+# Modules of tests are no packages: the doors are read from their file.
+_spec = importlib.util.spec_from_file_location("doors", Path(__file__).with_name("test_doors.py"))
+doors = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(doors)
 
 
 class Share(Term):
@@ -48,19 +55,19 @@ class Weights(Term):
 
 
 @pytest.fixture
-def setting(tiny_model, tokenizer, samples, random_directions, tmp_path) -> Setting:
-    return Setting(tiny_model, tokenizer, samples, random_directions(tiny_model()), tmp_path)
+def setting(tiny_model, tokenizer, samples, random_directions, tmp_path) -> doors.Setting:
+    return doors.Setting(tiny_model, tokenizer, samples, random_directions(tiny_model()), tmp_path)
 
 
-@pytest.mark.parametrize("door", [name for name in DOORS if name not in ("ProConTrainer", "axolotl")])
+@pytest.mark.parametrize("door", [name for name in doors.DOORS if name not in ("ProConTrainer", "axolotl")])
 @pytest.mark.parametrize("term", [Share, Gradient, Weights])
 def test_a_planted_term_trains_in_every_door(setting, door, term, monkeypatch, tmp_path):
-    plain = DOORS["ProConTrainer"](setting, False)
+    plain = doors.DOORS["ProConTrainer"](setting, False)
     made = home.make_terms
     monkeypatch.setattr(home, "make_terms", lambda settings, fuse="auto": [*made(settings, fuse), term()])
     setting.folder = tmp_path / "door"
-    found = DOORS[door](setting, False)
-    assert DOORS[door](setting, True) == pytest.approx(found[-12:], abs=1e-7)
+    found = doors.DOORS[door](setting, False)
+    assert doors.DOORS[door](setting, True) == pytest.approx(found[-12:], abs=1e-7)
     setting.folder = tmp_path / "class"
-    assert found == pytest.approx(DOORS["ProConTrainer"](setting, False), abs=1e-5)
+    assert found == pytest.approx(doors.DOORS["ProConTrainer"](setting, False), abs=1e-5)
     assert max(abs(one - other) for one, other in zip(found, plain, strict=True)) > 1e-3
