@@ -60,14 +60,21 @@ def setting(tiny_model, tokenizer, samples, random_directions, tmp_path) -> door
 
 
 @pytest.mark.parametrize("door", [name for name in doors.DOORS if name not in ("ProConTrainer", "axolotl")])
+def test_planted_terms_train_in_every_door(setting, door, monkeypatch):
+    """All three at once; that each of them acts shows below."""
+    made = home.make_terms
+    monkeypatch.setattr(
+        home, "make_terms", lambda settings, fuse="auto": [*made(settings, fuse), Share(), Gradient(), Weights()]
+    )
+    found = doors.DOORS[door](setting, False)
+    assert doors.DOORS[door](setting, True) == pytest.approx(found[doors.MIDDLE :], abs=1e-7)
+    assert found == pytest.approx(doors.reference(setting, "planted"), abs=1e-5)
+
+
 @pytest.mark.parametrize("term", [Share, Gradient, Weights])
-def test_a_planted_term_trains_in_every_door(setting, door, term, monkeypatch, tmp_path):
-    plain = doors.DOORS["ProConTrainer"](setting, False)
+def test_each_planted_term_acts(setting, term, monkeypatch):
+    plain = doors.reference(setting, "default")
     made = home.make_terms
     monkeypatch.setattr(home, "make_terms", lambda settings, fuse="auto": [*made(settings, fuse), term()])
-    setting.folder = tmp_path / "door"
-    found = doors.DOORS[door](setting, False)
-    assert doors.DOORS[door](setting, True) == pytest.approx(found[-12:], abs=1e-7)
-    setting.folder = tmp_path / "class"
-    assert found == pytest.approx(doors.DOORS["ProConTrainer"](setting, False), abs=1e-5)
+    found = doors.reference(setting, term.name)
     assert max(abs(one - other) for one, other in zip(found, plain, strict=True)) > 1e-3
