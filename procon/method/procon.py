@@ -488,6 +488,9 @@ class ProCon:
     def end(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """End an optimiser step of a plain loop, after its last backward and before ``optimizer.step()``.
 
+        Args:
+            optimizer: torch's, or Accelerate's around it; terms with a step of their own take it after this one's.
+
         Raises:
             ProConError: if the constraint did not act on it.
         """
@@ -495,7 +498,17 @@ class ProCon:
         self.before_optimizer()
         self.evidence.expect(self._begun)
         self.end_step(optimizer)
-        self.begin_step(self.step.number + 1)
+        if optimizer is None:
+            self.begin_step(self.step.number + 1)
+            return
+        stepped: Any = getattr(optimizer, "optimizer", optimizer)
+
+        def after(*_: object) -> None:
+            hook.remove()
+            self.after_optimizer()
+            self.begin_step(self.step.number + 1)
+
+        hook = stepped.register_step_post_hook(after)
 
     def close(self) -> None:
         """End training in a plain loop: the model is as it was; ProConError if no step was under the constraint."""

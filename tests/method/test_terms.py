@@ -22,7 +22,7 @@ class Share(Term):
 
     def share(self, step, run):
         weight = run.model.get_output_embeddings().weight
-        return weight.float().square().mean() / step.parts
+        return 100 * weight.float().square().mean() / step.parts
 
 
 class Gradient(Term):
