@@ -66,8 +66,12 @@ TABLE: dict[str, dict[str, dict[int, tuple[int, int]]]] = {
 #: From so many directions on, a program of the forward takes two rows on CUDA: it reads the directions half as often.
 MANY_DIRECTIONS = 4
 
-#: Longest row that RMSNorm backward holds in registers between its two uses; a longer one is read again from cache.
+#: Longest row that a program of the forward takes two of, and that RMSNorm backward holds in registers between its two
+#: uses; a longer one is read again from cache.
 HELD_COLUMNS = 8192
+
+#: Longest row in bytes whose share of the weight's gradient has room in registers beside the states' gradient.
+SUMMED_BYTES = 32 * 1024
 
 #: Of a program of RMSNorm backward: numbers per thread, in about 128 registers, and threads, of which so many fill a
 #: multiprocessor.
@@ -113,7 +117,7 @@ def row_tile(kernel: str, size: int, itemsize: int, target: Target) -> Tile:
 def forward_tile(size: int, itemsize: int, directions: int, target: Target) -> Tile:
     """Whole rows, whose sums of squares and projections are taken together."""
     tile = row_tile("forward", size, itemsize, target)
-    if target.family == "cuda" and tile.rows == 1 and directions >= MANY_DIRECTIONS:
+    if target.family == "cuda" and tile.rows == 1 and directions >= MANY_DIRECTIONS and tile.columns <= HELD_COLUMNS:
         return tile._replace(rows=2)
     return tile
 

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FP_FUSION, SUM_TILE, forward_tile, on_device, row_stream, target_of
+from .launch import FP_FUSION, SUM_TILE, SUMMED_BYTES, forward_tile, on_device, row_stream, target_of
 from .penalty import value_and_slope
 from .sums import row_sums
 
@@ -316,10 +316,10 @@ def rms_norm_gradient(
 
     if rows:
         with on_device(hidden):
-            if partial is None or stream.held or hidden.element_size() == 2:
+            if partial is None or stream.held or stream.columns * hidden.element_size() <= SUMMED_BYTES:
                 launch(gradient, partial)
             else:
-                # The sums of a long row in four bytes fill the registers by themselves.
+                # The sums of a long row fill the registers by themselves.
                 launch(gradient, None)
                 launch(None, partial)
             if partial is not None:

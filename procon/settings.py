@@ -220,7 +220,7 @@ def check_setting(setting: str, value: Any, name: str | None = None) -> None:
         if not isinstance(value, Integral) or isinstance(value, bool) or value < _LEAST[setting]:
             raise ProConError(f"{name} is {value!r}: give a whole number, {_LEAST[setting]} or more")
     elif setting == "probe_weight":
-        if not isinstance(value, Real) or isinstance(value, bool) or not (math.isfinite(value) and float(value) > 0):
+        if not 0 < _as_float(value) < math.inf:
             raise ProConError(f"{name} is {value!r}: give a finite number above 0")
     elif setting == "probes":
         if not isinstance(value, str | os.PathLike) or not str(value).strip():
@@ -324,8 +324,16 @@ def _block(text: str) -> Any:
 
 def check_alpha(alpha: float, name: str = "alpha") -> None:
     """Raise ProConError unless ``alpha`` is a strength: finite, 0 or more."""
-    if not isinstance(alpha, Real) or isinstance(alpha, bool) or not (math.isfinite(alpha) and alpha >= 0):
+    if not 0 <= _as_float(alpha) < math.inf:
         raise ProConError(f"{name} is {alpha!r}: give a finite number, 0 or more")
+
+
+def _as_float(value: object) -> float:
+    """A number as a float; NaN for what is none, and for one that no float can hold."""
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 #: The defaults of every door.

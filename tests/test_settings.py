@@ -35,6 +35,7 @@ from procon.settings import (
     CHOICES,
     DEFAULTS,
     PAPER_RECIPE,
+    check_alpha,
     check_setting,
     parse_blocks,
 )
@@ -372,3 +373,10 @@ def test_texts_that_are_no_blocks(text):
 def test_blocks_of_other_types(blocks):
     check_setting("blocks", blocks)
     assert ProjectionConstraint(directions(), blocks=blocks).blocks
+
+
+def test_a_number_that_no_float_can_hold_is_refused():
+    with pytest.raises(ProConError, match=r"probe_weight is 1000.*: give a finite number above 0"):
+        AnchorSettings(probe_weight=10**400)
+    with pytest.raises(ProConError, match=r"alpha is 1000.*: give a finite number, 0 or more"):
+        check_alpha(10**400)

@@ -20,14 +20,15 @@ BUILT = ("builds", LONG)
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
-def run_one(name: str, targets: list[str], sizes: list[int] | None) -> list[dict]:
+def run_one(name: str, targets: list[str], sizes: list[int] | None, every: bool) -> list[dict]:
     # Triton chooses between compiler and interpreter when a kernel is declared.
     os.environ.pop("TRITON_INTERPRET", None)
     if name == "traffic":
         os.environ["TRITON_INTERPRET"] = "1"
     audit = import_module(f"benchmarks.audit.{name.replace('-', '_')}")
-    records = audit.run(targets, sizes) if name in BUILT else audit.run()
-    audit.show(records)
+    options = {"every": True} if every else {}
+    records = audit.run(targets, sizes, **options) if name in BUILT else audit.run()
+    audit.show(records, **options)
     return records
 
 
@@ -60,10 +61,15 @@ def main() -> None:
     of_builds = "builds and passes: for this {} only; may be repeated"
     parser.add_argument("--target", action="append", choices=TARGETS, help=of_builds.format("GPU"))
     parser.add_argument("--size", action="append", type=int, help=of_builds.format("hidden size"))
+    parser.add_argument(
+        "--every", action="store_true", help="builds: every size and number of directions, and what spills (hours)"
+    )
     arguments = parser.parse_args()
+    if arguments.every and arguments.audit != "builds":
+        parser.error("--every is of builds")
     targets = arguments.target or list(TARGETS)
     sizes = arguments.size
-    records = run_one(arguments.audit, targets, sizes) if arguments.audit else run_all(targets, sizes)
+    records = run_one(arguments.audit, targets, sizes, arguments.every) if arguments.audit else run_all(targets, sizes)
     if arguments.json:
         arguments.json.write_text(json.dumps(records, indent=1))
 

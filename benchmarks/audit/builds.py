@@ -10,8 +10,10 @@ import subprocess
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -28,6 +30,7 @@ from benchmarks.audit.calls import calls
 from benchmarks.audit.processors import PROCESSORS, Processor, occupancy
 from benchmarks.audit.widths import widths
 from procon.kernels import launch as table
+from procon.settings import MAX_DIRECTIONS
 
 ROWS = 37
 
@@ -49,9 +52,20 @@ SHAPES = (
     Shape(8192, directions=3),
     Shape(8192, directions=2, dtype=torch.float32),
     Shape(4096, directions=8, dtype=torch.float32),
+    *(Shape(size, directions=8, penalty="absolute") for size in (8192, 16384)),
+    Shape(20480, penalty="absolute"),
     Shape(576, dtype=torch.float16, penalty="absolute"),
     Shape(576, dtype=torch.float16, penalty="absolute", sides="fall"),
     Shape(3584, penalty="huber", casting="gemma", sides="fall"),
+)
+
+#: Widths that models have, up to twice that of the widest.
+_WIDTHS = (64, 128, 256, 576, 896, 1024, 1536, 2048, 2560, 3584, 4096, 5120, 7168, 8192, 12288, 16384, 20480, 32768)
+EVERY = tuple(
+    Shape(size, directions, dtype, "absolute")
+    for size in _WIDTHS
+    for dtype in (torch.bfloat16, torch.float32)
+    for directions in range(1, MAX_DIRECTIONS + 1)
 )
 
 
@@ -142,15 +156,30 @@ def _kind(value: object) -> str:
     return {int: "i32", float: "fp32"}[type(value)]
 
 
-def run(targets: list[str], sizes: list[int] | None = None) -> list[dict]:
-    """``sizes``: of the hidden states; all of them if not given."""
-    shapes = [shape for shape in SHAPES if not sizes or shape.size in sizes]
-    return [asdict(record) for target in targets for shape in shapes for record in _records(target, shape)]
+def run(targets: list[str], sizes: list[int] | None = None, every: bool = False) -> list[dict]:
+    """``sizes``: of the hidden states; all of them if not given. ``every``: all that the op takes, by two processes.
+
+    Triton keeps what it has built: what was interrupted goes on where it stopped.
+    """
+    shapes = [shape for shape in (EVERY if every else SHAPES) if not sizes or shape.size in sizes]
+    cases = [(target, shape, every) for target in targets for shape in shapes]
+    if not every:
+        return [record for case in cases for record in _records(case)]
+    with ProcessPoolExecutor(2, get_context("spawn")) as processes:
+        return [record for records in processes.map(_records, cases) for record in records]
 
 
-def _records(target: str, shape: Shape) -> Iterator[Record]:
+def _records(case: tuple[str, Shape, bool]) -> list[dict]:
+    return [asdict(record) for record in _built(*case)]
+
+
+def _built(target: str, shape: Shape, every: bool) -> Iterator[Record]:
     processor = PROCESSORS[target]
     for name, call in calls(ROWS, *shape).items():
+        if every and shape.directions > 1 and name.startswith("norm"):
+            continue  # as with one direction
+        if every and shape.size > 1024 and name.startswith("pass-through backward"):
+            continue  # patches of 256 columns, as of shorter rows
         with launched_for(target), recorded() as launches:
             call.run()
         for launch in launches:
@@ -209,7 +238,11 @@ def _state_accesses(launch: Launch, compiled: CompiledKernel, size: int) -> list
     return [Access(name, way, min(bytes), len(bytes)) for (name, way), bytes in found.items()]
 
 
-def show(records: list[dict]) -> None:
+def show(records: list[dict], every: bool = False) -> None:
+    """``every``: of so many, those that spill."""
+    if every:
+        _show_spills(records)
+        return
     for target in dict.fromkeys(record["target"] for record in records):
         table = Table(title=f"Builds for {target}")
         for heading in ("call", "D", "K", "dtype", "tile", "warps", "registers", "spilled", "shared", "occupancy", "H"):
@@ -230,3 +263,17 @@ def show(records: list[dict]) -> None:
                     f"{min(access['narrowest_bytes'] for access in r['accesses'])} B" if r["accesses"] else "",
                 )
         Console().print(table)
+
+
+def _show_spills(records: list[dict]) -> None:
+    found = defaultdict(dict)
+    for r in records:
+        if r["spilled_bytes"]:
+            bytes = found[r["target"], r["dtype"], r["size"], r["call"]]
+            bytes[r["directions"]] = max(r["spilled_bytes"], bytes.get(r["directions"], 0))
+    table = Table(title=f"{len(records)} builds, and bytes per thread of those that spill")
+    for heading in ("GPU", "dtype", "D", "call", "bytes by K"):
+        table.add_column(heading)
+    for (target, dtype, size, call), bytes in found.items():
+        table.add_row(target, dtype, str(size), call, ", ".join(f"{k}: {bytes[k]}" for k in sorted(bytes)))
+    Console().print(table)

@@ -34,10 +34,13 @@ _MISSING = {
 _FILES = {name: said for names, said in _MISSING.items() for name in names}
 
 
-def check(name: str, argv: Sequence[str]) -> None:
+def check(name: str, argv: Sequence[str], *, files: bool = False) -> None:
     """Raise ProConError for what is wrong with the settings of command ``name`` without a look into any file.
 
     Types of transformers' arguments are those of the installed version. What is not known here is left to the parser.
+
+    Args:
+        files: whether files and models have to be there as well.
     """
     command = COMMANDS[name]
     further = _training_arguments() if command.trains else {}
@@ -72,9 +75,9 @@ def check(name: str, argv: Sequence[str]) -> None:
         value = read[setting.name]
         if value and setting.choices:
             check_choice(setting.name, value, setting.choices)
-        if value and setting.kind == "MODEL":
+        if files and value and setting.kind == "MODEL":
             check_name(value)
-    for setting in _FILES.keys() & read.keys():
+    for setting in _FILES.keys() & read.keys() if files else ():
         values = read[setting] if isinstance(read[setting], list) else [read[setting]]
         for value in filter(None, values):
             _check_file(setting, value)

@@ -46,6 +46,7 @@ def _main(argv: list[str]) -> int:
             print(help_of(name), end="")
             return 0
         try:
+            first_look.check(name, _with_flags(name, settings), files=True)
             parsed = parse(name, settings)
             if command.trains:
                 launcher = import_module("procon.cli.launcher")

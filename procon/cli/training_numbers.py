@@ -31,6 +31,9 @@ _LEAST = {
     "data_seed": 0,
 }
 
+#: Whole numbers of more digits are no float, and no count of anything.
+_LARGEST = 1e300
+
 #: What each has to stay below.
 _BELOW = {"adam_beta1": 1, "adam_beta2": 1, "label_smoothing_factor": 1, "seed": 2**32, "data_seed": 2**32}
 
@@ -43,8 +46,8 @@ def check(config: TrainingArguments) -> None:
             raise ProConError(f"{field.name} is {value!r:.60}: give a mapping, such as {{num_cycles: 2}}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        if not math.isfinite(value):
-            raise ProConError(f"{field.name} is {value}: give a finite number")
+        if not abs(value) < _LARGEST:
+            raise ProConError(f"{field.name} is {value!s:.40}: give a finite number")
         if value < _LEAST.get(field.name, -math.inf):
             raise ProConError(f"{field.name} is {value}: give {_LEAST[field.name]} or more")
         if value >= _BELOW.get(field.name, math.inf):

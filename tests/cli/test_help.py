@@ -86,7 +86,7 @@ def test_the_first_look_refuses_nothing_that_the_command_takes(name, tmp_path, m
     assert not command.trains or len(flags) > 250
     for _ in range(2):
         for flag, value in flags:
-            first_look.check(name, [*there, flag, value])
+            first_look.check(name, [*there, flag, value], files=True)
         monkeypatch.setattr(first_look, "_training_arguments", dict)
     for settings in (there, [*there, "--config", str(tmp_path)]):
         first_look.check(name, [*settings, "--learning_rate", "x", "--tomorrows"] if command.trains else settings)

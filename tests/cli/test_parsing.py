@@ -290,6 +290,7 @@ def assert_one_line(place: Path, argv: list[str], message: str, capsys) -> None:
         ([*TRAIN, "--procon_blocks", "some"], "procon_blocks is 'some': give all"),
         ([*TRAIN, "--save_strategy", "sometimes"], "save.strategy.*see 'procon train --help'"),
         ([*TRAIN, "--learning_rate", "nan"], "learning_rate is nan: give a finite number"),
+        ([*TRAIN, "--max_steps", "9" * 400], "max_steps is 9+: give a finite number"),
         ([*TRAIN, "--lr_scheduler_kwargs", "[]"], "lr_scheduler_kwargs is .*: give a mapping"),
         ([*TRAIN, "--seed", "-1"], "seed is -1: give 0 or more"),
         ([*TRAIN, "--seed", "4294967296"], "seed is 4294967296: give less than 4294967296"),

@@ -55,3 +55,4 @@ def test_many_directions_stay_in_registers_up_to_the_width_of_a_model_of_7b():
 def test_many_directions_are_read_once_for_two_rows():
     assert launch.forward_tile(4096, 2, 3, TARGETS[2]).rows == 1
     assert launch.forward_tile(4096, 2, 4, TARGETS[2]).rows == 2
+    assert launch.forward_tile(16384, 2, 8, TARGETS[2]).rows == 1  # two would not fit the registers

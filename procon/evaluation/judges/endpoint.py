@@ -73,10 +73,10 @@ class EndpointJudge:
     ) -> None:
         try:
             parts = urllib.parse.urlsplit(url)
-            known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+            host, _ = parts.hostname, parts.port
         except ValueError:  # of brackets or of a port that are none
-            known = False
-        if not known:
+            parts, host = urllib.parse.urlsplit(""), None
+        if parts.scheme not in ("http", "https") or not host:
             raise ProConError(f"judge {url!r:.80} is no address: give one such as http://localhost:8000/v1#MODEL")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ProConError(
