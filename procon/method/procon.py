@@ -358,14 +358,15 @@ class ProCon:
 
         Args:
             number: of the step, from 0.
-            batches: its micro-batches of this rank, to divide by their constrained tokens.
-            tokens: the same of all ranks, if known.
+            batches: its micro-batches of this rank, to divide by the constrained tokens of all ranks' together.
+            tokens: their number, if known.
             parts: without either, how many means over a micro-batch make up the step, over all ranks.
         """
-        if batches is not None and tokens is None and self.tokens is not None:
-            tokens = constrained_tokens(batches)
+        if batches is not None:
+            parts = 1
+            if tokens is None and self.tokens is not None:
+                tokens = constrained_tokens(batches, self.run.total)
         self.step = Step(number, self.alpha_at(number), tokens, parts or self.accumulation * self.run.groups)
-        self._penalty_steps += self.acts
 
     @property
     def acts(self) -> bool:
@@ -458,6 +459,7 @@ class ProCon:
         """Before the optimiser's step: ProConError if this step's penalty has not reached what it trains."""
         if self.acts:
             self.evidence.end_step(self.constraint, optimizer, self.run.model if model is None else model)
+            self._penalty_steps += 1
 
     def after_optimizer(self) -> None:
         """The optimiser has taken its step."""
