@@ -94,10 +94,9 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-            logged = {name.removeprefix("procon/"): value for name, value in procon.log(step).items()}
-            logged["loss"] = accelerator.reduce(step_loss).item()
-            line = "  ".join(f"{name} {value:.6g}" for name, value in logged.items())
-            accelerator.print(f"step {step}/{total_steps}  {line}")
+            logged, loss = procon.log(step), accelerator.reduce(step_loss).item()
+            alpha, penalty = logged["procon/alpha"], logged.get("procon/penalty", 0.0)
+            accelerator.print(f"step {step}/{total_steps}  alpha {alpha:g}  loss {loss:.6g}  penalty {penalty:.6g}")
     procon.close()
 
     weights = accelerator.get_state_dict(model)
