@@ -37,7 +37,7 @@ def set_environment(config: str) -> None:
     os.environ |= ranks
 
 
-def extract(*_) -> Directions:
+def extract(*_, **__) -> Directions:
     """As where the main process alone has the weights."""
     assert RANK == 0
     return Directions.load(FOLDER / "directions.safetensors")
