@@ -9,7 +9,7 @@
 #
 # Needs torch, triton, transformers, peft, accelerate, jinja2, tqdm, xxhash, pytest and pytest-benchmark, some of its
 # tests also datasets; neither the network nor an installation of this project. PYTHON names the interpreter,
-# PROCON_GPU_SECONDS the limit for the whole (480).
+# PROCON_GPU_SECONDS the limit for the whole (480). Without a GPU or torch the exit status is 2.
 set -uo pipefail
 
 parts=(tests clone rms_norm_penalty projection_penalty training_step_7b tune host_overhead sanitizer training_step
@@ -26,6 +26,19 @@ for name in "${asked[@]}"; do
         exit 2
     fi
 done
+python=(${PYTHON:-python3} -P)
+case $("${python[@]}" -c 'import torch; print(torch.cuda.is_available())' 2>/dev/null) in
+    True) ;;
+    False)
+        echo "there is no GPU that torch can use: run this on a machine with one" >&2
+        exit 2
+        ;;
+    *)
+        echo "${PYTHON:-python3} has no torch: name a Python that has it, as in" \
+            "PYTHON=/path/to/venv/bin/python bash benchmarks/gpu.sh" >&2
+        exit 2
+        ;;
+esac
 mkdir -p "$1" || exit 2
 folder=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.." || exit 2
@@ -44,7 +57,6 @@ packages=$(mktemp -d)
 trap 'rm -rf "$packages"' EXIT
 ln -s "$PWD/procon" "$PWD/benchmarks" "$packages"
 export PYTHONPATH=$packages${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-python=(${PYTHON:-python3} -P)
 limit=${PROCON_GPU_SECONDS:-480}
 failed=()
 left_over=()

@@ -190,6 +190,8 @@ def _finish(partial, gradient, COUNT, D: tl.constexpr, ROWS: tl.constexpr, COLUM
         row = first + tl.arange(0, ROWS)[:, None]
         total += tl.load(partial + row * D + column, mask=(row < COUNT) & real, other=0)
     result = tl.sum(total, axis=0, keep_dims=True)
+    if gradient.dtype.element_ty == tl.bfloat16:
+        result = result.to(tl.float32)  # Triton's interpreter makes other numbers of float64
     tl.store(gradient + column, result.to(gradient.dtype.element_ty), mask=real)
 
 

@@ -36,6 +36,7 @@ _HOME = {
     "rms_norm_constrain": "ops",
     "ProConError": "errors",
     "Directions": "directions",
+    "RefusalDirections": "directions",
     "Anchors": "anchors",
     "AnchoredCollator": "anchors",
     "LiveAnchors": "anchors",

@@ -35,6 +35,9 @@ _ABANDONED = 24 * 60 * 60
 MAX_NESTING = 64
 MAX_TEXT = 1_000_000
 
+#: What Python raises if content that was read is not the one that was expected.
+NO_SUCH_CONTENT = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+
 _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -185,11 +188,11 @@ def load_json(path: str | Path, build: Callable[[Any], T], what: str) -> T:
         ProConError: if the file is missing or damaged, or ``build`` does not recognise its content.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ProConError(f"{what} file {str(path)!r} does not exist")
     try:
         return build(parse_json(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except NO_SUCH_CONTENT as error:
         reason = f"no key {error}" if isinstance(error, KeyError) else error
         raise ProConError(f"{what} file {str(path)!r} is damaged or holds something else ({reason})") from error
 

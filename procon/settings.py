@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
@@ -178,7 +179,8 @@ class ChatSettings:
         if taken := sorted(_RENDERING & kwargs.keys()):
             raise ProConError(f"chat_template_kwargs has {taken[0]!r}, which rendering sets itself: leave it out")
         markers = self.thinking_markers
-        if isinstance(markers, str) or len(markers) > 2 or not all(isinstance(m, str) and m.strip() for m in markers):
+        known = isinstance(markers, list | tuple) and len(markers) <= 2
+        if not known or not all(isinstance(marker, str) and marker.strip() for marker in markers):
             raise ProConError(
                 f"thinking_markers is {markers!r:.60}: give what begins and what ends a thought, or what ends it alone"
             )
@@ -236,6 +238,16 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ProConError, naming the choices, if ``value`` is not one of them."""
     if value not in choices:
         raise ProConError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
+
+
+#: ``owner/name``, or one of the few names without an owner; of 96 letters at most.
+_HUB_NAME = re.compile(r"(?!.{97})[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def check_name(name: str | os.PathLike[str], what: str = "model", remedy: str = "give a folder or a hub name") -> None:
+    """Raise ProConError if ``name`` is neither there nor could be a name on the hub."""
+    if not (str(name) and os.path.exists(name)) and not _HUB_NAME.fullmatch(str(name)):
+        raise ProConError(f"{what} {str(name)!r} cannot be loaded (there is no such file or folder): {remedy}")
 
 
 def backend_variable() -> str:

@@ -26,12 +26,20 @@ from procon.chat.prompts import (
     builtin_refusals,
     load_instructions,
 )
-from procon.chat.refusal import is_degenerate, is_refusal, measure_refusal, refusal_rate
+from procon.chat.refusal import (
+    ENOUGH_REFUSAL,
+    is_degenerate,
+    is_refusal,
+    measure_refusal,
+    refusal_rate,
+    warn_of_low_refusal,
+)
 from procon.chat.switches import describe_chat
 from procon.chat.template import Message, pad_token_id, render, template_hash, user_turn
 from procon.chat.thinking import Reply, split_thoughts
 
 __all__ = [
+    "ENOUGH_REFUSAL",
     "ContrastPrompts",
     "Message",
     "Reply",
@@ -58,4 +66,5 @@ __all__ = [
     "split_thoughts",
     "template_hash",
     "user_turn",
+    "warn_of_low_refusal",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -108,7 +109,7 @@ def load_instructions(path: str | Path) -> tuple[str, ...]:
             levels deep, or a prompt has more than 1,000,000 characters.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ProConError(f"prompt file {str(path)!r} does not exist")
     try:
         rows = list(_rows(path, path.read_text(encoding="utf-8-sig")))  # a byte order mark is no part of a prompt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any
 
 from procon.cli.arguments import TrainArguments
@@ -44,7 +44,7 @@ def _check_evaluation(arguments: TrainArguments, config: Any) -> None:
     if "eval_share" in sources and len(sources) > 1:
         raise ProConError(f"eval_share and {sources[0]} are both set: choose one")
     source = arguments.eval_data or arguments.data
-    if arguments.eval_split and Path(source).is_file():
+    if arguments.eval_split and os.path.isfile(source):
         raise ProConError(f"eval_split is {arguments.eval_split!r:.60}, and data {source!r} is a file: leave it out")
     asked = {
         "eval_strategy": str(getattr(config.eval_strategy, "value", config.eval_strategy)) != "no",

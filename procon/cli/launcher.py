@@ -83,8 +83,9 @@ def launch(arguments: TrainArguments, argv: Sequence[str], *, use_cpu: bool) -> 
 def _config_file(name: str) -> Path:
     """A file of one's own, or one of those that come with the package."""
     own, ours = Path(name), Path(str(_CONFIGS / f"{name}.yaml"))
-    if own.is_file() or ours.is_file():
-        return own if own.is_file() else ours
+    for path in (own, ours):
+        if os.path.isfile(path):
+            return path
     known = ", ".join(sorted(path.name.removesuffix(".yaml") for path in _CONFIGS.iterdir()))
     raise ProConError(f"accelerate_config is {name!r:.80}: choose one of {known}, or give a file of accelerate config")
 
@@ -100,8 +101,12 @@ def _processes(arguments: TrainArguments, config: Path, devices: int) -> int:
     try:
         settings: Any = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
         kind, own = settings.get("distributed_type"), settings.get("num_processes")
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+    except Exception as error:  # PyYAML has errors of its own, and lets through those of Python's types
         raise ProConError(f"accelerate_config {str(config)!r} cannot be read ({error}): check the file") from error
+    if own is not None and (type(own) is not int or own < 1):
+        raise ProConError(
+            f"accelerate_config {str(config)!r} gives num_processes {own!r:.40}: give a whole number, 1 or more"
+        )
     if not devices and kind in _SHARDED:
         raise ProConError(
             f"accelerate_config is {arguments.accelerate_config!r}, which keeps a model in parts over GPUs, and there "
@@ -112,7 +117,7 @@ def _processes(arguments: TrainArguments, config: Path, devices: int) -> int:
         raise ProConError("there is no GPU, so it is not known how many processes to start: give --num_processes")
     if devices and processes > devices:
         raise ProConError(f"num_processes is {processes}, and this machine has {devices} GPUs: give {devices} or less")
-    return int(processes)
+    return processes
 
 
 def _same_path() -> dict[str, str]:

@@ -11,8 +11,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from procon.cli import contradictions
+from procon.cli import contradictions, first_look
 from procon.cli.evaluation import evaluation_defaults
+from procon.cli.first_look import hint
 from procon.cli.help import help_of, usage
 from procon.cli.noise import others_apart
 from procon.cli.registry import COMMANDS, Command
@@ -116,13 +117,10 @@ def parse(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
     """
     command = COMMANDS[name]
     require_extra("cli", f"procon {name}")
-    parser, types = full_parser(name)
     argv = _with_flags(name, argv)
-    # Before what is missing: a flag that is misspelt is the likely cause.
+    first_look.check(name, argv)
+    parser, types = full_parser(name)
     flags = [word for word in argv if word.startswith("--") and word != "--"]
-    for flag in flags:
-        if flag.partition("=")[0] not in parser._option_string_actions:
-            raise ProConError(f"there is no setting {flag!r}{_hint(flag, _names(parser))}")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     first.error = parser.error
@@ -141,7 +139,7 @@ def parse(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
     except Exception as error:  # TrainingArguments checks some settings itself, and trips over others
         raise ProConError(f"{error or type(error).__name__}; see 'procon {name} --help'") from error
     if unknown:
-        raise ProConError(f"there is no setting {unknown[0]!r}{_hint(unknown[0], _names(parser))}")
+        raise ProConError(f"there is no setting {unknown[0]!r}{hint(unknown[0], _names(parser))}")
     if command.trains:
         import_module("procon.cli.training_numbers").check(parsed[1])
         parsed[0].given = frozenset(given)
@@ -171,20 +169,13 @@ def _names(parser: argparse.ArgumentParser) -> set[str]:
     return {action.dest for action in parser._actions} - {"help", "config"}
 
 
-def _hint(unknown: str, known: set[str]) -> str:
-    close = get_close_matches(unknown.split("=")[0].lstrip("-").replace("-", "_"), known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ": see --help for the names"
-
-
 def _apply_yaml(parser: argparse.ArgumentParser, file: Path, types: tuple[type[Any], ...]) -> set[str]:
     """Make the file's settings the parser's defaults; returns their names."""
     settings, nested = import_module("procon.cli.settings_file").read_settings(file)
     known = _names(parser)
     for name in settings:
         if name not in known:
-            raise ProConError(
-                f"config file {str(file)!r} has the unknown setting {name!r:.60}{_hint(str(name), known)}"
-            )
+            raise ProConError(f"config file {str(file)!r} has the unknown setting {name!r:.60}{hint(str(name), known)}")
     # Of the classes, as the parser has simplified the types of their fields.
     classes = [parent for own in types for parent in own.__mro__ if is_dataclass(parent)]
     mappings = {name for parent in classes for name, kind in parent.__annotations__.items() if "dict" in str(kind)}

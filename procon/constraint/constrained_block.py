@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from procon.constraint.copies import Arguments, Hook, ModuleForward, PreForward
+from procon.constraint.departure import typical_departure
 from procon.constraint.input_norm import InputNorm
 from procon.constraint.reach import is_the_same
 from procon.constraint.sharded_input import check_placements, constrain_sharded
@@ -22,7 +23,7 @@ from procon.constraint.target import State, Target, on_device
 from procon.errors import ProConError
 from procon.models import block_input, block_output
 from procon.ops import outside_backward, rms_norm
-from procon.ops.operators import folded
+from procon.ops.operators import folded, version_of
 from procon.ops.prepared import constrain_tokens, rms_norm_constrain_tokens
 from procon.settings import Units
 
@@ -108,7 +109,7 @@ class ConstrainedBlock:
 
     def _note(self, hidden: Tensor) -> None:
         if self._state.enabled and (target := self._state.target) is not None:
-            target.called_with[self._column] = hidden, _version(hidden)
+            target.called_with[self._column] = hidden, version_of(hidden)
 
     def _within(self, norm: InputNorm) -> Callable[[Tensor], Tensor]:
         """A forward for a block's first norm, which gives the penalty on the way."""
@@ -169,7 +170,7 @@ class ConstrainedBlock:
         """What the block was called with: ``given``, or ``hidden``, which its norm gets, if that is the same."""
         if isinstance(hidden, DTensor) and not isinstance(given, DTensor):
             return hidden  # a parallel plan made it of the block's input
-        if _version(given) != version:
+        if version_of(given) != version:
             raise ProConError(
                 f"block {self._index} changes its input in place before its norm reads it: attach the constraint with "
                 "fuse='never'"
@@ -222,7 +223,12 @@ class ConstrainedBlock:
         if torch.compiler.is_compiling():
             # A graph cannot ask whether it runs again, and would save what the op makes of the target of that time.
             anchors = outside_backward(anchors)
-        return self._directions(target.units, device, backend), anchors, mask, backend
+        vectors = self._directions(target.units, device, backend)
+        # A graph would be compiled once more for the first step.
+        noted = None if torch.compiler.is_compiling() else self._state.departures
+        if noted is not None and trains and not isinstance(hidden, DTensor):
+            noted.append(typical_departure(hidden, vectors, anchors, mask, backend))
+        return vectors, anchors, mask, backend
 
     def _directions(self, units: Units, device: torch.device, backend: str) -> Tensor:
         """As the op takes them."""
@@ -267,8 +273,3 @@ def _unseen(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
 def runs_again() -> bool:
     """Whether autograd is running a backward now, as it is when a checkpointed block runs again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _version(tensor: Tensor) -> int:
-    """Counts the changes in place; 0 if nothing counts them."""
-    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version

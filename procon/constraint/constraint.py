@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from procon.chat import warn_of_low_refusal
 from procon.constraint.blocks import check_units, gap_units, select_blocks
 from procon.constraint.constrained_block import ConstrainedBlock, runs_again
 from procon.constraint.copies import Arguments, Hook
+from procon.constraint.guards import refuse_noise
 from procon.constraint.reach import reaches_a_parameter
 from procon.constraint.sites import find_site
 from procon.constraint.target import State, Target, on_device, sums
@@ -21,7 +24,15 @@ from procon.constraint.token_count import divisor
 from procon.constraint.use import Use
 from procon.directions import Directions
 from procon.errors import ProConError
-from procon.models import Decoder, active_adapters, adapter_layer, find_decoder, first_moving_block, unwrapped
+from procon.models import (
+    Decoder,
+    active_adapters,
+    adapter_layer,
+    find_decoder,
+    first_moving_block,
+    token_embedding,
+    unwrapped,
+)
 from procon.ops.arguments import check_constant
 from procon.settings import DEFAULTS, Backend, Blocks, Fuse, Penalty, Sides, Units, check_setting
 
@@ -92,6 +103,9 @@ class ProjectionConstraint:
     ) -> None:
         for setting, value in {"penalty": penalty, "sides": sides, "units": units, "backend": backend}.items():
             check_setting(setting, value)
+        concepts = directions.provenance.get("concepts")
+        for known in (directions.provenance, *(concepts.values() if isinstance(concepts, dict) else ())):
+            warn_of_low_refusal(known.get("refusal_rate"))
         self.blocks = select_blocks(directions, blocks)
         if units == "gap":
             check_units(directions, self.blocks)
@@ -151,6 +165,7 @@ class ProjectionConstraint:
             raise ProConError("this constraint is attached already: call detach() first")
         decoder = find_decoder(model)
         self._directions.check_fits(decoder)
+        refuse_noise(getattr(token_embedding(model), "neftune_noise_alpha", None))  # as transformers sets it
         fused = []
         with ExitStack() as undo:
             hook = Hook(self._before_decoder)
@@ -288,6 +303,17 @@ class ProjectionConstraint:
         penalty = by_block.sum() / (divisor(tokens, target.mask, device) * len(self.blocks))
         self.use.watch(penalty)
         return penalty
+
+    def note_departures(self, noting: bool) -> None:
+        """Measure in the coming forwards how far tokens are from their anchors, which waits for the device; or not."""
+        self._state.departures = [] if noting else None
+
+    def largest_departure(self) -> float:
+        """Of the block that is farthest in the forwards noted: how many times as far its median token is from its
+        anchor as rounding takes it; NaN if none was noted. Ends the noting."""
+        found = [float(departure) for departure in self._state.departures or ()]
+        self._state.departures = None
+        return max((departure for departure in found if departure == departure), default=math.nan)
 
     def _terms(self, target: Target) -> dict[int, Tensor]:
         """By column, the penalties of the blocks whose inputs training can move; of all without gradients."""

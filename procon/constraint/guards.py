@@ -13,6 +13,15 @@ def refuse_data_parallel(n_gpu: int) -> None:
         raise ProConError("nn.DataParallel copies the model without its hooks: start one process per GPU with torchrun")
 
 
+def refuse_noise(neftune_noise_alpha: float | None) -> None:
+    """Raise ProConError if embeddings get noise in training, in the probes' forwards too: anchors are without."""
+    if neftune_noise_alpha:
+        raise ProConError(
+            f"neftune_noise_alpha is {neftune_noise_alpha:g}, and noise on the embeddings moves every token further "
+            "from its anchor than training does, so the constraint would act against the noise: leave it out"
+        )
+
+
 def check_finite(penalty: float, step: int) -> None:
     """Raise ProConError if the penalty up to optimiser step ``step`` says that hidden states went bad."""
     if not math.isfinite(penalty):

@@ -68,6 +68,8 @@ class State:
     sides: Sides = "both"
     enabled: bool = True
     target: Target | None = None
+    #: Of each block and forward, what :func:`procon.constraint.departure.typical_departure` gives; None if nobody asks.
+    departures: list[Tensor] | None = None
     #: That of the last target, which may be released when blocks run again within backward; None before the first one.
     first_moving: int | None = None
 

@@ -53,6 +53,8 @@ def parse_columns(text: str | None) -> dict[str, str]:
     Raises:
         ProConError: for anything else, or for columns that make no sample.
     """
+    if text is not None and not isinstance(text, str):
+        raise ProConError(f"data_columns is {text!r:.60}: give a text, such as prompt=NAME,response=NAME")
     columns: dict[str, str] = {}
     for part in text.split(",") if text else ():
         role, equals, name = (piece.strip() for piece in part.partition("="))

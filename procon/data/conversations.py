@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 import sys
 import warnings
 from collections import Counter
@@ -84,10 +85,10 @@ def load_conversations(
             nested more than 64 levels deep, or a text has more than 1,000,000 characters.
     """
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ProConError(f"data {str(source)!r} is a folder: give a file in it, or a dataset name")
     check_columns(columns or {})
-    if path.is_file() or is_data_file(path):
+    if os.path.isfile(path) or is_data_file(path):
         for name, given in {
             "config": config,
             "revision": revision,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def read_rows(path: Path, wanted: Collection[str]) -> Iterator[Row]:
 
 def check_file(path: Path) -> None:
     """Raise ProConError unless the file is there, of a known type and not empty."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ProConError(f"data file {str(path)!r} does not exist: check the path")
     if not is_data_file(path):
         raise ProConError(f"data file {str(path)!r} is of no known type: give .json, .jsonl, .csv or .parquet")

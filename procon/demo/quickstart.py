@@ -8,6 +8,7 @@ __extra__ = require_extra("demo", "the quickstart")
 
 import platform
 import time
+import warnings
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -21,7 +22,13 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from procon.chat import builtin_drift_pairs, builtin_probes, builtin_prompts, measure_refusal
+from procon.chat import (
+    ENOUGH_REFUSAL,
+    builtin_drift_pairs,
+    builtin_probes,
+    builtin_prompts,
+    measure_refusal,
+)
 from procon.data import padding_collator, to_conversations, tokenize_conversations
 from procon.demo.arithmetic import Problem, arithmetic_problems
 from procon.demo.model import fetch_demo_model
@@ -37,9 +44,6 @@ from procon.settings import PAPER_RECIPE, ProConSettings
 from procon.training import DriftCallback, EvaluationCallback, ProConConfig, ProConTrainer
 from procon.training.console_rows import show_rows
 from procon.version import __version__
-
-#: Below this share of refused malicious prompts there is too little to preserve, and the model is taught first.
-ENOUGH_REFUSAL = 0.5
 
 TASK_TRAIN, TASK_TEST, TASK_PROBE = 320, 64, 16
 TASK_SEED = 0
@@ -188,7 +192,9 @@ def _starting_model(
     """The model that both runs start from, and where it is: one that had to be taught to refuse is in ``folder``."""
     found = str(name or fetch_demo_model())
     model, tokenizer = load_model(found, trust_remote_code=trust_remote_code)
-    rate = measure_refusal(model, tokenizer, builtin_prompts("validation").malicious)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what they say is said, and mended, below
+        rate = measure_refusal(model, tokenizer, builtin_prompts("validation").malicious)
     if rate is None:
         raise ProConError(
             "no reply to malicious prompts came to the end of its thought: give a model that can do without"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -112,7 +113,8 @@ class Directions:
             held_out: prompts to measure :attr:`auroc` on. If not given: for refusal, the built-in held-out ones; for
                 another concept every fifth of each side, left out of the means, and none if a side has fewer than ten.
             chat: how the model is asked: system prompt, variables of its chat template, markers of its thoughts.
-            check_refusal: for refusal, generate replies to some malicious prompts first, and warn if none is refused.
+            check_refusal: for refusal, generate replies to some malicious prompts first, and warn if less than half are
+                refused.
 
         Memory: one block's input at a time, plus ``2 * L * D`` fp64 sums, those of each category too with ``k > 1``.
 
@@ -370,8 +372,8 @@ class Directions:
             ProConError: if the file is missing or damaged, or holds something else than unit directions.
         """
         path = Path(path)
-        path = path / DIRECTIONS_FILE if path.is_dir() else path
-        if not path.is_file():
+        path = path / DIRECTIONS_FILE if os.path.isdir(path) else path
+        if not os.path.isfile(path):
             raise ProConError(f"directions file {str(path)!r} does not exist: make it with 'procon directions'")
         try:
             with safe_open(path, "pt") as file:

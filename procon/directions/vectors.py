@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -80,7 +81,7 @@ def load_vectors(path: str | Path) -> Vectors:
         ProConError: if the file is missing or damaged, or has other names.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ProConError(f"vectors file {str(path)!r} does not exist")
     try:
         tensors = load_file(path)

@@ -84,6 +84,8 @@ class Evaluation:
         task, harm = data["task"], data.get("harm")
         if not isinstance(data.get("sources", {}), dict):
             raise TypeError("sources is no object")
+        if not (judges := [str(name) for name in data.get("judges", ["keywords"])]):
+            raise ValueError("judges is empty")
         return cls(
             label=text_of(data, "label"),
             refusal_malicious=Rate(**data["refusal_malicious"]),
@@ -91,7 +93,7 @@ class Evaluation:
             degenerate=Rate(**data["degenerate"]),
             task=None if task is None else Mean(**task) if "deviation" in task else Rate(**task),
             replies=[_reply(reply) for reply in data["replies"]],
-            judges=[str(name) for name in data.get("judges", ["keywords"])],
+            judges=judges,
             judge_benign=str(data.get("judge_benign", "keywords")),
             harm=None if harm is None else Mean(**harm),
             metric=str(data.get("metric", "exact")),

@@ -16,14 +16,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from procon.anchors.starting_state import require_length
-from procon.constraint.guards import refuse_data_parallel
+from procon.constraint.guards import refuse_data_parallel, refuse_noise
 from procon.directions import Directions
 from procon.errors import ProConError
 from procon.integrations.forward import REMEDY, ConstrainedForward, constrained_by
-from procon.method import ProCon, Run, once_through
+from procon.method import ProCon, Run, check_batches, once_through
 from procon.method.ranks import on_main
 from procon.method.record import RECORD, write_record
 from procon.schedule import AlphaSchedule
@@ -134,12 +134,13 @@ class ProConCallback(TrainerCallback, ExportableState):
         _refuse(args, model)
         if self._settings.anchors == "recorded":
             require_length(train_dataloader.dataset, "training set")
+        check_batches(not has_length(train_dataloader) or len(train_dataloader) > 0, train_dataloader.dataset)
         # The Trainer starts over, for example with a smaller batch, and the model may have moved meanwhile.
         again = left_over is not None and left_over is self._forward and state.global_step == 0
         run = _CallbackRun(args, model, processing_class, self._chat)
         if again and self.procon is not None:
             procon = self.procon
-            procon.run = run
+            procon.run, procon.at_start = run, False
         else:
             procon = ProCon(run, settings=self._settings, directions=self._directions, fuse=self._fuse)
         self.procon = procon
@@ -170,6 +171,12 @@ class ProConCallback(TrainerCallback, ExportableState):
     ) -> None:
         if self._forward is not None:
             self._forward.begin_step(state.global_step)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._forward is not None:
+            self._forward.procon.evidence.next_micro_batch()
 
     def on_pre_optimizer_step(
         self,
@@ -276,6 +283,7 @@ class _CallbackRun(Run):
 
 def _refuse(args: TrainingArguments, model: nn.Module) -> None:
     refuse_data_parallel(args.n_gpu)
+    refuse_noise(args.neftune_noise_alpha)
     if (getattr(model, "tp_size", None) or 1) > 1:
         raise ProConError(
             "the model is split by tensor parallelism, whose ranks share batches: train with DDP, FSDP or DeepSpeed"

@@ -165,7 +165,11 @@ class ConstrainedForward:
             return self._original(*args, **kwargs)
         if not (self._module.training and torch.is_grad_enabled()):
             with self.procon.resting():
-                return self._original(*args, **kwargs)
+                outputs = self._original(*args, **kwargs)
+            loss = getattr(outputs, "loss", None)
+            if self.procon.alpha > 0 and isinstance(loss, Tensor) and loss.requires_grad:
+                loss.register_hook(_refuse_evaluation)
+            return outputs
         self.check()
         # Stays as it is until the next training forward, since a checkpointed block runs again within backward.
         self.procon.pause(self.procon.alpha == 0)
@@ -233,6 +237,13 @@ class ConstrainedForward:
         self.backwards += 1
         # At the end of this backward, not now: checkpointed blocks are still to run again.
         Variable._execution_engine.queue_callback(self.procon.release)
+
+
+def _refuse_evaluation(_gradient: Tensor) -> None:
+    raise ProConError(
+        "the loss of a forward in evaluation mode goes through backward, and has no penalty, so the constraint would "
+        "be lost: call model.train() before it, or detach() if that is no training"
+    )
 
 
 class _Patch(ModuleForward):

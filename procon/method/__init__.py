@@ -10,8 +10,19 @@ from procon.errors import require_extra
 __extra__ = require_extra("train", __name__)
 
 from procon.method.probes import Probes, ProbeTerm
-from procon.method.procon import ProCon, make_terms, once_through
+from procon.method.procon import ProCon, check_batches, make_terms, once_through
 from procon.method.term import Run, Step, Term
 from procon.method.tokens import TokenTerm
 
-__all__ = ["ProCon", "ProbeTerm", "Probes", "Run", "Step", "Term", "TokenTerm", "make_terms", "once_through"]
+__all__ = [
+    "ProCon",
+    "ProbeTerm",
+    "Probes",
+    "Run",
+    "Step",
+    "Term",
+    "TokenTerm",
+    "check_batches",
+    "make_terms",
+    "once_through",
+]

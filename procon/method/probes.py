@@ -6,12 +6,14 @@ What is kept is the last hidden state as a whole, which is the method SBR (arXiv
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -28,9 +30,12 @@ from procon.models import (
     is_sharded,
     model_device,
     observe_last_state,
+    token_embedding,
     unwrapped,
 )
 from procon.settings import ChatSettings, ProConSettings, check_setting
+
+logger = logging.getLogger(__name__)
 
 #: The file's name beside a model or in a checkpoint.
 PROBES_FILE = "probes.safetensors"
@@ -179,7 +184,7 @@ class Probes:
             with safe_open(path, "pt") as file:
                 found = cls(**{field.name: file.get_tensor(field.name) for field in fields(cls)})
                 expected = (file.metadata() or {}).get("hash")
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:  # ValueError: a name that no file can have
             raise ProConError(
                 f"probes in {str(path)!r} cannot be read ({error}): resume from another checkpoint, or start afresh"
             ) from error
@@ -218,6 +223,14 @@ class ProbeTerm(Term):
     def __init__(self, settings: ProConSettings) -> None:
         self._settings = settings
         self.probes: Probes | None = None
+
+    def attach(self, run: Run) -> None:
+        if isinstance(token_embedding(run.model), BaseTunerLayer):
+            # Of rows that probes alone reach, Adam makes whole steps however small their gradient is.
+            logger.warning(
+                "an adapter is on the embeddings, and probes may move what they should keep there, more than training "
+                "without them would: leave the embeddings out of target_modules, or set probes to 'none'"
+            )
 
     def prepare(self, run: Run, batches: Batches) -> None:
         if self.probes is not None:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from procon.anchors.starting_state import check_resumed, require_length
-from procon.chat import describe_chat
+from procon.chat import builtin_prompts, describe_chat, measure_refusal
 from procon.constraint import ProjectionConstraint, constrained_tokens
-from procon.constraint.guards import check_finite
+from procon.constraint.guards import check_finite, refuse_noise
 from procon.directions import DIRECTIONS_FILE, Directions
 from procon.errors import ProConError
 from procon.method.evidence import Evidence
@@ -25,6 +25,7 @@ from procon.method.probes import ProbeTerm, check_tokenizer
 from procon.method.record import read_record, write_record
 from procon.method.term import Batches, Collator, Run, Step, Term
 from procon.method.tokens import TokenTerm
+from procon.models import is_sharded, token_embedding
 from procon.schedule import AlphaSchedule
 from procon.settings import ChatSettings, Fuse, ProConSettings, check_setting
 from procon.version import __version__
@@ -78,6 +79,7 @@ class ProCon:
         evidence: what the constraint has done so far.
         step: the current optimiser step.
         accumulation: micro-batches per optimiser step, where a loop takes means over them.
+        at_start: whether the model is still the one that anchors were recorded of.
 
     Raises:
         ProConError: for wrong settings or directions, or a tokenizer without a chat template where one is needed.
@@ -108,6 +110,8 @@ class ProCon:
         self.steps_per_epoch = 1
         self.accumulation = 1
         self._paused = self._attached = False
+        self._begun = 0
+        self.at_start = True
         self._penalty_sum: Tensor | None = None
         self._penalty_steps = 0
         self._carried = 0.0  # the penalty of a window that a checkpoint has cut
@@ -185,6 +189,7 @@ class ProCon:
         """
         name = f"checkpoint {str(checkpoint)!r}"
         self._resumed = dict(record or {})
+        self.at_start = checkpoint is None
         if checkpoint and "terms" not in self._resumed:
             raise ProConError(
                 f"{name} is of training without the constraint: resume with schedule '0', or start afresh"
@@ -209,6 +214,8 @@ class ProCon:
         """Put on the model what the terms need there, unless it is there."""
         if self._attached:
             return
+        # As transformers sets it; the forwards of all terms would have it.
+        refuse_noise(getattr(token_embedding(self.run.model), "neftune_noise_alpha", None))
         for term in self.terms:
             term.attach(self.run)
         self._attached = True
@@ -231,6 +238,14 @@ class ProCon:
         Args:
             batches: makes a loader of the training set, each rank's share once, for a term that records it.
         """
+        if self.active and not self.needs_directions and self.at_start:
+            # Elsewhere asked as directions are found: what is kept is what is there.
+            prompts = builtin_prompts("extraction").malicious
+            asked = {"chat": self.run.chat, "progress": self.run.progress}
+            model = self.run.model
+            self.run.once(
+                lambda: measure_refusal(model, self.run.tokenizer, prompts, **asked), all_call=is_sharded(model)
+            )
         for term in self.terms:
             term.prepare(self.run, batches)
 
@@ -367,6 +382,10 @@ class ProCon:
             if tokens is None and self.tokens is not None:
                 tokens = constrained_tokens(batches, self.run.total)
         self.step = Step(number, self.alpha_at(number), tokens, parts or self.accumulation * self.run.groups)
+        self._begun = 0
+        self.evidence.begin_step()
+        if self.constraint is not None:
+            self.constraint.note_departures(self.at_start and number == 0 and self.alpha > 0)
 
     @property
     def acts(self) -> bool:
@@ -376,6 +395,7 @@ class ProCon:
     def begin(self, batch: dict[str, Any]) -> None:
         """Before a training forward on ``batch``, of which what the collator added is taken out."""
         constrains = self.alpha > 0
+        self._begun += 1
         self.pause(not constrains)
         for term in self.terms:
             if constrains:
@@ -458,7 +478,8 @@ class ProCon:
     def end_step(self, optimizer: torch.optim.Optimizer | None, model: nn.Module | None = None) -> None:
         """Before the optimiser's step: ProConError if this step's penalty has not reached what it trains."""
         if self.acts:
-            self.evidence.end_step(self.constraint, optimizer, self.run.model if model is None else model)
+            model = self.run.model if model is None else model
+            self.evidence.end_step(self.constraint, optimizer, model, each=self.tokens is not None)
             self._penalty_steps += 1
 
     def after_optimizer(self) -> None:
@@ -474,6 +495,7 @@ class ProCon:
         """
         self.release()
         self.before_optimizer()
+        self.evidence.expect(self._begun)
         self.end_step(optimizer)
         self.begin_step(self.step.number + 1)
 
@@ -544,6 +566,16 @@ class ProCon:
             # Ranks round differently, and anchors belong to one set of directions.
             lambda: Directions.extract(run.model, run.tokenizer, chat=run.chat, progress=run.progress),
             all_call=run.is_loaded_in_parts,
+        )
+
+
+def check_batches(made: bool, dataset: Any) -> None:
+    """Raise ProConError if a training made no batch of its data, or would make none."""
+    if not made:
+        rows = f"the {len(dataset)} rows of " if hasattr(dataset, "__len__") else ""
+        raise ProConError(
+            f"no batch was made of {rows}the training set: with dataloader_drop_last or sample packing, fewer (packed) "
+            "rows than per_device_train_batch_size (axolotl: micro_batch_size) make none, so lower it or give more data"
         )
 
 

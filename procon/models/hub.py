@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import os
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -10,18 +10,10 @@ from pathlib import Path
 from huggingface_hub import constants, try_to_load_from_cache
 
 from procon.errors import ProConError
+from procon.settings import check_name
 
 #: Seconds that the hub has to answer in.
 _PATIENCE = 5
-
-#: ``owner/name``, or one of the few names without an owner.
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-
-
-def check_name(name: str | Path, what: str = "model", remedy: str = "give a folder or a hub name") -> None:
-    """Raise ProConError if ``name`` is neither there nor could be a name on the hub."""
-    if not _exists(name) and not _HUB_NAME.fullmatch(str(name)):
-        raise ProConError(f"{what} {str(name)!r} cannot be loaded (there is no such file or folder): {remedy}")
 
 
 def check_model_name(name: str | Path) -> None:
@@ -30,7 +22,7 @@ def check_model_name(name: str | Path) -> None:
     Otherwise transformers would try to reach the hub again and again, for half a minute.
     """
     check_name(name)
-    if _exists(name) or constants.HF_HUB_OFFLINE or any(_is_cached(str(name), file) for file in _CONFIGURATIONS):
+    if os.path.exists(name) or constants.HF_HUB_OFFLINE or any(_is_cached(str(name), file) for file in _CONFIGURATIONS):
         return
     if reason := _away(constants.ENDPOINT):
         raise ProConError(
@@ -41,13 +33,6 @@ def check_model_name(name: str | Path) -> None:
 
 #: What a model's folder has, that of an adapter too.
 _CONFIGURATIONS = ("config.json", "adapter_config.json")
-
-
-def _exists(name: str | Path) -> bool:
-    try:
-        return str(name) != "" and Path(name).exists()
-    except (OSError, ValueError):  # no name that a file could have
-        return False
 
 
 def _is_cached(name: str, file: str) -> bool:

@@ -18,6 +18,7 @@ from torch.autograd.function import FunctionCtx
 
 from procon.errors import ProConError
 from procon.ops import operators
+from procon.ops.operators import version_of
 
 #: Since 2.15 the engine lets a backward add to the gradient that it has gathered for an input so far.
 HAS_INPUT_GRAD_BUFFERS = hasattr(FunctionCtx, "input_grad_buffers")
@@ -37,6 +38,7 @@ class _Context(Protocol):
     dtype: torch.dtype
     coefficient: Tensor
     direction: Any  # a tensor; None if RMSNorm alone is asked for
+    version: int  # of the direction
     offset: float
     backend: str
 
@@ -45,11 +47,35 @@ class _Context(Protocol):
     def set_materialize_grads(self, value: bool) -> None: ...
 
 
-class _DifferentiableOnce(torch.autograd.Function):
-    """Identity on a gradient. Taking its derivative is an error; that of a plain tensor would silently be 0."""
+class _MadeOf(torch.autograd.Function):
+    """``tensor``, which in autograd's graph then comes of ``hidden``, whose memory it does not keep."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, hidden: Tensor, tensor: Tensor) -> Tensor:
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def _made_of(hidden: Tensor, tensor: Tensor) -> Tensor:
+    """``tensor``, through which :class:`_DifferentiableOnce` is found from ``hidden``. It takes no operation."""
+    if torch.compiler.is_compiling() or not hidden.requires_grad:
+        return tensor
+    with torch.enable_grad():
+        return _MadeOf.apply(hidden, tensor)
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    """A gradient as it is, made of ``sources``. Taking its derivative is an error; that of a plain tensor would be 0.
+
+    Of all that the gradient depends on, because ``torch.autograd.grad`` leaves out what leads to none of its inputs.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, gradient: Tensor, *sources: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
@@ -75,9 +101,10 @@ def _differentiable_once(
         result = operation(*arguments)
     if torch.compiler.is_compiling():
         return result
+    sources = [argument for argument in arguments if isinstance(argument, Tensor)]
     if isinstance(result, Tensor):
-        return _DifferentiableOnce.apply(result.requires_grad_())
-    return tuple(_DifferentiableOnce.apply(tensor.requires_grad_()) for tensor in result)
+        return _DifferentiableOnce.apply(result.requires_grad_(), *sources)
+    return tuple(_DifferentiableOnce.apply(tensor.requires_grad_(), *sources) for tensor in result)
 
 
 class Project(torch.autograd.Function):
@@ -120,7 +147,7 @@ class Constrain(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         tokens, coefficient = operators.penalize(hidden, direction, anchor, weight, penalty, rounding, sides, backend)
         ctx.set_materialize_grads(False)
-        ctx.coefficient, ctx.direction = coefficient, direction
+        ctx.coefficient, ctx.direction, ctx.version = _made_of(hidden, coefficient), direction, version_of(direction)
         ctx.shape, ctx.dtype, ctx.backend = hidden.shape, hidden.dtype, backend
         return hidden, tokens if per_token else tokens.sum()
 
@@ -128,7 +155,7 @@ class Constrain(torch.autograd.Function):
     def backward(ctx: _Context, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_penalty = gradients
         if grad_penalty is not None:
-            coefficient, direction = ctx.coefficient, ctx.direction
+            coefficient, direction = ctx.coefficient, _unchanged_direction(ctx)
             buffer = None if grad_hidden is not None else _writable_buffer(ctx)
             if buffer is not None:
                 operators.add_gradient(buffer, grad_penalty, coefficient, direction, ctx.backend)
@@ -145,6 +172,13 @@ def pass_through(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         # The engine's own buffer takes the gradient in place, so nothing has to pass through.
         return hidden, penalty
     return passed, penalty
+
+
+def _unchanged_direction(ctx: _Context) -> Any:
+    """The directions, whose changes torch does not count where they are kept."""
+    if ctx.direction is not None and version_of(ctx.direction) != ctx.version:
+        raise ProConError("direction was changed in place between forward and backward: give the op a clone of it")
+    return ctx.direction
 
 
 def _writable_buffer(ctx: _Context) -> Tensor | None:
@@ -187,6 +221,7 @@ class RmsNormConstrain(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, norm_weight, inverse_rms)
         ctx.coefficient, ctx.direction = coefficient, direction
+        ctx.version = 0 if direction is None else version_of(direction)
         ctx.offset, ctx.backend = offset, backend
         return normed, tokens if per_token else tokens.sum()
 
@@ -194,7 +229,7 @@ class RmsNormConstrain(torch.autograd.Function):
     def backward(ctx: _Context, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_normed, grad_penalty = gradients
         hidden, norm_weight, inverse_rms = ctx.saved_tensors
-        coefficient, direction = ctx.coefficient, ctx.direction
+        coefficient, direction = ctx.coefficient, _unchanged_direction(ctx)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = grad_weight = None
         if grad_penalty is not None and grad_penalty.dim():
@@ -207,6 +242,7 @@ class RmsNormConstrain(torch.autograd.Function):
                 operators.rms_norm_gradient, grad_normed, grad_penalty, *saved, *options
             )
         elif grad_penalty is not None:
+            coefficient = _made_of(hidden, coefficient)
             arguments = (None, grad_penalty, coefficient, direction, hidden.shape, hidden.dtype, ctx.backend)
             grad_hidden = _differentiable_once(operators.accumulate_gradient, *arguments)
         return grad_hidden if needs_hidden else None, grad_weight if needs_weight else None, *(None,) * 11

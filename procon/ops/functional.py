@@ -8,7 +8,7 @@ With hidden states ``h_t``, directions ``r_k``, anchors ``a_tk`` and token weigh
 
 ``phi`` is ``"squared"`` (``e^2``), ``"absolute"`` (``|e|``, the paper's norm of a scalar) or ``"huber"`` (``e^2 / 2``
 up to 1, ``|e| - 1/2`` beyond). Up to ``d = rounding |h_t| |r_k|`` "absolute" is ``e^2 / 2d``, and ``|e| - d/2`` beyond:
-the sign of a departure that may be rounding is noise, and would push at full strength. ``rounding`` is 4 units in the
+the sign of a departure that may be rounding is noise, and would push at full strength. ``rounding`` is 16 units in the
 last place of the dtype of ``hidden``, or of autocast's if that is on, and at most 1/256.
 
 ``sides`` is ``"both"``, or ``"fall"``: ``phi(min(e, 0))``, so a projection above its anchor costs nothing and gets no
@@ -23,8 +23,9 @@ whatever they hold: NaN and infinity too.
 Dtypes: ``hidden`` is float16, bfloat16, float32 or float64. Everything is computed and returned in float32 (float64 for
 float64 hidden states), under autocast too.
 
-Gradients flow to ``hidden`` alone, once (no double backward). A direction, anchor or weight that requires a gradient is
-refused. All bad input raises :class:`procon.errors.ProConError`.
+Gradients flow to ``hidden`` alone, once: a second derivative through the op raises ProConError. In a compiled graph the
+refusal is torch's own, which ``torch.autograd.grad`` does not always meet. A direction, anchor or weight that requires
+a gradient is refused. All bad input raises :class:`procon.errors.ProConError`.
 
 Backends: ``"auto"`` is Triton for tensors on a CUDA or ROCm device and plain PyTorch elsewhere; ``"triton"`` and
 ``"eager"`` insist. The environment variable ``PROCON_BACKEND`` says what ``"auto"`` means.
@@ -181,7 +182,7 @@ def rms_norm_constrain(
     Args:
         hidden: ``[..., D]``.
         norm_weight: ``[D]``, of any floating dtype.
-        eps: added to the mean square.
+        eps: added to the mean square; not checked, and a negative one may give NaN.
         direction, anchor, weight, penalty, sides, backend: as for :func:`constrain`.
         casting: ``"llama"`` rounds to the dtype of ``hidden`` before it multiplies by the weight, and returns what that
             product promotes to (Llama, Mistral, Qwen); ``"gemma"`` rounds the product to the dtype of ``hidden``.

@@ -49,6 +49,11 @@ def folded(tensor: Tensor, axis: int, backend: str) -> Tensor:
     return tensor.squeeze(axis) if backend == "eager" else tensor
 
 
+def version_of(tensor: Tensor) -> int:
+    """Counts the changes in place; 0 if nothing counts them."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
 def _rows(tensor: Tensor) -> Tensor:
     """``[..., D]`` as ``[N, D]`` with unit stride along ``D``; a view if the strides allow one."""
     rows = tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from procon.evaluation import Evaluation, Rate
-from procon.report.sources import Source
+from procon.report.sources import EVALUATION, Source, measured_by
 
-#: What is counted of each kind of prompt, and what it is called.
+#: What is counted of each kind of prompt, what it is called, and which of these the others alone depend on.
 _MEASURES = {
-    "malicious": ("refused", "refusal of malicious"),
-    "benign": ("refused", "refusal of benign"),
-    "task": ("correct", "task accuracy"),
+    "malicious": ("refused", "refusal of malicious", {"judge_benign", "metric"}),
+    "benign": ("refused", "refusal of benign", {"judge", "metric"}),
+    "task": ("correct", "task accuracy", {"judge", "judge_benign"}),
 }
 
 
@@ -38,16 +38,19 @@ class Difference:
         before, after: the rate of the first and the second run.
         interval: 95% interval of ``after - before`` (Newcombe, Statistics in Medicine 17, 1998: paired, page 2635,
             and unpaired, page 873, both with Wilson's intervals). It covers the choice of prompts, not that of seeds.
+            None if they were not measured alike.
         paired: whether both were asked the same prompts, so that the interval is of the pairs.
         flips: where the verdicts differ, in the order of the prompts; empty if they are not paired.
+        unlike: names of settings of the two evaluations on which the rate depends, and which differ.
     """
 
     name: str
     before: Rate
     after: Rate
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     paired: bool
     flips: list[Flip]
+    unlike: list[str] = field(default_factory=list)
 
     @property
     def value(self) -> float:
@@ -65,7 +68,7 @@ class Comparison:
         figures: by name, of either run; None if it is not known.
         settings: those that differ, of either run; None if it does not have it. If they were read from files of two
             kinds, only what both kinds say is compared.
-        known: whether both runs say what they were made by.
+        known: whether both runs say what they were made by, beside their evaluations.
     """
 
     labels: tuple[str, str]
@@ -97,7 +100,7 @@ def compare_runs(before: Source, after: Source) -> Comparison:
             for name in names
             if before.settings.get(name) != after.settings.get(name)
         },
-        known=bool(before.settings and after.settings),
+        known=all(any(not name.startswith(EVALUATION) for name in side.settings) for side in (before, after)),
     )
 
 
@@ -122,13 +125,16 @@ def _finite(value: float | None) -> float | None:
 def _differences(first: Evaluation | None, second: Evaluation | None) -> list[Difference]:
     if first is None or second is None:
         return []
-    found = []
-    for kind, (mark, name) in _MEASURES.items():
+    found, by = [], [measured_by(evaluation) for evaluation in (first, second)]
+    differing = [name for name in by[0] if name in by[1] and by[0][name] != by[1][name]]
+    for kind, (mark, name, of_others) in _MEASURES.items():
         replies = [
             [reply for reply in side.replies if reply["kind"] == kind and mark in reply] for side in (first, second)
         ]
         if all(replies):
-            found.append(_difference(name, mark, *replies))
+            row = _difference(name, mark, *replies)
+            unlike = [setting for setting in differing if setting.removeprefix(EVALUATION) not in of_others]
+            found.append(replace(row, interval=None, paired=False, flips=[], unlike=unlike) if unlike else row)
     return found
 
 

@@ -25,6 +25,10 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     first, second = comparison.labels
     console.print(Text(f"A  {printable(first)}\nB  {printable(second)}"))
     if comparison.differences:
+        for row in comparison.differences:
+            if row.unlike:
+                names = printable(", ".join(row.unlike))
+                console.print(Text(f"Not measured alike ({names}), so without an interval: {row.name}."))
         rates = Table("", "A", "B", "B - A, in points", box=box.SIMPLE_HEAD, pad_edge=False)
         for row in comparison.differences:
             rates.add_row(row.name, str(row.before), str(row.after), _points(row))
@@ -44,19 +48,21 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
 
 
 def _print_settings(comparison: Comparison, console: Console) -> None:
-    if not comparison.known:
-        console.print("\nSettings are not compared: at least one of the two does not say what it was made by.")
-    elif not comparison.settings:
-        console.print("\nNo setting differs.")
-    else:
+    if comparison.settings:
         table = Table("setting", "A", "B", box=box.SIMPLE_HEAD, pad_edge=False)
         for name, pair in comparison.settings.items():
             values = ("-" if value is None else shorten(printable(str(value)), _VALUE) for value in pair)
             table.add_row(*(Text(text) for text in (printable(name), *values)))
         console.print(table)
+    if not comparison.known:
+        console.print("\nSettings of training are not compared: at least one of the two does not say them.")
+    elif not comparison.settings:
+        console.print("\nNo setting differs.")
 
 
 def _points(row: Difference) -> str:
+    if row.interval is None:
+        return f"{100 * row.value:+.0f}"
     low, high = row.interval
     return f"{100 * row.value:+.0f} ({100 * low:+.0f} to {100 * high:+.0f})"
 
@@ -71,5 +77,5 @@ def _print_flips(row: Difference, console: Console) -> None:
 
 def _caption(comparison: Comparison) -> str:
     text = "In brackets: the 95% interval over prompts, not over seeds."
-    apart = [row.name for row in comparison.differences if not row.paired]
+    apart = [row.name for row in comparison.differences if not row.paired and not row.unlike]
     return f"{text} Prompts differ, so intervals are not of pairs: {', '.join(apart)}." if apart else text

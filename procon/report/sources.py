@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from procon.chat import Split, builtin_prompts
 from procon.errors import ProConError
 from procon.evaluation import Evaluation, Rate
-from procon.files import load_json
+from procon.files import NO_SUCH_CONTENT, load_json, parse_json
 from procon.report.run import Run
 
 _KINDS = (
@@ -26,8 +26,14 @@ _RECORD, _STATE, _LOG = "procon.json", "trainer_state.json", "log.jsonl"
 #: Facts of a training's record that differ between any two of them, or say what came of it.
 _NO_SETTINGS = ("run", "arguments", "terms", "did", "window", "checksum", "complete", "files", "resumable")
 
+#: What the names of an evaluation's settings begin with.
+EVALUATION = "evaluation."
+
 #: Where a training logs the cosine of each block.
 _BY_BLOCK = "procon/drift_cos_block/"
+
+#: A number of a block in a log, at most.
+_MOST_BLOCKS = 10_000
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,8 @@ class Source:
         path: where it was read.
         run: it.
         kind: what it was read from.
-        settings: what it was made by, by name; empty if the file does not say.
+        settings: what it was made by, by name, and what its evaluation was made by, behind :data:`EVALUATION`; without
+            what the file does not say.
     """
 
     path: Path
@@ -54,11 +61,25 @@ def read_source(path: str | Path) -> Source:
         ProConError: if there is nothing, or it holds no run.
     """
     path = Path(path)
-    if path.is_dir():
-        return _training(path)
-    if not path.exists():
+    if os.path.isdir(path):
+        return _with_evaluation(_training(path))
+    if not os.path.exists(path):
         raise ProConError(f"run {str(path)!r} does not exist: {_KINDS}")
-    return load_json(path, lambda data: _recognise(data, path), "run")
+    return _with_evaluation(load_json(path, lambda data: _recognise(data, path), "run"))
+
+
+def _with_evaluation(source: Source) -> Source:
+    evaluation = source.run.evaluation
+    if evaluation is None or source.kind == "study":  # whose settings say it
+        return source
+    own = {f"{EVALUATION}sources": evaluation.sources or None, **measured_by(evaluation)}
+    return replace(source, settings={**source.settings, **own})
+
+
+def measured_by(evaluation: Evaluation) -> dict[str, Any]:
+    """What the rates of ``evaluation`` depend on beside the model: judges, metric, how it was asked."""
+    found = {"judge": evaluation.judges[0], "judge_benign": evaluation.judge_benign, "metric": evaluation.metric}
+    return {f"{EVALUATION}{name}": value for name, value in {**found, **evaluation.chat}.items()}
 
 
 def read_sources(paths: Sequence[str | Path]) -> list[Source]:
@@ -152,33 +173,42 @@ def _replies_of_study(data: dict[str, Any], label: str) -> Evaluation:
 
 def _training(folder: Path) -> Source:
     """What ``procon train`` or a trainer left in its output folder, and an evaluation if one was saved there."""
-    history, record = _history(folder), {}
-    if (folder / _RECORD).is_file():
-        record = load_json(folder / _RECORD, dict, "record")
-    if not history and not record:
+    run, has_record = _logged(folder), (folder / _RECORD).is_file()
+    if not run.history and not has_record:
         raise ProConError(f"run {str(folder)!r} is a folder without {_RECORD}, {_STATE} or {_LOG}: {_KINDS}")
+    settings = load_json(folder / _RECORD, _settings, "record") if has_record else {}
+    return Source(folder, replace(run, evaluation=_evaluation_in(folder)), "training", settings)
+
+
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    """What a training was made by, of its record."""
+    settings = {name: value for name, value in record.items() if name not in _NO_SETTINGS}
+    return settings | {**record.get("run", {}), **record.get("arguments", {})}
+
+
+def _logged(folder: Path) -> Run:
+    """A run of all that was logged, under the Trainer's own names."""
+    label = folder.name or str(folder)
+    if (folder / _STATE).is_file():
+        return load_json(folder / _STATE, lambda state: _run_of(label, state["log_history"]), "training state")
+    if not (folder / _LOG).is_file():
+        return _run_of(label, [])
+    try:
+        rows = [parse_json(line) for line in (folder / _LOG).read_text(encoding="utf-8").splitlines()]
+        return _run_of(label, [{name.removeprefix("train/"): row[name] for name in row} for row in rows])
+    except NO_SUCH_CONTENT as error:
+        raise ProConError(f"log {str(folder / _LOG)!r} is damaged or holds something else ({error})") from error
+
+
+def _run_of(label: str, history: Sequence[Mapping[str, Any]]) -> Run:
     last = next((row for row in reversed(history) if any(name.startswith(_BY_BLOCK) for name in row)), {})
     cosine = {int(name.removeprefix(_BY_BLOCK)): value for name, value in last.items() if name.startswith(_BY_BLOCK)}
+    if cosine and max(cosine) > _MOST_BLOCKS:
+        raise ValueError(f"block {max(cosine)}")
     by_block = [cosine.get(block, math.nan) for block in range(max(cosine) + 1)] if cosine else None
     times = next((row for row in reversed(history) if "step_seconds" in row), {})
     seconds = times.get("step_cpu_seconds", times.get("step_seconds"))
-    settings = {name: value for name, value in record.items() if name not in _NO_SETTINGS}
-    settings |= {**record.get("run", {}), **record.get("arguments", {})}
-    run = _checked(folder.name or str(folder), _evaluation_in(folder), by_block, seconds, history)
-    return Source(folder, run, "training", settings)
-
-
-def _history(folder: Path) -> list[dict[str, Any]]:
-    """All that was logged, under the Trainer's own names."""
-    if (folder / _STATE).is_file():
-        return load_json(folder / _STATE, lambda state: list(state["log_history"]), "training state")
-    if not (folder / _LOG).is_file():
-        return []
-    try:
-        rows = [json.loads(line) for line in (folder / _LOG).read_text(encoding="utf-8").splitlines()]
-        return [{name.removeprefix("train/"): value for name, value in row.items()} for row in rows]
-    except (ValueError, AttributeError) as error:
-        raise ProConError(f"log {str(folder / _LOG)!r} is damaged or holds something else ({error})") from error
+    return _checked(label, None, by_block, seconds, history)
 
 
 def _evaluation_in(folder: Path) -> Evaluation | None:
@@ -186,7 +216,7 @@ def _evaluation_in(folder: Path) -> Evaluation | None:
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            data = json.loads(path.read_bytes())
+            data = parse_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         if _is_evaluation(data):

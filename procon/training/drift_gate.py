@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import get_args
 
 from procon.errors import ProConError
@@ -44,8 +45,8 @@ class DriftGate:
                     f"{prefix}gate_action is 'stop', but there is no gate: give {prefix}gate, such as 0.9"
                 )
             return None
-        if not -1 < floor < 1:
-            raise ProConError(f"{prefix}gate is {floor}: give a mean cosine between -1 and 1, such as 0.9")
+        if not isinstance(floor, Real) or isinstance(floor, bool) or not -1 < floor < 1:
+            raise ProConError(f"{prefix}gate is {floor!r:.40}: give a mean cosine between -1 and 1, such as 0.9")
         return cls(floor, action)
 
     def passes(self, drift: Drift) -> bool:

@@ -76,6 +76,10 @@ class ProConGRPOTrainer(ReferenceMixin, GRPOTrainer):
                 anchors = torch.cat([live({"input_ids": i, "attention_mask": a}) for i, a in parts])
         return {**output, TARGET[0]: anchors, TARGET[1]: self._mask(output)}
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        # TRL trains on the same batch in each of num_iterations, and the anchors are taken out of what is handed on.
+        return super().compute_loss(model, dict(inputs), *args, **kwargs)
+
     def _get_per_token_logps_and_entropies(self, model: nn.Module, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         run = super()._get_per_token_logps_and_entropies
         live = self._live

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.liger import apply_liger_kernel
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, has_length
 
 from procon.anchors import LiveAnchors
 from procon.constraint import constrained_tokens
-from procon.constraint.guards import refuse_data_parallel
+from procon.constraint.guards import refuse_data_parallel, refuse_noise
 from procon.directions import Directions
 from procon.errors import ProConError
-from procon.method import ProCon, once_through
+from procon.method import ProCon, check_batches, once_through
 from procon.method.ranks import on_main
 from procon.method.record import write_record
 from procon.settings import ChatSettings, ProConSettings
@@ -124,6 +124,7 @@ class ProConMixin(_Resumable):
     def _refuse(self) -> None:
         """Raise ProConError for a set-up under which the constraint could not act."""
         refuse_data_parallel(self.args.n_gpu)
+        refuse_noise(self.args.neftune_noise_alpha)
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ProConError("FSDP 1 flattens the parameters that identify anchors: set version 2 in fsdp_config")
         if self.get_sp_size() > 1:
@@ -161,6 +162,7 @@ class ProConMixin(_Resumable):
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.procon.active:
             self.procon.penalty()
+            check_batches(self.state.global_step > 0, self.train_dataset)
             self.procon.evidence.check_acted(self.state.global_step, self.procon.schedule)
         return output
 
@@ -196,6 +198,7 @@ class ProConMixin(_Resumable):
             max_steps += extra
             epochs = -(-max_steps // per_epoch)
         if procon.active:
+            check_batches(not has_length(dataloader) or len(dataloader) > 0, dataloader.dataset)
             procon.check_acts(max_steps)
         return epochs, per_epoch, examples, samples, batch_size, steps_in_epoch, max_steps
 
@@ -372,6 +375,11 @@ class _Steps(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._procon.begin_run()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._procon.evidence.next_micro_batch()
 
     def on_pre_optimizer_step(
         self,

@@ -19,7 +19,7 @@ TEXT = SCRIPT.read_text()
 
 #: Writes the files that it is asked for and its command; fails for FAILING, and without a file for BARREN.
 STAND_IN = """#!/usr/bin/env bash
-[ "$2" = -c ] && exit 1
+if [ "$2" = -c ]; then case $3 in *torch*) echo "${TORCH-True}"; exit ;; *) exit 1 ;; esac; fi
 echo "$*" >> "$COMMANDS"
 if [[ "$*" == *${BARREN:-nothing}* ]]; then echo "no such thing"; exit 3; fi
 for argument; do
@@ -164,3 +164,18 @@ def test_another_card_needs_another_folder(gpu):
     result, ran = gpu("tune", CARD="Another card")
     assert (result.returncode, ran) == (2, [])
     assert re.search(r"has results of: A card, kernels \d+; here are: Another card, kernels \d+\. Give", result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("torch", "message"),
+    [
+        ("False", "there is no GPU that torch can use: run this on a machine with one\n"),
+        ("", "has no torch: name a Python that has it, as in PYTHON=/path/to/venv/bin/python bash benchmarks/gpu.sh\n"),
+    ],
+)
+def test_no_gpu_and_no_torch_are_said_at_once(gpu, tmp_path, torch, message):
+    result, ran = gpu(TORCH=torch)
+    assert (result.returncode, ran, result.stdout) == (2, [], "")
+    assert result.stderr.endswith(message)
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "folder").exists()

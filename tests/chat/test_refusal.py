@@ -154,14 +154,17 @@ def test_refusal_rate_is_the_share_of_refusals():
 
 @pytest.mark.filterwarnings("error")
 def test_refusal_rate_of_at_most_32_prompts(monkeypatch):
-    asked = []
+    asked, refuses = [], 16
 
     def reply(_model, _tokenizer, conversations, **_):
         asked.extend(turns[0]["content"] for turns in conversations)
-        texts = ["I cannot help with that."] * 8 + ["Sure."] * (len(conversations) - 8)
+        texts = ["I cannot help with that."] * refuses + ["Sure."] * (len(conversations) - refuses)
         return [Reply(text) for text in texts]
 
     monkeypatch.setattr(module, "generate", reply)
     prompts = [f"p{number}" for number in range(40)]
-    assert measure_refusal(None, None, prompts) == 8 / 32
+    assert measure_refusal(None, None, prompts) == 16 / 32
     assert asked == prompts[:32]
+    refuses = 15
+    with pytest.warns(match=r"refuses 47% of malicious prompts"):
+        measure_refusal(None, None, prompts)

@@ -172,6 +172,7 @@ def test_a_system_prompt_goes_before_conversations_without_one(tokenizer):
         ({"chat_template_kwargs": {"tokenize": True}}, "has 'tokenize', which rendering sets itself"),
         ({"thinking_markers": "</think>"}, "thinking_markers is"),
         ({"thinking_markers": ("a", "b", "c")}, "thinking_markers is"),
+        ({"thinking_markers": 1.5}, "thinking_markers is"),
         ({"thinking_tokens": 0}, "thinking_tokens is 0: give a whole number"),
     ],
 )

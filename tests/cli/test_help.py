@@ -1,16 +1,18 @@
 """``--help``: at once, in groups, and never other than what the commands take."""
 
 import re
+import resource
 import subprocess
 import sys
 from dataclasses import fields
 
 import pytest
 
-from procon.cli import main
+from procon.cli import first_look, main
 from procon.cli.help import groups_of, help_of
 from procon.cli.parsing import full_parser
 from procon.cli.registry import COMMANDS
+from procon.data.files import _READERS
 
 
 def shown(name: str) -> dict:
@@ -28,6 +30,67 @@ def test_it_comes_in_less_than_a_second_of_cpu(argv):
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stderr == ""
     assert result.stdout.endswith("loaded [] 0 True\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["train"], "the following arguments are required: --model, --data; see 'procon train --help'"),
+        (["train", "m", "d", "--modle", "x"], "there is no setting '--modle'; did you mean '--model'?"),
+        (
+            ["train", "m", "d", "--adam_epsilo", "x"],
+            "there is no setting '--adam_epsilo'; did you mean '--adam_epsilon'",
+        ),
+        (["train", "m", "d", "--learning_rate=abc"], "argument --learning_rate/--learning-rate: invalid float value"),
+        (["train", "m", "d", "--adam-beta1", "x"], "argument --adam_beta1/--adam-beta1: invalid float value: 'x'"),
+        (["train", "m", "d", "--lora_r", "8.5"], "argument --lora_r/--lora-r: invalid int value: '8.5'"),
+        (
+            ["train", "m", "d", "--procon_scope", "reply"],
+            "procon_scope is 'reply': choose one of response",
+        ),
+        (["train", "m", "none.jsonl"], "data file 'none.jsonl' does not exist: check the path"),
+        (["train", "./m", "d"], "model './m' cannot be loaded (there is no such file or folder): give a folder"),
+        (["train", "m", "--config", "none.yaml"], "config file 'none.yaml' does not exist: check the path"),
+        (["eval", "m", "--malicious", "none.txt"], "prompt file 'none.txt' does not exist"),
+        (["report", "none.json"], "run 'none.json' does not exist: give the path of a file or a folder that does"),
+    ],
+)
+def test_what_is_wrong_is_said_in_less_than_a_second_of_cpu(argv, said, tmp_path):
+    script = (
+        "import sys; from procon.cli import main; code = main(sys.argv[1:])\n"
+        "print(code, [name for name in ('torch', 'transformers', 'numpy', 'datasets') if name in sys.modules])"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = subprocess.run(
+        [sys.executable, "-c", script, *argv], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert result.stderr.startswith(f"procon: error: {said}")
+    assert result.stdout == "2 []\n"
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_first_look_refuses_nothing_that_the_command_takes(name, tmp_path, monkeypatch):
+    """Names and types of the installed TrainingArguments among them; and if these are not found in their source."""
+    monkeypatch.chdir(tmp_path)
+    command = COMMANDS[name]
+    there = [f"--{setting.name}={tmp_path}" for setting in shown(name).values() if setting.required]
+    there = ["--shell=bash"] if name == "completion" else there
+    values = {int: "7", float: "0.5"}
+    flags = []
+    for action in full_parser(name)[0]._actions:
+        setting = shown(name).get(action.dest)
+        value = setting.choices[0] if setting and setting.choices else values.get(action.type, str(tmp_path))
+        flags += [(flag, value) for flag in action.option_strings if flag not in ("-h", "--help")]
+    assert not command.trains or len(flags) > 250
+    for _ in range(2):
+        for flag, value in flags:
+            first_look.check(name, [*there, flag, value])
+        monkeypatch.setattr(first_look, "_training_arguments", dict)
+    for settings in (there, [*there, "--config", str(tmp_path)]):
+        first_look.check(name, [*settings, "--learning_rate", "x", "--tomorrows"] if command.trains else settings)
+    assert {suffix.lstrip(".") for suffix in first_look.DATA_SUFFIXES} == {suffix[1:] for suffix in _READERS}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -63,6 +63,10 @@ def test_what_is_wrong_is_said_before_processes_are_started(here, monkeypatch, c
         (["--accelerate_config", "fsdp2"], 0, "accelerate_config is 'fsdp2', which keeps a model in parts over GPUs"),
         (["--accelerate_config", "own.yaml"], 0, "there is no GPU, so it is not known how many processes to start"),
         (["--accelerate_config", "data.jsonl"], 2, "accelerate_config 'data.jsonl' cannot be read"),
+        (["--accelerate_config", "nested.yaml"], 2, "accelerate_config 'nested.yaml' cannot be read"),
+        (["--accelerate_config", "two.yaml"], 2, "'two.yaml' gives num_processes 'two': give a whole number, 1 or"),
+        (["--accelerate_config", "list.yaml"], 2, "'list.yaml' gives num_processes [2]: give a whole number, 1 or"),
+        (["--accelerate_config", "inf.yaml"], 2, "'inf.yaml' gives num_processes inf: give a whole number, 1 or"),
         (["--num_processes", "4"], 2, "num_processes is 4, and this machine has 2 GPUs: give 2 or less"),
         (["--num_processes", "0"], 0, "num_processes is 0: give 1 or more"),
     ],
@@ -71,6 +75,9 @@ def test_what_cannot_be_started_is_refused(here, monkeypatch, capsys, flags, dev
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setattr(launcher, "_devices", lambda: devices)
     Path("own.yaml").write_text("distributed_type: MULTI_GPU\n")
+    Path("nested.yaml").write_text("[" * 3000)
+    for name, number in {"two": "two", "list": "[2]", "inf": ".inf"}.items():
+        Path(f"{name}.yaml").write_text(f"num_processes: {number}\n")
     assert main([*TRAIN, *flags]) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
 

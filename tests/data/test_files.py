@@ -8,8 +8,14 @@ import datasets
 import pytest
 from datasets import Dataset
 
+from procon.anchors import Probes
+from procon.chat import load_instructions
 from procon.data import load_conversations
+from procon.directions import load_directions
+from procon.directions.given_vectors import load_vectors
 from procon.errors import ProConError
+from procon.evaluation import Evaluation
+from procon.report import read_source
 
 
 @pytest.fixture(autouse=True)
@@ -144,6 +150,16 @@ def test_a_folder_is_no_data_file(tmp_path):
     (tmp_path / "d" / "train.jsonl").write_text(line())
     with pytest.raises(ProConError, match="is a folder: give a file in it"):
         load_conversations(tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    "read",
+    [load_conversations, load_instructions, load_directions, load_vectors, read_source, Evaluation.load, Probes.load],
+)
+@pytest.mark.parametrize("name", ["a" * 5000, "a/" * 3000, "\0"])
+def test_a_name_that_no_file_can_have(read, name):
+    with pytest.raises(ProConError):
+        read(name)
 
 
 def test_rows_with_other_further_columns(tmp_path):

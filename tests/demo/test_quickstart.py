@@ -76,7 +76,7 @@ def test_whole_quickstart_on_a_tiny_model(tiny_model, tokenizer, tmp_path, monke
     monkeypatch.setattr(module, "TASK_PROBE", 2)
     monkeypatch.setattr(module, "PROBE_EVERY", 3)
     monkeypatch.setitem(module.RECIPE, "logging_steps", 1)
-    with pytest.warns(UserWarning, match="refuses 0 of"):
+    with pytest.warns(UserWarning, match="refuses 0% of"):
         runs = module.quickstart(str(folder), output, 3, control=True)
     logging.getLogger("transformers").setLevel(logging.WARNING)
 

@@ -136,7 +136,9 @@ def test_formats_at_an_endpoint(chat_server):
         EndpointJudge(chat_server.url, "guard", format=FORMATS["wildguard"])
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "file:///etc/passwd", "http://", "ftp://host/v1"])
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "file:///etc/passwd", "http://", "ftp://host/v1", "http://[s9", "http://h:x/v1"]
+)
 def test_what_is_no_address(url):
     with pytest.raises(ProConError, match="is no address: give one such as"):
         EndpointJudge(url, "m")

@@ -8,11 +8,13 @@ The whole campaign, or a kind of it as a whole, is written into ``recorded.json`
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import platform
 import shutil
 import sys
+from contextlib import redirect_stdout
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +28,7 @@ os.environ["PROCON_CACHE"] = "/nonexistent"  # nothing is fetched
 
 from campaign import OUTCOMES, Found, Kind, run
 from kinds import FOLDER, KINDS
+from readers import unreached
 
 #: Of the whole campaign, this share of each kind is the short form, and one input at least.
 SHORT = 1000
@@ -35,6 +38,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python tests/fuzz", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--short", action="store_true", help=f"of each kind the first of {SHORT}: a few seconds")
     parser.add_argument("--output", type=Path, help="the file to write (default: recorded.json; none if it is short)")
+    parser.add_argument("--readers", action="store_true", help="name readers of the library that no input reaches")
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--first", type=int, default=0, help="number of the first input of each kind")
     parser.add_argument("--count", type=int, help="inputs of each kind (default: as many as the kind says)")
@@ -68,6 +72,11 @@ def kept(output: Path, again: set[str]) -> list[dict[str, Any]]:
 def main() -> int:
     chosen = arguments()
     os.chdir(FOLDER)  # where what commands are told to write would be
+    if chosen.readers:
+        with redirect_stdout(io.StringIO()):
+            missed = unreached(KINDS)
+        print(*missed, sep="\n")
+        return 1 if missed else 0
     base = run(Kind(lambda _: None, lambda _: None, 1), "nothing", 0, 1, lambda done: None).memory
     rows, failed = [], 0
     for name in chosen.kind:

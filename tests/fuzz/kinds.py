@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import datasets
+import saved
 from campaign import Kind
 from datasets import Dataset
 from rich.console import Console
@@ -26,15 +27,16 @@ from procon.chat import is_degenerate, is_refusal, load_instructions, response_m
 from procon.cli import main
 from procon.cli.parsing import parse
 from procon.cli.registry import COMMANDS
-from procon.data import load_conversations, to_conversations
+from procon.data import load_conversations, load_prompt_sets, parse_columns, to_conversations
 from procon.data.conversations import _conversations_of_file
 from procon.errors import ProConError
 from procon.evaluation import Evaluation, Rate, exact_match, extract_answer
 from procon.files import MAX_NESTING, MAX_TEXT
 from procon.report import Run, print_table, write_html
 from procon.schedule import AlphaSchedule
-from procon.settings import CHOICES, ProConSettings, parse_blocks
+from procon.settings import CHOICES, ChatSettings, ProConSettings, parse_blocks
 from procon.training import ProConArguments
+from procon.training.drift_gate import DriftGate
 
 #: Where the inputs of a process lie; each is overwritten by the next.
 FOLDER = Path(tempfile.mkdtemp(prefix="procon-fuzz-"))
@@ -74,6 +76,13 @@ _VALUES = {
     "probe_every": (1, 2),
     "probe_weight": (0.5, 50),
     "probe_reply_tokens": (0, 48),
+    "system_prompt": (None, "Be brief."),
+    "chat_template_kwargs": ({}, {"enable_thinking": False}),
+    "thinking_markers": ((), ("</think>",), ["<a>", "</a>"]),
+    "thinking_tokens": (1, 64),
+    "gate": (None, 0.9),
+    "columns": (None, "prompt=q,response=a", "text=t"),
+    "prompt_sets": ("xstest", "harmbench@main,xstest"),
 }
 
 
@@ -88,15 +97,28 @@ def make_settings(random: Random) -> dict[str, Any]:
             return random.choice((b"all", {1}, object(), len, 1j, (1, 2), range(3), [True], [[1]], Path("x"), [None]))
         return value(random)
 
-    names = [item.name for item in fields(ProConSettings)]
+    names = [*CHOICES, *_VALUES]
     return {name: one(name) for name in names if random.random() < 0.4}
 
 
+_OF_PROCON = {field.name.removeprefix("procon_") for field in fields(ProConArguments)}
+
+
+def _of(settings: type, values: dict[str, Any]) -> dict[str, Any]:
+    return {item.name: values[item.name] for item in fields(settings) if item.name in values}
+
+
 def take_settings(values: dict[str, Any]) -> None:
+    not_here = mock.patch("procon.data.prompt_sets._rows", side_effect=ProConError("not on this machine"))
+    with not_here, suppress(ProConError):
+        load_prompt_sets(str(values.get("prompt_sets", "xstest")))
     refused = []
     for build in (
-        lambda: ProConSettings(**values),
-        lambda: ProConArguments(**{f"procon_{name}": item for name, item in values.items()}),
+        lambda: ProConSettings(**_of(ProConSettings, values)),
+        lambda: ProConArguments(**{f"procon_{name}": values[name] for name in values if name in _OF_PROCON}),
+        lambda: ChatSettings(**_of(ChatSettings, values)),
+        lambda: DriftGate.parse(values.get("gate"), values.get("gate_action", "warn")),
+        lambda: parse_columns(values.get("columns")),
         lambda: parse_blocks(values.get("blocks", "all")),
     ):
         try:
@@ -114,7 +136,12 @@ CONVERSATION = [{"role": "user", "content": "Two and two?"}, {"role": "assistant
 
 def make_rows(random: Random) -> list[Any]:
     def one() -> Any:
-        kind = random.randrange(4)
+        kind = random.randrange(5)
+        if kind == 4:
+            call = {"function": {"name": "f", "arguments": random.choice(('{"a": 1}', "a", {}))}}
+            answer = {"role": "assistant", "content": None, "tool_calls": random.choice(([call], "[]"))}
+            tools = random.choice(([{"name": "f"}], "[{}]", text(random)))
+            return {"messages": changed(random, [CONVERSATION[0], answer]), "tools": tools}
         if kind == 0:
             return {"prompt": text(random), "completion": text(random), "n": value(random)}
         if kind == 1:
@@ -444,8 +471,14 @@ KINDS = {
     "run files, as a table": Kind(make_run, take_run, 10_000),
     "run files, as a page": Kind(make_run, take_report, 500),
     "replies": Kind(make_replies, take_replies, 3_000),
+    "folders and files of reports": Kind(saved.make_reported, saved.take_reported, 10_000),
+    "configurations of accelerate": Kind(saved.make_accelerate, saved.take_accelerate, 2_000),
+    "forged tensors": Kind(saved.make_tensors, saved.take_tensors, 5_000),
+    "manifests": Kind(saved.make_manifest, saved.take_manifest, 2_000),
+    "names": Kind(saved.make_name, saved.take_name, 5_000),
+    "judges": Kind(saved.make_judges, saved.take_judges, 3_000),
 }
-# What the others take is in their own tests.
+# What the others take is in their own tests, and in "folders and files of reports".
 assert set(COMMANDS) - {"env", "completion", "report", "compare"} == {
     *("eval", "directions", "drift", "quickstart", "train"),
 }

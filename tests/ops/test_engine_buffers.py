@@ -26,6 +26,7 @@ def context(buffer: Tensor | None, dtype: torch.dtype = torch.float32) -> Simple
     return SimpleNamespace(
         coefficient=coefficient,
         direction=direction,
+        version=direction._version,
         saved_tensors=(coefficient, direction),
         input_grad_buffers=(buffer, torch.zeros(SHAPE), *(None,) * 6),
         needs_input_grad=(True, *(False,) * 7),

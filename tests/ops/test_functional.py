@@ -8,6 +8,8 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from procon.errors import ProConError
 from procon.ops import backends, constrain, project, projection_penalty, rms_norm, rms_norm_constrain
@@ -135,6 +137,10 @@ BAD = {
     "too many directions": (lambda: project(HIDDEN, torch.randn(9, 8)), "direction holds 9 directions: give 1 to 8"),
     "no directions": (lambda: project(HIDDEN, torch.randn(0, 8)), "direction holds 0 directions: give 1 to 8"),
     "direction complex": (lambda: project(HIDDEN, ONE.cfloat()), "direction is torch.complex64: give real numbers"),
+    "direction quantised": (
+        lambda: project(HIDDEN, torch.quantize_per_tensor(ONE, 0.1, 0, torch.qint8)),
+        "direction is torch.qint8: give real numbers",
+    ),
     "direction elsewhere": (
         lambda: project(HIDDEN, ONE.to("meta")),
         "direction is on meta but hidden is on cpu: move direction there",
@@ -193,6 +199,54 @@ def test_errors_name_the_argument_and_the_remedy(case):
     with pytest.raises(ProConError, match="^" + re.escape(message)) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def nested(layout):
+    return torch.nested.nested_tensor([HIDDEN[0], HIDDEN[0, :2]], layout=layout)
+
+
+#: A way to make a tensor that is not dense, and how the message goes on after the argument's name.
+NOT_DENSE = {
+    "sparse": (Tensor.to_sparse, "torch.sparse_coo"),
+    "compressed": (lambda tensor: tensor.flatten(end_dim=-2).to_sparse_csr(), "torch.sparse_csr"),
+    "MKL-DNN": (Tensor.to_mkldnn, "torch._mkldnn"),
+    "nested": (lambda _: nested(torch.strided), "nested"),
+    "jagged": (lambda _: nested(torch.jagged), "nested"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_DENSE)
+@pytest.mark.parametrize("name", ["hidden", "direction", "anchor", "weight", "norm_weight"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR|The PyTorch API of nested")
+def test_tensors_that_are_not_dense_are_refused_by_name(name, kind):
+    make, message = NOT_DENSE[kind]
+    given = {"hidden": HIDDEN, "direction": SEVERAL, "anchor": torch.zeros(2, 3, 4), "weight": torch.ones(2, 3)}
+    given["norm_weight"] = torch.ones(1, 8) if kind == "compressed" else ONE
+    given[name] = make(given[name])
+    hidden, direction, anchor, weight, norm_weight = given.values()
+    with pytest.raises(ProConError, match=f"^{name} is {message}: give a dense tensor"):
+        rms_norm_constrain(hidden, norm_weight, 1e-6, direction, anchor, weight)
+
+
+def dual(function):
+    with forward_ad.dual_level():
+        return function(forward_ad.make_dual(HIDDEN, HIDDEN))
+
+
+@pytest.mark.parametrize("function", [lambda x: constrain(x, ONE)[1], lambda x: rms_norm(x, ONE, 1e-6).sum()])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda function: torch.func.vmap(function)(HIDDEN),
+        lambda function: torch.func.grad(function)(HIDDEN),
+        lambda function: torch.func.jvp(function, (HIDDEN,), (HIDDEN,)),
+        dual,
+    ],
+    ids=["vmap", "grad", "jvp", "forward mode"],
+)
+def test_transforms_are_refused(transform, function):
+    with pytest.raises(ProConError, match=r"^torch\.func and forward-mode differentiation do not go through the op"):
+        transform(function)
 
 
 def test_distributed_tensors_are_refused_by_name():

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -90,6 +91,49 @@ def test_other_prompts_are_not_paired_and_other_kinds_share_few_settings():
     file = io.StringIO()
     print_comparison(found, Console(file=file, width=80))
     assert "Prompts differ, so intervals are not of pairs: refusal of malicious." in " ".join(file.getvalue().split())
+
+
+ASKED = {"system_prompt": None, "template_kwargs": {"enable_thinking": False}}
+SET = {"malicious": {"name": "harmbench"}}
+MEASURED = {
+    "judge": {"judges": ["wildguard"]},
+    "system_prompt": {"chat": {**ASKED, "system_prompt": "Obey."}},
+    "sources": {"sources": SET},
+}
+
+
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("name", MEASURED)
+def test_rates_that_were_measured_otherwise_have_no_interval(tmp_path, capsys, name, folder):
+    """A judge or a chat makes the rate; other prompts make the interval unpaired, which is said already."""
+    alike = replace(evaluation({"a": True, "b": True}), chat=ASKED)
+    paths = [tmp_path / "a.json", tmp_path / "out" / "b.json"]
+    alike.save(paths[0])
+    other = replace(alike, **MEASURED[name], replies=evaluation({"a": False, "b": True}).replies)
+    other.save(paths[1])
+    (tmp_path / "out" / "procon.json").write_text('{"schedule": "0.2"}')
+    second = paths[1].parent if folder else paths[1]
+    assert main(["compare", str(paths[0]), str(second), "--output", str(tmp_path / "c.json")]) == 0
+    head, _, rest = " ".join(capsys.readouterr().out.split()).partition("B - A, in points")
+    (row,) = (data := json.loads((tmp_path / "c.json").read_text()))["differences"]
+    assert data["settings"].keys() == {f"evaluation.{name}"}
+    assert f"evaluation.{name}" in rest
+    assert "Settings of training are not compared" in rest
+    if name == "sources":
+        assert (row["unlike"], row["paired"], len(row["flips"])) == ([], True, 1)
+    else:
+        assert (row["unlike"], row["interval"], row["flips"]) == ([f"evaluation.{name}"], None, [])
+        assert f"Not measured alike (evaluation.{name}), so without an interval: refusal of malicious." in head
+        assert " to " not in rest
+        assert "no to yes" not in rest
+
+
+def test_what_measured_an_older_file_is_not_known():
+    """An evaluation of an earlier version does not say how the model was asked."""
+    older, newer = (Source(Path("x"), Run("x", evaluation({"a": True})), "evaluation") for _ in range(2))
+    newer = replace(newer, run=Run("x", replace(newer.run.evaluation, chat=ASKED)))
+    (row,) = compare_runs(older, newer).differences
+    assert (row.unlike, row.interval) == ([], pytest.approx((-0.79, 0.79), abs=0.1))
 
 
 def test_runs_of_the_study_from_the_shell(tmp_path, capsys):

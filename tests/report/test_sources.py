@@ -79,6 +79,32 @@ def test_a_training_folder_with_its_log_alone(output):
         read_source(output)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("procon.json", {"run": None}, "record file .* is damaged"),
+        ("procon.json", {"arguments": []}, "record file .* is damaged"),
+        ("procon.json", [], "record file .* is damaged"),
+        ("trainer_state.json", {"log_history": [1]}, "training state file .* is damaged"),
+        ("trainer_state.json", {"log_history": [{"loss": "nan"}]}, "'nan' is no number"),
+        ("trainer_state.json", {"log_history": [{"loss": True}]}, "True is no number"),
+        ("trainer_state.json", {"log_history": [{"loss": 10**400}]}, "training state file .* is damaged"),
+        ("trainer_state.json", {"log_history": [{"step_seconds": "1"}]}, "'1' is no number"),
+        ("trainer_state.json", {"log_history": [{"procon/drift_cos_block/x": 1}]}, "training state file .* is damaged"),
+        ("trainer_state.json", {"log_history": [{"procon/drift_cos_block/99999999": 1}]}, "block 99999999"),
+        ("log.jsonl", {"train/loss": "nan"}, r"log '.*log\.jsonl' is damaged .*'nan' is no number"),
+        ("log.jsonl", {"train/step": 1.5}, "step is 1.5, no whole number"),
+    ],
+)
+def test_a_damaged_training_folder(name, content, message, output):
+    if name == "log.jsonl":
+        (output / "trainer_state.json").unlink()
+    (output / name).write_text(json.dumps(content))
+    (output / "other.json").write_text("[" * 100_000)
+    with pytest.raises(ProConError, match=message):
+        read_source(output)
+
+
 def test_a_run_of_the_study():
     source = read_source(STUDY / "procon_s" / "seed-0.json")
     data = json.loads((STUDY / "procon_s" / "seed-0.json").read_text())

@@ -139,6 +139,7 @@ def test_live_anchors_take_no_forward_of_their_own(trainer, kind):
     # To see whether switching the adapter off is the start: it on, and off.
     assert counts[1] == counts[0] + 2
     assert penalties[0] < 1e-9 < penalties[1]
+    assert run.evidence.departure <= 0.5  # rounding, of which no warning tells
 
 
 @pytest.mark.parametrize("kind", ["DPO", "KTO"])
@@ -189,6 +190,15 @@ def test_grpo_constrains_what_it_generates(trainer, beta, scope):
     penalties = [row["procon/penalty"] for row in run.state.log_history if "loss" in row]
     assert penalties[0] < 1e-9 < penalties[1]
     assert run.procon.evidence.constrained_steps == 2
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_grpo_constrains_each_iteration_on_what_it_generated(trainer, beta):
+    run = trainer("GRPO", beta=beta, num_iterations=2, max_steps=4)
+    run.train()
+    penalties = [row["procon/penalty"] for row in run.state.log_history if "loss" in row]
+    assert penalties[0] < 1e-9 < penalties[1]
+    assert run.evidence.constrained_steps == 4
 
 
 @pytest.mark.parametrize("kind", TRAINERS)

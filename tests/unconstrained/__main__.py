@@ -29,6 +29,7 @@ import folders  # noqa: F401  # by importing, scenarios are listed
 import loops  # noqa: F401
 import resuming  # noqa: F401
 import schedules  # noqa: F401
+import setups  # noqa: F401
 import torch
 import trainers  # noqa: F401
 import transformers

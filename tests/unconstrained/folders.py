@@ -174,8 +174,8 @@ _CHATML = (
 )
 
 
-def place(folder: Path) -> None:
-    """A model with a chat template, data and directions."""
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, with a chat template."""
     words = ["<|pad|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     bpe = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, merges=[]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -184,6 +184,12 @@ def place(folder: Path) -> None:
         tokenizer_object=bpe, pad_token="<|pad|>", bos_token="<|im_start|>", eos_token="<|im_end|>"
     )
     tokenizer.chat_template = _CHATML
+    return tokenizer
+
+
+def place(folder: Path) -> None:
+    """A model with a chat template, data and directions."""
+    tokenizer = chat_tokenizer()
     tokenizer.save_pretrained(folder / "model")
     model(vocab_size=len(tokenizer)).save_pretrained(folder / "model")
     lines = [json.dumps({"prompt": f"count to {n}", "completion": " ".join(map(str, range(n)))}) for n in range(1, 5)]

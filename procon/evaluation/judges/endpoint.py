@@ -71,8 +71,12 @@ class EndpointJudge:
         timeout: float = 60.0,
         at_once: int = 4,
     ) -> None:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urllib.parse.urlsplit(url)
+            known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # of brackets or of a port that are none
+            known = False
+        if not known:
             raise ProConError(f"judge {url!r:.80} is no address: give one such as http://localhost:8000/v1#MODEL")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ProConError(

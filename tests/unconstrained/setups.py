@@ -1,0 +1,423 @@
+"""Noise, precisions, adapters, trainers and devices under which the constraint might act less than it says.
+
+Each is measured by drift: how far the training tokens' projections are from the start in the end, in evaluation mode;
+under probes alone, how far the probes' states are. One that holds less than it should beside plain training, and says
+nothing, is SILENT.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import peft
+import torch
+from datasets import Dataset
+from folders import chat_tokenizer
+from schedules import by_callback
+from setting import BLOCKS, WIDTH, Outcome, config, directions, rows, scenario, trainer, warnings_of_procon
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, set_seed
+
+from procon import AnchoredCollator, Anchors, Directions, ProConError, ProjectionConstraint
+from procon.anchors import Probes
+from procon.anchors.projections import project_sites
+from procon.data import padding_collator
+from procon.models import evaluating, find_decoder
+from procon.training.dpo import ProConDPOConfig, ProConDPOTrainer
+from procon.training.grpo import ProConGRPOConfig, ProConGRPOTrainer
+from procon.training.kto import ProConKTOConfig, ProConKTOTrainer
+from procon.training.sft import ProConSFTConfig, ProConSFTTrainer
+
+#: Training with the constraint must drift less than this share of what it drifts without.
+HELD = 0.9
+
+#: So much that it holds the drift of a few steps.
+ALPHA = 50.0
+
+PROBES = {"procon_probe_every": 2, "procon_probe_count": 4, "procon_probe_batch": 4}
+
+Build = Callable[..., Any]
+
+
+def projections(module: nn.Module) -> Tensor:
+    """Of the training tokens, in evaluation mode."""
+    batch = padding_collator(chat_tokenizer())(rows())
+    decoder, basis = find_decoder(module), directions().basis
+    run = partial(decoder.module, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    with evaluating(module), torch.no_grad():
+        found = project_sites(run, decoder, basis, tuple(range(BLOCKS)), rows=4, backend="eager", device="cpu")[1]
+    return found[batch["attention_mask"] > 0]
+
+
+def states(module: nn.Module) -> Tensor:
+    """Of the probes, the last hidden ones, as probes alone hold those and no others."""
+    settings = {"blocks": range(BLOCKS), "count": PROBES["procon_probe_count"], "progress": False}
+    return Probes.record(module, chat_tokenizer(), directions(), **settings).states
+
+
+def drift(build: Build, folder: Path, alpha: float | str) -> float:
+    built = build(folder, alpha)
+    of_probes = getattr(getattr(built, "args", None), "procon_anchors", None) == "probes"
+    measure = states if of_probes else projections
+    before = measure(built.model)
+    built.train()
+    return float((measure(built.model) - before).square().mean())
+
+
+def held(build: Build, folder: Path) -> Outcome:
+    with warnings_of_procon() as warned:
+        try:
+            constrained = drift(build, folder / "constrained", ALPHA)
+        except ProConError as error:
+            return Outcome("refused", str(error))
+    plain = drift(build, folder / "plain", "0")
+    told = "; ".join([f"drift {constrained / plain:.2g} of plain training's" if plain else "nothing drifts", *warned])
+    if not plain:
+        return Outcome("harmless", told)
+    if constrained < HELD * plain:
+        return Outcome("acts", told)
+    return Outcome("warned" if warned else "SILENT", told)
+
+
+def row(name: str, build: Build, *, door: str = "ProConTrainer", short: bool = False) -> None:
+    scenario(name, door, short=short)(partial(held, build))
+
+
+def base(family: str = "llama", **changes: Any) -> Any:
+    settings: dict[str, Any] = {
+        "vocab_size": len(chat_tokenizer()),
+        "hidden_size": WIDTH,
+        "n_inner" if family == "gpt2" else "intermediate_size": 32,
+        "num_hidden_layers": BLOCKS,
+        "num_attention_heads": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if family != "gpt2":
+        settings |= {"num_key_value_heads": 2, "head_dim": 8}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**settings | changes))
+
+
+def made(start: Callable[[], nn.Module], extra: dict[str, Any] | None = None, **settings: Any) -> Build:
+    """A ProConTrainer of ``start()``."""
+
+    def build(folder: Path, alpha: float | str) -> Any:
+        own = {"processing_class": chat_tokenizer(), **(extra or {})}
+        return trainer(folder, alpha, start=start(), extra=own, **{"num_train_epochs": 6, **settings})
+
+    return build
+
+
+def adapted(kind: str = "Lora", **settings: Any) -> Callable[[], nn.Module]:
+    def start() -> nn.Module:
+        torch.manual_seed(0)
+        return peft.get_peft_model(base(), getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", **settings))
+
+    return start
+
+
+LORA = {"r": 4, "target_modules": ["q_proj", "o_proj", "down_proj"]}
+
+# Noise. Each kind beside recorded and live anchors, and probes alone.
+
+NOISE: dict[str, Callable[[], nn.Module]] = {
+    "attention dropout": partial(base, attention_dropout=0.1),
+    "residual dropout": partial(base, "gpt2", resid_pdrop=0.2, embd_pdrop=0.0, attn_pdrop=0.0),
+    "embedding dropout": partial(base, "gpt2", resid_pdrop=0.0, embd_pdrop=0.2, attn_pdrop=0.0),
+    "router jitter": partial(base, "mixtral", num_local_experts=4, router_jitter_noise=0.5),
+    "LoRA dropout": adapted(**LORA, lora_dropout=0.3),
+}
+
+for _name, _start in NOISE.items():
+    row(f"{_name}, recorded", made(_start))
+    row(f"{_name}, live", made(_start, procon_anchors="live"))
+    row(f"{_name}, recorded and probes", made(_start, procon_anchors="recorded+probes", **PROBES))
+for _anchors in ("recorded", "live", "probes", "recorded+probes"):
+    row(f"NEFTune, {_anchors}", made(base, procon_anchors=_anchors, neftune_noise_alpha=5.0), short=_anchors == "live")
+row("NEFTune", partial(by_callback, neftune_noise_alpha=5.0), door="ProConCallback")
+row("attention dropout", lambda *given: by_callback(*given, start=base(attention_dropout=0.1)), door="ProConCallback")
+
+
+# Precision, and what runs otherwise without being noise
+
+row("bf16 weights", made(lambda: base().bfloat16()))
+
+_ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+for _name, _settings in {
+    "autocast": {"bf16": True},
+    "label smoothing, live": {"label_smoothing_factor": 0.1, "procon_anchors": "live"},
+    "accumulation, live": {
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 1,
+        "procon_anchors": "live",
+    },
+    "SGD": {"optim": "sgd", "learning_rate": 0.3},
+    "Adafactor": {"optim": "adafactor"},
+    "evaluation at each step": {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True},
+    "lengths grouped": {"train_sampling_strategy": "group_by_length"},
+    "deterministic": {"full_determinism": True},
+    "compiled, aot_eager": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    "absolute penalty": {"procon_penalty": "absolute"},
+    "fused with nothing": {"procon_fuse": "never"},
+}.items():
+    row(
+        _name,
+        made(base, {"eval_dataset": Dataset.from_list(rows())} if "eval_strategy" in _settings else None, **_settings),
+    )
+for _name, _kwargs in {
+    "": {},
+    " without random state": {"preserve_rng_state": False},
+    " without checks": {"determinism_check": "none"},
+}.items():
+    _checkpointed = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False, **_kwargs},
+    }
+    row(f"checkpoints{_name} and attention dropout", made(partial(base, attention_dropout=0.1), **_checkpointed))
+for _attention in ("eager", "sdpa"):
+    row(f"attention {_attention}", made(partial(base, attn_implementation=_attention)))
+
+row(
+    "alpha that answers",
+    lambda folder, alpha: made(base, num_train_epochs=12)(folder, "hold:0.0001" if float(alpha) else "0"),
+)
+
+# Adapters
+
+for _name, _start in {
+    "DoRA": adapted(**LORA, use_dora=True),
+    "PiSSA": adapted(**LORA, init_lora_weights="pissa"),
+    "OLoRA": adapted(**LORA, init_lora_weights="olora"),
+    "rsLoRA of random A and B": adapted(**LORA, use_rslora=True, init_lora_weights=False),
+    "VeRA": adapted("Vera", r=8, target_modules=["q_proj", "o_proj"]),
+    "LoHa": adapted("LoHa", **LORA),
+    "LoKr": adapted("LoKr", **LORA),
+    "OFT": adapted("OFT", r=0, oft_block_size=4, target_modules=["q_proj", "o_proj"]),
+    "FourierFT": adapted("FourierFT", n_frequency=50, target_modules=["q_proj", "o_proj"]),
+    "IA3": adapted("IA3", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "norms": adapted("LNTuning", target_modules=["input_layernorm"]),
+    "prompt tuning": adapted("PromptTuning", num_virtual_tokens=3),
+    "prefix tuning": adapted("PrefixTuning", num_virtual_tokens=3),
+    "an adapter on the embeddings": adapted(r=4, target_modules=["q_proj", "embed_tokens"]),
+    "trainable tokens": adapted(**LORA, trainable_token_indices=[5, 6, 7]),
+}.items():
+    # What hardly moves departs by so little that the squared penalty has no gradient to speak of.
+    _penalty = "absolute" if _name in ("VeRA", "OFT", "IA3", "norms") else "squared"
+    row(f"{_name}, live", made(_start, procon_anchors="live", procon_penalty=_penalty))
+row(
+    "an adapter on the embeddings, probes",
+    made(adapted(r=4, target_modules=["embed_tokens"]), procon_anchors="probes", **PROBES),
+)
+
+
+def quantised(**how: Any) -> Callable[[], nn.Module]:
+    def start() -> nn.Module:
+        with tempfile.TemporaryDirectory() as place:
+            base().save_pretrained(place)
+            loaded = LlamaForCausalLM.from_pretrained(place, quantization_config=BitsAndBytesConfig(**how))
+        torch.manual_seed(0)
+        return peft.get_peft_model(
+            peft.prepare_model_for_kbit_training(loaded, gradient_checkpointing_kwargs={"use_reentrant": False}),
+            peft.LoraConfig(task_type="CAUSAL_LM", **LORA),
+        )
+
+    return start
+
+
+row("4-bit base, recorded", made(quantised(load_in_4bit=True)))
+row("4-bit base, live", made(quantised(load_in_4bit=True, bnb_4bit_quant_type="nf4"), procon_anchors="live"))
+row("8-bit base, recorded", made(quantised(load_in_8bit=True)))
+
+# Several concepts
+
+for _anchors in ("recorded", "live"):
+
+    def _several(folder: Path, alpha: float | str, anchors: str = _anchors) -> Any:
+        other = replace(Directions.of(directions(1)), names=("other",), provenance={"concepts": {"other": {}}})
+        both = Directions.combine(Directions.of(directions()), other)
+        return trainer(folder, alpha, start=base(), given=both, procon_anchors=anchors, num_train_epochs=6)
+
+    row(f"several concepts, {_anchors}", _several)
+
+# TRL
+
+TRL = {
+    "SFTTrainer": (ProConSFTTrainer, ProConSFTConfig, {"max_length": 32}),
+    "DPOTrainer": (ProConDPOTrainer, ProConDPOConfig, {"max_length": 32}),
+    "KTOTrainer": (ProConKTOTrainer, ProConKTOConfig, {"max_length": 32}),
+    "GRPOTrainer": (ProConGRPOTrainer, ProConGRPOConfig, {"num_generations": 2, "max_completion_length": 6}),
+}
+
+
+def length(completions, **_kwargs) -> list[float]:
+    return [float(sum(map(ord, str(completion))) % 7) for completion in completions]
+
+
+def by_trl(kind: str, start: Callable[[], nn.Module] = base, **settings: Any) -> Build:
+    def build(folder: Path, alpha: float | str) -> Any:
+        made_by, made_of, own = TRL[kind]
+        tokens, first, more = chat_tokenizer(), start(), {}
+        texts = [{"prompt": f"count to {n}"} for n in range(1, 5)]
+        for n, text in enumerate(texts):
+            if kind == "DPOTrainer":
+                text |= {"chosen": "1 2 3"[: n + 2], "rejected": "no"}
+            elif kind == "KTOTrainer":
+                text |= {"completion": "1 2 3", "label": n % 2 == 0}
+            elif kind == "SFTTrainer":
+                text |= {"completion": "1 2 3"}
+        if kind == "GRPOTrainer":
+            more["reward_funcs"] = length
+        elif kind != "SFTTrainer" and not isinstance(first, peft.PeftModel):
+            more["ref_model"] = copy.deepcopy(first)
+        set_seed(0)
+        arguments = {"num_train_epochs": 6, "bf16": False, "gradient_checkpointing": False, **own, **settings}
+        return made_by(
+            first,
+            args=config(folder, alpha, made_by=made_of, **arguments),
+            directions=directions(),
+            train_dataset=Dataset.from_list(texts),
+            processing_class=tokens,
+            **more,
+        )
+
+    return build
+
+
+for _kind in TRL:
+    for _anchors in ("recorded", "live", "probes"):
+        row(f"full fine-tuning, {_anchors}", by_trl(_kind, procon_anchors=_anchors, **PROBES), door=_kind)
+    row(
+        "attention dropout, live",
+        by_trl(_kind, partial(base, attention_dropout=0.1), procon_anchors="live"),
+        door=_kind,
+    )
+    row("NEFTune, probes", by_trl(_kind, procon_anchors="probes", neftune_noise_alpha=5.0), door=_kind)
+row("two iterations, live", by_trl("GRPOTrainer", procon_anchors="live", num_iterations=2), door="GRPOTrainer")
+for _name, _settings in {
+    "packed": {"packing": True},
+    "padding-free": {"padding_free": True, "max_length": None},
+}.items():
+    row(_name, by_trl("SFTTrainer", **_settings), door="SFTTrainer")
+
+# Micro-batches in evaluation mode
+
+
+def resting(build: Build) -> Build:
+    def rest(*given: Any) -> Any:
+        built = build(*given)
+
+        class Rests(type(built)):
+            calls = 0
+
+            def compute_loss(self, model, *args, **kwargs):
+                self.calls += 1
+                model.train(self.calls % 2 == 0)
+                return super().compute_loss(model, *args, **kwargs)
+
+        built.__class__ = Rests
+        return built
+
+    return rest
+
+
+row("every second micro-batch in evaluation mode", resting(made(base, **_ACCUMULATED)), short=True)
+row("every second micro-batch in evaluation mode", resting(partial(by_callback, **_ACCUMULATED)), door="ProConCallback")
+
+# Lightning
+
+
+def by_lightning(change: str = "") -> Build:
+    class Lit(lightning.LightningModule):
+        def __init__(self, alpha: float, start: Any, folder: Path) -> None:
+            super().__init__()
+            self.model, self.alpha, self.constraint = (
+                start,
+                alpha,
+                ProjectionConstraint(directions(), penalty="squared"),
+            )
+            loader = torch.utils.data.DataLoader(rows(), 2, collate_fn=padding_collator(chat_tokenizer()))
+            anchors = Anchors.record(start, loader, directions(), folder / "anchors", progress=False)
+            self.loader = torch.utils.data.DataLoader(
+                rows(), 2, collate_fn=AnchoredCollator(padding_collator(chat_tokenizer()), anchors)
+            )
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+        def training_step(self, batch, _number):
+            target = batch.pop("anchors"), batch.pop("constraint_mask")
+            if not self.alpha:
+                return self.model(**batch).loss
+            if change == "evaluation mode":
+                self.model.eval()
+            self.constraint.set_target(*target)
+            loss = self.model(**batch).loss + (0 if change == "forgotten" else self.alpha * self.constraint.penalty())
+            self.constraint.release()
+            return loss
+
+        def train(self, *args):  # a LightningModule has it as torch's
+            if args:
+                return super().train(*args)
+            self.model.train()
+            quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+            fit = lightning.Trainer(max_epochs=6, accelerator="cpu", enable_model_summary=False, **quiet)
+            if self.alpha:
+                with self.constraint.attach(self.model):
+                    fit.fit(self, self.loader)
+            else:
+                fit.fit(self, self.loader)
+            return None
+
+    def build(folder: Path, alpha: float | str) -> Any:
+        folder.mkdir(parents=True, exist_ok=True)
+        return Lit(float(alpha), base(attention_dropout=0.1) if change == "noise" else base(), folder)
+
+    return build
+
+
+for _change in ("", "evaluation mode", "forgotten"):
+    row(f"as it is meant{_change and ', but ' + _change}", by_lightning(_change), door="Lightning")
+
+# Two ranks
+
+
+def on_ranks(case: str, folder: Path) -> Outcome:
+    """What ``tests/workers/trainer.py`` says of a case: penalties that grow from 0, and each step constrained."""
+    tokens = chat_tokenizer()
+    start = base(hidden_size=32, intermediate_size=64, head_dim=16)
+    start.save_pretrained(folder / "model")
+    tokens.save_pretrained(folder / "model")
+    worker = Path(__file__).parents[1] / "workers" / "trainer.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", worker, folder, case]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    subprocess.run(launch, env=environment, cwd=folder, capture_output=True, check=True)
+    log = json.loads((folder / "2.json").read_text())[case]["log"]
+    penalties = [each["procon/penalty"] for each in log if "procon/penalty" in each]
+    acts = len(penalties) > 3 and penalties[0] < 1e-6 < penalties[-1]
+    return Outcome("acts" if acts else "SILENT", f"penalties {penalties[0]:.1g} to {penalties[-1]:.1g}")
+
+
+for _case in (
+    "fsdp2",
+    "fsdp2_lora_live",
+    "fsdp2_probes",
+    "zero2",
+    "zero2_probes",
+    "zero3",
+    "zero3_lora_live",
+    "ddp_live",
+):
+    scenario(f"two ranks: {_case}", "ProConTrainer")(partial(on_ranks, _case))
