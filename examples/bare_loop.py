@@ -2,8 +2,9 @@
 
     python examples/bare_loop.py --model MODEL --data data.jsonl --output_dir tuned
 
-The constraint has its default settings. Cross-entropy and penalty are both sums over tokens, divided by the count of
-the whole optimiser step. So the number of micro-batches per step changes neither.
+The constraint has the whole default: anchors of the training tokens, and probes. Cross-entropy and penalty are both
+sums over tokens, divided by the count of the whole optimiser step. So the number of micro-batches per step changes
+neither.
 """
 
 from __future__ import annotations
@@ -16,14 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from procon import (
-    AlphaSchedule,
-    AnchoredCollator,
-    Anchors,
-    Directions,
-    ProjectionConstraint,
-    constrained_tokens,
-)
+from procon import ProCon, ProConSettings
 from procon.data import load_conversations, padding_collator, tokenize_conversations
 
 
@@ -32,7 +26,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="chat model: a folder or hub name")
     parser.add_argument("--data", required=True, help="conversations: .json, .jsonl, .csv or .parquet")
     parser.add_argument("--output_dir", type=Path, default="tuned", help="for anchors and the model")
-    parser.add_argument("--schedule", type=AlphaSchedule.parse, default="procon_s", help="alpha over training")
+    parser.add_argument("--schedule", default="procon_s", help="alpha over training")
     parser.add_argument("--epochs", type=int, default=3, help="a warm-up of the schedule comes on top")
     parser.add_argument("--batch_size", type=int, default=4, help="rows of a micro-batch")
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches per optimiser step")
@@ -43,49 +37,36 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     dataset = tokenize_conversations(load_conversations(args.data), tokenizer)
-    collator = padding_collator(tokenizer)
+    loader = DataLoader(dataset, args.batch_size, shuffle=True, collate_fn=padding_collator(tokenizer))
 
-    # Directions and anchors: once, before the first step, from the model as training starts.
-    directions = Directions.extract(model, tokenizer)
-    constraint = ProjectionConstraint(directions)
-    anchors = Anchors.record(
-        model,
-        DataLoader(dataset, args.batch_size, collate_fn=collator),
-        directions,
-        args.output_dir / "anchors",
-        blocks=constraint.blocks,
-    )
+    # Directions, anchors and probes: once, before the first step, from the model as training starts.
+    procon = ProCon(model, tokenizer, ProConSettings(schedule=args.schedule), folder=args.output_dir)
+    loader = procon.prepare(loader, accumulation=args.accumulation)
 
-    loader = DataLoader(dataset, args.batch_size, shuffle=True, collate_fn=AnchoredCollator(collator, anchors))
-    steps_per_epoch = -(-len(loader) // args.accumulation)
-    total_steps = args.epochs * steps_per_epoch + args.schedule.extra_steps(steps_per_epoch)
+    steps_per_epoch = procon.steps_per_epoch
+    total_steps = args.epochs * steps_per_epoch + procon.schedule.extra_steps(steps_per_epoch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
 
     step = 0
     model.train()
-    with constraint.attach(model):
-        while step < total_steps:
-            batches = iter(loader)
-            while micro_batches := list(islice(batches, args.accumulation)):
-                alpha = args.schedule.alpha(step, steps_per_epoch)
-                constraint.enabled = alpha > 0
-                labelled = sum((batch["labels"][:, 1:] != -100).sum() for batch in micro_batches)
-                constrained = constrained_tokens(micro_batches)
-                step_loss = 0.0
-                for batch in micro_batches:
-                    constraint.set_target(batch.pop("anchors"), batch.pop("constraint_mask"))
-                    loss = model(**batch, num_items_in_batch=labelled).loss
-                    if alpha > 0:
-                        loss = loss + alpha * constraint.penalty(constrained)
-                    loss.backward()
-                    constraint.release()
-                    step_loss += loss.item()
-                optimizer.step()
-                optimizer.zero_grad()
-                step += 1
-                print(f"step {step}/{total_steps}  alpha {alpha:g}  loss {step_loss:.4f}")
-                if step == total_steps:
-                    break
+    while step < total_steps:
+        batches = iter(loader)
+        while step < total_steps and (micro_batches := list(islice(batches, args.accumulation))):
+            procon.begin_step(step, micro_batches)
+            labelled = sum((batch["labels"][:, 1:] != -100).sum() for batch in micro_batches)
+            step_loss = 0.0
+            for batch in micro_batches:
+                procon.begin(batch)
+                loss = model(**batch, num_items_in_batch=labelled).loss + procon.loss()
+                loss.backward()
+                step_loss += loss.item()
+            procon.end(optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            logged = "  ".join(f"{name} {value:.6g}" for name, value in procon.log(step).items())
+            print(f"step {step}/{total_steps}  {logged}  loss {step_loss:.4f}")
+    procon.close()
     model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
 

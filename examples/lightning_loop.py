@@ -2,9 +2,9 @@
 
     python examples/lightning_loop.py --model MODEL --data data.jsonl --output_dir tuned
 
-The constraint has its default settings. Cross-entropy and penalty are both sums over tokens, divided by the count of
-the whole optimiser step. Lightning then divides each loss by ``accumulate_grad_batches`` and averages gradients over
-ranks, so ``training_step`` multiplies by both.
+The constraint has the whole default: anchors of the training tokens, and probes. Cross-entropy and penalty are both
+sums over tokens, divided by the count of the whole optimiser step. Lightning then divides each loss by
+``accumulate_grad_batches`` and averages gradients over ranks, so ``training_step`` multiplies by both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from procon import AnchoredCollator, Anchors, Directions, ProjectionConstraint, constrained_tokens
+from procon import ProCon, ProConSettings, constrained_tokens
 from procon.data import load_conversations, padding_collator, tokenize_conversations
 
 
@@ -43,30 +43,28 @@ class OptimizerSteps:
 
 
 class ConstrainedModule(lightning.LightningModule):
-    def __init__(self, model, constraint: ProjectionConstraint, alpha: float, learning_rate: float):
+    def __init__(self, model, procon: ProCon, learning_rate: float):
         super().__init__()
         self.model = model
-        self.constraint = constraint
-        self.alpha = alpha
+        self.procon = procon
         self.learning_rate = learning_rate
-
-    def on_fit_start(self):
-        self.constraint.attach(self.model)
-
-    def on_fit_end(self):
-        self.constraint.detach()
 
     def training_step(self, batch):
         labelled, constrained = (
             self.trainer.strategy.reduce(batch.pop(name), reduce_op="sum") for name in ("labelled", "constrained")
         )
-        self.constraint.set_target(batch.pop("anchors"), batch.pop("constraint_mask"))
-        loss = self.model(**batch, num_items_in_batch=labelled).loss + self.alpha * self.constraint.penalty(constrained)
+        if self.procon.step.tokens is None:  # the first micro-batch of an optimiser step
+            self.procon.begin_step(self.procon.step.number, tokens=constrained)
+        self.procon.begin(batch)
+        loss = self.model(**batch, num_items_in_batch=labelled).loss + self.procon.loss()
         self.log("loss", loss, prog_bar=True, reduce_fx="sum")
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
-    def on_after_backward(self):
-        self.constraint.release()
+    def on_before_optimizer_step(self, optimizer):
+        self.procon.end(optimizer)
+
+    def on_fit_end(self):
+        self.procon.close()
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.model.parameters(), lr=self.learning_rate)
@@ -77,7 +75,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="chat model: a folder or hub name")
     parser.add_argument("--data", required=True, help="conversations: .json, .jsonl, .csv or .parquet")
     parser.add_argument("--output_dir", type=Path, default="tuned", help="for anchors and the model")
-    parser.add_argument("--alpha", type=float, default=0.2, help="strength of the constraint")
+    parser.add_argument("--schedule", default="procon_s", help="alpha over training: procon_s, or phases (1@2ep,0)")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch_size", type=int, default=4, help="rows of a micro-batch")
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches per optimiser step")
@@ -88,20 +86,12 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     dataset = tokenize_conversations(load_conversations(args.data), tokenizer)
-    collator = padding_collator(tokenizer)
+    loader = DataLoader(dataset, args.batch_size, shuffle=True, collate_fn=padding_collator(tokenizer))
 
-    # Directions and anchors: once, before the first step, from the model as training starts.
-    directions = Directions.extract(model, tokenizer)
-    constraint = ProjectionConstraint(directions)
-    anchors = Anchors.record(
-        model,
-        DataLoader(dataset, args.batch_size, collate_fn=collator),
-        directions,
-        args.output_dir / "anchors",
-        blocks=constraint.blocks,
-    )
+    # Directions, anchors and probes: once, before the first step, from the model as training starts.
+    procon = ProCon(model, tokenizer, ProConSettings(schedule=args.schedule), folder=args.output_dir)
+    loader = procon.prepare(loader, accumulation=args.accumulation)
 
-    loader = DataLoader(dataset, args.batch_size, shuffle=True, collate_fn=AnchoredCollator(collator, anchors))
     trainer = lightning.Trainer(
         max_epochs=args.epochs,
         accumulate_grad_batches=args.accumulation,
@@ -109,7 +99,7 @@ def main() -> None:
         enable_checkpointing=False,
         logger=False,
     )
-    module = ConstrainedModule(model.train(), constraint, args.alpha, args.learning_rate)
+    module = ConstrainedModule(model.train(), procon, args.learning_rate)
     trainer.fit(module, OptimizerSteps(loader, args.accumulation))
     model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)

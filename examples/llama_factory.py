@@ -1,7 +1,6 @@
 """LLaMA-Factory's SFT under the constraint: the file that `llamafactory-cli train` reads, and a callback.
 
-    procon directions --model MODEL --output directions.safetensors
-    python examples/llama_factory.py train.yaml --directions directions.safetensors
+    python examples/llama_factory.py train.yaml
 
 In the file, set `use_reentrant_gc: false` (or `disable_gradient_checkpointing: true`) and `packing: false`; otherwise
 the run stops and says why. It also stops with DFT, EAFT and ASFT, which make losses of their own. Response tokens are
@@ -23,7 +22,7 @@ import yaml
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path, help="LLaMA-Factory's settings: a YAML file")
-    parser.add_argument("--directions", type=Path, required=True, help="refusal directions of the model, as it starts")
+    parser.add_argument("--directions", type=Path, help="file from 'procon directions'; extracted if not given")
     parser.add_argument("--schedule", default="procon_s", help="alpha over training: procon_s, or phases (1@2ep,0)")
     parser.add_argument("--units", default="raw", choices=("raw", "gap"), help="of the penalty")
     args = parser.parse_args()

@@ -1,11 +1,10 @@
 """unsloth's LoRA under the constraint: a callback for the SFTTrainer that unsloth patches.
 
-    procon directions --model MODEL --output directions.safetensors
-    python examples/unsloth.py --model MODEL --data data.jsonl --directions directions.safetensors
+    python examples/unsloth.py --model MODEL --data data.jsonl
 
 unsloth's gradient checkpointing runs the blocks without gradients, and the constraint would lose its own. So it is off
 here; with it, the run stops and says why. It also stops with the SFTTrainer of TRL 1.16, which makes its own loss.
-Response tokens are constrained; the other settings have their defaults.
+The settings have their defaults.
 
 Not tested with unsloth itself, which needs a GPU. Tested on a CPU with trl 0.24.0, transformers 5.6.0 and peft 0.18.1,
 and a stand-in for unsloth that loads the model with transformers.
@@ -20,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="chat model: a folder or hub name")
     parser.add_argument("--data", required=True, help="conversations: .json, .jsonl, .csv or .parquet")
-    parser.add_argument("--directions", required=True, help="refusal directions of the model, as training starts")
+    parser.add_argument("--directions", help="file from 'procon directions'; extracted if not given")
     parser.add_argument("--schedule", default="procon_s", help="alpha over training: procon_s, or phases (1@2ep,0)")
     parser.add_argument("--output_dir", default="tuned", help="folder for anchors and the adapter")
     parser.add_argument("--epochs", type=float, default=3)

@@ -377,6 +377,6 @@ def test_blocks_of_other_types(blocks):
 
 def test_a_number_that_no_float_can_hold_is_refused():
     with pytest.raises(ProConError, match=r"probe_weight is 1000.*: give a finite number above 0"):
-        AnchorSettings(probe_weight=10**400)
+        ProConSettings(probe_weight=10**400)
     with pytest.raises(ProConError, match=r"alpha is 1000.*: give a finite number, 0 or more"):
         check_alpha(10**400)

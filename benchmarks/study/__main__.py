@@ -23,7 +23,7 @@ class StudyArguments:
 
     budget: str = field(
         default="table",
-        metadata={"help": "smoke (minutes); table, anchors, hold, hard, qwen (hours on 2 cores); full (GPUs)."},
+        metadata={"help": "smoke (minutes); table, anchors, hard, qwen (hours on 2 cores); full (GPUs)."},
     )
     model: str | None = field(
         default=None,

@@ -13,7 +13,7 @@ from benchmarks.study.gallery import Gallery, save_drawings
 from benchmarks.study.judge import load_judge
 from benchmarks.study.made import how_made, when_made
 from benchmarks.study.outcomes import Outcomes
-from benchmarks.study.plan import Budget, Part
+from benchmarks.study.plan import Budget
 from benchmarks.study.report import part_sections
 from procon.files import write_text
 
@@ -35,7 +35,6 @@ class BudgetPage:
         title: of the page.
         about: its first sentences: what is compared.
         rivals: by part, the method that the others are compared with.
-        drawings: figures of a part on a job, beside those that every part has.
         more: sections ahead of the parts.
     """
 
@@ -44,7 +43,6 @@ class BudgetPage:
     title: str
     about: str
     rivals: Mapping[str, str] = field(default_factory=dict)
-    drawings: Callable[[Part, str, Outcomes], list[Drawing]] = lambda part, job, outcomes: []
     more: Callable[[Outcomes, Gallery], list[str]] = lambda outcomes, figure: []
 
     @property
@@ -96,8 +94,6 @@ class BudgetPage:
         sections += self.more(outcomes, figure)
         for part in budget.parts:
             sections += part_sections(part, outcomes, figure, self.rivals.get(part.name))
-            for job in part.jobs:
-                sections += [figure(drawing) for drawing in self.drawings(part, job, outcomes)]
         made = how_made(outcomes.runs, [self.runs_command, self.command])
         return "\n\n".join(filter(None, [*sections, "## How this was made", made])) + "\n", figure.drawings
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from benchmarks.study.anchor_parts import source_parts
 from benchmarks.study.hard_parts import hard_parts, qwen_parts
-from benchmarks.study.hold_parts import hold_parts
 from benchmarks.study.methods import Method
 from benchmarks.study.plan import Budget, Part, Size
 
@@ -265,7 +264,6 @@ BUDGETS: dict[str, Budget] = {
     "anchors": Budget(source_parts(START, PLAIN, PROCON_S), Size()),
     "hard": Budget(hard_parts(START, PLAIN, PROCON_S, DEVELOPMENT), _HARD, loading=_QUICK),
     "qwen": Budget(qwen_parts(START, PLAIN), _HARD, "qwen", _QUICK),
-    "hold": Budget(hold_parts(START, PLAIN, DEVELOPMENT), Size()),
     "full": Budget(
         (_FULL_TABLE, LAYERS, STRENGTH, CONTROL, CHOICE, SUBSPACE),
         Size(train=6400, test=384, epochs=10, pairs=192, poisoned=100, safety=1000),

@@ -7,10 +7,8 @@ from itertools import starmap
 from typing import Any
 
 from benchmarks.study.anchor_parts import PROBES, RANDOM, SBR, TOKENS_STATE_3, longer, probing
-from benchmarks.study.hold_parts import holding
 from benchmarks.study.methods import Method
 from benchmarks.study.plan import Part
-from procon.schedule import DEFAULT_BUDGET
 
 #: Multiples of the study's steps: with all methods, and with the best.
 LONG, LONGEST = 4.0, 10.0
@@ -163,8 +161,10 @@ def _with_safety(method: Method, label: str) -> Method:
 
 DEFAULT_SAFE = _with_safety(DEFAULT, "ProCon's default, safety data 100")
 FIXED_SAFE = _with_safety(FIXED, "eight fixed probes, safety data 100")
-#: The same at a strength that sets itself.
-HOLD = replace(holding(DEFAULT_BUDGET), label="eight fixed probes, hold")
+#: The same at a strength that set itself, so that the training tokens' mean shift kept to a budget.
+HOLD = replace(
+    FIXED, name="hold_0.2", label="eight fixed probes, hold", config={**FIXED.config, "procon_schedule": "hold:0.2"}
+)
 DEFAULT_RANDOM = replace(
     DEFAULT, name="tokens_state_3_turns_random", label="the default, random directions", directions="random:1"
 )

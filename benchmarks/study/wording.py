@@ -79,7 +79,7 @@ directions and probes come from."""
 KNOWN = {
     "smollm2": """\
 That the default keeps more than plain training, on clean data at every length, was known from
-[other runs](hold-results.md) of the same model. The rivals were named after their settings had been tried.""",
+[other runs](tried.md) of the same model. The rivals were named after their settings had been tried.""",
     "qwen": """\
 They are those of [the small model](hard-results.md), on which all settings were chosen. A first look at this one, at
 the settings of then, had shown that plain training loses refusals here too.""",

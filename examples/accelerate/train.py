@@ -3,7 +3,8 @@
     accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/accelerate/train.py \
         --model MODEL --data data.jsonl --output_dir tuned
 
-The constraint has its default settings. Cross-entropy and penalty are both sums over tokens, divided by the count of
+The constraint has the whole default: anchors of the training tokens, and probes; under ZeRO-3, which takes one forward
+for each backward, give ``--probes none``. Cross-entropy and penalty are both sums over tokens, divided by the count of
 the whole optimiser step: all its micro-batches, all ranks. So neither the number of ranks nor that of micro-batches
 changes them.
 """
@@ -17,19 +18,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed
-from torch.utils.data import DataLoader, Subset
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from procon import (
-    AlphaSchedule,
-    AnchoredCollator,
-    Anchors,
-    Directions,
-    ProjectionConstraint,
-    constrained_tokens,
-)
+from procon import ProCon, ProConSettings
 from procon.data import load_conversations, padding_collator, tokenize_conversations
+from procon.method import once_through
 
 
 def main() -> None:
@@ -38,7 +33,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="conversations: .json, .jsonl, .csv or .parquet")
     parser.add_argument("--directions", help="file from 'procon directions'; extracted if not given, ZeRO-3 needs it")
     parser.add_argument("--output_dir", type=Path, default="tuned", help="for anchors and the model")
-    parser.add_argument("--schedule", type=AlphaSchedule.parse, default="procon_s", help="alpha over training")
+    parser.add_argument("--schedule", default="procon_s", help="alpha over training")
+    parser.add_argument("--probes", default="builtin", help="builtin, none, or a file of prompts")
     parser.add_argument("--epochs", type=int, default=3, help="a warm-up of the schedule comes on top")
     parser.add_argument("--batch_size", type=int, default=2, help="rows of a micro-batch, per rank")
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches per optimiser step")
@@ -53,33 +49,28 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     dataset = tokenize_conversations(load_conversations(args.data), tokenizer)
-    padded = padding_collator(tokenizer)
-    anchored = AnchoredCollator(padded, None)
+    collator = padding_collator(tokenizer)
 
-    if args.directions:
-        directions = Directions.load(args.directions)
-    else:
-        # By the main process: FSDP may have loaded the weights only there.
-        found = [Directions.extract(model, tokenizer) if accelerator.is_main_process else None]
-        directions = broadcast_object_list(found)[0]
-    constraint = ProjectionConstraint(directions).attach(model)
+    settings = ProConSettings(schedule=args.schedule, probes=args.probes)
+    progress = accelerator.is_main_process
+    procon = ProCon(model, tokenizer, settings, args.directions, folder=args.output_dir, progress=progress)
+    procon.run.precision = accelerator.mixed_precision
+    procon.find()  # directions, by the main process: FSDP may have loaded the weights only there
+    procon.attach()
     model, optimizer, loader = accelerator.prepare(
         model,
         torch.optim.AdamW(model.parameters(), lr=args.learning_rate),
-        DataLoader(dataset, args.batch_size, shuffle=True, collate_fn=anchored),
+        DataLoader(dataset, args.batch_size, shuffle=True, collate_fn=procon.collator(collator)),
     )
     # Once, before the first step, from the model as it will train: on its device, sharded, in its precision.
-    share = Subset(dataset, range(accelerator.process_index, len(dataset), accelerator.num_processes))
-    anchored.anchors = Anchors.record(
-        model,
-        DataLoader(share, args.batch_size, collate_fn=padded),
-        directions,
-        args.output_dir / "anchors",
-        blocks=constraint.blocks,
-    )
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    with accelerator.autocast():
+        procon.record(lambda: once_through(dataset, collator, args.batch_size, rank=rank, ranks=ranks))
+    procon.begin_run()
 
     steps_per_epoch = -(-len(loader) // args.accumulation)
-    total_steps = args.epochs * steps_per_epoch + args.schedule.extra_steps(steps_per_epoch)
+    procon.set_steps_per_epoch(steps_per_epoch)
+    total_steps = args.epochs * steps_per_epoch + procon.schedule.extra_steps(steps_per_epoch)
     # Ranks average their gradients, and backward() divides by the number of micro-batches: the counts include both.
     undo = accelerator.num_processes * accelerator.gradient_accumulation_steps
     step = 0
@@ -87,30 +78,26 @@ def main() -> None:
     while step < total_steps:
         batches = iter(loader)
         while step < total_steps and (micro_batches := list(islice(batches, args.accumulation))):
-            alpha = args.schedule.alpha(step, steps_per_epoch)
-            constraint.enabled = alpha > 0
-            constrained = constrained_tokens(micro_batches, accelerator.reduce)
+            procon.begin_step(step, micro_batches)
             labelled = accelerator.reduce(sum((batch["labels"][:, 1:] != -100).sum() for batch in micro_batches))
-            step_loss, step_penalty = torch.zeros(2, device=accelerator.device)
+            step_loss = torch.zeros((), device=accelerator.device)
             for batch in micro_batches:
                 accelerator.sync_gradients = batch is micro_batches[-1]
                 with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
-                    constraint.set_target(batch.pop("anchors"), batch.pop("constraint_mask"))
-                    loss = model(**batch, num_items_in_batch=labelled).loss
-                    if alpha > 0:
-                        penalty = constraint.penalty(constrained)
-                        loss = loss + alpha * penalty
-                        step_penalty += penalty.detach()
+                    procon.begin(batch)
+                    with accelerator.autocast():
+                        loss = model(**batch, num_items_in_batch=labelled).loss + procon.loss()
                     accelerator.backward(loss * undo)
-                    constraint.release()
                 step_loss += loss.detach()
+            procon.end(optimizer)
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-            loss, penalty = accelerator.reduce(torch.stack([step_loss, step_penalty])).tolist()
+            logged, loss = procon.log(step), accelerator.reduce(step_loss).item()
+            alpha, penalty = logged["procon/alpha"], logged.get("procon/penalty", 0.0)
             accelerator.print(f"step {step}/{total_steps}  alpha {alpha:g}  loss {loss:.6g}  penalty {penalty:.6g}")
-    constraint.detach()
+    procon.close()
 
     weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:

@@ -30,6 +30,7 @@ from procon.data import (
 from procon.directions import DIRECTIONS_FILE, Directions
 from procon.errors import ProConError, printable
 from procon.files import check_writable
+from procon.method.ranks import on_main
 from procon.models import check_loading, check_name, find_decoder, load_model
 from procon.schedule import AlphaSchedule
 from procon.training import DriftCallback, JsonlCallback, ProConConfig, ProConTrainer
@@ -38,7 +39,6 @@ from procon.training.config import check_probe_file
 from procon.training.console_rows import show_rows
 from procon.training.drift_gate import DriftGate
 from procon.training.output import drop_merged, locked, output_folder
-from procon.training.ranks import on_main
 
 
 @dataclass(frozen=True)

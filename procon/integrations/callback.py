@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +12,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import reduce
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -25,12 +24,12 @@ from procon.directions import Directions
 from procon.errors import ProConError
 from procon.integrations.forward import REMEDY, ConstrainedForward, constrained_by
 from procon.method import ProCon, Run, check_batches, once_through
+from procon.method.ranks import on_main
 from procon.method.record import RECORD, write_record
 from procon.schedule import AlphaSchedule
 from procon.settings import ChatSettings, Fuse, ProConSettings, check_setting
 from procon.training.checkpoints import open_checkpoint, seal
 from procon.training.output import forget, locked, output_folder
-from procon.training.ranks import on_main
 from procon.training.run_facts import check_same_run, run_arguments, run_facts
 from procon.version import __version__
 
@@ -270,7 +269,6 @@ class _CallbackRun(Run):
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         progress = not args.disable_tqdm and PartialState().is_main_process
         super().__init__(model, tokenizer, chat=chat, folder=output_folder(args), progress=progress)
-        self.groups = args.world_size
         self.precision = AcceleratorState().mixed_precision
         self._device = args.device
 
@@ -281,12 +279,6 @@ class _CallbackRun(Run):
     def autocast(self) -> AbstractContextManager[Any]:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.precision))
         return nullcontext() if dtype is None else torch.autocast(self._device.type, dtype)
-
-    def total(self, tensor: torch.Tensor) -> torch.Tensor:
-        return cast(torch.Tensor, reduce(tensor, "sum"))
-
-    def once(self, call: Callable[[], Any], *, all_call: bool = False) -> Any:
-        return on_main(call, all_call=all_call)
 
 
 def _refuse(args: TrainingArguments, model: nn.Module) -> None:

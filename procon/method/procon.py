@@ -373,14 +373,15 @@ class ProCon:
 
         Args:
             number: of the step, from 0.
-            batches: its micro-batches of this rank, to divide by their constrained tokens.
-            tokens: the same of all ranks, if known.
+            batches: its micro-batches of this rank, to divide by the constrained tokens of all ranks' together.
+            tokens: their number, if known.
             parts: without either, how many means over a micro-batch make up the step, over all ranks.
         """
-        if batches is not None and tokens is None and self.tokens is not None:
-            tokens = constrained_tokens(batches)
+        if batches is not None:
+            parts = 1
+            if tokens is None and self.tokens is not None:
+                tokens = constrained_tokens(batches, self.run.total)
         self.step = Step(number, self.alpha_at(number), tokens, parts or self.accumulation * self.run.groups)
-        self._penalty_steps += self.acts
         self._begun = 0
         self.evidence.begin_step()
         if self.constraint is not None:
@@ -479,6 +480,7 @@ class ProCon:
         if self.acts:
             model = self.run.model if model is None else model
             self.evidence.end_step(self.constraint, optimizer, model, each=self.tokens is not None)
+            self._penalty_steps += 1
 
     def after_optimizer(self) -> None:
         """The optimiser has taken its step."""

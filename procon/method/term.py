@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
+import torch.distributed as dist
+from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from procon.anchors import LiveAnchors
 from procon.directions import Directions
+from procon.method.ranks import on_main
 from procon.settings import ChatSettings
 
 #: Makes a loader that runs through the training set once.
@@ -23,7 +26,7 @@ Collator = Callable[[list[Any]], dict[str, Any]]
 
 
 class Run:
-    """The training that the method is part of: of a plain loop in one process, unless a trainer says otherwise.
+    """The training that the method is part of: of a plain loop, on one rank or more, unless a trainer says otherwise.
 
     Args:
         model: the causal LM that trains, bare or within PEFT.
@@ -33,8 +36,6 @@ class Run:
         progress: whether bars show how far preparing is.
     """
 
-    #: How many ranks, or groups of them, have a batch of their own.
-    groups: int = 1
     #: Whether every rank has loaded a part of the model alone, so that all must run it together from the beginning.
     is_loaded_in_parts: bool = False
     #: The precision of Accelerate's autocast, ``"no"`` without; None if a forward has to show it.
@@ -56,6 +57,11 @@ class Run:
         self.progress = progress
 
     @property
+    def groups(self) -> int:
+        """How many ranks, or groups of them, have a batch of their own."""
+        return dist.get_world_size() if dist.is_initialized() else 1
+
+    @property
     def device(self) -> torch.device:
         """Where batches go."""
         return next(self.model.parameters()).device
@@ -66,11 +72,11 @@ class Run:
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of a scalar over the ranks."""
-        return tensor
+        return cast("Tensor", reduce(tensor, "sum")) if dist.is_initialized() else tensor
 
     def once(self, call: Callable[[], Any], *, all_call: bool = False) -> Any:
         """What ``call`` gives on the main rank, on every rank; ``all_call`` if sharded weights need all of them."""
-        return call()
+        return on_main(call, all_call=all_call) if dist.is_initialized() else call()
 
     @property
     def reference(self) -> nn.Module | None:

@@ -9,10 +9,10 @@ from typing import Any, cast
 from torch import nn
 
 from procon.errors import ProConError
+from procon.method.ranks import on_main
 from procon.method.record import read_record
 from procon.models import keep_quantised
 from procon.training.checkpoints import check_files, check_no_others
-from procon.training.ranks import on_main
 from procon.training.step_times import TimedMixin
 
 logger = logging.getLogger(__name__)

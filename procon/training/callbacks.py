@@ -27,11 +27,11 @@ from procon.chat import ContrastPrompts, builtin_drift_pairs, builtin_prompts, d
 from procon.directions import ContrastMeans, Directions
 from procon.errors import ProConError
 from procon.evaluation import Drift, Evaluation, Judge, Metric, NothingFinished, evaluate, measure_drift
+from procon.method.ranks import on_main
 from procon.settings import ChatSettings, GateAction
 from procon.training.console import leave_out_of_bar, log_apart, log_with_details, show_beside_bar
 from procon.training.drift_gate import DriftGate
 from procon.training.output import output_folder
-from procon.training.ranks import on_main
 
 logger = logging.getLogger(__name__)
 

@@ -22,6 +22,7 @@ from procon.constraint.guards import refuse_data_parallel, refuse_noise
 from procon.directions import Directions
 from procon.errors import ProConError
 from procon.method import ProCon, check_batches, once_through
+from procon.method.ranks import on_main
 from procon.method.record import write_record
 from procon.settings import ChatSettings, ProConSettings
 from procon.training.checkpoints import Checkpoint
@@ -29,7 +30,6 @@ from procon.training.config import PREFIX, ProConArguments, check_probe_file
 from procon.training.loss_scale import loss_scale
 from procon.training.model_card import describe, write_section
 from procon.training.output import output_folder
-from procon.training.ranks import on_main
 from procon.training.resumable import ResumableMixin
 from procon.training.run import TrainerRun
 

@@ -17,9 +17,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from procon.errors import ProConError
 from procon.files import writing
 from procon.method.probes import PROBES_FILE
+from procon.method.ranks import on_main
 from procon.method.record import RECORD, read_record
 from procon.training.model_card import drop_section
-from procon.training.ranks import on_main
 
 try:
     import fcntl

@@ -14,13 +14,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 from procon.chat import describe_chat
 from procon.errors import ProConError
 from procon.files import sync_files, writing
+from procon.method.ranks import on_main
 from procon.method.record import begin, write_record
 from procon.models import is_sharded
 from procon.training.best import BestMixin
 from procon.training.checkpoints import Checkpoint, break_seal, delete_superseded, latest, open_checkpoint, seal
 from procon.training.model_card import write_unconstrained
 from procon.training.output import claim, locked, output_folder
-from procon.training.ranks import on_main
 from procon.training.run_facts import check_same_run, run_arguments, run_facts
 from procon.version import __version__
 

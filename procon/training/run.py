@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,7 +13,6 @@ from procon.anchors import LiveAnchors
 from procon.method import Run
 from procon.settings import ChatSettings
 from procon.training.output import output_folder
-from procon.training.ranks import on_main
 
 if TYPE_CHECKING:
     from procon.training.mixin import ProConMixin
@@ -71,9 +69,6 @@ class TrainerRun(Run):
     def total(self, tensor: Tensor) -> Tensor:
         """Each rank of tensor parallelism has the sum of the whole batch."""
         return cast(Tensor, self._trainer.accelerator.reduce(tensor / self._trainer.get_tp_size(), "sum"))
-
-    def once(self, call: Callable[[], Any], *, all_call: bool = False) -> Any:
-        return on_main(call, all_call=all_call)
 
     def project(self, live: LiveAnchors, batch: dict[str, Any]) -> Tensor:
         return self._trainer._project_live(live, batch)

@@ -34,7 +34,7 @@ from procon.evaluation import Evaluation, Rate, exact_match, extract_answer
 from procon.files import MAX_NESTING, MAX_TEXT
 from procon.report import Run, print_table, write_html
 from procon.schedule import AlphaSchedule
-from procon.settings import CHOICES, AnchorSettings, ChatSettings, ConstraintSettings, parse_blocks
+from procon.settings import CHOICES, ChatSettings, ProConSettings, parse_blocks
 from procon.training import ProConArguments
 from procon.training.drift_gate import DriftGate
 
@@ -46,7 +46,6 @@ FOLDER = Path(tempfile.mkdtemp(prefix="procon-fuzz-"))
 
 SCHEDULE_PARTS = ("procon_s", "procon_wu", ":", "@", ",", "ep", "steps", "0", "1", "0.2", "-1", "1e-7", "2", "1e400")
 SCHEDULE_PARTS += ("nan", "inf", " ", ".", "..", "1_0", "+1", "\u0664", "0.0000001", "9" * 400, "procon_s:0.5@2ep,0")
-SCHEDULE_PARTS += ("hold", "hold:", "hold:0.1")
 
 
 def make_schedule(random: Random) -> str:
@@ -62,17 +61,17 @@ def make_schedule(random: Random) -> str:
 def take_schedule(source: str) -> None:
     schedule = AlphaSchedule.parse(source)
     assert AlphaSchedule.parse(str(schedule)) == schedule
-    for step in (0, 1, 1000) if schedule.hold is None else ():
+    for step in (0, 1, 1000):
         assert 0 <= schedule.alpha(step, 7) < float("inf")
     schedule.extra_steps(7)
 
 
 #: Of settings that are no choice among words.
 _VALUES = {
-    "schedule": ("procon_s", "hold"),
+    "schedule": ("procon_s", "0"),
     "blocks": ("all", 0.5, [1, 2], "1", "1,2", "all,last"),
-    "probes": (None, "probes.txt"),
-    "probe_count": (1, 8),
+    "anchors_dir": (None, "anchors"),
+    "probes": ("builtin", "none", "probes.txt"),
     "probe_batch": (1, 8),
     "probe_every": (1, 2),
     "probe_weight": (0.5, 50),
@@ -115,8 +114,7 @@ def take_settings(values: dict[str, Any]) -> None:
         load_prompt_sets(str(values.get("prompt_sets", "xstest")))
     refused = []
     for build in (
-        lambda: ConstraintSettings(**_of(ConstraintSettings, values)),
-        lambda: AnchorSettings(**_of(AnchorSettings, values)),
+        lambda: ProConSettings(**_of(ProConSettings, values)),
         lambda: ProConArguments(**{f"procon_{name}": values[name] for name in values if name in _OF_PROCON}),
         lambda: ChatSettings(**_of(ChatSettings, values)),
         lambda: DriftGate.parse(values.get("gate"), values.get("gate_action", "warn")),

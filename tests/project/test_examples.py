@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from procon import AnchoredCollator, Anchors, Directions, ProjectionConstraint
+from procon import Directions, ProCon, ProConSettings
 from procon.data import padding_collator
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -75,7 +75,7 @@ def test_example_trains(script, place, monkeypatch, capsys):
 
 
 def test_bare_loop_is_the_same_however_a_step_is_cut(place, monkeypatch, capsys):
-    losses = []
+    losses, penalties = [], []
     for batch_size, accumulation in ((8, 1), (2, 4)):
         flags = [f"--batch_size={batch_size}", f"--accumulation={accumulation}", f"--output_dir=out{accumulation}"]
         # The first step is free: at the anchors, the absolute penalty has the slope of a rounding error.
@@ -83,10 +83,13 @@ def test_bare_loop_is_the_same_however_a_step_is_cut(place, monkeypatch, capsys)
         argv = ["bare_loop.py", "--model=model", "--data=data.jsonl", *flags]
         monkeypatch.setattr(sys, "argv", argv)
         runpy.run_path(str(EXAMPLES / "bare_loop.py"), run_name="__main__")
-        losses.append([float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if "loss" in line])
+        lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+        losses.append([float(line[-1]) for line in lines])
+        penalties.append([float(line[5]) for line in lines[1:]])
     # Printed with four decimals; of six steps, the later ones carry a penalty.
     assert len(losses[0]) == 6
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
+    assert penalties[0] == pytest.approx(penalties[1], rel=1e-3)
 
 
 def test_lightning_module_scales_by_the_optimizer_step(tiny_model, tokenizer, tmp_path):
@@ -96,37 +99,33 @@ def test_lightning_module_scales_by_the_optimizer_step(tiny_model, tokenizer, tm
     rows = [
         {"input_ids": list(range(3, 9 + 3 * n)), "labels": [-100] * 3 + list(range(6, 9 + 3 * n))} for n in range(8)
     ]
-    collator = padding_collator(tokenizer)
     model = tiny_model()
     directions = Directions.extract(model, tokenizer, check_refusal=False, progress=False)
-    constraint = ProjectionConstraint(directions, penalty="squared")
-    whole = DataLoader(rows, 8, collate_fn=collator)
-    anchors = Anchors.record(
-        model, whole, directions, tmp_path, blocks=constraint.blocks, progress=False, scope="response"
-    )
+    settings = ProConSettings(schedule="procon_s:1e4", scope="response", penalty="squared", probes="none")
+    procon = ProCon(model, tokenizer, settings, directions, folder=tmp_path, progress=False)
+    loaders = [DataLoader(rows, size, collate_fn=padding_collator(tokenizer)) for size in (2, 8)]
+    loader, whole = (procon.prepare(loader) for loader in loaders)
     with torch.no_grad():  # off its anchors, as there the penalty has no gradient
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
-    def loader(size: int) -> DataLoader:
-        return DataLoader(rows, size, collate_fn=AnchoredCollator(collator, anchors))
-
     def definition(alpha: float) -> dict[str, torch.Tensor]:
         model.zero_grad()
-        with constraint.attach(model):
-            batch = next(iter(loader(8)))
-            constraint.set_target(batch.pop("anchors"), batch.pop("constraint_mask"))
-            (model(**batch).loss + alpha * constraint.penalty()).backward()
+        batch = next(iter(whole))
+        constraint = procon.constraint
+        constraint.set_target(batch.pop("anchors"), batch.pop("constraint_mask"))
+        (model(**batch).loss + alpha * constraint.penalty()).backward()
+        constraint.release()
         return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
     model.train()
     plain, expected = definition(0.0), definition(1e4)
-    module = example["ConstrainedModule"](model, constraint, alpha=1e4, learning_rate=0.0)
+    module = example["ConstrainedModule"](model, procon, learning_rate=0.0)
     module.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=1.0)
     settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     trainer = lightning.Trainer(max_epochs=1, accumulate_grad_batches=4, default_root_dir=tmp_path, **settings)
-    trainer.fit(module, example["OptimizerSteps"](loader(2), 4))
+    trainer.fit(module, example["OptimizerSteps"](loader, 4))
     assert trainer.global_step == 1
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(start[name] - parameter, expected[name], rtol=1e-4, atol=1e-5)

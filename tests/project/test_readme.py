@@ -4,10 +4,10 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from procon import Directions
 from procon.chat import response_mask, user_turn
 from procon.data import padding_collator
 
@@ -23,7 +23,7 @@ def test_ci_runs_the_test_command():
 
 
 def test_all_blocks_are_known():
-    marks = ["ProConTrainer(", "Anchors.record(", "project(", "rms_norm_constrain("]
+    marks = ["ProConTrainer(", "ProCon(", "project(", "rms_norm_constrain("]
     assert [mark in block for mark, block in zip(marks, BLOCKS, strict=True)] == [True] * len(marks)
 
 
@@ -39,7 +39,8 @@ def test_trainer_block(tiny_model, tokenizer, tmp_path):
     assert list((tmp_path / "out" / "_anchors").glob("*/*.safetensors"))
 
 
-def test_own_loop_block(tiny_model, tokenizer, tmp_path):
+def test_own_loop_block(tiny_model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     model = tiny_model()
     rows = []
     for n in range(1, 9):
@@ -55,13 +56,14 @@ def test_own_loop_block(tiny_model, tokenizer, tmp_path):
         "model": model,
         "dataset": rows,
         "collator": collator,
-        "loader": DataLoader(rows, batch_size=4, collate_fn=collator),
-        "directions": Directions.extract(model, tokenizer, check_refusal=False, progress=False),
-        "anchors_dir": tmp_path / "anchors",
+        "tokenizer": tokenizer,
         "optimizer": torch.optim.AdamW(model.parameters()),
     }
     exec(BLOCKS[1], names)
     assert any(not torch.equal(before[name], p) for name, p in model.named_parameters())
+    found = names["procon"].log(2)["procon/penalty"]  # the mean of two steps
+    assert found > 0
+    assert names["procon"].did()["penalty_sum"] == pytest.approx(2 * found)
 
 
 def test_op_block():

@@ -1,13 +1,12 @@
-"""Pages of a budget, from studies that are half done: sources of anchors, and a strength that sets itself."""
+"""The page of a budget, from a study that is half done: sources of anchors."""
 
 import re
 
 import pytest
 
-from benchmarks.study import anchors_report, hold_report
+from benchmarks.study import anchors_report
 from benchmarks.study.anchor_parts import BOTH, SBR, longer
 from benchmarks.study.budgets import BUDGETS, PLAIN, START
-from benchmarks.study.hold_parts import FIXED, holding
 from benchmarks.study.outcomes import Outcomes
 from benchmarks.study.table import beside_table
 
@@ -59,8 +58,8 @@ def test_page_has_what_was_run(outcomes, tmp_path):
     assert not stale.exists()
 
 
-@pytest.mark.parametrize("report", [anchors_report, hold_report])
-def test_without_runs_the_command_is_named(report, tmp_path, capsys):
+def test_without_runs_the_command_is_named(tmp_path, capsys):
+    report = anchors_report
     assert report.PAGE.main(["--runs", str(tmp_path)]) == 2
     assert f"make them with '{report.PAGE.runs_command}'" in capsys.readouterr().err
     assert report.PAGE.runs_command == f"python -m benchmarks.study --budget {report.PAGE.budget}"
@@ -71,25 +70,3 @@ def test_every_rival_is_in_its_part():
     parts = {part.name: {method.name for method in part.methods} for part in BUDGET.parts}
     assert set(anchors_report.PAGE.rivals) == set(parts)
     assert all(rival in parts[part] for part, rival in anchors_report.PAGE.rivals.items())
-
-
-def test_the_page_of_hold_traces_alpha(write, tmp_path):
-    budget, hold = BUDGETS["hold"], holding(0.2)
-    rows = [
-        {"step": step, "loss": 1.0, "procon/alpha": 0.2 / step, "procon/shift": 0.01 * step} for step in (5, 10, 15)
-    ]
-    for method, more in ((START, {}), (PLAIN, {}), (FIXED, {}), (hold, {"history": rows})):
-        write("arithmetic", method, 0, 0.5, **more)
-
-    class Agreeing:
-        def refuses(self, replies):
-            return [reply.startswith("no") for reply in replies]
-
-    outcomes = Outcomes.load(budget, tmp_path / "runs", Agreeing())
-    page = hold_report.PAGE.write(budget, outcomes, tmp_path / "docs")
-    text = page.read_text()
-    assert page.name == "hold-results.md"
-    assert "hold, budget 0.2: alpha 0.04 to 0.0133, shift 0.15 at the end" in text
-    drawn = (tmp_path / "docs" / "assets" / "hold" / "hold-arithmetic-trace.svg").read_text()
-    assert "shift over budget" in drawn
-    assert "mathdefault" not in drawn

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.study import anchors_report, hard_report, hold_report, qwen_report, report
+from benchmarks.study import anchors_report, hard_report, qwen_report, report
 from benchmarks.study.budget_page import BudgetPage
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -34,7 +34,7 @@ def test_results(tmp_path):
                 not any((RUNS / module.PAGE.budget).rglob("*.json")), reason="the runs are not made yet"
             ),
         )
-        for module in (anchors_report, hold_report, hard_report, qwen_report)
+        for module in (anchors_report, hard_report, qwen_report)
     ],
 )
 def test_pages_of_budgets(page: BudgetPage, tmp_path):
