@@ -36,7 +36,9 @@ from benchmarks.harness.interleaved import Samples, interleave
 from benchmarks.harness.machine import DEVICE, PAIRS, SMOKE
 from benchmarks.harness.shapes import SHAPES, make_batch, make_directions, make_model, make_optimizer
 from benchmarks.harness.timers import wall_time
-from procon import LiveAnchors, Probes, ProConDPOConfig, ProConDPOTrainer, ProjectionConstraint
+from procon import Probes, ProjectionConstraint
+from procon.anchors import LiveAnchors
+from procon.training.dpo import ProConDPOConfig, ProConDPOTrainer
 
 SUPERVISED = ("plain", "recorded", "live", "probes", "default")
 PREFERENCES = ("dpo", "dpo_live")

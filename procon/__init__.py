@@ -39,7 +39,6 @@ _HOME = {
     "RefusalDirections": "directions",
     "Anchors": "anchors",
     "AnchoredCollator": "anchors",
-    "LiveAnchors": "anchors",
     "ProCon": "method",
     "Probes": "method",
     "ProjectionConstraint": "constraint",
@@ -47,22 +46,14 @@ _HOME = {
     "AlphaSchedule": "schedule",
     "ChatSettings": "settings",
     "ProConSettings": "settings",
-    "ProConArguments": "training",
     "ProConConfig": "training",
     "ProConMixin": "training",
     "ProConTrainer": "training",
     "protect": "training",
     "DriftCallback": "training",
     "EvaluationCallback": "training",
-    "JsonlCallback": "training",
     "ProConSFTConfig": "training.sft",
     "ProConSFTTrainer": "training.sft",
-    "ProConDPOConfig": "training.dpo",
-    "ProConDPOTrainer": "training.dpo",
-    "ProConKTOConfig": "training.kto",
-    "ProConKTOTrainer": "training.kto",
-    "ProConGRPOConfig": "training.grpo",
-    "ProConGRPOTrainer": "training.grpo",
 }
 
 __all__ = [
@@ -73,18 +64,9 @@ __all__ = [
     "Directions",
     "DriftCallback",
     "EvaluationCallback",
-    "JsonlCallback",
-    "LiveAnchors",
     "ProCon",
-    "ProConArguments",
     "ProConConfig",
-    "ProConDPOConfig",
-    "ProConDPOTrainer",
     "ProConError",
-    "ProConGRPOConfig",
-    "ProConGRPOTrainer",
-    "ProConKTOConfig",
-    "ProConKTOTrainer",
     "ProConMixin",
     "ProConSFTConfig",
     "ProConSFTTrainer",
@@ -104,7 +86,6 @@ __all__ = [
 if TYPE_CHECKING:
     from procon.anchors import AnchoredCollator as AnchoredCollator
     from procon.anchors import Anchors as Anchors
-    from procon.anchors import LiveAnchors as LiveAnchors
     from procon.constraint import ProjectionConstraint as ProjectionConstraint
     from procon.constraint import constrained_tokens as constrained_tokens
     from procon.directions import Directions as Directions
@@ -120,18 +101,10 @@ if TYPE_CHECKING:
     from procon.settings import ProConSettings as ProConSettings
     from procon.training import DriftCallback as DriftCallback
     from procon.training import EvaluationCallback as EvaluationCallback
-    from procon.training import JsonlCallback as JsonlCallback
-    from procon.training import ProConArguments as ProConArguments
     from procon.training import ProConConfig as ProConConfig
     from procon.training import ProConMixin as ProConMixin
     from procon.training import ProConTrainer as ProConTrainer
     from procon.training import protect as protect
-    from procon.training.dpo import ProConDPOConfig as ProConDPOConfig
-    from procon.training.dpo import ProConDPOTrainer as ProConDPOTrainer
-    from procon.training.grpo import ProConGRPOConfig as ProConGRPOConfig
-    from procon.training.grpo import ProConGRPOTrainer as ProConGRPOTrainer
-    from procon.training.kto import ProConKTOConfig as ProConKTOConfig
-    from procon.training.kto import ProConKTOTrainer as ProConKTOTrainer
     from procon.training.sft import ProConSFTConfig as ProConSFTConfig
     from procon.training.sft import ProConSFTTrainer as ProConSFTTrainer
 

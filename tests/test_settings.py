@@ -17,15 +17,14 @@ from procon import (
     Anchors,
     ChatSettings,
     Directions,
-    LiveAnchors,
     Probes,
-    ProConArguments,
     ProConConfig,
     ProConError,
     ProConSettings,
     ProConTrainer,
     ProjectionConstraint,
 )
+from procon.anchors import LiveAnchors
 from procon.cli import main
 from procon.cli.arguments import TrainArguments
 from procon.cli.chat import chat_settings
@@ -39,6 +38,7 @@ from procon.settings import (
     check_setting,
     parse_blocks,
 )
+from procon.training import ProConArguments
 
 SETTINGS = [item.name for item in fields(ProConSettings)]
 

@@ -11,9 +11,9 @@ from trl import GRPOConfig, GRPOTrainer
 from benchmarks.preferences.algorithm import Algorithm
 from benchmarks.preferences.reward import arithmetic_reward
 from benchmarks.study.start import Start
-from procon import ProConGRPOConfig, ProConGRPOTrainer
 from procon.chat import user_turn
 from procon.demo import Problem
+from procon.training.grpo import ProConGRPOConfig, ProConGRPOTrainer
 
 #: Longest completion, in training and when the reward is measured.
 COMPLETION = 16
