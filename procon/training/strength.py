@@ -68,7 +68,7 @@ class StrengthMixin(AnchoredMixin):
             max_steps += extra
             epochs = -(-max_steps // per_epoch)
         if self.alpha_schedule.active:
-            check_batches(not has_length(dataloader) or len(dataloader) > 0, dataloader.dataset)
+            check_batches(not has_length(dataloader) or len(dataloader) > 0, self.train_dataset)
             check_acts(self.alpha_schedule, max_steps, per_epoch)
             check_probes_act(self.args.anchor_settings(), max_steps, self.model)
         return epochs, per_epoch, examples, samples, batch_size, steps_in_epoch, max_steps

@@ -60,7 +60,7 @@ class Watch(TrainerCallback):
     ) -> None:
         constraint = self._trainer.constraint
         if constraint is not None and self._trainer.has_alpha and self._trainer.constrains_this_step:
-            each = args.anchor_settings().of_tokens is not None
+            each = self._trainer.args.anchor_settings().of_tokens is not None
             self._trainer.evidence.end_step(constraint, optimizer, model, each=each)
 
 

@@ -176,7 +176,7 @@ def test_a_loop_of_ones_own_in_evaluation_mode_is_stopped(constrained, tiny_mode
     with attached:
         model.train()(**batch).loss.backward()
         loss = model.eval()(**batch).loss  # to look at it is harmless
-        with pytest.raises(ProConError, match="forward in evaluation mode goes through backward"):
+        with pytest.raises(ProConError, match="without a training forward: the model was in evaluation mode"):
             loss.backward()
 
 
