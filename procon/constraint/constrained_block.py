@@ -227,7 +227,7 @@ class ConstrainedBlock:
         # A graph would be compiled once more for the first step.
         noted = None if torch.compiler.is_compiling() else self._state.departures
         if noted is not None and trains and not isinstance(hidden, DTensor):
-            noted.append(typical_departure(hidden, vectors, anchors, mask, backend))
+            noted.append(typical_departure(hidden, vectors, anchors, mask, self._state.backend))
         return vectors, anchors, mask, backend
 
     def _directions(self, units: Units, device: torch.device, backend: str) -> Tensor:

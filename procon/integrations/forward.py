@@ -241,8 +241,8 @@ class ConstrainedForward:
 
 def _refuse_evaluation(_gradient: Tensor) -> None:
     raise ProConError(
-        "the loss of a forward in evaluation mode goes through backward, and has no penalty, so the constraint would "
-        "be lost: call model.train() before it, or detach() if that is no training"
+        "a loss goes through backward without a training forward: the model was in evaluation mode, so the constraint "
+        "would be lost: call model.train() before the forward, or detach() if that is no training"
     )
 
 

@@ -198,7 +198,7 @@ class ProConMixin(_Resumable):
             max_steps += extra
             epochs = -(-max_steps // per_epoch)
         if procon.active:
-            check_batches(not has_length(dataloader) or len(dataloader) > 0, dataloader.dataset)
+            check_batches(not has_length(dataloader) or len(dataloader) > 0, self.train_dataset)
             procon.check_acts(max_steps)
         return epochs, per_epoch, examples, samples, batch_size, steps_in_epoch, max_steps
 

@@ -438,7 +438,7 @@ def own_loss(outputs, labels, num_items_in_batch=None):
     ("trainer", "settings", "message"),
     [
         (OwnLoss, {}, "never went through backward"),
-        (InEvalMode, {}, "evaluation mode goes through backward"),
+        (InEvalMode, {}, "without a training forward: the model was in evaluation mode"),
         (split_by_tensor_parallelism, {}, "tensor parallelism"),
         (Trainer, {"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         (lambda *a, **k: Trainer(*a, compute_loss_func=own_loss, **k), {}, "no labels"),

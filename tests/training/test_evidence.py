@@ -9,7 +9,7 @@ from peft import LoraConfig
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
-from procon.anchors import Anchors
+from procon import ProCon, ProConSettings
 from procon.constraint import ProjectionConstraint
 from procon.data import padding_collator
 from procon.directions import Directions
@@ -39,15 +39,21 @@ def by_callback(tiny_model, tokenizer, samples, random_directions, tmp_path):
     return make
 
 
+#: Anchors of training tokens, and whether there are probes.
+RECORDED, LIVE = {"procon_probes": "none"}, {"procon_anchors": "live", "procon_probes": "none"}
+PROBES = {"procon_anchors": "none"}
+
+
 @pytest.fixture
 def constrained(tiny_model, tokenizer, samples, random_directions, tmp_path):
     """``constrained(model)``: a constrained forward of it, and a batch."""
 
     def make(model):
-        pad, directions = padding_collator(tokenizer), random_directions(model)
-        loader = torch.utils.data.DataLoader(samples, 4, collate_fn=pad)
-        anchors = Anchors.record(model, loader, directions, tmp_path / "a", scope="response", progress=False)
-        return ConstrainedForward(model, ProjectionConstraint(directions), anchors, alpha=0.1), pad(samples[:4])
+        pad, settings = padding_collator(tokenizer), ProConSettings(schedule="0.1", scope="response", probes="none")
+        procon = ProCon(model, tokenizer, settings, random_directions(model), folder=tmp_path, progress=False)
+        procon.prepare(torch.utils.data.DataLoader(samples, 4, collate_fn=pad))
+        procon.detach()
+        return ConstrainedForward(procon), pad(samples[:4])
 
     return make
 
@@ -67,7 +73,7 @@ class Moves(TrainerCallback):
 NOISE = {
     "attention dropout": {"model": {"attention_dropout": 0.1}},
     "another model": {"callbacks": [Moves()]},
-    "live": {"model": {"attention_dropout": 0.1}, "procon_anchors": "live"},
+    "live": {"model": {"attention_dropout": 0.1}, **LIVE},
 }
 
 
@@ -76,7 +82,7 @@ NOISE = {
 def test_anchors_of_another_forward_are_told_once(
     make_trainer, by_callback, constrained, tiny_model, caplog, case, door
 ):
-    settings = {"procon_anchors": "recorded", **NOISE[case]}
+    settings = {**RECORDED, **NOISE[case]}
     model, callbacks = tiny_model(**settings.pop("model", {})), settings.pop("callbacks", [])
     if door == "trainer":
         run = make_trainer("Trainer", "procon_s", model=model, save_strategy="no", **settings)
@@ -90,8 +96,10 @@ def test_anchors_of_another_forward_are_told_once(
         for callback in callbacks:
             callback.on_train_begin(None, None, None, model)
         with attached:
+            optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
             for _ in range(3):
                 model.train()(**batch).loss.backward()
+                optimizer.step()
     assert len(told(caplog)) == 1
 
 
@@ -104,29 +112,29 @@ QUIET = {
     "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
     "accumulation": {"gradient_accumulation_steps": 2},
     "LoRA with dropout": {"lora": LoraConfig(**LORA, lora_dropout=0.5)},
-    "live": {"procon_anchors": "live"},
+    "live": LIVE,
     "packed": {"base": "SFTTrainer", "packing": True, "max_length": 64},
     "a late start": {"schedule": "0@2steps,0.2"},
-    "probes from the first step on": {"procon_anchors": "recorded+probes", "procon_probe_every": 1},
+    "probes from the first step on": {"procon_probes": "builtin", "procon_probe_every": 1},
 }
 
 
 @pytest.mark.parametrize("case", QUIET)
 def test_rounding_is_no_noise(make_trainer, tiny_model, caplog, case):
-    settings = {"procon_anchors": "recorded", "base": "Trainer", "schedule": "0.2", **QUIET[case]}
+    settings = {**RECORDED, "base": "Trainer", "schedule": "0.2", **QUIET[case]}
     model = tiny_model(**settings.pop("model", {})).to(settings.pop("dtype", torch.float32))
     base, schedule = settings.pop("base"), settings.pop("schedule")
     run = make_trainer(base, schedule, model=model, save_strategy="no", **settings)
     run.train()
     assert not told(caplog)
-    assert not run.evidence.departure > 0.5  # an eighth of what is told; NaN of a late start
+    assert not run.procon.evidence.departure > 0.5  # an eighth of what is told; NaN of a late start
 
 
-@pytest.mark.parametrize("anchors", ["recorded", "live", "probes"])
+@pytest.mark.parametrize("anchors", [RECORDED, LIVE, PROBES], ids=["recorded", "live", "probes"])
 @pytest.mark.parametrize("base", ["Trainer", "SFTTrainer"])
 def test_noise_on_the_embeddings_is_refused(make_trainer, base, anchors):
     with pytest.raises(ProConError, match="neftune_noise_alpha is 5, and noise"):
-        make_trainer(base, "procon_s", procon_anchors=anchors, neftune_noise_alpha=5.0)
+        make_trainer(base, "procon_s", neftune_noise_alpha=5.0, **anchors)
     make_trainer(base, "0", neftune_noise_alpha=5.0)
 
 
@@ -163,7 +171,7 @@ def rests(kind: type) -> type:
 def test_micro_batches_in_evaluation_mode_are_not_left_out(make_trainer, by_callback, door):
     accumulated = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1}
     if door == "trainer":
-        run = make_trainer("Trainer", "procon_s", procon_anchors="recorded", save_strategy="no", **accumulated)
+        run = make_trainer("Trainer", "procon_s", save_strategy="no", **RECORDED, **accumulated)
     else:
         run = by_callback(**accumulated)
     run.__class__ = rests(type(run))
@@ -176,16 +184,16 @@ def test_a_loop_of_ones_own_in_evaluation_mode_is_stopped(constrained, tiny_mode
     with attached:
         model.train()(**batch).loss.backward()
         loss = model.eval()(**batch).loss  # to look at it is harmless
-        with pytest.raises(ProConError, match="forward in evaluation mode goes through backward"):
+        with pytest.raises(ProConError, match="without a training forward: the model was in evaluation mode"):
             loss.backward()
 
 
-@pytest.mark.parametrize("probes", ["probes", "recorded"])
-def test_an_adapter_on_the_embeddings_is_told_of(make_trainer, caplog, probes):
+@pytest.mark.parametrize("anchors", [RECORDED, PROBES], ids=["recorded", "probes"])
+def test_an_adapter_on_the_embeddings_is_told_of(make_trainer, caplog, anchors):
     lora = LoraConfig(**{**LORA, "target_modules": ["q_proj", "embed_tokens"]})
-    make_trainer("Trainer", "procon_s", lora=lora, procon_anchors=probes, save_strategy="no", max_steps=2).train()
+    make_trainer("Trainer", "procon_s", lora=lora, save_strategy="no", max_steps=2, **anchors).train()
     found = [record.getMessage() for record in caplog.records if "embeddings" in record.getMessage()]
-    assert len(found) == (probes == "probes")
+    assert len(found) == (anchors is PROBES)
 
 
 @pytest.mark.parametrize("door", ["trainer", "callback"])
@@ -202,7 +210,7 @@ def test_a_training_without_batches_says_so(make_trainer, by_callback, door, acc
 @pytest.mark.parametrize("of", ["refusal", "concepts"])
 def test_directions_of_a_model_that_rarely_refuses_are_told_of(random_directions, tiny_model, recwarn, rate, of):
     found = replace(random_directions(tiny_model()), provenance={"refusal_rate": rate})
-    ProjectionConstraint(found if of == "refusal" else Directions.of(found))
+    ProjectionConstraint(found if of == "refusal" else Directions.combine(found))
     told = [str(warning.message) for warning in recwarn if "of malicious prompts" in str(warning.message)]
     assert [text[:44] for text in told] == ["the model refuses 47% of malicious prompts: " for _ in told]
     assert len(told) == (rate == 0.47)

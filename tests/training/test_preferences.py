@@ -139,7 +139,7 @@ def test_live_anchors_take_no_forward_of_their_own(trainer, kind):
     # To see whether switching the adapter off is the start: it on, and off.
     assert counts[1] == counts[0] + 2
     assert penalties[0] < 1e-9 < penalties[1]
-    assert run.evidence.departure <= 0.5  # rounding, of which no warning tells
+    assert run.procon.evidence.departure <= 0.5  # rounding, of which no warning tells
 
 
 @pytest.mark.parametrize("kind", ["DPO", "KTO"])

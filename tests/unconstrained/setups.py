@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, set_seed
 
 from procon import AnchoredCollator, Anchors, Directions, ProConError, ProjectionConstraint
-from procon.anchors import Probes
 from procon.anchors.projections import project_sites
 from procon.data import padding_collator
+from procon.method import Probes
 from procon.models import evaluating, find_decoder
 from procon.training.dpo import ProConDPOConfig, ProConDPOTrainer
 from procon.training.grpo import ProConGRPOConfig, ProConGRPOTrainer
@@ -45,7 +45,17 @@ HELD = 0.9
 #: So much that it holds the drift of a few steps.
 ALPHA = 50.0
 
-PROBES = {"procon_probe_every": 2, "procon_probe_count": 4, "procon_probe_batch": 4}
+PROBES = {"procon_probe_every": 2, "procon_probe_batch": 4}
+
+
+def sources(anchors: str) -> dict[str, str]:
+    """Settings for "recorded", "live", "probes", or two of them."""
+    tokens = [name for name in ("recorded", "live") if name in anchors]
+    return {
+        "procon_anchors": tokens[0] if tokens else "none",
+        "procon_probes": "builtin" if "probes" in anchors else "none",
+    }
+
 
 Build = Callable[..., Any]
 
@@ -62,13 +72,12 @@ def projections(module: nn.Module) -> Tensor:
 
 def states(module: nn.Module) -> Tensor:
     """Of the probes, the last hidden ones, as probes alone hold those and no others."""
-    settings = {"blocks": range(BLOCKS), "count": PROBES["procon_probe_count"], "progress": False}
-    return Probes.record(module, chat_tokenizer(), directions(), **settings).states
+    return Probes.record(module, chat_tokenizer(), progress=False).states
 
 
 def drift(build: Build, folder: Path, alpha: float | str) -> float:
     built = build(folder, alpha)
-    of_probes = getattr(getattr(built, "args", None), "procon_anchors", None) == "probes"
+    of_probes = getattr(getattr(built, "args", None), "procon_anchors", None) == "none"
     measure = states if of_probes else projections
     before = measure(built.model)
     built.train()
@@ -143,10 +152,10 @@ NOISE: dict[str, Callable[[], nn.Module]] = {
 
 for _name, _start in NOISE.items():
     row(f"{_name}, recorded", made(_start))
-    row(f"{_name}, live", made(_start, procon_anchors="live"))
-    row(f"{_name}, recorded and probes", made(_start, procon_anchors="recorded+probes", **PROBES))
+    row(f"{_name}, live", made(_start, **sources("live")))
+    row(f"{_name}, recorded and probes", made(_start, **sources("recorded+probes"), **PROBES))
 for _anchors in ("recorded", "live", "probes", "recorded+probes"):
-    row(f"NEFTune, {_anchors}", made(base, procon_anchors=_anchors, neftune_noise_alpha=5.0), short=_anchors == "live")
+    row(f"NEFTune, {_anchors}", made(base, **sources(_anchors), neftune_noise_alpha=5.0), short=_anchors == "live")
 row("NEFTune", partial(by_callback, neftune_noise_alpha=5.0), door="ProConCallback")
 row("attention dropout", lambda *given: by_callback(*given, start=base(attention_dropout=0.1)), door="ProConCallback")
 
@@ -158,11 +167,11 @@ row("bf16 weights", made(lambda: base().bfloat16()))
 _ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
 for _name, _settings in {
     "autocast": {"bf16": True},
-    "label smoothing, live": {"label_smoothing_factor": 0.1, "procon_anchors": "live"},
+    "label smoothing, live": {"label_smoothing_factor": 0.1, **sources("live")},
     "accumulation, live": {
         "gradient_accumulation_steps": 2,
         "per_device_train_batch_size": 1,
-        "procon_anchors": "live",
+        **sources("live"),
     },
     "SGD": {"optim": "sgd", "learning_rate": 0.3},
     "Adafactor": {"optim": "adafactor"},
@@ -171,7 +180,6 @@ for _name, _settings in {
     "deterministic": {"full_determinism": True},
     "compiled, aot_eager": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
     "absolute penalty": {"procon_penalty": "absolute"},
-    "fused with nothing": {"procon_fuse": "never"},
 }.items():
     row(
         _name,
@@ -189,11 +197,6 @@ for _name, _kwargs in {
     row(f"checkpoints{_name} and attention dropout", made(partial(base, attention_dropout=0.1), **_checkpointed))
 for _attention in ("eager", "sdpa"):
     row(f"attention {_attention}", made(partial(base, attn_implementation=_attention)))
-
-row(
-    "alpha that answers",
-    lambda folder, alpha: made(base, num_train_epochs=12)(folder, "hold:0.0001" if float(alpha) else "0"),
-)
 
 # Adapters
 
@@ -216,10 +219,10 @@ for _name, _start in {
 }.items():
     # What hardly moves departs by so little that the squared penalty has no gradient to speak of.
     _penalty = "absolute" if _name in ("VeRA", "OFT", "IA3", "norms") else "squared"
-    row(f"{_name}, live", made(_start, procon_anchors="live", procon_penalty=_penalty))
+    row(f"{_name}, live", made(_start, **sources("live"), procon_penalty=_penalty))
 row(
     "an adapter on the embeddings, probes",
-    made(adapted(r=4, target_modules=["embed_tokens"]), procon_anchors="probes", **PROBES),
+    made(adapted(r=4, target_modules=["embed_tokens"]), **sources("probes"), **PROBES),
 )
 
 
@@ -238,7 +241,7 @@ def quantised(**how: Any) -> Callable[[], nn.Module]:
 
 
 row("4-bit base, recorded", made(quantised(load_in_4bit=True)))
-row("4-bit base, live", made(quantised(load_in_4bit=True, bnb_4bit_quant_type="nf4"), procon_anchors="live"))
+row("4-bit base, live", made(quantised(load_in_4bit=True, bnb_4bit_quant_type="nf4"), **sources("live")))
 row("8-bit base, recorded", made(quantised(load_in_8bit=True)))
 
 # Several concepts
@@ -246,9 +249,8 @@ row("8-bit base, recorded", made(quantised(load_in_8bit=True)))
 for _anchors in ("recorded", "live"):
 
     def _several(folder: Path, alpha: float | str, anchors: str = _anchors) -> Any:
-        other = replace(Directions.of(directions(1)), names=("other",), provenance={"concepts": {"other": {}}})
-        both = Directions.combine(Directions.of(directions()), other)
-        return trainer(folder, alpha, start=base(), given=both, procon_anchors=anchors, num_train_epochs=6)
+        both = Directions.combine(directions(), replace(directions(1), concepts=("other",)))
+        return trainer(folder, alpha, start=base(), given=both, **sources(anchors), num_train_epochs=6)
 
     row(f"several concepts, {_anchors}", _several)
 
@@ -298,14 +300,14 @@ def by_trl(kind: str, start: Callable[[], nn.Module] = base, **settings: Any) ->
 
 for _kind in TRL:
     for _anchors in ("recorded", "live", "probes"):
-        row(f"full fine-tuning, {_anchors}", by_trl(_kind, procon_anchors=_anchors, **PROBES), door=_kind)
+        row(f"full fine-tuning, {_anchors}", by_trl(_kind, **sources(_anchors), **PROBES), door=_kind)
     row(
         "attention dropout, live",
-        by_trl(_kind, partial(base, attention_dropout=0.1), procon_anchors="live"),
+        by_trl(_kind, partial(base, attention_dropout=0.1), **sources("live")),
         door=_kind,
     )
-    row("NEFTune, probes", by_trl(_kind, procon_anchors="probes", neftune_noise_alpha=5.0), door=_kind)
-row("two iterations, live", by_trl("GRPOTrainer", procon_anchors="live", num_iterations=2), door="GRPOTrainer")
+    row("NEFTune, probes", by_trl(_kind, **sources("probes"), neftune_noise_alpha=5.0), door=_kind)
+row("two iterations, live", by_trl("GRPOTrainer", **sources("live"), num_iterations=2), door="GRPOTrainer")
 for _name, _settings in {
     "packed": {"packing": True},
     "padding-free": {"padding_free": True, "max_length": None},
