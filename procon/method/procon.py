@@ -358,12 +358,14 @@ class ProCon:
 
         Args:
             number: of the step, from 0.
-            batches: its micro-batches of this rank, to divide by their constrained tokens.
-            tokens: the same of all ranks, if known.
+            batches: its micro-batches of this rank, if losses are sums over tokens, divided by those of all ranks.
+            tokens: the constrained ones of all ranks, if known.
             parts: without either, how many means over a micro-batch make up the step, over all ranks.
         """
-        if batches is not None and tokens is None and self.tokens is not None:
-            tokens = constrained_tokens(batches)
+        if batches is not None:
+            parts = 1
+            if self.tokens is not None and tokens is None:
+                tokens = constrained_tokens(batches, self.run.total, device=self.run.device)
         self.step = Step(number, self.alpha_at(number), tokens, parts or self.accumulation * self.run.groups)
         self._penalty_steps += self.acts
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from procon.anchors import LiveAnchors
+from procon.anchors.exchange import gather, on_all_ranks, own_rank
 from procon.directions import Directions
 from procon.settings import ChatSettings
 
@@ -23,7 +25,7 @@ Collator = Callable[[list[Any]], dict[str, Any]]
 
 
 class Run:
-    """The training that the method is part of: of a plain loop in one process, unless a trainer says otherwise.
+    """The training that the method is part of: of a plain loop on all ranks, unless a trainer says otherwise.
 
     Args:
         model: the causal LM that trains, bare or within PEFT.
@@ -33,8 +35,6 @@ class Run:
         progress: whether bars show how far preparing is.
     """
 
-    #: How many ranks, or groups of them, have a batch of their own.
-    groups: int = 1
     #: Whether every rank has loaded a part of the model alone, so that all must run it together from the beginning.
     is_loaded_in_parts: bool = False
     #: The precision of Accelerate's autocast, ``"no"`` without; None if a forward has to show it.
@@ -54,6 +54,8 @@ class Run:
         self.chat = chat or ChatSettings()
         self.folder = Path(folder)
         self.progress = progress
+        #: How many ranks, or groups of them, have a batch of their own.
+        self.groups = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
     @property
     def device(self) -> torch.device:
@@ -66,11 +68,13 @@ class Run:
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of a scalar over the ranks."""
+        if self.groups > 1:
+            dist.all_reduce(tensor := tensor.clone())
         return tensor
 
     def once(self, call: Callable[[], Any], *, all_call: bool = False) -> Any:
         """What ``call`` gives on the main rank, on every rank; ``all_call`` if sharded weights need all of them."""
-        return call()
+        return gather(on_all_ranks(lambda: call() if all_call or own_rank() == 0 else None))[0]
 
     @property
     def reference(self) -> nn.Module | None:
