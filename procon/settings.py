@@ -6,8 +6,8 @@ anchors, trainers, callback, axolotl's keys and the command line. Nothing heavy 
 
 from __future__ import annotations
 
-import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
@@ -218,7 +218,7 @@ def check_setting(setting: str, value: Any, name: str | None = None) -> None:
         if not isinstance(value, Integral) or isinstance(value, bool) or value < _LEAST[setting]:
             raise ProConError(f"{name} is {value!r}: give a whole number, {_LEAST[setting]} or more")
     elif setting == "probe_weight":
-        if not isinstance(value, Real) or isinstance(value, bool) or not (math.isfinite(value) and float(value) > 0):
+        if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
             raise ProConError(f"{name} is {value!r}: give a finite number above 0")
     elif setting == "probes":
         if not isinstance(value, str | os.PathLike) or not str(value).strip():
@@ -312,7 +312,7 @@ def _block(text: str) -> Any:
 
 def check_alpha(alpha: float, name: str = "alpha") -> None:
     """Raise ProConError unless ``alpha`` is a strength: finite, 0 or more."""
-    if not isinstance(alpha, Real) or isinstance(alpha, bool) or not (math.isfinite(alpha) and alpha >= 0):
+    if not isinstance(alpha, Real) or isinstance(alpha, bool) or not 0 <= alpha <= sys.float_info.max:
         raise ProConError(f"{name} is {alpha!r}: give a finite number, 0 or more")
 
 

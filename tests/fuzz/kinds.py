@@ -33,7 +33,7 @@ from procon.evaluation import Evaluation, Rate, exact_match, extract_answer
 from procon.files import MAX_NESTING, MAX_TEXT
 from procon.report import Run, print_table, write_html
 from procon.schedule import AlphaSchedule
-from procon.settings import CHOICES, AnchorSettings, ConstraintSettings, parse_blocks
+from procon.settings import CHOICES, ProConSettings, parse_blocks
 from procon.training import ProConArguments
 
 #: Where the inputs of a process lie; each is overwritten by the next.
@@ -44,7 +44,6 @@ FOLDER = Path(tempfile.mkdtemp(prefix="procon-fuzz-"))
 
 SCHEDULE_PARTS = ("procon_s", "procon_wu", ":", "@", ",", "ep", "steps", "0", "1", "0.2", "-1", "1e-7", "2", "1e400")
 SCHEDULE_PARTS += ("nan", "inf", " ", ".", "..", "1_0", "+1", "\u0664", "0.0000001", "9" * 400, "procon_s:0.5@2ep,0")
-SCHEDULE_PARTS += ("hold", "hold:", "hold:0.1")
 
 
 def make_schedule(random: Random) -> str:
@@ -60,17 +59,17 @@ def make_schedule(random: Random) -> str:
 def take_schedule(source: str) -> None:
     schedule = AlphaSchedule.parse(source)
     assert AlphaSchedule.parse(str(schedule)) == schedule
-    for step in (0, 1, 1000) if schedule.hold is None else ():
+    for step in (0, 1, 1000):
         assert 0 <= schedule.alpha(step, 7) < float("inf")
     schedule.extra_steps(7)
 
 
 #: Of settings that are no choice among words.
 _VALUES = {
-    "schedule": ("procon_s", "hold"),
+    "schedule": ("procon_s", "1@2ep,0"),
     "blocks": ("all", 0.5, [1, 2], "1", "1,2", "all,last"),
-    "probes": (None, "probes.txt"),
-    "probe_count": (1, 8),
+    "probes": ("none", "builtin", "probes.txt"),
+    "anchors_dir": (None, "anchors"),
     "probe_batch": (1, 8),
     "probe_every": (1, 2),
     "probe_weight": (0.5, 50),
@@ -89,19 +88,14 @@ def make_settings(random: Random) -> dict[str, Any]:
             return random.choice((b"all", {1}, object(), len, 1j, (1, 2), range(3), [True], [[1]], Path("x"), [None]))
         return value(random)
 
-    names = [*CHOICES, *_VALUES]
+    names = [item.name for item in fields(ProConSettings)]
     return {name: one(name) for name in names if random.random() < 0.4}
-
-
-def _of(settings: type, values: dict[str, Any]) -> dict[str, Any]:
-    return {item.name: values[item.name] for item in fields(settings) if item.name in values}
 
 
 def take_settings(values: dict[str, Any]) -> None:
     refused = []
     for build in (
-        lambda: ConstraintSettings(**_of(ConstraintSettings, values)),
-        lambda: AnchorSettings(**_of(AnchorSettings, values)),
+        lambda: ProConSettings(**values),
         lambda: ProConArguments(**{f"procon_{name}": item for name, item in values.items()}),
         lambda: parse_blocks(values.get("blocks", "all")),
     ):
