@@ -143,10 +143,9 @@ def probe_file(folder: Path) -> Path:
 
 
 def directions() -> Directions:
-    """With gaps that differ: departures at probes are in units of them."""
     generator = torch.Generator().manual_seed(0)
     unit = nn.functional.normalize(torch.randn(BLOCKS, WIDTH, generator=generator), dim=1)
-    return Directions(unit[:, None], torch.tensor([[0.5], [1.0], [2.0]]))
+    return Directions(unit[:, None], torch.ones(BLOCKS, 1))
 
 
 def model(parameters: str, folder: Path) -> nn.Module:
