@@ -47,8 +47,9 @@ class Place:
     @classmethod
     def of(cls, method: Method) -> Place | None:
         """None for a method without a constraint of constant strength."""
-        schedule = method.config.get("procon_schedule")
-        phases = AlphaSchedule.parse(schedule).phases if schedule else ()
+        schedule = method.config.get("procon_schedule", "")
+        # ``hold`` is gone, and its runs are still reported.
+        phases = AlphaSchedule.parse(schedule).phases if schedule and not schedule.startswith("hold") else ()
         if len(phases) != 1:
             return None
         rest = {name: value for name, value in method.config.items() if name != "procon_schedule"}
