@@ -201,7 +201,7 @@ def bare_loop(mode: Mode, folder: Path, alpha: float) -> Found:
     if mode.ranks == "FSDP2":
         for block in find_decoder(model).blocks:
             fully_shard(block)
-        fully_shard(model)
+        fully_shard(model, reshard_after_forward=True)
     if mode.compiled:
         wrapped = torch.compile(model, backend=COMPILER)
     procon = constrained(model, mode, folder, alpha)

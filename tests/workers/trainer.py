@@ -46,8 +46,6 @@ LORA = {**SHORT, "learning_rate": 1e-2}
 #: So weak that a lost gradient of cross-entropy shows.
 PROBES = {**SHORT, "procon_schedule": "procon_s:1", "procon_probe_reply_tokens": 3}
 PROBES |= {"procon_probes": str(FOLDER / "probes.txt")}
-#: In the only micro-batch, whose backward reduces gradients.
-WHOLE_STEP = {"per_device_train_batch_size": 8 // WORLD, "gradient_accumulation_steps": 1}
 
 
 def rows() -> list[dict]:
@@ -320,7 +318,7 @@ CASES = {
     "live_copies": copies_of_shards,
     "probes": partial(train, **PROBES),
     "ddp_probes": partial(train, **PROBES),
-    "fsdp2_probes": partial(train, **fsdp2(), **PROBES, **WHOLE_STEP),
+    "fsdp2_probes": partial(train, **fsdp2(), **PROBES),
     "fsdp2_main_only": partial(train, model=load_on_main, **fsdp2(cpu_ram_efficient_loading=True), **SHORT),
     "fsdp2_at_load": sharded_at_load,
     "tensor_parallel": partial(
