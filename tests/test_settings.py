@@ -181,7 +181,7 @@ def wrong_values(setting: str) -> tuple[Any, ...]:
     if setting == "probe_reply_tokens":
         return (int(WRONG[setting][0]), 1.5, True, "8", None)
     if setting == "probe_weight":
-        return (float(WRONG[setting][0]), 0, float("nan"), float("inf"), True, "1", None)
+        return (float(WRONG[setting][0]), 0, float("nan"), float("inf"), 10**400, True, "1", None)
     return (7, "", ["file"]) if setting in ("probes", "anchors_dir") else (WRONG[setting][0], 7, None)
 
 

@@ -104,11 +104,15 @@ class Probes:
         mask = torch.arange(self.input_ids.shape[1]) < self.lengths[:, None]
         found: list[Tensor] = []
         with observe_last_state(find_decoder(model), found.append):
-            (run or decoder_forward(model))(input_ids=self.input_ids.to(device), attention_mask=mask.long().to(device))
+            given = {"input_ids": self.input_ids.to(device), "attention_mask": mask.long().to(device)}
+            outputs = (run or decoder_forward(model))(**given)
         last = found[0][self.kept.to(found[0].device)]
         if torch.is_grad_enabled() and not last.requires_grad:
             raise ProConError("nothing in the model trains, so the penalty on the probes' states does nothing")
-        return (last.float() - self.states.to(last.device)).square().mean()
+        departure = (last.float() - self.states.to(last.device)).square().mean()
+        # FSDP2 gathers what its root holds once backward comes to what the root gave: none of it has to come there.
+        unused = getattr(outputs, "logits", None)
+        return departure if unused is None else departure + unused.flatten()[:0].sum().to(departure)
 
     @classmethod
     def record(

@@ -379,8 +379,8 @@ class ProCon:
         """
         if batches is not None:
             parts = 1
-            if tokens is None and self.tokens is not None:
-                tokens = constrained_tokens(batches, self.run.total)
+            if self.tokens is not None and tokens is None:
+                tokens = constrained_tokens(batches, self.run.total, device=self.run.device)
         self.step = Step(number, self.alpha_at(number), tokens, parts or self.accumulation * self.run.groups)
         self._begun = 0
         self.evidence.begin_step()

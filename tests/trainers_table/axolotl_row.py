@@ -16,7 +16,7 @@ from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
 from axolotl.train import setup_model_and_trainer
 from axolotl.utils.dict import DictDefault
-from rows import COMPILER, RANK, WORLD, FirstStep, Found, supervised
+from rows import COMPILER, RANK, WORLD, FirstStep, Found, constraint_settings, supervised
 from setting import Mode
 
 # Several ranks are GPUs to axolotl: it asks whether they reach each other, and puts the mesh of FSDP2 on them.
@@ -128,15 +128,8 @@ def config(mode: Mode, folder: Path, alpha: float) -> dict:
         keys |= {
             "plugins": ["procon.integrations.axolotl.ProConPlugin"],
             "procon_directions": str(folder / "directions.safetensors"),
-            "procon_alpha": alpha,
-            "procon_scope": "response",
-            "procon_penalty": "squared",
+            **constraint_settings(mode, folder, alpha),
         }
-        keys["procon_anchors"] = mode.source or "recorded"
-        if mode.source == "probes":
-            probes = str(setting.probe_file(folder))
-            keys |= {"procon_probes": probes, "procon_probe_weight": setting.PROBE_WEIGHT}
-            keys |= {"procon_probe_hold": "projections", "procon_probe_every": 1}
     return keys
 
 

@@ -28,11 +28,11 @@ def of_tokens(parameters: str, folder: Path, batches: list[list[Sequence]]) -> d
 
 
 def of_probes(parameters: str, folder: Path) -> dict[str, Tensor]:
-    """Of ``ALPHA * PROBE_WEIGHT`` * the mean over probes' last tokens and the blocks, in units of the blocks' gaps."""
+    """Of ``ALPHA * PROBE_WEIGHT`` * the mean squared departure of the last states at the probes' last tokens."""
     start, moved = _models(parameters, folder)
-    last = torch.stack([_departures(start, moved, setting.rendered(prompt))[:, -1] for prompt in setting.probes()], 1)
-    shifts = last / setting.directions().gaps[:, 0].double()[:, None]
-    (setting.ALPHA * setting.PROBE_WEIGHT * shifts.square().mean()).backward()
+    prompts = [setting.rendered(prompt) for prompt in setting.probes()]
+    departures = torch.stack([_last_state(moved, ids) - _last_state(start, ids).detach() for ids in prompts])
+    (setting.ALPHA * setting.PROBE_WEIGHT * departures.square().mean()).backward()
     return setting.gradients(moved)
 
 
@@ -56,6 +56,11 @@ def _projections(module: nn.Module, ids: list[int]) -> Tensor:
     with observe_block_inputs(find_decoder(module), lambda block, hidden: inputs.__setitem__(block, hidden[0])):
         module(input_ids=torch.tensor([ids]), use_cache=False)
     return torch.stack([hidden @ unit[block] for block, hidden in enumerate(inputs)])
+
+
+def _last_state(module: nn.Module, ids: list[int]) -> Tensor:
+    """``[D]``: after the final norm, at the last token."""
+    return module(input_ids=torch.tensor([ids]), use_cache=False, output_hidden_states=True).hidden_states[-1][0, -1]
 
 
 def _plain(module: nn.Module) -> nn.Module:

@@ -120,7 +120,7 @@ def make(kind: str, mode: Mode, folder: Path, *, constrained: bool, **settings: 
 def step_of(kind: str, mode: Mode, folder: Path, alpha: float) -> Found:
     check_mode(kind, mode)
     step = FirstStep(mode)
-    settings = {"procon_anchors": ANCHORS, **constraint_settings(mode, folder, alpha)}
+    settings = constraint_settings(mode, folder, alpha, ANCHORS)
     run = make(kind, mode, folder, constrained=True, callbacks=[step], **settings)
     if mode.batches == "padding-free" and not run.padding_free:
         raise NoSuchModeError(f"TRL's {kind}Trainer pads all the same, and warns")

@@ -25,8 +25,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from trl import SFTConfig, SFTTrainer
 
-from procon.anchors import AnchoredCollator, Anchors, LiveAnchors, Probes, TokenMask
-from procon.constraint import ProjectionConstraint, probe_penalty
+from procon import ProCon, ProConSettings
 from procon.data import flattening_collator, padding_collator
 from procon.models import find_decoder
 from procon.training import ProConConfig, ProConTrainer
@@ -120,24 +119,20 @@ def arguments(mode: Mode, folder: Path, rows: int | None = None) -> dict:
     return settings
 
 
-def constraint_settings(mode: Mode, folder: Path, alpha: float) -> dict[str, str | float]:
-    """Those of any trainer; one source of anchors alone, the class's own if the mode has none."""
+def constraint_settings(mode: Mode, folder: Path, alpha: float, source: str = "recorded") -> dict[str, str | float]:
+    """Those of any trainer; one source of anchors alone, ``source`` if the mode has none."""
     settings = {"procon_schedule": f"procon_s:{alpha:g}", "procon_scope": "response", "procon_penalty": "squared"}
-    if mode.source:
-        settings["procon_anchors"] = mode.source
     if mode.source == "probes":
         settings |= {"procon_probes": str(setting.probe_file(folder)), "procon_probe_weight": setting.PROBE_WEIGHT}
-        settings |= {"procon_probe_hold": "projections", "procon_probe_every": 1}
-    return settings
+        return settings | {"procon_anchors": "none", "procon_probe_every": 1}
+    return settings | {"procon_anchors": mode.source or source, "procon_probes": "none"}
 
 
 def trainer(mode: Mode, folder: Path, alpha: float) -> Found:
     step = FirstStep(mode)
     ProConTrainer(
         setting.model(mode.parameters, folder),
-        ProConConfig(
-            **{"procon_anchors": "recorded", **arguments(mode, folder), **constraint_settings(mode, folder, alpha)}
-        ),
+        ProConConfig(**arguments(mode, folder), **constraint_settings(mode, folder, alpha)),
         directions=setting.directions(),
         train_dataset=dataset(mode),
         data_collator=collator(mode),
@@ -160,7 +155,7 @@ def sft_arguments(mode: Mode, folder: Path) -> dict:
 
 def sft_trainer(mode: Mode, folder: Path, alpha: float, *, streamed: bool = False) -> Found:
     step = FirstStep(mode)
-    settings = {"procon_anchors": "live" if streamed else "recorded", **constraint_settings(mode, folder, alpha)}
+    settings = constraint_settings(mode, folder, alpha, "live" if streamed else "recorded")
     ProConSFTTrainer(
         setting.model(mode.parameters, folder),
         ProConSFTConfig(**sft_arguments(mode, folder), **settings),
@@ -184,70 +179,49 @@ def prepared_for_checkpointing(model: nn.Module, mode: Mode) -> nn.Module:
     return model.train()
 
 
+def constrained(model: nn.Module, mode: Mode, folder: Path, alpha: float) -> ProCon:
+    """The method, for a loop."""
+    settings = constraint_settings(mode, folder, alpha)
+    return ProCon(
+        model,
+        setting.tokenizer(),
+        ProConSettings(**{name.removeprefix("procon_"): value for name, value in settings.items()}),
+        setting.directions(),
+        folder=folder,
+        progress=False,
+    )
+
+
 def bare_loop(mode: Mode, folder: Path, alpha: float) -> Found:
     model = prepared_for_checkpointing(setting.model(mode.parameters, folder), mode)
-    data, collate, size = dataset(mode), collator(mode), batch_size(mode)
-    share = DistributedSampler(data, WORLD, RANK, shuffle=False)
-    constraint = ProjectionConstraint(setting.directions(), penalty="squared").attach(model)
+    data = dataset(mode)
     wrapped = model
     if mode.ranks == "DDP":
         wrapped = DistributedDataParallel(model)
     if mode.ranks == "FSDP2":
         for block in find_decoder(model).blocks:
             fully_shard(block)
-        fully_shard(model)
+        fully_shard(model, reshard_after_forward=True)
     if mode.compiled:
         wrapped = torch.compile(model, backend=COMPILER)
-    live = probes = None
-    if alpha and mode.source == "probes":
-        probes = probes_of(model, constraint, folder).batch()
-    elif alpha and mode.source == "live":
-        live = LiveAnchors(model, setting.directions())
-        collate = AnchoredCollator(collate, TokenMask("response"))
-    elif alpha:
-        recording = DataLoader(data, size, sampler=share, collate_fn=collate)
-        anchors = Anchors.record(
-            model, recording, setting.directions(), folder / "anchors", progress=False, scope="response"
-        )
-        collate = AnchoredCollator(collate, anchors)
+    procon = constrained(model, mode, folder, alpha)
+    share = DistributedSampler(data, WORLD, RANK, shuffle=False)
+    loader = procon.prepare(DataLoader(data, batch_size(mode), sampler=share, collate_fn=collator(mode)))
     assert_wrapped(mode, model)
     setting.move(model)
-    batches = list(DataLoader(data, size, sampler=share, collate_fn=collate))
-    labelled = total(sum((batch["labels"][..., 1:] != -100).sum() for batch in batches))
-    tokens = alpha > 0 and probes is None
-    constrained = total(sum(batch["constraint_mask"].sum() for batch in batches)) if tokens else 0
-    constraint.enabled = alpha > 0
-    for batch in batches:
-        if tokens:
-            anchors = live(batch) if live else batch.pop("anchors")
-            constraint.set_target(anchors, batch.pop("constraint_mask"))
-        elif probes:
-            constraint.rest()
-        # Ranks average their gradients, so that what is a share of a sum is multiplied by their number.
-        loss = wrapped(**batch, num_items_in_batch=labelled, use_cache=False).loss * WORLD
-        if tokens:
-            loss = loss + alpha * WORLD * constraint.penalty(constrained)
-        elif probes:
-            # A mean over the probes, which every rank and micro-batch has: a part of it each.
-            loss = loss + alpha / len(batches) * setting.PROBE_WEIGHT * probe_penalty(
-                constraint, probes, hold="projections"
-            )
-        loss.backward()
-        constraint.release()
-    constraint.detach()
-    return Found(setting.gradients(model), supervised())
-
-
-def probes_of(model: nn.Module, constraint: ProjectionConstraint, folder: Path) -> Probes:
-    prompts = setting.probe_file(folder)
-    return Probes.record(model, setting.tokenizer(), setting.directions(), prompts, blocks=constraint.blocks)
-
-
-def total(count: Tensor) -> Tensor:
-    """A count over all ranks."""
+    batches = list(loader)
+    labelled = sum((batch["labels"][..., 1:] != -100).sum() for batch in batches)
     if WORLD > 1:
-        torch.distributed.all_reduce(count)
-    return count
+        torch.distributed.all_reduce(labelled)
+    procon.begin_step(0, batches)
+    for batch in batches:
+        procon.begin(batch)
+        loss = wrapped(**batch, num_items_in_batch=labelled, use_cache=False).loss + procon.loss()
+        # Ranks average their gradients, so that what is a share of a sum is multiplied by their number.
+        (loss * WORLD).backward()
+    procon.end()
+    procon.close()
+    return Found(setting.gradients(model), supervised())
 
 
 def accelerate_loop(mode: Mode, folder: Path, alpha: float) -> Found:
@@ -266,46 +240,22 @@ def accelerate_loop(mode: Mode, folder: Path, alpha: float) -> Found:
         dynamo_backend=COMPILER if mode.compiled else None,
     )
     model = prepared_for_checkpointing(setting.model(mode.parameters, folder), mode)
-    data = dataset(mode)
-    collate = AnchoredCollator(collator(mode), TokenMask("response") if alpha and mode.source == "live" else None)
-    constraint = ProjectionConstraint(setting.directions(), penalty="squared").attach(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    wrapped, optimizer, loader = accelerator.prepare(
-        model, optimizer, DataLoader(data, batch_size(mode), collate_fn=collate)
-    )
-    live = probes = None
-    if alpha and mode.source == "probes":
-        probes = probes_of(wrapped, constraint, folder).batch(accelerator.device)
-    elif alpha and mode.source == "live":
-        live = LiveAnchors(wrapped, setting.directions())
-    elif alpha:
-        collate.anchors = Anchors.record(
-            wrapped, loader, setting.directions(), folder / "anchors", progress=False, scope="response"
-        )
+    wrapped, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    procon = constrained(accelerator.unwrap_model(wrapped), mode, folder, alpha)
+    loader = procon.prepare(DataLoader(dataset(mode), batch_size(mode), collate_fn=collator(mode)))
     assert_wrapped(mode, wrapped)
     setting.move(wrapped)
-    batches = list(loader)
+    batches = list(accelerator.prepare(loader))
     labelled = accelerator.reduce(sum((batch["labels"][..., 1:] != -100).sum() for batch in batches))
-    tokens = alpha > 0 and probes is None
-    constrained = accelerator.reduce(sum(batch["constraint_mask"].sum() for batch in batches)) if tokens else 0
-    constraint.enabled = alpha > 0
+    procon.begin_step(0, batches)
     for batch in batches:
         with accelerator.accumulate(wrapped):
-            if tokens:
-                anchors = live(batch) if live else batch.pop("anchors")
-                constraint.set_target(anchors, batch.pop("constraint_mask"))
-            elif probes:
-                constraint.rest()
-            loss = wrapped(**batch, num_items_in_batch=labelled, use_cache=False).loss
-            if tokens:
-                loss = loss + alpha * constraint.penalty(constrained)
-            elif probes:
-                penalty = setting.PROBE_WEIGHT * probe_penalty(constraint, probes, hold="projections")
-                loss = loss + alpha / (len(batches) * accelerator.num_processes) * penalty
+            procon.begin(batch)
+            loss = wrapped(**batch, num_items_in_batch=labelled, use_cache=False).loss + procon.loss()
             # Accelerate divides by the accumulation steps, and ranks average.
             accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
-            constraint.release()
-    constraint.detach()
+    procon.end(optimizer)
+    procon.close()
     return Found(setting.gradients(wrapped), supervised())
 
 

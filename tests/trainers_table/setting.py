@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -143,10 +144,9 @@ def probe_file(folder: Path) -> Path:
 
 
 def directions() -> Directions:
-    """With gaps that differ: departures at probes are in units of them."""
     generator = torch.Generator().manual_seed(0)
     unit = nn.functional.normalize(torch.randn(BLOCKS, WIDTH, generator=generator), dim=1)
-    return Directions(unit[:, None], torch.tensor([[0.5], [1.0], [2.0]]))
+    return Directions(unit[:, None], torch.ones(BLOCKS, 1))
 
 
 def model(parameters: str, folder: Path) -> nn.Module:
@@ -198,6 +198,9 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
 @torch.no_grad()
 def move(module: nn.Module) -> None:
     """Take a model off its anchors, each parameter in the same way however it is wrapped or sharded."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):  # recording may have left its parameters gathered
+            part.reshard()
     for name, parameter in trained(module).items():
         if parameter.dtype == torch.bfloat16:  # by TRL
             parameter.data = parameter.data.float()

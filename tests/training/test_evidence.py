@@ -33,7 +33,7 @@ def by_callback(tiny_model, tokenizer, samples, random_directions, tmp_path):
             args,
             train_dataset=Dataset.from_list(samples),
             data_collator=padding_collator(tokenizer),
-            callbacks=[ProConCallback(random_directions(model)), *callbacks],
+            callbacks=[ProConCallback(random_directions(model), probes="none"), *callbacks],
         )
 
     return make

@@ -238,7 +238,6 @@ by_command("--procon_schedule 0@2ep,5", "--procon_schedule", "0@2ep,5", "--num_t
 by_command("--procon_schedule procon_s:1e-300", "--procon_schedule", "procon_s:1e-300")
 by_command("--procon_schedule procon_wu:0@4ep", "--procon_schedule", "procon_wu:0@4ep")
 by_command("--procon_penalty l2", "--procon_penalty", "l2")
-by_command("--procon_backend cuda", "--procon_backend", "cuda")
 by_command("--procon_blocks 7", "--procon_blocks", "7")
 
 

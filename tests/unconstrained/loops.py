@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from setting import ALPHA, VOCABULARY, Outcome, against_plain, directions, model
 from torch import nn
 from torch.utils.data import DataLoader
 
-from procon import AnchoredCollator, Anchors, ProjectionConstraint
+from procon import AnchoredCollator, Anchors, ProCon, ProConSettings, ProjectionConstraint
 from procon.data import padding_collator
 from procon.integrations import ConstrainedForward
 
@@ -27,6 +28,12 @@ def batches(start: nn.Module, folder: Path, *, scope: str = "response", anchored
 # Around a constrained forward
 
 
+def method(start: nn.Module, folder: Path, alpha: float | str) -> ProCon:
+    """Training tokens alone: probes would act where these do not."""
+    settings = ProConSettings(schedule=str(alpha), penalty="squared", scope="response", probes="none")
+    return ProCon(start, settings=settings, directions=directions(), folder=folder, progress=False)
+
+
 def forward_loop(
     step: Callable[[nn.Module, dict], torch.Tensor | None], *, prepare: Callable[[nn.Module], object] = lambda _: None
 ) -> Callable[[Path], Outcome]:
@@ -34,11 +41,13 @@ def forward_loop(
 
     def trained(folder: Path, alpha: float | str) -> nn.Module:
         start = model().train()
-        found, anchors = batches(start, folder)
+        loader = DataLoader(rows(), 2, collate_fn=padding_collator(tokenizer()))
+        found = list(loader)
+        procon = method(start, folder, alpha)
+        procon.prepare(loader)
         prepare(start)
         optimizer = torch.optim.SGD(start.parameters(), lr=0.1)
-        constraint = ProjectionConstraint(directions(), penalty="squared")
-        with ConstrainedForward(start, constraint, anchors, alpha=float(alpha)):
+        with ConstrainedForward(procon) if procon.active else nullcontext():
             for batch in found * 2:
                 loss = step(start, dict(batch))
                 if loss is not None:
@@ -311,8 +320,6 @@ def other_directions(folder: Path) -> Outcome:
     return refused(lambda: anchors.check_fits(start, directions(seed=1)))
 
 
-@scenario("alpha that is not a strength", "ConstrainedForward")
+@scenario("alpha that is not a strength", "ProCon")
 def bad_alpha(folder: Path) -> Outcome:
-    start = model()
-    _, anchors = batches(start, folder)
-    return refused(lambda: ConstrainedForward(start, ProjectionConstraint(directions()), anchors, alpha=-ALPHA))
+    return refused(lambda: method(model(), folder, -ALPHA))

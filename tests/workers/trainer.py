@@ -40,17 +40,12 @@ PROMPTS = builtin_prompts("extraction").first(4)
 WARM_UP = {"procon_schedule": "procon_wu:100@1ep", "max_steps": 5}
 #: Within the second epoch.
 SAVES = {"save_strategy": "steps", "save_steps": 6}
-HOLD = {"procon_schedule": "hold:0.001"}
 #: Tensor parallelism of a tiny model on a CPU is slow, and learning rates are constant.
 SHORT = {"max_steps": 5}
 LORA = {**SHORT, "learning_rate": 1e-2}
-PROBES = {
-    **SHORT,
-    "procon_anchors": "recorded+probes",
-    "procon_probe_hold": "both",
-    "procon_probe_count": 3,
-    "procon_probe_reply_tokens": 3,
-}
+#: So weak that a lost gradient of cross-entropy shows.
+PROBES = {**SHORT, "procon_schedule": "procon_s:1", "procon_probe_reply_tokens": 3}
+PROBES |= {"procon_probes": str(FOLDER / "probes.txt")}
 
 
 def rows() -> list[dict]:
@@ -114,7 +109,7 @@ def trainer(
     """Two micro-batches make an optimiser step of eight rows, on however many ranks."""
     gloo.start(sharding=sharding)
     config = {
-        "procon_anchors": "recorded",
+        "procon_probes": "none",
         "procon_schedule": "procon_s:100",
         "procon_scope": "response",
         "procon_penalty": "squared",
@@ -153,13 +148,13 @@ def train(name: str, *, resume: str | None = None, drift: bool = False, **settin
     ours = trainer(name, **settings)
     if drift:
         ours.add_callback(DriftCallback(ours, TOKENIZER, steps=10, prompts=PROMPTS))
-    target, seen = ours.constraint.set_target, {}
+    procon = ours.procon
+    target, seen = procon.constraint.set_target, {}
 
-    def noted(anchors, mask, **of_probes):
-        if not of_probes:
-            seen["fused"] = list(ours.constraint.fused)
-            seen["target"] = [str(anchors.dtype), bool((anchors == anchors.bfloat16()).all())]
-        target(anchors, mask, **of_probes)
+    def noted(anchors, mask):
+        seen["fused"] = list(procon.constraint.fused)
+        seen["target"] = [str(anchors.dtype), bool((anchors == anchors.bfloat16()).all())]
+        target(anchors, mask)
 
     losses, step = [], ours.training_step
 
@@ -168,18 +163,17 @@ def train(name: str, *, resume: str | None = None, drift: bool = False, **settin
         losses.append(loss.item())
         return loss
 
-    ours.constraint.set_target = noted
+    procon.constraint.set_target = noted
     ours.training_step = training_step
     ours.train(resume_from_checkpoint=resume and str(FOLDER / resume / "checkpoint-6"))
     return {
         **seen,
-        "hold": ours.hold and everywhere(ours.hold.state()),
         "log": ours.state.log_history,
         "losses": everywhere(losses),
         # Of the first penalty's gradient; NaN if an engine scales the loss.
-        "strength": everywhere(ours.evidence._gradient / ours.evidence._expected),
-        "fingerprint": ours._anchors and ours._anchors.fingerprint,
-        "recorded": ours._anchors and len(ours._anchors),
+        "strength": everywhere(procon.evidence._gradient / procon.evidence._expected),
+        "fingerprint": procon.tokens.anchors and procon.tokens.anchors.fingerprint,
+        "recorded": procon.tokens.anchors and len(procon.tokens.anchors),
         "kind": ours.accelerator.distributed_type.value,
         "ranks": ours.accelerator.num_processes,
         "parameter": type(ours.model.get_output_embeddings().weight).__name__,
@@ -253,9 +247,9 @@ def extracted_once(name: str) -> dict:
     """Directions of ranks that would extract different ones, or of which one fails."""
     ours = trainer(name, given=None)
     with mock.patch.object(Directions, "extract", return_value=directions(seed=RANK)):
-        hashes = everywhere(ours._extract().hash)
+        hashes = everywhere(ours.procon._extract().hash)
     with mock.patch.object(Directions, "extract", side_effect=ProConError("no refusals")):
-        return {"hashes": hashes, "expected": directions(seed=0).hash, "errors": refusals(ours._extract)}
+        return {"hashes": hashes, "expected": directions(seed=0).hash, "errors": refusals(ours.procon._extract)}
 
 
 def partitioned_extraction(name: str) -> dict:
@@ -267,7 +261,7 @@ class NotANumber(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if RANK == 1:
-            self.trainer._penalty_sum += torch.nan
+            self.trainer.procon._penalty_sum += torch.nan
 
 
 def not_a_number(name: str) -> dict:
@@ -314,8 +308,6 @@ CASES = {
     "ddp": partial(train, drift=True, **SAVES),
     "ddp_warm_up": partial(train, **WARM_UP),
     "ddp_resumed": partial(train, resume=f"ddp-{OTHER}"),
-    "ddp_hold": partial(train, **HOLD, **SAVES),
-    "ddp_hold_resumed": partial(train, resume=f"ddp_hold-{OTHER}", **HOLD),
     "fsdp2": partial(train, drift=True, **fsdp2(), **SAVES),
     "fsdp2_resumed": partial(train, resume=f"fsdp2-{OTHER}", **fsdp2()),
     "fsdp2_checkpointed": partial(train, **fsdp2(activation_checkpointing=True), **WARM_UP),
