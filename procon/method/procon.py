@@ -500,10 +500,12 @@ class ProCon:
         self.before_optimizer()
         self.evidence.expect(self._begun)
         self.end_step(optimizer)
-        if optimizer is None:
+        stepped: Any = getattr(optimizer, "optimizer", optimizer)
+        if not isinstance(stepped, torch.optim.Optimizer):
+            if stepped is not None:  # DeepSpeed's, which has taken its step within backward
+                self.after_optimizer()
             self.begin_step(self.step.number + 1)
             return
-        stepped: Any = getattr(optimizer, "optimizer", optimizer)
 
         def after(*_: object) -> None:
             hook.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -15,29 +16,26 @@ from rich.console import Console
 from safetensors.torch import save_file
 from texts import as_json, changed, damaged, encoded, text, value
 
-from procon.anchors import Probes
 from procon.anchors.manifest import MANIFEST, Manifest
 from procon.chat import load_instructions
 from procon.cli import launcher
-from procon.cli.arguments import DirectionsArguments, DriftArguments, TrainArguments
-from procon.cli.concepts import ConceptFiles, read_others
-from procon.cli.monitors import Monitors
+from procon.cli.arguments import TrainArguments
 from procon.data import load_conversations
-from procon.directions import Directions, RefusalDirections, load_directions
-from procon.directions.file import CONCEPT_TENSORS, FURTHER, TENSORS, write
-from procon.directions.given_vectors import GivenVectors, load_vectors
+from procon.directions import Directions
+from procon.directions.directions import _TENSORS, _checksum
+from procon.directions.vectors import load_vectors, rows_of
 from procon.errors import ProConError
 from procon.evaluation import Evaluation, load_judges
 from procon.evaluation.judges import endpoint
 from procon.evaluation.judges.formats import FORMATS
 from procon.files import json_checksum
+from procon.method import Probes
+from procon.method.record import read_record
 from procon.report import Run, compare_runs, print_comparison, read_source, read_sources
 from procon.settings import check_name
-from procon.training.record import read_record
 
 REPLY = {"kind": "malicious", "prompt": "a", "reply": "No.", "refused": True, "degenerate": False}
 RATE, MEAN = {"hits": 1, "total": 2}, {"value": 0.5, "deviation": 0.1, "total": 2}
-AGREEMENT = {"judges": ["a", "b"], "both": 1, "first": 0, "second": 0, "neither": 1, "disagreements": [0]}
 ROW = {"step": 1, "loss": 0.5, "procon/drift_cos_block/00": 0.9, "step_seconds": 1.0}
 
 
@@ -45,7 +43,7 @@ def make_reported(random: Random) -> dict[str, bytes]:
     """Files by their names; of a training folder, or one alone."""
     evaluation = dict.fromkeys(("refusal_malicious", "refusal_benign", "degenerate", "unfinished"), RATE)
     evaluation |= {"label": "x", "task": random.choice((None, MEAN)), "harm": MEAN, "replies": [REPLY], "judges": ["k"]}
-    evaluation |= {"agreements": [AGREEMENT], "chat": {"system_prompt": None}}
+    evaluation["chat"] = {"system_prompt": None}
     record: dict[str, Any] = {"schedule": "0.2", "run": {"seed": 1}, "arguments": {"learning_rate": 1e-3}}
     record["checksum"] = json_checksum(record)
     study = {"setting": "s", "method": {"label": "m", "settings": {}, "config": {}}, "seed": 1, "split": "held_out"}
@@ -108,18 +106,15 @@ def _good(kind: str) -> dict[str, torch.Tensor]:
             "input_ids": torch.ones(2, 3, dtype=torch.int64),
             "prompts": lengths - 1,
             "lengths": lengths,
-            "anchors": torch.ones(4, 2),
             "states": torch.ones(4, 5),
         }
     if kind == "vectors":
         return {"0": unit[0], "2": unit[2], "last": unit[1], "bias": torch.zeros(3)}
-    if kind == "refusal":
-        return {"directions": unit, FURTHER: unit[:, None], **{name: torch.ones(3) for name in TENSORS[1:]}}
-    return {"vectors": unit[:, None], **{name: torch.ones(3, 1) for name in CONCEPT_TENSORS[1:]}}
+    return {"basis": unit[:, None], **{name: torch.ones(3, 1) for name in _TENSORS[1:]}}
 
 
 def make_tensors(random: Random) -> tuple[str, dict[str, torch.Tensor], Any, bytes]:
-    kind = random.choice(("probes", "vectors", "refusal", "concepts"))
+    kind = random.choice(("probes", "vectors", "directions"))
     tensors = dict(_good(kind))
     for name in random.sample(sorted(tensors), random.choice((0, 0, 1, 1, 2))):
         sizes = [random.randrange(4) for _ in range(random.randrange(4))]
@@ -127,14 +122,13 @@ def make_tensors(random: Random) -> tuple[str, dict[str, torch.Tensor], Any, byt
         fill = random.choice((0, 1, -1, 3, float("nan"), float("inf"), 2**31))
         other = torch.full(sizes, fill, dtype=torch.float64).to(dtype)
         tensors[random.choice((name, name, name, text(random, 8)))] = other
-    provenance = {"concepts": {"c": {}}, "last_output": random.choice((True, False))}
-    return kind, tensors, changed(random, provenance), random.randbytes(8) if random.random() < 0.2 else b""
+    about = {"concepts": ["c"], "provenance": {}, "last_output": random.choice((True, False))}
+    return kind, tensors, changed(random, about), random.randbytes(8) if random.random() < 0.2 else b""
 
 
 def take_tensors(given: tuple[str, dict[str, torch.Tensor], Any, bytes]) -> None:
-    kind, tensors, provenance, noise = given
-    path, prompts = Path("forged.safetensors"), Path("prompts.txt")
-    prompts.write_text("Do it.\n")
+    kind, tensors, about, noise = given
+    path = Path("forged.safetensors")
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     path.unlink(missing_ok=True)
     with suppress(UnicodeEncodeError, TypeError):  # no file has such a name; no probes are of bfloat16
@@ -143,29 +137,19 @@ def take_tensors(given: tuple[str, dict[str, torch.Tensor], Any, bytes]) -> None
         elif kind in ("vectors", "probes"):
             save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
         else:
-            write(path, tensors, provenance)
+            given = {**about, "checksum": _checksum(tensors, about)} if isinstance(about, dict) else about
+            save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, {"procon": json.dumps(given)})
     if noise and path.exists():
         data = bytearray(path.read_bytes())
         at = noise[0] * len(data) // 256
         data[at : at + noise[1] % 8] = noise[2:]
         path.write_bytes(data)
     if kind == "probes":
-        Probes.load(path).batch()
+        Probes.load(path)
     elif kind == "vectors":
-        ConceptFiles.read(DirectionsArguments(model="m", name="x", positive=str(prompts), negative=str(prompts)))
-        GivenVectors.read(**load_vectors(path), blocks=3, width=4)
+        rows_of(load_vectors(path), 3, 4)
     else:
-        both = (load_directions, RefusalDirections.load, Directions.load, lambda path: read_others(str(path), "x"))
-        refused = []
-        for read in both:
-            try:
-                read(path)
-            except ProConError as error:
-                refused.append(error)
-        sides = {"positive": str(prompts), "negative": str(prompts)}
-        Monitors.read(DriftArguments(start="a", tuned="b", monitors=str(path), **sides))
-        if refused:
-            raise refused[0]
+        Directions.load(path)
 
 
 def make_manifest(random: Random) -> bytes:
@@ -182,8 +166,8 @@ def take_manifest(content: bytes) -> None:
 
 
 #: All that take the name of a file, a folder or a model.
-BY_NAME = (load_conversations, load_instructions, load_directions, load_vectors, read_source, check_name)
-BY_NAME += (Probes.load, Evaluation.load, Run.load, Directions.load, RefusalDirections.load)
+BY_NAME = (load_conversations, load_instructions, load_vectors, read_source, check_name)
+BY_NAME += (Probes.load, Evaluation.load, Run.load, Directions.load)
 
 
 def make_name(random: Random) -> tuple[int, str]:
