@@ -36,7 +36,6 @@ _HOME = {
     "rms_norm_constrain": "ops",
     "ProConError": "errors",
     "Directions": "directions",
-    "RefusalDirections": "directions",
     "Anchors": "anchors",
     "AnchoredCollator": "anchors",
     "ProCon": "method",
@@ -110,6 +109,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    name = "Directions" if name == "RefusalDirections" else name  # as the paper calls them
     if name not in _HOME:
         raise AttributeError(f"module 'procon' has no attribute {name!r}")
     return getattr(import_module(f"procon.{_HOME[name]}"), name)

@@ -277,7 +277,7 @@ def test_wrong_values_on_the_command_line(setting, by, tmp_path, monkeypatch, ca
     wrong, message = WRONG[setting]
     Path("settings.yaml").write_text(f"procon_{setting}: {wrong}\n")
     given = [f"--procon_{setting}", wrong] if by == "flag" else ["--config", "settings.yaml"]
-    assert main(["train", "--model", "nowhere", "--data", "nowhere.jsonl", *given]) == 2
+    assert main(["train", "--model", "nowhere", "--data", "nowhere/data", *given]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert f"procon_{setting}" in line
     assert message in line

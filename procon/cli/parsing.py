@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,7 +47,7 @@ def _main(argv: list[str]) -> int:
             print(help_of(name), end="")
             return 0
         try:
-            first_look.check(name, _with_flags(name, settings), files=True)
+            first_look.check(name, _with_flags(name, settings), files=find_spec("transformers") is not None)
             parsed = parse(name, settings)
             if command.trains:
                 launcher = import_module("procon.cli.launcher")

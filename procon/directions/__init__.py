@@ -14,9 +14,6 @@ from procon.directions.directions import DIRECTIONS_FILE, Directions
 from procon.directions.extraction import ContrastMeans, auroc, each_last_token, project_last_token
 from procon.directions.vectors import load_vectors
 
-#: The name by which the paper's readers look for them.
-RefusalDirections = Directions
-
 __all__ = [
     "DIRECTIONS_FILE",
     "ContrastMeans",

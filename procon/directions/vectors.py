@@ -90,7 +90,7 @@ def load_vectors(path: str | Path) -> Vectors:
     if tensors.keys() == {"vectors"}:
         return tensors["vectors"]
     for name in tensors:
-        if name != LAST and not (name.isascii() and name.isdigit()):
+        if name != LAST and not re.fullmatch("[0-9]{1,9}", name):
             raise ProConError(
                 f"vectors file {str(path)!r} has {name!r:.60}: name one tensor 'vectors', or each by its block, such "
                 "as '14' or 'last'"

@@ -18,8 +18,8 @@ def recorded(tiny_model, tokenizer, random_directions, samples, tmp_path):
     model = tiny_model()
     loader = [padding_collator(tokenizer)(samples[:2])]
 
-    def record(precision: str = "no", scope: str = "all", backend: str = "eager", blocks=(0, 2)):
-        settings = {"blocks": blocks, "scope": scope, "backend": backend, "precision": precision, "progress": False}
+    def record(precision: str = "no", scope: str = "all", blocks=(0, 2)):
+        settings = {"blocks": blocks, "scope": scope, "precision": precision, "progress": False}
         state = StartingState(None, tmp_path / "out")
         return state.record(model, loader, random_directions(model), **settings)
 

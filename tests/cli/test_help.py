@@ -134,7 +134,7 @@ def test_groups_of_training(monkeypatch):
     titles = re.findall(r"^([a-z ,]+):$", text, flags=re.MULTILINE)
     assert titles == [
         *("model and data", "loading the model", "evaluation while training", "directions and safety data", "adapter"),
-        *("constraint", "anchors", "drift", "length and batches", "optimiser", "precision and memory"),
+        *("constraint", "drift", "length and batches", "optimiser", "precision and memory"),
         *("saving and logging", "processes", "other"),
     ]
     words = " ".join(text.split())

@@ -23,6 +23,7 @@ from procon.errors import ProConError
 from procon.evaluation import Evaluation
 from procon.method.record import write_record
 from procon.models import load_model
+from procon.schedule import AlphaSchedule
 from procon.settings import ChatSettings
 from procon.version import __version__
 
@@ -151,7 +152,7 @@ def test_yaml_settings_are_read_as_flags_are(tmp_path):
     assert arguments.directions is None
     assert (config.learning_rate, config.seed, config.adam_beta1) == (3e-4, 5, 0.8)
     assert (config.save_strategy, config.save_only_model) == ("no", True)
-    assert config.schedule().phases[0].alpha == 0.5
+    assert AlphaSchedule.parse(config.procon_schedule).phases[0].alpha == 0.5
     assert config.blocks() == [1, 2]
     assert config.label_names == ["labels"]
     assert config.lr_scheduler_kwargs == {"num_cycles": 2}
@@ -391,7 +392,7 @@ def test_drift_that_cannot_be_written_leaves_the_old_file(place, monkeypatch):
     from procon.evaluation import Drift
 
     drift = Drift(*(torch.tensor([torch.nan, 0.5]) for _ in range(3)))
-    _write_drift(drift, Path("d.json"))
+    _write_drift(drift, Path("d.json"), {})
     before = Path("d.json").read_bytes()
     write = Path.write_bytes
 
@@ -401,7 +402,7 @@ def test_drift_that_cannot_be_written_leaves_the_old_file(place, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(ProConError, match=r"cannot write 'd.json' \(No space left on device\)"):
-        _write_drift(drift, Path("d.json"))
+        _write_drift(drift, Path("d.json"), {})
     assert Path("d.json").read_bytes() == before
 
 
@@ -432,7 +433,7 @@ def test_directions_then_drift_then_eval(place, capsys):
     printed = capsys.readouterr()
     assert "no direction" in printed.out
     assert "refuses 0% of malicious prompts" in printed.out
-    assert "procon: warning: the model refuses 0 of 2 malicious prompts" in printed.err
+    assert "procon: warning: the model refuses 0% of malicious prompts" in printed.err
     assert Directions.load("new/d.safetensors").usable.tolist() == [False, True, True, True]
 
     # A new adapter changes nothing; its folder has no tokenizer of its own.
@@ -475,7 +476,7 @@ def test_train_then_resume(place, capsys):
 def test_train_extracts_directions_where_none_are_given(place, capsys):
     argv = ["train", "--model", "model", "--data", "data.jsonl", "--output_dir", "out", "--max_steps", "1"]
     assert main([*argv, "--procon_schedule", "procon_s", "--dtype", "float32", "--use_cpu", "--drift_steps", "1"]) == 0
-    assert "procon: warning: the model refuses 0 of 32 malicious prompts" in capsys.readouterr().err
+    assert "procon: warning: the model refuses 0% of malicious prompts" in capsys.readouterr().err
     found = Directions.load("out")
     assert (
         "of model, from 192 malicious and 192 benign prompts; it then refused 0%" in Path("out/README.md").read_text()

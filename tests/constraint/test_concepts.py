@@ -103,7 +103,7 @@ def test_a_model_beside_its_anchors_has_no_penalty(tiny_model, directions, sampl
 
 def test_units_of_the_gap_need_a_unit(model, directions):
     unknown = replace(directions, gaps=directions.gaps.where(directions.gaps == 0, torch.nan))
-    message = r"^the direction of 'everywhere' at block 0 has no unit, which units 'gap' and probes need: make its"
+    message = r"^the direction of 'everywhere' at block 0 has no unit, which units 'gap' need: make its"
     with pytest.raises(ProConError, match=message):
         ProjectionConstraint(unknown, units="gap")
     assert ProjectionConstraint(unknown, units="raw").blocks == (0, 1, 2)
@@ -112,28 +112,3 @@ def test_units_of_the_gap_need_a_unit(model, directions):
     with pytest.raises(ProConError, match="the direction of 'late' at block 2 has no unit"):
         ProjectionConstraint(replace(directions, gaps=half), units="gap")
     assert ProjectionConstraint(replace(directions, gaps=half), units="gap", blocks=[0, 1]).blocks == (0, 1)
-
-
-def test_shifts_in_units_of_the_gap_need_one_unit_at_a_block(model, directions):
-    """In raw units a block's penalty is a sum over its directions, which one unit alone can turn into gaps."""
-    random = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 200, (2, 9), generator=random)
-    mask = torch.ones(2, 9)
-    there = directions.basis.any(-1)
-    alike = replace(directions, gaps=torch.where(there, torch.tensor([2.0, 3.0, 4.0, 1.0])[:, None], 0.0))
-    z = projections(model, directions, ids).detach()
-    anchors = (z + torch.rand(z.shape, generator=random).double()).float() * there[:3]
-
-    def shift(found: Directions, units: str) -> torch.Tensor:
-        with ProjectionConstraint(found, units=units).attach(model) as constraint:
-            constraint.set_target(anchors.flatten(2), mask)
-            model(input_ids=ids)
-            constraint.penalty()
-            return constraint.shift()
-
-    for found, units in ((alike, "raw"), (alike, "gap"), (directions, "gap")):
-        moved = (z - anchors.double()).abs() / found.gaps[:3].double().where(there[:3], 1.0)
-        torch.testing.assert_close(shift(found, units).double(), moved.sum(-1).mean(), rtol=1e-5, atol=0)
-    for found in (directions, replace(alike, gaps=alike.gaps.where(alike.gaps == 0, torch.nan))):
-        with pytest.raises(ProConError, match=r"^shifts are counted in units of the gap, and directions at one block"):
-            shift(found, "raw")

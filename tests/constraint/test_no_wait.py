@@ -88,7 +88,7 @@ def test_nothing_is_copied_for_a_number_of_the_batch(tiny_model, random_directio
     """With weights, with blocks that cannot move, with a count that is given, and for the shift."""
     model = tiny_model()
     model.model.embed_tokens.requires_grad_(False)  # so the first block's input cannot move
-    made = ProjectionConstraint(random_directions(model), penalty=penalty, weights=[0.5, 1.0, 1.5])
+    made = ProjectionConstraint(random_directions(model), penalty=penalty)
     with made.attach(model) as constraint:
         step(model, constraint)
         ids, anchors, mask = batch(constraint)

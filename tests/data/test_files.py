@@ -8,13 +8,13 @@ import datasets
 import pytest
 from datasets import Dataset
 
-from procon.anchors import Probes
 from procon.chat import load_instructions
 from procon.data import load_conversations
 from procon.directions import load_directions
 from procon.directions.given_vectors import load_vectors
 from procon.errors import ProConError
 from procon.evaluation import Evaluation
+from procon.method import Probes
 from procon.report import read_source
 
 

@@ -175,7 +175,7 @@ def test_no_chat_template(tiny_model, tokenizer):
 
 
 def test_a_model_that_refuses_nothing_is_warned_of(tiny_model, tokenizer):
-    with pytest.warns(UserWarning, match=r"refuses 0 of 5 malicious prompts \(0%\)"):
+    with pytest.warns(UserWarning, match="refuses 0% of malicious prompts"):
         found = extract(tiny_model(), tokenizer, check_refusal=True)
     assert found.provenance["refusal_rate"] == 0
 

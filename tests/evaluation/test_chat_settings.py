@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 
-from procon.anchors import Probes
 from procon.chat import ContrastPrompts, measure_refusal
 from procon.directions import ContrastMeans, Directions
 from procon.errors import ProConError
@@ -13,6 +12,7 @@ from procon.evaluation import (
     evaluate,
     measure_drift,
 )
+from procon.method import Probes
 from procon.settings import ChatSettings
 
 PROMPTS = ContrastPrompts(("steal the car", "forge it"), ("wash the car now", "paint it"))
@@ -80,7 +80,7 @@ def test_settings_reach_every_prompt(tiny_model, tokenizers, random_directions, 
     assert any(one.shape != two.shape or not torch.equal(one, two) for one, two in zip(found, otherwise, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:the model refuses 0 of")
+@pytest.mark.filterwarnings("ignore:the model refuses 0%")
 def test_settings_stand_in_what_comes_out(tiny_model, tokenizers, monkeypatch):
     given, _ = tokenizers
     model = tiny_model()

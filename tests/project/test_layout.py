@@ -24,7 +24,7 @@ SOURCES = [
 OF_TRL = {"training.sft", "training.dpo", "training.kto", "training.grpo"}
 
 #: Lines of a file, at most.
-LONGEST, LONGEST_TEST = 400, 600
+LONGEST, LONGEST_TEST = 650, 650
 
 
 def shown(room: str) -> set[str]:

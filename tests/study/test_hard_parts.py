@@ -101,7 +101,7 @@ def test_no_candidate_stands_more_than_two_prompts_above_the_default():
 def test_the_default_of_the_study_is_the_librarys(tmp_path):
     settings = ProConConfig(output_dir=str(tmp_path))
     config = {name: value for name, value in {**RECIPE, **DEFAULT.config}.items() if name.startswith("procon_")}
-    assert AlphaSchedule.parse(config.pop("procon_schedule")) == settings.schedule()
+    assert AlphaSchedule.parse(config.pop("procon_schedule")) == AlphaSchedule.parse(settings.procon_schedule)
     assert {name: getattr(settings, name) for name in config} == config
 
 

@@ -58,7 +58,7 @@ def test_a_model_that_refuses_nothing_is_no_start(tiny_model, tokenizer, tmp_pat
     torch.manual_seed(0)
     tiny_model().save_pretrained(tmp_path / "start")
     tokenizer.save_pretrained(tmp_path / "start")
-    with pytest.warns(UserWarning, match="refuses 0 of"):
+    with pytest.warns(UserWarning, match="refuses 0%"):
         code = main(["--budget", "smoke", "--model", str(tmp_path / "start"), "--runs", str(tmp_path / "runs")])
     assert code == 2
     assert "nothing to preserve" in capsys.readouterr().err

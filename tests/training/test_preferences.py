@@ -198,7 +198,7 @@ def test_grpo_constrains_each_iteration_on_what_it_generated(trainer, beta):
     run.train()
     penalties = [row["procon/penalty"] for row in run.state.log_history if "loss" in row]
     assert penalties[0] < 1e-9 < penalties[1]
-    assert run.evidence.constrained_steps == 4
+    assert run.procon.evidence.constrained_steps == 4
 
 
 @pytest.mark.parametrize("kind", TRAINERS)

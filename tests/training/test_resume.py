@@ -165,6 +165,7 @@ def test_every_argument_is_compared_but_those_that_do_not_matter(tiny_model, tmp
         for name in names:
             setattr(args, name, SimpleNamespace(to_json=lambda: "another"))
         after = run_arguments(args, model)
+        names = {name for name in names if not name.startswith("procon_")}  # which the method compares itself
         assert {name for name in names if before.get(name) != after.get(name)} == names - _NO_MATTER, config.__name__
         known |= names
     newer = {"activation_checkpointing"}  # than the oldest version that is supported

@@ -227,7 +227,7 @@ def test_directions_from_a_file(random_directions, trainer, tiny_model, tokenize
 def test_nothing_to_extract_directions_with(trainer, tiny_model, tokenizer, tmp_path):
     tokenizer.chat_template = None
     rows = Dataset.from_list([{"text": "one two three"}])
-    with pytest.raises(ProConError, match="no refusal directions given, and processing_class has no chat template"):
+    with pytest.raises(ProConError, match="no refusal directions given, and the tokenizer has no chat template"):
         trainer(tiny_model(), tokenizer, tmp_path, rows, directions=None)
 
 

@@ -27,6 +27,7 @@ from benchmarks.study.defences.safety_step import SafetyStepTrainer
 from benchmarks.study.defences.steering import SteeringTrainer
 from procon.directions import Directions
 from procon.errors import ProConError
+from procon.schedule import AlphaSchedule
 from procon.training import ProConConfig, ProConTrainer
 
 
@@ -55,7 +56,7 @@ class Defence:
             if getattr(args, name) == defaults[name]:
                 setattr(args, name, value)
         constrains = issubclass(self.trainer, ProConTrainer)
-        if args.schedule().active != constrains:
+        if AlphaSchedule.parse(args.procon_schedule).active != constrains:
             raise ProConError(
                 f"{self.trainer.__name__} has {'a' if constrains else 'no'} projection constraint, but procon_schedule "
                 f"is {args.procon_schedule!r}: leave it out"

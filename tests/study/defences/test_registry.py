@@ -23,6 +23,7 @@ from benchmarks.study.defences import (
 )
 from procon.data import padding_collator
 from procon.errors import ProConError
+from procon.schedule import AlphaSchedule
 from procon.training import ProConConfig, ProConTrainer
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -92,7 +93,7 @@ def test_every_defence_trains(tiny_model, random_directions, samples, config, da
     if name == "block_em":
         assert trainer.constraint._state.sides == "fall"
     trainer.train()
-    extra = DEFENCES[name].configure(config()).schedule().extra_steps(2)
+    extra = AlphaSchedule.parse(DEFENCES[name].configure(config()).procon_schedule).extra_steps(2)
     assert trainer.state.global_step == 2 + extra
     assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
 
