@@ -27,7 +27,9 @@ def test_llama_factory_example(tiny_model, tokenizer, samples, random_directions
         quiet = {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "per_device_train_batch_size": 2}
         settings = TrainingArguments(args["output_dir"], max_steps=10, logging_steps=1, learning_rate=1e-2, **quiet)
         data, collator = Dataset.from_list(samples), padding_collator(tokenizer)
-        trainer = Trainer(model, settings, train_dataset=data, data_collator=collator, callbacks=callbacks)
+        trainer = Trainer(
+            model, settings, train_dataset=data, data_collator=collator, callbacks=callbacks, processing_class=tokenizer
+        )
         trainer.train()
         logs.extend(row for row in trainer.state.log_history if "loss" in row)
 
