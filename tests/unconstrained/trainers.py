@@ -226,8 +226,9 @@ class AlphaOfItsOwn(ProConTrainer):
 class Disabled(ProConTrainer):
     def compute_loss(self, *args, **kwargs):
         constraint = self.procon.constraint
-        self.procon.pause = lambda paused: setattr(constraint, "enabled", False)
-        constraint.penalty = lambda tokens: torch.zeros((), requires_grad=True)
+        if constraint is not None:
+            self.procon.pause = lambda paused: setattr(constraint, "enabled", False)
+            constraint.penalty = lambda tokens: torch.zeros((), requires_grad=True)
         return super().compute_loss(*args, **kwargs)
 
 
