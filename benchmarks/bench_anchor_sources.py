@@ -107,7 +107,7 @@ def _peaks(steps: dict[str, _Step]) -> dict[str, int]:
 def _probes(directions) -> Probes:
     generator = torch.Generator().manual_seed(4)
     ids = torch.randint(SHAPES[CASE.shape]["vocab_size"], (PROBES, PROBE_TOKENS), generator=generator)
-    size = directions.first.shape[1]
+    size = directions.basis.shape[-1]
     lengths = torch.full((PROBES,), PROBE_TOKENS)
     return Probes(ids, lengths, lengths, torch.zeros(PROBES, size))
 

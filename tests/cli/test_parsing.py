@@ -153,7 +153,7 @@ def test_yaml_settings_are_read_as_flags_are(tmp_path):
     assert (config.learning_rate, config.seed, config.adam_beta1) == (3e-4, 5, 0.8)
     assert (config.save_strategy, config.save_only_model) == ("no", True)
     assert AlphaSchedule.parse(config.procon_schedule).phases[0].alpha == 0.5
-    assert config.blocks() == [1, 2]
+    assert config.procon_settings().blocks == (1, 2)
     assert config.label_names == ["labels"]
     assert config.lr_scheduler_kwargs == {"num_cycles": 2}
     expected = ChatSettings("Be kind.", {"enable_thinking": True, "reasoning_effort": "low"})

@@ -85,7 +85,7 @@ def test_copies_of_a_step(tiny_model, random_directions, fuse, penalty, units):
 
 @pytest.mark.parametrize("penalty", ["squared", "absolute"])
 def test_nothing_is_copied_for_a_number_of_the_batch(tiny_model, random_directions, penalty):
-    """With weights, with blocks that cannot move, with a count that is given, and for the shift."""
+    """With blocks that cannot move, and with a count that is given."""
     model = tiny_model()
     model.model.embed_tokens.requires_grad_(False)  # so the first block's input cannot move
     made = ProjectionConstraint(random_directions(model), penalty=penalty)
@@ -98,7 +98,6 @@ def test_nothing_is_copied_for_a_number_of_the_batch(tiny_model, random_directio
         with Counted() as counted:
             for tokens in (None, 18.0, count):
                 constraint.penalty(tokens)
-                constraint.shift(tokens)
         assert counted.copies == {}
         with Counted() as counted:
             constraint.penalty(3 * mask.sum())

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from procon.chat import load_instructions
 from procon.data import load_conversations
-from procon.directions import load_directions
+from procon.directions import Directions
 from procon.directions.given_vectors import load_vectors
 from procon.errors import ProConError
 from procon.evaluation import Evaluation
@@ -154,7 +154,7 @@ def test_a_folder_is_no_data_file(tmp_path):
 
 @pytest.mark.parametrize(
     "read",
-    [load_conversations, load_instructions, load_directions, load_vectors, read_source, Evaluation.load, Probes.load],
+    [load_conversations, load_instructions, Directions.load, load_vectors, read_source, Evaluation.load, Probes.load],
 )
 @pytest.mark.parametrize("name", ["a" * 5000, "a/" * 3000, "\0"])
 def test_a_name_that_no_file_can_have(read, name):

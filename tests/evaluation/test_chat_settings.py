@@ -33,9 +33,9 @@ def tokenizers(tokenizer):
     return given, fixed
 
 
-def probes(model, tokenizer, directions, chat):
-    found = Probes.record(model, tokenizer, directions, ["steal the car"], blocks=[1], chat=chat)
-    return [found.input_ids, found.anchors, found.states]
+def probes(model, tokenizer, _, chat):
+    found = Probes.record(model, tokenizer, ["steal the car"], chat=chat)
+    return [found.input_ids, found.states]
 
 
 def replies(model, tokenizer, _, chat):
@@ -93,7 +93,7 @@ def test_settings_stand_in_what_comes_out(tiny_model, tokenizers, monkeypatch):
 def test_a_run_is_resumed_only_if_it_asks_as_before(make_trainer, tokenizers):
     def trainer(**settings):
         made = make_trainer("Trainer", "0.5", **settings)
-        made.chat = CHAT
+        made.procon.run.chat = CHAT
         return made
 
     trainer(max_steps=2).train()
@@ -101,6 +101,6 @@ def test_a_run_is_resumed_only_if_it_asks_as_before(make_trainer, tokenizers):
     first.train(resume_from_checkpoint=True)
     assert first._record()["chat"] == ASKED
     other = trainer()
-    other.chat = ChatSettings("Be brief.", {"mood": "calm"})
+    other.procon.run.chat = ChatSettings("Be brief.", {"mood": "calm"})
     with pytest.raises(ProConError, match=r"was trained with chat .*Be kind.*not .*Be brief.*same settings"):
         other.train(resume_from_checkpoint=True)

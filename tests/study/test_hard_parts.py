@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.study.anchor_parts import longer
 from benchmarks.study.budgets import BUDGETS
+from benchmarks.study.earlier_settings import settings_now
 from benchmarks.study.hard_parts import (
     CHOSEN,
     DEFAULT,
@@ -100,7 +101,8 @@ def test_no_candidate_stands_more_than_two_prompts_above_the_default():
 
 def test_the_default_of_the_study_is_the_librarys(tmp_path):
     settings = ProConConfig(output_dir=str(tmp_path))
-    config = {name: value for name, value in {**RECIPE, **DEFAULT.config}.items() if name.startswith("procon_")}
+    config = settings_now({**RECIPE, **DEFAULT.config}, tmp_path)
+    config = {name: value for name, value in config.items() if name.startswith("procon_")}
     assert AlphaSchedule.parse(config.pop("procon_schedule")) == AlphaSchedule.parse(settings.procon_schedule)
     assert {name: getattr(settings, name) for name in config} == config
 

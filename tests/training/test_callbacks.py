@@ -13,7 +13,8 @@ from procon.chat import ContrastPrompts, builtin_prompts, render, user_turn
 from procon.cli import main
 from procon.errors import ProConError
 from procon.evaluation import Drift
-from procon.training import DriftCallback, callbacks, ranks
+from procon.method import ranks
+from procon.training import DriftCallback, callbacks
 from procon.training.console import log_with_details
 from procon.training.drift_gate import DriftGate
 

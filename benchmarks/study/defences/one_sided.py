@@ -14,7 +14,7 @@ from procon.training import ProConTrainer
 class OneSidedTrainer(ProConTrainer):
     """The projection constraint with ``sides="fall"``, which the library's trainers have no setting for."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def constrain(self, *args: Any, **kwargs: Any) -> None:
+        super().constrain(*args, **kwargs)
         if self.procon.constraint is not None:
             self.procon.constraint._state.sides = "fall"

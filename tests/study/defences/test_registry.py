@@ -91,7 +91,7 @@ def test_every_defence_trains(tiny_model, random_directions, samples, config, da
     trainer = build_trainer(name, model, config(), **given, **data)
     assert type(trainer) is DEFENCES[name].trainer
     if name == "block_em":
-        assert trainer.constraint._state.sides == "fall"
+        assert trainer.procon.constraint._state.sides == "fall"
     trainer.train()
     extra = AlphaSchedule.parse(DEFENCES[name].configure(config()).procon_schedule).extra_steps(2)
     assert trainer.state.global_step == 2 + extra
