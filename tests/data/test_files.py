@@ -10,8 +10,7 @@ from datasets import Dataset
 
 from procon.chat import load_instructions
 from procon.data import load_conversations
-from procon.directions import Directions
-from procon.directions.given_vectors import load_vectors
+from procon.directions import Directions, load_vectors
 from procon.errors import ProConError
 from procon.evaluation import Evaluation
 from procon.method import Probes

@@ -339,9 +339,10 @@ TRAIN = ["train", "--model", "model", "--data", "data.jsonl", "--output_dir", "o
 def test_gates_of_the_command_that_cannot_be(capsys, tmp_path, monkeypatch, more, message):
     """Before anything is loaded: there is no model here."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").touch()  # which is looked for first
     assert main([*TRAIN, *more]) == 2
     assert f"procon: error: {message}" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
 
 
 def test_train_stops_at_the_gate(place, random_directions, tiny_model, caplog):
