@@ -74,7 +74,7 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
         )
     check_name(arguments.model)
     # If the output folder is there already, the lock shows whether it can be written.
-    for folder in filter(None, (None if output.is_dir() else output, config.procon_anchors_dir)):
+    for folder in filter(None, (None if output.is_dir() else output, config.procon_settings().anchors_dir)):
         check_writable(Path(folder) / "any")
     with locked(output):
         checkpoint = _checkpoint(output) if arguments.resume else None

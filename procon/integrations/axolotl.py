@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from procon.errors import ProConError
 from procon.schedule import AlphaSchedule
@@ -45,15 +45,10 @@ _REFUSED = {
 
 
 #: The keys that the plugin adds to axolotl's YAML file: the settings, as a YAML file has them.
-AxolotlKeys = create_model(
-    "AxolotlKeys",
-    procon_directions=(str | None, None),
-    procon_alpha=(float | None, None),
-    **{
-        item.name: (str | float | list[int | float | str] | None if item.name in _TEXTS else item.type | None, None)
-        for item in fields(ProConArguments)
-    },
-)
+_KINDS: dict[str, Any] = {"procon_directions": str, "procon_alpha": float, **get_type_hints(ProConArguments)}
+_KINDS |= dict.fromkeys(_TEXTS, str | float | list[int | float | str])
+_FIELDS: dict[str, Any] = {name: (kind | None, None) for name, kind in _KINDS.items()}
+AxolotlKeys: Any = create_model("AxolotlKeys", **_FIELDS)
 
 
 @dataclass

@@ -16,14 +16,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from procon.anchors.starting_state import require_length
 from procon.constraint.guards import refuse_data_parallel, refuse_noise
 from procon.directions import Directions
 from procon.errors import ProConError
 from procon.integrations.forward import REMEDY, ConstrainedForward, constrained_by
-from procon.method import ProCon, Run, check_batches, once_through
+from procon.method import ProCon, Run, check_batches, makes_batches, once_through
 from procon.method.ranks import on_main
 from procon.method.record import RECORD, write_record
 from procon.schedule import AlphaSchedule
@@ -87,7 +87,8 @@ class ProConCallback(TrainerCallback, ExportableState):
         if directions is not None and not isinstance(directions, Directions):
             directions = Directions.load(directions)
         self._directions = directions
-        self._chat, self._fuse = chat, fuse
+        self._chat = chat
+        self._fuse: Fuse = fuse
         self.procon: ProCon | None = None
         self._forward: ConstrainedForward | None = None
         self._lock = ExitStack()
@@ -134,7 +135,7 @@ class ProConCallback(TrainerCallback, ExportableState):
         _refuse(args, model)
         if self._settings.anchors == "recorded":
             require_length(train_dataloader.dataset, "training set")
-        check_batches(not has_length(train_dataloader) or len(train_dataloader) > 0, train_dataloader.dataset)
+        check_batches(makes_batches(train_dataloader), train_dataloader.dataset)
         # The Trainer starts over, for example with a smaller batch, and the model may have moved meanwhile.
         again = left_over is not None and left_over is self._forward and state.global_step == 0
         run = _CallbackRun(args, model, processing_class, self._chat)
@@ -269,12 +270,15 @@ class _CallbackRun(Run):
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         progress = not args.disable_tqdm and PartialState().is_main_process
         super().__init__(model, tokenizer, chat=chat, folder=output_folder(args), progress=progress)
-        self.precision = AcceleratorState().mixed_precision
         self._device = args.device
 
     @property
     def device(self) -> torch.device:
         return self._device
+
+    @property
+    def precision(self) -> str:
+        return AcceleratorState().mixed_precision
 
     def autocast(self) -> AbstractContextManager[Any]:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.precision))

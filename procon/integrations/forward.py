@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ class ConstrainedForward:
         self.procon = procon
         self.backwards = 0
         self._module = _causal_lm(procon.run.model)
-        self._annotate = procon.collator(dict)
+        self._annotate: Callable[[Any], dict[str, Any]] = procon.collator(dict)
         self._patch: Any = None
         self._hooks: list[Any] = []
         self._unused = self._acted = False

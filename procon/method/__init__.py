@@ -10,7 +10,7 @@ from procon.errors import require_extra
 __extra__ = require_extra("train", __name__)
 
 from procon.method.probes import Probes, ProbeTerm
-from procon.method.procon import ProCon, check_batches, make_terms, once_through
+from procon.method.procon import ProCon, check_batches, make_terms, makes_batches, once_through
 from procon.method.term import Run, Step, Term
 from procon.method.tokens import TokenTerm
 
@@ -24,5 +24,6 @@ __all__ = [
     "TokenTerm",
     "check_batches",
     "make_terms",
+    "makes_batches",
     "once_through",
 ]

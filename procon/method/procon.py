@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
+from transformers.trainer_utils import has_length
 
 from procon.anchors.starting_state import check_resumed, require_length
 from procon.chat import builtin_prompts, describe_chat, measure_refusal
@@ -441,7 +442,7 @@ class ProCon:
             return None
         return torch.stack([share.to(found[0].device) for share in found]).sum()
 
-    def added(self, scale: float, expected: float | None = None) -> Tensor | None:
+    def added(self, scale: float | Tensor, expected: float | None = None) -> Tensor | None:
         """After the forward, what this micro-batch adds to the loss: ``alpha * scale * share``; None if nothing.
 
         Args:
@@ -582,6 +583,11 @@ class ProCon:
             lambda: Directions.extract(run.model, run.tokenizer, chat=run.chat, progress=run.progress),
             all_call=run.is_loaded_in_parts,
         )
+
+
+def makes_batches(loader: Any) -> bool:
+    """Whether a loader makes a batch; of a stream it is not known beforehand."""
+    return not has_length(loader) or len(loader) > 0
 
 
 def check_batches(made: bool, dataset: Any) -> None:

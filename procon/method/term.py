@@ -36,11 +36,6 @@ class Run:
         progress: whether bars show how far preparing is.
     """
 
-    #: Whether every rank has loaded a part of the model alone, so that all must run it together from the beginning.
-    is_loaded_in_parts: bool = False
-    #: The precision of Accelerate's autocast, ``"no"`` without; None if a forward has to show it.
-    precision: str | None = None
-
     def __init__(
         self,
         model: nn.Module,
@@ -55,6 +50,16 @@ class Run:
         self.chat = chat or ChatSettings()
         self.folder = Path(folder)
         self.progress = progress
+
+    @property
+    def is_loaded_in_parts(self) -> bool:
+        """Whether every rank has loaded a part of the model alone, so that all must run it together from the first."""
+        return False
+
+    @property
+    def precision(self) -> str | None:
+        """The precision of Accelerate's autocast, ``"no"`` without; None if a forward has to show it."""
+        return None
 
     @property
     def groups(self) -> int:
@@ -103,7 +108,7 @@ class Step:
     number: int = 0
     alpha: float = 0.0
     tokens: Tensor | None = None
-    parts: int = 1
+    parts: int | Tensor = 1
     done: set[str] = field(default_factory=set)
 
 

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.liger import apply_liger_kernel
-from transformers.trainer_utils import TrainOutput, has_length
+from transformers.trainer_utils import TrainOutput
 
 from procon.anchors import LiveAnchors
 from procon.constraint import constrained_tokens
 from procon.constraint.guards import refuse_data_parallel, refuse_noise
 from procon.directions import Directions
 from procon.errors import ProConError
-from procon.method import ProCon, check_batches, once_through
+from procon.method import ProCon, check_batches, makes_batches, once_through
 from procon.method.ranks import on_main
 from procon.method.record import write_record
 from procon.settings import ChatSettings, ProConSettings
@@ -198,7 +198,7 @@ class ProConMixin(_Resumable):
             max_steps += extra
             epochs = -(-max_steps // per_epoch)
         if procon.active:
-            check_batches(not has_length(dataloader) or len(dataloader) > 0, self.train_dataset)
+            check_batches(makes_batches(dataloader), self.train_dataset)
             procon.check_acts(max_steps)
         return epochs, per_epoch, examples, samples, batch_size, steps_in_epoch, max_steps
 
