@@ -175,7 +175,7 @@ def register(**keys) -> dict:
         ({"pretraining_dataset": "data"}, "pretraining_dataset is set"),
         ({"context_parallel_size": 2}, "context_parallel_size is 2"),
         # Before the model is loaded, which takes minutes.
-        ({"procon_anchors": "probes", "procon_probes": "nowhere.txt"}, "prompt file 'nowhere.txt' does not exist"),
+        ({"procon_probes": "nowhere.txt"}, "prompt file 'nowhere.txt' does not exist"),
         (
             {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
             "gradient_checkpointing_kwargs has use_reentrant: true",

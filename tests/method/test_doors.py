@@ -65,7 +65,7 @@ class Setting:
             extra = {"data_collator": padding_collator(self.tokenizer), **(extra or {})}
         return kind(
             self.model() if model is None else model,
-            config(output_dir=str(self.folder), **COMMON, **settings),
+            args=config(output_dir=str(self.folder), **COMMON, **settings),
             train_dataset=Dataset.from_list(rows),
             processing_class=self.tokenizer,
             callbacks=list(callbacks),
