@@ -270,15 +270,12 @@ class _CallbackRun(Run):
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         progress = not args.disable_tqdm and PartialState().is_main_process
         super().__init__(model, tokenizer, chat=chat, folder=output_folder(args), progress=progress)
+        self.precision = AcceleratorState().mixed_precision
         self._device = args.device
 
     @property
     def device(self) -> torch.device:
         return self._device
-
-    @property
-    def precision(self) -> str:
-        return AcceleratorState().mixed_precision
 
     def autocast(self) -> AbstractContextManager[Any]:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.precision))

@@ -36,6 +36,9 @@ class Run:
         progress: whether bars show how far preparing is.
     """
 
+    #: The precision of Accelerate's autocast, ``"no"`` without; None if a forward has to show it.
+    precision: str | None = None
+
     def __init__(
         self,
         model: nn.Module,
@@ -55,11 +58,6 @@ class Run:
     def is_loaded_in_parts(self) -> bool:
         """Whether every rank has loaded a part of the model alone, so that all must run it together from the first."""
         return False
-
-    @property
-    def precision(self) -> str | None:
-        """The precision of Accelerate's autocast, ``"no"`` without; None if a forward has to show it."""
-        return None
 
     @property
     def groups(self) -> int:

@@ -52,7 +52,7 @@ class TrainerRun(Run):
         return self._trainer.args.world_size // self._trainer.get_tp_size()
 
     @property
-    def precision(self) -> str:
+    def precision(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]  # known later than this is made
         return self._trainer.accelerator.mixed_precision
 
     @property

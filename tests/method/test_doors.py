@@ -229,6 +229,9 @@ def by_axolotl(setting: Setting, resume: bool) -> list[float]:
     class Arguments(ProConAxolotlArguments, AxolotlTrainingArguments):
         pass
 
+    # Pickled with a checkpoint, by where it is found.
+    Arguments.__qualname__ = Arguments.__name__
+    globals()[Arguments.__name__] = Arguments
     file = str(setting.directions.save(setting.folder / "directions.safetensors"))
     return losses(setting.trainer(ProConAxolotlTrainer, Arguments, procon_directions=file), resume)
 
