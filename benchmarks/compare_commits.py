@@ -30,17 +30,19 @@ def workload(folder: str, shape: str = "SmolLM2-135M") -> dict[str, Callable[[],
     """What is timed, by name, with whichever version of the library is imported."""
     import torch
 
-    from benchmarks.harness.shapes import make_batch, make_directions, make_model, make_optimizer
-    from procon import Anchors, ProjectionConstraint
+    from benchmarks.harness.shapes import SHAPES, make_batch, make_model, make_optimizer
+    from procon import Anchors, Directions, ProjectionConstraint
 
     torch.set_num_threads(1)
     model = make_model(shape, torch.float32, "lora")
-    directions = make_directions(shape)
+    # As every commit takes them; vectors without prompts have no unit.
+    vectors = torch.randn(SHAPES[shape]["num_hidden_layers"], SHAPES[shape]["hidden_size"])
+    directions = Directions.from_vectors(model, vectors, name="random")
     batch = make_batch(shape, ROWS, LENGTH, packed=False)
     optimizer = make_optimizer(model.parameters())
     anchors = Anchors.record(model, [batch], directions, folder, progress=False)
     on_cpu = {name: value.cpu() for name, value in batch.items()}
-    constraint = ProjectionConstraint(directions).attach(model)
+    constraint = ProjectionConstraint(directions, units="raw").attach(model)
     target = anchors.annotate(dict(on_cpu))
 
     def step() -> None:
