@@ -46,8 +46,6 @@ EXTRAS = {
     ],
     "docs": ["latex2mathml>=3.77", "mkdocs-material>=9.6", "mkdocstrings[python]>=1", "ruff>=0.12"],
     "study": [*CLI, "markdown>=3.6", "scikit-learn>=1.6", "scipy>=1.13"],
-    # One version of mutmut: another one makes other mutants.
-    "mutation": ["coverage>=7.6", "mutmut==3.8.1"],
     # One version of pyright: another one finds other errors.
     "lint": [
         "codespell>=2.4",

@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -323,64 +323,6 @@ def test_versions_are_those_of_requirements():
     )
     lines = (ROOT / "requirements" / "versions.txt").read_text().splitlines()
     assert rows == [tuple(line.split()) for line in lines if line and not line.startswith("#")]
-
-
-# Errors
-
-
-#: ProConError and its kinds.
-ERRORS = ("ProConError", "NothingFinished")
-
-
-def raised_messages() -> dict[str, str]:
-    """Every message of such an error in the source, with … for what is filled in, and where it is raised."""
-    found = {}
-    for file in [*(ROOT / "procon").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", None) in ERRORS and node.args:
-                found[_template(node.args[0])] = f"{file.relative_to(ROOT)}:{node.lineno}"
-    return found
-
-
-def _template(node: ast.expr) -> str:
-    if isinstance(node, ast.JoinedStr):
-        text = "".join(_template(part) for part in node.values)
-    elif isinstance(node, ast.Constant):
-        text = str(node.value)
-    elif isinstance(node, ast.BinOp):
-        text = _template(node.left) + _template(node.right)
-    else:
-        text = "…"
-    return re.sub("…+", "…", text)
-
-
-def documented_messages() -> list[str]:
-    """The messages in the first column of the tables of docs/errors.md."""
-    text = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (.+?) \|", text, re.MULTILINE)
-    return [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
-
-
-def _matches(documented: str) -> Callable[[str], bool]:
-    """Whether a message begins as documented, … standing for anything."""
-    pattern = re.compile(".*?".join(map(re.escape, documented.split("…"))), re.DOTALL)
-    return lambda message: pattern.match(message) is not None
-
-
-def test_every_error_is_documented():
-    documented = documented_messages()
-    missing = {
-        message: where
-        for message, where in raised_messages().items()
-        if message != "…" and not any(_matches(text)(message) for text in documented)
-    }
-    assert not missing, "docs/errors.md lacks:\n" + "\n".join(f"  {where}: {text}" for text, where in missing.items())
-
-
-def test_every_documented_error_exists():
-    raised = raised_messages()
-    stale = [text for text in documented_messages() if not any(map(_matches(text), raised))]
-    assert not stale, f"docs/errors.md has messages that are raised nowhere: {stale}"
 
 
 # Parts
