@@ -266,6 +266,15 @@ class ProbeTerm(Term):
         """
         return (step.number + 1) % self._settings.probe_every == 0
 
+    def idle(self, steps: int) -> str | None:
+        every = self._settings.probe_every
+        if steps >= every:
+            return None
+        return (
+            f"probe_every is {every}, more than all steps of training, {steps}, so the probes never run: give a "
+            "smaller number"
+        )
+
     def share(self, step: Step, run: Run) -> Tensor | None:
         if self.name in step.done:  # once in an optimiser step
             return None

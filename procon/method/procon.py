@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
+from torch.utils.hooks import RemovableHandle
 from transformers.trainer_utils import has_length
 
 from procon.anchors.starting_state import check_resumed, require_length
@@ -112,6 +113,7 @@ class ProCon:
         self.accumulation = 1
         self._paused = self._attached = False
         self._begun = 0
+        self._after: RemovableHandle | None = None  # of an optimiser step that has ended, and is not yet taken
         self.at_start = True
         self._penalty_sum: Tensor | None = None
         self._penalty_steps = 0
@@ -217,9 +219,13 @@ class ProCon:
             return
         # As transformers sets it; the forwards of all terms would have it.
         refuse_noise(getattr(token_embedding(self.run.model), "neftune_noise_alpha", None))
-        for term in self.terms:
-            term.attach(self.run)
         self._attached = True
+        try:
+            for term in self.terms:
+                term.attach(self.run)
+        except BaseException:
+            self.detach()
+            raise
 
     def detach(self) -> None:
         """The model is as it was."""
@@ -277,23 +283,36 @@ class ProCon:
         folder = Path(resume) if resume else None
         record = _read(folder) if folder else {}
         self.find(folder, record)
-        self.set_steps_per_epoch(max(1, -(-len(loader) // accumulation)))
-        self.attach()
-        collate, loader.collate_fn = loader.collate_fn, self.collator(loader.collate_fn)
+        # Ranks share the batches out: a sampler of theirs has done so already, Accelerate does afterwards.
+        shares = 1 if hasattr(loader.sampler, "num_replicas") else self.run.groups
+        self.set_steps_per_epoch(max(1, -(-len(loader) // (shares * accumulation))))
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        size = loader.batch_size or 1
-        self.record(lambda: once_through(loader.dataset, collate, size, rank=rank, ranks=ranks))
+        collate, size = loader.collate_fn, loader.batch_size or 1
+        self.attach()
+        try:
+            anchored = self.collator(collate)
+            self.record(lambda: once_through(loader.dataset, collate, size, rank=rank, ranks=ranks))
+        except BaseException:
+            self.detach()
+            raise
+        loader.collate_fn = anchored
         self.begin_run()
         self.begin_step(int(record.get("step", 0)))
         return loader
 
     def save(self, folder: str | Path) -> None:
-        """Write what :meth:`prepare` takes to resume a plain loop, between two optimiser steps."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.save_files(folder)
-        self.penalty()
-        write_record(folder, {"version": __version__, "step": self.step.number, **self.facts(), **self.state()})
+        """Write what :meth:`prepare` takes to resume a plain loop, between two optimiser steps; all ranks must call."""
+        if self._after is not None:  # the optimiser has skipped its step
+            self.begin_step(self.step.number + 1)
+        self.penalty()  # of all ranks
+
+        def write() -> None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.save_files(Path(folder))
+            record = {"version": __version__, "step": self.step.number, **self.facts(), **self.state()}
+            write_record(Path(folder), record)
+
+        self.run.once(write)
 
     def set_steps_per_epoch(self, number: int) -> None:
         """How many optimiser steps an epoch has, by which the schedule counts.
@@ -327,17 +346,11 @@ class ProCon:
                 f"({per_epoch} in an epoch), so nothing would be constrained: begin the constraint earlier, train "
                 "longer, or give schedule '0' to train without it"
             )
-        if not any(term.acts(Step(number)) for number in range(min(steps, 10**4)) for term in self.terms):
-            raise ProConError(
-                f"probe_every is {self.settings.probe_every}, more than all steps of training, {steps}, so the probes "
-                "would never run: give a smaller number"
-            )
-        if self.settings.has_probes and steps < self.settings.probe_every:
-            logger.warning(
-                "probe_every is %d, more than all steps of training, %d, so the probes never run",
-                self.settings.probe_every,
-                steps,
-            )
+        idle = [said for term in self.terms if (said := term.idle(steps))]
+        if len(idle) == len(self.terms):
+            raise ProConError(idle[0])
+        for said in idle:
+            logger.warning("%s", said)
         if steps > 1 and constrained == 1 and schedule.phases[0].alpha > 0:
             logger.warning(
                 "schedule %s constrains the first of %d steps alone, when the model is still at its anchors, so it "
@@ -382,6 +395,7 @@ class ProCon:
             parts = 1
             if self.tokens is not None and tokens is None:
                 tokens = constrained_tokens(batches, self.run.total, device=self.run.device)
+        self._forget_after()
         self.step = Step(number, self.alpha_at(number), tokens, parts or self.accumulation * self.run.groups)
         self._begun = 0
         self.evidence.begin_step()
@@ -395,6 +409,8 @@ class ProCon:
 
     def begin(self, batch: dict[str, Any]) -> None:
         """Before a training forward on ``batch``, of which what the collator added is taken out."""
+        if self._after is not None:  # a GradScaler has skipped the optimiser's step, and its own is over too
+            self.begin_step(self.step.number + 1)
         constrains = self.alpha > 0
         self._begun += 1
         self.pause(not constrains)
@@ -509,14 +525,19 @@ class ProCon:
             return
 
         def after(*_: object) -> None:
-            hook.remove()
             self.after_optimizer()
             self.begin_step(self.step.number + 1)
 
-        hook = stepped.register_step_post_hook(after)
+        self._after = stepped.register_step_post_hook(after)
+
+    def _forget_after(self) -> None:
+        if self._after is not None:
+            self._after.remove()
+            self._after = None
 
     def close(self) -> None:
         """End training in a plain loop: the model is as it was; ProConError if no step was under the constraint."""
+        self._forget_after()
         self.detach()
         if self.active:
             self.evidence.check_acted(self.step.number, self.schedule)

@@ -165,6 +165,10 @@ class Term:
         """Whether this optimiser step has a share of it."""
         return True
 
+    def idle(self, steps: int) -> str | None:
+        """Why no step of a training of ``steps`` would have a share of it, and what to change; None if one has."""
+        return None
+
     def share(self, step: Step, run: Run) -> Tensor | None:
         """After the forward: this micro-batch's share of the term, before alpha; shares of a step add up to its mean.
 

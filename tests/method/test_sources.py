@@ -207,7 +207,7 @@ def test_probes_alone_leave_the_training_batch_free(trainer):
         torch.testing.assert_close(losses(held), expected, rtol=1e-5, atol=0)
         assert held.procon.evidence.constrained_steps == 1
     with pytest.raises(
-        ProConError, match=r"^probe_every is 5, more than all steps of training, 4, so the probes would"
+        ProConError, match=r"^probe_every is 5, more than all steps of training, 4, so the probes never"
     ):
         trainer("probes", max_steps=4, procon_probe_every=5).train()
 

@@ -1,0 +1,121 @@
+"""The object in a plain loop: what a failure, a skipped step and other ranks leave of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from procon import ProCon, ProConError, ProConSettings
+from procon.data import padding_collator
+from procon.method import Run, Term
+
+
+@pytest.fixture
+def loop(tiny_model, tokenizer, samples, random_directions, tmp_path):
+    """Makes the object and the loader of a loop."""
+
+    def make(run=None, **settings):
+        model = tiny_model().train()
+        run = (run or Run)(model, tokenizer, folder=tmp_path / "anchors", progress=False)
+        loader = DataLoader(samples, 2, collate_fn=padding_collator(tokenizer))
+        return ProCon(run, None, ProConSettings(**settings), random_directions(model)), loader
+
+    return make
+
+
+def hooks(model) -> int:
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+
+
+def step(procon, batch, optimizer) -> None:
+    procon.begin(batch)
+    (procon.run.model(**batch).loss + procon.loss()).backward()
+    procon.end(optimizer)
+
+
+def test_one_rank_writes_what_a_checkpoint_has(loop, tmp_path):
+    class Other(Run):
+        """A rank that is not the main one."""
+
+        def once(self, call, *, all_call=False):
+            return call() if self.main else None
+
+        main = True
+
+    procon, loader = loop(Other, probes="none")
+    procon.prepare(loader)
+    procon.run.main = False
+    procon.save(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    procon.run.main = True
+    procon.save(tmp_path / "main")
+    assert (tmp_path / "main" / "procon.json").is_file()
+
+
+def test_a_step_that_the_optimizer_skips_is_over(loop):
+    """As one of a GradScaler is whose gradients overflow: no step of a term, and the next one begins."""
+
+    class Counts(Term):
+        name = "counts"
+        steps = ()
+
+        def after_optimizer(self, step, run):
+            self.steps = (*self.steps, step.number)
+
+    procon, loader = loop(probe_every=1)
+    counts = Counts()
+    procon.terms.append(counts)
+    batches = iter(procon.prepare(loader))
+    optimizer = torch.optim.SGD(procon.run.model.parameters(), lr=1e-3)
+    for number in range(3):
+        step(procon, next(batches), optimizer)
+        if number != 1:
+            optimizer.step()
+        optimizer.zero_grad()
+    assert counts.steps == (0, 2)
+    assert procon.step.number == 3
+    assert procon.evidence.constrained_steps == 3
+    assert not optimizer._optimizer_step_post_hooks
+    procon.close()
+
+
+def test_a_loop_that_stops_before_the_optimizer_leaves_no_hook(loop):
+    procon, loader = loop()
+    batches = iter(procon.prepare(loader))
+    optimizer = torch.optim.SGD(procon.run.model.parameters(), lr=1e-3)
+    step(procon, next(batches), optimizer)
+    procon.close()
+    assert not optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("verb", ["attach", "prepare"])
+def test_a_start_that_fails_leaves_the_model_and_the_loader_as_they_were(loop, verb):
+    class Fails(Term):
+        name = "fails"
+
+    def fail(*_):
+        raise ProConError("it fails")
+
+    procon, loader = loop()
+    procon.terms.append(Fails())
+    setattr(procon.terms[-1], verb, fail)
+    collate = loader.collate_fn
+    with pytest.raises(ProConError, match="^it fails"):
+        procon.prepare(loader)
+    assert not hooks(procon.run.model)
+    assert loader.collate_fn is collate
+    procon.terms.pop()
+    procon.prepare(loader)
+    procon.detach()
+
+
+def test_an_epoch_has_the_steps_that_the_ranks_share(loop):
+    """Accelerate shares the loader out after it was prepared."""
+
+    class Two(Run):
+        groups = 2
+
+    procon, loader = loop(Two, schedule="1@1ep,0", probes="none")
+    procon.prepare(loader)
+    assert procon.steps_per_epoch == 2
