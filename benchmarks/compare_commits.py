@@ -5,6 +5,8 @@ that a ratio is one of neighbours in time. On a CPU it is one of CPU times, whic
 
 - ``step``: forward, loss and penalty, backward and AdamW of a constrained model with LoRA, by the defaults.
 - ``lookup``: the anchors of a batch found on disk and laid beside its tokens, as a loader's worker does.
+- ``host``: Python's share of a step of ProConTrainer with its defaults on a tiny model: what it takes more than the
+  plain Trainer's, less the forward and backward of its probes.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 
 from benchmarks.harness.checkouts import environment
 from benchmarks.harness.interleaved import Samples, interleave
@@ -55,6 +58,74 @@ def workload(folder: str, shape: str = "SmolLM2-135M") -> dict[str, Callable[[],
     return {"step": step, "lookup": lambda: anchors.annotate(dict(on_cpu))}
 
 
+def trainer_step(kind: str, folder: str, steps: int = 40, warmup: int = 4) -> float:
+    """CPU seconds of a step of the Trainer (``"plain"``), of ProConTrainer (``"default"``), or of its ``"probes"``."""
+    import torch
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+
+    from benchmarks.harness.shapes import SHAPES, make_batch, make_model
+    from procon import Directions, ProConConfig, ProConTrainer
+    from procon.data import padding_collator
+
+    torch.set_num_threads(1)
+    model, size = make_model("smoke", torch.float32, "full"), SHAPES["smoke"]
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, "<end>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    rows = make_batch("smoke", 8, 64, packed=False)
+    data = [{name: rows[name][row].tolist() for name in ("input_ids", "labels")} for row in range(8)]
+    directions = Directions.from_vectors(
+        model, torch.randn(size["num_hidden_layers"], size["hidden_size"]), name="random"
+    )
+    common = {
+        "output_dir": tempfile.mkdtemp(dir=folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": 8,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+
+    class Clock(TrainerCallback):
+        begin = seconds = 0.0
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == warmup:
+                self.begin = time.process_time()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == steps:
+                self.seconds = (time.process_time() - self.begin) / (steps - warmup)
+
+    clock = Clock()
+    given = {
+        "train_dataset": Dataset.from_list(data),
+        "data_collator": padding_collator(tokenizer),
+        "callbacks": [clock],
+    }
+    if kind == "plain":
+        Trainer(model, TrainingArguments(**common), **given).train()
+        return clock.seconds
+    settings = ProConConfig(**common)
+    if kind == "default":
+        ProConTrainer(model, settings, directions=directions, processing_class=tokenizer, **given).train()
+        return clock.seconds
+
+    ids = torch.full((settings.procon_probe_batch, 12), 1)
+
+    def probes() -> None:
+        last = model.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, -1]
+        last.float().square().mean().backward()
+
+    probes()
+    return cpu_time(probes, steps) / settings.procon_probe_every
+
+
 def serve() -> None:
     """Run what each line of standard input names, so many times, and answer with the seconds per call."""
     # What libraries print while they load is no answer.
@@ -69,7 +140,8 @@ def serve() -> None:
         calls = workload(folder)
         for line in sys.stdin:
             name, count = line.split()
-            print(clock(calls[name], int(count)), file=answers, flush=True)
+            seconds = clock(calls[name], int(count)) if name in calls else trainer_step(name, folder)
+            print(seconds, file=answers, flush=True)
 
 
 def cpu_time(call: Callable[[], object], calls: int) -> float:
@@ -107,15 +179,26 @@ def compare(old: str, new: str, rounds: int) -> dict[str, Samples]:
             process.stdin.flush()
             return float(process.stdout.readline())
 
-        return {
-            name: interleave(
-                {commit: lambda process=process, name=name: (process, name) for commit, process in processes.items()},
-                timer,
-                rounds=rounds,
-                sample_seconds=seconds,
-            )
-            for name, seconds in (("step", 0.0), ("lookup", 0.5))
+        def timed(names: Iterable[str], seconds: float = 0.0) -> Samples:
+            contenders = {
+                f"{commit} {name}": lambda process=process, name=name: (process, name)
+                for commit, process in processes.items()
+                for name in names
+            }
+            return interleave(contenders, timer, rounds=rounds, sample_seconds=seconds)
+
+        found = {"step": timed(["step"]), "lookup": timed(["lookup"], 0.5)}
+        parts = timed(["default", "plain", "probes"]).seconds
+        share = {
+            f"{commit} host": [
+                default - plain - probes
+                for default, plain, probes in zip(
+                    *(parts[f"{commit} {name}"] for name in ("default", "plain", "probes")), strict=True
+                )
+            ]
+            for commit in processes
         }
+        return {**found, "host": Samples(share)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -132,8 +215,9 @@ def main(argv: list[str] | None = None) -> None:
     if chosen.old is None:
         parser.error("give the commit to compare with")
     for name, samples in compare(chosen.old, chosen.new, chosen.rounds).items():
-        ratio = samples.ratio("new", "old")
-        print(f"{name}: {ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f}), {chosen.rounds} pairs")
+        ratio = samples.ratio(f"new {name}", f"old {name}")
+        ms = ", ".join(f"{which} {1e3 * median(samples.seconds[f'{which} {name}']):.3f} ms" for which in ("old", "new"))
+        print(f"{name}: {ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f}), {chosen.rounds} pairs; {ms}")
 
 
 if __name__ == "__main__":
