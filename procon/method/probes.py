@@ -76,7 +76,7 @@ class Probes:
         digest = hashlib.sha256()
         for name, tensor in self._tensors().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().numpy().tobytes())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def turn(self, number: int, size: int) -> Probes:

@@ -88,6 +88,7 @@ def test_they_are_kept_and_read_again(tiny_model, record, tmp_path):
         {"prompts": torch.tensor([0, 1, 1])},
         {"states": torch.zeros(2, 32)},
         {"states": torch.zeros(3, 32).double()},
+        {"states": torch.zeros(3, 32).bfloat16()},
         {"input_ids": torch.zeros(3, 4, 4).long()},
     ],
 )
