@@ -402,6 +402,7 @@ def on_ranks(case: str, folder: Path) -> Outcome:
     start = base(hidden_size=32, intermediate_size=64, head_dim=16)
     start.save_pretrained(folder / "model")
     tokens.save_pretrained(folder / "model")
+    (folder / "probes.txt").write_text("count to 3\ncount to 4\n")
     worker = Path(__file__).parents[1] / "workers" / "trainer.py"
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", worker, folder, case]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
