@@ -238,7 +238,7 @@ def test_save_and_load(tmp_path):
     path = EVALUATION.save(tmp_path / "new" / "evaluation.json")
     assert Evaluation.load(path) == EVALUATION
     assert [file.name for file in path.parent.iterdir()] == ["evaluation.json"]
-    without_task = Evaluation.from_dict(EVALUATION.to_dict() | {"task": None})
+    without_task = replace(EVALUATION, task=None)
     assert Evaluation.load(without_task.save(path)) == without_task
 
 
