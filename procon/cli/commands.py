@@ -37,7 +37,7 @@ from procon.report import Run, print_table
 def quickstart(arguments: QuickstartArguments) -> None:
     """``procon quickstart``"""
     if arguments.start_only:
-        place = make_start(arguments.model, arguments.output_dir, trust_remote_code=arguments.trust_remote_code)
+        place = make_start(arguments.model, arguments.output_dir)
         Console().print(Text(f"Starting model: {printable(place)}"))
         return
     run_quickstart(

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from procon.chat import builtin_probes, builtin_prompts
+from procon.chat import builtin_prompts
 from procon.data import padding_collator, to_conversations, tokenize_conversations
 from procon.demo.arithmetic import Problem, arithmetic_problems
 from procon.demo.model import fetch_demo_model, teach_refusal
@@ -31,7 +31,7 @@ from procon.evaluation import evaluate
 from procon.files import check_writable
 from procon.models import load_model
 from procon.report import Run, print_table, write_html
-from procon.settings import PAPER_RECIPE, ProConSettings
+from procon.settings import PAPER_RECIPE
 from procon.training import DriftCallback, EvaluationCallback, ProConConfig, ProConTrainer
 from procon.version import __version__
 
@@ -102,7 +102,7 @@ def quickstart(
 
     parts = 6 if control else 4
     console.rule(f"1/{parts}  a chat model that refuses")
-    place = make_start(model, output, trust_remote_code=trust_remote_code)
+    place = make_start(model, output)
     start, tokenizer = load_model(place, trust_remote_code=trust_remote_code)
 
     console.rule(f"2/{parts}  refusal directions")
@@ -134,7 +134,13 @@ def quickstart(
         output / "report.html",
         title="ProCon quickstart",
         notes=LIMITS,
-        facts=_facts(model, seed, control, start, time.monotonic() - began),
+        facts={
+            "command": f"procon quickstart --seed {seed}" + (" --control" if control else ""),
+            "model": model or "SmolLM2-135M-Instruct with the package's refusal adapter",
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {start.device}, {start.dtype}",
+            "versions": f"procon {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
+            "made": f"{date.today().isoformat()}, in {(time.monotonic() - began) / 60:.1f} minutes",
+        },
     )
     console.rule("result")
     print_table(runs)
@@ -144,9 +150,7 @@ def quickstart(
     return runs
 
 
-def make_start(
-    model: str | None = None, output_dir: str | Path = "procon-quickstart", *, trust_remote_code: bool = False
-) -> str:
+def make_start(model: str | None = None, output_dir: str | Path = "procon-quickstart") -> str:
     """The model that the quickstart's runs start from: ``model`` as it was given, or a folder.
 
     That is in ``output_dir``, and has the demo model, taught to refuse.
@@ -158,7 +162,7 @@ def make_start(
         return model
     folder = Path(output_dir) / "start"
     check_writable(folder / "any")
-    found, tokenizer = load_model(fetch_demo_model(), trust_remote_code=trust_remote_code)
+    found, tokenizer = load_model(fetch_demo_model())
     teach_refusal(found).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -204,16 +208,3 @@ def _fine_tune(
         seconds_per_step=seconds / trainer.state.global_step,
         history=trainer.state.log_history,
     )
-
-
-def _facts(name: str | None, seed: int, control: bool, model: PreTrainedModel, seconds: float) -> dict[str, str]:
-    defaults = ProConSettings()
-    return {
-        "model": name or "SmolLM2-135M-Instruct with the package's refusal adapter",
-        "command": f"procon quickstart --seed {seed}" + (" --control" if control else ""),
-        "task": f"{TASK_TRAIN} arithmetic word problems, {RECIPE['num_train_epochs']} epoch",
-        "constraint": f"alpha {defaults.schedule}, anchors {defaults.anchors}, {len(builtin_probes())} probes",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {model.device}, {model.dtype}",
-        "versions": f"procon {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
-        "made": f"{date.today().isoformat()}, in {seconds / 60:.1f} minutes",
-    }

@@ -14,7 +14,7 @@ from procon.report.run import Run
 
 #: Panels of what was logged, by key.
 LOSSES = {
-    "loss": "training loss without the penalty",
+    "loss": "training loss, with the constraint's part",
     "procon/penalty": "constraint penalty, before alpha",
     "procon/alpha": "alpha",
 }
@@ -83,7 +83,7 @@ def plot_log(runs: Sequence[Run], names: dict[str, str]) -> Figure:
     panels = figure.subplots(len(keys), sharex=True, squeeze=False)[:, 0]
     for axes, key in zip(panels, keys, strict=True):
         for run, style in _styled(runs):
-            steps, values = series(run, key)
+            steps, values = run.series(key)
             # A row is about the steps that led up to it.
             drawn = "steps-pre" if key == "procon/alpha" else "default"
             if steps:
@@ -95,11 +95,6 @@ def plot_log(runs: Sequence[Run], names: dict[str, str]) -> Figure:
     panels[-1].set_xlabel("optimiser step")
     legend_above(figure)
     return figure
-
-
-def series(run: Run, key: str) -> tuple[list[int], list[float]]:
-    """Steps and values that are drawn of a key."""
-    return run.plain_loss() if key == "loss" else run.series(key)
 
 
 def logged(runs: Sequence[Run], names: dict[str, str]) -> list[str]:

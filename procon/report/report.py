@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -19,7 +18,7 @@ from procon.errors import ProConError, printable
 from procon.evaluation import extract_answer
 from procon.report.comparison import compare_runs
 from procon.report.page import to_svg, write_page
-from procon.report.plots import LOSSES, MEASURES, logged, plot_drift_by_block, plot_log, plot_rates, series
+from procon.report.plots import LOSSES, MEASURES, logged, plot_drift_by_block, plot_log, plot_rates
 from procon.report.run import Run
 
 #: Prompts of each kind whose replies the page shows.
@@ -87,7 +86,6 @@ def write_html(
     sections |= {
         "Plots": f"<div class='beside'>{figures}</div>" if (figures := "".join(_figures(runs))) else "",
         "Replies": "".join(_replies(runs, kind) for kind in ("malicious", "benign", "task")),
-        "Settings that differ": _settings(runs),
         "Limits": "".join(f"<p>{escape(note)}</p>" for note in notes),
         "How this was made": _definitions((facts or {}).items()),
     }
@@ -165,11 +163,11 @@ def _figures(runs: Sequence[Run]) -> list[str]:
         caption = "The refusal direction, extracted again after training, beside the initial one: 1 is no drift."
         found.append(_figure("blocks", partial(plot_drift_by_block, runs), f"Cosine by block. {cosines}.", caption))
     for name, names, caption in (
-        ("losses", LOSSES, "The loss without the constraint's part, and how far the constrained tokens have moved."),
+        ("losses", LOSSES, "The loss as logged, and how far the constrained tokens have moved along the directions."),
         ("measures", MEASURES, "Measured in training on fewer prompts than the table, so it is rougher."),
     ):
         if keys := logged(runs, names):
-            ends = [(run.label, names[key], series(run, key)[1]) for key in keys for run in runs]
+            ends = [(run.label, names[key], run.series(key)[1]) for key in keys for run in runs]
             texts = [f"{label}, {what}: {values[0]:.3g} to {values[-1]:.3g}" for label, what, values in ends if values]
             found.append(_figure(name, partial(plot_log, runs, names), f"Over training. {'; '.join(texts)}.", caption))
     return found
@@ -215,14 +213,3 @@ def _marks(reply: dict[str, Any]) -> str:
     else:
         text = f"mark {said:.2f}"
     return f"{text}, degenerate" if reply["degenerate"] else text
-
-
-def _settings(runs: Sequence[Run]) -> str:
-    """Those in which the runs that say their settings differ."""
-    known = [run for run in runs if run.settings]
-    rows = []
-    for name in dict.fromkeys(name for run in known for name in run.settings):
-        values = [shorten(str(run.settings.get(name, "-")), 60) for run in known]
-        if len(set(values)) > 1:
-            rows.append([name, *values])
-    return _html_table(["setting", *(run.label for run in known)], rows) if rows else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -15,11 +15,8 @@ from procon.files import load_json
 
 _KINDS = "give a training output folder, or a file of 'procon eval --output' or 'procon drift --output'"
 
-#: What a training leaves in its output folder.
-_RECORD, _STATE = "procon.json", "trainer_state.json"
-
-#: Facts of a training's record that differ between any two of them, or say what came of it.
-_NO_SETTINGS = ("run", "arguments", "terms", "did", "window", "checksum", "complete", "files", "resumable")
+#: Where a training leaves its log, in its output folder.
+_STATE = "trainer_state.json"
 
 #: What can be drawn, at most: axes are wider than their numbers.
 _LARGEST = 1e38
@@ -38,7 +35,6 @@ class Run:
         history: rows of ``trainer.state.log_history``, whose keys ``step``, ``loss``, ``procon/penalty``,
             ``procon/alpha``, ``procon/drift_cos``, ``procon/refusal_malicious``, ``procon/refusal_benign`` and
             ``procon/task`` are plotted where they occur.
-        settings: what the run was made by, by name.
     """
 
     label: str
@@ -46,7 +42,6 @@ class Run:
     cosine: Sequence[float] | None = None
     seconds_per_step: float | None = None
     history: Sequence[Mapping[str, Any]] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def mean_cosine(self) -> float | None:
@@ -61,17 +56,6 @@ class Run:
         known = [row for row in known if _is_number(row["step"]) and _is_number(row.get(key))]
         return [row["step"] for row in known], [float(row[key]) for row in known]
 
-    def plain_loss(self) -> tuple[list[int], list[float]]:
-        """Steps and the logged loss without the constraint's part of it, which is alpha times the penalty.
-
-        Exact as long as alpha and the penalty's presence do not change between two rows of the log: a row has the alpha
-        of its last step, and the penalty's mean over the steps that have one.
-        """
-        steps, losses = self.series("loss")
-        parts = [dict(zip(*self.series(f"procon/{name}"), strict=True)) for name in ("alpha", "penalty")]
-        weighted = [math.prod(part.get(step, 0.0) for part in parts) for step in steps]
-        return steps, [loss - part for loss, part in zip(losses, weighted, strict=True)]
-
 
 def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
@@ -80,7 +64,7 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     """A run from each file or folder; runs of one label get the names of their files behind it.
 
-    - A training's output folder: its log, the drift as last logged, its settings, and an evaluation if one is there.
+    - A training's output folder: its log, the drift as last logged, and an evaluation if one is there.
     - A file of ``procon eval --output`` or ``Evaluation.save``, or of ``procon drift --output``.
 
     Raises:
@@ -111,13 +95,10 @@ def _recognise(data: dict[str, Any], path: Path) -> Run:
 
 def _training(folder: Path) -> Run:
     """What ``procon train`` or a trainer left in its output folder, and an evaluation if one was saved there."""
-    if not (folder / _RECORD).is_file() and not (folder / _STATE).is_file():
-        raise ProConError(f"run {str(folder)!r} is a folder without {_RECORD} or {_STATE}: {_KINDS}")
+    if not (folder / _STATE).is_file():
+        raise ProConError(f"run {str(folder)!r} is a folder without {_STATE}: {_KINDS}")
     run = Run(folder.absolute().name)
-    if (folder / _STATE).is_file():
-        run = load_json(folder / _STATE, lambda state: _logged(run, state["log_history"]), "training state")
-    if (folder / _RECORD).is_file():
-        run = replace(run, settings=load_json(folder / _RECORD, _settings, "record"))
+    run = load_json(folder / _STATE, lambda state: _logged(run, state["log_history"]), "training state")
     evaluations = [path for path in sorted(folder.glob("*.json")) if b'"refusal_malicious"' in path.read_bytes()]
     if len(evaluations) > 1:
         names = ", ".join(path.name for path in evaluations)
@@ -130,9 +111,3 @@ def _logged(run: Run, history: list[dict[str, Any]]) -> Run:
     run = replace(run, history=[dict(row) for row in history])
     steps, seconds = run.series("train_runtime")
     return replace(run, seconds_per_step=seconds[-1] / steps[-1] if steps and steps[-1] else None)
-
-
-def _settings(record: dict[str, Any]) -> dict[str, Any]:
-    """What a training was made by, of its record."""
-    settings = {name: value for name, value in record.items() if name not in _NO_SETTINGS}
-    return settings | {**record.get("run", {}), **record.get("arguments", {})}

@@ -35,7 +35,7 @@ def write_report(folder: Path) -> Path:
             {"step": step, "loss": 20 / step, "procon/alpha": 0.2, "procon/penalty": 0.1, "procon/drift_cos": 0.9}
             for step in range(10, 50, 10)
         ]
-        runs.append(Run(label, found, [0.9] * 30, 3.7, history, {"schedule": label}))
+        runs.append(Run(label, found, [0.9] * 30, 3.7, history))
     return write_html(runs, folder / "three-runs.html", title="Three runs", notes=["One seed."], facts={"made": "now"})
 
 

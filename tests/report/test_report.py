@@ -14,7 +14,6 @@ from rich.console import Console
 from procon.cli import main
 from procon.errors import ProConError
 from procon.evaluation import Evaluation, Rate
-from procon.method.record import write_record
 from procon.report import Run, print_table, read_runs, write_html
 from procon.report.plots import LOSSES, MEASURES, plot_drift_by_block, plot_log, plot_rates
 from procon.report.report import SAMPLE_PROMPTS
@@ -47,8 +46,8 @@ def runs() -> list[Run]:
     plain, procon = (make_evaluation(*one) for one in (("plain", 31, Rate(55, 100)), ("procon", 56, Rate(58, 100))))
     return [
         Run("before", make_evaluation("before", 63, None)),
-        Run("plain [bold]IFT[/bold]", plain, [math.nan, 0.9, -0.5], 1.2, [], {"seed": 1, "schedule": "0"}),
-        Run("ProCon & <co> $x$", procon, [math.nan, 1.0, 0.98], 1.34, HISTORY, {"seed": 1, "schedule": "0.2"}),
+        Run("plain [bold]IFT[/bold]", plain, [math.nan, 0.9, -0.5], 1.2, []),
+        Run("ProCon & <co> $x$", procon, [math.nan, 1.0, 0.98], 1.34, HISTORY),
     ]
 
 
@@ -70,9 +69,7 @@ def test_mean_cosine_leaves_out_blocks_without_direction(runs):
 @pytest.fixture
 def output(tmp_path) -> Path:
     """A training output folder."""
-    write_record(
-        tmp_path / "out", {"schedule": "0.2", "run": {"seed": 3}, "arguments": {"learning_rate": 1e-3}, "did": {}}
-    )
+    (tmp_path / "out").mkdir()
     (tmp_path / "out" / "trainer_state.json").write_text(json.dumps({"log_history": HISTORY}))
     return tmp_path / "out"
 
@@ -89,7 +86,6 @@ def test_a_training_folder(output, bare):
     (run,) = read_runs([output])
     assert (run.label, run.evaluation, run.mean_cosine, run.seconds_per_step) == ("out", None, 0.96, 1.5)
     assert run.series("loss") == ([10, 30], [2.0, 1.0])
-    assert run.settings == {"schedule": "0.2", "seed": 3, "learning_rate": 1e-3}
     bare.evaluation.save(output / "eval.json")
     assert read_runs([output])[0].evaluation == bare.evaluation
     bare.evaluation.save(output / "second.json")
@@ -97,18 +93,10 @@ def test_a_training_folder(output, bare):
         read_runs([output])
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("procon.json", {"run": None}, "record file .* is damaged"),
-        ("procon.json", [], "record file .* is damaged"),
-        ("trainer_state.json", {"log_history": [1]}, "training state file .* is damaged"),
-        ("trainer_state.json", {}, "training state file .* is damaged"),
-    ],
-)
-def test_a_damaged_training_folder(name, content, message, output):
-    (output / name).write_text(json.dumps(content))
-    with pytest.raises(ProConError, match=message):
+@pytest.mark.parametrize("content", [{"log_history": [1]}, {}, [], None])
+def test_a_damaged_training_folder(content, output):
+    (output / "trainer_state.json").write_text(json.dumps(content))
+    with pytest.raises(ProConError, match=r"training state file .* is damaged"):
         read_runs([output])
 
 
@@ -136,7 +124,7 @@ def test_what_is_no_run(content, message, tmp_path, monkeypatch):
         Path("x.json").write_bytes(content)
     with pytest.raises(ProConError, match=message):
         read_runs(["x.json"])
-    with pytest.raises(ProConError, match=r"is a folder without procon\.json or trainer_state\.json"):
+    with pytest.raises(ProConError, match=r"is a folder without trainer_state\.json"):
         read_runs(["."])
 
 
@@ -212,7 +200,7 @@ def test_drift_by_block_starts_at_block_zero_and_keeps_the_sign(runs):
 
 def test_what_was_logged_has_a_panel(runs):
     loss, penalty, alpha = plot_log(runs, LOSSES).axes
-    assert lines(loss) == {runs[2].label: ([10, 30], [2.0 - 1.0 * 0.5, 1.0])}  # without alpha times the penalty
+    assert lines(loss) == {runs[2].label: ([10, 30], [2.0, 1.0])}
     assert lines(penalty) == {runs[2].label: ([10, 20], [0.5, 0.75])}
     assert lines(alpha) == {runs[2].label: ([10, 20, 30], [1.0, 0.0, 0.0])}
     drift, malicious, task = plot_log(runs, MEASURES).axes
@@ -282,9 +270,6 @@ def test_page_holds_everything(page, runs):
         assert str(run.evaluation.refusal_malicious) in page.text
     for text in ("A <b> & B", "One seed & <few> prompts.", "2 cores", "procon demo > log", "37% to 60%", "0.990"):
         assert text in page.text
-    assert "Settings that differ" in page.text
-    assert "schedule00.2" in page.text
-    assert "seed11" not in page.text
     assert page.tags["svg"] == 4
 
 
@@ -331,7 +316,7 @@ def test_plots_take_the_ink_of_the_page_and_refer_to_themselves(page):
 def test_sections_without_data_are_left_out(bare, tmp_path):
     page = Page(write_html([bare], tmp_path / "report.html", title="x").read_text(encoding="utf-8"))
     assert page.tags["svg"] == 1
-    for heading in ("Differences", "training", "Settings", "Limits", "How this was made", "task prompts"):
+    for heading in ("Differences", "training", "Limits", "How this was made", "task prompts"):
         assert heading not in page.text
     assert "malicious prompts" in page.text
 
