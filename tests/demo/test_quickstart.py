@@ -3,23 +3,18 @@
 import logging
 
 import pytest
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 
 from procon.chat import builtin_prompts, measure_refusal
 from procon.cli import main
-from procon.data import padding_collator, to_conversations, tokenize_conversations
-from procon.demo import arithmetic_problems, fetch_demo_model, teach_refusal
+from procon.demo import fetch_demo_model, teach_refusal
 from procon.demo import quickstart as module
 from procon.directions import Directions
 from procon.models import load_model, weights_hash
 from procon.report import read_runs
-from procon.settings import PAPER_RECIPE
-from procon.training import ProConConfig, ProConTrainer
 
 
 @pytest.mark.slow
-def test_real_model_refuses_and_trains_under_the_constraint(tmp_path):
+def test_the_real_model_refuses_and_has_directions():
     model, tokenizer = load_model(fetch_demo_model())
     held_out = builtin_prompts("held_out").first(16)
     assert measure_refusal(model, tokenizer, held_out.malicious, progress=False) <= 0.25
@@ -32,36 +27,6 @@ def test_real_model_refuses_and_trains_under_the_constraint(tmp_path):
     )
     assert directions.usable.tolist() == [False] + [True] * 30  # RoPE: the first block sees the token alone
     assert directions.auroc[15:].min() > 0.8
-
-    train = tokenize_conversations(
-        to_conversations(Dataset.from_list(arithmetic_problems(6, 0))), tokenizer, progress=False
-    )
-    config = ProConConfig(
-        output_dir=str(tmp_path),
-        procon_schedule="procon_s:0.1",
-        max_steps=3,
-        procon_probe_every=1,
-        per_device_train_batch_size=2,
-        learning_rate=1e-3,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
-    tuned = get_peft_model(model, LoraConfig(**PAPER_RECIPE.lora()))
-    trainer = ProConTrainer(
-        tuned,
-        config,
-        directions=directions,
-        train_dataset=train,
-        data_collator=padding_collator(tokenizer),
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    penalties = [row["procon/penalty"] for row in trainer.state.log_history if "procon/penalty" in row]
-    # Anchors were recorded in other batches, which in bfloat16 moves projections of order 100 by a fraction of 1:
-    # a floor under the penalty, far below what a step of training adds.
-    assert penalties[0] < 0.1 * max(penalties[1:])
 
 
 def test_whole_quickstart_on_a_tiny_model(tiny_model, tokenizer, tmp_path, monkeypatch, capsys):
