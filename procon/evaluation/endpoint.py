@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from procon.errors import ProConError
-from procon.evaluation.judges import FORMATS, Format, Judge, KeywordJudge, ModelJudge, Verdict
+from procon.evaluation.judges import FORMATS, Format, Judge, KeywordJudge, ModelJudge, Reads, Verdict
 from procon.models import load_model
 
 #: Scheme, host, port and path: a key has no place in it.
@@ -81,7 +81,8 @@ class EndpointJudge:
                 f"http://localhost:8000/v1#MODEL, and a key in {KEYS[0]}"
             )
         self.url, self.model, self.format, self.timeout = url.rstrip("/"), model, format, timeout
-        self.name, self.reads = name or f"{self.url}#{model}", format.reads
+        self.name = name or f"{self.url}#{model}"
+        self.reads: Reads = format.reads
 
     def verdicts(self, prompts: Sequence[str], replies: Sequence[str]) -> list[Verdict]:
         """What the model says of each reply; of an exchange that is there twice, it is asked once.

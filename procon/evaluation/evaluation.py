@@ -228,7 +228,7 @@ def _judge(judge: Judge, rows: list[dict[str, Any]]) -> None:
 
 
 def _task_rows(task: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    rows = [(row.get("instruction"), row.get("output")) for row in task]
+    rows: list[tuple[Any, Any]] = [(row.get("instruction"), row.get("output")) for row in task]
     if not rows or not all(isinstance(text, str) for row in rows for text in row):
         raise ProConError("task needs rows with an 'instruction' and an 'output', both texts; None leaves it out")
     return rows

@@ -134,7 +134,8 @@ class ModelJudge:
         progress: bool = True,
     ) -> None:
         self.format, self.model, self.tokenizer = format, model, tokenizer
-        self.name, self.reads = name or format.name, format.reads
+        self.name = name or format.name
+        self.reads: Reads = format.reads
         self.batch_size, self.progress = batch_size, progress
 
     def verdicts(self, prompts: Sequence[str], replies: Sequence[str]) -> list[Verdict]:
