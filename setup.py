@@ -120,6 +120,7 @@ setup(
     package_dir={"procon": "procon", "procon.kernels": "kernels"},
     package_data={
         "procon.assets": ["*.jsonl", "refusal-adapters/*/*"],
+        "procon.report": ["page.html"],
         "procon.cli": ["accelerate_configs/*.yaml"],
         "procon": ["py.typed"],
     },

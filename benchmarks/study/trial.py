@@ -61,7 +61,7 @@ class Asked(NamedTuple):
 
     prompts: ContrastPrompts
     reply_tokens: int
-    judge: Sequence[Judge] | None = None
+    judge: Judge | None = None
 
 
 def run_trial(
@@ -234,8 +234,6 @@ def _by_kind(found: Evaluation) -> dict[str, list[dict]]:
     kept = ("reply", "refused", "degenerate", "correct")
     kinds: dict[str, list[dict]] = {}
     for reply in found.replies:
-        if "mark" in reply:  # of a graded metric, 0 to 1
-            reply = {**reply, "correct": reply["mark"]}
         kinds.setdefault(reply["kind"], []).append({key: reply[key] for key in kept if key in reply})
     return kinds
 

@@ -186,12 +186,11 @@ class EvalArguments(LoadingArguments):
     max_prompts: int = option(0, "Take so many prompts of each kind of a set, spread over it; 0 for all.")
     judge: str = option(
         "keywords",
-        "Who says what is a refusal, joined by commas: keywords (English), wildguard, llama-guard, harmbench, "
-        "refusal:MODEL, strongreject:MODEL, or a URL such as http://localhost:8000/v1#MODEL. The first one "
-        "counts; the file has what each of them said.",
+        "Who says what is a refusal: keywords (English), llama-guard, refusal:MODEL, or a URL such as "
+        "http://localhost:8000/v1#MODEL.",
     )
     task: str | None = option(None, "Task with known answers, in the formats of procon train --data.")
-    task_metric: str = option("exact", "When a task reply is right: exact, contains or rouge-l.")
+    task_metric: str = option("exact", "When a task reply is right: exact or rouge-l.")
     max_new_tokens: int = option(32, "Length of a reply to a malicious or benign prompt.")
     task_max_new_tokens: int = option(128, "Length of a task reply.")
     batch_size: str = option("auto", BATCH_SIZE)
@@ -227,22 +226,11 @@ class QuickstartArguments:
 
 @dataclass
 class ReportArguments:
-    """Put runs side by side: one HTML page, and a table."""
+    """Put runs side by side: one HTML page, and a table, with the differences from the first run."""
 
-    runs: list[str] = required(
-        "Run files, files of procon eval --output, training output folders, or run files of the study."
-    )
+    runs: list[str] = required("Training output folders, or files of procon eval --output or procon drift --output.")
     output: str = option("report.html", "HTML file to write.")
     title: str | None = option(None, "Its title; the names of the runs if not given.")
-
-
-@dataclass
-class CompareArguments:
-    """Compare two runs: rates with paired differences, verdicts that flipped, and settings that differ."""
-
-    first: str = required("The one to compare with, of any kind that procon report takes.")
-    second: str = required("The one to compare.")
-    output: str | None = option(None, "JSON file to write all of it to.")
 
 
 @dataclass

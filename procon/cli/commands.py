@@ -26,7 +26,7 @@ from procon.evaluation import (
     Drift,
     evaluate,
     find_metric,
-    load_judges,
+    load_judge,
     measure_drift,
 )
 from procon.files import check_writable, save_json
@@ -37,7 +37,8 @@ from procon.report import Run, print_table
 def quickstart(arguments: QuickstartArguments) -> None:
     """``procon quickstart``"""
     if arguments.start_only:
-        make_start(arguments.model, arguments.output_dir, trust_remote_code=arguments.trust_remote_code)
+        place = make_start(arguments.model, arguments.output_dir)
+        Console().print(Text(f"Starting model: {printable(place)}"))
         return
     run_quickstart(
         arguments.model,
@@ -127,7 +128,7 @@ def evaluation(arguments: EvalArguments) -> None:
     find_metric(arguments.task_metric)
     prompts, sources = evaluation_prompts(arguments)
     task = _task(arguments.task) if arguments.task else None
-    judges = load_judges(arguments.judge, **arguments.loading())
+    judge = load_judge(arguments.judge, **arguments.loading())
     model, tokenizer = load_model(arguments.model, **arguments.loading())
     batch_size = first_batch_size(arguments.batch_size, model)
     found = evaluate(
@@ -135,7 +136,7 @@ def evaluation(arguments: EvalArguments) -> None:
         tokenizer,
         prompts=prompts,
         task=task,
-        judge=judges,
+        judge=judge,
         metric=arguments.task_metric,
         label=arguments.model,
         sources=sources,

@@ -37,9 +37,7 @@ def judging_lines(found: Evaluation) -> list[str]:
         if source["set"] not in ("built-in", "file"):
             commit = source["commit"] or f"revision {source['revision']}, whose commit is not known"
             lines.append(f"{kind} prompts: {source['prompts']} of {source['of']} of {source['set']}, {commit}.")
-    if found.judges != ["keywords"]:
-        benign = "" if found.judge_benign == found.judges[0] else f"; replies to benign prompts by {found.judge_benign}"
-        lines.append(f"Refusals are judged by {found.judges[0]}{benign}.")
-    if found.harm is not None:
-        lines.append(f"Mean score of the replies to malicious prompts, 1 being the most harmful: {found.harm}.")
+    if found.judge != "keywords":
+        benign = "" if found.judge_benign == found.judge else f"; replies to benign prompts by {found.judge_benign}"
+        lines.append(f"Refusals are judged by {found.judge}{benign}.")
     return lines

@@ -40,7 +40,6 @@ COMMANDS = {
     "drift": Command(arguments.DriftArguments, "procon.cli.commands", "drift", ("start", "tuned")),
     "eval": Command(arguments.EvalArguments, "procon.cli.commands", "evaluation", ("model",)),
     "report": Command(arguments.ReportArguments, "procon.cli.reports", "report", ("runs",)),
-    "compare": Command(arguments.CompareArguments, "procon.cli.reports", "compare", ("first", "second")),
     "env": Command(arguments.EnvArguments, "procon.cli.environment", "environment"),
     "completion": Command(arguments.CompletionArguments, "procon.cli.completion", "completion", ("shell",)),
 }

@@ -10,7 +10,6 @@ from procon.errors import require_extra
 __extra__ = require_extra("train", __name__)
 
 from procon.demo.arithmetic import Problem, arithmetic_problems
-from procon.demo.model import fetch_demo_model
-from procon.demo.refusal_tuning import teach_refusal
+from procon.demo.model import fetch_demo_model, teach_refusal
 
 __all__ = ["Problem", "arithmetic_problems", "fetch_demo_model", "teach_refusal"]

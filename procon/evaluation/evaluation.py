@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from procon.chat import ContrastPrompts, builtin_prompts, describe_chat, generate, is_degenerate, user_turn
 from procon.errors import ProConError
-from procon.evaluation.judges import Judge, KeywordJudge, Verdict, judge_replies, load_judges
-from procon.evaluation.metrics import Metric, find_metric, score
-from procon.evaluation.rates import Mean, Rate
+from procon.evaluation.endpoint import load_judge
+from procon.evaluation.judges import Judge, KeywordJudge, judge_replies
+from procon.evaluation.rates import Metric, Rate, find_metric
 from procon.files import load_json, save_json
 from procon.settings import ChatSettings
 
@@ -43,68 +43,33 @@ class Evaluation:
             such a reply is a refusal only if the judge says so.
         task: share of task replies that are right, or the mean mark of a graded metric; None if no task was given.
         replies: one dict per reply: ``kind`` ("malicious", "benign" or "task"), ``prompt``, ``reply``, ``refused``,
-            ``degenerate``; for a task ``reference`` and ``correct``, or ``mark``; if there was a thought, ``thought``
-            and ``unfinished``. If there are several judges, ``verdicts`` has what each of them said; ``scores`` has
-            their scores, and ``unread`` names those whose answer could not be read. Replies to a task are judged by
+            ``degenerate``; for a task ``reference`` and ``correct``, or its mark; if there was a thought, ``thought``
+            and ``unfinished``; ``unread`` if the judge's answer could not be read. Replies to a task are judged by
             keywords alone, and replies that did not come by nobody.
-        judges: names of the judges; ``refused`` is what the first one said.
-        judge_benign: who judged the replies to benign prompts: keywords, if the first judge reads harm.
-        harm: mean score of the replies to malicious prompts, if the first judge gives scores.
+        judge: name of the judge.
+        judge_benign: who judged the replies to benign prompts: keywords, if the judge reads harm.
         metric: name of the task's metric.
         sources: where the prompts come from, per kind, if a prompt set was chosen by name.
-        unfinished: share of all replies whose thought did not end; None in files of earlier versions.
-        chat: how the model was asked: ``system_prompt`` and ``template_kwargs``; empty in files of earlier versions.
+        unfinished: share of all replies whose thought did not end.
+        chat: how the model was asked: ``system_prompt`` and ``template_kwargs``.
     """
 
     label: str
     refusal_malicious: Rate
     refusal_benign: Rate
     degenerate: Rate
-    task: Rate | Mean | None
+    task: Rate | None
     replies: list[dict[str, Any]]
-    judges: list[str] = field(default_factory=lambda: ["keywords"])
+    judge: str = "keywords"
     judge_benign: str = "keywords"
-    harm: Mean | None = None
     metric: str = "exact"
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
     unfinished: Rate | None = None
     chat: dict[str, Any] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Evaluation:
-        """The evaluation that :meth:`to_dict` was called on, of this version or an earlier one.
-
-        Raises:
-            KeyError, TypeError, ValueError: if ``data`` is of something else.
-        """
-        task, harm = data["task"], data.get("harm")
-        if not isinstance(data.get("sources", {}), dict):
-            raise TypeError("sources is no object")
-        if not (judges := [str(name) for name in data.get("judges", ["keywords"])]):
-            raise ValueError("judges is empty")
-        return cls(
-            label=text_of(data, "label"),
-            refusal_malicious=Rate(**data["refusal_malicious"]),
-            refusal_benign=Rate(**data["refusal_benign"]),
-            degenerate=Rate(**data["degenerate"]),
-            task=None if task is None else Mean(**task) if "deviation" in task else Rate(**task),
-            replies=[_reply(reply) for reply in data["replies"]],
-            judges=judges,
-            judge_benign=str(data.get("judge_benign", "keywords")),
-            harm=None if harm is None else Mean(**harm),
-            metric=str(data.get("metric", "exact")),
-            sources=data.get("sources", {}),
-            unfinished=None if data.get("unfinished") is None else Rate(**data["unfinished"]),
-            chat=dict(data.get("chat", {})),
-        )
-
     def save(self, path: str | Path) -> Path:
         """Write a JSON file; returns its path."""
-        return save_json(self.to_dict(), path)
+        return save_json(asdict(self), path)
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:
@@ -115,28 +80,29 @@ class Evaluation:
         """
         return load_json(path, cls.from_dict, "evaluation")
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Evaluation:
+        """The evaluation that a file of :meth:`save` holds.
 
-def text_of(data: dict[str, Any], key: str) -> str:
-    """The text at ``key``; TypeError if it is something else."""
-    if not isinstance(data[key], str):
-        raise TypeError(f"{key} is {data[key]!r:.40}, no text")
-    return data[key]
+        Raises:
+            KeyError, TypeError, ValueError: if ``data`` is of something else.
+        """
+        rates = ("refusal_malicious", "refusal_benign", "degenerate", "task", "unfinished")
+        found = cls(**{**data, **{name: None if data[name] is None else Rate(**data[name]) for name in rates}})
+        texts = dict.fromkeys(("label", "judge", "judge_benign", "metric"), str)
+        _check(vars(found), **texts, sources=dict, chat=dict, **dict.fromkeys(rates[:3], Rate))
+        for reply in found.replies:
+            _check(reply, kind=str, prompt=str, reply=str, refused=bool, degenerate=bool)
+            if reply["kind"] == "task":
+                _check(reply, reference=str, correct=(bool, float))
+        return found
 
 
-def _reply(data: dict[str, Any]) -> dict[str, Any]:
-    texts, marks = ["kind", "prompt", "reply"], ["refused", "degenerate"]
-    if text_of(data, "kind") == "task":
-        texts = [*texts, "reference"]
-        if "mark" not in data:
-            marks = [*marks, "correct"]
-        elif type(data["mark"]) is not float:
-            raise TypeError(f"mark is {data['mark']!r:.40}, no number")
-    for key in texts:
-        text_of(data, key)
-    for key in marks:
-        if not isinstance(data[key], bool):
-            raise TypeError(f"{key} is {data[key]!r:.40}, neither true nor false")
-    return dict(data)
+def _check(data: dict[str, Any], **kinds: type | tuple[type, ...]) -> None:
+    """Raise TypeError unless what is at these keys is of these types."""
+    for name, kind in kinds.items():
+        if not isinstance(data[name], kind):
+            raise TypeError(f"{name} is {data[name]!r:.40}")
 
 
 def evaluate(
@@ -145,7 +111,7 @@ def evaluate(
     *,
     prompts: ContrastPrompts | None = None,
     task: Sequence[dict[str, Any]] | None = None,
-    judge: str | Judge | Sequence[Judge] | None = None,
+    judge: str | Judge | None = None,
     metric: str | Metric = "exact",
     label: str = "",
     sources: dict[str, dict[str, Any]] | None = None,
@@ -162,10 +128,10 @@ def evaluate(
         tokenizer: its tokenizer, with a chat template.
         prompts: malicious and benign instructions; the built-in held-out ones if not given.
         task: rows ``{"instruction", "output"}`` whose replies are compared with the reference by ``metric``.
-        judge: who says whether a reply refuses; :class:`KeywordJudge` if not given. Of several, the first one counts.
-            A text names them (:func:`load_judges`).
-        metric: ``exact``, ``contains`` or ``rouge-l``, or a function of a reply and a reference that returns whether
-            the reply is right, or how good it is, 0 to 1.
+        judge: who says whether a reply refuses: a :class:`Judge`, or its name (:func:`load_judge`);
+            keywords if not given.
+        metric: ``exact`` or ``rouge-l``, or a function of a reply and a reference that returns whether the reply is
+            right, or how good it is, 0 to 1.
         label: name of the model or run in reports.
         sources: where the prompts come from, for the file.
         chat: how the model is asked: system prompt, variables of its chat template, markers and budget of its thoughts.
@@ -179,7 +145,7 @@ def evaluate(
     """
     prompts = prompts or builtin_prompts("held_out")
     references = [] if task is None else _task_rows(task)
-    judges = _judges(judge)
+    judge = KeywordJudge() if judge is None else load_judge(judge) if isinstance(judge, str) else judge
     metric_name, measure = find_metric(metric)
 
     def asked(kind: str, instructions: Sequence[str], length: int, description: str) -> list[dict[str, Any]]:
@@ -209,33 +175,30 @@ def evaluate(
     benign = asked("benign", prompts.benign, max_new_tokens, "benign prompts")
     tasks = asked("task", [row[0] for row in references], task_max_new_tokens, "task") if references else []
     replies = malicious + benign + tasks
-    unfinished = Rate.of(_is_unfinished(reply) for reply in replies)
+    unfinished = Rate.of(reply.get("unfinished", False) for reply in replies)
     if unfinished.hits:
         warnings.warn(
             f"{unfinished.hits} of {unfinished.total} replies did not come to the end of their thought, and count as "
             "unfinished: raise thinking_tokens, or switch thinking off",
             stacklevel=2,
         )
-    readers = [judge for judge in judges if judge.reads == "refusal"]
-    if judges[0] not in readers:
-        readers.insert(0, KeywordJudge())
-    said = _judge(judges, _finished(malicious))
-    _judge(readers, _finished(benign))
-    _judge([KeywordJudge()], [reply for reply in tasks if not _is_unfinished(reply)])
+    keywords = KeywordJudge()
+    judge_benign = judge if judge.reads == "refusal" else keywords
+    _judge(judge, _finished(malicious))
+    _judge(judge_benign, _finished(benign))
+    _judge(keywords, [reply for reply in tasks if not reply.get("unfinished")])
     for reply, (_, reference) in zip(tasks, references, strict=True):
-        found = score(measure, metric_name, reply["reply"], reference)
-        reply |= {"reference": reference, ("correct" if isinstance(found, bool) else "mark"): found}
-    scores = [verdict.score for verdict in said[judges[0].name] if verdict.score is not None]
+        mark = measure(reply["reply"], reference)
+        reply |= {"reference": reference, "correct": mark if isinstance(mark, bool) else float(mark)}
     return Evaluation(
         label=label,
         refusal_malicious=Rate.of(reply["refused"] for reply in _finished(malicious)),
         refusal_benign=Rate.of(reply["refused"] for reply in _finished(benign)),
         degenerate=Rate.of(reply["degenerate"] for reply in _finished(malicious + benign)),
-        task=_task_figure(tasks),
+        task=Rate.of(reply["correct"] for reply in tasks) if tasks else None,
         replies=replies,
-        judges=[judge.name for judge in judges],
-        judge_benign=readers[0].name,
-        harm=Mean.of(scores) if scores else None,
+        judge=judge.name,
+        judge_benign=judge_benign.name,
         metric=metric_name,
         sources=sources or {},
         unfinished=unfinished,
@@ -247,12 +210,8 @@ class NothingFinished(ProConError):
     """No reply came to the end of its thought, so nothing can be said of the model."""
 
 
-def _is_unfinished(reply: dict[str, Any]) -> bool:
-    return bool(reply.get("unfinished"))
-
-
 def _finished(replies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    found = [reply for reply in replies if not _is_unfinished(reply)]
+    found = [reply for reply in replies if not reply.get("unfinished")]
     if not found:
         raise NothingFinished(
             f"none of {len(replies)} replies came to the end of its thought, so there is nothing to judge: raise "
@@ -261,62 +220,15 @@ def _finished(replies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _judges(judge: str | Judge | Sequence[Judge] | None) -> list[Judge]:
-    if isinstance(judge, str):
-        return load_judges(judge)
-    judges: list[Judge] = [KeywordJudge()] if judge is None else list(judge) if isinstance(judge, Sequence) else [judge]
-    if not judges:
-        raise ProConError("judge is an empty list: give at least one, or None for keywords")
-    for each in judges:
-        missing = [name for name in ("name", "reads", "verdicts") if not hasattr(each, name)]
-        if missing:
-            raise ProConError(f"judge is {each!r:.60}, without {', '.join(missing)}: give a procon.evaluation.Judge")
-        if each.reads not in ("refusal", "harm"):
-            raise ProConError(f"judge {each.name!r:.60} reads {each.reads!r:.40}: choose refusal or harm")
-    names = [each.name for each in judges]
-    if len(set(names)) < len(names):
-        raise ProConError(f"two judges have one name, among {names!r:.200}: name them apart")
-    return judges
-
-
-def _judge(judges: Sequence[Judge], rows: list[dict[str, Any]]) -> dict[str, list[Verdict]]:
-    """Write the verdicts into the rows; ``refused`` is the first judge's."""
-    if not rows:
-        return {}
-    prompts, replies = ([row[key] for row in rows] for key in ("prompt", "reply"))
-    said = {judge.name: judge_replies(judge, prompts, replies) for judge in judges}
-    for place, row in enumerate(rows):
-        verdicts = {name: found[place] for name, found in said.items()}
-        row["refused"] = verdicts[judges[0].name].refused
-        if len(judges) > 1:
-            row["verdicts"] = {name: verdict.refused for name, verdict in verdicts.items()}
-        if scores := {name: verdict.score for name, verdict in verdicts.items() if verdict.score is not None}:
-            row["scores"] = scores
-        if unread := [name for name, verdict in verdicts.items() if verdict.unread]:
-            row["unread"] = unread
-    return said
-
-
-def _task_figure(tasks: Sequence[dict[str, Any]]) -> Rate | Mean | None:
-    if not tasks:
-        return None
-    if all("correct" in reply for reply in tasks):
-        return Rate.of(reply["correct"] for reply in tasks)
-    # A function may say true of one reply and 0.5 of another.
-    for reply in tasks:
-        if "correct" in reply:
-            reply["mark"] = float(reply.pop("correct"))
-    return Mean.of(reply["mark"] for reply in tasks)
+def _judge(judge: Judge, rows: list[dict[str, Any]]) -> None:
+    """Write the verdicts into the rows."""
+    verdicts = judge_replies(judge, [row["prompt"] for row in rows], [row["reply"] for row in rows])
+    for row, verdict in zip(rows, verdicts, strict=True):
+        row |= {"refused": verdict.refused, **({"unread": True} if verdict.unread else {})}
 
 
 def _task_rows(task: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    rows = []
-    for number, row in enumerate(task, 1):
-        if not all(isinstance(row.get(key), str) for key in ("instruction", "output")):
-            raise ProConError(
-                f"task row {number} has the keys {sorted(row)}: 'instruction' and 'output' texts are needed"
-            )
-        rows.append((row["instruction"], row["output"]))
-    if not rows:
-        raise ProConError("task holds no rows: pass at least one, or None to leave the task out")
+    rows: list[tuple[Any, Any]] = [(row.get("instruction"), row.get("output")) for row in task]
+    if not rows or not all(isinstance(text, str) for row in rows for text in row):
+        raise ProConError("task needs rows with an 'instruction' and an 'output', both texts; None leaves it out")
     return rows

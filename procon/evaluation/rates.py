@@ -1,9 +1,10 @@
-"""Shares and means of replies, with their intervals."""
+"""Shares of replies with their intervals, and whether a task reply is right: exact match, ROUGE-L, or a function."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from procon.errors import ProConError
@@ -11,29 +12,40 @@ from procon.errors import ProConError
 #: Two-sided 95% quantile of the standard normal distribution.
 Z_95 = 1.959963984540054
 
+#: From a reply and its reference, whether it is right, or how good it is, 0 to 1.
+Metric = Callable[[str, str], bool | float]
+
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of replies, with the counts that it comes from.
+    """A share of replies, with the counts that it comes from; or a mean mark, with the sum of the marks as ``hits``.
 
     Raises:
         ProConError: unless ``0 <= hits <= total`` and ``total > 0``: a share of nothing has no value.
     """
 
-    hits: int
+    hits: int | float
     total: int
 
     def __post_init__(self) -> None:
-        if any(type(count) is not int for count in (self.hits, self.total)) or self.total >= 2**53:
-            raise ProConError(f"{self.hits!r:.40} hits among {self.total!r:.40} replies is no rate: give whole numbers")
-        if not 0 <= self.hits <= self.total or self.total == 0:
-            raise ProConError(f"{self.hits} hits among {self.total} replies is no rate: at least one reply is needed")
+        if type(self.hits) not in (int, float) or type(self.total) is not int or not 0 < self.total < 2**53:
+            raise ProConError(f"{self.hits!r:.40} hits among {self.total!r:.40} replies is no rate: give one at least")
+        if not 0 <= self.hits <= self.total:
+            raise ProConError(f"{self.hits} hits among {self.total} replies is no rate: at most all can be hits")
 
     @classmethod
-    def of(cls, outcomes: Iterable[bool]) -> Rate:
-        """The share of ``outcomes`` that are true."""
+    def of(cls, outcomes: Iterable[bool | float]) -> Rate:
+        """The share of ``outcomes`` that are true, or the mean of marks.
+
+        Raises:
+            ProConError: without any; for a mark that is not from 0 to 1.
+        """
         outcomes = list(outcomes)
-        return cls(sum(outcomes), len(outcomes))
+        for outcome in outcomes:
+            if not 0 <= outcome <= 1:
+                raise ProConError(f"mark {outcome!r:.40} is not from 0 to 1: give true, false or such a number")
+        graded = any(type(outcome) is float for outcome in outcomes)
+        return cls(math.fsum(outcomes) if graded else sum(outcomes), len(outcomes))
 
     @property
     def value(self) -> float:
@@ -44,7 +56,8 @@ class Rate:
     def interval(self) -> tuple[float, float]:
         """Wilson's 95% interval (JASA 22, 1927): unlike ``p +- 2 se`` it stays within 0 to 1 and has width at 0 and 1.
 
-        It covers the choice of prompts alone, not the spread between training seeds.
+        It covers the choice of prompts alone, not the spread between training seeds. Of marks it is wide: their
+        variance is at most that of a share.
         """
         n, p = self.total, self.value
         centre = (p + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
@@ -52,50 +65,58 @@ class Rate:
         return (0.0 if self.hits == 0 else centre - half), (1.0 if self.hits == n else centre + half)
 
     def __str__(self) -> str:
-        return f"{self.value:.0%} ({self.hits}/{self.total})"
+        return f"{self.value:.0%} ({round(self.hits, 1)}/{self.total})"
 
 
-@dataclass(frozen=True)
-class Mean:
-    """A mean of marks from 0 to 1, as graded metrics give them.
+def extract_answer(text: str) -> str:
+    """The final answer of ``text``: what follows its last "Answer:" on that line, or else the whole text.
 
-    Attributes:
-        value: the mean.
-        deviation: the marks' standard deviation (of the sample, by ``total - 1``); 0 of one mark.
-        total: how many marks.
+    Normalised for comparison: lower case, single spaces, no full stop at the end, no commas between thousands.
+    """
+    marked = re.findall(r"answer:[^\S\n]*([^\n]*)", text, flags=re.IGNORECASE)
+    answer = " ".join((marked[-1] if marked else text).casefold().split()).rstrip(". ")
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer)
+
+
+def exact_match(reply: str, reference: str) -> bool:
+    """Whether ``reply`` and ``reference`` come to the same final answer."""
+    return extract_answer(reply) == extract_answer(reference)
+
+
+def rouge_l(reply: str, reference: str) -> float:
+    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, 0 to 1; two texts without words give 0.
+
+    Words are runs of a to z and 0 to 9 in lower case, without stemming, as in Google's ``rouge-score``.
+    """
+    words, known = (re.findall(r"[a-z0-9]+", text.lower()) for text in (reply, reference))
+    common = _common_subsequence(words, known)
+    return 2 * common / (len(words) + len(known)) if common else 0.0
+
+
+def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
+    lengths = [0] * (len(second) + 1)
+    for word in first:
+        before = 0
+        for place, other in enumerate(second, 1):
+            before, lengths[place] = (
+                lengths[place],
+                before + 1 if word == other else max(lengths[place], lengths[place - 1]),
+            )
+    return lengths[-1]
+
+
+#: Metrics by name.
+METRICS: dict[str, Metric] = {"exact": exact_match, "rouge-l": rouge_l}
+
+
+def find_metric(metric: str | Metric) -> tuple[str, Metric]:
+    """A metric and its name.
 
     Raises:
-        ProConError: unless the numbers are of marks from 0 to 1.
+        ProConError: if there is none of that name.
     """
-
-    value: float
-    deviation: float
-    total: int
-
-    def __post_init__(self) -> None:
-        numbers = (self.value, self.deviation)
-        if type(self.total) is not int or self.total < 1 or not all(isinstance(n, int | float) for n in numbers):
-            raise ProConError(f"a mean of {self.total!r:.40} marks is none: give at least one number")
-        if not all(0 <= number <= 1 for number in numbers):
-            raise ProConError(
-                f"a mean of {self.value!r:.40} with deviation {self.deviation!r:.40} is not of marks "
-                "from 0 to 1: give such marks"
-            )
-
-    @classmethod
-    def of(cls, marks: Iterable[float]) -> Mean:
-        """The mean of ``marks``."""
-        marks = list(marks)
-        n = len(marks)
-        mean = math.fsum(marks) / n if n else 0.0
-        spread = math.fsum((mark - mean) ** 2 for mark in marks)
-        return cls(mean, math.sqrt(spread / (n - 1)) if n > 1 else 0.0, n)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """``mean +- 1.96 deviation / sqrt(total)``, within 0 to 1: the 95% interval of many marks."""
-        half = Z_95 * self.deviation / math.sqrt(self.total)
-        return max(0.0, self.value - half), min(1.0, self.value + half)
-
-    def __str__(self) -> str:
-        return f"{self.value:.1%} (mean of {self.total})"
+    if callable(metric):
+        return getattr(metric, "__name__", type(metric).__name__), metric
+    if metric not in METRICS:
+        raise ProConError(f"there is no task metric {metric!r:.60}: choose {', '.join(METRICS)}, or pass a function")
+    return metric, METRICS[metric]

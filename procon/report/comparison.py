@@ -1,32 +1,22 @@
-"""Two runs compared: rates with the interval of their difference, verdicts that flipped, figures, and settings."""
+"""How a run's rates differ from those of another: with an interval, if both were measured alike."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from procon.evaluation import Evaluation, Rate
-from procon.report.sources import EVALUATION, Source, measured_by
+from procon.report.run import Run
 
-#: What is counted of each kind of prompt, what it is called, and which of these the others alone depend on.
+#: What is counted of each kind of prompt, and on which facts of an evaluation it depends.
 _MEASURES = {
-    "malicious": ("refused", "refusal of malicious", {"judge_benign", "metric"}),
-    "benign": ("refused", "refusal of benign", {"judge", "metric"}),
-    "task": ("correct", "task accuracy", {"judge", "judge_benign"}),
+    "malicious": ("refused", "refusal of malicious", ("judge", "chat")),
+    "benign": ("refused", "refusal of benign", ("judge_benign", "chat")),
+    "task": ("correct", "task accuracy", ("metric", "chat")),
 }
-
-
-@dataclass(frozen=True)
-class Flip:
-    """A prompt that the runs came to different verdicts on; ``before`` and ``after`` are those of either run."""
-
-    prompt: str
-    before: bool
-    after: bool
-    replies: tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -35,138 +25,53 @@ class Difference:
 
     Attributes:
         name: what is counted.
-        before, after: the rate of the first and the second run.
-        interval: 95% interval of ``after - before`` (Newcombe, Statistics in Medicine 17, 1998: paired, page 2635,
-            and unpaired, page 873, both with Wilson's intervals). It covers the choice of prompts, not that of seeds.
-            None if they were not measured alike.
+        value: the second rate minus the first.
+        interval: its 95% interval (Newcombe, Statistics in Medicine 17, 1998: paired, page 2635, and unpaired, page
+            873, both with Wilson's intervals). It covers the choice of prompts, not that of seeds. None if the two
+            were not measured alike, and of graded tasks.
         paired: whether both were asked the same prompts, so that the interval is of the pairs.
-        flips: where the verdicts differ, in the order of the prompts; empty if they are not paired.
-        unlike: names of settings of the two evaluations on which the rate depends, and which differ.
+        unlike: names of facts of the two evaluations on which the rate depends, and which differ.
     """
 
     name: str
-    before: Rate
-    after: Rate
+    value: float
     interval: tuple[float, float] | None
     paired: bool
-    flips: list[Flip]
-    unlike: list[str] = field(default_factory=list)
-
-    @property
-    def value(self) -> float:
-        """The second rate minus the first."""
-        return self.after.value - self.before.value
+    unlike: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Two runs, the first one before the second.
-
-    Attributes:
-        labels: their names.
-        differences: of each rate that both have.
-        figures: by name, of either run; None if it is not known.
-        settings: those that differ, of either run; None if it does not have it. If they were read from files of two
-            kinds, only what both kinds say is compared.
-        known: whether both runs say what they were made by, beside their evaluations.
-    """
-
-    labels: tuple[str, str]
-    differences: list[Difference]
-    figures: dict[str, tuple[float | None, float | None]]
-    settings: dict[str, tuple[Any, Any]]
-    known: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers, for JSON."""
-        data = asdict(self)
-        for row, difference in zip(data["differences"], self.differences, strict=True):
-            row["difference"] = difference.value
-        return data
-
-
-def compare_runs(before: Source, after: Source) -> Comparison:
-    """Compare two runs."""
-    first, second = before.run, after.run
-    names = [*before.settings, *(name for name in after.settings if name not in before.settings)]
-    if before.kind != after.kind:  # whose names are not all the same
-        names = [name for name in before.settings if name in after.settings]
-    return Comparison(
-        labels=(first.label, second.label),
-        differences=_differences(first.evaluation, second.evaluation),
-        figures={name: (_finite(find(first)), _finite(find(second))) for name, find in _FIGURES.items()},
-        settings={
-            name: (before.settings.get(name), after.settings.get(name))
-            for name in names
-            if before.settings.get(name) != after.settings.get(name)
-        },
-        known=all(any(not name.startswith(EVALUATION) for name in side.settings) for side in (before, after)),
-    )
-
-
-def _last(key: str) -> Any:
-    """The last finite value of a series in the log."""
-    return lambda run: next(iter(reversed(run.series(key)[1])), None)
-
-
-_FIGURES = {
-    "mean cosine": lambda run: run.mean_cosine,
-    "last loss": _last("loss"),
-    "last penalty": _last("procon/penalty"),
-    "last alpha": _last("procon/alpha"),
-    "seconds per step": lambda run: run.seconds_per_step,
-}
-
-
-def _finite(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else value
-
-
-def _differences(first: Evaluation | None, second: Evaluation | None) -> list[Difference]:
-    if first is None or second is None:
+def compare_runs(first: Run, second: Run) -> list[Difference]:
+    """The differences of all rates that both have, the second one's minus the first one's."""
+    before, after = first.evaluation, second.evaluation
+    if before is None or after is None:
         return []
-    found, by = [], [measured_by(evaluation) for evaluation in (first, second)]
-    differing = [name for name in by[0] if name in by[1] and by[0][name] != by[1][name]]
-    for kind, (mark, name, of_others) in _MEASURES.items():
-        replies = [
-            [reply for reply in side.replies if reply["kind"] == kind and mark in reply] for side in (first, second)
-        ]
-        if all(replies):
-            row = _difference(name, mark, *replies)
-            unlike = [setting for setting in differing if setting.removeprefix(EVALUATION) not in of_others]
-            found.append(replace(row, interval=None, paired=False, flips=[], unlike=unlike) if unlike else row)
-    return found
+    found = (_difference(before, after, kind) for kind in _MEASURES)
+    return [difference for difference in found if difference is not None]
 
 
-def _difference(name: str, mark: str, first: list[dict[str, Any]], second: list[dict[str, Any]]) -> Difference:
-    before, after = (Rate.of(bool(reply[mark]) for reply in replies) for replies in (first, second))
-    pairs = _pairs(first, second)
-    if pairs is None:
-        return Difference(name, before, after, unpaired_interval(before, after), False, [])
-    verdicts = [(bool(one[mark]), bool(other[mark])) for one, other in pairs]
-    flips = [
-        Flip(one["prompt"], *verdict, (one["reply"], other["reply"]))
-        for (one, other), verdict in zip(pairs, verdicts, strict=True)
-        if verdict[0] != verdict[1]
-    ]
-    return Difference(name, before, after, paired_interval(verdicts), True, flips)
-
-
-def _pairs(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]) -> list[tuple[dict, dict]] | None:
-    """Replies to one prompt each; None unless both have the same prompts. Of a prompt given twice, in their order."""
-    keys = [_numbered(reply["prompt"] for reply in replies) for replies in (first, second)]
-    if set(keys[0]) != set(keys[1]):
+def _difference(before: Evaluation, after: Evaluation, kind: str) -> Difference | None:
+    mark, name, depends = _MEASURES[kind]
+    first, second = (_marks(evaluation, kind, mark) for evaluation in (before, after))
+    if not first or not second:
         return None
-    other = dict(zip(keys[1], second, strict=True))
-    return [(reply, other[key]) for key, reply in zip(keys[0], first, strict=True)]
+    rates = Rate.of(first.values()), Rate.of(second.values())
+    paired = first.keys() == second.keys()
+    unlike = tuple(fact for fact in depends if getattr(before, fact) != getattr(after, fact))
+    interval = None
+    if not unlike and all(isinstance(value, bool) for value in (*first.values(), *second.values())):
+        pairs = [(first[key], second[key]) for key in first] if paired else None
+        interval = unpaired_interval(*rates) if pairs is None else paired_interval(pairs)
+    return Difference(name, rates[1].value - rates[0].value, interval, paired, unlike)
 
 
-def _numbered(prompts: Iterable[str]) -> list[tuple[str, int]]:
+def _marks(evaluation: Evaluation, kind: str, mark: str) -> dict[tuple[str, int], Any]:
+    """The mark of each reply by its prompt; of a prompt that was given twice, in their order."""
     seen: Counter[str] = Counter()
-    found = []
-    for prompt in prompts:
-        found.append((prompt, seen[prompt]))
-        seen[prompt] += 1
+    found = {}
+    for reply in evaluation.replies:
+        if reply["kind"] == kind:
+            found[reply["prompt"], seen[reply["prompt"]]] = reply[mark]
+            seen[reply["prompt"]] += 1
     return found
 
 
@@ -182,15 +87,11 @@ def paired_interval(verdicts: Sequence[tuple[bool, bool]]) -> tuple[float, float
     if covariance > 0:  # corrected for continuity
         covariance = max(covariance - n / 2, 0.0)
     correlation = covariance / math.sqrt(margins) if margins else 0.0
-    return _interval(Rate(both + first, n), Rate(both + second, n), correlation)
+    return unpaired_interval(Rate(both + first, n), Rate(both + second, n), correlation)
 
 
-def unpaired_interval(before: Rate, after: Rate) -> tuple[float, float]:
+def unpaired_interval(before: Rate, after: Rate, correlation: float = 0.0) -> tuple[float, float]:
     """The same of two independent rates (Newcombe 1998, page 873, method 10)."""
-    return _interval(before, after, 0.0)
-
-
-def _interval(before: Rate, after: Rate, correlation: float) -> tuple[float, float]:
     low = [rate.value - rate.interval[0] for rate in (before, after)]
     high = [rate.interval[1] - rate.value for rate in (before, after)]
 

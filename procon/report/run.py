@@ -1,20 +1,25 @@
-"""One run of fine-tuning, as reports take it, and its file."""
+"""One run of fine-tuning, as reports take it, and what it is read from: a training's output folder, or a file."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard
 
+from procon.errors import ProConError
 from procon.evaluation import Evaluation
-from procon.evaluation.evaluation import text_of
-from procon.files import load_json, save_json
+from procon.files import load_json
 
-T = TypeVar("T")
+_KINDS = "give a training output folder, or a file of 'procon eval --output' or 'procon drift --output'"
 
-#: Characters of a run's name, which is drawn; and what a number in a run's file may be, at most.
-_LONGEST_LABEL, _LARGEST = 1_000, 1e38
+#: Where a training leaves its log, in its output folder.
+_STATE = "trainer_state.json"
+
+#: What can be drawn, at most: axes are wider than their numbers.
+_LARGEST = 1e38
 
 
 @dataclass(frozen=True)
@@ -29,100 +34,80 @@ class Run:
         seconds_per_step: time of an optimiser step; None if the run did not train.
         history: rows of ``trainer.state.log_history``, whose keys ``step``, ``loss``, ``procon/penalty``,
             ``procon/alpha``, ``procon/drift_cos``, ``procon/refusal_malicious``, ``procon/refusal_benign`` and
-            ``procon/task`` are plotted where they occur. Numbers that are not finite become None in JSON.
+            ``procon/task`` are plotted where they occur.
     """
 
     label: str
-    evaluation: Evaluation | None
-    cosine: list[float] | None = None
+    evaluation: Evaluation | None = None
+    cosine: Sequence[float] | None = None
     seconds_per_step: float | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: Sequence[Mapping[str, Any]] = ()
 
     @property
     def mean_cosine(self) -> float | None:
-        """Mean of :attr:`cosine` over the blocks that have a direction; None without any."""
+        """Mean of :attr:`cosine` over the blocks that have a direction; or as last logged; None without either."""
         known = [cosine for cosine in self.cosine or () if not math.isnan(cosine)]
-        return sum(known) / len(known) if known else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers, for JSON; NaN becomes None."""
-        data = asdict(self)
-        if self.cosine is not None:
-            data["cosine"] = [_finite_or_none(cosine) for cosine in self.cosine]
-        data["history"] = [{key: _finite_or_none(value) for key, value in row.items()} for row in self.history]
-        return data
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Run:
-        """The run that :meth:`to_dict` was called on.
-
-        Raises:
-            KeyError, TypeError, ValueError: if ``data`` is of something else.
-        """
-        cosine, seconds, evaluation = data["cosine"], data["seconds_per_step"], data["evaluation"]
-        if len(data["label"]) > _LONGEST_LABEL:
-            raise ValueError(f"label has more than {_LONGEST_LABEL} characters")
-        return cls(
-            label=text_of(data, "label"),
-            evaluation=None if evaluation is None else Evaluation.from_dict(evaluation),
-            cosine=None if cosine is None else [math.nan if value is None else _number(value) for value in cosine],
-            seconds_per_step=None if seconds is None else _number(seconds),
-            history=[_row(row) for row in data["history"]],
-        )
-
-    def save(self, path: str | Path) -> Path:
-        """Write a JSON file; returns its path."""
-        return save_json(self.to_dict(), path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Run:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            ProConError: if the file is missing, damaged, or holds something else.
-        """
-        return load_json(path, cls.from_dict, "run")
+        logged = self.series("procon/drift_cos")[1][-1:]
+        return sum(known) / len(known) if known else logged[0] if logged else None
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and finite values of ``key`` in the history."""
-        rows = [
-            row for row in self.history if row.get("step") is not None and _finite_or_none(row.get(key)) is not None
-        ]
-        return [row["step"] for row in rows], [float(row[key]) for row in rows]
-
-    def plain_loss(self) -> tuple[list[int], list[float]]:
-        """Steps and the logged loss without the constraint's part of it, which is alpha times the penalty.
-
-        Exact as long as alpha and the penalty's presence do not change between two rows of the log: a row has the alpha
-        of its last step, and the penalty's mean over the steps that have one.
-        """
-        rows = [
-            row for row in self.history if row.get("step") is not None and _finite_or_none(row.get("loss")) is not None
-        ]
-        weighted = [(row.get("procon/alpha") or 0.0) * (row.get("procon/penalty") or 0.0) for row in rows]
-        return [row["step"] for row in rows], [
-            float(row["loss"]) - part for row, part in zip(rows, weighted, strict=True)
-        ]
+        known = [row for row in self.history if type(row.get("step")) is int]
+        known = [row for row in known if _is_number(row["step"]) and _is_number(row.get(key))]
+        return [row["step"] for row in known], [float(row[key]) for row in known]
 
 
-def _number(value: object) -> float:
-    """A number that plots can hold: their axes are as wide as twice that, and single precision is what trainers log."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{value!r:.40} is no number")
-    if math.isfinite(value) and abs(value) > _LARGEST:
-        raise ValueError(f"{value!r:.40} is larger than {_LARGEST:g}")
-    return float(value)
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
-def _row(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a log: numbers at the names that are plotted, whatever trainers add at others."""
-    for key, value in row.items():
-        if value is not None and (key in ("step", "loss") or key.startswith("procon/")):
-            _number(value)
-    if type(row.get("step", 0)) is not int:
-        raise TypeError(f"step is {row['step']!r:.40}, no whole number")
-    return dict(row)
+def read_runs(paths: Sequence[str | Path]) -> list[Run]:
+    """A run from each file or folder; runs of one label get the names of their files behind it.
+
+    - A training's output folder: its log, the drift as last logged, and an evaluation if one is there.
+    - A file of ``procon eval --output`` or ``Evaluation.save``, or of ``procon drift --output``.
+
+    Raises:
+        ProConError: if there is nothing, or it holds no run.
+    """
+    runs = [_read(Path(path)) for path in paths]
+    labels = [run.label for run in runs]
+    return [
+        replace(run, label=f"{run.label} ({path})") if labels.count(run.label) > 1 else run
+        for run, path in zip(runs, paths, strict=True)
+    ]
 
 
-def _finite_or_none(value: T) -> T | None:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _read(path: Path) -> Run:
+    if os.path.isdir(path):  # False of a path that cannot be
+        return _training(path)
+    return load_json(path, lambda data: _recognise(data, path), "run")
+
+
+def _recognise(data: dict[str, Any], path: Path) -> Run:
+    if "refusal_malicious" in data:
+        evaluation = Evaluation.from_dict(data)
+        return Run(evaluation.label or path.stem, evaluation)
+    if "cosine" in data:
+        return Run(path.stem, cosine=[value if _is_number(value) else math.nan for value in data["cosine"]])
+    raise ValueError(_KINDS)
+
+
+def _training(folder: Path) -> Run:
+    """What ``procon train`` or a trainer left in its output folder, and an evaluation if one was saved there."""
+    if not (folder / _STATE).is_file():
+        raise ProConError(f"run {str(folder)!r} is a folder without {_STATE}: {_KINDS}")
+    run = Run(folder.absolute().name)
+    run = load_json(folder / _STATE, lambda state: _logged(run, state["log_history"]), "training state")
+    evaluations = [path for path in sorted(folder.glob("*.json")) if b'"refusal_malicious"' in path.read_bytes()]
+    if len(evaluations) > 1:
+        names = ", ".join(path.name for path in evaluations)
+        raise ProConError(f"run {str(folder)!r} holds {len(evaluations)} evaluations ({names}): give one of the files")
+    return replace(run, evaluation=Evaluation.load(evaluations[0])) if evaluations else run
+
+
+def _logged(run: Run, history: list[dict[str, Any]]) -> Run:
+    """The run with its log, and the time of a step of it, measuring included."""
+    run = replace(run, history=[dict(row) for row in history])
+    steps, seconds = run.series("train_runtime")
+    return replace(run, seconds_per_step=seconds[-1] / steps[-1] if steps and steps[-1] else None)

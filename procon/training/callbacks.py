@@ -255,7 +255,7 @@ class EvaluationCallback(ProbeCallback):
         steps: int = 50,
         prompts: ContrastPrompts | None = None,
         task: Sequence[dict[str, Any]] | None = None,
-        judge: str | Judge | Sequence[Judge] | None = None,
+        judge: str | Judge | None = None,
         metric: str | Metric = "exact",
         max_new_tokens: int = 24,
         task_max_new_tokens: int = 64,

@@ -33,7 +33,7 @@ def script(tmp_path_factory) -> Path:
     ("line", "offered"),
     [
         ("procon tr", {"train"}),
-        ("procon co", {"compare", "completion"}),
+        ("procon co", {"completion"}),
         ("procon help ev", {"eval"}),
         ("procon train --procon_pen", {"--procon_penalty"}),
         ("procon train --procon_penalty ", {"absolute", "huber", "squared"}),

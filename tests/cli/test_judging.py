@@ -9,8 +9,7 @@ from procon.cli import judging, main
 from procon.cli.arguments import EvalArguments
 from procon.cli.judging import evaluation_prompts
 from procon.errors import ProConError
-from procon.evaluation import Evaluation, Verdict
-from procon.evaluation.judges import endpoint
+from procon.evaluation import Evaluation, Verdict, endpoint
 
 EVAL = ["eval", "--model", "model", "--dtype", "float32", "--output", "found.json", "--max_new_tokens", "2"]
 SET = (
@@ -34,17 +33,16 @@ def named_set(monkeypatch) -> list:
     return asked
 
 
-def test_two_judges_and_a_set(place, named_set, monkeypatch, capsys):
+def test_a_judge_and_a_set(place, named_set, monkeypatch, capsys):
     answers = iter([True, True, False, True])
     monkeypatch.setattr(
         endpoint.EndpointJudge, "_answer", lambda self, exchange: "refused" if next(answers) else "complied"
     )
     url = "http://127.0.0.1:9/v1#m"
-    assert main([*EVAL, "--prompts", "harmbench", "--max_prompts", "2", "--judge", f"{url},keywords"]) == 0
+    assert main([*EVAL, "--prompts", "harmbench", "--max_prompts", "2", "--judge", url]) == 0
     assert named_set == [("harmbench", 2)]
     found = Evaluation.load("found.json")
-    assert (found.judges, found.refusal_malicious.total, found.refusal_benign.total) == ([url, "keywords"], 2, 1)
-    assert [row["verdicts"][url] for row in found.replies] == [True, False, True]
+    assert (found.judge, found.refusal_malicious.total, found.refusal_benign.total) == (url, 2, 1)
     assert found.sources == dict(zip(("malicious", "benign"), SET, strict=True))
     printed = " ".join(capsys.readouterr().out.split())
     assert "malicious prompts: 2 of 9 of harmbench, revision main, whose commit is not known." in printed
@@ -57,7 +55,7 @@ def test_a_graded_metric(place, capsys):
     assert main([*EVAL, *files, "--task", "data.jsonl", "--task_max_new_tokens", "2", "--task_metric", "rouge-l"]) == 0
     found = Evaluation.load("found.json")
     assert (found.metric, found.task.total) == ("rouge-l", 16)
-    assert "(mean of 16)" in capsys.readouterr().out
+    assert "/16)" in capsys.readouterr().out
     assert found.sources["malicious"] == {"set": "file", "source": "one.txt", "prompts": 1}
 
 
@@ -88,16 +86,15 @@ def test_what_is_wrong_shows_before_a_model_is_read(place, capsys, monkeypatch, 
         raise ProConError(error)
 
 
-def test_scores_are_printed(place, monkeypatch, capsys):
-    class Graded:
-        name, reads = "graded", "harm"
+def test_a_judge_of_harm_is_named(place, monkeypatch, capsys):
+    class Harm:
+        name, reads = "harm", "harm"
 
         def verdicts(self, prompts, replies):
-            return [Verdict(True, 0.25)] * len(replies)
+            return [Verdict(True)] * len(replies)
 
-    monkeypatch.setattr("procon.cli.commands.load_judges", lambda *_, **__: [Graded()])
+    monkeypatch.setattr("procon.cli.commands.load_judge", lambda *_, **__: Harm())
     Path("one.txt").write_text("count\n")
     assert main([*EVAL, "--malicious", "one.txt", "--benign", "one.txt"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "Refusals are judged by graded; replies to benign prompts by keywords." in printed
-    assert "1 being the most harmful: 25.0% (mean of 1)." in printed
+    assert "Refusals are judged by harm; replies to benign prompts by keywords." in printed

@@ -14,7 +14,7 @@ from procon.directions import Directions, load_vectors
 from procon.errors import ProConError
 from procon.evaluation import Evaluation
 from procon.method import Probes
-from procon.report import read_source
+from procon.report import read_runs
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +153,15 @@ def test_a_folder_is_no_data_file(tmp_path):
 
 @pytest.mark.parametrize(
     "read",
-    [load_conversations, load_instructions, Directions.load, load_vectors, read_source, Evaluation.load, Probes.load],
+    [
+        load_conversations,
+        load_instructions,
+        Directions.load,
+        load_vectors,
+        lambda name: read_runs([name]),
+        Evaluation.load,
+        Probes.load,
+    ],
 )
 @pytest.mark.parametrize("name", ["a" * 5000, "a/" * 3000, "\0"])
 def test_a_name_that_no_file_can_have(read, name):

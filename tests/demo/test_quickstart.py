@@ -1,29 +1,24 @@
 """The quickstart: its parts on the real model, and the whole on a tiny one."""
 
-import json
 import logging
 
 import pytest
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 
 from procon.chat import builtin_prompts, measure_refusal
 from procon.cli import main
-from procon.data import padding_collator, to_conversations, tokenize_conversations
-from procon.demo import arithmetic_problems, fetch_demo_model, teach_refusal
+from procon.demo import fetch_demo_model, teach_refusal
 from procon.demo import quickstart as module
 from procon.directions import Directions
 from procon.models import load_model, weights_hash
-from procon.settings import PAPER_RECIPE
-from procon.training import ProConConfig, ProConTrainer
+from procon.report import read_runs
 
 
 @pytest.mark.slow
-def test_real_model_refuses_and_trains_under_the_constraint(tmp_path):
+def test_the_real_model_refuses_and_has_directions():
     model, tokenizer = load_model(fetch_demo_model())
     held_out = builtin_prompts("held_out").first(16)
     assert measure_refusal(model, tokenizer, held_out.malicious, progress=False) <= 0.25
-    model = teach_refusal(model, tokenizer)
+    model = teach_refusal(model)
     # The packaged adapter refuses 95% of held-out prompts in bfloat16; 75% leaves room for another dtype's rounding.
     assert measure_refusal(model, tokenizer, held_out.malicious, progress=False) >= 0.75
 
@@ -33,44 +28,11 @@ def test_real_model_refuses_and_trains_under_the_constraint(tmp_path):
     assert directions.usable.tolist() == [False] + [True] * 30  # RoPE: the first block sees the token alone
     assert directions.auroc[15:].min() > 0.8
 
-    train = tokenize_conversations(
-        to_conversations(Dataset.from_list(arithmetic_problems(6, 0))), tokenizer, progress=False
-    )
-    config = ProConConfig(
-        output_dir=str(tmp_path),
-        procon_schedule="procon_s:0.1",
-        max_steps=3,
-        procon_probe_every=1,
-        per_device_train_batch_size=2,
-        learning_rate=1e-3,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
-    tuned = get_peft_model(model, LoraConfig(**PAPER_RECIPE.lora()))
-    trainer = ProConTrainer(
-        tuned,
-        config,
-        directions=directions,
-        train_dataset=train,
-        data_collator=padding_collator(tokenizer),
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    penalties = [row["procon/penalty"] for row in trainer.state.log_history if "procon/penalty" in row]
-    # Anchors were recorded in other batches, which in bfloat16 moves projections of order 100 by a fraction of 1:
-    # a floor under the penalty, far below what a step of training adds.
-    assert penalties[0] < 0.1 * max(penalties[1:])
-
 
 def test_whole_quickstart_on_a_tiny_model(tiny_model, tokenizer, tmp_path, monkeypatch, capsys):
     folder, output = tmp_path / "model", tmp_path / "out"
     tiny_model().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # A random model does not refuse, and teaching one takes longer than this test should.
-    starts = []
-    monkeypatch.setattr(module, "teach_refusal", lambda model, tokenizer: starts.append(model) or model)
     monkeypatch.setattr(module, "TASK_TRAIN", 16)
     monkeypatch.setattr(module, "TASK_TEST", 4)
     monkeypatch.setattr(module, "TASK_PROBE", 2)
@@ -85,33 +47,34 @@ def test_whole_quickstart_on_a_tiny_model(tiny_model, tokenizer, tmp_path, monke
     alphas = [{row["procon/alpha"] for row in run.history if "procon/alpha" in row} for run in runs[1:]]
     assert max(alphas[1], default=0) > 0
     assert max(alphas[0], default=0) == 0
-    for name in ("start/config.json", "directions.safetensors", "report.html", "runs/procon.json"):
+    for name in ("directions.safetensors", "report.html"):
         assert (output / name).is_file(), name
     for name in ("plain", "procon", "tokens", "random"):
         assert (output / name / "adapter_model.safetensors").is_file()
-    saved = json.loads((output / "runs" / "plain.json").read_text())
-    assert saved["evaluation"]["refusal_malicious"]["total"] == runs[1].evaluation.refusal_malicious.total >= 48
+    paths = [output / name for name in ("start.json", "plain", "procon", "tokens", "random")]
+    for path, run, label in zip(paths, runs, ("start", "plain", "procon", "tokens", "random"), strict=True):
+        (read,) = read_runs([path])
+        assert (read.label, read.evaluation) == (label, run.evaluation)
+        assert read.mean_cosine == (None if label == "start" else pytest.approx(run.mean_cosine))
     printed = capsys.readouterr().out
-    assert "{'" not in printed  # rows, not dictionaries
     for heading in ("malicious", "accuracy", "cosine", "per step"):
         assert heading in printed
-    # An adapter names the start as its base, and both runs began from the same weights.
+    # An adapter names its base, and both runs began from the same weights.
     for name in ("plain", "procon"):
         tuned, _ = load_model(output / name)
-        assert weights_hash(tuned.unload()) == weights_hash(starts[0])
+        assert weights_hash(tuned.unload()) == weights_hash(load_model(folder)[0])
 
 
 def test_start_only(tiny_model, tokenizer, tmp_path, monkeypatch, capsys):
+    """The demo model is taught to refuse; another one is taken as it is."""
     folder, output = tmp_path / "model", tmp_path / "out"
     tiny_model().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    monkeypatch.setattr(module, "measure_refusal", lambda *_: 0.0)
-    monkeypatch.setattr(module, "teach_refusal", lambda model, tokenizer: model)
-    monkeypatch.setattr("procon.cli.commands.run_quickstart", lambda *_, **__: pytest.fail("it went on"))
-    assert main(["quickstart", str(folder), "--start_only", "--output_dir", str(output)]) == 0
-    assert f"Start model: {output / 'start'}" in capsys.readouterr().out.replace("\n", "").replace("  ", "")
+    monkeypatch.setattr(module, "fetch_demo_model", lambda: folder)
+    monkeypatch.setattr(module, "teach_refusal", lambda model: model)
+    assert main(["quickstart", "--start_only", "--output_dir", str(output)]) == 0
+    assert f"Starting model: {output / 'start'}" in capsys.readouterr().out.replace("\n", "").replace("  ", "")
     assert [path.name for path in output.iterdir()] == ["start"]
     load_model(output / "start")
-    monkeypatch.setattr(module, "measure_refusal", lambda *_: 0.9)
     assert module.make_start(str(folder), tmp_path / "other") == str(folder)
     assert not (tmp_path / "other").exists()

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from chat_server import ChatServer, serving
 
-from procon.evaluation.judges import endpoint
+from procon.evaluation import endpoint
 
 
 @pytest.fixture

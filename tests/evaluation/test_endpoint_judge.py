@@ -3,8 +3,7 @@
 import pytest
 
 from procon.errors import ProConError
-from procon.evaluation import FORMATS, EndpointJudge, Verdict, load_judges
-from procon.evaluation.judges import endpoint
+from procon.evaluation import FORMATS, EndpointJudge, Verdict, endpoint, load_judge
 
 REFUSED, COMPLIED = Verdict(True), Verdict(False)
 
@@ -26,9 +25,6 @@ def test_each_exchange_is_asked_once(chat_server):
     }
     questions = [request["messages"][0]["content"] for request in chat_server.requests]
     assert sum("[REPLY]\nCaf\u00e9 {prompt}\n[END OF REPLY]" in question for question in questions) == 1
-    # The same reply to another prompt is another exchange.
-    assert judge.verdicts(["a", "z"], ["I can't.", "I can't."]) == [REFUSED, REFUSED]
-    assert len(chat_server.requests) == 5
 
 
 @pytest.mark.parametrize(
@@ -47,16 +43,6 @@ def test_key(chat_server, monkeypatch, keys, sent):
     assert [request["key"] for request in chat_server.requests] == [sent]
 
 
-def test_the_one_model_that_a_server_has(chat_server):
-    assert EndpointJudge(chat_server.url).model == "judge-7b"
-    chat_server.models = ["one", "two"]
-    with pytest.raises(ProConError, match=r"has the models one, two: name one, as in http.*/v1#MODEL"):
-        EndpointJudge(chat_server.url)
-    chat_server.models = []
-    with pytest.raises(ProConError, match="does not say which models it has"):
-        EndpointJudge(chat_server.url)
-
-
 @pytest.mark.parametrize("failure", [503, 429, b"<html>"])
 def test_a_failure_that_passes(chat_server, failure):
     chat_server.say = lambda messages: "refused" if len(chat_server.requests) > 2 else failure
@@ -64,24 +50,14 @@ def test_a_failure_that_passes(chat_server, failure):
     assert len(chat_server.requests) == 3
 
 
-def test_a_server_says_how_long_to_wait(chat_server, monkeypatch):
-    waits = []
-    monkeypatch.setattr(endpoint.time, "sleep", waits.append)
-    chat_server.headers = {"Retry-After": "7"}
-    chat_server.say = lambda messages: "refused" if len(chat_server.requests) > 1 else 429
-    EndpointJudge(chat_server.url, "judge-7b").verdicts(["a"], ["No."])
-    assert waits == [7.0]
-
-
 @pytest.mark.parametrize(
     ("failure", "message", "attempts"),
     [
-        (500, r"refuses with HTTP status 500 \(.*no.*\): check its address and the model's name", endpoint.ATTEMPTS),
-        (401, "refuses with HTTP status 401 .*: put its key into PROCON_JUDGE_KEY", 1),
-        (404, "refuses with HTTP status 404 .*: check its address, which ends in /v1", 1),
+        (500, r"refuses with HTTP status 500 \(.*no.*\): check the address", endpoint.ATTEMPTS),
+        (401, "refuses with HTTP status 401 .*, and the key in PROCON_JUDGE_KEY", 1),
         (302, "refuses with HTTP status 302", 1),
-        (b"<html>", "answers something else than JSON", endpoint.ATTEMPTS),
-        (b'{"choices": []}', "answers without a completion: give the base URL", 1),
+        (b"<html>", "answers something else than a chat completion", endpoint.ATTEMPTS),
+        (b'{"choices": []}', "answers something else than a chat completion", endpoint.ATTEMPTS),
     ],
 )
 def test_a_failure_that_stays(chat_server, monkeypatch, failure, message, attempts):
@@ -98,7 +74,7 @@ def test_a_failure_that_stays(chat_server, monkeypatch, failure, message, attemp
 def test_a_server_that_is_not_there(chat_server):
     chat_server.shutdown()
     chat_server.server_close()
-    with pytest.raises(ProConError, match=r"cannot be reached \(.+\): check its address"):
+    with pytest.raises(ProConError, match=r"cannot be reached \(.+\): check the address"):
         EndpointJudge(chat_server.url, "judge-7b").verdicts(["a"], ["No."])
 
 
@@ -113,39 +89,33 @@ def test_an_answer_that_cannot_be_read(chat_server):
     chat_server.say = lambda messages: "It did not refuse, I would say."
     judge = EndpointJudge(chat_server.url, "judge-7b")
     assert judge.verdicts(["a"], ["No."]) == [Verdict(False, unread=True)]
-    with pytest.raises(
-        ProConError, match=r"says 'It did not.*format 'refusal': give a model that follows instructions"
-    ):
-        load_judges(f"{chat_server.url}#judge-7b")
+    with pytest.raises(ProConError, match="answers in words of its own: give a model that follows instructions"):
+        load_judge(f"{chat_server.url}#judge-7b")
 
 
-def test_thoughts_before_the_answer(chat_server):
-    chat_server.say = lambda messages: "<think>It may have complied.</think>\n\nrefused"
-    assert EndpointJudge(chat_server.url, "m").verdicts(["a"], ["No."]) == [REFUSED]
-
-
-def test_formats_at_an_endpoint(chat_server):
-    chat_server.say = lambda messages: "unsafe\nS2"
+def test_another_format_at_an_endpoint(chat_server):
+    chat_server.say = lambda messages: "<think>Hm.</think>\n\nunsafe\nS2"
     guard = EndpointJudge(chat_server.url, "guard", format=FORMATS["llama-guard"])
-    assert guard.verdicts(["a"], ["Here is how."]) == [Verdict(False, 1.0)]
+    assert guard.verdicts(["a"], ["Here is how."]) == [COMPLIED]
     assert chat_server.requests[0]["messages"] == [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "Here is how."},
     ]
-    with pytest.raises(ProConError, match="format 'wildguard' is of a text that goes on"):
-        EndpointJudge(chat_server.url, "guard", format=FORMATS["wildguard"])
 
 
 @pytest.mark.parametrize(
-    "url", ["localhost:8000", "file:///etc/passwd", "http://", "ftp://host/v1", "http://[s9", "http://h:x/v1"]
+    "url",
+    [
+        "localhost:8000",
+        "file:///etc/passwd",
+        "http://",
+        "http://[s9",
+        "http://h:x/v1",
+        "http://me:secret@host/v1",
+        "https://host/v1?key=secret",
+    ],
 )
 def test_what_is_no_address(url):
-    with pytest.raises(ProConError, match="is no address: give one such as"):
-        EndpointJudge(url, "m")
-
-
-@pytest.mark.parametrize("url", ["http://me:secret@host/v1", "https://host/v1?key=secret"])
-def test_a_key_does_not_stand_in_an_address(url):
-    with pytest.raises(ProConError, match="put a key into PROCON_JUDGE_KEY") as caught:
+    with pytest.raises(ProConError, match=r"is no address: give one such as .* a key in PROCON_JUDGE_KEY") as caught:
         EndpointJudge(url, "m")
     assert "secret" not in str(caught.value)

@@ -1,13 +1,12 @@
 """Rates and their intervals, exact match, and evaluation of a tiny model end to end."""
 
 import json
-import math
 from dataclasses import replace
 
 import pytest
 from transformers import PreTrainedModel
 
-from procon.chat import ContrastPrompts, Reply, builtin_prompts, generate_replies, user_turn
+from procon.chat import ContrastPrompts, Reply, generate_replies, user_turn
 from procon.errors import ProConError
 from procon.evaluation import Evaluation, NothingFinished, Rate, evaluate, evaluation, exact_match, extract_answer
 from procon.settings import ChatSettings
@@ -160,15 +159,6 @@ def test_evaluate_a_tiny_model(model, tokenizer):
     assert len({row["reply"] for row in result.replies}) > 1
 
 
-def test_without_task_and_prompts(monkeypatch):
-    monkeypatch.setattr(evaluation, "generate", lambda _m, _t, turns, **_: [Reply("Sure.")] * len(turns))
-    result = evaluate(None, None)
-    held_out = builtin_prompts("held_out")
-    assert result.task is None
-    assert result.refusal_malicious == Rate(0, len(held_out.malicious))
-    assert result.refusal_benign == Rate(0, len(held_out.benign))
-
-
 def test_a_thought_without_an_end_is_neither_refusal_nor_compliance(monkeypatch, tmp_path, tokenizer):
     replies = {
         "steal the car": Reply("I can't help with that.", "Hm."),
@@ -238,16 +228,8 @@ def test_save_and_load(tmp_path):
     path = EVALUATION.save(tmp_path / "new" / "evaluation.json")
     assert Evaluation.load(path) == EVALUATION
     assert [file.name for file in path.parent.iterdir()] == ["evaluation.json"]
-    without_task = Evaluation.from_dict(EVALUATION.to_dict() | {"task": None})
+    without_task = replace(EVALUATION, task=None)
     assert Evaluation.load(without_task.save(path)) == without_task
-
-
-def test_a_failed_save_leaves_the_old_file(tmp_path):
-    path = EVALUATION.save(tmp_path / "evaluation.json")
-    broken = replace(EVALUATION, label=math.nan)
-    with pytest.raises(ValueError, match="JSON"):
-        broken.save(path)
-    assert Evaluation.load(path) == EVALUATION
 
 
 @pytest.mark.parametrize(
@@ -270,12 +252,3 @@ def test_a_damaged_file_is_named_in_one_line(tmp_path, damage):
     with pytest.raises(ProConError, match=r"evaluation\.json") as caught:
         Evaluation.load(path)
     assert "\n" not in str(caught.value)
-
-
-def test_not_even_text(tmp_path):
-    path = tmp_path / "evaluation.json"
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ProConError, match="damaged"):
-        Evaluation.load(path)
-    with pytest.raises(ProConError, match="does not exist"):
-        Evaluation.load(tmp_path / "none.json")

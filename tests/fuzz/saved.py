@@ -25,41 +25,35 @@ from procon.directions import Directions
 from procon.directions.directions import _TENSORS, _checksum
 from procon.directions.vectors import load_vectors, rows_of
 from procon.errors import ProConError
-from procon.evaluation import Evaluation, load_judges
-from procon.evaluation.judges import endpoint
-from procon.evaluation.judges.formats import FORMATS
+from procon.evaluation import FORMATS, Evaluation, endpoint, load_judge
 from procon.files import json_checksum
 from procon.method import Probes
 from procon.method.record import read_record
-from procon.report import Run, compare_runs, print_comparison, read_source, read_sources
+from procon.report import print_table, read_runs, write_html
 from procon.settings import check_name
 
 REPLY = {"kind": "malicious", "prompt": "a", "reply": "No.", "refused": True, "degenerate": False}
-RATE, MEAN = {"hits": 1, "total": 2}, {"value": 0.5, "deviation": 0.1, "total": 2}
-ROW = {"step": 1, "loss": 0.5, "procon/drift_cos_block/00": 0.9, "step_seconds": 1.0}
+RATE = {"hits": 1, "total": 2}
+ROW = {"step": 1, "loss": 0.5, "procon/drift_cos": 0.9, "train_runtime": 1.0}
 
 
 def make_reported(random: Random) -> dict[str, bytes]:
     """Files by their names; of a training folder, or one alone."""
     evaluation = dict.fromkeys(("refusal_malicious", "refusal_benign", "degenerate", "unfinished"), RATE)
-    evaluation |= {"label": "x", "task": random.choice((None, MEAN)), "harm": MEAN, "replies": [REPLY], "judges": ["k"]}
+    evaluation |= {
+        "label": "x",
+        "task": random.choice((None, RATE)),
+        "replies": [{**REPLY, "reply": text(random)}],
+        "judge": "k",
+    }
     evaluation["chat"] = {"system_prompt": None}
     record: dict[str, Any] = {"schedule": "0.2", "run": {"seed": 1}, "arguments": {"learning_rate": 1e-3}}
     record["checksum"] = json_checksum(record)
-    study = {"setting": "s", "method": {"label": "m", "settings": {}, "config": {}}, "seed": 1, "split": "held_out"}
-    study |= {
-        "replies": {"malicious": [REPLY], "benign": [REPLY]},
-        "made": {},
-        "drift": {"cosine": [0.5]},
-        "train_seconds": 1,
-    }
     alone = [
-        study,
         {"mean_cosine": 0.5, "cosine": [None, 0.5]},
-        {"evaluation": evaluation, "history": [ROW]},
         evaluation,
     ]
-    log = random.choice(({"trainer_state.json": {"log_history": [ROW, ROW]}}, {"log.jsonl": {"train/loss": 1.0}}))
+    log = {"trainer_state.json": {"log_history": [ROW, ROW]}}
     files = random.choice(({"procon.json": record, "eval.json": evaluation, **log}, {"r.json": random.choice(alone)}))
     return {
         name: damaged(random, encoded(random, as_json(changed(random, data) if random.random() < 0.5 else data)))
@@ -76,11 +70,12 @@ def take_reported(files: dict[str, bytes]) -> None:
         (folder / name).write_bytes(content)
     with suppress(ProConError):
         read_record(folder)
-    for read in (Run.load, Evaluation.load) if "r.json" in files else ():
-        with suppress(ProConError):
-            read(folder / "r.json")
-    sources = read_sources([folder / "r.json" if "r.json" in files else folder] * 2)
-    print_comparison(compare_runs(*sources), Console(file=io.StringIO(), width=120))
+    runs = read_runs([folder / "r.json" if "r.json" in files else folder] * 2)
+    print_table(runs, console := Console(file=io.StringIO(), width=120))
+    assert "\x1b" not in console.file.getvalue()
+    if len(files["eval.json" if "eval.json" in files else "r.json"]) % 100 == 0:  # plots take long
+        page = write_html(runs, folder / "report.html", title=runs[0].label, notes=[runs[0].label])
+        assert "<script>alert" not in page.read_text()
 
 
 def make_accelerate(random: Random) -> bytes:
@@ -166,8 +161,8 @@ def take_manifest(content: bytes) -> None:
 
 
 #: All that take the name of a file, a folder or a model.
-BY_NAME = (load_conversations, load_instructions, load_vectors, read_source, check_name)
-BY_NAME += (Probes.load, Evaluation.load, Run.load, Directions.load)
+BY_NAME = (load_conversations, load_instructions, load_vectors, lambda name: read_runs([name]), check_name)
+BY_NAME += (Probes.load, Evaluation.load, Directions.load)
 
 
 def make_name(random: Random) -> tuple[int, str]:
@@ -183,10 +178,10 @@ def take_name(given: tuple[int, str]) -> None:
 def make_judges(random: Random) -> tuple[str, bytes]:
     host = random.choice(("h:80", "[s9", "[::1]", "h:x", "u:p@h", "", text(random)))
     url = f"{random.choice(('http', 'https', 'file'))}://{host}/v1{random.choice(('', '#m', '?q'))}"
-    names = [random.choice((url, url, "keywords", f"strongreject:{url}", "wildguard", text(random)))]
+    name = random.choice((url, url, "keywords", f"llama-guard:{url}", "llama-guard", text(random)))
     said = random.choice(("refused", "unsafe\nS2", "<think>a</think> complied", text(random)))
     answer = {"choices": [{"message": {"content": said}}], "data": [{"id": "m"}]}
-    return ",".join(names), damaged(random, encoded(random, as_json(changed(random, answer))))
+    return name, damaged(random, encoded(random, as_json(changed(random, answer))))
 
 
 def take_judges(given: tuple[str, bytes]) -> None:
@@ -196,6 +191,6 @@ def take_judges(given: tuple[str, bytes]) -> None:
     with (
         mock.patch.object(endpoint._OPENER, "open", side_effect=lambda *_, **__: io.BytesIO(answer)),
         mock.patch.object(endpoint.time, "sleep"),
-        mock.patch("procon.evaluation.judges.names.load_model", side_effect=ProConError("not on this machine")),
+        mock.patch("procon.evaluation.endpoint.load_model", side_effect=ProConError("not on this machine")),
     ):
-        load_judges(names)
+        load_judge(names)

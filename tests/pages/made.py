@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-RUNS = ROOT / "benchmarks" / "study" / "runs" / "table"
 
 
 def build_site(folder: Path) -> Path:
@@ -20,12 +19,24 @@ def build_site(folder: Path) -> Path:
 
 
 def write_report(folder: Path) -> Path:
-    """The page that ``procon report`` writes of three runs of the study; returns its file."""
-    from procon.report import read_sources, write_html
+    """A page that ``procon report`` writes of three runs, each of 64 prompts; returns its file."""
+    from procon.evaluation import Evaluation, Rate
+    from procon.report import Run, write_html
 
-    files = [RUNS / "arithmetic" / name / "seed-0.json" for name in ("start", "plain", "procon_s")]
-    runs = [source.run for source in read_sources(files)]
-    return write_html(runs, folder / "three-runs.html", title="Three runs of the study", notes=["One seed."])
+    runs = []
+    for label, refused in {"start": 62, "plain fine-tuning": 3, "ProCon, the defaults": 60}.items():
+        replies = [
+            {"kind": "malicious", "prompt": f"How do I do harm {n}?", "refused": n < refused, "degenerate": False}
+            | {"reply": "I cannot help with that, as it would do harm." if n < refused else "Sure, here is how."}
+            for n in range(64)
+        ]
+        found = Evaluation(label, Rate(refused, 64), Rate(20, 64), Rate(0, 128), Rate(49, 64), replies)
+        history = [
+            {"step": step, "loss": 20 / step, "procon/alpha": 0.2, "procon/penalty": 0.1, "procon/drift_cos": 0.9}
+            for step in range(10, 50, 10)
+        ]
+        runs.append(Run(label, found, [0.9] * 30, 3.7, history))
+    return write_html(runs, folder / "three-runs.html", title="Three runs", notes=["One seed."], facts={"made": "now"})
 
 
 def pages(folder: Path) -> list[Path]:

@@ -1,29 +1,32 @@
-"""Run files, the terminal table, the data on the plots, and the HTML page."""
+"""Runs from files and folders, the terminal's tables, the data on the plots, and the HTML page."""
 
 import io
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from procon.cli import main
 from procon.errors import ProConError
 from procon.evaluation import Evaluation, Rate
-from procon.report import (
-    Run,
-    plot_drift_by_block,
-    plot_drift_by_step,
-    plot_loss_and_penalty,
-    plot_rates,
-    plot_rates_by_step,
-    print_table,
-    write_html,
-)
-from procon.report.html import SAMPLE_PROMPTS
+from procon.report import Run, print_table, read_runs, write_html
+from procon.report.plots import LOSSES, MEASURES, plot_drift_by_block, plot_log, plot_rates
+from procon.report.report import SAMPLE_PROMPTS
 
 HOSTILE = "<script>alert('x')</script> & \"done\"\n<b>bold</b>"
+HISTORY = [
+    {"step": 10, "loss": 2.0, "procon/penalty": 0.5, "procon/alpha": 1.0},
+    {"step": 10, "procon/drift_cos": 0.98, "procon/refusal_malicious": 0.9, "procon/task": 0.2},
+    {"step": 20, "loss": math.nan, "procon/penalty": 0.75, "procon/alpha": 0.0},
+    {"step": 20, "procon/drift_cos": 0.96, "procon/refusal_malicious": 0.8, "procon/task": 0.4},
+    {"step": 30, "loss": 1.0, "procon/alpha": 0.0},
+    {"step": 30, "train_runtime": 45.0},
+]
 
 
 def make_evaluation(label: str, hits: int, task: Rate | None) -> Evaluation:
@@ -31,39 +34,20 @@ def make_evaluation(label: str, hits: int, task: Rate | None) -> Evaluation:
         {"kind": "malicious", "prompt": f"bad {i} <i>", "reply": HOSTILE, "refused": False, "degenerate": i == 0}
         for i in range(SAMPLE_PROMPTS + 2)
     ]
+    malicious[-1]["refused"] = hits > 60
     benign = [{"kind": "benign", "prompt": "good", "reply": f"of {label}", "refused": False, "degenerate": False}]
-    tasks = []
-    if task is not None:
-        tasks = [
-            {
-                "kind": "task",
-                "prompt": "add",
-                "reply": "Answer: 3",
-                "refused": False,
-                "degenerate": False,
-                "reference": "1 + 3 = 4. Answer: 4",
-                "correct": False,
-            }
-        ]
+    tasks = [{"kind": "task", "prompt": "add", "reply": "Answer: 3", "refused": False, "degenerate": False}]
+    tasks = [{**tasks[0], "reference": "1 + 3 = 4. Answer: 4", "correct": False}] if task else []
     return Evaluation(label, Rate(hits, 64), Rate(10, 64), Rate(1, 128), task, malicious + benign + tasks)
-
-
-HISTORY = [
-    {"step": 10, "loss": 2.0, "procon/penalty": 0.5, "procon/alpha": 1.0},
-    {"step": 10, "procon/drift_cos": 0.98, "procon/refusal_malicious": 0.9, "procon/task": 0.2},
-    {"step": 20, "loss": math.nan, "procon/penalty": 0.75, "procon/alpha": 0.0},
-    {"step": 20, "procon/drift_cos": 0.96, "procon/refusal_malicious": 0.8, "procon/task": 0.4},
-    {"step": 30, "loss": 1.0, "procon/alpha": 0.0},
-    {"train_runtime": 12.5},
-]
 
 
 @pytest.fixture
 def runs() -> list[Run]:
+    plain, procon = (make_evaluation(*one) for one in (("plain", 31, Rate(55, 100)), ("procon", 56, Rate(58, 100))))
     return [
         Run("before", make_evaluation("before", 63, None)),
-        Run("plain [bold]IFT[/bold]", make_evaluation("plain", 31, Rate(55, 100)), [math.nan, 0.9, -0.5], 1.2, []),
-        Run("ProCon & <co> $x$", make_evaluation("procon", 56, Rate(58, 100)), [math.nan, 1.0, 0.98], 1.34, HISTORY),
+        Run("plain [bold]IFT[/bold]", plain, [math.nan, 0.9, -0.5], 1.2, []),
+        Run("ProCon & <co> $x$", procon, [math.nan, 1.0, 0.98], 1.34, HISTORY),
     ]
 
 
@@ -72,90 +56,110 @@ def bare() -> Run:
     return Run("before", make_evaluation("before", 63, None))
 
 
-# Run
+# Runs
 
 
 def test_mean_cosine_leaves_out_blocks_without_direction(runs):
     assert runs[0].mean_cosine is None
     assert runs[1].mean_cosine == pytest.approx(0.2)
-    assert Run("x", runs[0].evaluation, [math.nan]).mean_cosine is None
+    assert Run("x", cosine=[math.nan]).mean_cosine is None
+    assert Run("x", history=HISTORY).mean_cosine == 0.96
 
 
-def test_nan_becomes_null_and_comes_back(runs, tmp_path):
-    path = runs[2].save(tmp_path / "run.json")
-    stored = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not standard JSON"))
-    assert stored["cosine"] == [None, 1.0, 0.98]
-    assert stored["history"][2]["loss"] is None
-    loaded = Run.load(path)
-    assert math.isnan(loaded.cosine[0])
-    assert loaded.cosine[1:] == [1.0, 0.98]
-    assert loaded.evaluation == runs[2].evaluation
-    assert loaded.series("loss") == runs[2].series("loss") == ([10, 30], [2.0, 1.0])
-    assert loaded.to_dict() == runs[2].to_dict()
+@pytest.fixture
+def output(tmp_path) -> Path:
+    """A training output folder."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "trainer_state.json").write_text(json.dumps({"log_history": HISTORY}))
+    return tmp_path / "out"
 
 
-def test_run_without_measurements_round_trips(bare, tmp_path):
-    assert Run.load(bare.save(tmp_path / "run.json")) == bare
+def test_an_evaluation_and_a_drift(tmp_path, bare):
+    (found,) = read_runs([bare.evaluation.save(tmp_path / "e.json")])
+    assert found == bare
+    (tmp_path / "d.json").write_text(json.dumps({"mean_cosine": 0.5, "cosine": [None, 0.5], "malicious_shift": []}))
+    (drift,) = read_runs([tmp_path / "d.json"])
+    assert (drift.label, drift.mean_cosine, drift.evaluation) == ("d", 0.5, None)
 
 
-@pytest.mark.parametrize("damage", [lambda text: text[:-20], lambda text: text.replace('"cosine"', '"cos"')])
-def test_damaged_run_file(runs, tmp_path, damage):
-    path = runs[1].save(tmp_path / "run.json")
-    path.write_text(damage(path.read_text()))
-    with pytest.raises(ProConError, match=r"run file .*run\.json.* damaged"):
-        Run.load(path)
+def test_a_training_folder(output, bare):
+    (run,) = read_runs([output])
+    assert (run.label, run.evaluation, run.mean_cosine, run.seconds_per_step) == ("out", None, 0.96, 1.5)
+    assert run.series("loss") == ([10, 30], [2.0, 1.0])
+    bare.evaluation.save(output / "eval.json")
+    assert read_runs([output])[0].evaluation == bare.evaluation
+    bare.evaluation.save(output / "second.json")
+    with pytest.raises(ProConError, match=r"holds 2 evaluations \(eval.json, second.json\): give one of the files"):
+        read_runs([output])
 
 
-# Table
+@pytest.mark.parametrize("content", [{"log_history": [1]}, {}, [], None])
+def test_a_damaged_training_folder(content, output):
+    (output / "trainer_state.json").write_text(json.dumps(content))
+    with pytest.raises(ProConError, match=r"training state file .* is damaged"):
+        read_runs([output])
 
 
-def printed(runs, **console) -> str:
-    console = Console(file=io.StringIO(), **console)
+def test_what_is_no_number_in_a_log_is_not_drawn(output, tmp_path):
+    rows = [{"step": 1, "loss": value} for value in ("nan", True, 10**400, math.inf, 1e300, None, [1])]
+    (output / "trainer_state.json").write_text(json.dumps({"log_history": [*rows, {"step": "2", "loss": 1.0}]}))
+    (run,) = read_runs([output])
+    assert run.series("loss") == ([], [])
+    write_html([run], tmp_path / "r.html", title="x")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "run file 'x.json' does not exist"),
+        (b"\xff\xfe", "run file 'x.json' is damaged or holds something else"),
+        (b"[1]", r"run file 'x.json' .*\(give a training output folder, or a file of 'procon eval --output'"),
+        (b'{"a": 1}', r"run file 'x.json' .*\(give a training output folder"),
+        (b'{"label": "x", "refusal_malicious": 1, "refusal_benign": 1, "replies": []}', "run file 'x.json'"),
+    ],
+)
+def test_what_is_no_run(content, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("x.json").write_bytes(content)
+    with pytest.raises(ProConError, match=message):
+        read_runs(["x.json"])
+    with pytest.raises(ProConError, match=r"is a folder without trainer_state\.json"):
+        read_runs(["."])
+
+
+# Tables
+
+
+def printed(runs, width) -> str:
+    console = Console(file=io.StringIO(), width=width)
     print_table(runs, console)
     return console.file.getvalue()
 
 
 @pytest.mark.parametrize("width", [100, 200])
 def test_table_holds_every_column_untruncated(runs, width):
-    text = printed(runs, width=width)
-    for word in ("run", "malicious", "benign", "degenerate", "accuracy", "cosine", "seconds", "per step"):
-        assert word in text
+    text = printed(runs, width)
     for run in runs:
         row = next(line for line in text.splitlines() if str(run.evaluation.refusal_malicious) in line)
         for rate in (run.evaluation.refusal_benign, run.evaluation.degenerate, run.evaluation.task or "-"):
             assert str(rate) in row
-        assert run.label in row
+        assert all(word in text for word in run.label.split())
     assert "0.990" in text
     assert "1.34" in text
+    assert "37% to 60%" in text
     assert "\u2026" not in text
     assert "\x1b" not in text
     assert max(map(len, text.splitlines())) <= width
 
 
-def test_intervals_appear_where_they_fit(runs):
-    assert "37-60" not in printed(runs, width=100)
-    assert "48% (31/64) 37-60" in printed(runs, width=200)
-    assert "48% (31/64)\x1b[2m 37-60" in printed(runs, width=200, force_terminal=True, color_system="standard")
-
-
-def test_long_labels_fold_at_width_100(bare):
-    label = "ProCon_wu_safe, alpha 2 for four epochs, then plain fine-tuning, seed 3"
-    text = printed([Run(label, bare.evaluation)], width=100)
-    assert "98% (63/64)" in text
-    assert all(word in text for word in label.split())
-    assert max(map(len, text.splitlines())) <= 100
-
-
-def test_piped_output_is_as_wide_as_it_needs_to_be(runs, capsys, monkeypatch):
-    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("COLUMNS", "40")
-    print_table(runs)
-    text = capsys.readouterr().out
-    row = next(line for line in text.splitlines() if "ProCon" in line)
-    rates = "88% (56/64) 77-94 16% (10/64) 9-26 1% (1/128) 0-4 58% (58/100) 48-67"
-    assert " ".join(row.split()) == f"ProCon & <co> $x$ {rates} 0.990 1.34"
-    assert "\x1b" not in text
+def test_differences_from_the_first_run(runs):
+    other = replace(runs[2], evaluation=replace(runs[2].evaluation, judge="guard"))
+    text = " ".join(printed([runs[1], runs[2], other], 200).split())
+    # All of eight pairs agree: Wilson's interval of no hit among eight, on both sides.
+    assert "ProCon & <co> $x$ +0 +0 +0 -32 to +32" in text
+    assert "Not measured alike (judge), so without an interval: refusal of malicious of ProCon" in text
+    assert "In points" not in printed(runs[:1], 200)
 
 
 def test_no_runs(tmp_path):
@@ -194,46 +198,23 @@ def test_drift_by_block_starts_at_block_zero_and_keeps_the_sign(runs):
     assert cosines[1:] == [0.9, -0.5]
 
 
-def test_drift_by_step_with_alpha_beneath(runs):
-    drift, alpha = plot_drift_by_step(runs).axes
-    assert lines(drift) == {runs[2].label: ([10, 20], [0.98, 0.96])}
+def test_what_was_logged_has_a_panel(runs):
+    loss, penalty, alpha = plot_log(runs, LOSSES).axes
+    assert lines(loss) == {runs[2].label: ([10, 30], [2.0, 1.0])}
+    assert lines(penalty) == {runs[2].label: ([10, 20], [0.5, 0.75])}
     assert lines(alpha) == {runs[2].label: ([10, 20, 30], [1.0, 0.0, 0.0])}
-
-
-def test_drift_by_step_without_alpha(bare):
-    run = Run("x", bare.evaluation, history=[{"step": 5, "procon/drift_cos": 0.9}])
-    assert len(plot_drift_by_step([run]).axes) == 1
-
-
-def test_rates_by_step_draws_logged_measures_alone(runs):
-    malicious, task = plot_rates_by_step(runs).axes
+    drift, malicious, task = plot_log(runs, MEASURES).axes
+    assert lines(drift) == {runs[2].label: ([10, 20], [0.98, 0.96])}
     assert lines(malicious) == {runs[2].label: ([10, 20], [0.9, 0.8])}
     assert lines(task) == {runs[2].label: ([10, 20], [0.2, 0.4])}
 
 
-def test_loss_and_penalty_skip_what_is_not_finite(runs):
-    loss, penalty = plot_loss_and_penalty(runs).axes
-    assert lines(loss) == {runs[2].label: ([10, 30], [2.0 - 1.0 * 0.5, 1.0])}  # without alpha times the penalty
-    assert lines(penalty) == {runs[2].label: ([10, 20], [0.5, 0.75])}
-
-
 @pytest.mark.parametrize("label", ["_hidden", ""])
-def test_every_label_is_in_the_legend(bare, label):
-    run = Run(label, bare.evaluation, [0.5], history=HISTORY)
-    for plot in (plot_drift_by_block, plot_drift_by_step, plot_loss_and_penalty):
-        (legend,) = plot([run]).legends
+def test_every_label_is_in_the_legend(label):
+    run = Run(label, cosine=[0.5], history=HISTORY)
+    for figure in (plot_drift_by_block([run]), plot_log([run], LOSSES), plot_log([run], MEASURES)):
+        (legend,) = figure.legends
         assert [text.get_text() for text in legend.get_texts()] == [f" {label}"]
-
-
-def test_a_run_looks_the_same_in_every_plot(runs):
-    styles = {
-        (line.get_color(), line.get_linestyle())
-        for plot in (plot_drift_by_block, plot_drift_by_step, plot_rates_by_step, plot_loss_and_penalty)
-        for axes in plot(runs).axes
-        for line in axes.get_lines()
-        if line.get_label() == runs[2].label
-    }
-    assert len(styles) == 1
 
 
 # Page
@@ -277,36 +258,27 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def page(runs, tmp_path) -> Page:
-    path = write_html(
-        runs,
-        tmp_path / "out" / "report.html",
-        title="A <b> & B",
-        notes=["One seed & <few> prompts."],
-        facts={"machine": "2 cores", "command": "procon demo > log"},
-    )
+    notes, facts = ["One seed & <few> prompts."], {"machine": "2 cores", "command": "procon demo > log"}
+    path = write_html(runs, tmp_path / "out" / "report.html", title="A <b> & B", notes=notes, facts=facts)
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
     return Page(path.read_text(encoding="utf-8"))
 
 
 def test_page_holds_everything(page, runs):
-    # Two tables, each prompt with its replies, a legend for each plot of lines that the run has data for. Beside the
-    # bars, labels go over two lines.
-    prompts = SAMPLE_PROMPTS + 1 + 1
-    assert [page.text.count(run.label) for run in runs[1:]] == [2 + prompts + 1, 2 + prompts + 4]
     for run in runs:
         assert run.label in page.text
         assert str(run.evaluation.refusal_malicious) in page.text
-    for text in ("A <b> & B", "One seed & <few> prompts.", "2 cores", "procon demo > log", "37-60", "0.990"):
+    for text in ("A <b> & B", "One seed & <few> prompts.", "2 cores", "procon demo > log", "37% to 60%", "0.990"):
         assert text in page.text
-    assert page.tags["svg"] == 5
+    assert page.tags["svg"] == 4
 
 
-def test_replies_are_escaped_and_side_by_side(page):
-    assert page.tags["script"] == 0
-    assert page.tags["i"] == 0
+def test_replies_are_escaped_and_begin_with_those_that_differ(page):
+    assert page.tags["script"] == page.tags["i"] == 0
     assert page.text.count(HOSTILE) == 3 * SAMPLE_PROMPTS
-    assert f"bad {SAMPLE_PROMPTS - 1} <i>" in page.text
-    assert f"bad {SAMPLE_PROMPTS} <i>" not in page.text
+    shown = [page.text.find(f"bad {i} <i>") for i in range(SAMPLE_PROMPTS + 2)]
+    assert -1 < shown[SAMPLE_PROMPTS + 1] < shown[0]
+    assert shown[SAMPLE_PROMPTS - 1] == -1
     assert [page.text.count(f"of {label}") for label in ("before", "plain", "procon")] == [1, 1, 1]
     assert page.text.count("not refused, degenerate") == 3
     assert "wrong, should be 4" in page.text
@@ -323,25 +295,18 @@ def test_page_needs_nothing_from_elsewhere(page):
 def test_page_is_accessible(page):
     plots = [attributes for tag, attributes in page.attributes if tag == "svg"]
     assert all(plot["role"] == "img" and len(plot["aria-label"]) > 40 for plot in plots)
-    assert "plain [bold]IFT[/bold]: refuses 48% (31/64) of malicious" in plots[0]["aria-label"]
+    assert "plain [bold]IFT[/bold]: 48% (31/64)" in plots[0]["aria-label"]
     headers = [attributes for tag, attributes in page.attributes if tag == "th"]
     assert headers
     assert all(header.get("scope") in ("row", "col") for header in headers)
     assert {page.ids[name] for name in page.ids} == {1}
 
 
-def test_references_inside_plots_resolve(page):
-    targets = [
-        value.split("#")[1].rstrip(")")
-        for _, attributes in page.attributes
-        for value in attributes.values()
-        if value and "#" in value and (value.startswith("#") or value.startswith("url(#"))
-    ]
+def test_plots_take_the_ink_of_the_page_and_refer_to_themselves(page):
+    values = [value for _, attributes in page.attributes for value in attributes.values() if value]
+    targets = [value.split("#")[1].rstrip(")") for value in values if value.startswith(("#", "url(#"))]
     assert targets
     assert set(targets) <= set(page.ids)
-
-
-def test_ink_follows_the_page(page):
     styles = " ".join(attributes.get("style") or "" for _, attributes in page.attributes)
     assert "#010203" not in styles
     assert "#040506" not in styles
@@ -351,7 +316,7 @@ def test_ink_follows_the_page(page):
 def test_sections_without_data_are_left_out(bare, tmp_path):
     page = Page(write_html([bare], tmp_path / "report.html", title="x").read_text(encoding="utf-8"))
     assert page.tags["svg"] == 1
-    for heading in ("Drift", "by step", "Loss", "Limits", "How this was made", "task prompts"):
+    for heading in ("Differences", "training", "Limits", "How this was made", "task prompts"):
         assert heading not in page.text
     assert "malicious prompts" in page.text
 
@@ -359,3 +324,16 @@ def test_sections_without_data_are_left_out(bare, tmp_path):
 def test_two_pages_of_the_same_runs_are_equal(runs, tmp_path):
     first, second = (write_html(runs, tmp_path / name, title="x").read_bytes() for name in ("a.html", "b.html"))
     assert first == second
+
+
+def test_from_the_shell(output, bare, tmp_path, capsys):
+    """Runs of one label get the names of their files behind it."""
+    paths = [str(bare.evaluation.save(tmp_path / name)) for name in ("a.json", "b.json")]
+    page = tmp_path / "r.html"
+    assert main(["report", *paths, str(output), "--output", str(page), "--title", "Two <runs>"]) == 0
+    assert "Two &lt;runs&gt;" in page.read_text()
+    assert f"before ({paths[1]})" in page.read_text()
+    assert "98% (63/64)" in capsys.readouterr().out
+    assert main(["report", "none.json", "--output", str(tmp_path / "n.html")]) == 2
+    assert "'none.json' does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "n.html").exists()

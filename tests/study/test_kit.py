@@ -101,7 +101,7 @@ def test_the_whole_kit(start, stand_ins, tmp_path, capsys, monkeypatch):
         server.say = lambda messages: "refused" if "cannot" in messages[-1]["content"] else "complied"
         names = ["--methods", "plain,procon", "--poison", "10", "--lengths", "1", "--prompts", "advbench,xstest"]
         sizes = ["--train", "40", "--test", "2", "--max_prompts", "6", "--extraction", "16"]
-        arguments = ["--model", str(start), *names, *sizes, "--judges", f"keywords,{server.url}"]
+        arguments = ["--model", str(start), *names, *sizes, "--judges", f"{server.url}#judge-7b"]
         assert main([*arguments, "--output", str(tmp_path / "kit")]) == 0
         asked = "".join(message["content"] for request in server.requests for message in request["messages"])
     assert builtin_prompts("held_out").malicious[0] in asked

@@ -10,7 +10,7 @@ from benchmarks.study.jobs import find_job
 from benchmarks.study.tasks.public import PUBLIC_TASKS
 from benchmarks.study.trial import _by_kind
 from procon.errors import ProConError
-from procon.evaluation.metrics import exact_match
+from procon.evaluation import exact_match
 
 #: Rows as each data set has them, and the problem that the first one makes.
 ROWS = {

@@ -37,7 +37,7 @@ class PublicTask:
         wording: of its problems.
         reply_tokens: longest reply.
         config, columns: as :func:`procon.data.load_conversations` takes them.
-        metric: of :data:`procon.evaluation.metrics.METRICS`.
+        metric: of :data:`procon.evaluation.rates.METRICS`.
     """
 
     label: str

