@@ -14,7 +14,7 @@ from procon.errors import ProConError
 from procon.files import whole_folder
 from procon.models import adapter_targets, load_model, spread
 from procon.settings import PAPER_RECIPE
-from procon.training.output import MERGED
+from procon.training.run_folder import MERGED
 
 
 def trainable(model: PreTrainedModel, arguments: TrainArguments) -> PreTrainedModel:

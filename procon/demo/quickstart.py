@@ -42,7 +42,6 @@ from procon.report import Run, print_table, write_html
 from procon.schedule import AlphaSchedule
 from procon.settings import PAPER_RECIPE, ProConSettings
 from procon.training import DriftCallback, EvaluationCallback, ProConConfig, ProConTrainer
-from procon.training.console_rows import show_rows
 from procon.version import __version__
 
 TASK_TRAIN, TASK_TEST, TASK_PROBE = 320, 64, 16
@@ -242,16 +241,15 @@ def _fine_tune(
             **REPLY_TOKENS,
         ),
     )
-    show_rows(trainer)
     for probe in probes:
         trainer.add_callback(probe)
-    times = trainer.train().metrics
+    seconds = trainer.train().metrics["train_runtime"]
     trainer.save_model()
     run = Run(
         label=label,
         evaluation=evaluate(tuned, tokenizer, task=task, label=label, **REPLY_TOKENS),
         cosine=measure_drift(tuned, tokenizer, reference, builtin_drift_pairs()).cosine.tolist(),
-        seconds_per_step=times.get("step_cpu_seconds", times["step_seconds"]),
+        seconds_per_step=(seconds - sum(probe.seconds for probe in probes)) / trainer.state.global_step,
         history=trainer.state.log_history,
     )
     tuned.unload()

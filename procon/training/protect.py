@@ -11,8 +11,7 @@ from transformers import Trainer
 from procon.directions import Directions
 from procon.errors import ProConError
 from procon.settings import ChatSettings, ProConSettings
-from procon.training.mixin import ProConMixin
-from procon.training.step_times import StepTimes
+from procon.training.trainer import ProConMixin
 
 _Trainer = TypeVar("_Trainer", bound=Trainer)
 
@@ -63,8 +62,6 @@ def protect(
     bases = (kind, type(trainer)) if not issubclass(kind, type(trainer)) else (kind,)
     trainer.__class__ = type(f"ProCon{type(trainer).__name__}", bases, {"__module__": type(trainer).__module__})
     made: Any = trainer
-    made._step_times = StepTimes()
-    made.add_callback(made._step_times)
     made.constrain(ProConSettings(**settings), directions, chat)
     return trainer
 

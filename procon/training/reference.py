@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from procon.anchors import LiveAnchors
 from procon.errors import ProConError
 from procon.models import active_adapters, adapter_layer, find_decoder, unwrapped
-from procon.training.mixin import ProConMixin
+from procon.training.trainer import ProConMixin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

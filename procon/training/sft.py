@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from procon.chat import marked_template
 from procon.data import to_conversations, tokenize_conversations
 from procon.training.config import ProConArguments
-from procon.training.mixin import ProConMixin
+from procon.training.trainer import ProConMixin
 
 
 @dataclass
