@@ -1,5 +1,5 @@
 """Constrained fine-tuning over transformers' Trainer and what extends it; TRL's trainers are in
-``procon.training.sft``, ``dpo``, ``kto`` and ``grpo``.
+``procon.training.sft`` and ``procon.training.preferences``.
 
 In: a Trainer's model, arguments and data, and directions.
 Out: the fine-tuned model, with what it was trained under beside it, and a log.

@@ -17,10 +17,10 @@ _Trainer = TypeVar("_Trainer", bound=Trainer)
 
 #: By trainers of TRL, where the class is that constrains them. Other classes are constrained as the Trainer is.
 _KIN = {
-    "trl.trainer.dpo_trainer.DPOTrainer": ("procon.training.dpo", "ProConDPOTrainer"),
-    "trl.trainer.kto_trainer.KTOTrainer": ("procon.training.kto", "ProConKTOTrainer"),
-    "trl.experimental.kto.kto_trainer.KTOTrainer": ("procon.training.kto", "ProConKTOTrainer"),
-    "trl.trainer.grpo_trainer.GRPOTrainer": ("procon.training.grpo", "ProConGRPOTrainer"),
+    "trl.trainer.dpo_trainer.DPOTrainer": ("procon.training.preferences", "ProConDPOTrainer"),
+    "trl.trainer.kto_trainer.KTOTrainer": ("procon.training.preferences", "ProConKTOTrainer"),
+    "trl.experimental.kto.kto_trainer.KTOTrainer": ("procon.training.preferences", "ProConKTOTrainer"),
+    "trl.trainer.grpo_trainer.GRPOTrainer": ("procon.training.preferences", "ProConGRPOTrainer"),
     "trl.trainer.sft_trainer.SFTTrainer": ("procon.training.sft", "ProConSFTTrainer"),
 }
 

@@ -15,7 +15,6 @@ from procon.data import flattening_collator, padding_collator
 from procon.directions import Directions
 from procon.errors import ProConError
 from procon.method import Probes, ProbeTerm
-from procon.method.probes import PROBES_FILE
 from procon.method.record import read_record
 from procon.models import find_decoder, origin_of
 from procon.training import ProConConfig, ProConTrainer
@@ -295,10 +294,6 @@ def test_another_source_is_another_training(trainer, tmp_path):
     for other in ({"source": "recorded"}, {"source": "probes", "procon_probe_weight": 3.0}):
         with pytest.raises(ProConError, match="of another training: give another output_dir"):
             trainer(**{**settings, **other}).train()
-    recorded = trainer("recorded", procon_overwrite=True, **settings)
-    recorded.train()
-    recorded.save_model()
-    assert not (tmp_path / PROBES_FILE).exists()
 
 
 def test_live_anchors_refuse_directions_of_another_model(tiny_model, random_directions):

@@ -111,11 +111,8 @@ def test_what_is_logged_reaches_a_tracker(trainer, tmp_path, monkeypatch):
 def test_refusals_and_the_task_are_logged(make_trainer, tokenizer):
     made = make_trainer("Trainer", "0", max_steps=2, save_strategy="no")
     task = [{"instruction": "count to one", "output": "0"}]
-    made.add_callback(
-        EvaluationCallback(
-            made, tokenizer, steps=2, prompts=PROMPTS, task=task, max_new_tokens=2, task_max_new_tokens=2
-        )
-    )
+    short = {"max_new_tokens": 2, "task_max_new_tokens": 2}
+    made.add_callback(EvaluationCallback(made, tokenizer, steps=2, prompts=PROMPTS, task=task, **short))
     made.train()
     for name in ("procon/refusal_malicious", "procon/refusal_benign", "procon/task"):
         found = series(made, name)
