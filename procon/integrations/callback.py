@@ -164,7 +164,6 @@ class ProConCallback(TrainerCallback, ExportableState):
             self._forward = ConstrainedForward(procon)
             procon.record(lambda: _recording_loader(train_dataloader, args))
         self._forward.attach()
-        procon.begin_run()
         logger.info(
             "alpha schedule %s over %d steps of %d epochs, %d steps each",
             procon.schedule,

@@ -76,6 +76,8 @@ class ProCon:
     Attributes:
         settings, schedule: as given, and the strength over training.
         terms: what the loss is a sum of; a list that may be added to before :meth:`prepare`.
+        tokens: the term of the training tokens, None without one.
+        batch_keys: what the terms' collators add to a batch, once they are attached.
         directions: once they are found; None if no term needs any.
         evidence: what the constraint has done so far.
         step: the current optimiser step.
@@ -110,6 +112,8 @@ class ProCon:
         self.step = Step()
         self.steps_per_epoch = 1
         self.accumulation = 1
+        self.tokens: TokenTerm | None = self.term(TokenTerm)
+        self.batch_keys: tuple[str, ...] = ()
         self._paused = self._attached = False
         self._begun = 0
         self.at_start = True
@@ -141,11 +145,6 @@ class ProCon:
         return next((term for term in self.terms if isinstance(term, kind)), None)
 
     @property
-    def tokens(self) -> TokenTerm | None:
-        """The term of the training tokens."""
-        return self.term(TokenTerm)
-
-    @property
     def constraint(self) -> ProjectionConstraint | None:
         """That of the training tokens, once there are directions."""
         return None if self.tokens is None or self.directions is None else self.tokens.constraint
@@ -163,11 +162,6 @@ class ProCon:
     def ready(self) -> bool:
         """Whether every term has recorded or restored what it needs."""
         return all(term.ready for term in self.terms)
-
-    @property
-    def batch_keys(self) -> tuple[str, ...]:
-        """What the terms' collators add to a batch."""
-        return tuple(key for term in self.terms for key in term.batch_keys)
 
     # ---------------------------------------------------------------- before training
 
@@ -219,11 +213,13 @@ class ProCon:
         refuse_noise(getattr(token_embedding(self.run.model), "neftune_noise_alpha", None))
         for term in self.terms:
             term.attach(self.run)
+            term.pause(self._paused)
+            self.batch_keys += term.batch_keys
         self._attached = True
 
     def detach(self) -> None:
         """The model is as it was."""
-        self._attached = False
+        self._attached, self.batch_keys = False, ()
         for term in self.terms:
             term.detach()
 
@@ -236,9 +232,16 @@ class ProCon:
     def record(self, batches: Batches) -> None:
         """Record what the starting model is, unless a checkpoint has it: the model is where it will train.
 
+        What was done is counted on from there, or from nothing.
+
         Args:
             batches: makes a loader of the training set, each rank's share once, for a term that records it.
         """
+        window = self._resumed.get("window", {})
+        self.evidence.restore(self._resumed.get("did"))
+        self._penalty_sum = None
+        self._carried = float(window.get("penalty", 0.0))
+        self._penalty_steps = int(window.get("steps", 0))
         if self.active and not self.needs_directions and self.at_start:
             # Elsewhere asked as directions are found: what is kept is what is there.
             prompts = builtin_prompts("extraction").malicious
@@ -249,14 +252,6 @@ class ProCon:
             )
         for term in self.terms:
             term.prepare(self.run, batches)
-
-    def begin_run(self) -> None:
-        """Count from what the checkpoint has counted, or from nothing."""
-        self.evidence.restore(self._resumed.get("did"))
-        window = self._resumed.get("window", {})
-        self._penalty_sum = None
-        self._carried = float(window.get("penalty", 0.0))
-        self._penalty_steps = int(window.get("steps", 0))
 
     def prepare(self, loader: DataLoader, *, accumulation: int = 1, resume: str | Path | None = None) -> DataLoader:
         """All that comes before training in a plain loop; returns ``loader``, whose batches then have anchors.
@@ -283,7 +278,6 @@ class ProCon:
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         size = loader.batch_size or 1
         self.record(lambda: once_through(loader.dataset, collate, size, rank=rank, ranks=ranks))
-        self.begin_run()
         self.begin_step(int(record.get("step", 0)))
         return loader
 
@@ -386,16 +380,16 @@ class ProCon:
         self._begun = 0
         self.evidence.begin_step()
         if self.constraint is not None:
-            self.constraint.note_departures(self.at_start and number == 0 and self.alpha > 0)
+            self.constraint.note_departures(self.at_start and number == 0 and self.step.alpha > 0)
 
     @property
     def acts(self) -> bool:
         """Whether this optimiser step has a penalty: alpha is above 0, and a term has a share of it."""
-        return self.alpha > 0 and any(term.acts(self.step) for term in self.terms)
+        return self.step.alpha > 0 and any(term.acts(self.step) for term in self.terms)
 
     def begin(self, batch: dict[str, Any]) -> None:
         """Before a training forward on ``batch``, of which what the collator added is taken out."""
-        constrains = self.alpha > 0
+        constrains = self.step.alpha > 0
         self._begun += 1
         self.pause(not constrains)
         for term in self.terms:
@@ -412,9 +406,10 @@ class ProCon:
 
     def pause(self, paused: bool) -> None:
         """Whether forwards run at plain speed from now on."""
-        self._paused = paused
-        for term in self.terms:
-            term.pause(paused)
+        if paused != self._paused:
+            self._paused = paused
+            for term in self.terms if self._attached else ():
+                term.pause(paused)
 
     @contextmanager
     def resting(self) -> Iterator[None]:
@@ -429,7 +424,7 @@ class ProCon:
     def shares(self) -> Tensor | None:
         """After the forward: this micro-batch's share of the terms, before alpha; None if it has none."""
         found = []
-        for term in self.terms if self.alpha > 0 else ():
+        for term in self.terms if self.step.alpha > 0 else ():
             if not term.acts(self.step):
                 continue
             for other in self.terms:
@@ -455,7 +450,7 @@ class ProCon:
         kept = share.detach()
         self._penalty_sum = kept if self._penalty_sum is None else self._penalty_sum + kept
         self.evidence.watch(share, expected)
-        return self.alpha * scale * share
+        return self.step.alpha * scale * share
 
     def loss(self) -> Tensor | float:
         """After the forward, what a plain loop adds to its loss; 0 if nothing.
@@ -473,7 +468,7 @@ class ProCon:
 
     def before_optimizer(self) -> None:
         """The step's gradient is complete, and not yet clipped."""
-        for term in self.terms if self.alpha > 0 else ():
+        for term in self.terms if self.step.alpha > 0 else ():
             term.before_optimizer(self.step, self.run)
 
     def end_step(self, optimizer: torch.optim.Optimizer | None, model: nn.Module | None = None) -> None:
@@ -485,7 +480,7 @@ class ProCon:
 
     def after_optimizer(self) -> None:
         """The optimiser has taken its step."""
-        for term in self.terms if self.alpha > 0 else ():
+        for term in self.terms if self.step.alpha > 0 else ():
             term.after_optimizer(self.step, self.run)
 
     def end(self, optimizer: torch.optim.Optimizer | None = None) -> None:

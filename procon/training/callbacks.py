@@ -7,6 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ from transformers import (
 from procon.chat import ContrastPrompts, builtin_drift_pairs, builtin_prompts, describe_chat
 from procon.directions import ContrastMeans, Directions
 from procon.errors import ProConError
-from procon.evaluation import Drift, Judge, Metric, NothingFinished, evaluate, measure_drift
+from procon.evaluation import Drift, NothingFinished, evaluate, measure_drift
 from procon.method.ranks import on_main
 from procon.settings import ChatSettings
 from procon.training.run_folder import output_folder
@@ -167,9 +168,8 @@ class EvaluationCallback(MeasuringCallback):
     Args:
         prompts: contrast prompts, 24 built-in validation pairs if not given: keep held-out ones for the end.
         task: rows ``{"instruction", "output"}`` that are not trained on.
-        judge: who says whether a reply refuses, and ``metric``: when a task reply is right; as in
-            :func:`procon.evaluation.evaluate`. A judge that is a model stays in memory while training runs.
-        max_new_tokens, task_max_new_tokens: lengths of the replies, as in :func:`procon.evaluation.evaluate`.
+        settings: of :func:`procon.evaluation.evaluate`, such as ``judge``, ``metric`` and the lengths of the replies. A
+            judge that is a model stays in memory while training runs.
     """
 
     def __init__(
@@ -180,21 +180,13 @@ class EvaluationCallback(MeasuringCallback):
         steps: int = 50,
         prompts: ContrastPrompts | None = None,
         task: Sequence[dict[str, Any]] | None = None,
-        judge: str | Judge | Sequence[Judge] | None = None,
-        metric: str | Metric = "exact",
-        max_new_tokens: int = 24,
-        task_max_new_tokens: int = 64,
         chat: ChatSettings | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__(trainer, tokenizer, steps, chat)
         self.prompts = prompts or builtin_prompts("validation").first(24)
-        self._settings: dict[str, Any] = {
-            "task": task,
-            "judge": judge,
-            "metric": metric,
-            "max_new_tokens": max_new_tokens,
-            "task_max_new_tokens": task_max_new_tokens,
-        }
+        self._settings = {"task": task, "max_new_tokens": 24, "task_max_new_tokens": 64, **settings}
+        signature(evaluate).bind(trainer.model, tokenizer, **self._settings)  # a wrong name shows now, not in training
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -52,11 +52,6 @@ class ReferenceMixin(ProConMixin):
                 "or take procon_anchors 'none' and its probes"
             )
 
-    @property
-    def _reference_model(self) -> nn.Module | None:
-        reference = getattr(self, "ref_model", None)
-        return None if reference is None else unwrapped(reference)
-
     def _is_reference(self, model: nn.Module) -> bool:
         """Whether a forward of ``model`` is now one of the starting model."""
         if model is getattr(self, "ref_model", None):

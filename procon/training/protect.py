@@ -24,9 +24,6 @@ _KIN = {
     "trl.trainer.sft_trainer.SFTTrainer": ("procon.training.sft", "ProConSFTTrainer"),
 }
 
-#: Those whose training token anchors are no part of the default, as for the classes of ours.
-_PROBES_ALONE = ("ProConDPOTrainer", "ProConKTOTrainer", "ProConGRPOTrainer")
-
 
 def protect(
     trainer: _Trainer,
@@ -57,7 +54,7 @@ def protect(
     if trainer.state.global_step or getattr(trainer, "optimizer", None) is not None:
         raise ProConError("the trainer has begun to train: protect it before train()")
     kind = _kind_of(type(trainer))
-    if kind.__name__ in _PROBES_ALONE:
+    if kind.__module__.endswith(".preferences"):  # by default as their configurations
         settings = {"anchors": "none", **settings}
     bases = (kind, type(trainer)) if not issubclass(kind, type(trainer)) else (kind,)
     trainer.__class__ = type(f"ProCon{type(trainer).__name__}", bases, {"__module__": type(trainer).__module__})

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -27,9 +27,9 @@ from procon.files import sync_files, writing
 from procon.method import ProCon, Run, check_batches, makes_batches, once_through
 from procon.method.ranks import on_main
 from procon.method.record import RECORD, write_record
-from procon.models import is_sharded, keep_quantised
+from procon.models import is_sharded, keep_quantised, unwrapped
 from procon.settings import ChatSettings, ProConSettings
-from procon.training.config import PREFIX, ProConArguments, check_probe_file
+from procon.training.config import PREFIX, ProConArguments
 from procon.training.loss_scale import loss_scale
 from procon.training.model_card import write_section
 from procon.training.run_folder import (
@@ -102,7 +102,9 @@ class TrainerRun(Run):
 
     @property
     def reference(self) -> nn.Module | None:
-        return self._trainer._reference_model
+        """The starting model as a module of its own, if the trainer has one anyway."""
+        found = getattr(self._trainer, "ref_model", None)
+        return None if found is None else unwrapped(found)
 
     def autocast(self) -> AbstractContextManager[Any]:
         return self._trainer.compute_loss_context_manager()
@@ -208,15 +210,12 @@ class ProConMixin(_Trainer):
                 "context parallelism splits the sequences of a forward over the ranks, which live anchors and probes "
                 f"do not allow: with cp_size above 1, take {PREFIX}anchors 'recorded' and {PREFIX}probes 'none'"
             )
-        if settings.has_probes and self.is_deepspeed_enabled and self._zero_stage() == 3:
+        plugin: Any = self.accelerator.state.deepspeed_plugin
+        if settings.has_probes and self.is_deepspeed_enabled and int(plugin.zero_stage) == 3:
             raise ProConError(
                 "DeepSpeed ZeRO-3 takes one forward for each backward, and probes are a second one: take "
                 f"{PREFIX}probes 'none', ZeRO 2 or FSDP2"
             )
-
-    def _zero_stage(self) -> int:
-        plugin: Any = self.accelerator.state.deepspeed_plugin
-        return int(plugin.zero_stage)
 
     # ---------------------------------------------------------------- before the first step
 
@@ -243,7 +242,12 @@ class ProConMixin(_Trainer):
                 record = self._record()
                 on_main(lambda: claim(folder, record))
             if procon.active:
-                self._find(checkpoint)
+                if self.args.use_liger_kernel:  # train() does so later, and would take the norms from the constraint
+                    apply_liger_kernel(self.model, self.args.liger_kernel_config)
+                if checkpoint:
+                    procon.find(checkpoint.path, checkpoint.record)
+                else:
+                    procon.find()
             with procon.attached() if procon.active else nullcontext():
                 output = super().train(str(checkpoint.path) if checkpoint else None, *args, **kwargs)
         if procon.active:
@@ -288,16 +292,6 @@ class ProConMixin(_Trainer):
             )
         check_same_run(checkpoint.record, self._run or {}, str(checkpoint))
 
-    def _find(self, checkpoint: Checkpoint | None) -> None:
-        """The directions, and what the checkpoint has of the terms."""
-        if self.args.use_liger_kernel:  # train() does so later, and would take the norms from the constraint
-            apply_liger_kernel(self.model, self.args.liger_kernel_config)
-        if checkpoint:
-            self.procon.find(checkpoint.path, checkpoint.record)
-        else:
-            on_main(lambda: check_probe_file(self.procon.settings))
-            self.procon.find()
-
     def set_initial_training_values(
         self, args: TrainingArguments, dataloader: DataLoader
     ) -> tuple[int, int, int, int, int, int | None, int]:
@@ -329,8 +323,11 @@ class ProConMixin(_Trainer):
     def get_train_dataloader(self) -> DataLoader:
         if not self.procon.active:
             return super().get_train_dataloader()
-        with self._collating(self.procon.collator(self.data_collator)):
+        original, self.data_collator = self.data_collator, self.procon.collator(self.data_collator)
+        try:
             return super().get_train_dataloader()
+        finally:
+            self.data_collator = original
 
     def _recording_dataloader(self) -> DataLoader:
         """This rank's share of the training set, longest samples first, through the training collator."""
@@ -349,14 +346,6 @@ class ProConMixin(_Trainer):
             ranks=self.args.world_size // together,
             name="train_dataset",
         )
-
-    @contextmanager
-    def _collating(self, collator: Callable[[list[Any]], Any]) -> Iterator[None]:
-        original, self.data_collator = self.data_collator, collator
-        try:
-            yield
-        finally:
-            self.data_collator = original
 
     # ---------------------------------------------------------------- in a step
 
@@ -432,11 +421,6 @@ class ProConMixin(_Trainer):
     def _project_live(self, live: LiveAnchors, inputs: dict[str, Any]) -> Tensor:
         """The anchors of a batch, from a forward of the starting model."""
         return live(inputs)
-
-    @property
-    def _reference_model(self) -> nn.Module | None:
-        """The starting model as a module of its own, if the trainer has one anyway."""
-        return None
 
     def _expected_gradient(self) -> float | None:
         """What the gradient of a micro-batch's share of the penalty is; None if an engine scales the loss."""
@@ -550,11 +534,6 @@ class _Steps(TrainerCallback):
 
     def __init__(self, procon: ProCon) -> None:
         self._procon = procon
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._procon.begin_run()
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
