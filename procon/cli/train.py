@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
-from procon.cli.adapters import trainable, write_merged
+from procon.cli.adapters import MERGED, trainable, write_merged
 from procon.cli.arguments import TrainArguments
 from procon.cli.chat import chat_settings
 from procon.cli.preface import Preface
@@ -36,7 +36,7 @@ from procon.models import check_loading, check_name, find_decoder, load_model
 from procon.schedule import AlphaSchedule
 from procon.training import DriftCallback, ProConConfig, ProConTrainer
 from procon.training.config import check_probe_file
-from procon.training.run_folder import MERGED, Checkpoint, has_checkpoints, latest, locked, output_folder
+from procon.training.run_folder import Checkpoint, has_checkpoints, latest, locked, output_folder
 
 
 @dataclass(frozen=True)

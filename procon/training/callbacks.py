@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import (
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -38,7 +37,7 @@ class MeasuringCallback(TrainerCallback, ABC):
 
     Attributes:
         chat: how the model is asked, as the trainer asks it if not given.
-        seconds: wall-clock time spent on measuring in this training so far.
+        seconds: wall-clock time spent on measuring so far.
     """
 
     def __init__(
@@ -65,12 +64,6 @@ class MeasuringCallback(TrainerCallback, ABC):
         Trainer.log(self.trainer, logs)
         # Logging cleared it, and with it the Trainer's own log of this step.
         control.should_log = should_log
-
-    @property
-    def _model(self) -> PreTrainedModel:
-        """The model that trains."""
-        # With an adapter it is PEFT's, which takes from its base what it lacks.
-        return cast(PreTrainedModel, self.trainer.model)
 
     @abstractmethod
     def measure(self) -> dict[str, float]:
@@ -124,21 +117,20 @@ class DriftCallback(MeasuringCallback):
         asked = {"prompts": self.prompts.hash, "chat": describe_chat(self.tokenizer, self.chat)}
         if state.global_step > 0:
             self._reference = on_main(lambda: _reopen(path, asked))
-            self.seconds = 0.0
             return
-        means = ContrastMeans.measure(self._model, self.tokenizer, self.prompts, chat=self.chat, progress=False)
+        model: Any = self.trainer.model
+        means = ContrastMeans.measure(model, self.tokenizer, self.prompts, chat=self.chat, progress=False)
         self._reference = replace(Directions.from_means(means), provenance=asked)
         if args.should_save:
             self._reference.save(path)
         none = torch.where(self._reference.at_block_inputs.usable, 0.0, torch.nan)
         self.drift = Drift(cosine=none + 1, malicious_shift=none, benign_shift=none)
-        self.seconds = time.monotonic() - began
+        self.seconds += time.monotonic() - began
         self._log(_summary(self.drift), control)
 
     def measure(self) -> dict[str, float]:
-        self.drift = measure_drift(
-            self._model, self.tokenizer, self._reference, self.prompts, chat=self.chat, progress=False
-        )
+        model: Any = self.trainer.model
+        self.drift = measure_drift(model, self.tokenizer, self._reference, self.prompts, chat=self.chat, progress=False)
         return _summary(self.drift)
 
 
@@ -186,18 +178,13 @@ class EvaluationCallback(MeasuringCallback):
         super().__init__(trainer, tokenizer, steps, chat)
         self.prompts = prompts or builtin_prompts("validation").first(24)
         self._settings = {"task": task, "max_new_tokens": 24, "task_max_new_tokens": 64, **settings}
-        signature(evaluate).bind(trainer.model, tokenizer, **self._settings)  # a wrong name shows now, not in training
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.seconds = 0.0
+        signature(evaluate).bind_partial(**self._settings)  # a wrong name shows now, not in training
 
     def measure(self) -> dict[str, float]:
+        model: Any = self.trainer.model
+        asked = {"prompts": self.prompts, "chat": self.chat, "progress": False}
         try:
-            found = evaluate(
-                self._model, self.tokenizer, prompts=self.prompts, chat=self.chat, progress=False, **self._settings
-            )
+            found = evaluate(model, self.tokenizer, **asked, **self._settings)
         except NothingFinished as error:
             logger.warning(str(error))
             return {"procon/unfinished": 1.0}

@@ -11,8 +11,6 @@ from huggingface_hub import metadata_load, metadata_save
 from procon.directions import DIRECTIONS_FILE, Directions
 from procon.files import whole_file, write_text
 
-_TAG = "procon"
-
 # Marks, and not headings: PEFT appends headings of its own to a card, below whatever stands last in it.
 _BEGIN, _END = "<!-- procon -->", "<!-- /procon -->"
 
@@ -62,8 +60,8 @@ def write_section(card: Path, record: dict[str, Any], directions: Directions | N
         metadata = metadata_load(partial) or {}
         tags = metadata.get("tags") or []
         tags = [tags] if isinstance(tags, str) else tags
-        if _TAG not in tags:
-            metadata_save(partial, {**metadata, "tags": [*tags, _TAG]})
+        if "procon" not in tags:
+            metadata_save(partial, {**metadata, "tags": [*tags, "procon"]})
 
 
 def drop_section(card: Path) -> None:

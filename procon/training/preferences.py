@@ -34,9 +34,6 @@ from procon.settings import AnchorSource
 from procon.training.config import ProConArguments
 from procon.training.trainer import ProConMixin
 
-#: The adapter that TRL makes of one that is trained further, as it was at the start.
-_REFERENCE_ADAPTER = "ref"
-
 
 class ReferenceMixin(ProConMixin):
     """Before a trainer of TRL that has a reference model, or switches adapters off to have one."""
@@ -57,7 +54,8 @@ class ReferenceMixin(ProConMixin):
         if model is getattr(self, "ref_model", None):
             return True
         layer = adapter_layer(find_decoder(unwrapped(model)))
-        return layer is not None and active_adapters(layer) in ((), (_REFERENCE_ADAPTER,))
+        # TRL copies an adapter that is trained further, as it was at the start, to the name "ref".
+        return layer is not None and active_adapters(layer) in ((), ("ref",))
 
 
 class PairedReferenceMixin(ReferenceMixin):

@@ -34,18 +34,8 @@ except ImportError:  # without it, nothing is locked
 
 logger = logging.getLogger(__name__)
 
-#: Of the output folder, the model that its adapter was merged into.
-MERGED = "merged"
-
 #: Weights that a training leaves; what loads the folder takes the first that it knows.
-_WEIGHTS = (
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+_WEIGHTS = ("adapter_model.*", "model.safetensors*", "pytorch_model.bin*")
 
 #: What two records of the same training share from its beginning on.
 _SAME = ("run", *(setting.name for setting in fields(ProConSettings) if setting.name not in ("blocks", "anchors_dir")))
@@ -71,8 +61,7 @@ _held: set[Path] = set()
 
 def output_folder(args: TrainingArguments) -> Path:
     """The run's own folder."""
-    # None is what they may be made with: they then name one themselves.
-    return Path(cast(str, args.output_dir))
+    return Path(cast(str, args.output_dir))  # None is what they may be made with: they then name one themselves
 
 
 # One training at a time
@@ -122,14 +111,8 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def claim(folder: Path, record: dict[str, Any]) -> None:
-    """Raise ProConError if another training has left weights or whole checkpoints in ``folder``.
-
-    Those of the same training, started again, are no others.
-
-    Args:
-        record: of this training, as it begins.
-    """
-    left = [(folder / name, folder) for name in _WEIGHTS if (folder / name).exists()]
+    """Raise ProConError if another training than that of ``record`` has left weights or checkpoints in ``folder``."""
+    left = [(path, folder) for name in _WEIGHTS for path in folder.glob(name)]
     left += [(path, path) for path in _checkpoints(folder) if _is_whole(path)]
     for path, place in left:
         if not _is_same(place, record):
@@ -205,10 +188,10 @@ def open_checkpoint(folder: Path, *, resumes: bool = True) -> Checkpoint:
         )
     for name, expected in files.items():
         try:
-            found = _checksum(folder / name)
-        except OSError as error:
-            found = error.strerror
-        if found != expected:
+            is_whole = _checksum(folder / name) == expected
+        except OSError:  # it is missing, or a folder, or the disk does not give it
+            is_whole = False
+        if not is_whole:
             raise ProConError(
                 f"checkpoint file {str(folder / name)!r} is missing, or not as it was written: resume from another "
                 "checkpoint, or start afresh"
@@ -227,7 +210,7 @@ def latest(output_dir: Path) -> Checkpoint | None:
 
 
 def has_checkpoints(output_dir: Path) -> bool:
-    """Whether there is one that was written to its end."""
+    """Whether there is a checkpoint that was written to its end."""
     return any(_is_whole(path) for path in _checkpoints(output_dir))
 
 

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
@@ -142,12 +142,14 @@ class ProConMixin(_Trainer):
 
     Attributes:
         procon: the method.
+        chat: how the model is asked.
 
     Raises:
         ProConError: if directions are missing or do not fit, or the set-up would lose the constraint.
     """
 
     procon: ProCon
+    chat: ChatSettings
     _run: dict[str, Any] | None = None
     _best: dict[str, Any] | None = None
 
@@ -183,15 +185,11 @@ class ProConMixin(_Trainer):
         """Take up the method; once, before :meth:`train`. ProConError if this trainer would lose the constraint."""
         if self.model_init is not None:
             raise ProConError("anchors belong to one model: pass model, not model_init")
-        self.procon = ProCon(TrainerRun(self, chat), settings=settings, directions=directions)
+        run = TrainerRun(self, chat)
+        self.procon, self.chat = ProCon(run, settings=settings, directions=directions), run.chat
         if self.procon.active:
             self._refuse()
             self.add_callback(_Steps(self.procon))
-
-    @property
-    def chat(self) -> ChatSettings:
-        """How the model is asked."""
-        return self.procon.run.chat
 
     def _refuse(self) -> None:
         """Raise ProConError for a set-up under which the constraint could not act."""
@@ -237,7 +235,13 @@ class ProConMixin(_Trainer):
             checkpoint = self._opened(resume_from_checkpoint)
             self._run = self._facts()
             if checkpoint:
-                self._check_resumed(checkpoint)
+                schedule = checkpoint.record["schedule"]
+                if schedule != "0" and not procon.active:
+                    raise ProConError(
+                        f"{checkpoint} is of training under the constraint (schedule {schedule!r}), which this run "
+                        "would not have: resume with the same procon_schedule, or start afresh"
+                    )
+                check_same_run(checkpoint.record, self._run, str(checkpoint))
             else:
                 record = self._record()
                 on_main(lambda: claim(folder, record))
@@ -281,16 +285,6 @@ class ProConMixin(_Trainer):
             ),
             all_call=is_sharded(self.model),
         )
-
-    def _check_resumed(self, checkpoint: Checkpoint) -> None:
-        """Raise ProConError unless this run is the one that the checkpoint is of."""
-        schedule = checkpoint.record["schedule"]
-        if schedule != "0" and not self.procon.active:
-            raise ProConError(
-                f"{checkpoint} is of training under the constraint (schedule {schedule!r}), which this run would not "
-                "have: resume with the same procon_schedule, or start afresh"
-            )
-        check_same_run(checkpoint.record, self._run or {}, str(checkpoint))
 
     def set_initial_training_values(
         self, args: TrainingArguments, dataloader: DataLoader
@@ -535,24 +529,11 @@ class _Steps(TrainerCallback):
     def __init__(self, procon: ProCon) -> None:
         self._procon = procon
 
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_substep_end(self, *_: Any, **kwargs: Any) -> None:
         self._procon.evidence.next_micro_batch()
 
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self._procon.end_step(optimizer, model)
+    def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
+        self._procon.end_step(kwargs.get("optimizer"), kwargs["model"])
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
         self._procon.after_optimizer()
