@@ -33,7 +33,7 @@ from procon.models import (
     token_embedding,
     unwrapped,
 )
-from procon.settings import ChatSettings, ProConSettings, check_setting
+from procon.settings import ChatSettings, ProConSettings
 
 logger = logging.getLogger(__name__)
 
@@ -121,32 +121,29 @@ class Probes:
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[str] | str | Path | None = None,
         *,
-        batch: int = ProConSettings.probe_batch,
-        reply_tokens: int = ProConSettings.probe_reply_tokens,
+        settings: ProConSettings | None = None,
         chat: ChatSettings | None = None,
         progress: bool = True,
     ) -> Probes:
         """Run the prompts through ``model`` as it now is. If parameters are sharded, all ranks must call.
 
         Args:
-            prompts: texts, or a file of them; the built-in malicious ones if not given.
-            batch: prompts of one forward.
-            reply_tokens: each prompt goes on with the model's own greedy reply, up to so many tokens of it, thoughts
-                included, and the model is kept at each of them too; 0 for prompts alone.
+            prompts: texts, or a file of them; those of the settings if not given, the built-in malicious ones.
+            settings: ``probe_batch`` prompts have one forward. Each goes on with up to ``probe_reply_tokens`` of the
+                model's own greedy reply, thoughts included, and the model is kept at each of them too.
             chat: how the model is asked: system prompt and variables of its chat template.
             progress: whether a bar shows how far replies are generated.
 
         Raises:
-            ProConError: for a wrong setting, a tokenizer without a chat template, or no prompts.
+            ProConError: for a tokenizer without a chat template, or no prompts.
         """
-        check_setting("probe_batch", batch, "batch")
-        check_setting("probe_reply_tokens", reply_tokens, "reply_tokens")
-        texts = _texts(prompts)
+        settings = settings or ProConSettings()
+        texts = _texts(settings.probe_file if prompts is None else prompts)
         check_tokenizer(tokenizer)
         model = unwrapped(model)
         rows = [render(tokenizer, user_turn(text), generation_prompt=True, chat=chat) for text in texts]
         prompt_lengths = torch.tensor([len(row) for row in rows])
-        if reply_tokens:
+        if reply_tokens := settings.probe_reply_tokens:
             replies = continue_tokens(
                 model, tokenizer, rows, max_new_tokens=reply_tokens, description="probe replies", progress=progress
             )
@@ -158,7 +155,7 @@ class Probes:
         device, decoder, forward = model_device(model), find_decoder(model), decoder_forward(model)
         states: list[Tensor] = []
         with evaluating(model):
-            for part in torch.arange(len(ids)).split(batch):
+            for part in torch.arange(len(ids)).split(settings.probe_batch):
                 width = int(lengths[part].max())
                 mask = torch.arange(width) < lengths[part, None]
                 kept, seen = mask & (torch.arange(width) >= prompt_lengths[part, None] - 1), []
@@ -192,26 +189,12 @@ class Probes:
             raise ProConError(
                 f"probes in {str(path)!r} cannot be read ({error}): resume from another checkpoint, or start afresh"
             ) from error
-        if found.hash != expected or not found._fits():
+        if found.hash != expected:
             raise ProConError(f"probes in {str(path)!r} are damaged: resume from another checkpoint, or start afresh")
         return found
 
     def _tensors(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def _fits(self) -> bool:
-        """Whether the tensors belong together: what a file says may be anything."""
-        numbers = (self.input_ids, self.prompts, self.lengths)
-        if any(tensor.dtype != torch.int64 for tensor in numbers) or self.states.dtype != torch.float32:
-            return False
-        if [tensor.dim() for tensor in (*numbers, self.states)] != [2, 1, 1, 2] or not len(self.lengths):
-            return False
-        rows, width = self.input_ids.shape
-        if not rows == len(self.prompts) == len(self.lengths) or not bool((self.input_ids >= 0).all()):
-            return False
-        if not bool(((self.prompts >= 1) & (self.prompts <= self.lengths) & (self.lengths <= width)).all()):
-            return False
-        return int((self.lengths - self.prompts + 1).sum()) == len(self.states)
 
 
 class ProbeTerm(Term):
@@ -239,18 +222,10 @@ class ProbeTerm(Term):
     def prepare(self, run: Run, batches: Batches) -> None:
         if self.probes is not None:
             return
-        settings = self._settings
+        asked: dict[str, Any] = {"settings": self._settings, "chat": run.chat, "progress": run.progress}
         with run.autocast():
             self.probes = run.once(  # ranks round differently
-                lambda: Probes.record(
-                    run.model,
-                    run.tokenizer,
-                    settings.probe_file,
-                    batch=settings.probe_batch,
-                    reply_tokens=settings.probe_reply_tokens,
-                    chat=run.chat,
-                    progress=run.progress,
-                ),
+                lambda: Probes.record(run.model, run.tokenizer, **asked),
                 all_call=is_sharded(run.model),
             )
 

@@ -421,9 +421,14 @@ class ProCon:
         finally:
             self.pause(paused)
 
-    def shares(self) -> Tensor | None:
-        """After the forward: this micro-batch's share of the terms, before alpha; None if it has none."""
-        found = []
+    def added(self, scale: float | Tensor, expected: float | None = None) -> Tensor | None:
+        """After the forward, what this micro-batch adds to the loss: ``alpha * scale * share``; None if nothing.
+
+        Args:
+            scale: what the loss is divided by before or in backward, over micro-batches and ranks.
+            expected: what the share's gradient should be, for :attr:`evidence`; None if that is not known.
+        """
+        found: list[Tensor] = []
         for term in self.terms if self.step.alpha > 0 else ():
             if not term.acts(self.step):
                 continue
@@ -432,21 +437,10 @@ class ProCon:
                     other.aside()
             share = term.share(self.step, self.run)
             if share is not None:
-                found.append(share)
+                found.append(share.to(found[0].device) if found else share)
         if not found:
             return None
-        return torch.stack([share.to(found[0].device) for share in found]).sum()
-
-    def added(self, scale: float | Tensor, expected: float | None = None) -> Tensor | None:
-        """After the forward, what this micro-batch adds to the loss: ``alpha * scale * share``; None if nothing.
-
-        Args:
-            scale: what the loss is divided by before or in backward, over micro-batches and ranks.
-            expected: what the share's gradient should be, for :attr:`evidence`; None if that is not known.
-        """
-        share = self.shares()
-        if share is None:
-            return None
+        share = torch.stack(found).sum()
         kept = share.detach()
         self._penalty_sum = kept if self._penalty_sum is None else self._penalty_sum + kept
         self.evidence.watch(share, expected)

@@ -422,7 +422,7 @@ class ProConMixin(_Trainer):
             return None
         scaler = self.accelerator.scaler
         scale = 1.0 if scaler is None else scaler.get_scale()
-        return self.procon.alpha * scale * (self.accelerator.num_processes // self.get_tp_size())
+        return self.procon.step.alpha * scale * (self.accelerator.num_processes // self.get_tp_size())
 
     # ---------------------------------------------------------------- what is left of it
 

@@ -17,6 +17,7 @@ from procon.errors import ProConError
 from procon.method import Probes, ProbeTerm
 from procon.method.record import read_record
 from procon.models import find_decoder, origin_of
+from procon.settings import ProConSettings
 from procon.training import ProConConfig, ProConTrainer
 
 QUIET = {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "logging_steps": 1, "use_cpu": True}
@@ -278,7 +279,8 @@ def test_replies_are_kept(trainer, three):
             procon_schedule="procon_s:100",
             procon_probe_every=1,
         )
-        start = Probes.record(run.model, run.processing_class, three, reply_tokens=4, progress=False)
+        replies = ProConSettings(probe_reply_tokens=4)
+        start = Probes.record(run.model, run.processing_class, three, settings=replies, progress=False)
         run.train()
         with torch.no_grad():
             return start.departure(run.model).item()
