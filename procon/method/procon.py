@@ -196,15 +196,6 @@ class ProCon:
             for term in self.terms:
                 term.restore(self._resumed["terms"][term.name], checkpoint, self.run)
 
-    @contextmanager
-    def attached(self) -> Iterator[ProCon]:
-        """Within the context, what the terms need is on the model."""
-        try:
-            self.attach()
-            yield self
-        finally:
-            self.detach()
-
     def attach(self) -> None:
         """Put on the model what the terms need there, unless it is there."""
         if self._attached:

@@ -85,13 +85,10 @@ class DriftCallback(MeasuringCallback):
         steps: optimiser steps from one measurement to the next.
         prompts: if not given, 64 built-in pairs that are none of the probes that a trainer keeps. The reference is
             extracted from them when training starts, and kept in the output folder: a resumed run is measured against
-            the same start.
+            the same start, and refused without it.
 
     Attributes:
         drift: what was measured last; None before training.
-
-    Raises:
-        ProConError: when a run is resumed that has no reference.
     """
 
     _reference: Directions  # there from the beginning of training on

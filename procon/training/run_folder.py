@@ -151,9 +151,6 @@ class Checkpoint:
     path: Path
     record: dict[str, Any]
 
-    def __str__(self) -> str:
-        return f"checkpoint {str(self.path)!r}"
-
 
 def seal(folder: Path, record: dict[str, Any]) -> None:
     """Declare a checkpoint whole: wait until its files are on the disk, then write the record with their checksums.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -235,13 +235,13 @@ class ProConMixin(_Trainer):
             checkpoint = self._opened(resume_from_checkpoint)
             self._run = self._facts()
             if checkpoint:
-                schedule = checkpoint.record["schedule"]
+                name, schedule = f"checkpoint {str(checkpoint.path)!r}", checkpoint.record["schedule"]
                 if schedule != "0" and not procon.active:
                     raise ProConError(
-                        f"{checkpoint} is of training under the constraint (schedule {schedule!r}), which this run "
+                        f"{name} is of training under the constraint (schedule {schedule!r}), which this run "
                         "would not have: resume with the same procon_schedule, or start afresh"
                     )
-                check_same_run(checkpoint.record, self._run, str(checkpoint))
+                check_same_run(checkpoint.record, self._run, name)
             else:
                 record = self._record()
                 on_main(lambda: claim(folder, record))
@@ -252,8 +252,12 @@ class ProConMixin(_Trainer):
                     procon.find(checkpoint.path, checkpoint.record)
                 else:
                     procon.find()
-            with procon.attached() if procon.active else nullcontext():
+            try:
+                if procon.active:
+                    procon.attach()
                 output = super().train(str(checkpoint.path) if checkpoint else None, *args, **kwargs)
+            finally:
+                procon.detach()
         if procon.active:
             procon.penalty()
             check_batches(self.state.global_step > 0, self.train_dataset)
