@@ -26,7 +26,7 @@ from procon.errors import ProConError
 from procon.files import sync_files, writing
 from procon.method import ProCon, Run, check_batches, makes_batches, once_through
 from procon.method.ranks import on_main
-from procon.method.record import RECORD, write_record
+from procon.method.record import write_record
 from procon.models import is_sharded, keep_quantised, unwrapped
 from procon.settings import ChatSettings, ProConSettings
 from procon.training.config import PREFIX, ProConArguments
@@ -477,7 +477,6 @@ class ProConMixin(_Trainer):
             # Of a checkpoint, the Trainer copies to the folder that it uploads only files that it knows.
             self._describe(output_folder(args))
         if args.should_save and folder.exists():
-            (folder / RECORD).unlink(missing_ok=True)
             shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
         limit, args.save_total_limit = args.save_total_limit, None  # older ones go once this one is known to be whole

@@ -197,14 +197,6 @@ def test_one_line_with_lora(tiny_model, tokenizer, tmp_path):
     assert torch.allclose(kept.basis, fresh.basis, atol=1e-5, equal_nan=True)
 
 
-def test_directions_from_a_file(random_directions, trainer, tiny_model, tokenizer, tmp_path):
-    model = tiny_model()
-    random_directions(model).save(tmp_path / "directions.safetensors")
-    run = trainer(model, tokenizer, tmp_path / "out", directions=tmp_path / "directions.safetensors")
-    run.train()
-    assert len(penalties(run)) == 3
-
-
 def test_nothing_to_extract_directions_with(trainer, tiny_model, tokenizer, tmp_path):
     tokenizer.chat_template = None
     rows = Dataset.from_list([{"text": "one two three"}])

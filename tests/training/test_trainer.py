@@ -207,11 +207,6 @@ def test_a_class_that_asks_the_trainer_first_is_refused():
         pass
 
 
-def test_missing_directions_stop(tiny_model, dataset, tmp_path):
-    with pytest.raises(ProConError, match="no refusal directions given"):
-        ProConTrainer(tiny_model(), ProConConfig(output_dir=str(tmp_path)), train_dataset=dataset)
-
-
 def test_nan_during_training_stops_before_a_checkpoint(tiny_model, dataset, tokenizer, tmp_path):
     class Spoil(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
