@@ -38,6 +38,8 @@ from procon.training.trainer import ProConMixin
 class ReferenceMixin(ProConMixin):
     """Before a trainer of TRL that has a reference model, or switches adapters off to have one."""
 
+    _has_reference = True
+
     if TYPE_CHECKING:
         ref_model: nn.Module | None
 

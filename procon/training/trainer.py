@@ -103,7 +103,7 @@ class TrainerRun(Run):
     @property
     def reference(self) -> nn.Module | None:
         """The starting model as a module of its own, if the trainer has one anyway."""
-        found = getattr(self._trainer, "ref_model", None)
+        found = getattr(self._trainer, "ref_model", None) if self._trainer._has_reference else None
         return None if found is None else unwrapped(found)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -150,6 +150,7 @@ class ProConMixin(_Trainer):
 
     procon: ProCon
     chat: ChatSettings
+    _has_reference = False
     _run: dict[str, Any] | None = None
     _best: dict[str, Any] | None = None
 
@@ -444,8 +445,7 @@ class ProConMixin(_Trainer):
         """Step, metric and value of the checkpoint that the model was set back to; None if it is the last."""
         if self._best is None:
             return None
-        name, state = str(self.args.metric_for_best_model), self.state
-        metric = name if name.startswith("eval_") else f"eval_{name}"
+        state, metric = self.state, f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
         return {"step": state.best_global_step, "metric": metric, "value": state.best_metric}
 
     def _load_best_model(self) -> None:
