@@ -331,7 +331,7 @@ def not_finite(tokenizer) -> None:
 def checkpoint(_) -> None:
     folder = Path("procon-output/checkpoint-5")
     folder.mkdir(parents=True)
-    (folder / "trainer_state.json").write_text("{}")
+    write_record(folder, {"files": {}})
 
 
 def write(name: str, content: str | bytes):
@@ -476,9 +476,6 @@ def test_train_extracts_directions_where_none_are_given(place, capsys):
     assert main([*argv, "--procon_schedule", "procon_s", "--dtype", "float32", "--use_cpu", "--drift_steps", "1"]) == 0
     assert "procon: warning: the model refuses 0% of malicious prompts" in capsys.readouterr().err
     found = Directions.load("out")
-    assert (
-        "of model, from 192 malicious and 192 benign prompts; it then refused 0%" in Path("out/README.md").read_text()
-    )
     assert found.usable.tolist() == [False, True, True, True]
     assert found.provenance["counts"] == {"positive": 192, "negative": 192}
     start = Directions.extract(
