@@ -38,7 +38,7 @@ from benchmarks.harness.shapes import SHAPES, make_batch, make_directions, make_
 from benchmarks.harness.timers import wall_time
 from procon import Probes, ProjectionConstraint
 from procon.anchors import LiveAnchors
-from procon.training.dpo import ProConDPOConfig, ProConDPOTrainer
+from procon.training.preferences import ProConDPOConfig, ProConDPOTrainer
 
 SUPERVISED = ("plain", "recorded", "live", "probes", "default")
 PREFERENCES = ("dpo", "dpo_live")

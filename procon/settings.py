@@ -33,9 +33,6 @@ AnchorSource = Literal["recorded", "live", "none"]
 #: The word for the output of the last block, among blocks.
 LAST = "last"
 
-#: What to do when refusal has drifted below a gate.
-GateAction = Literal["warn", "stop"]
-
 #: The environment variable that says which backend ``"auto"`` means.
 BACKEND_VARIABLE = "PROCON_BACKEND"
 

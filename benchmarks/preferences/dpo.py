@@ -11,7 +11,7 @@ from benchmarks.preferences.algorithm import Algorithm
 from benchmarks.preferences.pairs import preference_pairs
 from benchmarks.study.start import Start
 from procon.demo import Problem
-from procon.training.dpo import ProConDPOConfig, ProConDPOTrainer
+from procon.training.preferences import ProConDPOConfig, ProConDPOTrainer
 
 
 def _pairs(start: Start, train: Sequence[Problem], held_out: Sequence[Problem]) -> dict[str, Any]:

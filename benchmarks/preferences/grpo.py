@@ -13,7 +13,7 @@ from benchmarks.preferences.reward import arithmetic_reward
 from benchmarks.study.start import Start
 from procon.chat import user_turn
 from procon.demo import Problem
-from procon.training.grpo import ProConGRPOConfig, ProConGRPOTrainer
+from procon.training.preferences import ProConGRPOConfig, ProConGRPOTrainer
 
 #: Longest completion, in training and when the reward is measured.
 COMPLETION = 16

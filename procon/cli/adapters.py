@@ -14,7 +14,9 @@ from procon.errors import ProConError
 from procon.files import whole_folder
 from procon.models import adapter_targets, load_model, spread
 from procon.settings import PAPER_RECIPE
-from procon.training.output import MERGED
+
+#: Of the output folder, the model that its adapter was merged into.
+MERGED = "merged"
 
 
 def trainable(model: PreTrainedModel, arguments: TrainArguments) -> PreTrainedModel:

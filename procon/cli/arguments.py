@@ -9,7 +9,7 @@ from procon.cli import chat
 from procon.cli.loading import ATTENTION, BATCH_SIZE, LOADING, LoadingArguments, check_batch_size
 from procon.cli.options import check_least, option, required
 from procon.errors import ProConError
-from procon.settings import PAPER_RECIPE, ChatSettings, GateAction, check_choice
+from procon.settings import PAPER_RECIPE, ChatSettings, check_choice
 
 Method = Literal["lora", "full"]
 Overlong = Literal["cut", "drop", "error"]
@@ -121,8 +121,6 @@ class TrainArguments(LoadingArguments):
     flatten: bool = option(False, "Join each batch into one row without padding instead of padding it.", MODEL_AND_DATA)
     attn_implementation: str | None = option("auto", ATTENTION, LOADING)
     drift_steps: int = option(50, "Measure drift every so many steps; 0 for never.", DRIFT)
-    drift_gate: float | None = option(None, "Lowest mean cosine allowed, such as 0.9; none if not given.", DRIFT)
-    drift_gate_action: GateAction = option("warn", "What to do below it: warn, or stop with a checkpoint.", DRIFT)
     resume: bool = option(False, "Go on from the last checkpoint in the output folder.", MODEL_AND_DATA)
     system_prompt: str | None = option(None, chat.SYSTEM_PROMPT, MODEL_AND_DATA)
     chat_template_kwargs: dict | str | None = option(None, chat.CHAT_TEMPLATE_KWARGS, MODEL_AND_DATA)
@@ -147,7 +145,6 @@ class TrainArguments(LoadingArguments):
         if self.num_processes is not None:
             check_least(1, self, "num_processes")
         check_choice("overlong", self.overlong, get_args(Overlong))
-        check_choice("drift_gate_action", self.drift_gate_action, get_args(GateAction))
 
 
 @dataclass

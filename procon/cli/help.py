@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from procon.cli.arguments import DRIFT, MODEL_AND_DATA, PROCESSES
 from procon.cli.loading import LOADING
 from procon.cli.registry import COMMANDS, Command
-from procon.cli.training_arguments import OtherProConArguments, ShownTrainingArguments
+from procon.cli.training_arguments import ShownTrainingArguments
 from procon.settings import CHOICES, ProConSettings
 
 _NOTES = (
@@ -72,7 +72,7 @@ def groups_of(command: Command) -> list[Group]:
     drift, processes = found.pop(DRIFT), found.pop(PROCESSES)
     found = {MODEL_AND_DATA: found.pop(MODEL_AND_DATA), LOADING: loading, **found}
     found |= {
-        "constraint": [*_prefixed(ProConSettings), *dict(_grouped(OtherProConArguments)).pop("settings")],
+        "constraint": _prefixed(ProConSettings),
         DRIFT: drift,
     }
     for title, settings in _grouped(ShownTrainingArguments):

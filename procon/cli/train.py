@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
-from procon.cli.adapters import trainable, write_merged
+from procon.cli.adapters import MERGED, trainable, write_merged
 from procon.cli.arguments import TrainArguments
 from procon.cli.chat import chat_settings
 from procon.cli.preface import Preface
@@ -33,12 +34,9 @@ from procon.files import check_writable
 from procon.method.ranks import on_main
 from procon.models import check_loading, check_name, find_decoder, load_model
 from procon.schedule import AlphaSchedule
-from procon.training import DriftCallback, JsonlCallback, ProConConfig, ProConTrainer
-from procon.training.checkpoints import Checkpoint, has_checkpoints, latest
+from procon.training import DriftCallback, ProConConfig, ProConTrainer
 from procon.training.config import check_probe_file
-from procon.training.console_rows import show_rows
-from procon.training.drift_gate import DriftGate
-from procon.training.output import drop_merged, locked, output_folder
+from procon.training.run_folder import Checkpoint, has_checkpoints, latest, locked, output_folder
 
 
 @dataclass(frozen=True)
@@ -67,11 +65,8 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
             f"device_map is {str(arguments.device_map)!r:.60}, and each of the {config.world_size} processes has a "
             "device of its own: leave it out"
         )
-    if not (arguments.resume or config.procon_overwrite) and has_checkpoints(output):
-        raise ProConError(
-            f"output_dir {str(output)!r} holds checkpoints: pass --resume, or another --output_dir; or "
-            "--procon_overwrite true to delete them"
-        )
+    if not arguments.resume and has_checkpoints(output):
+        raise ProConError(f"output_dir {str(output)!r} holds checkpoints: pass --resume, or another --output_dir")
     check_name(arguments.model)
     # If the output folder is there already, the lock shows whether it can be written.
     for folder in filter(None, (None if output.is_dir() else output, config.procon_settings().anchors_dir)):
@@ -80,26 +75,16 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
         checkpoint = _checkpoint(output) if arguments.resume else None
         job = _plan(arguments, config, checkpoint)
         trainer, tokenizer = _trainer(arguments, job, output)
-        trainer.add_callback(JsonlCallback())
-        show_rows(trainer)
         trainer.add_callback(Preface(trainer, arguments.model))
         if arguments.early_stopping_patience:
             trainer.add_callback(
                 EarlyStoppingCallback(arguments.early_stopping_patience, arguments.early_stopping_threshold)
             )
         if arguments.drift_steps:
-            trainer.add_callback(
-                DriftCallback(
-                    trainer,
-                    tokenizer,
-                    steps=arguments.drift_steps,
-                    gate=arguments.drift_gate,
-                    gate_action=arguments.drift_gate_action,
-                )
-            )
+            trainer.add_callback(DriftCallback(trainer, tokenizer, steps=arguments.drift_steps))
         with _resumable(output):
             trainer.train(resume_from_checkpoint=checkpoint)  # pyright: ignore[reportArgumentType]  # ours take it
-        on_main(lambda: drop_merged(output))
+        on_main(lambda: shutil.rmtree(output / MERGED, ignore_errors=True))
         trainer.save_model()
         trainer.save_state()
     if config.process_index == 0:
@@ -109,7 +94,7 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
             console.print(
                 Text(f"Kept: the checkpoint of step {best['step']}, with the lowest loss, {best['value']:.4g}.")
             )
-        console.print(Text(f"Written: {name}, its log in log.jsonl. Measure it: procon eval --model {name}"))
+        console.print(Text(f"Written: {name}. Measure it: procon eval --model {name}"))
         if arguments.merge:
             merged = printable(str(write_merged(output, tokenizer, arguments)))
             console.print(Text(f"Merged: {merged}, a model without an adapter."))
@@ -160,8 +145,6 @@ def _checkpoint(output: Path) -> Checkpoint:
 
 
 def _plan(arguments: TrainArguments, config: ProConConfig, checkpoint: Checkpoint | None) -> _Job:
-    if DriftGate.parse(arguments.drift_gate, arguments.drift_gate_action, "drift_") and not arguments.drift_steps:
-        raise ProConError(f"drift_gate is {arguments.drift_gate}, but drift_steps is 0: give steps to measure it at")
     if config.max_steps <= 0 and not config.num_train_epochs > 0:
         raise ProConError(f"num_train_epochs is {config.num_train_epochs:g}: give a number above 0, or max_steps")
     directed = _needs_directions(config)

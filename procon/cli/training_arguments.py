@@ -70,12 +70,3 @@ _OWN_DEFAULTS = ("output_dir", "learning_rate", "logging_steps", "report_to")
 OWN_DEFAULTS: dict[str, Any] = {
     field.name: field.default for field in fields(ShownTrainingArguments) if field.name in _OWN_DEFAULTS
 }
-
-
-@dataclass
-class OtherProConArguments:
-    """Settings of ``ProConArguments`` that are neither the constraint's nor of the source of anchors."""
-
-    procon_overwrite: bool = option(
-        False, "Delete the model and the checkpoints that another training left in the output folder."
-    )

@@ -28,9 +28,15 @@ from procon.method.ranks import on_main
 from procon.method.record import RECORD, write_record
 from procon.schedule import AlphaSchedule
 from procon.settings import ChatSettings, Fuse, ProConSettings, check_setting
-from procon.training.checkpoints import open_checkpoint, seal
-from procon.training.output import forget, locked, output_folder
-from procon.training.run_facts import check_same_run, run_arguments, run_facts
+from procon.training.run_folder import (
+    check_same_run,
+    forget,
+    locked,
+    open_checkpoint,
+    output_folder,
+    run_facts,
+    seal,
+)
 from procon.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -158,7 +164,6 @@ class ProConCallback(TrainerCallback, ExportableState):
             self._forward = ConstrainedForward(procon)
             procon.record(lambda: _recording_loader(train_dataloader, args))
         self._forward.attach()
-        procon.begin_run()
         logger.info(
             "alpha schedule %s over %d steps of %d epochs, %d steps each",
             procon.schedule,
@@ -256,7 +261,7 @@ class ProConCallback(TrainerCallback, ExportableState):
                 "the model that is to be constrained"
             )
         record = saved["attributes"]
-        check_same_run(record, self._run["run"], self._run["arguments"], name)
+        check_same_run(record, self._run["run"], name)
         folder = output_folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if (folder / RECORD).exists():
             on_main(lambda: open_checkpoint(folder).record)
@@ -298,10 +303,7 @@ def _refuse(args: TrainingArguments, model: nn.Module) -> None:
 
 def _run(args: TrainingArguments, model: nn.Module, loader: DataLoader) -> dict[str, Any]:
     precision = AcceleratorState().mixed_precision
-    return {
-        "run": run_facts(args, model, loader.dataset, precision=precision, reads_data=True),
-        "arguments": run_arguments(args, model, data_collator=loader.collate_fn),
-    }
+    return {"run": run_facts(args, model, loader.dataset, precision=precision, reads_data=True)}
 
 
 def _recording_loader(loader: DataLoader, args: TrainingArguments) -> DataLoader:

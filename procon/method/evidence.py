@@ -56,7 +56,7 @@ class Evidence:
         self._arrived = 0
         self._gradient = math.nan
         self._expected = math.nan
-        self._below: list[Tensor] = []
+        self._below: set[int] = set()  # the parameters that the gradient of the first penalty gets to, by identity
 
     def restore(self, did: Mapping[str, Any] | None) -> None:
         """Go on counting from what a checkpoint's record says was done; from nothing, if there is none."""
@@ -98,12 +98,11 @@ class Evidence:
         if not penalty.requires_grad:  # a forward for metrics
             return
         self._watched += 1
-        if self.is_measured:
-            penalty.register_hook(self._count)
-        else:
-            self._below = _leaves(penalty)
+        if not self.is_measured:
+            nodes = nodes_before([penalty.grad_fn])
+            self._below = {id(node.variable) for node in nodes if hasattr(node, "variable")}
             self._expected = math.nan if expected is None else expected
-            penalty.register_hook(self._measure)
+        penalty.register_hook(self._arrive)
 
     def check_backward(self) -> None:
         """Raise ProConError unless every penalty watched has had its gradient by now, after backward."""
@@ -144,7 +143,7 @@ class Evidence:
             )
         if not self.is_measured:
             self._check_first(optimizer, model)
-            self.is_measured, self._below = True, []
+            self.is_measured = True
             if constraint is not None:
                 self.check_start(constraint)
                 self.blocks.update(constraint.acting)
@@ -183,12 +182,10 @@ class Evidence:
                 f"constrained: {_REMEDY}"
             )
 
-    def _count(self, _gradient: Tensor) -> None:
+    def _arrive(self, gradient: Tensor) -> None:
         self._arrived += 1
-
-    def _measure(self, gradient: Tensor) -> None:
-        self._arrived += 1
-        self._gradient = float(gradient)
+        if not self.is_measured:
+            self._gradient = float(gradient)
 
     def _check_first(self, optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
         self.check_gradient()
@@ -201,15 +198,9 @@ class Evidence:
         trained = {id(parameter) for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]}
         own = {id(parameter) for parameter in model.parameters()}
         # Sharded, parameters are computed with in other tensors than those that are trained.
-        reached = [leaf for leaf in self._below if id(leaf) in own]
-        if reached and trained & own and not any(id(leaf) in trained for leaf in reached):
+        reached = self._below & own
+        if reached and trained & own and not reached & trained:
             raise ProConError(
                 f"the penalty reaches {len(reached)} parameters, and the optimiser trains none of them, so the "
                 "constraint cannot act: give the optimiser the parameters below a constrained block"
             )
-
-
-def _leaves(tensor: Tensor) -> list[Tensor]:
-    """The parameters that a gradient of ``tensor`` gets to."""
-    leaves = (getattr(node, "variable", None) for node in nodes_before([tensor.grad_fn]))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -33,7 +33,7 @@ from procon.models import (
     token_embedding,
     unwrapped,
 )
-from procon.settings import ChatSettings, ProConSettings, check_setting
+from procon.settings import ChatSettings, ProConSettings
 
 logger = logging.getLogger(__name__)
 
@@ -121,32 +121,29 @@ class Probes:
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[str] | str | Path | None = None,
         *,
-        batch: int = ProConSettings.probe_batch,
-        reply_tokens: int = ProConSettings.probe_reply_tokens,
+        settings: ProConSettings | None = None,
         chat: ChatSettings | None = None,
         progress: bool = True,
     ) -> Probes:
         """Run the prompts through ``model`` as it now is. If parameters are sharded, all ranks must call.
 
         Args:
-            prompts: texts, or a file of them; the built-in malicious ones if not given.
-            batch: prompts of one forward.
-            reply_tokens: each prompt goes on with the model's own greedy reply, up to so many tokens of it, thoughts
-                included, and the model is kept at each of them too; 0 for prompts alone.
+            prompts: texts, or a file of them; those of the settings if not given, the built-in malicious ones.
+            settings: ``probe_batch`` prompts have one forward. Each goes on with up to ``probe_reply_tokens`` of the
+                model's own greedy reply, thoughts included, and the model is kept at each of them too.
             chat: how the model is asked: system prompt and variables of its chat template.
             progress: whether a bar shows how far replies are generated.
 
         Raises:
-            ProConError: for a wrong setting, a tokenizer without a chat template, or no prompts.
+            ProConError: for a tokenizer without a chat template, or no prompts.
         """
-        check_setting("probe_batch", batch, "batch")
-        check_setting("probe_reply_tokens", reply_tokens, "reply_tokens")
-        texts = _texts(prompts)
+        settings = settings or ProConSettings()
+        texts = _texts(settings.probe_file if prompts is None else prompts)
         check_tokenizer(tokenizer)
         model = unwrapped(model)
         rows = [render(tokenizer, user_turn(text), generation_prompt=True, chat=chat) for text in texts]
         prompt_lengths = torch.tensor([len(row) for row in rows])
-        if reply_tokens:
+        if reply_tokens := settings.probe_reply_tokens:
             replies = continue_tokens(
                 model, tokenizer, rows, max_new_tokens=reply_tokens, description="probe replies", progress=progress
             )
@@ -158,7 +155,7 @@ class Probes:
         device, decoder, forward = model_device(model), find_decoder(model), decoder_forward(model)
         states: list[Tensor] = []
         with evaluating(model):
-            for part in torch.arange(len(ids)).split(batch):
+            for part in torch.arange(len(ids)).split(settings.probe_batch):
                 width = int(lengths[part].max())
                 mask = torch.arange(width) < lengths[part, None]
                 kept, seen = mask & (torch.arange(width) >= prompt_lengths[part, None] - 1), []
@@ -239,18 +236,10 @@ class ProbeTerm(Term):
     def prepare(self, run: Run, batches: Batches) -> None:
         if self.probes is not None:
             return
-        settings = self._settings
+        asked: dict[str, Any] = {"settings": self._settings, "chat": run.chat, "progress": run.progress}
         with run.autocast():
             self.probes = run.once(  # ranks round differently
-                lambda: Probes.record(
-                    run.model,
-                    run.tokenizer,
-                    settings.probe_file,
-                    batch=settings.probe_batch,
-                    reply_tokens=settings.probe_reply_tokens,
-                    chat=run.chat,
-                    progress=run.progress,
-                ),
+                lambda: Probes.record(run.model, run.tokenizer, **asked),
                 all_call=is_sharded(run.model),
             )
 

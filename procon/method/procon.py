@@ -77,6 +77,8 @@ class ProCon:
     Attributes:
         settings, schedule: as given, and the strength over training.
         terms: what the loss is a sum of; a list that may be added to before :meth:`prepare`.
+        tokens: the term of the training tokens, None without one.
+        batch_keys: what the terms' collators add to a batch, once they are attached.
         directions: once they are found; None if no term needs any.
         evidence: what the constraint has done so far.
         step: the current optimiser step.
@@ -111,6 +113,8 @@ class ProCon:
         self.step = Step()
         self.steps_per_epoch = 1
         self.accumulation = 1
+        self.tokens: TokenTerm | None = self.term(TokenTerm)
+        self.batch_keys: tuple[str, ...] = ()
         self._paused = self._attached = False
         self._begun = 0
         self._after: RemovableHandle | None = None  # of an optimiser step that has ended, and is not yet taken
@@ -143,11 +147,6 @@ class ProCon:
         return next((term for term in self.terms if isinstance(term, kind)), None)
 
     @property
-    def tokens(self) -> TokenTerm | None:
-        """The term of the training tokens."""
-        return self.term(TokenTerm)
-
-    @property
     def constraint(self) -> ProjectionConstraint | None:
         """That of the training tokens, once there are directions."""
         return None if self.tokens is None or self.directions is None else self.tokens.constraint
@@ -165,11 +164,6 @@ class ProCon:
     def ready(self) -> bool:
         """Whether every term has recorded or restored what it needs."""
         return all(term.ready for term in self.terms)
-
-    @property
-    def batch_keys(self) -> tuple[str, ...]:
-        """What the terms' collators add to a batch."""
-        return tuple(key for term in self.terms for key in term.batch_keys)
 
     # ---------------------------------------------------------------- before training
 
@@ -204,15 +198,6 @@ class ProCon:
             for term in self.terms:
                 term.restore(self._resumed["terms"][term.name], checkpoint, self.run)
 
-    @contextmanager
-    def attached(self) -> Iterator[ProCon]:
-        """Within the context, what the terms need is on the model."""
-        try:
-            self.attach()
-            yield self
-        finally:
-            self.detach()
-
     def attach(self) -> None:
         """Put on the model what the terms need there, unless it is there."""
         if self._attached:
@@ -223,13 +208,15 @@ class ProCon:
         try:
             for term in self.terms:
                 term.attach(self.run)
+                term.pause(self._paused)
+                self.batch_keys += term.batch_keys
         except BaseException:
             self.detach()
             raise
 
     def detach(self) -> None:
         """The model is as it was."""
-        self._attached = False
+        self._attached, self.batch_keys = False, ()
         for term in self.terms:
             term.detach()
 
@@ -242,9 +229,16 @@ class ProCon:
     def record(self, batches: Batches) -> None:
         """Record what the starting model is, unless a checkpoint has it: the model is where it will train.
 
+        What was done is counted on from there, or from nothing.
+
         Args:
             batches: makes a loader of the training set, each rank's share once, for a term that records it.
         """
+        window = self._resumed.get("window", {})
+        self.evidence.restore(self._resumed.get("did"))
+        self._penalty_sum = None
+        self._carried = float(window.get("penalty", 0.0))
+        self._penalty_steps = int(window.get("steps", 0))
         if self.active and not self.needs_directions and self.at_start:
             # Elsewhere asked as directions are found: what is kept is what is there.
             prompts = builtin_prompts("extraction").malicious
@@ -255,14 +249,6 @@ class ProCon:
             )
         for term in self.terms:
             term.prepare(self.run, batches)
-
-    def begin_run(self) -> None:
-        """Count from what the checkpoint has counted, or from nothing."""
-        self.evidence.restore(self._resumed.get("did"))
-        window = self._resumed.get("window", {})
-        self._penalty_sum = None
-        self._carried = float(window.get("penalty", 0.0))
-        self._penalty_steps = int(window.get("steps", 0))
 
     def prepare(self, loader: DataLoader, *, accumulation: int = 1, resume: str | Path | None = None) -> DataLoader:
         """All that comes before training in a plain loop; returns ``loader``, whose batches then have anchors.
@@ -290,13 +276,12 @@ class ProCon:
         collate, size = loader.collate_fn, loader.batch_size or 1
         self.attach()
         try:
-            anchored = self.collator(collate)
+            loader.collate_fn = self.collator(collate)
             self.record(lambda: once_through(loader.dataset, collate, size, rank=rank, ranks=ranks))
         except BaseException:
             self.detach()
+            loader.collate_fn = collate
             raise
-        loader.collate_fn = anchored
-        self.begin_run()
         self.begin_step(int(record.get("step", 0)))
         return loader
 
@@ -400,18 +385,18 @@ class ProCon:
         self._begun = 0
         self.evidence.begin_step()
         if self.constraint is not None:
-            self.constraint.note_departures(self.at_start and number == 0 and self.alpha > 0)
+            self.constraint.note_departures(self.at_start and number == 0 and self.step.alpha > 0)
 
     @property
     def acts(self) -> bool:
         """Whether this optimiser step has a penalty: alpha is above 0, and a term has a share of it."""
-        return self.alpha > 0 and any(term.acts(self.step) for term in self.terms)
+        return self.step.alpha > 0 and any(term.acts(self.step) for term in self.terms)
 
     def begin(self, batch: dict[str, Any]) -> None:
         """Before a training forward on ``batch``, of which what the collator added is taken out."""
         if self._after is not None:  # a GradScaler has skipped the optimiser's step, and its own is over too
             self.begin_step(self.step.number + 1)
-        constrains = self.alpha > 0
+        constrains = self.step.alpha > 0
         self._begun += 1
         self.pause(not constrains)
         for term in self.terms:
@@ -428,9 +413,10 @@ class ProCon:
 
     def pause(self, paused: bool) -> None:
         """Whether forwards run at plain speed from now on."""
-        self._paused = paused
-        for term in self.terms:
-            term.pause(paused)
+        if paused != self._paused:
+            self._paused = paused
+            for term in self.terms if self._attached else ():
+                term.pause(paused)
 
     @contextmanager
     def resting(self) -> Iterator[None]:
@@ -442,22 +428,6 @@ class ProCon:
         finally:
             self.pause(paused)
 
-    def shares(self) -> Tensor | None:
-        """After the forward: this micro-batch's share of the terms, before alpha; None if it has none."""
-        found = []
-        for term in self.terms if self.alpha > 0 else ():
-            if not term.acts(self.step):
-                continue
-            for other in self.terms:
-                if other is not term and term.runs_the_model:
-                    other.aside()
-            share = term.share(self.step, self.run)
-            if share is not None:
-                found.append(share)
-        if not found:
-            return None
-        return torch.stack([share.to(found[0].device) for share in found]).sum()
-
     def added(self, scale: float | Tensor, expected: float | None = None) -> Tensor | None:
         """After the forward, what this micro-batch adds to the loss: ``alpha * scale * share``; None if nothing.
 
@@ -465,13 +435,23 @@ class ProCon:
             scale: what the loss is divided by before or in backward, over micro-batches and ranks.
             expected: what the share's gradient should be, for :attr:`evidence`; None if that is not known.
         """
-        share = self.shares()
-        if share is None:
+        found: list[Tensor] = []
+        for term in self.terms if self.step.alpha > 0 else ():
+            if not term.acts(self.step):
+                continue
+            for other in self.terms:
+                if other is not term and term.runs_the_model:
+                    other.aside()
+            share = term.share(self.step, self.run)
+            if share is not None:
+                found.append(share.to(found[0].device) if found else share)
+        if not found:
             return None
+        share = torch.stack(found).sum()
         kept = share.detach()
         self._penalty_sum = kept if self._penalty_sum is None else self._penalty_sum + kept
         self.evidence.watch(share, expected)
-        return self.alpha * scale * share
+        return self.step.alpha * scale * share
 
     def loss(self) -> Tensor | float:
         """After the forward, what a plain loop adds to its loss; 0 if nothing.
@@ -489,7 +469,7 @@ class ProCon:
 
     def before_optimizer(self) -> None:
         """The step's gradient is complete, and not yet clipped."""
-        for term in self.terms if self.alpha > 0 else ():
+        for term in self.terms if self.step.alpha > 0 else ():
             term.before_optimizer(self.step, self.run)
 
     def end_step(self, optimizer: torch.optim.Optimizer | None, model: nn.Module | None = None) -> None:
@@ -501,7 +481,7 @@ class ProCon:
 
     def after_optimizer(self) -> None:
         """The optimiser has taken its step."""
-        for term in self.terms if self.alpha > 0 else ():
+        for term in self.terms if self.step.alpha > 0 else ():
             term.after_optimizer(self.step, self.run)
 
     def end(self, optimizer: torch.optim.Optimizer | None = None) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 from procon.errors import ProConError
 from procon.files import json_checksum, save_json
-from procon.version import __version__
 
 RECORD = "procon.json"
 
@@ -16,19 +15,6 @@ RECORD = "procon.json"
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Put the record beside a model, with a checksum of its own."""
     save_json({**record, "checksum": json_checksum(json.loads(json.dumps(record)))}, folder / RECORD)
-
-
-def begin(folder: Path, record: dict[str, Any]) -> None:
-    """Before a model is saved: what an earlier one left there has another record, and is no longer whole."""
-    try:
-        interrupted = (read_record(folder) or {}).get("complete") is False
-    except ProConError:
-        interrupted = True
-    if interrupted:  # as its card was being written, perhaps, and PEFT writes on from what there is
-        (folder / "README.md").unlink(missing_ok=True)
-        for path in folder.glob(".tmp" + 6 * "[0-9A-Za-z]"):  # what safetensors was writing
-            path.unlink()
-    write_record(folder, {**record, "complete": False})
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -44,11 +30,6 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise ProConError(f"{str(path)!r} is damaged ({error}): take another checkpoint, or start afresh") from error
-    if not isinstance(record, dict):
-        raise ProConError(f"{str(path)!r} is damaged (no object): take another checkpoint, or start afresh")
-    checksum = record.pop("checksum", None)
-    # A checkpoint's and one of this version have one in any case; beside a model there may be one of an older version.
-    must = "files" in record or record.get("version") == __version__
-    if checksum != json_checksum(record) and (checksum is not None or must):
+    if not isinstance(record, dict) or record.pop("checksum", None) != json_checksum(record):
         raise ProConError(f"{str(path)!r} is damaged (its checksum differs): take another checkpoint, or start afresh")
     return record

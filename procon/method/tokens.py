@@ -40,6 +40,7 @@ class TokenTerm(Term):
 
     def __init__(self, settings: ProConSettings, *, fuse: Fuse = "auto") -> None:
         self._settings = settings
+        self._is_live = settings.anchors == "live"
         self.fuse: Fuse = fuse
         self.constraint: ProjectionConstraint
         self.anchors: Anchors | None = None
@@ -47,11 +48,6 @@ class TokenTerm(Term):
         self._adapters_off: bool | None = None
         self._directions: Directions
         self._collator: AnchoredCollator | None = None
-
-    @property
-    def is_live(self) -> bool:
-        """Whether anchors come from a forward of the starting model."""
-        return self._settings.anchors == "live"
 
     def use(self, directions: Directions) -> None:
         """Work along ``directions``; ProConError if they have none at the blocks, or no units that are asked for."""
@@ -68,12 +64,12 @@ class TokenTerm(Term):
         self.constraint.detach()
 
     def collator(self, collate: Collator, run: Run) -> Collator:
-        mask = TokenMask(self._settings.scope) if self.is_live else self.anchors
+        mask = TokenMask(self._settings.scope) if self._is_live else self.anchors
         self._collator = AnchoredCollator(collate, mask, tokenizer=run.tokenizer)
         return self._collator
 
     def prepare(self, run: Run, batches: Batches) -> None:
-        if self.is_live:
+        if self._is_live:
             if self.live is None:
                 self.live = self._live_anchors(run)
             return
@@ -97,7 +93,7 @@ class TokenTerm(Term):
         return self.anchors is not None or self.live is not None
 
     def begin(self, batch: dict[str, Any], run: Run) -> None:
-        anchors, mask = (batch.pop(name, None) for name in TARGET)
+        anchors, mask = batch.pop(TARGET[0], None), batch.pop(TARGET[1], None)
         if anchors is None and self.live is not None:
             anchors = run.project(self.live, batch)
         if anchors is None or mask is None:
@@ -126,7 +122,7 @@ class TokenTerm(Term):
 
     def restore(self, state: Mapping[str, Any], folder: Path, run: Run) -> None:
         """The anchors as they were when the run began: the model is in that state no longer, once it is loaded."""
-        if not self.is_live:
+        if not self._is_live:
             self.anchors = self._starting_state(run).reopen(state["anchors"])
             return
         start = state["starting_model"]

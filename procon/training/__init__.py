@@ -1,5 +1,5 @@
 """Constrained fine-tuning over transformers' Trainer and what extends it; TRL's trainers are in
-``procon.training.sft``, ``dpo``, ``kto`` and ``grpo``.
+``procon.training.sft`` and ``procon.training.preferences``.
 
 In: a Trainer's model, arguments and data, and directions.
 Out: the fine-tuned model, with what it was trained under beside it, and a log.
@@ -12,15 +12,12 @@ __extra__ = require_extra("train", __name__)
 
 from procon.training.callbacks import DriftCallback, EvaluationCallback
 from procon.training.config import ProConArguments, ProConConfig
-from procon.training.json_log import JsonlCallback
-from procon.training.mixin import ProConMixin
 from procon.training.protect import protect
-from procon.training.trainer import ProConTrainer
+from procon.training.trainer import ProConMixin, ProConTrainer
 
 __all__ = [
     "DriftCallback",
     "EvaluationCallback",
-    "JsonlCallback",
     "ProConArguments",
     "ProConConfig",
     "ProConMixin",

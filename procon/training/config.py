@@ -45,11 +45,6 @@ class ProConArguments(_Settings):
         ProConError: for a value that a setting cannot have.
     """
 
-    procon_overwrite: bool = field(
-        default=False,
-        metadata={"help": "Delete the model and the checkpoints that another training left in the output folder."},
-    )
-
     def __post_init__(self) -> None:
         # Of the arguments that it is mixed into, if they have one.
         others = getattr(super(), "__post_init__", None)

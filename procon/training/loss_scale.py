@@ -9,9 +9,7 @@ def loss_scale(trainer: Trainer, num_items_in_batch: object | None) -> float:
     """The factor that undoes what the Trainer and the ranks' averaging divide a loss by after ``compute_loss``.
 
     A term that is a micro-batch's share of a mean over the whole optimiser step keeps its size when multiplied by it.
-
-    Args:
-        num_items_in_batch: what ``compute_loss`` was given.
+    ``num_items_in_batch`` is what ``compute_loss`` was given.
     """
     scale = trainer.accelerator.num_processes // trainer.get_tp_size()
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)

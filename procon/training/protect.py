@@ -11,22 +11,18 @@ from transformers import Trainer
 from procon.directions import Directions
 from procon.errors import ProConError
 from procon.settings import ChatSettings, ProConSettings
-from procon.training.mixin import ProConMixin
-from procon.training.step_times import StepTimes
+from procon.training.trainer import ProConMixin
 
 _Trainer = TypeVar("_Trainer", bound=Trainer)
 
 #: By trainers of TRL, where the class is that constrains them. Other classes are constrained as the Trainer is.
 _KIN = {
-    "trl.trainer.dpo_trainer.DPOTrainer": ("procon.training.dpo", "ProConDPOTrainer"),
-    "trl.trainer.kto_trainer.KTOTrainer": ("procon.training.kto", "ProConKTOTrainer"),
-    "trl.experimental.kto.kto_trainer.KTOTrainer": ("procon.training.kto", "ProConKTOTrainer"),
-    "trl.trainer.grpo_trainer.GRPOTrainer": ("procon.training.grpo", "ProConGRPOTrainer"),
+    "trl.trainer.dpo_trainer.DPOTrainer": ("procon.training.preferences", "ProConDPOTrainer"),
+    "trl.trainer.kto_trainer.KTOTrainer": ("procon.training.preferences", "ProConKTOTrainer"),
+    "trl.experimental.kto.kto_trainer.KTOTrainer": ("procon.training.preferences", "ProConKTOTrainer"),
+    "trl.trainer.grpo_trainer.GRPOTrainer": ("procon.training.preferences", "ProConGRPOTrainer"),
     "trl.trainer.sft_trainer.SFTTrainer": ("procon.training.sft", "ProConSFTTrainer"),
 }
-
-#: Those whose training token anchors are no part of the default, as for the classes of ours.
-_PROBES_ALONE = ("ProConDPOTrainer", "ProConKTOTrainer", "ProConGRPOTrainer")
 
 
 def protect(
@@ -58,13 +54,11 @@ def protect(
     if trainer.state.global_step or getattr(trainer, "optimizer", None) is not None:
         raise ProConError("the trainer has begun to train: protect it before train()")
     kind = _kind_of(type(trainer))
-    if kind.__name__ in _PROBES_ALONE:
+    if kind.__module__.endswith(".preferences"):  # by default as their configurations
         settings = {"anchors": "none", **settings}
     bases = (kind, type(trainer)) if not issubclass(kind, type(trainer)) else (kind,)
     trainer.__class__ = type(f"ProCon{type(trainer).__name__}", bases, {"__module__": type(trainer).__module__})
     made: Any = trainer
-    made._step_times = StepTimes()
-    made.add_callback(made._step_times)
     made.constrain(ProConSettings(**settings), directions, chat)
     return trainer
 

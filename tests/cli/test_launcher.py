@@ -21,8 +21,8 @@ def here(place, random_directions, tiny_model) -> Path:
 
 
 def steps(folder: str) -> list[tuple[float, float]]:
-    rows = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
-    return [(row["train/loss"], row["train/procon/penalty"]) for row in rows if "train/loss" in row]
+    rows = json.loads(Path(folder, "trainer_state.json").read_text())["log_history"]
+    return [(row["loss"], row["procon/penalty"]) for row in rows if "loss" in row]
 
 
 @pytest.mark.slow

@@ -132,10 +132,10 @@ def test_qlora_by_the_command_line(place, random_directions, tiny_model, bits, c
     assert main([*LOADS["train"], *flags]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     assert f"model, {bits} bits and float32, on cpu" in " ".join(said.split())
-    rows = [json.loads(line) for line in Path("tuned/log.jsonl").read_text().splitlines()]
-    penalties = [row["train/procon/penalty"] for row in rows if "train/procon/penalty" in row]
+    rows = json.loads(Path("tuned/trainer_state.json").read_text())["log_history"]
+    penalties = [row["procon/penalty"] for row in rows if "procon/penalty" in row]
     assert penalties[0] < 1e-6 < penalties[-1]
-    assert [row["step"] for row in rows if "eval/loss" in row] == [2, 4]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [2, 4]
     record = json.loads(Path("tuned/procon.json").read_text())
     assert record["did"]["constrained_steps"] == 4
     assert any(

@@ -331,7 +331,7 @@ def not_finite(tokenizer) -> None:
 def checkpoint(_) -> None:
     folder = Path("procon-output/checkpoint-5")
     folder.mkdir(parents=True)
-    (folder / "trainer_state.json").write_text("{}")
+    write_record(folder, {"files": {}})
 
 
 def write(name: str, content: str | bytes):
@@ -456,7 +456,7 @@ def test_train_then_resume(place, capsys):
     argv += ["--per_device_train_batch_size", "2", "--drift_steps", "0", "--safety_samples", "3"]
     assert main([*argv, "--max_steps", "2"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "Written: out, its log in log.jsonl. Measure it: procon eval --model out" in printed
+    assert "Written: out. Measure it: procon eval --model out" in printed
     assert sorted(json.loads(Path("out/adapter_config.json").read_text())["target_modules"]) == ["o_proj", "q_proj"]
     assert Path("out/tokenizer_config.json").is_file()
     logs = json.loads(Path("out/trainer_state.json").read_text())["log_history"]
@@ -465,11 +465,9 @@ def test_train_then_resume(place, capsys):
     assert_one_line(place, [*argv, "--max_steps", "4"], "'out' holds checkpoints: pass --resume", capsys)
     assert main([*argv, "--max_steps", "4", "--resume"]) == 0
     assert json.loads(Path("out/trainer_state.json").read_text())["global_step"] == 4
-    rows = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4]
     card = Path("out/README.md").read_text()
     assert card.count("## Refusal anchored with ProCon") == 1
-    assert "| 0.5 for 1 step, then 0 to the end (`0.5@1steps,0`) |" in card
+    assert "| strength (alpha) | `0.5@1steps,0` |" in card
     assert Directions.load("out").hash == Directions.load("directions.safetensors").hash
 
 
@@ -478,9 +476,6 @@ def test_train_extracts_directions_where_none_are_given(place, capsys):
     assert main([*argv, "--procon_schedule", "procon_s", "--dtype", "float32", "--use_cpu", "--drift_steps", "1"]) == 0
     assert "procon: warning: the model refuses 0% of malicious prompts" in capsys.readouterr().err
     found = Directions.load("out")
-    assert (
-        "of model, from 192 malicious and 192 benign prompts; it then refused 0%" in Path("out/README.md").read_text()
-    )
     assert found.usable.tolist() == [False, True, True, True]
     assert found.provenance["counts"] == {"positive": 192, "negative": 192}
     start = Directions.extract(

@@ -10,9 +10,8 @@ from procon.anchors import AnchoredCollator, Anchors
 from procon.cli import main
 from procon.constraint import ProjectionConstraint
 from procon.data import flattening_collator, padding_collator
-from procon.directions import Directions, shuffled
+from procon.directions import Directions
 from procon.errors import ProConError
-from procon.training.model_card import describe
 
 
 def random_subspaces(k: int, blocks: int = 3, width: int = 32) -> Directions:
@@ -156,26 +155,6 @@ def test_a_run_is_resumed_with_the_same_directions_only(make_trainer, tokenizer)
     assert Directions.load(checkpoint).hash == directions.hash
     with pytest.raises(ProConError, match="was trained with directions"):
         trainer("out", first_of(directions, 1)).train(resume_from_checkpoint=checkpoint)
-
-
-def test_the_model_card_tells_how_many(tmp_path):
-    settings = {
-        "version": "1",
-        "schedule": "procon_s:1",
-        "scope": "response",
-        "penalty": "squared",
-        "units": "raw",
-        "blocks": [0, 1, 2],
-        "directions": "abc",
-        "terms": {"tokens": {"anchors": "def", "starting_model": None}},
-        "did": {"steps": 3, "constrained_steps": 3, "blocks_acted": [1, 2], "mean_penalty": 0.5},
-    }
-    found = random_subspaces(3)
-    assert "(`abc`), 3 per block" in describe(settings, found, [])
-    assert "(`abc`), 3 per block, those of another block each (seed 2): a control" in describe(
-        settings, shuffled(found, 2), []
-    )
-    assert "per block" not in describe(settings, first_of(found, 1), []).split("directions |")[1].split("\n")[0]
 
 
 @pytest.mark.filterwarnings("ignore:the model refuses 0")

@@ -16,7 +16,7 @@ from procon.anchors import Anchors, fingerprint
 from procon.directions import DIRECTIONS_FILE, Directions
 from procon.method.record import RECORD
 from procon.models import find_decoder, origin_of
-from procon.training.checkpoints import Checkpoint, latest, open_checkpoint, seal
+from procon.training.run_folder import Checkpoint, latest, open_checkpoint, seal
 
 BLOCKS, WIDTH = 3, 32
 

@@ -34,7 +34,6 @@ from procon.files import MAX_NESTING, MAX_TEXT
 from procon.schedule import AlphaSchedule
 from procon.settings import CHOICES, ChatSettings, ProConSettings, parse_blocks
 from procon.training import ProConArguments
-from procon.training.drift_gate import DriftGate
 
 #: Where the inputs of a process lie; each is overwritten by the next.
 FOLDER = Path(tempfile.mkdtemp(prefix="procon-fuzz-"))
@@ -115,7 +114,6 @@ def take_settings(values: dict[str, Any]) -> None:
         lambda: ProConSettings(**_of(ProConSettings, values)),
         lambda: ProConArguments(**{f"procon_{name}": values[name] for name in values if name in _OF_PROCON}),
         lambda: ChatSettings(**_of(ChatSettings, values)),
-        lambda: DriftGate.parse(values.get("gate"), values.get("gate_action", "warn")),
         lambda: parse_columns(values.get("columns")),
         lambda: parse_blocks(values.get("blocks", "all")),
     ):

@@ -8,6 +8,7 @@ from procon.errors import ProConError
 from procon.method import Probes
 from procon.method.probes import PROBES_FILE
 from procon.models import find_decoder, observe_last_state
+from procon.settings import ProConSettings
 
 PROMPTS = ["count to three", "say it again, and louder", "why"]
 
@@ -18,7 +19,8 @@ def record(tiny_model, tokenizer):
 
     def make(model=None, reply_tokens=0, prompts=PROMPTS) -> Probes:
         model = tiny_model() if model is None else model
-        return Probes.record(model, tokenizer, prompts, reply_tokens=reply_tokens, progress=False)
+        settings = ProConSettings(probe_reply_tokens=reply_tokens)
+        return Probes.record(model, tokenizer, prompts, settings=settings, progress=False)
 
     return make
 
@@ -168,12 +170,9 @@ def test_a_reply_goes_up_to_its_end(record, tiny_model, tokenizer, after):
         assert probes.hash == record(model, 0, PROMPTS[:1]).hash
 
 
-def test_bad_input(tiny_model, tokenizer, record):
+def test_bad_input(tokenizer, record):
     with pytest.raises(ProConError, match="no probe prompts given"):
         record(prompts=[])
-    for setting in ("batch", "reply_tokens"):
-        with pytest.raises(ProConError, match=f"^{setting} is -1"):
-            Probes.record(tiny_model(), tokenizer, PROMPTS, **{setting: -1})
     tokenizer.chat_template = None
     with pytest.raises(ProConError, match="tokenizer has no chat template: pass the tokenizer of a chat model"):
         record()

@@ -179,7 +179,7 @@ def test_commands_in_the_light_core(light):
         ), err
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", "kto", "grpo"])
+@pytest.mark.parametrize("name", ["sft", "preferences"])
 def test_trl_is_named_where_it_is_missing(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     monkeypatch.delitem(sys.modules, f"procon.training.{name}", raising=False)

@@ -21,7 +21,7 @@ SOURCES = [
 ]
 
 #: Modules that need TRL.
-OF_TRL = {"training.sft", "training.dpo", "training.kto", "training.grpo"}
+OF_TRL = {"training.sft", "training.preferences"}
 
 #: Lines of a file, at most.
 LONGEST, LONGEST_TEST = 650, 650

@@ -20,9 +20,16 @@ from setting import Mode
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
-from procon.training.dpo import ProConDPOConfig, ProConDPOTrainer
-from procon.training.grpo import ProConGRPOConfig, ProConGRPOTrainer
-from procon.training.kto import KTOConfig, KTOTrainer, ProConKTOConfig, ProConKTOTrainer
+from procon.training.preferences import (
+    KTOConfig,
+    KTOTrainer,
+    ProConDPOConfig,
+    ProConDPOTrainer,
+    ProConGRPOConfig,
+    ProConGRPOTrainer,
+    ProConKTOConfig,
+    ProConKTOTrainer,
+)
 
 
 class NoSuchModeError(Exception):

@@ -1,90 +1,67 @@
-"""What a killed training may leave, without training: half checkpoints, half deletions, half a card."""
+"""What a killed training may leave, without training: half checkpoints, and damaged ones."""
 
-import json
 from contextlib import suppress
 
 import pytest
 
 from procon.errors import ProConError
-from procon.method.record import RECORD, begin, read_record, write_record
-from procon.training.checkpoints import Checkpoint, delete_superseded, has_checkpoints, latest, open_checkpoint, seal
-from procon.version import __version__
+from procon.method.record import RECORD, read_record, write_record
+from procon.training.run_folder import has_checkpoints, latest, open_checkpoint, seal
 
 
-def made(folder, *names):
-    folder.mkdir()
-    for name in names:
-        (folder / name).write_text("{}")
-    return folder
+@pytest.fixture
+def sealed(tmp_path):
+    """Checkpoints of the steps 2 and 10."""
+    folders = [tmp_path / f"checkpoint-{step}" for step in (2, 10)]
+    for folder in folders:
+        (folder / "shards").mkdir(parents=True)
+        for name in ("adapter_model.safetensors", "shards/0.distcp", "trainer_state.json"):
+            (folder / name).write_text("{}")
+        seal(folder, {"resumable": True})
+    return folders
 
 
 def test_half_a_checkpoint_is_none_and_a_new_training_may_begin(tmp_path):
-    half = made(tmp_path / "checkpoint-2", "adapter_model.safetensors", "trainer_state.json")
+    half = tmp_path / "checkpoint-2"
+    half.mkdir()
+    (half / "trainer_state.json").write_text("{}")
     write_record(half, {"complete": False})
     assert not has_checkpoints(tmp_path)
+    assert latest(tmp_path) is None
     seal(half, {"resumable": True})
     assert has_checkpoints(tmp_path)
+    assert latest(tmp_path).path == half
 
 
-def test_a_plain_checkpoint_is_one(tmp_path):
-    made(tmp_path / "checkpoint-2", "trainer_state.json")
-    assert has_checkpoints(tmp_path)
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "shards/0.distcp", RECORD])
+@pytest.mark.parametrize("damage", ["missing", "cut", "another", "a folder"])
+def test_a_damaged_checkpoint_is_passed_over(sealed, tmp_path, caplog, name, damage):
+    first, last = sealed
+    file = last / name
+    text = file.read_text()
+    file.unlink()
+    if damage == "a folder":
+        file.mkdir()
+    elif damage != "missing":
+        file.write_text(text[:-2] + ("x" if damage == "another" else ""))
+    with pytest.raises(ProConError):
+        open_checkpoint(last)
+    assert latest(tmp_path).path == first
+    assert "passed over checkpoint-10" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "pytorch_model.bin",
-        "scaler.pt",
-        "rng_state.pth",
-        "other/adapter_model.safetensors",
-        "pytorch_model_fsdp_0/__0_0.distcp",
-    ],
-)
-def test_weights_that_a_checkpoint_did_not_have_are_named(tmp_path, name):
-    """transformers reads some of them before those that are checked, or in their place."""
-    for step in (2, 4):
-        place = made(tmp_path / f"checkpoint-{step}", "adapter_model.safetensors", "trainer_state.json")
-        seal(place, {"resumable": True})
-    (place / "notes.md").write_text("mine")
-    assert open_checkpoint(place) == latest(tmp_path)
-    (place / name).parent.mkdir(exist_ok=True)
-    (place / name).write_text("{}")
-    for attempt in (lambda: open_checkpoint(place), lambda: latest(tmp_path)):
-        # Not passed over: training would go on from the one before, and delete the file with the checkpoint.
-        with pytest.raises(ProConError, match=f"checkpoint-4/{name}' was put there after the checkpoint was saved"):
-            attempt()
+def test_a_checkpoint_without_the_optimiser_is_for_looking_back_alone(sealed):
+    seal(sealed[0], {"resumable": False})
+    with pytest.raises(ProConError, match="saved without the optimiser's state"):
+        open_checkpoint(sealed[0])
+    assert open_checkpoint(sealed[0], resumes=False).record["resumable"] is False
 
 
-@pytest.mark.parametrize(
-    ("limit", "left"), [(None, [2, 4, 6, 8]), (0, [2, 4, 6, 8]), (1, [6, 8]), (2, [4, 6, 8]), (3, [2, 4, 6, 8])]
-)
-def test_what_a_checkpoint_supersedes_is_deleted_and_never_a_later_one(tmp_path, limit, left):
-    for step in (2, 4, 6, 8):
-        made(tmp_path / f"checkpoint-{step}", "optimizer.pt")
-    delete_superseded(Checkpoint(tmp_path / "checkpoint-6", {}), limit)
-    assert sorted(int(path.name.split("-")[1]) for path in tmp_path.iterdir()) == left
-
-
-@pytest.mark.parametrize("found", [{"complete": False}, {"complete": True}, None, "damaged"])
-def test_the_card_of_an_interrupted_save_is_begun_again(tmp_path, found):
-    folder = made(tmp_path / "out", "README.md", ".tmpa1B2c3")
-    if found:
-        (folder / RECORD).write_text(found if found == "damaged" else json.dumps(found))
-    begin(folder, {"version": "1"})
-    assert read_record(folder) == {"version": "1", "complete": False}
-    kept = found in ({"complete": True}, None)
-    assert (folder / "README.md").exists() == (folder / ".tmpa1B2c3").exists() == kept
-
-
-def test_no_bit_of_the_checksum_makes_a_record_one_of_an_older_version(tmp_path):
-    write_record(tmp_path, {"version": __version__, "schedule": "0.2"})
+def test_every_bit_of_a_record_is_checked(tmp_path):
+    write_record(tmp_path, {"schedule": "0.2"})
     file, before = tmp_path / RECORD, read_record(tmp_path)
     data = file.read_bytes()
-    start = data.index(b'"checksum"')
-    for bit in range(8 * start, 8 * len(data)):
+    for bit in range(8 * len(data)):
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
         file.write_bytes(changed)

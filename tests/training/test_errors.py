@@ -8,7 +8,7 @@ import torch
 
 from procon.cli import main
 from procon.models import find_decoder
-from procon.training import run_facts
+from procon.training import run_folder
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def error_line(capsys) -> str:
 @pytest.fixture
 def any_data(monkeypatch) -> None:
     """A resumed run may have other data than the one that it goes on from."""
-    monkeypatch.setattr(run_facts, "_rows", lambda *_: [])
+    monkeypatch.setattr(run_folder, "_rows", lambda *_: [])
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

@@ -112,12 +112,7 @@ def test_the_best_checkpoint_is_what_the_record_speaks_of(make_trainer, tmp_path
     assert len(penalties(trainer)) == 4
 
     checkpoint = tmp_path / "out" / f"checkpoint-{best}"
-    (checkpoint / "optimizer.pt").write_bytes(b"damaged, and not read")
-    trainer._load_best_model()
-    (checkpoint / "adapter_model.safetensors").touch()
-    with pytest.raises(ProConError, match=r"adapter_model.safetensors' was put there after the checkpoint was saved"):
-        trainer._load_best_model()
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    with pytest.raises(ProConError, match=r"model.safetensors' is not as it was written"):
+    with pytest.raises(ProConError, match=r"model.safetensors' is missing, or not as it was written"):
         trainer._load_best_model()

@@ -1,8 +1,8 @@
 """What is saved beside a model: directions, settings, a section of the card; and nothing in the model itself."""
 
 import json
+import re
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +13,10 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from procon.directions import DIRECTIONS_FILE, Directions, randomized
+from procon.directions import DIRECTIONS_FILE, Directions
 from procon.errors import ProConError
 from procon.method.probes import PROBES_FILE
 from procon.method.record import read_record
-from procon.training import model_card
-from procon.training.callbacks import ProbeCallback
 from procon.training.model_card import describe, write_section
 from procon.version import __version__
 
@@ -33,13 +31,6 @@ KINDS = pytest.mark.parametrize(
 )
 
 
-class ConstantDrift(ProbeCallback):
-    """What DriftCallback logs, at no cost."""
-
-    def measure(self) -> dict[str, float]:
-        return {"procon/drift_cos": 0.98765}
-
-
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
@@ -49,7 +40,6 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
     trainer = make_trainer(
         base, "procon_wu:0.5@1ep", lora=lora, procon_scope="all", procon_units="gap", procon_blocks="1,2"
     )
-    trainer.add_callback(ConstantDrift(trainer, trainer.processing_class, steps=4))
     trainer.train()
     trainer.save_model()
     penalties = {row["step"]: row["procon/penalty"] for row in trainer.state.log_history if "procon/penalty" in row}
@@ -68,8 +58,8 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
         record = json.loads((folder / "procon.json").read_text())
         assert read_record(folder) == {name: value for name, value in record.items() if name != "checksum"}
         assert len(record.pop("checksum")) == 16
-        run, arguments = record.pop("run"), record.pop("arguments")
-        assert (run["seed"], run["samples_per_step"], arguments["learning_rate"]) == (42, 2, 1e-2)
+        run = record.pop("run")
+        assert (run["seed"], run["samples_per_step"]) == (42, 2)
         files = record.pop("files", {})
         assert set(files) == (
             {str(path.relative_to(folder)) for path in folder.rglob("*")} - {"procon.json"} if files else set()
@@ -101,18 +91,13 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
             "steps_per_epoch": trainer.procon.steps_per_epoch,
         }
     for part in (
-        "| strength (alpha) | 0.5 for 1 extra epoch, then 0 to the end (`procon_wu:0.5@1ep`) |",
+        "| strength (alpha) | `procon_wu:0.5@1ep` |",
         "| optimiser steps under the constraint | 2 of 6 |",
-        "| blocks that it acted on | 1 to 2 of 3, from 0 |",
+        "| blocks that it acted on | 1, 2 of 3, from 0 |",
         f"| mean penalty, before alpha | {sum(penalties.values()) / 2:.3g} |",
-        "| constrained tokens | all |",
-        "| constrained blocks | 1 to 2 of 3, from 0 |",
-        "| penalty | squared, gap units |",
+        "each block's input along its refusal direction, at all tokens; squared penalty, gap units |",
+        f"| anchors | recorded (`{anchors[0]}`) |",
         "the last hidden state at the last token of probe prompts (builtin), at most 8 every 2 steps, with weight 15 |",
-        "`): of tiny, from 3 malicious and 4 benign prompts; it then refused 96% of malicious ones |",
-        f"| last logged penalty, before alpha | {penalties[2]:.3g} at step 2 |",
-        "| mean cosine of re-extracted directions to the first | 0.988 at step 6 |",
-        "Not measured in this run: refusal of malicious prompts",
         "@article{du2025",
     ):
         assert part in card
@@ -137,10 +122,7 @@ def test_schedule_of_zero_writes_what_the_trainer_writes_and_says_so(make_traine
         assert (record["constrained"], record["schedule"]) == (False, "0")
     for name, path in written["plain"].items():
         if path.name == "README.md":
-            said, ours = "## Trained without ProCon's constraint", written["ours"][name].read_text()
-            before, _, after = ours.partition("<!-- procon -->")
-            assert said in after
-            assert before.rstrip() + after.partition("<!-- /procon -->")[2].rstrip() == path.read_text().rstrip()
+            assert written["ours"][name].read_text() == path.read_text()
 
 
 def test_constrained_run_does_not_go_on_from_an_unconstrained_one(make_trainer):
@@ -210,86 +192,52 @@ def test_pushed_checkpoints_have_the_files_too(make_trainer, hub, base):
         assert upload["files"]["README.md"].decode().count(HEADING) == 1
 
 
+RECORD = {
+    "constrained": True,
+    "version": "1",
+    "schedule": "1@2ep,0.1@200steps,0",
+    "scope": "response",
+    "penalty": "huber",
+    "units": "raw",
+    "anchors": "live",
+    "directions": "abc",
+    "terms": {"tokens": {"anchors": None, "starting_model": "def"}},
+    "did": {"steps": 300, "constrained_steps": 204, "blocks_acted": [2, 3], "mean_penalty": None},
+}
+
+
 def test_section_is_replaced_where_it_stands(tmp_path):
     card = tmp_path / "README.md"
     metadata = "---\nlicense: apache-2.0\ntags: mine\nmodel-index:\n- name: x\n  results: []\n---\n"
     card.write_text(f"{metadata}# Mine\n\nAbout \\1 it.\n")
-    write_section(card, f"{HEADING}\n\nfirst \\1")
+    write_section(card, RECORD, None)
     card.write_text(card.read_text() + "\n### Framework versions\n")  # as PEFT appends
-    write_section(card, f"{HEADING}\n\nsecond \\g<0>")
+    write_section(card, {**RECORD, "schedule": "\\g<0>"}, None)
     assert metadata_load(card) == {
         "license": "apache-2.0",
         "tags": ["mine", "procon"],
         "model-index": [{"name": "x", "results": []}],
     }
     body = card.read_text().split("---\n", 2)[2]
-    assert body == (
-        f"# Mine\n\nAbout \\1 it.\n\n<!-- procon -->\n{HEADING}\n\nsecond \\g<0>\n<!-- /procon -->\n"
-        "\n### Framework versions\n"
-    )
+    before, section, after = re.split("<!-- /?procon -->", body)
+    assert (before, after) == ("# Mine\n\nAbout \\1 it.\n\n", "\n\n### Framework versions\n")
+    assert "| strength (alpha) | `\\g<0>` |" in section
+    write_section(card, {**RECORD, "constrained": False}, None)
+    assert "ProCon" not in card.read_text()
 
 
-def test_card_of_other_settings():
-    settings = {
-        "version": "1",
-        "schedule": "1@2ep,0.1@200steps,0",
-        "scope": "response",
-        "penalty": "huber",
-        "units": "raw",
-        "blocks": [0, 2],
-        "directions": "abc",
-        "terms": {"tokens": {"anchors": "def", "starting_model": None}},
-        "did": {"steps": 300, "constrained_steps": 204, "blocks_acted": [2], "mean_penalty": None},
-    }
-    random = randomized(Directions(torch.eye(3, 8)[:, None], torch.ones(3, 1)), seed=7)
-    measured = [
-        {"procon/refusal_malicious": 0.5, "procon/refusal_benign": 0.25, "procon/task": 0.125, "step": 3},
-        {"procon/refusal_malicious": 0.75, "step": 9},
-    ]
-    text = describe(settings, random, measured)
-    for part in (
-        "| 1 for 2 epochs, then 0.1 for 200 steps, then 0 to the end (`1@2ep,0.1@200steps,0`) |",
-        "| 0, 2 of 3, from 0 |",
-        "random ones (seed 7): a control",
-        "| penalty | huber, raw units |",
-        "| last logged penalty, before alpha | not logged |",
-        "| refusal of malicious prompts (keywords) | 75% at step 9 |",
-        "| refusal of benign prompts (keywords) | 25% at step 3 |",
-        "Not measured in this run: mean cosine of re-extracted directions to the first.\nA model",
-    ):
-        assert part in text
-    assert "| mean penalty, before alpha | not finite |" in text
-    none = describe({**settings, "did": {"steps": 3, "constrained_steps": 0}}, random, [])
-    assert "without the projection constraint: none of its 3 steps was under it" in none
-    assert HEADING not in none
-    assert "| 0.1 throughout (`0.1`) |" in describe({**settings, "schedule": "0.1"}, random, [])
-
-
-def test_a_card_names_concepts_and_the_last_output(tiny_model):
+def test_a_card_names_concepts_and_what_was_kept(tiny_model):
     model = tiny_model()
     probe = Directions.from_vectors(model, {1: torch.ones(32), "last": torch.ones(32)}, name="honesty")
     refusal = torch.eye(4, 32)[:, None] * torch.tensor([1, 1, 1, 0])[:, None, None]
     both = Directions.combine(Directions(refusal, refusal.any(-1).float(), last_output=True), probe)
-    settings = {
-        "version": "1",
-        "schedule": "0.1",
-        "scope": "all",
-        "penalty": "absolute",
-        "units": "raw",
-        "blocks": [0, 2, 3],
-        "directions": "abc",
-        "terms": {"tokens": {"anchors": "def", "starting_model": None}},
-        "did": {"steps": 3, "constrained_steps": 3, "blocks_acted": [3], "mean_penalty": 0.5},
-    }
-    text = describe(settings, both, [])
+    text = describe({**RECORD, "best": {"step": 9, "metric": "eval_loss", "value": 0.5}}, both)
     for part in (
-        "of each block's input along directions of refusal, honesty, on training tokens.\n",
-        "| constrained blocks | 0, 2 of 3, from 0; the last block's output |",
-        "| blocks that it acted on | the last block's output |",
-        "| directions | `refusal-directions.safetensors` (`abc`), 2 per block |",
-        "| blocks of refusal | 0 to 2 of 3, from 0 |",
-        "| blocks of honesty | 1 of 3, from 0; the last block's output |",
-        "from procon import Directions\n",
+        "| each block's input along directions of refusal, honesty, at response tokens; huber penalty, raw units |",
+        "| blocks that it acted on | 2, 3 of 3, from 0 |",
+        "| anchors | live (`def`) |",
+        "| mean penalty, before alpha | not finite |",
+        "| kept | the checkpoint of step 9, with the best eval_loss, 0.5 |",
     ):
         assert part in text
 
@@ -322,21 +270,3 @@ def test_merged_model_has_no_trace(make_trainer, tmp_path, base):
     assert any(not torch.equal(ours[name], plain[name]) for name in ours)  # the constraint did act
     for name in ("config.json", "generation_config.json"):
         assert (merged["ours"] / name).read_text() == (merged["plain"] / name).read_text()
-
-
-@pytest.mark.parametrize(
-    "provenance",
-    [
-        {"counts": {}},
-        {"counts": None},
-        {"counts": {"positive": "x", "negative": 1}},
-        {"counts": {"positive": 1, "negative": 2}, "model": 5, "refusal_rate": "high"},
-        {"counts": {"positive": 1, "negative": 2}, "model": ["<script>"], "refusal_rate": [1]},
-        {"random_seed": {}},
-    ],
-    ids=str,
-)
-def test_any_provenance_can_be_described(random_directions, tiny_model, provenance):
-    """Whoever made a directions file may have written anything into it."""
-    directions = replace(random_directions(tiny_model()), provenance=provenance)
-    assert "<" not in model_card._origin(directions)

@@ -15,9 +15,16 @@ pytest.importorskip("trl", reason="TRL is not installed")
 
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
-from procon.training.dpo import ProConDPOConfig, ProConDPOTrainer
-from procon.training.grpo import ProConGRPOConfig, ProConGRPOTrainer
-from procon.training.kto import KTOConfig, KTOTrainer, ProConKTOConfig, ProConKTOTrainer
+from procon.training.preferences import (
+    KTOConfig,
+    KTOTrainer,
+    ProConDPOConfig,
+    ProConDPOTrainer,
+    ProConGRPOConfig,
+    ProConGRPOTrainer,
+    ProConKTOConfig,
+    ProConKTOTrainer,
+)
 
 TRAINERS = {
     "DPO": (DPOTrainer, DPOConfig, ProConDPOTrainer, ProConDPOConfig, {}),

@@ -59,7 +59,6 @@ def resumed(
     *,
     kind: str = "LoRA",
     checkpoint: str | None = None,
-    warned_is_enough: bool = True,
 ) -> Callable[[Path], Outcome]:
     """Spoil a copy of the folder of a killed run, and go on from it by the trainer that ``build`` makes."""
     start = {"LoRA": dropping, "full": model}[kind]
@@ -77,8 +76,6 @@ def resumed(
                 return Outcome("refused", str(error))
         if equal(weights(ours.model), expected):
             return Outcome("same", "; ".join(warned))
-        if warned and warned_is_enough:
-            return Outcome("warned", "; ".join(warned))
         return Outcome("SILENT", "ends in other weights")
 
     return run
@@ -185,13 +182,8 @@ case("another precision of the weights", build=other_start(lambda: dropping().bf
 case("another seed", build=other(seed=7), short=True)
 case("another data seed", build=other(data_seed=7))
 case("another batch size", build=other(per_device_train_batch_size=1))
-case("smaller batches, accumulated", build=other(per_device_train_batch_size=1, gradient_accumulation_steps=2))
 case("more accumulation", build=other(gradient_accumulation_steps=2))
-case("another learning rate", build=other(learning_rate=1e-3), short=True)
-case("another learning rate schedule", build=other(lr_scheduler_type="constant"))
 case("another optimiser", build=other(optim="sgd"))
-case("another weight decay", build=other(weight_decay=0.5))
-case("more epochs", build=other(num_train_epochs=5))
 case("another precision", build=other(bf16=True))
 case("fewer rows", build=other_data(lambda given: given[:-1]))
 case("more rows", build=other_data(lambda given: [*given, *rows(seed=2)]))

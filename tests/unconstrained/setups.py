@@ -34,9 +34,14 @@ from procon.anchors.projections import project_sites
 from procon.data import padding_collator
 from procon.method import Probes
 from procon.models import evaluating, find_decoder
-from procon.training.dpo import ProConDPOConfig, ProConDPOTrainer
-from procon.training.grpo import ProConGRPOConfig, ProConGRPOTrainer
-from procon.training.kto import ProConKTOConfig, ProConKTOTrainer
+from procon.training.preferences import (
+    ProConDPOConfig,
+    ProConDPOTrainer,
+    ProConGRPOConfig,
+    ProConGRPOTrainer,
+    ProConKTOConfig,
+    ProConKTOTrainer,
+)
 from procon.training.sft import ProConSFTConfig, ProConSFTTrainer
 
 #: Training with the constraint must drift less than this share of what it drifts without.

@@ -7,7 +7,6 @@ import json
 import os
 import sys
 import traceback
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -26,7 +25,7 @@ from procon.chat import builtin_prompts
 from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import find_decoder
-from procon.training import DriftCallback, ProConConfig, ProConTrainer, callbacks
+from procon.training import DriftCallback, ProConConfig, ProConTrainer
 
 FOLDER = Path(sys.argv[1])
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -270,21 +269,6 @@ def not_a_number(name: str) -> dict:
     return {"errors": refusals(spoil.trainer.train)}
 
 
-def gated(name: str, **settings) -> dict:
-    """Ranks that find the cosine on either side of the gate."""
-    ours = trainer(name, **settings)
-    ours.add_callback(DriftCallback(ours, TOKENIZER, steps=2, prompts=PROMPTS, gate=0.5, gate_action="stop"))
-
-    def measured(*args, measure=callbacks.measure_drift, **kwargs):
-        found = measure(*args, **kwargs)
-        return replace(found, cosine=0 * found.cosine + (0.6 if RANK else 0.4))
-
-    with mock.patch.object(callbacks, "measure_drift", measured):
-        ours.train()
-    saved = [folder.name for folder in Path(ours.args.output_dir).glob("checkpoint-*")]
-    return {"steps": everywhere(ours.state.global_step), "saved": saved}
-
-
 def first_version(name: str) -> dict:
     return {"errors": refusals(partial(trainer, name, **fsdp2(version=1, sync_module_states=False)))}
 
@@ -328,8 +312,6 @@ CASES = {
     "without_trainer": without_trainer,
     "extracted_once": extracted_once,
     "not_a_number": not_a_number,
-    "ddp_gated": gated,
-    "fsdp2_gated": partial(gated, **fsdp2()),
     "first_version": first_version,
     "zero2": partial(train, **zero(2), **SAVES),
     "zero2_resumed": partial(train, resume=f"zero2-{OTHER}", **zero(2)),
