@@ -23,7 +23,7 @@ from procon.errors import ProConError
 from procon.files import sync, writing
 from procon.method.ranks import on_main
 from procon.method.record import RECORD, read_record, write_record
-from procon.models import frozen_hash
+from procon.models import frozen_hash, weights_hash
 from procon.settings import ProConSettings
 from procon.training.model_card import drop_section
 
@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 #: Weights that a training leaves; what loads the folder takes the first that it knows.
 _WEIGHTS = ("adapter_model.*", "model.safetensors*", "pytorch_model.bin*")
 
+#: Endings of the files that weights, states and lists of them are in.
+_LOADED = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".index.json")
+
 #: What two records of the same training share from its beginning on.
 _SAME = ("run", *(setting.name for setting in fields(ProConSettings) if setting.name not in ("blocks", "anchors_dir")))
 
@@ -47,11 +50,39 @@ _PIECE = 16 * 2**20
 _NO_MATTER = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "name_or_path"}
 _NO_MATTER |= {"base_model_name_or_path", "inference_mode", "peft_version", "revision", "auto_mapping"}
 
+#: Arguments on which the weights do not depend, or that are compared by what comes of them: the model, its rows. When
+#: to evaluate is none of them: dropout draws on from where an evaluation leaves off.
+_IGNORED = frozenset(
+    """
+    output_dir do_train do_eval do_predict resume_from_checkpoint local_rank debug skip_memory_metrics
+    activation_checkpointing gradient_checkpointing use_cache torch_empty_cache_steps
+    dataloader_pin_memory dataloader_prefetch_factor dataloader_multiprocessing_context ddp_timeout
+
+    logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level
+    log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
+    trackio_static_space_id include_num_input_tokens_seen
+
+    per_device_eval_batch_size prediction_loss_only eval_do_concat_batches eval_use_gather_object
+    eval_accumulation_steps include_for_metrics batch_eval_metrics bf16_full_eval fp16_full_eval
+
+    save_strategy save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint
+    restore_callback_states_from_checkpoint
+
+    push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
+
+    model_init_kwargs trust_remote_code eos_token pad_token dataset_num_proc eval_packing num_generations_eval
+    precompute_ref_batch_size log_completions log_multimodal num_completions_to_print log_unique_prompts
+    log_completions_hub_repo vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout
+    vllm_group_port vllm_gpu_memory_utilization vllm_enable_sleep_mode
+    """.split()  # noqa: SIM905  # formatted, a list has a line per name
+)
+
 #: What to do about a fact that differs, beyond giving the same settings.
 _REMEDIES = {
     "base_model": "load the model that the run began with",
     "model": "load the model, and train an adapter or parameters, as the run did",
     "training_data": "give the same rows in the same order",
+    "reference_model": "give the reference model that the run began with",
     "samples_per_step": "keep ranks times batch size times gradient accumulation steps as it was",
 }
 
@@ -171,9 +202,15 @@ def open_checkpoint(folder: Path, *, resumes: bool = True) -> Checkpoint:
     """The checkpoint in ``folder``, every file of which is read once.
 
     Raises:
-        ProConError: if it is not whole or damaged, naming the file; or, if training ``resumes`` from it, was saved
-            without what that needs.
+        ProConError: if it is not whole or damaged, naming the file, or holds weights that it was not saved with; or, if
+            training ``resumes`` from it, was saved without what that needs.
     """
+    found = _whole(folder, resumes)
+    _refuse_others(found)
+    return found
+
+
+def _whole(folder: Path, resumes: bool = True) -> Checkpoint:
     record = read_record(folder) or {}
     files = record.get("files")
     if not files:
@@ -196,13 +233,31 @@ def open_checkpoint(folder: Path, *, resumes: bool = True) -> Checkpoint:
     return Checkpoint(folder, record)
 
 
+def _refuse_others(checkpoint: Checkpoint) -> None:
+    """Raise ProConError for weights that are not of the checkpoint: they may be read before those that are."""
+    for path in sorted(checkpoint.path.rglob("*")):
+        name = path.relative_to(checkpoint.path).as_posix()
+        if name.endswith(_LOADED) and name not in checkpoint.record["files"]:
+            raise ProConError(
+                f"file {str(path)!r} was put there after the checkpoint was saved, and may be loaded in place of its "
+                "weights: move it to a folder of its own"
+            )
+
+
 def latest(output_dir: Path) -> Checkpoint | None:
-    """The latest whole checkpoint under ``output_dir``; a warning names each later one, and what is wrong with it."""
+    """The latest whole checkpoint under ``output_dir``; a warning names each later one, and what is wrong with it.
+
+    Raises:
+        ProConError: if it holds weights that it was not saved with.
+    """
     for path in reversed(_checkpoints(output_dir)):
         try:
-            return open_checkpoint(path)
+            found = _whole(path)
         except ProConError as error:
             logger.warning("passed over %s: %s", path.name, error)
+        else:
+            _refuse_others(found)
+            return found
     return None
 
 
@@ -245,6 +300,7 @@ def run_facts(
     precision: str,
     together: int = 1,
     reads_data: bool,
+    reference: nn.Module | None = None,
 ) -> dict[str, Any]:
     """What a resumed run must share with the one that it goes on from. If parameters are sharded, all ranks must call.
 
@@ -255,6 +311,7 @@ def run_facts(
         together: how many ranks compute a batch together.
         reads_data: whether rows may be read that are made as they are read, as those of a dataset other than
             :class:`datasets.Dataset`.
+        reference: a model of its own that the loss compares with, if it is not sharded.
     """
     adapters: dict[str, Any] = getattr(model, "peft_config", None) or {}
     configurations = {"": getattr(model, "config", None), **adapters}
@@ -274,12 +331,44 @@ def run_facts(
         ),
         "precision": precision,
         "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "neftune_noise_alpha": args.neftune_noise_alpha,
+        "reference_model": None if reference is None else weights_hash(reference),
     }
 
 
-def check_same_run(record: dict[str, Any], run: dict[str, Any], checkpoint: str) -> None:
-    """Raise ProConError for a fact of :func:`run_facts` that differs from those of the record."""
+def run_arguments(args: TrainingArguments, model: nn.Module, **functions: Any) -> dict[str, Any]:
+    """What may change, with a warning: all arguments but those that do not matter, and ``functions`` by their names."""
+    values = {
+        name: value
+        for name, value in args.to_dict().items()
+        if name not in _IGNORED and not name.startswith("procon_")  # which the method compares itself
+    }
+    values |= {
+        "ranks": args.world_size,
+        "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
+        **{name: getattr(made, "__qualname__", type(made).__name__) for name, made in functions.items()},
+    }
+    # As a record gives them back, which has no number for infinity.
+    return json.loads(json.dumps(values, default=_plain), parse_constant=str)
+
+
+def check_same_run(record: dict[str, Any], run: dict[str, Any], arguments: dict[str, Any], checkpoint: str) -> None:
+    """Raise ProConError for a fact that differs from those of the record, and warn of arguments that do."""
     check_resumed(record.get("run", {}), run, checkpoint, _REMEDIES)
+    # A run that is not interrupted skips no data.
+    before = {**record.get("arguments", {}), "ignore_data_skip": False}
+    changed = [
+        f"{name} {before.get(name)!r} to {arguments.get(name)!r}"
+        for name in {**before, **arguments}
+        if before.get(name) != arguments.get(name)
+    ]
+    if changed:
+        logger.warning(
+            "%s was trained with other arguments, so the resumed run may end in other weights than one that was "
+            "not interrupted, and the optimiser may go on with the old ones: %s",
+            checkpoint,
+            ", ".join(changed),
+        )
 
 
 def _configuration(config: Any) -> dict[str, Any] | None:

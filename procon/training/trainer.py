@@ -40,6 +40,7 @@ from procon.training.run_folder import (
     locked,
     open_checkpoint,
     output_folder,
+    run_arguments,
     run_facts,
     seal,
 )
@@ -242,7 +243,7 @@ class ProConMixin(_Trainer):
                         f"{name} is of training under the constraint (schedule {schedule!r}), which this run "
                         "would not have: resume with the same procon_schedule, or start afresh"
                     )
-                check_same_run(checkpoint.record, self._run, name)
+                check_same_run(checkpoint.record, self._run, self._arguments(), name)
             else:
                 record = self._record()
                 on_main(lambda: claim(folder, record))
@@ -277,8 +278,17 @@ class ProConMixin(_Trainer):
             raise ProConError(f"no complete checkpoint in {str(folder)!r} to resume from: start afresh")
         return found
 
+    def _arguments(self) -> dict[str, Any]:
+        return run_arguments(
+            self.args, self.model, data_collator=self.data_collator, compute_loss_func=self.compute_loss_func
+        )
+
     def _facts(self) -> dict[str, Any]:
         """Of the main process: others may hold no weights worth the name yet; of sharded ones, all need the others."""
+        reference = getattr(self, "ref_model", None)
+        # One that moves with the model, or lies on several ranks, has no weights to compare.
+        if reference is not None and (getattr(self.args, "sync_ref_model", False) or is_sharded(reference)):
+            reference = None
         return on_main(
             lambda: run_facts(
                 self.args,
@@ -287,6 +297,7 @@ class ProConMixin(_Trainer):
                 precision=self.accelerator.mixed_precision,
                 together=self.get_tp_size() * self.get_cp_size() * self.get_sp_size(),
                 reads_data=self.procon.active,
+                reference=reference,
             ),
             all_call=is_sharded(self.model),
         )
@@ -509,7 +520,7 @@ class ProConMixin(_Trainer):
 
     def _record(self) -> dict[str, Any]:
         """What goes into ``procon.json``."""
-        found = {"version": __version__, "constrained": False, "run": self._run}
+        found = {"version": __version__, "constrained": False, "run": self._run, "arguments": self._arguments()}
         if self.best:  # whose measured facts are those of its checkpoint, not of the steps after it
             found["best"] = self.best
         if not self.procon.active:

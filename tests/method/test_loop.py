@@ -101,7 +101,7 @@ def test_a_start_that_fails_leaves_the_model_and_the_loader_as_they_were(loop, v
     procon.terms.append(Fails())
     setattr(procon.terms[-1], verb, fail)
     collate = loader.collate_fn
-    with pytest.raises(ProConError, match="^it fails"):
+    with pytest.raises(ProConError, match=r"^it fails"):
         procon.prepare(loader)
     assert not hooks(procon.run.model)
     assert loader.collate_fn is collate

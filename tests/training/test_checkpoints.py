@@ -50,6 +50,31 @@ def test_a_damaged_checkpoint_is_passed_over(sealed, tmp_path, caplog, name, dam
     assert "passed over checkpoint-10" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "scaler.pt",
+        "rng_state.pth",
+        "other/adapter_model.safetensors",
+        "pytorch_model_fsdp_0/__0_0.distcp",
+    ],
+)
+def test_weights_that_a_checkpoint_did_not_have_are_named(sealed, tmp_path, name):
+    """transformers reads some of them before those that are checked, or in their place."""
+    last = sealed[-1]
+    (last / "notes.md").write_text("mine")
+    assert open_checkpoint(last) == latest(tmp_path)
+    (last / name).parent.mkdir(exist_ok=True)
+    (last / name).write_text("{}")
+    for attempt in (lambda: open_checkpoint(last), lambda: latest(tmp_path)):
+        # Not passed over: training would go on from the one before, and delete the file with the checkpoint.
+        with pytest.raises(ProConError, match=f"checkpoint-10/{name}' was put there after the checkpoint was saved"):
+            attempt()
+
+
 def test_a_checkpoint_without_the_optimiser_is_for_looking_back_alone(sealed):
     seal(sealed[0], {"resumable": False})
     with pytest.raises(ProConError, match="saved without the optimiser's state"):

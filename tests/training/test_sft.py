@@ -6,6 +6,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from procon.data import to_conversations, tokenize_conversations
 from procon.directions import DIRECTIONS_FILE, Directions
 from procon.errors import ProConError
 from procon.sequences import split_batch
@@ -99,6 +100,24 @@ class Seen(TrainerCallback):
             return inner(model, inputs, *args, **kwargs)
 
         run.training_step = step
+
+
+@pytest.mark.parametrize("loaded", [True, False], ids=["tokenizer", "its folder"])
+def test_without_a_training_template_labels_are_those_of_procon_train(trainer, tiny_model, tokenizer, tmp_path, loaded):
+    """Of this tokenizer's template TRL knows none, and raises."""
+    dataset = Dataset.from_list([{"messages": turns} for turns in conversations()])
+    expected = tokenize_conversations(to_conversations(dataset), tokenizer)["labels"]
+    model = tiny_model()
+    if not loaded:
+        tokenizer.save_pretrained(tmp_path / "model")
+        model.config._name_or_path = str(tmp_path / "model")
+    settings = {"assistant_only_loss": True, "eval_dataset": {"some": dataset}}
+    run = trainer(model, tokenizer if loaded else None, tmp_path / "out", dataset, **settings)
+    assert run.train_dataset["labels"] == expected
+    assert run.eval_dataset["some"]["labels"] == expected
+    assert run.args.assistant_only_loss
+    run.evaluate(dataset)
+    run.train()
 
 
 @pytest.mark.parametrize(
