@@ -151,7 +151,6 @@ def oracle() -> Callable[..., Expected]:
         weight: Tensor | None,
         penalty: str = "squared",
         rounding: float = 0.0,
-        sides: str = "both",
     ) -> Expected:
         h, r = hidden.detach().double().cpu(), direction.double().cpu()
         a = torch.zeros(len(h), len(r)).double() if anchor is None else anchor.double().cpu()
@@ -161,8 +160,6 @@ def oracle() -> Callable[..., Expected]:
         z = (x[:, None, :] * r).sum(-1)
         z.retain_grad()
         e = z - a[live]
-        if sides == "fall":
-            e = torch.where(e < 0, e, 0.0)
         reach = rounding * x.detach().norm(dim=1)[:, None] * r.norm(dim=1)
         phi = {
             "squared": e.square(),

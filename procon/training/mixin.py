@@ -18,7 +18,7 @@ from transformers.trainer_utils import TrainOutput
 
 from procon.anchors import LiveAnchors
 from procon.constraint import constrained_tokens
-from procon.constraint.guards import refuse_data_parallel, refuse_noise
+from procon.constraint.proof import refuse_data_parallel, refuse_noise
 from procon.directions import Directions
 from procon.errors import ProConError
 from procon.method import ProCon, check_batches, makes_batches, once_through

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from procon.constraint import ProjectionConstraint, constrained_tokens, select_blocks
-from procon.constraint.input_norm import find_input_norm
+from procon.constraint import ProjectionConstraint, constrained_tokens
+from procon.constraint.input_norm import find_norm
 from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import find_decoder
@@ -41,7 +41,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def by_definition(model, directions, batch, anchors, mask, units="raw", sides="both"):
+def by_definition(model, directions, batch, anchors, mask, units="raw"):
     """CE + penalty from ``output_hidden_states``: the input of block l is its entry l."""
     model.zero_grad()
     output = model(**batch, output_hidden_states=True)
@@ -50,8 +50,6 @@ def by_definition(model, directions, batch, anchors, mask, units="raw", sides="b
     ) - anchors.to(model.dtype)
     if units == "gap":
         error = error / directions.gaps[:, 0]
-    if sides == "fall":
-        error = error.clamp(max=0)
     penalty = (error.square().mean(-1) * mask).sum() / mask.sum()
     (output.loss + 3 * penalty).backward()
     return penalty.detach(), gradients(model)
@@ -110,17 +108,6 @@ def test_gap_units(tiny_model, fuse):
         by_definition(model, directions, batch, anchors, mask, units="gap"),
         constrained(model, directions, batch, anchors, mask, units="gap", fuse=fuse),
     )
-
-
-@both_ways
-def test_falls_alone(tiny_model, fuse):
-    model = tiny_model()
-    directions = random_directions(model)
-    batch, anchors, mask = random_batch(3)
-    found = constrained(model, directions, batch, anchors, mask, sides="fall", fuse=fuse)
-    assert_same(by_definition(model, directions, batch, anchors, mask, sides="fall"), found)
-    both, _ = constrained(model, directions, batch, anchors, mask, fuse=fuse)
-    assert 0.2 * both < found[0] < 0.8 * both
 
 
 @both_ways
@@ -305,22 +292,6 @@ def test_directions_of_another_model_are_refused(tiny_model):
         ProjectionConstraint(directions, penalty="squared").attach(tiny_model(num_hidden_layers=2))
 
 
-@pytest.mark.parametrize(
-    ("blocks", "expected"), [("all", (1, 2, 3)), ([3, 1], (1, 3)), ([-1], (3,)), (0.5, (2, 3)), (1.0, (1, 2, 3))]
-)
-def test_block_selection(blocks, expected):
-    gap = torch.tensor([0.0, 1, 1, 1])
-    directions = Directions(torch.eye(4)[:, None], gap[:, None])
-    assert select_blocks(directions, blocks) == expected
-
-
-@pytest.mark.parametrize("blocks", ["some", 0.0, 1.5, [4], [0], []])
-def test_bad_block_selection(blocks):
-    gap = torch.tensor([0.0, 1, 1, 1])
-    with pytest.raises(ProConError, match=r"block"):
-        select_blocks(Directions(torch.eye(4)[:, None], gap[:, None]), blocks)
-
-
 @both_ways
 def test_compiled_model(tiny_model, fuse):
     model = tiny_model()
@@ -358,14 +329,14 @@ def test_an_attach_that_fails_leaves_the_model_as_it_was(tiny_model, random_dire
     constraint = ProjectionConstraint(random_directions(model))
     found = []
 
-    def find(block, hidden_size):
+    def find(decoder, index):
         if found:
             raise RuntimeError("the second block cannot be read")
-        found.append(find_input_norm(block, hidden_size))
+        found.append(find_norm(decoder, index))
         return found[0]
 
     with monkeypatch.context() as patched:
-        patched.setattr("procon.constraint.sites.find_input_norm", find)
+        patched.setattr("procon.constraint.constraint.find_norm", find)
         with pytest.raises(RuntimeError, match="second block"):
             constraint.attach(model)
     assert found[0] is not None

@@ -106,9 +106,8 @@ def offloaded(model) -> None:
 
 
 def selective(model) -> None:
-    """Some results are kept: of matrix products, as is usual, and of what the op does too."""
-    kept = [getattr(torch.ops.aten, name).default for name in ("mm", "sum", "new_empty")]
-    wrapped(model, context_fn=partial(create_selective_checkpoint_contexts, kept))
+    """Some results are kept: of matrix products, as is usual."""
+    wrapped(model, context_fn=partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default]))
 
 
 @pytest.mark.parametrize("fuse", ["auto", "never"])
@@ -169,12 +168,13 @@ def test_value_without_gradients(tiny_model, random_directions, frozen, fuse):
     first, second = batches(2)
     with ProjectionConstraint(directions, penalty="squared").attach(model, fuse=fuse) as constraint:
         constraint.set_target(*second[1:])
-        with torch.no_grad():
+        with torch.inference_mode():
             model(input_ids=first[0])
             model(input_ids=second[0])
-            found = constraint.penalty()
+            found = constraint.penalty().item()
+        with torch.no_grad():
             expected = definition(model, directions, *second) - model(input_ids=second[0]).logits.square().mean()
-        torch.testing.assert_close(found, expected, rtol=RELATIVE, atol=0)
+        assert found == pytest.approx(expected.item(), rel=RELATIVE)
         with pytest.raises(ProConError, match=r"call penalty\(\) under torch.no_grad\(\) too"):
             constraint.penalty()
 
