@@ -16,6 +16,9 @@ _GRAMMAR = "'procon_s', 'procon_wu', 'procon_wu:ALPHA@4ep', or phases such as '1
 #: Alpha throughout, if none is given.
 _ALPHA = 0.2
 
+#: Below this, float32 has no room for what alpha multiplies: it would be 0, and the constraint off, without a word.
+_LEAST_ALPHA = float(2**-100)
+
 #: More steps or epochs than anyone trains.
 _GREATEST_LENGTH = 1e12
 
@@ -31,6 +34,10 @@ class Phase:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
             raise ProConError(f"alpha is {self.alpha:g}: give a finite number, 0 or more")
+        if 0 < self.alpha < _LEAST_ALPHA:
+            raise ProConError(
+                f"alpha is {self.alpha:g}, too small for float32, so nothing is constrained: give 0 or more"
+            )
         if self.length is None:
             return
         if not 0 < self.length <= _GREATEST_LENGTH:

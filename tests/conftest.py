@@ -104,15 +104,6 @@ def device() -> str:
 
 
 @pytest.fixture
-def gpu_rows() -> int:
-    """Rows for a test on a GPU: more than its programs take in one round.
-
-    A GPU that ttsem plays (``tests/compiled``) has four programs, and takes seconds for a million elements.
-    """
-    return 37 if torch.cuda.get_device_properties(0).name == "ttsem" else 1000
-
-
-@pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that the library takes uninitialised holds NaN, so that an element it forgets to write shows."""
 

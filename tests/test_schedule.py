@@ -66,6 +66,7 @@ def test_text_of_a_schedule_gives_it_back(text):
         ("procon_wu:1@2ep,0", "not understood"),
         ("nan", "alpha is nan"),
         ("inf@2ep,0", "alpha is inf"),
+        ("procon_s:1e-40", "too small for float32"),
         ("procon_wu:0@4ep", "would train longer and constrain nothing"),
         ("procon_wu:0", "would train longer and constrain nothing"),
         ("1@1e300ep,0", "positive length"),

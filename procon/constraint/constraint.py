@@ -315,10 +315,15 @@ class ProjectionConstraint:
         if len(target.terms) < blocks:
             if len(target.values) == blocks and not torch.is_grad_enabled():
                 return target.values
+            if target.values and target.trained:
+                raise ProConError(
+                    "gradient checkpointing with use_reentrant=True runs the blocks without gradients, and the "
+                    "constraint would lose its own: set use_reentrant=False"
+                )
             if target.values:
                 raise ProConError(
-                    "the forward ran without gradients, so its penalty has none: under gradient checkpointing set "
-                    "use_reentrant=False; for the value alone, call penalty() under torch.no_grad() too"
+                    "the forward ran without gradients, so its penalty has none: for the value alone, call penalty() "
+                    "under torch.no_grad() too"
                 )
             raise ProConError(
                 f"the forward passed {len(target.terms)} of {blocks} constrained blocks: attach the constraint before "

@@ -66,29 +66,6 @@ def test_mixtures_of_experts(tiny_model, batch, assert_penalty, family, fuse):
     assert_penalty(model, batch, reference=in_float64(model), fuse=fuse)
 
 
-@pytest.mark.parametrize("family", MIXTURES)
-def test_beside_the_routers_loss(tiny_model, batch, random_directions, family):
-    model = tiny_model(family, **EXPERTS, **MIXTURES[family], router_aux_loss_coef=0.5)
-    directions, mask = random_directions(model), batch["attention_mask"].float()
-    anchors = torch.randn(2, 9, 3, generator=torch.Generator().manual_seed(0))
-
-    reference = in_float64(model)
-    output = reference(**batch, output_router_logits=True, output_hidden_states=True)
-    states = torch.stack(output.hidden_states[:3], -2)  # [B, T, 3, D], inputs of the blocks
-    error = (states * directions.basis[:, 0].double()).sum(-1) - anchors
-    expected = output.loss + 3 * (error.square().mean(-1) * mask).sum() / mask.sum()
-    expected.backward()
-    assert abs(output.loss - reference(**batch).loss) > 0.1
-
-    with ProjectionConstraint(directions, penalty="squared").attach(model) as constraint:
-        constraint.set_target(anchors, mask)
-        loss = model(**batch, output_router_logits=True).loss + 3 * constraint.penalty()
-        loss.backward()
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
-    for (name, found), parameter in zip(model.named_parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(found.grad.double(), parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
-
-
 @both_ways
 @pytest.mark.parametrize("family", UNUSUAL)
 def test_unusual_blocks(tiny_model, batch, assert_penalty, family, fuse):
