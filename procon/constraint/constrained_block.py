@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from procon.constraint.copies import Arguments, Hook, ModuleForward
 from procon.constraint.input_norm import InputNorm
@@ -24,6 +26,9 @@ from procon.ops.autograd import Constrain, RmsNormConstrain
 from procon.ops.functional import rounding
 
 logger = logging.getLogger(__name__)
+
+#: What selective checkpointing sees operations with: the first time, and when a block runs again.
+_SELECTIVE = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
 
 #: Directions ``[K, D]``, anchors ``[N, K]`` and mask ``[N]``, and the backend.
 _Operands = tuple[Tensor, Tensor, Tensor, str]
@@ -52,7 +57,7 @@ class ConstrainedBlock:
             block: the block whose input is constrained, or whose output.
             norm: the RMSNorm that reads it and can do the work.
         """
-        meet = partial(self._through, block) if norm is None else self._note
+        meet = _unseen(partial(self._through, block)) if norm is None else self._note
 
         def on_output(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
             if (hidden := meet(block_output(output))) is None:
@@ -69,7 +74,7 @@ class ConstrainedBlock:
         else:
             undo.callback(block.register_forward_pre_hook(Hook(on_input), with_kwargs=True).remove)
         if norm is not None:
-            norm.module.forward = ModuleForward(norm.module, self._within(norm))
+            norm.module.forward = ModuleForward(norm.module, _unseen(self._within(norm)))
             undo.callback(delattr, norm.module, "forward")
 
     def _through(self, block: nn.Module, hidden: Tensor) -> Tensor | None:
@@ -208,6 +213,21 @@ class ConstrainedBlock:
             hidden, tokens = Constrain.apply(hidden, *tensors, penalty, rounding(hidden, penalty), True, backend)
         target.keep(self._column, tokens)
         return hidden
+
+
+def _unseen(function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """``function``, of which selective checkpointing sees no operations.
+
+    It matches those of a block that runs again with those of the first time by their order, and the op's are not there.
+    """
+
+    def call(hidden: Tensor) -> Any:
+        if torch.compiler.is_compiling() or not isinstance(_get_current_dispatch_mode(), _SELECTIVE):
+            return function(hidden)
+        with _disable_current_modes():
+            return function(hidden)
+
+    return call
 
 
 def runs_again() -> bool:

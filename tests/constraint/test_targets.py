@@ -106,8 +106,9 @@ def offloaded(model) -> None:
 
 
 def selective(model) -> None:
-    """Some results are kept: of matrix products, as is usual."""
-    wrapped(model, context_fn=partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default]))
+    """Some results are kept: of matrix products, as is usual, and of what the op does too."""
+    kept = [getattr(torch.ops.aten, name).default for name in ("mm", "sum", "new_empty")]
+    wrapped(model, context_fn=partial(create_selective_checkpoint_contexts, kept))
 
 
 @pytest.mark.parametrize("fuse", ["auto", "never"])
