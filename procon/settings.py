@@ -57,8 +57,10 @@ _LEAST = {"probe_batch": 1, "probe_every": 1, "probe_reply_tokens": 0, "thinking
 
 def _setting(default: Any, text: str) -> Any:
     """A field with the sentence that ``--help`` and the documentation show."""
-    kept = {"default_factory": dict} if default is dict else {"default": default}
-    return field(**kept, metadata={"help": text})
+    metadata = {"help": text}
+    return (
+        field(default_factory=dict, metadata=metadata) if default is dict else field(default=default, metadata=metadata)
+    )
 
 
 @dataclass(frozen=True)

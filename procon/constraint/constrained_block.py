@@ -126,9 +126,9 @@ class ConstrainedBlock:
                 passed = self._constrained(target, of_block, operands)
                 return plain(passed if of_block is hidden else hidden)
             of_norm = (hidden, module.weight, norm.eps, norm.casting, norm.offset)
-            *tensors, backend = operands
-            share = rounding(hidden, state.penalty)
-            normed, tokens = RmsNormConstrain.apply(*of_norm, *tensors, state.penalty, share, True, backend)
+            vectors, anchors, mask, backend = operands
+            rule = (state.penalty, rounding(hidden, state.penalty), True, backend)
+            normed, tokens = RmsNormConstrain.apply(*of_norm, vectors, anchors, mask, *rule)
             target.keep(self._column, tokens)
             return normed
 
@@ -205,12 +205,13 @@ class ConstrainedBlock:
 
     def _constrained(self, target: Target, hidden: Tensor, operands: _Operands) -> Tensor:
         """The block's input passed through the op, whose penalty is kept."""
-        *tensors, backend = operands
+        vectors, anchors, mask, backend = operands
         penalty = self._state.penalty
         if isinstance(hidden, DTensor):
-            hidden, tokens = constrain_sharded(hidden, self._index, *tensors, penalty, backend)
+            hidden, tokens = constrain_sharded(hidden, self._index, vectors, anchors, mask, penalty, backend)
         else:
-            hidden, tokens = Constrain.apply(hidden, *tensors, penalty, rounding(hidden, penalty), True, backend)
+            rule = (penalty, rounding(hidden, penalty), True, backend)
+            hidden, tokens = Constrain.apply(hidden, vectors, anchors, mask, *rule)
         target.keep(self._column, tokens)
         return hidden
 

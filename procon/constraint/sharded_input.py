@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -10,7 +12,7 @@ from procon.ops import constrain
 
 
 def constrain_sharded(
-    hidden: DTensor, block: int, direction: Tensor, anchor: Tensor, weight: Tensor, penalty: str, backend: str
+    hidden: DTensor, block: int, direction: Tensor, anchor: Tensor, weight: Tensor, penalty: Any, backend: Any
 ) -> tuple[DTensor, Tensor]:
     """The op on ``hidden [..., D]``, with ``anchor [N, K]`` and ``weight [N]`` of all tokens, the same on every rank.
 

@@ -27,6 +27,8 @@ Backends: ``"auto"`` is Triton for tensors on a CUDA or ROCm device and plain Py
 ``"eager"`` insist. The environment variable ``PROCON_BACKEND`` says what ``"auto"`` means.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -298,7 +300,7 @@ def _check_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
         raise ProConError(f"{name} is on {tensor.device} but hidden is on {hidden.device}: move {name} there")
 
 
-def _check_dense(name: str, value: object) -> None:
+def _check_dense(name: str, value: Any) -> None:
     """Raise ProConError for anything but a dense tensor that this rank has whole."""
     # DTensor by name, because importing torch.distributed.tensor takes longer than everything else in this file.
     if (
