@@ -8,13 +8,22 @@ _TINY = 1.1754943508222875e-38
 
 
 def penalize_projection(
-    projection: Tensor, anchor: Tensor | None, weight: Tensor | None, penalty: str, reach: Tensor | None = None
+    projection: Tensor,
+    anchor: Tensor | None,
+    weight: Tensor | None,
+    penalty: str,
+    direction: Tensor,
+    length: Tensor | None,
+    rounding: float,
 ) -> tuple[Tensor, Tensor]:
     """Penalty of each token ``[N]`` and coefficient ``c [N, K]`` for ``projection [N, K]``, in its dtype.
 
-    ``reach [N, K]`` is that of the rounding of each projection, where "absolute" is a parabola; None stands for 0.
-    ``projection`` is overwritten. NaN gives NaN.
+    With lengths ``|h| [N]``, "absolute" is a parabola up to ``rounding |h_t| |r_k|``. ``projection`` is overwritten;
+    NaN gives NaN.
     """
+    reach = None
+    if length is not None:
+        reach = torch.outer(length, torch.linalg.vector_norm(direction, dim=1).mul_(rounding))
     # Operations with Python numbers take twice as long on few tokens as those without.
     error = projection if anchor is None else projection.sub_(anchor)
     if weight is not None:

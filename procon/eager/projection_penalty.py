@@ -55,15 +55,7 @@ def penalize(
     """
     length = direction.new_empty(hidden.shape[0]) if penalty == "absolute" and rounding else None
     projection = _project(hidden, direction, length)
-    reach = rounding_reach(length, direction, rounding)
-    return penalize_projection(projection, anchor, weight, penalty, reach)
-
-
-def rounding_reach(length: Tensor | None, direction: Tensor, rounding: float) -> Tensor | None:
-    """``rounding |h_t| |r_k|``, ``[N, K]``, for lengths ``|h| [N]``; None if there are none."""
-    if length is None:
-        return None
-    return torch.outer(length, torch.linalg.vector_norm(direction, dim=1).mul_(rounding))
+    return penalize_projection(projection, anchor, weight, penalty, direction, length, rounding)
 
 
 def accumulate_gradient(

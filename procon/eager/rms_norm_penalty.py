@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .penalty import penalize_projection
-from .projection_penalty import add_outer_products, project_tile, rounding_reach, scaled
+from .projection_penalty import add_outer_products, project_tile, scaled
 from .tiles import converted, tile_height, tiled
 
 
@@ -72,8 +72,8 @@ def rms_norm_penalize(
             y.copy_(n.mul_(v))
     if direction is None:
         return normed, inverse_rms, inverse_rms.new_empty(0), projection
-    reach = rounding_reach(length, direction, rounding)
-    return normed, inverse_rms, *penalize_projection(projection, anchor, weight, penalty, reach)
+    found = penalize_projection(projection, anchor, weight, penalty, direction, length, rounding)
+    return normed, inverse_rms, *found
 
 
 def rms_norm_gradient(
