@@ -15,7 +15,6 @@ import procon
 from procon import (
     AlphaSchedule,
     Anchors,
-    ChatSettings,
     Directions,
     Probes,
     ProConConfig,
@@ -27,7 +26,6 @@ from procon import (
 from procon.anchors import LiveAnchors
 from procon.cli import main
 from procon.cli.arguments import TrainArguments
-from procon.cli.chat import chat_settings
 from procon.cli.parsing import parse
 from procon.integrations import ProConCallback
 from procon.settings import (
@@ -107,13 +105,6 @@ def test_settings_are_checked_once_and_stay(tmp_path, tiny_model, random_directi
     trainer = ProConTrainer(model, args, directions=random_directions(model))
     args.procon_penalty = "huber"  # too late to count
     assert trainer.procon.settings.penalty == "absolute"
-
-
-@pytest.mark.parametrize("argv", [["directions"], ["train", "--data", "d"], ["eval"], ["drift", "--tuned", "m"]])
-def test_commands_ask_a_model_by_the_defaults(argv):
-    command, *given = argv
-    model = "--start" if command == "drift" else "--model"
-    assert chat_settings(parse(command, [model, "m", *given])[0]) == ChatSettings()
 
 
 def trl_config(kind: str) -> type:

@@ -92,20 +92,6 @@ def test_gradient_is_linear_in_the_upstream_gradient(problem, backend):
     assert (nothing == 0).all()
 
 
-def test_penalties_of_two_calls_add_up(problem, backend):
-    hidden, direction, anchor, weight = problem
-    leaf = hidden.clone().requires_grad_()
-    x, total = constrain(leaf, direction, anchor, weight, backend=backend)
-    x, more = constrain(x, direction[0], None, weight, penalty="huber", backend=backend)
-    (x.sum() + total + more).backward()
-    reference = hidden.clone().requires_grad_()
-    apart = projection_penalty(reference, direction, anchor, weight, backend="eager") + projection_penalty(
-        reference, direction[0], None, weight, penalty="huber", backend="eager"
-    )
-    (reference.sum() + apart).backward()
-    torch.testing.assert_close(leaf.grad, reference.grad)
-
-
 @pytest.mark.parametrize("layout", ["expanded", "permuted", "row-strided"])
 def test_upstream_gradients_of_any_layout(problem, backend, layout):
     hidden, direction, anchor, weight = problem
