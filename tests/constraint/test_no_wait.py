@@ -126,6 +126,6 @@ def test_what_the_op_runs_for_a_block(tiny_model, random_directions):
         made = Constrain.apply(hidden, direction, anchors, mask, "squared", 0.0, True, "eager")
     with Counted() as backward:
         torch.autograd.grad(made, hidden, [gradient, mask])
-    assert forward.calls.total() <= 9
+    assert forward.calls.total() <= 14
     each = forward.calls + backward.calls + Counter(select=1)
     assert calls["all"] - calls["one"] == each + each
