@@ -196,25 +196,6 @@ def test_directions_and_anchors_of_a_model_that_sees(tokenizer, batch, family, t
         assert constraint.penalty() < 1e-10
 
 
-@pytest.mark.parametrize("family", WITH_AN_EYE)
-def test_packed_text_is_right_or_refused(random_directions, batch, family, tmp_path):
-    """Qwen2-VL and 2.5-VL, as transformers has them, do not keep apart what ``position_ids`` mark."""
-    model = seeing_model(family).eval()
-    ids = batch["input_ids"]
-    positions = torch.arange(9).repeat(2)
-    with torch.no_grad():
-        packed = model(input_ids=ids.view(1, 18), position_ids=positions[None], use_cache=False).logits
-        mixes = not torch.allclose(packed.view(2, 9, -1), model(input_ids=ids, use_cache=False).logits, atol=1e-5)
-    assert mixes == (family in ("qwen2_vl", "qwen2_5_vl"))
-    of_row = {"input_ids": ids.view(1, 18), "labels": ids.view(1, 18), "position_ids": positions[None]}
-    directions = random_directions(model)
-    if mixes:
-        with pytest.raises(ProConError, match="lets the sequences of a packed row see each other: pad them"):
-            Anchors.record(model, [of_row], directions, tmp_path, progress=False, scope="response")
-    else:
-        Anchors.record(model, [of_row], directions, tmp_path, progress=False, scope="response")
-
-
 def test_blocks_that_text_does_not_pass(tokenizer, batch, tmp_path):
     """Llama 3.2 Vision looks at images in blocks of their own: without one they do not run, and are not constrained."""
     text = TEXT | {"model_type": "mllama_text_model", "num_hidden_layers": 4, "cross_attention_layers": [2]}

@@ -197,20 +197,3 @@ def test_what_blocks_need_is_moved_once_to_each_device():
     assert on_device(copies, elsewhere).device == elsewhere
     assert on_device(copies, elsewhere) is copies[elsewhere]
     assert on_device(copies, mask.device) is mask
-
-
-def test_a_constraint_on_one_block(tiny_model, random_directions):
-    model = tiny_model()
-    made = ProjectionConstraint(random_directions(model), blocks=[1], penalty="squared").attach(model)
-    step(made, model, {"input_ids": torch.arange(10).view(2, 5)})
-    penalty = made.penalty()
-    penalty.backward()
-    assert penalty > 0
-    assert made.acting == (1,)
-    made.detach()
-
-
-@pytest.mark.parametrize("setting", ["penalty", "units", "backend"])
-def test_a_setting_that_is_none(tiny_model, random_directions, setting):
-    with pytest.raises(ProConError, match=f"{setting} is 'usual': choose one of"):
-        ProjectionConstraint(random_directions(tiny_model()), **{setting: "usual"})
