@@ -130,8 +130,7 @@ def _calls(function: str, tokens: int = TOKENS, size: int = SIZE) -> dict[str, C
     # A block's input is never a leaf of the graph.
     passed = hidden.view_as(hidden)
     rest = (direction, anchor, weight)
-    # As the backend takes one direction.
-    of_backend = (direction[None], anchor[:, None], weight) if DEVICE == "cuda" else rest
+    of_backend = (direction[None], anchor[:, None], weight)
     if function == "constrain":
         leaves = [hidden]
         functions = {

@@ -5,14 +5,11 @@ import triton.language as tl
 
 
 @triton.jit
-def value_and_slope(e, reach, PENALTY: tl.constexpr, SIDES: tl.constexpr):
+def value_and_slope(e, reach, PENALTY: tl.constexpr):
     """phi(e) and phi'(e); ``reach``, of the shape of ``e``, is that of the rounding, which only "absolute" knows.
 
-    On the side "fall" they are those of min(e, 0). NaN gives NaN, so that whoever looks for it in gradients finds it.
+    NaN gives NaN, so that whoever looks for it in gradients finds it.
     """
-    if SIDES == "fall":
-        # Not a minimum, which would make 0 of a state that is infinite: this makes NaN of it.
-        e -= tl.maximum(e, 0)
     if PENALTY == "squared":
         value = e * e
         slope = 2 * e

@@ -5,11 +5,11 @@ For ``h [N, D]``, directions ``r [K, D]``, anchors ``a [N, K]`` and weights ``w 
     forward   z_tk = <h_t, r_k>   e = z - a   penalty_t = w_t sum_k phi(e_tk)   c_tk = w_t phi'(e_tk)
     backward  dh_t = g_h[t] + g_t sum_k c_tk r_k
 
-phi "absolute" is a parabola up to ``rounding |h_t| |r_k|``, and straight beyond. Sides "fall" takes phi(min(e, 0)).
+phi "absolute" is a parabola up to ``rounding |h_t| |r_k|``, and straight beyond.
 
 Bytes moved, with U = N * D * itemsize: forward U (rows of weight 0 are not read), backward 2U, or U when no gradient
-arrives for h; added in place, 2U of the rows whose coefficients are not 0. Beside that 4N(3K + 2) bytes of anchors,
-weights, penalties and coefficients, of which the backward reads a coefficient once for each patch; r stays in cache.
+arrives for h. Beside that 4N(3K + 2) bytes of anchors, weights, penalties and coefficients, of which the backward reads
+a coefficient once for each patch; r stays in cache.
 
 Accumulation is in the dtype of r: float32, or float64 for float64 hidden states.
 """
@@ -45,7 +45,6 @@ def _forward(
     K: tl.constexpr,
     PENALTY: tl.constexpr,
     ROUNDING: tl.constexpr,
-    SIDES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -82,7 +81,7 @@ def _forward(
             if PENALTY == "absolute" and ROUNDING > 0:
                 r = tl.load(direction + k * D + column, mask=real, other=0, eviction_policy="evict_last")
                 reach = ROUNDING * tl.sqrt(sums[K] * tl.sum(r * r, axis=1))
-            value, result = value_and_slope(z, reach, PENALTY, SIDES)
+            value, result = value_and_slope(z, reach, PENALTY)
             total += value
             if weight is not None:
                 result *= w
@@ -107,16 +106,10 @@ def _backward(
     K: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    IN_PLACE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = row < N
-    if IN_PLACE:
-        moved = row < 0
-        for k in tl.static_range(K):
-            moved |= tl.load(coefficient + row * K + k, mask=inside, other=0) != 0
-        inside &= moved
     patch = inside[:, None] & (column < D)[None, :]
     if incoming is not None:
         arrived = incoming + row[:, None] * incoming_stride + column[None, :]
@@ -141,7 +134,6 @@ def _launch_forward(
     per_direction: Tensor,
     penalty: str | None,
     rounding: float,
-    sides: str,
 ) -> None:
     rows, size = hidden.shape
     tile = forward_tile(size, hidden.element_size(), len(direction), target_of(hidden))
@@ -164,7 +156,6 @@ def _launch_forward(
                 K=len(direction),
                 PENALTY=penalty,
                 ROUNDING=rounding,
-                SIDES=sides,
                 ROWS=tile.rows,
                 COLUMNS=tile.columns,
                 num_warps=tile.warps,  # pyright: ignore[reportCallIssue]  # a launch option
@@ -175,7 +166,7 @@ def _launch_forward(
 def project(hidden: Tensor, direction: Tensor) -> Tensor:
     """Projection ``z [N, K]`` of ``hidden [N, D]`` on ``direction [K, D]``, in the dtype of ``direction``."""
     projection = torch.empty((len(hidden), len(direction)), dtype=direction.dtype, device=hidden.device)
-    _launch_forward(hidden, direction, None, None, None, projection, None, 0.0, "both")
+    _launch_forward(hidden, direction, None, None, None, projection, None, 0.0)
     return projection
 
 
@@ -186,16 +177,14 @@ def penalize(
     weight: Tensor | None,
     penalty: str,
     rounding: float = 0.0,
-    sides: str = "both",
 ) -> tuple[Tensor, Tensor]:
     """Penalty of each token ``[N]`` and coefficient ``c [N, K]``, both in the dtype of ``direction``.
 
-    ``rounding`` is the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola. On the ``sides``
-    "fall" a projection above its anchor costs nothing.
+    ``rounding`` is the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola.
     """
     token_penalty = torch.empty(len(hidden), dtype=direction.dtype, device=hidden.device)
     coefficient = torch.empty((len(hidden), len(direction)), dtype=direction.dtype, device=hidden.device)
-    _launch_forward(hidden, direction, anchor, weight, token_penalty, coefficient, penalty, rounding, sides)
+    _launch_forward(hidden, direction, anchor, weight, token_penalty, coefficient, penalty, rounding)
     return token_penalty, coefficient
 
 
@@ -211,20 +200,8 @@ def accumulate_gradient(
     ``incoming [N, D]`` is the gradient that arrives for the hidden states, ``upstream`` (one number, or one per token)
     that of the penalty; None stands for 0 and for 1. Neither is written to.
     """
-    gradient = torch.empty((len(coefficient), direction.shape[1]), dtype=dtype, device=direction.device)
-    _launch_backward(incoming, upstream, coefficient, direction, gradient)
-    return gradient
-
-
-def add_gradient(buffer: Tensor, upstream: Tensor, coefficient: Tensor, direction: Tensor) -> None:
-    """Add ``upstream * coefficient @ direction`` to a contiguous ``buffer [N, D]`` in place; ``upstream`` as above."""
-    _launch_backward(buffer, upstream, coefficient, direction, buffer)
-
-
-def _launch_backward(
-    incoming: Tensor | None, upstream: Tensor | None, coefficient: Tensor, direction: Tensor, gradient: Tensor
-) -> None:
-    rows, size = gradient.shape
+    rows, size = len(coefficient), direction.shape[1]
+    gradient = torch.empty((rows, size), dtype=dtype, device=direction.device)
     tile = patch_tile(size)
     if rows:
         with on_device(direction):
@@ -242,7 +219,7 @@ def _launch_backward(
                 K=len(direction),
                 ROWS=tile.rows,
                 COLUMNS=tile.columns,
-                IN_PLACE=incoming is gradient,
                 num_warps=tile.warps,  # pyright: ignore[reportCallIssue]  # a launch option
                 enable_fp_fusion=FP_FUSION,  # pyright: ignore[reportCallIssue]
             )
+    return gradient

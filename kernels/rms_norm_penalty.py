@@ -7,7 +7,7 @@ token weights ``w [N]``::
               z_tk = <h_t, r_k>   e = z - a   penalty_t = w_t sum_k phi(e_tk)   c_tk = w_t phi'(e_tk)
     backward  m = g_y v    dh_t = s_t (m_t - n_t mean_d(m_t n_t)) + g sum_k c_tk r_k    dv = sum_t g_y[t] n_t
 
-phi "absolute" is a parabola up to ``rounding |h_t| |r_k|``, and straight beyond. Sides "fall" takes phi(min(e, 0)).
+phi "absolute" is a parabola up to ``rounding |h_t| |r_k|``, and straight beyond.
 
 Casting ``"llama"`` rounds n to the dtype of h before it meets the weight; ``"gemma"`` rounds the product. The gradients
 are those of the norm without the rounding.
@@ -56,7 +56,6 @@ def _forward(
     CASTING: tl.constexpr,
     PENALTY: tl.constexpr,
     ROUNDING: tl.constexpr,
-    SIDES: tl.constexpr,
     D: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
@@ -99,7 +98,7 @@ def _forward(
                 r = tl.load(direction + k * D + column, mask=real, other=0, eviction_policy="evict_last")
                 reach = ROUNDING * tl.sqrt(sums[0] * tl.sum(r * r, axis=1))
             # Selected, not multiplied: a dead row may hold NaN.
-            value, slope = value_and_slope(tl.where(live, e, 0), tl.where(live, reach, 0), PENALTY, SIDES)
+            value, slope = value_and_slope(tl.where(live, e, 0), tl.where(live, reach, 0), PENALTY)
             total += value
             if weight is not None:
                 slope *= w
@@ -206,17 +205,16 @@ def rms_norm_penalize(
     weight: Tensor | None,
     penalty: str,
     rounding: float = 0.0,
-    sides: str = "both",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """RMSNorm of ``hidden [N, D]`` and, when there is a ``direction [K, D]``, the penalty on the way.
 
-    ``rounding`` is the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola. On the ``sides``
-    "fall" a projection above its anchor costs nothing.
+    ``rounding`` is the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola.
 
     Returns the normed states ``[N, D]`` and, in the dtype of the computation, the inverse RMS ``[N]``, the penalty of
     each token ``[N]`` and the coefficient ``c [N, K]``; the last two are empty without a direction.
     """
     rows, size = hidden.shape
+    norm_weight = norm_weight.contiguous()
     computed = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     normed_dtype = hidden.dtype if casting == "gemma" else torch.promote_types(hidden.dtype, norm_weight.dtype)
     normed = torch.empty((rows, size), dtype=normed_dtype, device=hidden.device)
@@ -248,7 +246,6 @@ def rms_norm_penalize(
                 CASTING=casting,
                 PENALTY=penalty,
                 ROUNDING=rounding,
-                SIDES=sides,
                 D=size,
                 K=directions,
                 ROWS=tile.rows,
@@ -276,6 +273,7 @@ def rms_norm_gradient(
     penalty; None stands for 0.
     """
     rows, size = hidden.shape
+    norm_weight = norm_weight.contiguous()
     target = target_of(hidden)
     directions = 0 if upstream is None else coefficient.shape[1]
     stream = row_stream(size, hidden.element_size(), directions, target)

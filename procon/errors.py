@@ -4,7 +4,6 @@ one line that is safe to print."""
 from __future__ import annotations
 
 import re
-import sys
 from importlib.util import find_spec
 
 #: Characters of a line, at most, and of its end, where the remedy stands.
@@ -67,13 +66,7 @@ def require_extra(extra: str, for_: str) -> str:
         ProConError: naming the first package that is missing, and the extra.
     """
     for package in EXTRAS[extra]:
-        if not _is_installed(package):
+        if find_spec(package) is None:
             # No ImportError, after which axolotl, for one, would train without its plugin.
             raise ProConError(f"{for_} needs {package}, which is not installed: pip install 'procon-llm[{extra}]'")
     return extra
-
-
-def _is_installed(package: str) -> bool:
-    if package in sys.modules:
-        return sys.modules[package] is not None
-    return find_spec(package) is not None

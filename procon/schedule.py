@@ -77,10 +77,8 @@ class AlphaSchedule:
     def __post_init__(self) -> None:
         if not self.phases:
             raise ProConError(f"the alpha schedule is empty: give {_GRAMMAR}")
-        if any(phase.length is None for phase in self.phases[:-1]):
+        if any(phase.length is None for phase in self.phases[: max(self.extra, len(self.phases) - 1)]):
             raise ProConError("only the last phase of an alpha schedule may have no length: add @Nep or @Nsteps")
-        if any(phase.length is None for phase in self.phases[: self.extra]):
-            raise ProConError("an extra phase of an alpha schedule needs a length: add @Nep or @Nsteps")
         if any(phase.alpha == 0 for phase in self.phases[: self.extra]):
             raise ProConError(
                 "the warm-up of an alpha schedule has alpha 0, so it would train longer and constrain nothing: give an "

@@ -24,7 +24,6 @@ TokenScope = Literal["response", "prompt", "all"]
 Blocks = Literal["all", "last"] | float | Sequence[int | float | str]
 
 Penalty = Literal["squared", "absolute", "huber"]
-Sides = Literal["both", "fall"]
 Units = Literal["raw", "gap"]
 Fuse = Literal["auto", "never"]
 Backend = Literal["auto", "triton", "eager"]
@@ -43,7 +42,6 @@ MAX_DIRECTIONS = 8
 CHOICES: dict[str, tuple[str, ...]] = {
     "scope": get_args(TokenScope),
     "penalty": get_args(Penalty),
-    "sides": get_args(Sides),
     "units": get_args(Units),
     "fuse": get_args(Fuse),
     "backend": get_args(Backend),
@@ -58,9 +56,7 @@ def _setting(default: Any, text: str) -> Any:
     """A field with the sentence that ``--help`` and the documentation show."""
     metadata = {"help": text}
     return (
-        field(default_factory=default, metadata=metadata)
-        if default is dict
-        else field(default=default, metadata=metadata)
+        field(default_factory=dict, metadata=metadata) if default is dict else field(default=default, metadata=metadata)
     )
 
 
@@ -149,22 +145,18 @@ class ChatSettings:
         "System prompt of every prompt that is asked; the template's own, if it has one, if not given. "
         "Training data keep their own.",
     )
-
     chat_template_kwargs: Mapping[str, Any] = _setting(
         dict,
         'Variables of the chat template, such as {"enable_thinking": true}. Thinking is switched off if the '
         "template has a switch for it and this does not say otherwise.",
     )
-
     thinking_markers: tuple[str, ...] = _setting(
         (),
         "What begins and what ends a thought, or what ends it alone if replies begin with one; those known of "
         "model families if not given.",
     )
-
     thinking_tokens: int = _setting(
-        1024,
-        "Tokens that a thought may have; the length of the reply itself counts from its end.",
+        1024, "Tokens that a thought may have; the length of the reply itself counts from its end."
     )
 
     def __post_init__(self) -> None:
@@ -210,7 +202,12 @@ def check_setting(setting: str, value: Any, name: str | None = None) -> None:
     """
     name = name or setting
     if setting == "schedule":
-        _check_schedule(value, name)
+        if not isinstance(value, str):
+            raise ProConError(f"{name} is {value!r}: give a text such as 'procon_s:0.2'")
+        try:
+            AlphaSchedule.parse(value)
+        except ProConError as error:
+            raise ProConError(f"setting {name}: {error}") from None
     elif setting == "blocks":
         parse_blocks(value, name) if isinstance(value, str) else check_blocks(value, name)
     elif setting in _LEAST:
@@ -227,8 +224,6 @@ def check_setting(setting: str, value: Any, name: str | None = None) -> None:
             raise ProConError(f"{name} is {value!r}: give the path of a folder")
     else:
         check_choice(name, value, CHOICES[setting])
-    if setting == "backend" and value == "auto":
-        backend_variable()
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -254,43 +249,23 @@ def backend_variable() -> str:
     return backend
 
 
-def _check_schedule(value: object, name: str) -> None:
-    if not isinstance(value, str):
-        raise ProConError(f"{name} is {value!r}: give a text such as 'procon_s:0.2'")
-    try:
-        AlphaSchedule.parse(value)
-    except ProConError as error:
-        raise ProConError(f"setting {name}: {error}") from None
-
-
 def check_blocks(value: object, name: str = "blocks") -> None:
     """Raise ProConError unless ``value`` is a :data:`Blocks`; whether a model has them shows later."""
-    if isinstance(value, Real) and not isinstance(value, Integral):
-        if not 0 < float(value) <= 1:
-            raise ProConError(f"{name} is the fraction {value:g}: give one above 0 and at most 1")
-    elif isinstance(value, Sequence) and len(value) == 0:
+    if isinstance(value, str | float):
+        parts = [value]
+    else:
+        parts = [*value] if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray) else [None]
+    if not parts:
         raise ProConError(f"{name} is empty: give at least one block")
-    elif isinstance(value, Sequence) and len(value) == 2 and (share := _beside_last(value)) is not None:
-        check_blocks(share, name)
-    elif not (value in ("all", LAST) if isinstance(value, str) else _are_indices(value)):
+    others = [part for part in parts if not (isinstance(part, str) and part == LAST)]
+    if len(others) == 1 and isinstance(others[0], float):
+        if not 0 < others[0] <= 1:
+            raise ProConError(f"{name} is the fraction {others[0]:g}: give one above 0 and at most 1")
+    elif others != ["all"] and not all(isinstance(part, Integral) and not isinstance(part, bool) for part in others):
         raise ProConError(
-            f"{name} is {value!r}: give 'all', a fraction such as 0.5, or a list of indices; and 'last' for the output "
-            "of the last block"
+            f"{name} is {value!r}: give 'all', a fraction such as 0.5, or indices such as 8,9,10; and 'last' for the "
+            "output of the last block"
         )
-
-
-def _beside_last(pair: Sequence[object]) -> object:
-    """What a pair has beside the word "last", if that is a text or a fraction; else None."""
-    others = [item for item in pair if isinstance(item, str | float) and item != LAST]
-    return others[0] if len(others) == 1 and LAST in pair else None
-
-
-def _are_indices(value: object) -> bool:
-    """Whether ``value`` is a list of indices, or of indices and the word "last"."""
-    if not isinstance(value, Sequence) or isinstance(value, bytes | bytearray):
-        return False
-    others = (item for item in value if not (isinstance(item, str) and item == LAST))
-    return all(isinstance(item, Integral) and not isinstance(item, bool) for item in others)
 
 
 def parse_blocks(text: str, name: str = "blocks") -> Blocks:
@@ -299,24 +274,14 @@ def parse_blocks(text: str, name: str = "blocks") -> Blocks:
     Raises:
         ProConError: for anything else.
     """
-    if not isinstance(text, str):
-        raise ProConError(f"{name} is {text!r}: give a text, such as 'all', '0.5', '8,9,10' or 'all,last'")
+    parts: list[Any] = [part.strip() for part in text.split(",")]
     try:
-        parts = [_block(part.strip()) for part in text.split(",")]
+        parts = [part if part in ("all", LAST) else float(part) if "." in part else int(part) for part in parts]
     except ValueError:
-        raise ProConError(
-            f"{name} is {text!r}: give all, a share such as 0.5, or indices such as 8,9,10; and last beside them"
-        ) from None
+        parts = [text]  # which is none
     blocks = parts[0] if len(parts) == 1 and not isinstance(parts[0], int) else parts
     check_blocks(blocks, name)
     return blocks
-
-
-def _block(text: str) -> Any:
-    """One part of a text that names blocks."""
-    if text in ("all", LAST):
-        return text
-    return float(text) if "." in text else int(text)
 
 
 def check_alpha(alpha: float, name: str = "alpha") -> None:
@@ -339,19 +304,12 @@ DEFAULTS = ProConSettings()
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """How the paper fine-tunes (section IV-A2)."""
+    """How the paper fine-tunes (section IV-A2): rank, scale and modules of the LoRA adapter, highest learning rate."""
 
     lora_r: int = 8
-    """Rank of the LoRA adapter."""
-
     lora_alpha: int = 16
-    """Scale of the LoRA adapter."""
-
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    """Modules that get an adapter."""
-
     learning_rate: float = 2e-4
-    """Peak learning rate."""
 
     def lora(self) -> dict[str, Any]:
         """Arguments of PEFT's ``LoraConfig``."""

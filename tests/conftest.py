@@ -104,15 +104,6 @@ def device() -> str:
 
 
 @pytest.fixture
-def gpu_rows() -> int:
-    """Rows for a test on a GPU: more than its programs take in one round.
-
-    A GPU that ttsem plays (``tests/compiled``) has four programs, and takes seconds for a million elements.
-    """
-    return 37 if torch.cuda.get_device_properties(0).name == "ttsem" else 1000
-
-
-@pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that the library takes uninitialised holds NaN, so that an element it forgets to write shows."""
 
@@ -151,7 +142,6 @@ def oracle() -> Callable[..., Expected]:
         weight: Tensor | None,
         penalty: str = "squared",
         rounding: float = 0.0,
-        sides: str = "both",
     ) -> Expected:
         h, r = hidden.detach().double().cpu(), direction.double().cpu()
         a = torch.zeros(len(h), len(r)).double() if anchor is None else anchor.double().cpu()
@@ -161,8 +151,6 @@ def oracle() -> Callable[..., Expected]:
         z = (x[:, None, :] * r).sum(-1)
         z.retain_grad()
         e = z - a[live]
-        if sides == "fall":
-            e = torch.where(e < 0, e, 0.0)
         reach = rounding * x.detach().norm(dim=1)[:, None] * r.norm(dim=1)
         phi = {
             "squared": e.square(),

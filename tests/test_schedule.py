@@ -32,11 +32,6 @@ def test_grammar(text, phases, extra):
     assert AlphaSchedule.parse(str(schedule)) == schedule
 
 
-def test_the_papers_two_schedules():
-    assert AlphaSchedule.parse("procon_s") == AlphaSchedule.constant()
-    assert AlphaSchedule.parse("procon_wu:2@16ep") == AlphaSchedule.warmup(2, epochs=16)
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -71,7 +66,6 @@ def test_text_of_a_schedule_gives_it_back(text):
         ("procon_wu:1@2ep,0", "not understood"),
         ("nan", "alpha is nan"),
         ("inf@2ep,0", "alpha is inf"),
-        ("1e-300", "alpha is 1e-300, too small for float32"),
         ("procon_s:1e-40", "too small for float32"),
         ("procon_wu:0@4ep", "would train longer and constrain nothing"),
         ("procon_wu:0", "would train longer and constrain nothing"),
@@ -97,11 +91,6 @@ def test_the_message_shows_schedules_that_are_some():
     assert len(examples) == 4
     for example in examples:
         AlphaSchedule.parse(example)
-
-
-def test_a_phase_alone_is_of_epochs_and_lasts():
-    assert Phase(0.5) == Phase(0.5, None, "ep")
-    assert AlphaSchedule((Phase(0.5),)) == AlphaSchedule((Phase(0.5),), extra=0)
 
 
 @pytest.mark.parametrize(
@@ -135,15 +124,6 @@ def test_alpha_at_boundaries():
     schedule = AlphaSchedule.parse("1@2ep,0.5@7steps,0.25@0.15ep,0")
     alphas = [schedule.alpha(step, PER_EPOCH) for step in range(40)]
     assert alphas == [1] * 20 + [0.5] * 7 + [0.25] * 2 + [0] * 11
-
-
-def test_the_constrained_steps_of_the_warm_up_are_the_extra_ones():
-    for per_epoch in (1, 3, 7, 10, 1000):
-        for length in ("4ep", "0.1ep", "0.7ep", "2.9ep", "5steps"):
-            schedule = AlphaSchedule.parse(f"procon_wu:2@{length}")
-            extra = schedule.extra_steps(per_epoch)
-            assert extra > 0
-            assert [schedule.alpha(step, per_epoch) for step in (0, extra - 1, extra)] == [2, 2, 0]
 
 
 def test_the_last_phase_goes_on():

@@ -41,7 +41,6 @@ class Shape(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     penalty: str = "squared"
     casting: str = "llama"
-    sides: str = "both"
 
 
 SHAPES = (
@@ -55,8 +54,7 @@ SHAPES = (
     *(Shape(size, directions=8, penalty="absolute") for size in (8192, 16384)),
     Shape(20480, penalty="absolute"),
     Shape(576, dtype=torch.float16, penalty="absolute"),
-    Shape(576, dtype=torch.float16, penalty="absolute", sides="fall"),
-    Shape(3584, penalty="huber", casting="gemma", sides="fall"),
+    Shape(3584, penalty="huber", casting="gemma"),
 )
 
 #: Widths that models have, up to twice that of the widest.
@@ -88,7 +86,6 @@ class Record:
     dtype: str
     penalty: str
     casting: str
-    sides: str
     tile: dict[str, int]
     warps: int
     registers: int
@@ -194,7 +191,6 @@ def _built(target: str, shape: Shape, every: bool) -> Iterator[Record]:
                 dtype=str(shape.dtype).removeprefix("torch."),
                 penalty=shape.penalty,
                 casting=shape.casting,
-                sides=shape.sides,
                 tile={"rows": launch.arguments.get("ROWS", 1), "columns": launch.arguments["COLUMNS"]},
                 warps=warps,
                 registers=registers,

@@ -25,7 +25,6 @@ def calls(
     dtype: torch.dtype,
     penalty: str = "squared",
     casting: str = "llama",
-    sides: str = "both",
 ) -> dict[str, Call]:
     """By name, on random inputs of ``rows`` tokens of width ``size``, every second of which has weight 0."""
     torch.manual_seed(0)
@@ -46,17 +45,14 @@ def calls(
         return projection_penalty.project(hidden, direction)
 
     def penalize():
-        return projection_penalty.penalize(hidden, direction, anchor, weight, penalty, ROUNDING, sides)
+        return projection_penalty.penalize(hidden, direction, anchor, weight, penalty, ROUNDING)
 
     def accumulate(arrived):
         return projection_penalty.accumulate_gradient(arrived, upstream, coefficient, direction, dtype)
 
-    def add():
-        return projection_penalty.add_gradient(incoming, upstream, coefficient, direction)
-
     def norm(*constraint):
         return rms_norm_penalty.rms_norm_penalize(
-            hidden, norm_weight, eps, casting, offset, *constraint, penalty, ROUNDING, sides
+            hidden, norm_weight, eps, casting, offset, *constraint, penalty, ROUNDING
         )
 
     def norm_gradient(upstream, coefficient, direction, needs_weight):
@@ -79,7 +75,6 @@ def calls(
         "pass-through forward": Call(penalize, live),
         "pass-through backward": Call(lambda: accumulate(incoming), rows),
         "pass-through backward, no gradient arrives": Call(lambda: accumulate(None), rows),
-        "pass-through backward, in place": Call(add, live),
         "norm forward": Call(lambda: norm(None, None, None), rows),
         "norm backward": Call(lambda: norm_gradient(*unconstrained, True), rows),
         "norm backward, weight frozen": Call(lambda: norm_gradient(*unconstrained, False), rows),

@@ -67,7 +67,7 @@ def run(targets: list[str], sizes: list[int] | None = None) -> list[dict]:
 
 
 def _records(target: str, size: int) -> Iterator[Record]:
-    shape = Shape(size, DIRECTIONS, penalty="absolute", sides="fall")
+    shape = Shape(size, DIRECTIONS, penalty="absolute")
     for name, call in calls(ROWS, *shape).items():
         with launched_for(target), _recorded() as launches:
             call.run()

@@ -9,9 +9,6 @@ from benchmarks.study.start import Start
 from procon.directions import Directions, randomized, randomized_within, shuffled
 from procon.errors import ProConError
 
-#: Settings that run files name, and that training arguments do not have: the trainer of the defence has them.
-OF_THE_DEFENCE = ("procon_sides",)
-
 
 @dataclass(frozen=True)
 class Method:
@@ -41,11 +38,6 @@ class Method:
     samples: int | None = None
     length: float = 1.0
     adapter: bool = True
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """:attr:`config`, as training arguments take it."""
-        return {name: value for name, value in self.config.items() if name not in OF_THE_DEFENCE}
 
 
 def choose_directions(method: Method, start: Start) -> Directions:

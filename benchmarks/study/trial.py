@@ -147,7 +147,7 @@ def make_trainer(
     )
     dataset = tokenize_conversations(conversations, tokenizer, progress=False)
     set_seed(seed)
-    config = {**RECIPE, "num_train_epochs": size.epochs * method.length, **method.arguments, **settings}
+    config = {**RECIPE, "num_train_epochs": size.epochs * method.length, **method.config, **settings}
     if method.adapter:
         tuned = get_peft_model(model, adapter(model))
     else:

@@ -11,7 +11,7 @@ __extra__ = require_extra("train", __name__)
 
 from procon.constraint.blocks import select_among, select_blocks
 from procon.constraint.constraint import ProjectionConstraint
-from procon.constraint.token_count import constrained_tokens
+from procon.constraint.target import constrained_tokens
 
 __all__ = [
     "ProjectionConstraint",

@@ -42,20 +42,19 @@ def select_among(usable: Tensor, blocks: Blocks, last: bool | None = None) -> tu
 
 
 def gap_units(directions: Directions, blocks: Sequence[int]) -> Tensor:
-    """``[blocks, K]`` fp32, what a departure along each direction is divided by under ``"gap"``; 1 if there is none."""
+    """``[blocks, K]`` fp32, what a departure along each direction is divided by under ``"gap"``; 1 if there is none.
+
+    Raises:
+        ProConError: if a direction at one of the blocks has no unit, as given vectors have none without prompts.
+    """
     gaps = directions.gaps[list(blocks)]
-    return gaps.masked_fill(gaps == 0, 1.0)
-
-
-def check_units(directions: Directions, blocks: Sequence[int]) -> None:
-    """Raise ProConError if a direction at one of the blocks has no unit, as given vectors have none without prompts."""
-    unknown = directions.gaps[list(blocks)].isnan()
-    if unknown.any():
-        row, number = unknown.nonzero()[0].tolist()
+    if gaps.isnan().any():
+        row, number = gaps.isnan().nonzero()[0].tolist()
         raise ProConError(
             f"the direction of {directions.concepts[number]!r} at block {blocks[row]} has no unit, which units 'gap' "
             "need: make its directions with prompts beside the vectors, or take units 'raw'"
         )
+    return gaps.masked_fill(gaps == 0, 1.0)
 
 
 def _sites(part: object, allowed: list[int], count: int, last: bool | None) -> list[int]:

@@ -13,15 +13,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from procon.chat import warn_of_low_refusal
-from procon.constraint.blocks import check_units, gap_units, select_blocks
+from procon.constraint.blocks import gap_units, select_blocks
 from procon.constraint.constrained_block import ConstrainedBlock, runs_again
 from procon.constraint.copies import Arguments, Hook
-from procon.constraint.guards import refuse_noise
-from procon.constraint.reach import reaches_a_parameter
-from procon.constraint.sites import find_site
-from procon.constraint.target import State, Target, on_device, sums
-from procon.constraint.token_count import divisor
-from procon.constraint.use import Use
+from procon.constraint.input_norm import find_norm
+from procon.constraint.proof import reaches_a_parameter, refuse_noise
+from procon.constraint.target import State, Target, divisor, on_device, sums
 from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import (
@@ -33,10 +30,16 @@ from procon.models import (
     token_embedding,
     unwrapped,
 )
-from procon.ops.arguments import check_constant
-from procon.settings import DEFAULTS, Backend, Blocks, Fuse, Penalty, Sides, Units, check_setting
+from procon.ops.functional import check_constant
+from procon.settings import DEFAULTS, Backend, Blocks, Fuse, Penalty, Units, check_setting
 
 logger = logging.getLogger(__name__)
+
+_LOST = (
+    "the model was trained while the constraint was attached, and no penalty went through backward, so nothing was "
+    "constrained: call set_target(anchors, mask) before each forward and add alpha * constraint.penalty() to the loss, "
+    "or detach() to train without it"
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,6 @@ class ProjectionConstraint:
         directions: one direction per block, or several, of refusal or other concepts.
         blocks: ``"all"`` that have a direction (paper), a list of indices, or a fraction: the deepest share of them.
         penalty: ``"squared"``, ``"absolute"`` (as the paper typesets it) or ``"huber"``.
-        sides: ``"both"`` (paper), or ``"fall"``: projections below their anchors alone, towards the benign mean.
         units: ``"raw"`` (paper), or ``"gap"``: in units of the distance between the malicious and the benign mean of
             each block, which weighs blocks alike although the residual stream grows with depth. Further directions
             are in units of the same distance as the first, and concepts in units of their own.
@@ -85,7 +87,6 @@ class ProjectionConstraint:
         blocks: indices of the constrained blocks, in order; the last axis of ``anchors`` follows it, with ``K`` columns
             per block.
         enabled: True; set to False, the model's own code runs, at plain speed (alpha 0).
-        use: what :meth:`detach` looks at to say whether the constraint acted.
 
     Raises:
         ProConError: for a wrong setting, blocks that have no direction, or ``"gap"`` for vectors without a unit.
@@ -97,30 +98,26 @@ class ProjectionConstraint:
         *,
         blocks: Blocks = DEFAULTS.blocks,
         penalty: Penalty = DEFAULTS.penalty,
-        sides: Sides = "both",
         units: Units = DEFAULTS.units,
         backend: Backend = "auto",
     ) -> None:
-        for setting, value in {"penalty": penalty, "sides": sides, "units": units, "backend": backend}.items():
+        for setting, value in {"penalty": penalty, "units": units, "backend": backend}.items():
             check_setting(setting, value)
         concepts = directions.provenance.get("concepts")
         for known in (directions.provenance, *(concepts.values() if isinstance(concepts, dict) else ())):
             warn_of_low_refusal(known.get("refusal_rate"))
         self.blocks = select_blocks(directions, blocks)
-        if units == "gap":
-            check_units(directions, self.blocks)
         self._directions = directions
-        gaps = gap_units(directions, self.blocks)
-        unit = directions.basis[list(self.blocks)]
-        self._vectors: dict[Units, Tensor] = {"raw": unit, "gap": unit / gaps[:, :, None]}
-        self._scales = {gaps.device: 1.0 / gaps}  # [blocks, K], by device
-        self._penalty: Penalty = penalty
-        self._units: Units = units
-        self._state = State(backend, sides)
+        self._vectors = directions.basis[list(self.blocks)]  # [blocks, K, D]
+        self._scales: dict[torch.device, Tensor] = {}  # of anchors, [blocks, K], by device; none if they are raw
+        if units == "gap":
+            gaps = gap_units(directions, self.blocks)
+            self._vectors, self._scales = self._vectors / gaps[:, :, None], {gaps.device: 1.0 / gaps}
+        self._state = State(penalty, backend)
         #: The first moving block with which the penalty's gradient was last seen to arrive at a parameter.
         self._reached_from: int | None = None
         self._attachment: _Attachment | None = None
-        self.use = Use()
+        self._forget()
 
     @property
     def enabled(self) -> bool:
@@ -171,10 +168,11 @@ class ProjectionConstraint:
             hook = Hook(self._before_decoder)
             undo.callback(decoder.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             for column, index in enumerate(self.blocks):
-                site = find_site(decoder, index, fuse)
-                vectors: dict[Units, Tensor] = {name: tensor[column] for name, tensor in self._vectors.items()}
-                ConstrainedBlock(self._state, column, index, vectors).attach(site, undo)
-                if site.norm is not None:
+                is_output = index == len(decoder.blocks)
+                norm = find_norm(decoder, index) if fuse == "auto" else None
+                block = ConstrainedBlock(self._state, column, index, self._vectors[column])
+                block.attach(decoder.blocks[-1 if is_output else index], norm, undo, is_output=is_output)
+                if norm is not None:
                     fused.append(index)
             layer = adapter_layer(decoder)
             self._attachment = _Attachment(
@@ -193,39 +191,37 @@ class ProjectionConstraint:
         self.release()
         if self._attachment is not None:
             self._attachment.undo.close()
-            if lost := self.use.lost():
-                logger.warning(lost)
-        self.use = Use()
+            if self._trained and not self._arrived:
+                logger.warning(_LOST)
+        self._forget()
         self._attachment = None
         self._reached_from = self._state.first_moving = None
+
+    def _forget(self) -> None:
+        """Begin to watch whether the model trains, the penalty is asked for, and its gradient arrives."""
+        self._trained = self._forwards = self._asked = self._arrived = False
 
     def __enter__(self) -> ProjectionConstraint:
         return self
 
     def __exit__(self, exception: type[BaseException] | None, *_rest: object) -> None:
         self.release()
-        use = self.use
+        lost = self._forwards and not self._asked
         self.detach()
-        if exception is None and use.forwards and not use.asked:
-            raise ProConError(use.lost())
+        if exception is None and lost:
+            raise ProConError(_LOST)
 
-    def set_target(
-        self, anchors: Tensor, mask: Tensor, *, penalty: Penalty | None = None, units: Units | None = None
-    ) -> None:
+    def set_target(self, anchors: Tensor, mask: Tensor) -> None:
         """Set what the next forward is constrained to.
 
         Args:
             anchors: ``[B, T, len(blocks) * K]``, initial projections in raw units, those of a block side by side.
             mask: ``[B, T]``, weight of each token, 0 if it is not constrained.
-            penalty, units: of this forward; the constraint's own if not given.
 
         Raises:
             ProConError: if the shapes do not fit, the constraint is attached to no model, or other adapters are on
                 than when it was attached.
         """
-        penalty, units = penalty or self._penalty, units or self._units
-        check_setting("penalty", penalty)
-        check_setting("units", units)
         check_constant("anchors", anchors)
         check_constant("mask", mask)
         expected = (*mask.shape, len(self.blocks) * self._directions.k)
@@ -238,13 +234,11 @@ class ProjectionConstraint:
         # Blocks first: read with a stride, each number would move a whole sector of memory.
         given = anchors.unflatten(-1, (len(self.blocks), -1)).movedim(-2, 0)
         by_block = torch.empty(given.shape, dtype=torch.float32, device=given.device)
-        if units == "gap":
-            if self._units != "gap":  # else checked when it was made
-                check_units(self._directions, self.blocks)
+        if self._scales:
             torch.mul(given, on_device(self._scales, given.device)[:, None, None], out=by_block)
         else:
             by_block.copy_(given)
-        self._set(Target(by_block, mask.float(), penalty, units, first_moving_block(attachment.decoder)))
+        self._set(Target(by_block, mask.float(), first_moving_block(attachment.decoder)))
 
     def rest(self) -> None:
         """Leave the next training forward unconstrained, for one whose loss has no penalty.
@@ -253,11 +247,7 @@ class ProjectionConstraint:
         so another forward of the same step may be constrained.
         """
         nothing = torch.empty(0)
-        self._set(
-            Target(
-                nothing, nothing, self._penalty, self._units, first_moving_block(self._attached().decoder), idle=True
-            )
-        )
+        self._set(Target(nothing, nothing, first_moving_block(self._attached().decoder), idle=True))
 
     def _set(self, target: Target) -> None:
         self.release()
@@ -279,7 +269,7 @@ class ProjectionConstraint:
         """Drop the target, so that a later forward without one is not taken for this one's; backward needs none."""
         target, self._state.target = self._state.target, None
         if target is not None and target.trained and len(target.terms) == len(self.blocks):
-            self.use.forwards += 1
+            self._trained = self._forwards = True
 
     def penalty(self, tokens: Tensor | float | None = None) -> Tensor:
         """The constraint of the forward that just ran: sum over its tokens and blocks / (``tokens`` * blocks).
@@ -294,15 +284,19 @@ class ProjectionConstraint:
             ProConError: if the forward did not pass every constrained block, passed them without gradients, or nothing
                 below one of them trains.
         """
-        self.use.asked += 1
+        self._asked = True
         if (target := self._state.target) is None or target.idle:
             raise ProConError("no target is set: call set_target(anchors, mask) before the forward")
         terms = self._terms(target)
         device = next(iter(terms.values())).device
         by_block = sums([*terms.values()], device)
         penalty = by_block.sum() / (divisor(tokens, target.mask, device) * len(self.blocks))
-        self.use.watch(penalty)
+        if penalty.requires_grad:
+            penalty.register_hook(self._arrive)
         return penalty
+
+    def _arrive(self, _gradient: Tensor) -> None:
+        self._arrived = True
 
     def note_departures(self, noting: bool) -> None:
         """Measure in the coming forwards how far tokens are from their anchors, which waits for the device; or not."""
@@ -355,7 +349,7 @@ class ProjectionConstraint:
         """A forward pre-hook: beside a cache, transformers does not keep packed sequences apart."""
         target = self._state.target
         if module.training and torch.is_grad_enabled():
-            self.use.trained = True
+            self._trained = True
         if not self.enabled or (target is None and not runs_again()):
             return None
         if torch.is_grad_enabled():

@@ -11,9 +11,6 @@ from torch import nn
 #: Of a module's call: positional and named.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
-#: A forward pre-hook, which may change them.
-PreForward = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Arguments | None]
-
 
 class Hook:
     """A hook of a module; its place in a copy of the module is taken by a function that does nothing."""

@@ -9,7 +9,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from procon.models import Decoder, final_norms
 from procon.ops import rms_norm
@@ -32,20 +32,20 @@ class InputNorm:
     offset: float
 
 
-def find_input_norm(block: nn.Module, hidden_size: int) -> InputNorm | None:
-    """The RMSNorm that ``block`` calls on its own input before it computes anything; None if there is none.
+def find_norm(decoder: Decoder, index: int) -> InputNorm | None:
+    """The RMSNorm that reads the input of block ``index``; with the index after the last one, the last one's output.
 
-    Nothing is computed with the model's weights, so they may be on any device, sharded or without storage.
+    None if there is none, or the block computes anything with its input before it calls the norm. Nothing is computed
+    with the model's weights, so they may be on any device, sharded or without storage. That a final norm reads the last
+    block's output shows as it runs.
     """
-    norms = [module for module in block.modules() if _looks_like_rms_norm(module, hidden_size)]
-    module = _first_called(block, norms, hidden_size) if norms else None
-    return None if module is None else _with_rule(module, hidden_size)
-
-
-def find_output_norm(decoder: Decoder) -> InputNorm | None:
-    """The RMSNorm after the last block; None if there is none. That it reads the block's output shows as it runs."""
-    norms = [module for module in final_norms(decoder) if _looks_like_rms_norm(module, decoder.hidden_size)]
-    return _with_rule(norms[0], decoder.hidden_size) if len(norms) == 1 else None
+    is_output = index == len(decoder.blocks)
+    block, size = decoder.blocks[-1 if is_output else index], decoder.hidden_size
+    norms = [m for m in (final_norms(decoder) if is_output else block.modules()) if _looks_like_rms_norm(m, size)]
+    if not norms:
+        return None
+    module = norms[0] if is_output else _first_called(block, norms, size)
+    return None if module is None else _with_rule(module, size)
 
 
 def _looks_like_rms_norm(module: nn.Module, hidden_size: int) -> bool:
@@ -88,8 +88,8 @@ def _first_called(block: nn.Module, norms: list[nn.Module], hidden_size: int) ->
     hidden = torch.empty(1, 1, hidden_size, device="meta", dtype=dtype)
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        alone = len(args) == 1 and not kwargs
-        raise _Called(module if alone and args[0] is hidden and module in norms else None)
+        alone = len(args) == 1 and not kwargs and args[0] is hidden and hidden._version == 0
+        raise _Called(module if alone and module in norms else None)
 
     # Wrappers, such as those that move weights between devices, are not to do their work for nothing.
     stops = [*norms, *(module for module in block.modules() if module is not block and _patched(module))]
@@ -113,7 +113,7 @@ def _first_called(block: nn.Module, norms: list[nn.Module], hidden_size: int) ->
 def _with_rule(module: nn.Module, hidden_size: int) -> InputNorm | None:
     """The rule whose results, on random numbers and another weight, are the module's own; None if there is none.
 
-    In training and in evaluation, with outliers, and where eps counts: rules that treat it otherwise differ there.
+    With outliers, and where eps counts: rules that treat it otherwise differ there.
     """
     if (eps := _eps(module)) is None:
         return None
@@ -124,33 +124,20 @@ def _with_rule(module: nn.Module, hidden_size: int) -> InputNorm | None:
     hidden[-1, :, 0] = 1e4
     hidden = hidden.to(torch.bfloat16)
     weights = [torch.randn(hidden_size, generator=random).to(dtype) for dtype in (torch.bfloat16, torch.float32)]
-    candidates = (InputNorm(module, eps, *rule) for rule in product(("llama", "gemma"), (0.0, 1.0)))
-    try:
-        expected = [[_call_with_weight(module, weight, hidden, mode) for mode in (True, False)] for weight in weights]
-        return next(
-            norm
-            for norm in candidates
-            if all(_agree(norm, weight, hidden, found) for weight, found in zip(weights, expected, strict=True))
+
+    def follows(norm: InputNorm) -> bool:
+        rule: dict[str, Any] = {"casting": norm.casting, "offset": norm.offset, "backend": "eager"}
+        found = [rms_norm(hidden, weight, eps, **rule) for weight in weights]
+        return all(
+            one.dtype == other.dtype and (one == other).float().mean((1, 2)).min() >= _AGREEMENT
+            for one, other in zip(found, expected, strict=True)
         )
+
+    try:
+        with torch.no_grad():
+            expected = [torch.func.functional_call(module, {"weight": weight}, (hidden,)) for weight in weights]
+            candidates = (InputNorm(module, eps, *rule) for rule in product(("llama", "gemma"), (0.0, 1.0)))
+            return next(norm for norm in candidates if follows(norm))
     except Exception:
         # No candidate, or for example a kernel that runs on a GPU only: this norm is left to itself.
         return None
-
-
-def _agree(norm: InputNorm, weight: Tensor, hidden: Tensor, expected: list[Tensor]) -> bool:
-    """Whether the rule of ``norm`` gives what was ``expected`` of ``hidden [scales, rows, D]``, at each scale."""
-    found = rms_norm(hidden, weight, norm.eps, casting=norm.casting, offset=norm.offset, backend="eager")
-    return all(
-        found.dtype == other.dtype and (found == other).float().mean((1, 2)).min() >= _AGREEMENT for other in expected
-    )
-
-
-def _call_with_weight(module: nn.Module, weight: Tensor, hidden: Tensor, training: bool) -> Tensor:
-    flags = [(part, part.training) for part in module.modules()]
-    try:
-        module.train(training)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return torch.func.functional_call(module, {"weight": weight}, (hidden,))
-    finally:
-        for part, flag in flags:
-            part.training = flag

@@ -1,23 +1,28 @@
-"""What a forward is constrained to, and what its constraint has come to."""
+"""What a forward is constrained to, what its constraint has come to, and what a mean of it divides by."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from procon.errors import ProConError
+from procon.ops import project
 from procon.ops.backends import choose_backend
-from procon.ops.operators import folded
-from procon.settings import Backend, Penalty, Sides, Units
+from procon.ops.functional import rounding
+from procon.settings import Backend, Penalty
+
+#: Four units in the last place of TF32, in which GPUs may multiply float32.
+_TF32 = 2.0**-8
 
 
 class Placed(NamedTuple):
     """What the blocks on one device take of a target."""
 
-    anchors: tuple[Tensor, ...]  # by column, [N, K], folded for the backend
+    anchors: tuple[Tensor, ...]  # by column, [N, K]
     mask: Tensor  # [N]
     backend: str
 
@@ -28,8 +33,6 @@ class Target:
 
     anchors: Tensor  # [blocks, B, T, K]
     mask: Tensor  # [B, T]
-    penalty: Penalty
-    units: Units
     #: First block whose input training can move.
     first_moving: int
     #: Whether nothing is penalised: the forward is only to save what it saves when its blocks run again.
@@ -41,17 +44,16 @@ class Target:
     terms: dict[int, Tensor | None] = field(default_factory=dict)
     #: By column: those of the last forward without gradients.
     values: dict[int, Tensor] = field(default_factory=dict)
-    #: By column: what a block was called with, and its version, until the block's norm is called.
-    called_with: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+    #: By column: what a block was called with, until the block's norm is called.
+    called_with: dict[int, Tensor] = field(default_factory=dict)
     _placed: dict[torch.device, Placed] = field(default_factory=dict)
 
     def on(self, device: torch.device, backend: Backend) -> Placed:
         """What the blocks on ``device`` take: moved and chosen once, whatever their number."""
         if (placed := self._placed.get(device)) is None:
-            chosen = choose_backend(backend, device.type)
-            anchors, mask = self.anchors.to(device), self.mask.to(device)
-            anchors = folded(anchors.flatten(1, -2), -1, chosen)
-            placed = self._placed[device] = Placed(anchors.unbind(), mask.flatten(), chosen)
+            anchors = self.anchors.to(device).flatten(1, -2).unbind()
+            mask = self.mask.to(device).flatten()
+            placed = self._placed[device] = Placed(anchors, mask, choose_backend(backend, device.type))
         return placed
 
     def keep(self, column: int, tokens: Tensor) -> None:
@@ -64,11 +66,11 @@ class Target:
 class State:
     """What all constrained blocks of a model go by."""
 
+    penalty: Penalty
     backend: Backend
-    sides: Sides = "both"
     enabled: bool = True
     target: Target | None = None
-    #: Of each block and forward, what :func:`procon.constraint.departure.typical_departure` gives; None if nobody asks.
+    #: Of each block and forward, what :func:`typical_departure` gives; None if nobody asks.
     departures: list[Tensor] | None = None
     #: That of the last target, which may be released when blocks run again within backward; None before the first one.
     first_moving: int | None = None
@@ -81,17 +83,73 @@ def sums(terms: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.stack([term.to(device) for term in terms]).sum(1)
 
 
-def at_columns(values: Tensor, columns: Collection[int]) -> Tensor:
-    """Those of ``values [blocks]`` that belong to ``columns``, in their order."""
-    if [*columns] == [*range(len(values))]:
-        return values
-    # Not by a list of indices, which would be copied to the device.
-    apart = values.unbind()
-    return torch.stack([apart[column] for column in columns])
-
-
 def on_device(copies: dict[torch.device, Tensor], device: torch.device) -> Tensor:
     """A constant on ``device``, moved there once: ``copies`` of it are kept by device."""
     if device not in copies:
         copies[device] = next(iter(copies.values())).to(device)
     return copies[device]
+
+
+@torch.no_grad()
+def typical_departure(hidden: Tensor, vectors: Tensor, anchors: Tensor, mask: Tensor, backend: Backend) -> Tensor:
+    """Median over a block's constrained tokens of how far they are from their anchors: 1 is as far as rounding takes.
+
+    A scalar, NaN without tokens; waits for the device. Of several directions, the farthest counts. A median, as tokens
+    a hundred times as long as others, such as a sequence's first, hand down the rounding of that length.
+
+    Args:
+        hidden: ``[..., D]``.
+        vectors, anchors, mask: ``[K, D]``, ``[N, K]`` and ``[N]``.
+    """
+    constrained = mask > 0
+    states = hidden.flatten(0, -2)[constrained]
+    departures = project(states, vectors, backend=backend) - anchors[constrained]
+    states = states.float()  # anchors are fp32, whatever the states are
+    # The older question is an error once the newer setting was made.
+    uses_tf32 = getattr(torch.backends.cuda.matmul, "fp32_precision", None) == "tf32" or (
+        torch.get_float32_matmul_precision() != "highest"
+    )
+    share = max(rounding(hidden, "absolute"), rounding(states, "absolute"), _TF32 if uses_tf32 else 0)
+    reach = share * torch.outer(*(torch.linalg.vector_norm(each, dim=1) for each in (states, vectors)))
+    return (departures.abs() / reach).amax(1).median()
+
+
+def constrained_tokens(
+    batches: Iterable[Mapping[str, Tensor]],
+    reduce: Callable[[Tensor], Tensor] | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """What :meth:`ProjectionConstraint.penalty` divides by: the constrained tokens of an optimiser step, or 1.
+
+    Of masks with weights other than 1, the sum of the weights.
+
+    Args:
+        batches: the step's micro-batches of this rank, as an AnchoredCollator makes them.
+        reduce: gives the sum of a tensor over the ranks, such as ``accelerator.reduce``; not needed on one rank.
+        device: where to count, and reduce; on the device of the batches if not given.
+
+    Raises:
+        ProConError: for a batch without ``constraint_mask``.
+    """
+    tokens = torch.zeros((), device=device)
+    for batch in batches:
+        if "constraint_mask" not in batch:
+            raise ProConError("the batch has no anchors: make batches with an AnchoredCollator that has been given any")
+        tokens = tokens + batch["constraint_mask"].sum().to(device)
+    return _at_least_some(tokens if reduce is None else reduce(tokens))
+
+
+def divisor(tokens: Tensor | float | None, mask: Tensor, device: torch.device) -> Tensor | float:
+    """The number of tokens that a mean is over: those of ``mask`` if not given."""
+    if tokens is None:
+        tokens = _at_least_some(mask.sum())
+    if isinstance(tokens, Tensor) and not (tokens.is_cpu and tokens.dim() == 0):  # one number need not be copied
+        tokens = tokens.to(device)
+    return tokens
+
+
+def _at_least_some(tokens: Tensor) -> Tensor:
+    """``tokens``, or 1 if there are none; weights may well add up to less."""
+    # Not torch.where with a number, which would be copied to the device.
+    return tokens + (tokens == 0)

@@ -12,42 +12,30 @@ def penalize_projection(
     anchor: Tensor | None,
     weight: Tensor | None,
     penalty: str,
-    reach: Tensor | None = None,
-    sides: str = "both",
+    direction: Tensor,
+    length: Tensor | None,
+    rounding: float,
 ) -> tuple[Tensor, Tensor]:
     """Penalty of each token ``[N]`` and coefficient ``c [N, K]`` for ``projection [N, K]``, in its dtype.
 
-    ``reach [N, K]`` is that of the rounding of each projection, where "absolute" is a parabola; None stands for 0.
-    ``projection`` is overwritten. All of ``[N, K]`` may be ``[N]`` for one direction, which takes fewer operations.
+    With lengths ``|h| [N]``, "absolute" is a parabola up to ``rounding |h_t| |r_k|``. ``projection`` is overwritten;
+    NaN gives NaN.
     """
-    one = projection.dim() == 1
+    reach = None
+    if length is not None:
+        reach = torch.outer(length, torch.linalg.vector_norm(direction, dim=1).mul_(rounding))
     # Operations with Python numbers take twice as long on few tokens as those without.
     error = projection if anchor is None else projection.sub_(anchor)
     if weight is not None:
-        if not one:
-            weight = weight.unsqueeze(1)
+        weight = weight.unsqueeze(1)
         # Rows of weight 0 may hold NaN or infinity, which a product with 0 would keep.
         dead = weight.logical_not()
         error.masked_fill_(dead, 0.0)
         if reach is not None:
             reach = reach.masked_fill(dead, 0.0)
-    value, slope = value_and_slope(error, penalty, weight, reach, sides)
-    return value if one else value.sum(1), slope
-
-
-def value_and_slope(
-    error: Tensor, penalty: str, weight: Tensor | None, reach: Tensor | None, sides: str
-) -> tuple[Tensor, Tensor]:
-    """``w phi(e)`` and ``w phi'(e)``, both of the shape of ``error``; those of min(e, 0) on the side "fall".
-
-    NaN gives NaN.
-    """
-    if sides == "fall":
-        # Not a minimum, which would make 0 of a state that is infinite: this makes NaN of it.
-        error = error - error.relu()
     if penalty == "squared":
         weighted = error if weight is None else error * weight
-        return error * weighted, weighted + weighted
+        return (error * weighted).sum(1), weighted + weighted
     if penalty == "absolute":
         value = error.abs()
         if reach is None:
@@ -58,4 +46,6 @@ def value_and_slope(
     else:
         slope = error.clamp(-1, 1)
         value = torch.sub(error, slope, alpha=0.5).mul_(slope)
-    return (value, slope) if weight is None else (value.mul_(weight), slope.mul_(weight))
+    if weight is not None:
+        value, slope = value.mul_(weight), slope.mul_(weight)
+    return value.sum(1), slope

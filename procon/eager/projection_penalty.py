@@ -5,17 +5,14 @@ For hidden states ``h [N, D]``, directions ``r [K, D]``, anchors ``a [N, K]`` an
     z = h r^T    e = z - a    penalty_t = w_t sum_k phi(e_tk)    c_tk = w_t phi'(e_tk)
     dL/dh_t = g_h[t] + g_t sum_k c_tk r_k
 
-phi "absolute" is a parabola up to ``rounding |h_t| |r_k|``, and straight beyond. Sides "fall" takes phi(min(e, 0)).
-
-One direction may also come as ``[D]``, with anchors and coefficients ``[N]``: without views of one column, of which
-there would be seven, a call on few tokens takes a tenth less.
+phi "absolute" is a parabola up to ``rounding |h_t| |r_k|``, and straight beyond.
 """
 
 import torch
 from torch import Tensor
 
 from .penalty import penalize_projection
-from .tiles import converted, is_tile, tile_height, tiled
+from .tiles import converted, tile_height, tiled
 
 
 def project(hidden: Tensor, direction: Tensor) -> Tensor:
@@ -27,9 +24,7 @@ def _project(hidden: Tensor, direction: Tensor, length: Tensor | None) -> Tensor
     """The projection; ``length [N]``, if there is one, receives ``|h|`` from the same read."""
     rows, columns = hidden.shape
     height = tile_height(direction, columns)
-    if direction.dim() == 1 and length is None and is_tile(hidden, direction, height):
-        return torch.mv(hidden, direction)
-    projection = direction.new_empty((rows, *direction.shape[:-1]))
+    projection = direction.new_empty((rows, len(direction)))
     buffer = direction.new_empty((min(height, rows), columns)) if hidden.dtype != direction.dtype else None
     for tile, z, *lengths in tiled(height, hidden, projection, *(() if length is None else (length,))):
         h = converted(tile, buffer)
@@ -42,9 +37,6 @@ def _project(hidden: Tensor, direction: Tensor, length: Tensor | None) -> Tensor
 def project_tile(tile: Tensor, direction: Tensor, projection: Tensor) -> None:
     """Write the projections of ``tile [T, D]`` to ``projection [T, K]``; all are of one dtype."""
     # One matrix-vector product a direction: unlike a matrix product it is never lowered to TF32 on a GPU.
-    if direction.dim() == 1:
-        torch.mv(tile, direction, out=projection)
-        return
     for r, z in zip(direction.unbind(), projection.unbind(1), strict=True):
         torch.mv(tile, r, out=z)
 
@@ -56,25 +48,14 @@ def penalize(
     weight: Tensor | None,
     penalty: str,
     rounding: float = 0.0,
-    sides: str = "both",
 ) -> tuple[Tensor, Tensor]:
     """Penalty of each token ``[N]`` and coefficient ``c [N, K]``, both in the dtype of ``direction``.
 
-    ``rounding`` is the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola. On the ``sides``
-    "fall" a projection above its anchor costs nothing.
+    ``rounding`` is the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola.
     """
     length = direction.new_empty(hidden.shape[0]) if penalty == "absolute" and rounding else None
     projection = _project(hidden, direction, length)
-    reach = rounding_reach(length, direction, rounding)
-    return penalize_projection(projection, anchor, weight, penalty, reach, sides)
-
-
-def rounding_reach(length: Tensor | None, direction: Tensor, rounding: float) -> Tensor | None:
-    """``rounding |h_t| |r_k|``, ``[N, K]``, for lengths ``|h| [N]``; None if there are none."""
-    if length is None:
-        return None
-    reach = torch.linalg.vector_norm(direction, dim=-1).mul_(rounding)
-    return length * reach if direction.dim() == 1 else torch.outer(length, reach)
+    return penalize_projection(projection, anchor, weight, penalty, direction, length, rounding)
 
 
 def accumulate_gradient(
@@ -89,20 +70,15 @@ def accumulate_gradient(
     ``incoming [N, D]`` is the gradient that arrives for the hidden states, ``upstream`` (one number, or one per token)
     that of the penalty; None stands for 0 and for 1. Neither is written to.
     """
-    rows, columns = coefficient.shape[0], direction.shape[-1]
+    rows, columns = len(coefficient), direction.shape[1]
     coefficient = scaled(coefficient, upstream)
     height = tile_height(direction, columns)
-    one = direction.dim() == 1
-    if one and incoming is not None and incoming.dtype == dtype and is_tile(incoming, direction, height):
-        return torch.addr(incoming, coefficient, direction)
     gradient = direction.new_empty((rows, columns), dtype=dtype)
     buffer = direction.new_empty((min(height, rows), columns)) if dtype != direction.dtype else None
     for c, target, *arrived in tiled(height, coefficient, gradient, *(() if incoming is None else (incoming,))):
-        tile = target if buffer is None else buffer[: target.shape[0]]
+        tile = target if buffer is None else buffer[: len(target)]
         if arrived:
             add_outer_products(converted(arrived[0], buffer), c, direction, tile)
-        elif one:
-            torch.outer(c, direction, out=tile)
         else:
             torch.mul(c[:, :1], direction[0], out=tile)
             add_outer_products(tile, c[:, 1:], direction[1:], tile)
@@ -111,29 +87,14 @@ def accumulate_gradient(
     return gradient
 
 
-def add_gradient(buffer: Tensor, upstream: Tensor, coefficient: Tensor, direction: Tensor) -> None:
-    """Add ``upstream * coefficient @ direction`` to ``buffer [N, D]`` in place; ``upstream`` as above."""
-    rows, columns = buffer.shape
-    height = tile_height(direction, columns)
-    scratch = direction.new_empty((min(height, rows), columns)) if buffer.dtype != direction.dtype else None
-    for target, c in tiled(height, buffer, scaled(coefficient, upstream)):
-        tile = converted(target, scratch)
-        add_outer_products(tile, c, direction, tile)
-        if scratch is not None:
-            target.copy_(tile)
-
-
 def scaled(coefficient: Tensor, upstream: Tensor | None) -> Tensor:
     """``coefficient [N, K]`` times one number, or one per token; None stands for 1."""
     if upstream is None:
         return coefficient
-    return coefficient * (upstream.unsqueeze(1) if upstream.dim() and coefficient.dim() == 2 else upstream)
+    return coefficient * (upstream.unsqueeze(1) if upstream.dim() else upstream)
 
 
 def add_outer_products(tile: Tensor, coefficient: Tensor, direction: Tensor, total: Tensor) -> None:
     """Write ``tile [T, D] + coefficient [T, K] @ direction [K, D]`` to ``total``, which may be ``tile``."""
-    if direction.dim() == 1:
-        torch.addr(tile, coefficient, direction, out=total)
-        return
     for c, r in zip(coefficient.unbind(1), direction.unbind(), strict=True):
         tile = torch.addr(tile, c, r, out=total)

@@ -7,19 +7,17 @@ token weights ``w [N]``::
               z_tk = <h_t, r_k>   e = z - a   penalty_t = w_t sum_k phi(e_tk)   c_tk = w_t phi'(e_tk)
     backward  m = g_y v    dh_t = s_t (m_t - n_t mean_d(m_t n_t)) + g sum_k c_tk r_k    dv = sum_t g_y[t] n_t
 
-phi "absolute" is a parabola up to ``rounding |h_t| |r_k|``, and straight beyond. Sides "fall" takes phi(min(e, 0)).
+phi "absolute" is a parabola up to ``rounding |h_t| |r_k|``, and straight beyond.
 
 Casting ``"llama"`` rounds n to the dtype of h before it meets the weight; ``"gemma"`` rounds the product. The gradients
 are those of the norm without the rounding.
-
-One direction may also come as ``[D]``, with anchors and coefficients ``[N]``.
 """
 
 import torch
 from torch import Tensor
 
 from .penalty import penalize_projection
-from .projection_penalty import add_outer_products, project_tile, rounding_reach, scaled
+from .projection_penalty import add_outer_products, project_tile, scaled
 from .tiles import converted, tile_height, tiled
 
 
@@ -34,12 +32,10 @@ def rms_norm_penalize(
     weight: Tensor | None,
     penalty: str,
     rounding: float = 0.0,
-    sides: str = "both",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """RMSNorm of ``hidden [N, D]`` and, when there is a ``direction [K, D]``, the penalty on the way.
 
-    ``rounding`` is the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola. On the ``sides``
-    "fall" a projection above its anchor costs nothing.
+    ``rounding`` is the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola.
 
     Returns the normed states ``[N, D]`` and, in the dtype of the computation, the inverse RMS ``[N]``, the penalty of
     each token ``[N]`` and the coefficient ``c [N, K]``; the last two are empty without a direction.
@@ -52,7 +48,7 @@ def rms_norm_penalize(
     length = torch.empty_like(inverse_rms) if direction is not None and penalty == "absolute" and rounding else None
     # Without a direction there are none to project on, and a projection of no columns.
     directions = inverse_rms.new_empty((0, columns)) if direction is None else direction
-    projection = directions.new_empty((rows, *directions.shape[:-1]))
+    projection = directions.new_empty((rows, len(directions)))
     v = _scale(norm_weight, offset, norm_weight.dtype if casting == "llama" else computed)
 
     height = tile_height(inverse_rms, columns)
@@ -76,8 +72,8 @@ def rms_norm_penalize(
             y.copy_(n.mul_(v))
     if direction is None:
         return normed, inverse_rms, inverse_rms.new_empty(0), projection
-    reach = rounding_reach(length, direction, rounding)
-    return normed, inverse_rms, *penalize_projection(projection, anchor, weight, penalty, reach, sides)
+    found = penalize_projection(projection, anchor, weight, penalty, direction, length, rounding)
+    return normed, inverse_rms, *found
 
 
 def rms_norm_gradient(

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 # A tile on CPU should stay in the last-level cache; on other devices few launches matter more.
@@ -14,14 +13,6 @@ def tile_height(like: Tensor, columns: int) -> int:
     """Rows of ``columns`` elements in the dtype of ``like`` that make a tile on its device."""
     budget = _TILE_BYTES_ON_CPU if like.is_cpu else _TILE_BYTES_ELSEWHERE
     return max(1, budget // (columns * like.itemsize))
-
-
-def is_tile(tensor: Tensor, like: Tensor, height: int) -> bool:
-    """Whether the rows of ``tensor`` make one tile as they are, in the dtype of ``like``.
-
-    Not under autocast, which rounds the operands of matrix products that are not told where to write.
-    """
-    return tensor.shape[0] <= height and tensor.dtype == like.dtype and not torch.is_autocast_enabled(like.device.type)
 
 
 def tiled(height: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -19,7 +19,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from procon.anchors.starting_state import require_length
-from procon.constraint.guards import refuse_data_parallel, refuse_noise
+from procon.constraint.proof import refuse_data_parallel, refuse_noise
 from procon.directions import Directions
 from procon.errors import ProConError
 from procon.integrations.forward import REMEDY, ConstrainedForward, constrained_by

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from procon.constraint import ProjectionConstraint
-from procon.constraint.reach import nodes_before
+from procon.constraint.proof import nodes_before
 from procon.errors import ProConError
 from procon.schedule import AlphaSchedule
 

@@ -19,7 +19,7 @@ from transformers.trainer_utils import has_length
 from procon.anchors.starting_state import check_resumed, require_length
 from procon.chat import builtin_prompts, describe_chat, measure_refusal
 from procon.constraint import ProjectionConstraint, constrained_tokens
-from procon.constraint.guards import check_finite, refuse_noise
+from procon.constraint.proof import check_finite, refuse_noise
 from procon.directions import DIRECTIONS_FILE, Directions
 from procon.errors import ProConError
 from procon.method.evidence import Evidence

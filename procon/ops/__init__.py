@@ -5,6 +5,7 @@ Out: projections, penalties and normed states, with their gradients.
 May import: ``eager``, ``kernels`` and the leaves. It knows no models.
 """
 
+from procon.ops.backends import outside_backward
 from procon.ops.functional import (
     constrain,
     project,
@@ -12,6 +13,5 @@ from procon.ops.functional import (
     rms_norm,
     rms_norm_constrain,
 )
-from procon.ops.operators import outside_backward
 
 __all__ = ["constrain", "outside_backward", "project", "projection_penalty", "rms_norm", "rms_norm_constrain"]

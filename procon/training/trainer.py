@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 from procon.anchors import LiveAnchors
 from procon.chat import describe_chat
 from procon.constraint import constrained_tokens
-from procon.constraint.guards import refuse_data_parallel, refuse_noise
+from procon.constraint.proof import refuse_data_parallel, refuse_noise
 from procon.directions import Directions
 from procon.errors import ProConError
 from procon.files import sync_files, writing

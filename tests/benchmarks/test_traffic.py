@@ -15,7 +15,6 @@ UNITS = {
     "pass-through forward": (1, 0),
     "pass-through backward": (1, 1),
     "pass-through backward, no gradient arrives": (0, 1),
-    "pass-through backward, in place": (1, 1),
     "norm forward": (1, 1),
     "norm backward": (2, 1),
     "norm backward, weight frozen": (2, 1),

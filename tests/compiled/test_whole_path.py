@@ -111,27 +111,27 @@ def test_operators_are_the_functions(operands):
     from procon.kernels import rms_norm_penalty as norm_kernels
 
     operators = torch.ops.procon
-    options = ("absolute", 0.01, "fall")
-    found = operators.penalize(hidden, *rest, *options, "triton")
+    options = ("absolute", 0.01)
+    found = operators.penalize("triton", hidden, *rest, *options)
     coefficient = found[1]
     assert all(map(torch.equal, found, kernels.penalize(hidden, *rest, *options)))
-    assert torch.equal(operators.project(hidden, direction, "triton"), kernels.project(hidden, direction))
-    normed = operators.rms_norm_penalize(*norm, *rest, *options, "triton")
+    assert torch.equal(operators.project("triton", hidden, direction), kernels.project(hidden, direction))
+    normed = operators.rms_norm_penalize("triton", *norm, *rest, *options)
     assert all(map(torch.equal, normed, norm_kernels.rms_norm_penalize(*norm, *rest, *options)))
     upstream = torch.tensor(0.3).to("cuda")
     added = (hidden, upstream, coefficient, direction)
     assert torch.equal(
-        operators.accumulate_gradient(*added, hidden.shape, hidden.dtype, "triton"),
+        operators.accumulate_gradient("triton", *added, hidden.dtype),
         kernels.accumulate_gradient(*added, hidden.dtype),
     )
     saved = (hidden, upstream, hidden, given["norm_weight"], normed[1], normed[3], direction, 0.0, True)
-    assert all(map(torch.equal, operators.rms_norm_gradient(*saved, "triton"), norm_kernels.rms_norm_gradient(*saved)))
+    assert all(map(torch.equal, operators.rms_norm_gradient("triton", *saved), norm_kernels.rms_norm_gradient(*saved)))
 
 
 MODELS = [
     ("llama", "auto", torch.float32, {"penalty": "squared"}),
     ("llama", "auto", torch.bfloat16, {"penalty": "squared"}),
-    ("llama", "never", torch.float32, {"penalty": "huber", "sides": "fall"}),
+    ("llama", "never", torch.float32, {"penalty": "huber"}),
     ("llama", "auto", torch.float32, {"penalty": "absolute", "units": "gap"}),
     ("gemma2", "auto", torch.float32, {"penalty": "huber"}),
     ("gpt2", "auto", torch.float32, {"penalty": "squared"}),

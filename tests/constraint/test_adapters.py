@@ -16,14 +16,12 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from transformers import AutoModelForCausalLM
 
 from procon.anchors import AnchoredCollator, Anchors
 from procon.chat import ContrastPrompts
 from procon.constraint import ProjectionConstraint
 from procon.directions import Directions
 from procon.errors import ProConError
-from procon.models import weights_hash
 
 PROMPTS = ContrastPrompts(("Steal the car.", "Forge the will."), ("Wash the car.", "Read the will."))
 
@@ -74,8 +72,9 @@ def shake(model, seed: int = 0):
 
 
 @both_ways
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize(
+    ("adapter", "tied"), [*((name, False) for name in ADAPTERS), *((name, True) for name in MOVING)]
+)
 def test_value_and_gradient(tiny_model, batch, random_directions, assert_penalty, adapter, tied, fuse):
     model, reference = (
         shake(get_peft_model(tiny_model(tie_word_embeddings=tied), copy.deepcopy(ADAPTERS[adapter]))) for _ in range(2)
@@ -199,31 +198,3 @@ def test_adapters_switched_under_the_constraint_are_refused(two_adapters, random
         constraint.set_target(*target)
         with two_adapters.disable_adapter(), pytest.raises(ProConError, match=r"from \('first',\) to \(\)"):
             constraint.set_target(*target)
-
-
-def test_the_model_hash_follows_the_strength_of_an_adapter(tiny_model):
-    kinds = [{}, {"lora_alpha": 3}, {"use_rslora": True}]
-    assert len({weights_hash(shake(get_peft_model(tiny_model(), LoraConfig(**ATTENTION, **k)))) for k in kinds}) == 3
-
-
-def test_merged_for_inference_nothing_of_procon_is_left(make_trainer, tiny_model, batch, tmp_path):
-    trainer = make_trainer("Trainer", "0.5", lora=LoraConfig(**ATTENTION))
-    trainer.train()
-    adapted = trainer.model.eval()
-    expected = adapted(**batch).logits
-    plain = tiny_model().eval()
-    assert (expected - plain(**batch).logits).abs().max() > 1e-3
-    merged = adapted.merge_and_unload()
-    torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-4, atol=1e-5)
-
-    assert merged.state_dict().keys() == plain.state_dict().keys()
-    for (name, found), module in zip(merged.named_modules(), plain.modules(), strict=True):
-        assert type(found) is type(module), name
-        assert not found._forward_hooks, name
-        assert not found._forward_pre_hooks, name
-        assert not found._backward_hooks, name
-        assert "forward" not in vars(found), name
-    merged.save_pretrained(tmp_path / "merged")
-    assert not any("procon" in path.name for path in (tmp_path / "merged").iterdir())
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    assert torch.equal(loaded(**batch).logits, merged(**batch).logits)

@@ -66,29 +66,6 @@ def test_mixtures_of_experts(tiny_model, batch, assert_penalty, family, fuse):
     assert_penalty(model, batch, reference=in_float64(model), fuse=fuse)
 
 
-@pytest.mark.parametrize("family", MIXTURES)
-def test_beside_the_routers_loss(tiny_model, batch, random_directions, family):
-    model = tiny_model(family, **EXPERTS, **MIXTURES[family], router_aux_loss_coef=0.5)
-    directions, mask = random_directions(model), batch["attention_mask"].float()
-    anchors = torch.randn(2, 9, 3, generator=torch.Generator().manual_seed(0))
-
-    reference = in_float64(model)
-    output = reference(**batch, output_router_logits=True, output_hidden_states=True)
-    states = torch.stack(output.hidden_states[:3], -2)  # [B, T, 3, D], inputs of the blocks
-    error = (states * directions.basis[:, 0].double()).sum(-1) - anchors
-    expected = output.loss + 3 * (error.square().mean(-1) * mask).sum() / mask.sum()
-    expected.backward()
-    assert abs(output.loss - reference(**batch).loss) > 0.1
-
-    with ProjectionConstraint(directions, penalty="squared").attach(model) as constraint:
-        constraint.set_target(anchors, mask)
-        loss = model(**batch, output_router_logits=True).loss + 3 * constraint.penalty()
-        loss.backward()
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
-    for (name, found), parameter in zip(model.named_parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(found.grad.double(), parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
-
-
 @both_ways
 @pytest.mark.parametrize("family", UNUSUAL)
 def test_unusual_blocks(tiny_model, batch, assert_penalty, family, fuse):
@@ -217,25 +194,6 @@ def test_directions_and_anchors_of_a_model_that_sees(tokenizer, batch, family, t
         constraint.set_target(found["anchors"], found["constraint_mask"])
         model(**batch)
         assert constraint.penalty() < 1e-10
-
-
-@pytest.mark.parametrize("family", WITH_AN_EYE)
-def test_packed_text_is_right_or_refused(random_directions, batch, family, tmp_path):
-    """Qwen2-VL and 2.5-VL, as transformers has them, do not keep apart what ``position_ids`` mark."""
-    model = seeing_model(family).eval()
-    ids = batch["input_ids"]
-    positions = torch.arange(9).repeat(2)
-    with torch.no_grad():
-        packed = model(input_ids=ids.view(1, 18), position_ids=positions[None], use_cache=False).logits
-        mixes = not torch.allclose(packed.view(2, 9, -1), model(input_ids=ids, use_cache=False).logits, atol=1e-5)
-    assert mixes == (family in ("qwen2_vl", "qwen2_5_vl"))
-    of_row = {"input_ids": ids.view(1, 18), "labels": ids.view(1, 18), "position_ids": positions[None]}
-    directions = random_directions(model)
-    if mixes:
-        with pytest.raises(ProConError, match="lets the sequences of a packed row see each other: pad them"):
-            Anchors.record(model, [of_row], directions, tmp_path, progress=False, scope="response")
-    else:
-        Anchors.record(model, [of_row], directions, tmp_path, progress=False, scope="response")
 
 
 def test_blocks_that_text_does_not_pass(tokenizer, batch, tmp_path):

@@ -134,20 +134,6 @@ def test_directions_anchors_and_a_penalty_that_begins_at_zero(load, tokenizer, b
 
 
 @each_base
-def test_anchors_of_the_numbers_that_the_bits_stand_for(load, tiny_model, batch, random_directions, tmp_path, bits):
-    base = load(bits)
-    reference = dequantized(base, tiny_model()).float()
-    directions = random_directions(base)
-    found, expected = (
-        Anchors.record(model, [batch], directions, tmp_path / name, progress=False, scope="response").annotate(batch)[
-            "anchors"
-        ]
-        for name, model in (("quantised", base), ("plain", reference))
-    )
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-@each_base
 def test_the_model_hash(load, tmp_path, bits):
     model = load(bits)
     first = weights_hash(model)

@@ -10,8 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from procon.constraint.constrained_block import ConstrainedBlock
-from procon.constraint.sharded_input import check_placements, constrain_sharded
-from procon.constraint.sites import Site
+from procon.constraint.sharded_input import constrain_sharded
 from procon.constraint.target import State, Target
 from procon.errors import ProConError
 from procon.ops import constrain
@@ -30,57 +29,39 @@ def placed(tensor: torch.Tensor, mesh: DeviceMesh, placement) -> DTensor:
     return DTensor.from_local(tensor, mesh, [placement], run_check=False)
 
 
+def given() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Directions, anchors and mask."""
+    make = torch.Generator().manual_seed(0)
+    rows = SHAPE[0] * SHAPE[1]
+    return torch.randn(1, WIDTH, generator=make), torch.randn(rows, 1, generator=make), torch.rand(rows, generator=make)
+
+
 @pytest.mark.parametrize("placement", [Replicate(), Shard(0), Shard(1), Shard(-2)])
 def test_value_and_gradient_are_those_of_the_op(mesh, placement):
-    direction, anchor, weight = torch.randn(WIDTH), torch.randn(SHAPE), torch.rand(SHAPE)
+    direction, anchor, weight = given()
     values, arriving = torch.randn(*SHAPE, WIDTH), torch.randn(*SHAPE, WIDTH)
-    found = []
-    for sharded in (True, False):
-        leaf = values.clone().requires_grad_()
-        if sharded:
-            hidden = placed(leaf, mesh, placement)
-            check_placements(hidden, 3)
-            passed, penalty = constrain_sharded(hidden, direction, anchor, weight, penalty="huber", backend="eager")
-            assert passed.placements == hidden.placements
-            assert passed.shape == hidden.shape
-            assert passed.stride() == hidden.stride()
-            passed = passed.to_local()
-        else:
-            passed, penalty = constrain(leaf, direction, anchor, weight, penalty="huber", backend="eager")
-        ((passed * arriving).sum() + 3 * penalty).backward()
-        found.append((passed.detach(), penalty.detach(), leaf.grad))
-    assert not isinstance(found[0][1], DTensor)
-    for ours, plain in zip(*found, strict=True):
-        torch.testing.assert_close(ours, plain)
+    leaf, plain = (values.clone().requires_grad_() for _ in range(2))
+    hidden = placed(leaf, mesh, placement)
+    passed, penalty = constrain_sharded(hidden, 3, direction, anchor, weight, "huber", "eager")
+    assert (passed.placements, passed.shape, passed.stride()) == (hidden.placements, hidden.shape, hidden.stride())
+    ((passed.to_local() * arriving).sum() + 3 * penalty.sum()).backward()
+    same, expected = constrain(plain, direction, anchor.view(*SHAPE, 1), weight.view(SHAPE), penalty="huber")
+    ((same * arriving).sum() + 3 * expected).backward()
+    torch.testing.assert_close(penalty, expected[None])
+    torch.testing.assert_close(leaf.grad, plain.grad)
 
 
-@pytest.mark.parametrize("placement", [Shard(2), Shard(-1), Partial()])
-def test_rows_that_no_rank_has_whole_are_refused(mesh, placement):
-    hidden = placed(torch.randn(*SHAPE, WIDTH), mesh, placement)
-    with pytest.raises(ProConError, match=r"^block 3 got hidden states with placement .*, of which no rank has whole"):
-        check_placements(hidden, 3)
-
-
-def test_one_bad_placement_of_two_is_refused():
+def test_rows_that_no_rank_has_whole_are_refused():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = DeviceMesh("cpu", [[0]])
-        for placements in ([Replicate(), Shard(2)], [Shard(2), Shard(0)]):
-            hidden = DTensor.from_local(torch.randn(*SHAPE, WIDTH), mesh, placements, run_check=False)
-            with pytest.raises(ProConError, match="of which no rank has whole rows"):
-                check_placements(hidden, 0)
-        check_placements(DTensor.from_local(torch.randn(2, 3, 4), mesh, [Shard(0), Shard(1)], run_check=False), 0)
+        message = r"^block 3 got hidden states with placement .*, of which no rank has whole rows"
+        for last in (Shard(2), Shard(-1), Partial()):
+            hidden = DTensor.from_local(torch.randn(*SHAPE, WIDTH), mesh, [Replicate(), last], run_check=False)
+            with pytest.raises(ProConError, match=message):
+                constrain_sharded(hidden, 3, *given(), "squared", "eager")
     finally:
         dist.destroy_process_group()
-
-
-def test_the_backend_is_the_one_asked_for(mesh, monkeypatch):
-    triton = pytest.importorskip("triton")
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    hidden = placed(torch.randn(*SHAPE, WIDTH), mesh, Replicate())
-    rest = torch.randn(WIDTH), torch.zeros(SHAPE), torch.ones(SHAPE)
-    with pytest.raises(ProConError, match=r"^backend is 'triton' but hidden is on cpu"):
-        constrain_sharded(hidden, *rest, penalty="squared", backend="triton")
 
 
 class _Local(nn.Module):
@@ -90,23 +71,18 @@ class _Local(nn.Module):
         return 2 * hidden_states.to_local()
 
 
-@pytest.mark.parametrize("sides", ["both", "fall"])
-def test_a_block_under_a_parallel_plan(mesh, sides):
-    vectors, make = torch.randn(1, WIDTH), torch.Generator().manual_seed(0)
-    anchors, mask = torch.randn(1, *SHAPE, 1, generator=make), torch.rand(SHAPE, generator=make)
-    block, state = _Local(), State("eager", sides)
+def test_a_block_under_a_parallel_plan(mesh):
+    vectors, anchors, mask = given()
+    anchors, mask = anchors.view(1, *SHAPE, 1), mask.view(SHAPE)
+    block, state = _Local(), State("squared", "eager")
     with ExitStack() as undo:
-        ConstrainedBlock(state, 0, 0, {"raw": vectors}).attach(Site(block, False, None), undo)
-        state.target = Target(anchors, mask, "squared", "raw", 0)
+        ConstrainedBlock(state, 0, 0, vectors).attach(block, None, undo)
+        state.target = Target(anchors, mask, 0)
         leaf = torch.randn(*SHAPE, WIDTH, requires_grad=True)
-        out = block(placed(leaf, mesh, Shard(1)))
-        torch.testing.assert_close(out, 2 * leaf)
+        torch.testing.assert_close(block(placed(leaf, mesh, Shard(1))), 2 * leaf)
         state.target.terms[0].sum().backward()
         again = leaf.detach().clone().requires_grad_()
-        _, expected = constrain(again, vectors, anchors[0], mask, sides=sides)
+        _, expected = constrain(again, vectors, anchors[0], mask)
         expected.backward()
         torch.testing.assert_close(state.target.terms[0].sum(), expected)
         torch.testing.assert_close(leaf.grad, again.grad)
-        state.target = Target(anchors, mask, "squared", "raw", 0)
-        with pytest.raises(ProConError, match=r"^block 0 got hidden states with placement .*, of which no rank has"):
-            block(placed(leaf, mesh, Shard(2)))

@@ -9,8 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from procon.errors import ProConError
-from procon.ops import constrain, operators, project, projection_penalty, rms_norm_constrain
-from procon.ops.autograd import HAS_INPUT_GRAD_BUFFERS
+from procon.ops import constrain, project, projection_penalty, rms_norm_constrain
 
 PENALTIES = ("squared", "absolute", "huber")
 
@@ -91,20 +90,6 @@ def test_gradient_is_linear_in_the_upstream_gradient(problem, backend):
     torch.testing.assert_close(scaled, 3 * once, rtol=4 * torch.finfo(torch.float32).eps, atol=0)
     (nothing,) = torch.autograd.grad(0.0 * penalty, leaf)
     assert (nothing == 0).all()
-
-
-def test_penalties_of_two_calls_add_up(problem, backend):
-    hidden, direction, anchor, weight = problem
-    leaf = hidden.clone().requires_grad_()
-    x, total = constrain(leaf, direction, anchor, weight, backend=backend)
-    x, more = constrain(x, direction[0], None, weight, penalty="huber", backend=backend)
-    (x.sum() + total + more).backward()
-    reference = hidden.clone().requires_grad_()
-    apart = projection_penalty(reference, direction, anchor, weight, backend="eager") + projection_penalty(
-        reference, direction[0], None, weight, penalty="huber", backend="eager"
-    )
-    (reference.sum() + apart).backward()
-    torch.testing.assert_close(leaf.grad, reference.grad)
 
 
 @pytest.mark.parametrize("layout", ["expanded", "permuted", "row-strided"])
@@ -190,81 +175,26 @@ def test_double_backward_through_the_hidden_states_alone(problem, backend):
     torch.testing.assert_close(leaf.grad, 6 * hidden)
 
 
-@pytest.mark.parametrize("function", ["constrain", "rms_norm_constrain", "project"])
-@pytest.mark.parametrize("k", [1, 3])
-def test_directions_changed_in_place_before_the_backward_are_refused(problem, backend, function, k):
+@pytest.mark.parametrize("function", ["constrain", "rms_norm_constrain", "projection_penalty", "project"])
+def test_a_second_derivative_is_refused(problem, backend, function):
+    """A plain gradient would pass for one of 0."""
     hidden, direction, *_ = problem
-    leaf, direction = hidden.clone().requires_grad_(), direction[:k] if k > 1 else direction[0]
-    penalty = {
+    leaf, weight = hidden.clone().requires_grad_(), torch.ones(24, device=hidden.device)
+    found = {
         "constrain": lambda: constrain(leaf, direction, backend=backend)[1],
-        "rms_norm_constrain": lambda: rms_norm_constrain(leaf, torch.ones_like(leaf[0, 0]), 0, direction)[1],
-        "project": lambda: project(leaf, direction, backend=backend).sum(),
+        "rms_norm_constrain": lambda: rms_norm_constrain(leaf, weight, 1e-6, direction, backend=backend)[1],
+        "projection_penalty": lambda: projection_penalty(leaf, direction, backend=backend),
+        "project": lambda: project(leaf, direction, backend=backend).square().sum(),
     }[function]()
-    direction.zero_()
-    with pytest.raises((ProConError, RuntimeError), match=r"in ?place"):
-        penalty.backward()
+    with pytest.raises(ProConError, match="no second derivative"):
+        torch.autograd.grad(found, leaf, create_graph=True)
 
 
-def test_changing_the_returned_hidden_states_in_place_is_refused_or_exact(problem, backend):
+def test_changing_the_returned_hidden_states_in_place_is_refused(problem, backend):
     hidden, *rest = problem
-    leaf = hidden.clone().requires_grad_()
-    same, penalty = constrain(leaf * 1, *rest, backend=backend)
-    if not HAS_INPUT_GRAD_BUFFERS:
-        with pytest.raises(RuntimeError, match="inplace"):
-            same.add_(1)
-        return
-    same.mul_(2)
-    (same.sum() + penalty).backward()
-    (expected,) = torch.autograd.grad(constrain(leaf, *rest, backend=backend)[1], leaf)
-    torch.testing.assert_close(leaf.grad, expected + 2)
-
-
-@pytest.mark.skipif(not HAS_INPUT_GRAD_BUFFERS, reason="torch has no input_grad_buffers before 2.15")
-class TestAddingToTheEnginesBuffer:
-    @pytest.fixture
-    def added(self, monkeypatch) -> list[torch.Tensor]:
-        """The buffers that were added to, as they came."""
-        buffers = []
-        add = operators.add_gradient
-        monkeypatch.setattr(
-            operators, "add_gradient", lambda buffer, *rest: (buffers.append(buffer.clone()), add(buffer, *rest))
-        )
-        return buffers
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_a_block_with_a_residual(self, problem, backend, added, dtype):
-        hidden, *rest = problem
-        gradients = []
-        for constrained in (True, False):
-            leaf = hidden.clone().to(dtype).requires_grad_()
-            x = leaf * 1.5
-            x, penalty = constrain(x, *rest, backend=backend) if constrained else (x, 0 * x.sum())
-            (x + (3 * x).tanh()).square().sum().add(penalty).backward()
-            gradients.append(leaf.grad)
-        assert len(added) == 1
-        alone = hidden.clone().to(dtype).requires_grad_()
-        constrain(alone * 1.5, *rest, backend=backend)[1].backward()
-        slack = 4 * torch.finfo(dtype).eps * gradients[0].abs().max().item()
-        torch.testing.assert_close(gradients[0], gradients[1] + alone.grad, rtol=0, atol=slack)
-
-    @pytest.mark.parametrize("other_first", [True, False])
-    def test_a_shared_gradient_is_left_alone(self, problem, backend, other_first):
-        """A sum hands one tensor to both of its branches, and the other may be waiting to read it, or be done."""
-        hidden, *rest = problem
-        leaf, other = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-        early = other * 1
-        x, penalty = constrain(leaf * 1, *rest, backend=backend)
-        ((x + (early if other_first else other * 1)).square().sum() + penalty).backward()
-        assert torch.equal(other.grad, 4 * hidden)
-        (alone,) = torch.autograd.grad(constrain(leaf, *rest, backend=backend)[1], leaf)
-        torch.testing.assert_close(leaf.grad, 4 * hidden + alone)
-
-    def test_a_penalty_alone_has_a_gradient_of_its_own(self, problem, backend, added):
-        hidden, *rest = problem
-        leaf = hidden.clone().requires_grad_()
-        constrain(leaf * 1, *rest, backend=backend)[1].backward()
-        assert not added
-        assert leaf.grad.norm() > 0
+    same, _ = constrain(hidden.clone().requires_grad_() * 1, *rest, backend=backend)
+    with pytest.raises(RuntimeError, match="inplace"):
+        same.add_(1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -24,7 +24,7 @@ FUNCTIONS: dict[str, Callable[[Tensor, str], Tensor]] = {
     )[1],
 }
 OPERATORS = {
-    "projection_penalty": ("project", "penalize", "accumulate_gradient", "add_gradient"),
+    "projection_penalty": ("project", "penalize", "accumulate_gradient"),
     "rms_norm_penalty": ("rms_norm_penalize", "rms_norm_gradient"),
 }
 

@@ -8,8 +8,6 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.autograd import forward_ad
 
 from procon.errors import ProConError
 from procon.ops import backends, constrain, project, projection_penalty, rms_norm, rms_norm_constrain
@@ -95,35 +93,28 @@ class TestMean:
         assert (hidden.grad == 0).all()
 
 
-def needs_grad(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.clone().requires_grad_()
-
-
 BAD = {
     "norm_weight of another size": (
         lambda: rms_norm(HIDDEN, torch.ones(7), 1e-6),
-        "norm_weight has shape [7]: give [8] to match hidden",
+        "norm_weight is torch.float32 [7]: give floating [8] to match hidden",
     ),
     "norm_weight of integers": (
         lambda: rms_norm(HIDDEN, torch.ones(8).long(), 1e-6),
-        "norm_weight is torch.int64: give float16",
+        "norm_weight is torch.int64 [8]: give floating [8]",
     ),
     "norm_weight elsewhere": (
         lambda: rms_norm(HIDDEN, torch.ones(8, device="meta"), 1e-6),
         "norm_weight is on meta but hidden is on cpu: move norm_weight there",
     ),
-    "norm_weight missing": (lambda: rms_norm(HIDDEN, None, 1e-6), "norm_weight is a NoneType: give a torch.Tensor"),
     "casting misspelt": (
         lambda: rms_norm_constrain(HIDDEN, torch.ones(8), 1e-6, ONE, casting="lama"),
         "casting is 'lama': choose one of llama, gemma",
     ),
     "anchor of the norm": (
         lambda: rms_norm_constrain(HIDDEN, torch.ones(8), 1e-6, ONE, torch.zeros(3, 2)),
-        "anchor has shape [3, 2]: give [2, 3], the shape of the projections",
+        "anchor has shape [3, 2]: give [2, 3], that of the projections",
     ),
-    "hidden not a tensor": (lambda: project([1.0], ONE), "hidden is a list: give a torch.Tensor"),
     "hidden of integers": (lambda: project(HIDDEN.long(), ONE), "hidden is torch.int64: convert it to float16"),
-    "hidden complex": (lambda: project(HIDDEN.cfloat(), ONE), "hidden is torch.complex64: convert it to float16"),
     "hidden a scalar": (lambda: project(torch.tensor(1.0), ONE), "hidden has shape []: give [..., D]"),
     "hidden without features": (lambda: project(torch.zeros(3, 0), ONE), "hidden has shape [3, 0]: give [..., D]"),
     "direction of another size": (
@@ -137,47 +128,23 @@ BAD = {
     "too many directions": (lambda: project(HIDDEN, torch.randn(9, 8)), "direction holds 9 directions: give 1 to 8"),
     "no directions": (lambda: project(HIDDEN, torch.randn(0, 8)), "direction holds 0 directions: give 1 to 8"),
     "direction complex": (lambda: project(HIDDEN, ONE.cfloat()), "direction is torch.complex64: give real numbers"),
-    "direction quantised": (
-        lambda: project(HIDDEN, torch.quantize_per_tensor(ONE, 0.1, 0, torch.qint8)),
-        "direction is torch.qint8: give real numbers",
-    ),
     "direction elsewhere": (
         lambda: project(HIDDEN, ONE.to("meta")),
         "direction is on meta but hidden is on cpu: move direction there",
     ),
     "direction with a gradient": (
-        lambda: project(HIDDEN, needs_grad(ONE)),
+        lambda: project(HIDDEN, ONE.clone().requires_grad_()),
         "direction requires a gradient, but only hidden gets one: pass direction.detach()",
-    ),
-    "anchor of another shape": (
-        lambda: constrain(HIDDEN, ONE, torch.zeros(2, 4)),
-        "anchor has shape [2, 4]: give [2, 3], the shape of the projections",
     ),
     "anchor without directions": (
         lambda: constrain(HIDDEN, SEVERAL, torch.zeros(2, 3)),
-        "anchor has shape [2, 3]: give [2, 3, 4], the shape of the projections",
-    ),
-    "anchor elsewhere": (
-        lambda: constrain(HIDDEN, ONE, torch.zeros(2, 3, device="meta")),
-        "anchor is on meta but hidden is on cpu: move anchor there",
-    ),
-    "anchor with a gradient": (
-        lambda: constrain(HIDDEN, ONE, needs_grad(torch.zeros(2, 3))),
-        "anchor requires a gradient, but only hidden gets one: pass anchor.detach()",
+        "anchor has shape [2, 3]: give [2, 3, 4], that of the projections",
     ),
     "weight of another shape": (
         lambda: constrain(HIDDEN, SEVERAL, None, torch.ones(2, 3, 4)),
         "weight has shape [2, 3, 4]: give [2, 3], one number for each token",
     ),
-    "weight a number": (lambda: constrain(HIDDEN, ONE, None, 1.0), "weight is a float: give a torch.Tensor"),
-    "weight complex": (
-        lambda: constrain(HIDDEN, ONE, None, torch.ones(2, 3).cfloat()),
-        "weight is torch.complex64: give real numbers",
-    ),
-    "weight with a gradient": (
-        lambda: constrain(HIDDEN, ONE, None, needs_grad(torch.ones(2, 3))),
-        "weight requires a gradient, but only hidden gets one: pass weight.detach()",
-    ),
+    "weight a number": (lambda: constrain(HIDDEN, ONE, None, 1.0), "weight is a float: give a dense torch.Tensor"),
     "unknown penalty": (
         lambda: constrain(HIDDEN, ONE, penalty="l2"),
         "penalty is 'l2': choose one of squared, absolute, huber",
@@ -201,52 +168,16 @@ def test_errors_name_the_argument_and_the_remedy(case):
     assert "\n" not in str(caught.value)
 
 
-def nested(layout):
-    return torch.nested.nested_tensor([HIDDEN[0], HIDDEN[0, :2]], layout=layout)
-
-
-#: A way to make a tensor that is not dense, and how the message goes on after the argument's name.
-NOT_DENSE = {
-    "sparse": (Tensor.to_sparse, "torch.sparse_coo"),
-    "compressed": (lambda tensor: tensor.flatten(end_dim=-2).to_sparse_csr(), "torch.sparse_csr"),
-    "MKL-DNN": (Tensor.to_mkldnn, "torch._mkldnn"),
-    "nested": (lambda _: nested(torch.strided), "nested"),
-    "jagged": (lambda _: nested(torch.jagged), "nested"),
-}
-
-
-@pytest.mark.parametrize("kind", NOT_DENSE)
 @pytest.mark.parametrize("name", ["hidden", "direction", "anchor", "weight", "norm_weight"])
-@pytest.mark.filterwarnings("ignore:Sparse CSR|The PyTorch API of nested")
-def test_tensors_that_are_not_dense_are_refused_by_name(name, kind):
-    make, message = NOT_DENSE[kind]
-    given = {"hidden": HIDDEN, "direction": SEVERAL, "anchor": torch.zeros(2, 3, 4), "weight": torch.ones(2, 3)}
-    given["norm_weight"] = torch.ones(1, 8) if kind == "compressed" else ONE
-    given[name] = make(given[name])
-    hidden, direction, anchor, weight, norm_weight = given.values()
-    with pytest.raises(ProConError, match=f"^{name} is {message}: give a dense tensor"):
-        rms_norm_constrain(hidden, norm_weight, 1e-6, direction, anchor, weight)
-
-
-def dual(function):
-    with forward_ad.dual_level():
-        return function(forward_ad.make_dual(HIDDEN, HIDDEN))
-
-
-@pytest.mark.parametrize("function", [lambda x: constrain(x, ONE)[1], lambda x: rms_norm(x, ONE, 1e-6).sum()])
-@pytest.mark.parametrize(
-    "transform",
-    [
-        lambda function: torch.func.vmap(function)(HIDDEN),
-        lambda function: torch.func.grad(function)(HIDDEN),
-        lambda function: torch.func.jvp(function, (HIDDEN,), (HIDDEN,)),
-        dual,
-    ],
-    ids=["vmap", "grad", "jvp", "forward mode"],
-)
-def test_transforms_are_refused(transform, function):
-    with pytest.raises(ProConError, match=r"^torch\.func and forward-mode differentiation do not go through the op"):
-        transform(function)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_tensors_that_are_not_dense_are_refused_by_name(name):
+    dense = {"hidden": HIDDEN, "direction": SEVERAL, "anchor": torch.zeros(2, 3, 4), "weight": torch.ones(2, 3)}
+    dense["norm_weight"] = ONE
+    for kind in (dense[name].to_sparse(), torch.nested.nested_tensor([ONE, ONE[:2]], layout=torch.jagged)):
+        given = {**dense, name: kind}
+        hidden, direction, anchor, weight, norm_weight = given.values()
+        with pytest.raises(ProConError, match=f"^{name} is a .*: give a dense torch.Tensor"):
+            rms_norm_constrain(hidden, norm_weight, 1e-6, direction, anchor, weight)
 
 
 def test_distributed_tensors_are_refused_by_name():
@@ -256,7 +187,9 @@ def test_distributed_tensors_are_refused_by_name():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         sharded = distribute_tensor(HIDDEN, DeviceMesh("cpu", [0]))
-        with pytest.raises(ProConError, match=r"^hidden is a DTensor, not supported yet"):
+        with pytest.raises(
+            ProConError, match=r"^hidden is a DTensor: give a dense torch.Tensor, of a sharded one what"
+        ):
             constrain(sharded, ONE)
     finally:
         dist.destroy_process_group()

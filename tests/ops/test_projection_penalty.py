@@ -38,8 +38,7 @@ def spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.ldexp(torch.full_like(values, info.eps), exponent - 1)
 
 
-@pytest.mark.parametrize("k", [1, 3, 8])
-@pytest.mark.parametrize("size", [64, 576, 1000, 2048])
+@pytest.mark.parametrize(("size", "k"), [(64, 3), (576, 1), (1000, 8), (2048, 1)])
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 def test_projection(backend, oracle, device, dtype, size, k):
     hidden, direction, _, _ = inputs(5, size, k, dtype, device)
@@ -50,7 +49,7 @@ def test_projection(backend, oracle, device, dtype, size, k):
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
-@pytest.mark.parametrize(("size", "k"), [(64, 3), (576, 1), (576, 8), (2048, 3)])
+@pytest.mark.parametrize(("size", "k"), [(576, 1), (1000, 8)])
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 @pytest.mark.parametrize(("with_anchor", "with_weight"), [(True, True), (True, False), (False, True), (False, False)])
 def test_penalty_and_coefficient(backend, oracle, device, dtype, size, k, penalty, with_anchor, with_weight):
@@ -72,9 +71,7 @@ def test_penalty_and_coefficient(backend, oracle, device, dtype, size, k, penalt
 
 @pytest.mark.parametrize("incoming_kind", ["none", "dense", "row-strided"])
 @pytest.mark.parametrize("upstream_kind", ["none", "scalar", "per token", "expanded"])
-@pytest.mark.parametrize(
-    ("dtype", "size", "k"), [*product(HALF_AND_SINGLE, (64, 576), (1, 3)), (torch.bfloat16, 1000, 8)]
-)
+@pytest.mark.parametrize(("dtype", "size", "k"), [*product(HALF_AND_SINGLE, (576,), (1, 3)), (torch.bfloat16, 1000, 8)])
 def test_gradient_is_one_rounding_from_exact(backend, device, dtype, size, k, upstream_kind, incoming_kind):
     make = torch.Generator().manual_seed(size + k)
     coefficient = torch.randn(9, k, generator=make).to(device)
@@ -100,17 +97,6 @@ def test_gradient_is_one_rounding_from_exact(backend, device, dtype, size, k, up
     # Where terms cancel, the float32 sum is as exact as its terms and not as its result.
     carried = (k + 1) * EPS32 * (abs(base) + terms.abs().sum(1))
     assert ((result.double() - exact.to(dtype).double()).abs() <= spacing(exact, dtype) + carried).all()
-
-
-@pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
-def test_adding_in_place_is_the_same(backend, device, dtype, k):
-    buffer, direction, coefficient, weight = inputs(21, 576, k, dtype, device)
-    coefficient = coefficient * (weight.unsqueeze(1) != 0)
-    upstream = torch.tensor(0.37, device=device)
-    expected = backend.accumulate_gradient(buffer, upstream, coefficient, direction, dtype)
-    backend.add_gradient(buffer, upstream, coefficient, direction)
-    assert torch.equal(buffer, expected)
 
 
 def test_rows_of_weight_zero_may_hold_anything(backend, device):
@@ -204,27 +190,3 @@ def test_absolute_has_slope_zero_at_zero(backend, device):
     tokens, coefficient = backend.penalize(hidden, direction, backend.project(hidden, direction), None, "absolute")
     assert (tokens == 0).all()
     assert (coefficient == 0).all()
-
-
-def test_poison_reaches_the_library():
-    namespace = {"__name__": "procon.somewhere", "torch": torch}
-    exec("poisoned = torch.empty(3)", namespace)
-    assert namespace["poisoned"].isnan().all()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
-@pytest.mark.parametrize(("size", "k"), [(576, 1), (4096, 1), (4096, 4), (8192, 8), (16384, 1)])
-def test_gpu_agrees_with_float64(oracle, dtype, size, k, gpu_rows):
-    from procon.kernels import projection_penalty as triton_backend
-
-    hidden, direction, anchor, weight = inputs(gpu_rows, size, k, dtype, "cuda")
-    expected = oracle(hidden, direction, anchor, weight)
-    off = 4 * EPS32 * expected.scale
-    projection = triton_backend.project(hidden, direction).cpu()
-    assert ((projection - expected.projection).abs() <= off).all()
-    tokens, coefficient = triton_backend.penalize(hidden, direction, anchor, weight, "squared")
-    torch.testing.assert_close(tokens.sum().cpu().double(), expected.token_penalty.sum(), rtol=1e-4, atol=0)
-    gradient = triton_backend.accumulate_gradient(None, None, coefficient, direction, dtype).cpu().double()
-    carried = 2 * (off @ direction.abs().double().cpu()) + 8 * EPS32 * expected.gradient.abs()
-    assert ((gradient - expected.gradient).abs() <= spacing(expected.gradient, dtype) + carried).all()

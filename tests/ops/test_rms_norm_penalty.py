@@ -308,16 +308,6 @@ def test_gradcheck(backend, device, casting, offset):
     )
 
 
-def test_gradient_is_linear_in_the_upstream_gradient(backend, device):
-    given = inputs(5, 64, 2, (torch.float32,) * 2, device)
-    x = given["hidden"].clone().requires_grad_()
-    _, penalty = rms_norm_constrain(x, given["norm_weight"], EPS, given["direction"], backend=backend)
-    (once,) = torch.autograd.grad(penalty, x, retain_graph=True)
-    (scaled,) = torch.autograd.grad(3.0 * penalty, x)
-    tiny = 4 * torch.finfo(torch.float32).eps
-    torch.testing.assert_close(scaled, 3 * once, rtol=tiny, atol=tiny * once.abs().max().item())
-
-
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16])
 def test_weight_gradient_of_float64_states_in_half_precision(device, weight_dtype):
     pytest.importorskip("triton", reason="the kernels are written in it")
@@ -379,47 +369,3 @@ def test_what_stays_alive_until_backward(backend, device):
         rms_norm_constrain(hidden, norm_weight, EPS, *rest, backend=backend)
     given_by_caller = {t.untyped_storage().data_ptr() for t in (hidden, norm_weight, given["direction"])}
     assert sum(size for pointer, size in saved.items() if pointer not in given_by_caller) <= 8 * tokens
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize(("size", "k"), [(576, 1), (4096, 1), (8192, 4), (16384, 1)])
-def test_gpu_agrees_with_float64(dtypes, rule, size, k, gpu_rows):
-    given = inputs(gpu_rows, size, k, dtypes, "cuda")
-    casting, offset = rule
-    found, expected = (
-        results(
-            given["hidden"],
-            given["norm_weight"],
-            lambda x, v, b=backend: rms_norm_constrain(
-                x,
-                v,
-                EPS,
-                given["direction"],
-                given["anchor"],
-                given["weight"],
-                casting=casting,
-                offset=offset,
-                backend=b,
-            ),
-            given["incoming"],
-        )
-        for backend in ("triton", "eager")
-    )
-    h, r, anchor, weight = (given[name].double() for name in ("hidden", "direction", "anchor", "weight"))
-    # How far the projections of the two may lie apart, in float32. Penalty and dx follow.
-    off = 8 * torch.finfo(torch.float32).eps * (h.abs() @ r.abs().T) * weight[:, None]
-    beside = {
-        "normed": 0.0,
-        "penalty": (2 * (h @ r.T - anchor).abs() * off).sum(),
-        "dx": (0.3 * 2 * off @ r.abs()).max(),
-        "dv": 0.0,
-    }
-    if casting == "llama":
-        # n is rounded to the dtype of the states before it meets the weight. An inverse RMS that differs in the last
-        # bit of float32 puts it on the other side of a boundary: one unit in the last place of n, however fine y is.
-        beside["normed"] = torch.finfo(dtypes[0]).eps * expected[0].double().abs().max()
-    for (name, more), one, other in zip(beside.items(), found, expected, strict=True):
-        allowed = 16 * torch.finfo(one.dtype).eps * other.double().abs().max() + more
-        assert (one.double() - other.double()).abs().max() <= allowed, name

@@ -22,14 +22,14 @@ def test_every_method_is_one_that_its_defence_takes(budget, tmp_path):
     for part in BUDGETS[budget].parts:
         assert [find_job(job).name for job in part.jobs] == list(part.jobs)
         for method in part.methods:
-            defence = DEFENCES[method.defence]
-            assert method.settings.keys() <= inspect.signature(defence.trainer.__init__).parameters.keys()
             try:
-                settings = settings_now(method.arguments, tmp_path)
+                settings = settings_now(method.config, tmp_path)
             except ProConError as error:
                 if "is gone: run it at the commit" not in str(error):
                     raise
                 continue
+            defence = DEFENCES[method.defence]
+            assert method.settings.keys() <= inspect.signature(defence.trainer.__init__).parameters.keys()
             assert set(settings) <= known
             defence.configure(ProConConfig(output_dir=str(tmp_path), report_to=[], **settings))
 

@@ -19,7 +19,6 @@ from benchmarks.study.defences.kl_to_start import KLToStartTrainer
 from benchmarks.study.defences.lisa import LisaTrainer
 from benchmarks.study.defences.moving_average import MovingAverageTrainer
 from benchmarks.study.defences.null_space import NullSpaceTrainer
-from benchmarks.study.defences.one_sided import OneSidedTrainer
 from benchmarks.study.defences.projected_gradients import ProjectedGradientsTrainer
 from benchmarks.study.defences.safe_lora import SafeLoRATrainer
 from benchmarks.study.defences.safe_merge import SafeMergeTrainer
@@ -90,17 +89,6 @@ DEFENCES: dict[str, Defence] = {
     "hidden_states": Defence(HiddenStatesTrainer),
     # Safety Anchor, arXiv 2605.05995.
     "sbr": _procon("procon_s:1", anchors="none", probe_weight=10.0, probe_every=1),
-    "block_em": Defence(
-        OneSidedTrainer,
-        {
-            "procon_schedule": "procon_s",
-            "procon_anchors": "recorded",
-            "procon_probes": "none",
-            "procon_penalty": "squared",
-            "procon_scope": "response",
-        },
-        _DIRECTIONS,
-    ),
     "procon_s": _procon("procon_s"),
     "procon_wu": _procon("procon_wu"),
     "procon_s_safe": _procon("procon_s"),

@@ -90,8 +90,6 @@ def test_every_defence_trains(tiny_model, random_directions, samples, config, da
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     trainer = build_trainer(name, model, config(), **given, **data)
     assert type(trainer) is DEFENCES[name].trainer
-    if name == "block_em":
-        assert trainer.procon.constraint._state.sides == "fall"
     trainer.train()
     extra = AlphaSchedule.parse(DEFENCES[name].configure(config()).procon_schedule).extra_steps(2)
     assert trainer.state.global_step == 2 + extra

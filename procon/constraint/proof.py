@@ -1,7 +1,8 @@
-"""Where gradients go: whether the penalty's arrives anywhere, and whether a tensor is another one in all but name."""
+"""Does the constraint act? Where its gradient goes, and what would break it or leave it without effect."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.distributed.tensor import DTensor
+
+from procon.errors import ProConError
 
 #: Nodes of :mod:`procon.ops.autograd`, whose penalties have a gradient for the first input alone, the hidden states.
 _OURS = ("ConstrainBackward", "RmsNormConstrainBackward")
@@ -62,3 +65,27 @@ def nodes_before(nodes: Iterable[Any]) -> Iterator[Any]:
 def _before(node: Any) -> Any:
     """What a penalty's gradient goes to, of ``node`` that made it; the norm's weight, another input, gets none."""
     return node.next_functions[0][0] if node is not None and node.name() in _OURS else node
+
+
+def refuse_data_parallel(n_gpu: int) -> None:
+    """Raise ProConError if a Trainer would wrap the model in ``nn.DataParallel``: one process sees several GPUs."""
+    if n_gpu > 1:
+        raise ProConError("nn.DataParallel copies the model without its hooks: start one process per GPU with torchrun")
+
+
+def refuse_noise(neftune_noise_alpha: float | None) -> None:
+    """Raise ProConError if embeddings get noise in training, in the probes' forwards too: anchors are without."""
+    if neftune_noise_alpha:
+        raise ProConError(
+            f"neftune_noise_alpha is {neftune_noise_alpha:g}, and noise on the embeddings moves every token further "
+            "from its anchor than training does, so the constraint would act against the noise: leave it out"
+        )
+
+
+def check_finite(penalty: float, step: int) -> None:
+    """Raise ProConError if the penalty up to optimiser step ``step`` says that hidden states went bad."""
+    if not math.isfinite(penalty):
+        raise ProConError(
+            f"the penalty became {penalty} by step {step}, so hidden states are NaN or infinite: resume from the last "
+            "checkpoint with a lower learning rate, or train in bfloat16 or float32"
+        )
