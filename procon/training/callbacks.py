@@ -111,8 +111,7 @@ class DriftCallback(ProbeCallback):
     The mean cosine and the lowest block's stand beside the progress bar.
 
     A measurement costs one forward of the base decoder over each prompt, in batches of 32 and without gradients: four
-    batches with the built-in prompts. What all prompts begin with runs once for most models (see
-    :class:`procon.models.SharedPrefix`). Each rank computes it, and the main one's figures count for all.
+    batches with the built-in prompts. Each rank computes it, and the main one's figures count for all.
 
     Args:
         steps: optimiser steps from one measurement to the next.

@@ -289,10 +289,10 @@ def test_one_of_several_is_the_one(tiny_model, tokenizer):
 @pytest.mark.parametrize(
     ("k", "prompts", "message"),
     [
-        (0, BY_CATEGORY, "k is 0: give 1 to 8"),
-        (9, BY_CATEGORY, "k is 9: give 1 to 8"),
-        (4, BY_CATEGORY, "k is 4, but the prompts have 3 categories"),
-        (2, replace(BY_CATEGORY, categories=()), "k is 2, but the prompts have 0 categories"),
+        (0, BY_CATEGORY, "k is 0: give 1 to 3"),
+        (4, BY_CATEGORY, "k is 4: give 1 to 3"),
+        (9, builtin_prompts("extraction"), "k is 9: give 1 to 8"),
+        (2, replace(BY_CATEGORY, categories=()), "k is 2: give 1 to 1"),
     ],
 )
 def test_a_k_that_the_prompts_do_not_give(k, prompts, message):

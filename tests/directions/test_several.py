@@ -10,7 +10,7 @@ from procon.anchors import AnchoredCollator, Anchors
 from procon.cli import main
 from procon.constraint import ProjectionConstraint
 from procon.data import flattening_collator, padding_collator
-from procon.directions import Directions, shuffled
+from procon.directions import Directions, randomized
 from procon.errors import ProConError
 from procon.training.model_card import describe
 
@@ -112,24 +112,6 @@ def test_anchors_of_several_directions(model, samples, tokenizer, tmp_path):
         anchors.check_fits(model, two)
 
 
-def test_anchors_of_another_number_of_directions_are_refused(model):
-    mask = torch.ones(2, 5)
-    with ProjectionConstraint(random_subspaces(3), penalty="squared").attach(model) as constraint:
-        for columns in (3, 8, 10):
-            with pytest.raises(ProConError, match=rf"anchors have shape \(2, 5, {columns}\), expected \(2, 5, 9\)"):
-                constraint.set_target(torch.zeros(2, 5, columns), mask)
-        with pytest.raises(ProConError, match=r"anchors have shape \(2, 5, 3, 3\)"):
-            constraint.set_target(torch.zeros(2, 5, 3, 3), mask)
-
-
-def test_states_that_are_not_finite_are_named_by_their_block(model, samples, tokenizer, tmp_path):
-    with torch.no_grad():
-        next(model.model.layers[1].parameters()).fill_(torch.nan)
-    loader = DataLoader(samples, 3, collate_fn=padding_collator(tokenizer))
-    with pytest.raises(ProConError, match="entering block 2 are NaN"):
-        Anchors.record(model, loader, random_subspaces(3), tmp_path / "a", progress=False, scope="response")
-
-
 def test_a_run_is_resumed_with_the_same_directions_only(make_trainer, tokenizer):
     def trainer(folder: str, directions: Directions):
         plain = make_trainer("Trainer", "procon_s:1", folder=folder)
@@ -172,9 +154,7 @@ def test_the_model_card_tells_how_many(tmp_path):
     }
     found = random_subspaces(3)
     assert "(`abc`), 3 per block" in describe(settings, found, [])
-    assert "(`abc`), 3 per block, those of another block each (seed 2): a control" in describe(
-        settings, shuffled(found, 2), []
-    )
+    assert "(`abc`), 3 per block, random ones (seed 2): a control" in describe(settings, randomized(found, 2), [])
     assert "per block" not in describe(settings, first_of(found, 1), []).split("directions |")[1].split("\n")[0]
 
 
@@ -184,7 +164,7 @@ def test_from_the_command_line(place, capsys):
     (place / "own.txt").write_text("steal it\npaint it\n")
     for more, message in (
         (["--k", "0"], "k is 0: give 1 to 8"),
-        (["--k", "2", "--benign", "own.txt"], "k is 2, but the prompts have 0 categories"),
+        (["--k", "2", "--benign", "own.txt"], "k is 2: give 1 to 1"),
     ):
         assert main([*extract, *more]) == 2
         assert message in capsys.readouterr().err

@@ -37,7 +37,6 @@ LEFT_OUT = {
     "integrations/axolotl.py": "settings that axolotl has read",
     "method/record.py": "what a training left behind: python tests/flips and python tests/faults",
     "models/loading.py load_model": "a model, which transformers reads",
-    "models/loading.py parse_dtype": "a word that was checked",
     "report/html.py": "comes with the package",
     "training": "what a training left behind: python tests/flips and python tests/faults",
 }
