@@ -299,8 +299,11 @@ class Directions:
             ProConError if it is another model.
         """
         now = origin_of(model)
-        parts = [(compare_origin(part.get("origin"), now), part.get("model")) for part in self._origins().values()]
-        relation, name = min(parts, key=lambda part: _RELATIONS.index(part[0]))
+        parts = self._origins().values()
+        found: list[tuple[Relation, Any]] = [
+            (compare_origin(one.get("origin"), now), one.get("model")) for one in parts
+        ]
+        relation, name = min(found, key=lambda one: _RELATIONS.index(one[0]))
         if relation == "another model":
             raise ProConError(
                 f"directions were extracted from another model ({name!r}), whose embeddings are unrelated to this "

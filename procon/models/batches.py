@@ -38,7 +38,7 @@ def in_batches(items: Sequence[_Item], batch_size: int, run: Callable[[Sequence[
             done += size
 
     try:
-        find_executable_batch_size(all_of, starting_batch_size=batch_size)()
+        find_executable_batch_size(all_of, starting_batch_size=max(1, min(batch_size, len(items))))()
     except RuntimeError as error:
         if "No executable batch size found" not in str(error):
             raise

@@ -67,8 +67,8 @@ def find_decoder(model: nn.Module) -> Decoder:
         ProConError: for encoder-decoders, prompt-learning adapters, and models without such a module.
     """
     model = unwrapped(model)
-    adapter = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
-    if adapter is not None and getattr(adapter, "is_prompt_learning", False):
+    adapter: Any = getattr(model, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
         raise ProConError(
             f"adapter type {adapter.peft_type.value} lengthens the sequence with virtual tokens, which have no "
             "anchors: use LoRA, DoRA, IA3 or full fine-tuning"
@@ -206,9 +206,7 @@ def decoder_forward(model: nn.Module) -> partial[Any]:
 
     That of the base decoder, without the LM head. Or of the whole model, one token through the LM head, if
     Accelerate has put autocast around it, or parameters are sharded: FSDP2 gathers what its root holds in no other.
-
-    Raises:
-        ProConError: if DeepSpeed ZeRO-3 has partitioned the model, but nothing gathers it yet.
+    ProConError as :func:`refuse_unprepared`.
     """
     refuse_unprepared(model)
     if not is_sharded(model) and not hasattr(model, "_original_forward"):
@@ -232,8 +230,4 @@ def model_device(model: nn.Module) -> torch.device:
     """The device that inputs of ``model`` go to."""
     embedding: Any = token_embedding(model)
     # A device map may have put the embedding on none; Accelerate's hook says where it computes.
-    return (
-        torch.device(embedding._hf_hook.execution_device)
-        if embedding.weight.is_meta and hasattr(embedding, "_hf_hook")
-        else embedding.weight.device
-    )
+    return torch.device(embedding._hf_hook.execution_device) if embedding.weight.is_meta else embedding.weight.device

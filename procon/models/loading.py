@@ -47,10 +47,11 @@ def default_dtype() -> torch.dtype:
 
 
 def best_attention(dtype: torch.dtype, *, device: torch.device | str = "cuda", head_dim: int = 128) -> str:
-    """The ``attn_implementation`` for packed training: the newest FlashAttention that runs, else ``"sdpa"``.
+    """The ``attn_implementation`` for packed training in ``dtype``: the newest FlashAttention that runs on ``device``
+    with heads of width ``head_dim``, else ``"sdpa"``.
 
-    FlashAttention takes the bounds of the sequences as they are; ``sdpa`` gets a mask of ``T x T``, which costs memory
-    and time that grow with the square of the packed length.
+    FlashAttention takes the bounds of the sequences as they are, in bfloat16 and float16 alone; ``sdpa`` gets a mask of
+    ``T x T``, which costs memory and time that grow with the square of the packed length.
 
     ============================  ===========================================  ==================
     ``attn_implementation``       GPUs (compute capability)                    largest head
@@ -59,14 +60,9 @@ def best_attention(dtype: torch.dtype, *, device: torch.device | str = "cuda", h
     ``flash_attention_3``         Hopper (9.x)                                 256
     ``flash_attention_2``         Ampere and later (8.x and above), ROCm       256
     ============================  ===========================================  ==================
-
-    Args:
-        dtype: of the hidden states; FlashAttention computes in bfloat16 and float16 alone.
-        device: that the model trains on.
-        head_dim: width of its attention heads.
     """
-    device = torch.device(device)
-    if device.type != "cuda" or not torch.cuda.is_available() or dtype not in (torch.bfloat16, torch.float16):
+    on_gpu = torch.device(device).type == "cuda" and torch.cuda.is_available()
+    if not on_gpu or dtype not in (torch.bfloat16, torch.float16):
         return "sdpa"
     rocm = torch.version.hip is not None
     generation = 0 if rocm else torch.cuda.get_device_capability(device)[0]
@@ -125,9 +121,7 @@ def load_model(
             trusted.
     """
     check_name(name)
-    if dtype in (None, "auto"):
-        dtype = default_dtype()
-    chosen: dict[str, Any] = {"dtype": dtype}
+    chosen: dict[str, Any] = {"dtype": default_dtype() if dtype in (None, "auto") else dtype}
     if attn_implementation not in (None, "auto"):
         chosen["attn_implementation"] = attn_implementation
     if load_in_4bit or load_in_8bit:
@@ -146,7 +140,7 @@ def load_model(
                 load_in_8bit=load_in_8bit,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
+                bnb_4bit_compute_dtype=chosen["dtype"],
             )
         own = not is_adapter or (Path(name) / "tokenizer_config.json").is_file()  # PEFT alone saves none
         base = name if own else PeftConfig.from_pretrained(str(name)).base_model_name_or_path

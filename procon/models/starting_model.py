@@ -93,8 +93,7 @@ class StartingModel:
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """Within the context, the adapters of ``model`` are off; which parameters train is as before afterwards."""
     layers = _adapter_layers(model)
-    modules = [module for module in layers if isinstance(module, nn.Module)]  # which they all are
-    trains = {parameter: parameter.requires_grad for module in modules for parameter in module.parameters()}
+    trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
     for layer in layers:
         layer.enable_adapters(False)
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -42,10 +41,7 @@ _RELATED = 0.5
 def weights_hash(model: nn.Module, *, only_frozen: bool = False) -> str:
     """A short hash of all that a model computes with: parameters, buffers and the scales of quantised ones, and which
     adapters are on, how strongly. The same on every device, sharded or not, and whatever floating dtype holds the
-    values. If they are sharded, all ranks must call.
-
-    Args:
-        only_frozen: leave out parameters that train.
+    values; ``only_frozen`` leaves out what trains. If they are sharded, all ranks must call.
     """
     digest = hashlib.sha256()
     # First: it brings weights that bitsandbytes has repacked for a CPU back to what they were.
@@ -106,22 +102,29 @@ def origin_of(model: nn.Module) -> dict[str, Any]:
     The same weights in float32 and bfloat16 have one origin, and so have a model and the same one with an adapter that
     does nothing yet. If parameters are sharded, all ranks must call.
     """
-    model = unwrapped(model)
+    base = transformers_model(unwrapped(model))
+    tuners = {f"{name}.": module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
     digests = {False: hashlib.sha256(), True: hashlib.sha256()}
     moved = False
-    for name, tensor, is_adapter in _parameters(transformers_model(model)):
+    for name, parameter in sorted(base.named_parameters()):
+        tuner = next((start for start in tuners if name.startswith(start)), "")
+        is_adapter = ".modules_to_save." in name or bool(tuner and not name.startswith(f"{tuner}base_layer."))
+        if is_adapter and tuner and tuners[tuner].disable_adapters:
+            continue
+        tensor = _whole(base, name, parameter)
         values = tensor.reshape(-1)[:: max(1, tensor.numel() // 1024)]
         values = values.to(torch.bfloat16).view(torch.int16) if values.is_floating_point() else values
-        digests[is_adapter].update(f"{name}{tuple(tensor.shape)}".encode() + values.cpu().numpy().tobytes())
+        plain = re.sub(r"\.(base_layer|original_module)(?=\.)", "", _own_name(name))  # as without adapters
+        digests[is_adapter].update(f"{plain}{tuple(tensor.shape)}".encode() + values.cpu().numpy().tobytes())
         # LoRA starts with zeros in B, and then does nothing. Of other kinds it is not known what does nothing.
         moved |= is_adapter and ("lora_" not in name or ("lora_A" not in name and bool(tensor.any())))
-    embedding = token_embedding(model)
+    embedding = token_embedding(base)
     weight = _whole(embedding, "weight", embedding.weight)
     # A few of the first rows, which any vocabulary has; none if values are not kept as such.
     first = weight[:4096] if weight.is_floating_point() and weight.dim() == 2 else weight[:0, None]
     few = first[:: max(1, len(first) // 32), :: max(1, first.shape[1] // 4)]
     return {
-        "architecture": transformers_model(model).config.get_text_config().model_type,
+        "architecture": base.config.get_text_config().model_type,
         "weights": digests[False].hexdigest()[:16],
         "adapters": digests[True].hexdigest()[:16] if moved else None,
         "embedding": [float(f"{value:.3g}") for value in few.nan_to_num(0.0, 0.0, 0.0).flatten().tolist()],
@@ -144,19 +147,6 @@ def compare_origin(kept: dict[str, Any] | None, now: dict[str, Any]) -> Relation
         one, other = torch.tensor(before, dtype=torch.float64), torch.tensor(after, dtype=torch.float64)
         related = float(torch.nn.functional.cosine_similarity(one, other, dim=0)) >= _RELATED
     return "other weights" if related else "another model"
-
-
-def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
-    """Name as in the model without adapters, whole value, and whether an adapter that is on brought it."""
-    tuners = {f"{name}.": module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    for name, parameter in sorted(model.named_parameters()):
-        prefix = next((start for start in tuners if name.startswith(start)), None)
-        rest = name.removeprefix(prefix or "")
-        is_adapter = (prefix is not None and not rest.startswith("base_layer.")) or ".modules_to_save." in name
-        if is_adapter and prefix is not None and tuners[prefix].disable_adapters:
-            continue
-        plain = re.sub(r"\.(base_layer|original_module)(?=\.)", "", _own_name(name))
-        yield plain, _whole(model, name, parameter), is_adapter
 
 
 def _own_name(name: str) -> str:

@@ -169,7 +169,6 @@ def test_first_block_whose_input_moves(tiny_model, trained, first):
 
 def test_device(tiny_model):
     assert model_device(tiny_model("gpt2")) == torch.device("cpu")
-    assert model_device(tiny_model().to("meta")).type == "meta"
 
 
 def test_the_weights_hash_follows_every_weight(tiny_model):
@@ -231,21 +230,12 @@ def test_the_configuration_hash_follows_what_changes_a_forward(tiny_model):
     assert configuration_hash(get_peft_model(model, LoraConfig(target_modules=["q_proj"]))) == first
 
 
-def test_the_configuration_hash_follows_buffers_that_are_made_from_it(tiny_model):
-    model = tiny_model()
-    first = configuration_hash(model)
-    frequencies = model.model.rotary_emb.inv_freq
-    frequencies.mul_(1 + 2**-22)  # another device
-    assert configuration_hash(model) == first
-    frequencies.mul_(1.1)
-    assert configuration_hash(model) != first
-    assert configuration_hash(tiny_model().bfloat16()) != first  # rotary positions are coarser then
+def test_the_configuration_hash_follows_the_precision_of_buffers_that_are_made_from_it(tiny_model):
+    assert configuration_hash(tiny_model().bfloat16()) != configuration_hash(tiny_model())  # coarser rotary positions
     dynamic = tiny_model(rope_parameters={"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0})
-    dynamic_first = configuration_hash(dynamic)
-    before = dynamic.model.rotary_emb.inv_freq.clone()
+    first = configuration_hash(dynamic)
     dynamic(torch.ones(1, 600, dtype=torch.int64))  # longer than 512, for which they are made again
-    assert not torch.equal(dynamic.model.rotary_emb.inv_freq, before)
-    assert configuration_hash(dynamic) == dynamic_first
+    assert configuration_hash(dynamic) == first
 
 
 def test_the_weights_hash_follows_buffers():
