@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from procon.anchors.starting_state import require_length
@@ -25,7 +23,7 @@ from procon.errors import ProConError
 from procon.integrations.forward import REMEDY, ConstrainedForward, constrained_by
 from procon.method import ProCon, Run, check_batches, makes_batches, once_through
 from procon.method.ranks import on_main
-from procon.method.record import RECORD, write_record
+from procon.method.record import write_record
 from procon.schedule import AlphaSchedule
 from procon.settings import ChatSettings, Fuse, ProConSettings, check_setting
 from procon.training.checkpoints import open_checkpoint, seal
@@ -33,10 +31,8 @@ from procon.training.output import forget, locked, output_folder
 from procon.training.run_facts import check_same_run, run_arguments, run_facts
 from procon.version import __version__
 
-logger = logging.getLogger(__name__)
 
-
-class ProConCallback(TrainerCallback, ExportableState):
+class ProConCallback(TrainerCallback):
     """Constrains the training of any framework that builds on transformers' Trainer and takes callbacks::
 
         run_exp(args, callbacks=[ProConCallback("refusal-directions.safetensors", schedule="1@2ep,0")])
@@ -77,9 +73,9 @@ class ProConCallback(TrainerCallback, ExportableState):
     ) -> None:
         check_setting("fuse", fuse)
         self._settings = ProConSettings(**settings)
-        schedule = AlphaSchedule.parse(self._settings.schedule)
-        if schedule.extra:
-            written_out = ",".join(map(str, schedule.phases))
+        self._schedule = AlphaSchedule.parse(self._settings.schedule)
+        if self._schedule.extra:
+            written_out = ",".join(map(str, self._schedule.phases))
             raise ProConError(
                 f"schedule {self._settings.schedule!r} adds epochs of warm-up before those asked for, which a callback "
                 f"cannot: give schedule={written_out!r} and add them to num_train_epochs"
@@ -94,28 +90,17 @@ class ProConCallback(TrainerCallback, ExportableState):
         self._lock = ExitStack()
         self._run: dict[str, Any] = {}
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, in ``trainer_state.json``: settings, where anchors are, what was done so far."""
-        return {"args": {}, "attributes": self._facts()}
-
     def detach(self) -> None:
         """Leave the model as it was, after a training that an error ended."""
         self._lock.close()
         if self._forward is not None:
             self._forward.detach()
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.restore_callback_states_from_checkpoint:
-            raise ProConError(
-                "restore_callback_states_from_checkpoint makes new callbacks, without directions: leave it False; "
-                "ProConCallback reads its own state"
-            )
-
     def on_train_begin(
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,
+        control: Any,
         *,
         model: nn.Module,
         train_dataloader: DataLoader,
@@ -130,93 +115,68 @@ class ProConCallback(TrainerCallback, ExportableState):
         if state.global_step == 0:
             # What an earlier training has said of its own model.
             on_main(lambda: forget(output_folder(args)))
-        if not AlphaSchedule.parse(self._settings.schedule).active:
+        if not self._schedule.active:
             return
         _refuse(args, model)
+        loader = train_dataloader
         if self._settings.anchors == "recorded":
-            require_length(train_dataloader.dataset, "training set")
-        check_batches(makes_batches(train_dataloader), train_dataloader.dataset)
-        # The Trainer starts over, for example with a smaller batch, and the model may have moved meanwhile.
-        again = left_over is not None and left_over is self._forward and state.global_step == 0
+            require_length(loader.dataset, "training set")
+        check_batches(makes_batches(loader), loader.dataset)
         run = _CallbackRun(args, model, processing_class, self._chat)
-        if again and self.procon is not None:
-            procon = self.procon
-            procon.run, procon.at_start = run, False
-        else:
+        # If the Trainer starts over, for example with a smaller batch, the model may have moved meanwhile.
+        again = left_over is not None and left_over is self._forward and state.global_step == 0
+        procon = self.procon if again else None
+        if procon is None:
             procon = ProCon(run, settings=self._settings, directions=self._directions, fuse=self._fuse)
-        self.procon = procon
+        self.procon, procon.run, procon.at_start = procon, run, not again
         with _random_state_kept(args.device):
-            self._run = _run(args, model, train_dataloader)
+            self._run = {
+                "run": run_facts(args, model, loader.dataset, precision=run.precision, reads_data=True),
+                "arguments": run_arguments(args, model, data_collator=loader.collate_fn),
+            }
             if state.global_step > 0:
-                self._resume(procon, args, state)
+                folder = output_folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+                record = on_main(lambda: open_checkpoint(folder).record)
+                check_same_run(record, self._run["run"], self._run["arguments"], f"checkpoint {str(folder)!r}")
+                procon.find(folder, record)
             elif not again:
                 procon.find()
-            procon.set_steps_per_epoch(max(1, -(-len(train_dataloader) // args.gradient_accumulation_steps)))
+            procon.set_steps_per_epoch(max(1, -(-len(loader) // args.gradient_accumulation_steps)))
             procon.accumulation = args.gradient_accumulation_steps
             procon.check_acts(state.max_steps)
             procon.attach()
             self._forward = ConstrainedForward(procon)
-            procon.record(lambda: _recording_loader(train_dataloader, args))
+            # This rank's share of the data, whole: training may drop other samples in each epoch.
+            size, rank, ranks = args.per_device_train_batch_size, args.process_index, args.world_size
+            procon.record(lambda: once_through(loader.dataset, loader.collate_fn, size, rank=rank, ranks=ranks))
         self._forward.attach()
         procon.begin_run()
-        logger.info(
-            "alpha schedule %s over %d steps of %d epochs, %d steps each",
-            procon.schedule,
-            state.max_steps,
-            state.num_train_epochs,
-            procon.steps_per_epoch,
-        )
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self._forward is not None:
             self._forward.begin_step(state.global_step)
 
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._forward is not None:
-            self._forward.procon.evidence.next_micro_batch()
-
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | None = None,
-        **kwargs: Any,
+        self, args: Any, state: Any, control: Any, *, model: nn.Module, optimizer: Any = None, **kwargs: Any
     ) -> None:
         if self._forward is not None:
             self._forward.end_step(optimizer, model)
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._forward is not None:
             self._forward.procon.after_optimizer()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._forward is not None and control.should_save:
             self._forward.procon.penalty()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if self._forward is None or logs is None or "loss" not in logs:
-            return
-        found = self._forward.procon.log(state.global_step)
-        logs.update(found)
-        state.log_history[-1].update(found)
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self._forward is not None and logs is not None and "loss" in logs:
+            found = self._forward.procon.log(state.global_step)
+            logs.update(found)
+            state.log_history[-1].update(found)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         folder = output_folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if self._forward is None or not folder.exists():
             return
@@ -225,9 +185,7 @@ class ProConCallback(TrainerCallback, ExportableState):
             self._forward.procon.save_files(folder)
             seal(folder, {**self._record(state), "resumable": not args.save_only_model})
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.detach()
         if self._forward is None:
             return
@@ -238,29 +196,11 @@ class ProConCallback(TrainerCallback, ExportableState):
             procon.save_files(output_folder(args))
             write_record(output_folder(args), self._record(state))
 
-    def _facts(self) -> dict[str, Any]:
-        return {} if self.procon is None else {**self.procon.facts(), **self.procon.state(), **self._run}
-
     def _record(self, state: TrainerState) -> dict[str, Any]:
-        did = self.procon.did(state.global_step) if self.procon else {}
-        return {**self._facts(), "version": __version__, "constrained": did["constrained_steps"] > 0, "did": did}
-
-    def _resume(self, procon: ProCon, args: TrainingArguments, state: TrainerState) -> None:
-        # Annotated as a list of callbacks, of which TrainerState makes what each of them keeps.
-        kept = cast("dict[str, Any] | None", state.stateful_callbacks)
-        saved = (kept or {}).get(type(self).__name__)
-        name = f"the checkpoint of step {state.global_step}"
-        if saved is None or not saved["attributes"]:
-            raise ProConError(
-                f"{name} was trained without a constraint, so there are no anchors to go on with: start afresh from "
-                "the model that is to be constrained"
-            )
-        record = saved["attributes"]
-        check_same_run(record, self._run["run"], self._run["arguments"], name)
-        folder = output_folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if (folder / RECORD).exists():
-            on_main(lambda: open_checkpoint(folder).record)
-        procon.find(folder, record)
+        assert self.procon is not None  # noqa: S101  # for the type checker: it trains, or has trained
+        did = self.procon.did(state.global_step)
+        found = {**self.procon.facts(), **self.procon.state(), **self._run, "did": did}
+        return {**found, "version": __version__, "constrained": did["constrained_steps"] > 0}
 
 
 class _CallbackRun(Run):
@@ -270,16 +210,11 @@ class _CallbackRun(Run):
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         progress = not args.disable_tqdm and PartialState().is_main_process
         super().__init__(model, tokenizer, chat=chat, folder=output_folder(args), progress=progress)
-        self.precision = AcceleratorState().mixed_precision
-        self._device = args.device
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
+        self.precision: str = AcceleratorState().mixed_precision
 
     def autocast(self) -> AbstractContextManager[Any]:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.precision))
-        return nullcontext() if dtype is None else torch.autocast(self._device.type, dtype)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
 
 def _refuse(args: TrainingArguments, model: nn.Module) -> None:
@@ -291,23 +226,8 @@ def _refuse(args: TrainingArguments, model: nn.Module) -> None:
         )
     if args.label_smoothing_factor:
         raise ProConError(
-            "label_smoothing_factor makes a loss of its own, in which the model's, and with it the constraint, is "
-            f"lost: set it to 0, or {REMEDY}"
+            f"label_smoothing_factor makes a loss of its own, without the constraint: set it to 0, or {REMEDY}"
         )
-
-
-def _run(args: TrainingArguments, model: nn.Module, loader: DataLoader) -> dict[str, Any]:
-    precision = AcceleratorState().mixed_precision
-    return {
-        "run": run_facts(args, model, loader.dataset, precision=precision, reads_data=True),
-        "arguments": run_arguments(args, model, data_collator=loader.collate_fn),
-    }
-
-
-def _recording_loader(loader: DataLoader, args: TrainingArguments) -> DataLoader:
-    """This rank's share of what ``loader`` draws from, whole: training may drop other samples in each epoch."""
-    size = args.per_device_train_batch_size
-    return once_through(loader.dataset, loader.collate_fn, size, rank=args.process_index, ranks=args.world_size)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class ConstrainedForward:
         procon: the method, prepared.
 
     Attributes:
+        attached: whether the model is constrained by this.
         backwards: training forwards of this optimiser step whose penalty went through backward.
 
     Raises:
@@ -59,44 +61,43 @@ class ConstrainedForward:
 
     def __init__(self, procon: ProCon) -> None:
         self.procon = procon
+        self.attached = False
         self.backwards = 0
         self._module = _causal_lm(procon.run.model)
         self._annotate: Callable[[Any], dict[str, Any]] = procon.collator(dict)
-        self._patch: Any = None
-        self._hooks: list[Any] = []
+        self._undo = ExitStack()
         self._unused = self._acted = False
 
     def attach(self) -> ConstrainedForward:
         """Constrain the model; undone by :meth:`detach` or on leaving ``with``. After ``torch.compile`` it must come
         before the first forward, which is when it is traced."""
-        if constrained_by(self._module) is not None:
+        module = self._module
+        if constrained_by(module) is not None:
             raise ProConError("this model's forward is constrained already: call detach() on what constrains it first")
         self.procon.attach()
-        self._replaced = vars(self._module).get("forward")
-        self._original = self._module.forward
+        self._undo.callback(self.procon.detach)
+        replaced, self._original = vars(module).get("forward"), module.forward
         self._parameters = list(inspect.signature(self._original).parameters)
-        self._module.forward = self._patch = _Patch(self, self._module, self._original)
+        patch: Any = ModuleForward(module, self._forward)
+        functools.update_wrapper(patch, self._original, updated=())  # the Trainer reads its signature
+        patch.constrained_by = self
+        module.forward = patch
+
+        def restore() -> None:
+            # A wrapper that something laid over this one stays; it then finds the original forward underneath.
+            if vars(module).get("forward") is patch:
+                del module.forward
+                if replaced is not None:
+                    module.forward = replaced
+
+        self._undo.callback(restore)
+        self.attached = True
         return self
 
     def detach(self) -> None:
         """The model is as it was."""
-        # A wrapper that something laid over this one stays; it then finds the original forward underneath.
-        if self._patch is not None and vars(self._module).get("forward") is self._patch:
-            if self._replaced is None:
-                del self._module.forward
-            else:
-                self._module.forward = self._replaced
-        self._patch = None
-        self._unused = False
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        self.procon.detach()
-
-    @property
-    def attached(self) -> bool:
-        """Whether the model is constrained by this."""
-        return self._patch is not None
+        self.attached = self._unused = False
+        self._undo.close()
 
     def __enter__(self) -> ConstrainedForward:
         self.attach()
@@ -114,7 +115,8 @@ class ConstrainedForward:
                 self.procon.after_optimizer()
                 self.begin_step(self.procon.step.number + 1)
 
-        self._hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+        self._undo.enter_context(register_optimizer_step_pre_hook(before))
+        self._undo.enter_context(register_optimizer_step_post_hook(after))
         return self
 
     def __exit__(self, exception: type[BaseException] | None, *_rest: object) -> None:
@@ -183,24 +185,17 @@ class ConstrainedForward:
     def _begin(self, given: Mapping[str, Any]) -> Tensor | None:
         """Hold the coming forward to its anchors; returns this micro-batch's share of the step's target tokens, None if
         the trainer does not say how many they are."""
-        if given.get("fused_lm_head"):
-            raise ProConError(f"TRL makes the loss from log-probabilities, not from the forward's: {REMEDY}")
-        if given.get("shift_labels") is not None:
+        own_loss = all(isinstance(given.get(name), Tensor) for name in ("input_ids", "labels"))
+        if not own_loss or given.get("fused_lm_head") or given.get("shift_labels") is not None:
             raise ProConError(
-                "the batch has shift_labels, so its sequences are split over ranks and anchors cannot be found: switch "
-                "off context and sequence parallelism"
+                "a training forward has no input_ids and labels of whole sequences, so its loss is not the model's own "
+                "and the constraint would be lost (by label smoothing, a compute_loss_func, log-probabilities of TRL, "
+                f"or sequence parallelism): {REMEDY}"
             )
-        for name in ("input_ids", "labels"):
-            if not isinstance(given.get(name), Tensor):
-                raise ProConError(
-                    f"a training forward has no {name}, so its loss is not the model's own and the constraint would "
-                    f"be lost (by label smoothing, for example, or a compute_loss_func): {REMEDY}"
-                )
         device, batch = given["input_ids"].device, _on_cpu(given)
         found = self._annotate(batch)
         added = {name: found[name].to(device, non_blocking=True) for name in self.procon.batch_keys if name in found}
-        inputs = {name: given[name] for name in batch}
-        self.procon.begin({**inputs, **added})
+        self.procon.begin({**{name: given[name] for name in batch}, **added})
         tokens = given.get("num_items_in_batch")
         if tokens is None:
             return None
@@ -246,15 +241,6 @@ def _refuse_evaluation(_gradient: Tensor) -> None:
     )
 
 
-class _Patch(ModuleForward):
-    """The forward of a constrained model."""
-
-    def __init__(self, constrained: ConstrainedForward, module: nn.Module, original: Any) -> None:
-        functools.update_wrapper(self, original)  # the Trainer reads its signature
-        super().__init__(module, constrained._forward)
-        self.constrained_by = constrained
-
-
 def _causal_lm(model: nn.Module) -> nn.Module:
     """The module whose forward takes the labels: below what wraps it for training, and below PEFT."""
     # Unlike `unwrapped`, below torch.compile too.
@@ -270,19 +256,15 @@ def constrained_by(model: nn.Module) -> ConstrainedForward | None:
 
 def _on_cpu(given: Mapping[str, Any]) -> dict[str, Tensor]:
     """What separates the sequences of a batch, on the CPU by one transfer, and all other tensors as they are."""
-    shape = given["input_ids"].shape
-    batch = {"input_ids": given["input_ids"]}
-    for name in ("labels", "attention_mask", "position_ids"):
-        value = given.get(name)
-        if value is None:
-            continue
-        if not isinstance(value, Tensor) or value.shape != shape:
-            what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    ids: Tensor = given["input_ids"]
+    names = ("input_ids", "labels", "attention_mask", "position_ids")
+    batch = {name: given[name] for name in names if given.get(name) is not None}
+    for name, value in batch.items():
+        if getattr(value, "shape", None) != ids.shape:
             raise ProConError(
-                f"{name} is {what}, but input_ids are {tuple(shape)}, so the sequences cannot be separated: pass a "
-                "tensor of the same shape, and no mask of attention between tokens"
+                f"{name} is no tensor of the shape of input_ids, {tuple(ids.shape)}, so the sequences cannot be "
+                "separated: pass one, and no mask of attention between tokens"
             )
-        batch[name] = value.to(batch["input_ids"].device)
-    stacked = torch.stack([value.long() for value in batch.values()]).cpu()
+    stacked = torch.stack([value.to(ids.device).long() for value in batch.values()]).cpu()
     others = {name: value for name, value in given.items() if isinstance(value, Tensor) and name not in batch}
     return {**others, **dict(zip(batch, stacked, strict=True))}
