@@ -16,8 +16,6 @@ def randomized(directions: Directions, seed: int) -> Directions:
     """The control for *any* direction: isotropic random unit directions at the same blocks, with the same gaps.
 
     If this control preserves refusals too, the protection comes from anchoring hidden states along *any* direction.
-    Hidden states vary little along most directions, so at the same alpha this control constrains the model less than
-    the refusal directions do.
     """
     generator = torch.Generator().manual_seed(seed)
     blocks, width = directions.block_count, directions.basis.shape[2]

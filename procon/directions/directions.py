@@ -298,12 +298,12 @@ class Directions:
             "same"; "other weights" of the same model, with a warning; or "unknown". Of several concepts, what is worst.
             ProConError if it is another model.
         """
-        now = origin_of(model)
-        parts = self._origins().values()
-        found: list[tuple[Relation, Any]] = [
-            (compare_origin(one.get("origin"), now), one.get("model")) for one in parts
-        ]
-        relation, name = min(found, key=lambda one: _RELATIONS.index(one[0]))
+        relation: Relation = "same"
+        name, now = None, origin_of(model)
+        for part in self._origins().values():
+            found = compare_origin(part.get("origin"), now)
+            if _RELATIONS.index(found) < _RELATIONS.index(relation):
+                relation, name = found, part.get("model")
         if relation == "another model":
             raise ProConError(
                 f"directions were extracted from another model ({name!r}), whose embeddings are unrelated to this "

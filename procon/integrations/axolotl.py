@@ -56,11 +56,8 @@ class ProConPlugin(BasePlugin):
     """Has axolotl train by :class:`procon.integrations.axolotl_trainer.ProConAxolotlTrainer`.
 
     If ``procon_schedule`` is 0 throughout, it changes nothing. Gradient checkpointing that the file asks for is made
-    the non-reentrant kind: under axolotl's own choice the constraint would lose its gradient.
-
-    Raises:
-        ProConError: before the model is loaded, for a key that is misspelt, and if the constraint could not act; as
-            the trainer is made, if another plugin brought its own.
+    the non-reentrant kind: under axolotl's own choice the constraint would lose its gradient. What would lose the
+    constraint ends in a ProConError.
     """
 
     def register(self, cfg: dict[str, Any]) -> None:
@@ -99,7 +96,7 @@ class ProConPlugin(BasePlugin):
         if _constrains(cfg) and cfg.get("sample_packing") and not cfg.get("attn_decontaminates_packing"):
             raise ProConError(
                 f"sample_packing with attn_implementation {cfg.get('attn_implementation')!r} lets samples see those "
-                "packed before them, and anchors belong to one sample: set it to sdpa, or to a flash_attention"
+                "packed before them: set it to sdpa, or to a flash_attention"
             )
 
     def get_trainer_cls(self, cfg: Mapping[str, Any]) -> type[ProConMixin] | None:
@@ -124,7 +121,10 @@ def _is_asked_for(cfg: Mapping[str, Any]) -> bool:
 
 
 def _constrains(cfg: Mapping[str, Any]) -> bool:
-    return _is_asked_for(cfg) and AlphaSchedule.parse(ProConAxolotlArguments(**_given(cfg)).procon_schedule).active
+    return (
+        _is_asked_for(cfg)
+        and AlphaSchedule.parse(ProConAxolotlArguments(**_given(cfg)).procon_settings().schedule).active
+    )
 
 
 def _given(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from torch import nn
@@ -17,18 +14,16 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from procon.anchors.starting_state import require_length
-from procon.constraint.guards import refuse_data_parallel, refuse_noise
+from procon.constraint.guards import refuse_data_parallel
 from procon.directions import Directions
 from procon.errors import ProConError
-from procon.integrations.forward import REMEDY, ConstrainedForward, constrained_by
+from procon.integrations.forward import ConstrainedForward, constrained_by
 from procon.method import ProCon, Run, check_batches, makes_batches, once_through
 from procon.method.ranks import on_main
-from procon.method.record import write_record
+from procon.method.record import read_record, write_record
 from procon.schedule import AlphaSchedule
 from procon.settings import ChatSettings, Fuse, ProConSettings, check_setting
-from procon.training.checkpoints import open_checkpoint, seal
-from procon.training.output import forget, locked, output_folder
-from procon.training.run_facts import check_same_run, run_arguments, run_facts
+from procon.training.output import forget, output_folder
 from procon.version import __version__
 
 
@@ -40,14 +35,13 @@ class ProConCallback(TrainerCallback):
     As training begins it records anchors from the Trainer's own data and collator, and probes with its tokenizer, then
     trains through a :class:`ConstrainedForward`; as training ends the model is as it was. A training that an error
     ended leaves the model constrained, until it trains again or :meth:`detach` is called. A resumed training keeps the
-    anchors of the one that it continues, which must still be where they were recorded, and its probes.
+    anchors and probes of the one that it continues.
 
     A callback cannot lengthen the training, so the extra warm-up of ``"procon_wu"`` is refused: add its epochs to
     ``num_train_epochs``, and write it out as phases, ``"1@4ep,0"``.
 
     Logs ``procon/penalty`` (mean over the logging window, before alpha) and ``procon/alpha``, in ``state.log_history``
-    and to the callbacks that come after this one. Trackers named in ``report_to`` come before: give
-    ``report_to="none"`` and their callbacks after this one.
+    and to the callbacks that come after this one, which those of ``report_to`` do not.
 
     Args:
         directions: of the model as training starts, or the file that they were saved in; extracted with the Trainer's
@@ -77,8 +71,8 @@ class ProConCallback(TrainerCallback):
         if self._schedule.extra:
             written_out = ",".join(map(str, self._schedule.phases))
             raise ProConError(
-                f"schedule {self._settings.schedule!r} adds epochs of warm-up before those asked for, which a callback "
-                f"cannot: give schedule={written_out!r} and add them to num_train_epochs"
+                f"schedule {self._settings.schedule!r} adds epochs to the training, which a callback cannot: give "
+                f"schedule={written_out!r} and add them to num_train_epochs"
             )
         if directions is not None and not isinstance(directions, Directions):
             directions = Directions.load(directions)
@@ -87,12 +81,9 @@ class ProConCallback(TrainerCallback):
         self._fuse: Fuse = fuse
         self.procon: ProCon | None = None
         self._forward: ConstrainedForward | None = None
-        self._lock = ExitStack()
-        self._run: dict[str, Any] = {}
 
     def detach(self) -> None:
         """Leave the model as it was, after a training that an error ended."""
-        self._lock.close()
         if self._forward is not None:
             self._forward.detach()
 
@@ -110,15 +101,16 @@ class ProConCallback(TrainerCallback):
         left_over = constrained_by(model)
         if left_over is not None:
             left_over.detach()
-        self._lock.close()
-        self._lock.enter_context(locked(output_folder(args)))
+        output, loader = output_folder(args), train_dataloader
         if state.global_step == 0:
-            # What an earlier training has said of its own model.
-            on_main(lambda: forget(output_folder(args)))
+            on_main(lambda: forget(output))  # what an earlier training has said of its own model
         if not self._schedule.active:
             return
-        _refuse(args, model)
-        loader = train_dataloader
+        refuse_data_parallel(args.n_gpu)
+        if (getattr(model, "tp_size", None) or 1) > 1:
+            raise ProConError(
+                "the model is split by tensor parallelism, whose ranks share batches: train with DDP, FSDP or DeepSpeed"
+            )
         if self._settings.anchors == "recorded":
             require_length(loader.dataset, "training set")
         check_batches(makes_batches(loader), loader.dataset)
@@ -129,32 +121,29 @@ class ProConCallback(TrainerCallback):
         if procon is None:
             procon = ProCon(run, settings=self._settings, directions=self._directions, fuse=self._fuse)
         self.procon, procon.run, procon.at_start = procon, run, not again
-        with _random_state_kept(args.device):
-            self._run = {
-                "run": run_facts(args, model, loader.dataset, precision=run.precision, reads_data=True),
-                "arguments": run_arguments(args, model, data_collator=loader.collate_fn),
-            }
-            if state.global_step > 0:
-                folder = output_folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-                record = on_main(lambda: open_checkpoint(folder).record)
-                check_same_run(record, self._run["run"], self._run["arguments"], f"checkpoint {str(folder)!r}")
-                procon.find(folder, record)
-            elif not again:
-                procon.find()
-            procon.set_steps_per_epoch(max(1, -(-len(loader) // args.gradient_accumulation_steps)))
-            procon.accumulation = args.gradient_accumulation_steps
-            procon.check_acts(state.max_steps)
-            procon.attach()
-            self._forward = ConstrainedForward(procon)
-            # This rank's share of the data, whole: training may drop other samples in each epoch.
-            size, rank, ranks = args.per_device_train_batch_size, args.process_index, args.world_size
-            procon.record(lambda: once_through(loader.dataset, loader.collate_fn, size, rank=rank, ranks=ranks))
+        if state.global_step > 0:
+            folder = output / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            procon.find(folder, on_main(lambda: read_record(folder)))
+        elif not again:
+            procon.find()
+        procon.set_steps_per_epoch(max(1, -(-len(loader) // args.gradient_accumulation_steps)))
+        procon.accumulation = args.gradient_accumulation_steps
+        procon.check_acts(state.max_steps)
+        procon.attach()
+        self._forward = ConstrainedForward(procon)
+        # This rank's share of the data, whole: training may drop other samples in each epoch.
+        size, rank, ranks = args.per_device_train_batch_size, args.process_index, args.world_size
+        procon.record(lambda: once_through(loader.dataset, loader.collate_fn, size, rank=rank, ranks=ranks))
         self._forward.attach()
         procon.begin_run()
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self._forward is not None:
-            self._forward.begin_step(state.global_step)
+            self._forward.procon.begin_step(state.global_step)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._forward is not None:
+            self._forward.procon.evidence.next_micro_batch()
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, *, model: nn.Module, optimizer: Any = None, **kwargs: Any
@@ -168,7 +157,7 @@ class ProConCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._forward is not None and control.should_save:
-            self._forward.procon.penalty()
+            self._forward.procon.penalty()  # of all ranks; stops a run whose states went bad before it is saved
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self._forward is not None and logs is not None and "loss" in logs:
@@ -178,12 +167,8 @@ class ProConCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         folder = output_folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if self._forward is None or not folder.exists():
-            return
-        PartialState().wait_for_everyone()  # until every rank has written its files
-        if args.should_save:
-            self._forward.procon.save_files(folder)
-            seal(folder, {**self._record(state), "resumable": not args.save_only_model})
+        if self._forward is not None and folder.exists() and args.should_save:
+            self._save(folder, self._forward.procon, state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.detach()
@@ -193,14 +178,13 @@ class ProConCallback(TrainerCallback):
         procon.penalty()
         procon.evidence.check_acted(state.global_step, procon.schedule)
         if args.should_save:
-            procon.save_files(output_folder(args))
-            write_record(output_folder(args), self._record(state))
+            self._save(output_folder(args), procon, state)
 
-    def _record(self, state: TrainerState) -> dict[str, Any]:
-        assert self.procon is not None  # noqa: S101  # for the type checker: it trains, or has trained
-        did = self.procon.did(state.global_step)
-        found = {**self.procon.facts(), **self.procon.state(), **self._run, "did": did}
-        return {**found, "version": __version__, "constrained": did["constrained_steps"] > 0}
+    def _save(self, folder: Path, procon: ProCon, state: TrainerState) -> None:
+        did = procon.did(state.global_step)
+        facts = {**procon.facts(), **procon.state(), "did": did, "constrained": did["constrained_steps"] > 0}
+        procon.save_files(folder)
+        write_record(folder, {**facts, "version": __version__})
 
 
 class _CallbackRun(Run):
@@ -210,33 +194,8 @@ class _CallbackRun(Run):
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         progress = not args.disable_tqdm and PartialState().is_main_process
         super().__init__(model, tokenizer, chat=chat, folder=output_folder(args), progress=progress)
-        self.precision: str = AcceleratorState().mixed_precision
+        self.precision = AcceleratorState().mixed_precision
 
     def autocast(self) -> AbstractContextManager[Any]:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.precision))
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
-
-
-def _refuse(args: TrainingArguments, model: nn.Module) -> None:
-    refuse_data_parallel(args.n_gpu)
-    refuse_noise(args.neftune_noise_alpha)
-    if (getattr(model, "tp_size", None) or 1) > 1:
-        raise ProConError(
-            "the model is split by tensor parallelism, whose ranks share batches: train with DDP, FSDP or DeepSpeed"
-        )
-    if args.label_smoothing_factor:
-        raise ProConError(
-            f"label_smoothing_factor makes a loss of its own, without the constraint: set it to 0, or {REMEDY}"
-        )
-
-
-@contextmanager
-def _random_state_kept(device: torch.device) -> Iterator[None]:
-    """A dataset or a collator may draw from it; the training that follows must not notice."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

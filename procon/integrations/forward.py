@@ -1,8 +1,7 @@
 """The method inside the model's own forward, for frameworks that let neither the collator nor the loss be changed.
 
 Whatever trains on ``outputs.loss`` is then constrained, for example in LLaMA-Factory and unsloth. If the trainer is at
-hand, :func:`procon.protect` is the better way: it adds the warm-up to the training, and looks anchors up in the
-loader's workers.
+hand, :func:`procon.protect` is the better way.
 """
 
 from __future__ import annotations
@@ -39,21 +38,18 @@ class ConstrainedForward:
             trainer.train()
 
     A training forward is one in training mode with gradients enabled. It needs ``input_ids`` and ``labels``, whose
-    tokens are taken to the CPU and looked up there: one synchronisation with the device for each micro-batch.
+    tokens are looked up on the CPU. Its loss must go through backward before the next one.
 
     The penalty scales as the model's own loss does. If the trainer hands over ``num_items_in_batch``, the count of
     target tokens over the optimiser step, each micro-batch counts by its share of them; else it is the mean over the
     micro-batch. An optimiser step is one of an optimiser that trains the model, unless a callback says when they are.
-
-    A trainer that makes a loss of its own would lose the constraint without a word. So each loss must go through
-    backward before the next training forward; :meth:`check` says whether the last one did.
 
     Args:
         procon: the method, prepared.
 
     Attributes:
         attached: whether the model is constrained by this.
-        backwards: training forwards of this optimiser step whose penalty went through backward.
+        backwards: training forwards whose penalty went through backward.
 
     Raises:
         ProConError: if a training forward would lose the constraint.
@@ -66,14 +62,13 @@ class ConstrainedForward:
         self._module = _causal_lm(procon.run.model)
         self._annotate: Callable[[Any], dict[str, Any]] = procon.collator(dict)
         self._undo = ExitStack()
-        self._unused = self._acted = False
+        self._unused = False
 
     def attach(self) -> ConstrainedForward:
-        """Constrain the model; undone by :meth:`detach` or on leaving ``with``. After ``torch.compile`` it must come
-        before the first forward, which is when it is traced."""
+        """Constrain the model, until :meth:`detach`; before the first forward, at which a compiled one is traced."""
         module = self._module
         if constrained_by(module) is not None:
-            raise ProConError("this model's forward is constrained already: call detach() on what constrains it first")
+            raise ProConError("this model's forward is constrained already: call detach() on what constrains it")
         self.procon.attach()
         self._undo.callback(self.procon.detach)
         replaced, self._original = vars(module).get("forward"), module.forward
@@ -113,7 +108,7 @@ class ConstrainedForward:
         def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             if trains(optimizer):
                 self.procon.after_optimizer()
-                self.begin_step(self.procon.step.number + 1)
+                self.procon.begin_step(self.procon.step.number + 1)
 
         self._undo.enter_context(register_optimizer_step_pre_hook(before))
         self._undo.enter_context(register_optimizer_step_post_hook(after))
@@ -123,40 +118,23 @@ class ConstrainedForward:
         try:
             if exception is None:
                 self.check()
-                if self.procon.alpha > 0 and not self._acted:
-                    raise ProConError(
-                        "no training forward of the constrained model ran, so nothing was constrained: train that "
-                        "model, in training mode and with gradients"
-                    )
+                if self.procon.alpha > 0 and not self.backwards:
+                    raise ProConError("no training forward of the constrained model ran: train that model")
         finally:
             self.detach()
-
-    def begin_step(self, number: int) -> None:
-        """Begin optimiser step ``number``, from 0."""
-        self.backwards = 0
-        self.procon.begin_step(number)
 
     def end_step(self, optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
         """Before the optimiser's step: ProConError if it is without the constraint."""
         self.check()
-        if not self.procon.acts:
-            return
-        if self.backwards == 0:
-            raise ProConError(
-                "the gradient of this step came without a training forward of the model that the Trainer named, so the "
-                f"constraint was lost: train it in training mode and through its own forward, or {REMEDY}"
-            )
         self.procon.before_optimizer()
         self.procon.end_step(optimizer, model)
 
     def check(self) -> None:
-        """Raise ProConError if the loss of the last training forward did not go through backward, or the first one did
-        so without the penalty."""
+        """Raise ProConError if the loss of the last training forward did not go through backward, penalty and all."""
         if self._unused:
             raise ProConError(
                 "the loss that the last training forward returned never went through backward, so the constraint in "
-                f"it was lost: if the trainer makes a loss of its own, {REMEDY}; in your own loop, call backward "
-                "after each forward"
+                f"it was lost: in a loop, call backward after each forward; if the trainer has its own loss, {REMEDY}"
             )
         if self.backwards:
             self.procon.evidence.check_gradient()
@@ -183,8 +161,7 @@ class ConstrainedForward:
 
     @torch.compiler.disable()
     def _begin(self, given: Mapping[str, Any]) -> Tensor | None:
-        """Hold the coming forward to its anchors; returns this micro-batch's share of the step's target tokens, None if
-        the trainer does not say how many they are."""
+        """Set the coming forward's anchors; returns this micro-batch's share of the step's target tokens, if known."""
         own_loss = all(isinstance(given.get(name), Tensor) for name in ("input_ids", "labels"))
         if not own_loss or given.get("fused_lm_head") or given.get("shift_labels") is not None:
             raise ProConError(
@@ -206,19 +183,14 @@ class ConstrainedForward:
     def _add(self, outputs: Any, share: Tensor | None) -> Any:
         loss = getattr(outputs, "loss", None)
         if not isinstance(loss, Tensor):
-            raise ProConError(
-                f"the model returned a {type(outputs).__name__} without a loss in training, so the constraint would "
-                f"be lost: {REMEDY}"
-            )
-        step = self.procon.step
-        if share is None:
-            scale = step.parts  # the trainer takes means: over micro-batches and ranks
-        elif share == 0:
-            return outputs
-        else:
-            step.parts, scale = 1 / share, 1.0
+            raise ProConError(f"the model returned a {type(outputs).__name__} without a loss in training: {REMEDY}")
+        if share is not None:
+            if share == 0:
+                return outputs
+            self.procon.step.parts = 1 / share
+        # Without it the trainer takes means: over micro-batches and ranks.
         with self.procon.run.autocast():
-            found = self.procon.added(scale)
+            found = self.procon.added(self.procon.step.parts if share is None else 1.0)
         if found is None:
             self.procon.release()
             return outputs
@@ -228,7 +200,7 @@ class ConstrainedForward:
         return outputs
 
     def _arrived(self, _gradient: Tensor) -> None:
-        self._unused, self._acted = False, True
+        self._unused = False
         self.backwards += 1
         # At the end of this backward, not now: checkpointed blocks are still to run again.
         Variable._execution_engine.queue_callback(self.procon.release)

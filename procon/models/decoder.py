@@ -118,11 +118,10 @@ def first_moving_block(decoder: Decoder) -> int:
     """
     final = final_norms(decoder)
     feeding = [child for child in decoder.module.children() if child is not decoder.blocks and child not in final]
-    if any(parameter.requires_grad for child in feeding for parameter in child.parameters()):
-        return 0
-    for index, block in enumerate(decoder.blocks):
-        if any(parameter.requires_grad for parameter in block.parameters()):
-            return index + 1
+    for index, part in enumerate([nn.ModuleList(feeding), *decoder.blocks]):
+        for parameter in part.parameters():
+            if parameter.requires_grad:
+                return index
     return len(decoder.blocks)
 
 

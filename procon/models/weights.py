@@ -139,9 +139,9 @@ def compare_origin(kept: dict[str, Any] | None, now: dict[str, Any]) -> Relation
     """
     if not kept:
         return "unknown"
-    if all(kept[name] == now[name] for name in ("architecture", "weights", "adapters")):
-        return "same"
     before, after = kept["embedding"], now["embedding"]
+    if {**kept, "embedding": after} == now:
+        return "same"
     related = len(before) == len(after) and kept["architecture"] == now["architecture"]
     if related and after:
         one, other = torch.tensor(before, dtype=torch.float64), torch.tensor(after, dtype=torch.float64)

@@ -168,12 +168,6 @@ def test_states_that_are_not_finite(tiny_model, tokenizer, where, block, value, 
         extract(model, tokenizer, check_refusal=check_refusal)
 
 
-def test_no_chat_template(tiny_model, tokenizer):
-    tokenizer.chat_template = None
-    with pytest.raises(ProConError, match="has no chat template"):
-        extract(tiny_model(), tokenizer)
-
-
 def test_a_model_that_refuses_nothing_is_warned_of(tiny_model, tokenizer):
     with pytest.warns(UserWarning, match="refuses 0% of malicious prompts"):
         found = extract(tiny_model(), tokenizer, check_refusal=True)
@@ -236,15 +230,6 @@ def test_further_directions_by_definition():
         assert_same_up_to_sign(found[block], one_by_one(first[block], differences[:, block], 4), 1e-9)
         along = differences[:, block] @ found[block].T
         assert (along.gather(0, along.abs().argmax(0, keepdim=True)) > 0).all()
-
-
-def test_categories_that_do_not_differ_further_give_no_direction():
-    first = torch.eye(8)[:1].double()
-    differences = torch.zeros(3, 1, 8).double()
-    differences[:, 0, 0] = torch.tensor([1.0, 2.0, 3.0])
-    differences[:, 0, 3] = torch.tensor([-0.5, 0.0, 0.6])
-    found = further_directions(first, differences, 2, torch.tensor([1e-5]))
-    torch.testing.assert_close(found[0], torch.eye(8).double()[[3, 0]] * torch.tensor([[1.0], [0.0]]))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -381,12 +366,3 @@ def test_projections_are_in_the_order_of_the_prompts(tiny_model, tokenizer, rand
         torch.testing.assert_close(whole[row], alone[0], rtol=1e-4, atol=1e-5)
     by_two = project_last_token(model, tokenizer, basis, prompts, batch_size=2, progress=False)
     torch.testing.assert_close(by_two, whole, rtol=1e-4, atol=1e-5)
-
-
-def test_progress_is_shown_unless_it_is_not_wanted(tiny_model, tokenizer, capsys):
-    extract(tiny_model(), tokenizer)
-    assert capsys.readouterr().err == ""
-    extract(tiny_model(), tokenizer, progress=True)
-    shown = capsys.readouterr().err
-    for bar in ("prompts 1/2: 100%", "prompts 2/2: 100%", "projections: 100%"):
-        assert bar in shown

@@ -1,18 +1,14 @@
-"""Several directions per block: recorded, penalised, resumed with and described, each by a definition written out."""
-
-import json
+"""Several directions per block: recorded and penalised, by a definition written out."""
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from procon.anchors import AnchoredCollator, Anchors
-from procon.cli import main
 from procon.constraint import ProjectionConstraint
 from procon.data import flattening_collator, padding_collator
-from procon.directions import Directions, randomized
+from procon.directions import Directions
 from procon.errors import ProConError
-from procon.training.model_card import describe
 
 
 def random_subspaces(k: int, blocks: int = 3, width: int = 32) -> Directions:
@@ -103,78 +99,7 @@ def test_anchors_of_several_directions(model, samples, tokenizer, tmp_path):
         len({record(found, f"{found.k}", blocks=(0, 2)).fingerprint for found in (one, two)} | {anchors.fingerprint})
         == 3
     )
-    assert json.loads((tmp_path / "1" / "anchors.json").read_text())["k"] == 1
-    with pytest.raises(ProConError, match="recorded for another model state or precision, directions"):
+    with pytest.raises(ProConError, match="recorded for another model state"):
         record(two, "three", blocks=(0, 2))
-    with pytest.raises(
-        ProConError, match="recorded for another model state or precision, other adapters or directions"
-    ):
+    with pytest.raises(ProConError, match="recorded for another model state"):
         anchors.check_fits(model, two)
-
-
-def test_a_run_is_resumed_with_the_same_directions_only(make_trainer, tokenizer):
-    def trainer(folder: str, directions: Directions):
-        plain = make_trainer("Trainer", "procon_s:1", folder=folder)
-        return type(plain)(
-            plain.model,
-            plain.args,
-            directions=directions,
-            train_dataset=plain.train_dataset,
-            data_collator=padding_collator(tokenizer),
-            processing_class=tokenizer,
-        )
-
-    def penalties(done) -> list[float]:
-        return [row["procon/penalty"] for row in done.state.log_history if "procon/penalty" in row]
-
-    directions = random_subspaces(2)
-    whole = trainer("out", directions)
-    whole.train()
-    assert min(penalties(whole)[1:]) > 0
-    resumed = trainer("out", directions)
-    checkpoint = f"{resumed.args.output_dir}/checkpoint-2"
-    resumed.train(resume_from_checkpoint=checkpoint)
-    assert penalties(resumed) == penalties(whole)
-    assert Directions.load(checkpoint).hash == directions.hash
-    with pytest.raises(ProConError, match="was trained with directions"):
-        trainer("out", first_of(directions, 1)).train(resume_from_checkpoint=checkpoint)
-
-
-def test_the_model_card_tells_how_many(tmp_path):
-    settings = {
-        "version": "1",
-        "schedule": "procon_s:1",
-        "scope": "response",
-        "penalty": "squared",
-        "units": "raw",
-        "blocks": [0, 1, 2],
-        "directions": "abc",
-        "terms": {"tokens": {"anchors": "def", "starting_model": None}},
-        "did": {"steps": 3, "constrained_steps": 3, "blocks_acted": [1, 2], "mean_penalty": 0.5},
-    }
-    found = random_subspaces(3)
-    assert "(`abc`), 3 per block" in describe(settings, found, [])
-    assert "(`abc`), 3 per block, random ones (seed 2): a control" in describe(settings, randomized(found, 2), [])
-    assert "per block" not in describe(settings, first_of(found, 1), []).split("directions |")[1].split("\n")[0]
-
-
-@pytest.mark.filterwarnings("ignore:the model refuses 0")
-def test_from_the_command_line(place, capsys):
-    extract = ["directions", "--model", "model", "--output", "d.safetensors", "--dtype", "float32"]
-    (place / "own.txt").write_text("steal it\npaint it\n")
-    for more, message in (
-        (["--k", "0"], "k is 0: give 1 to 8"),
-        (["--k", "2", "--benign", "own.txt"], "k is 2: give 1 to 1"),
-    ):
-        assert main([*extract, *more]) == 2
-        assert message in capsys.readouterr().err
-    assert main([*extract, "--k", "3"]) == 0
-    found = Directions.load("d.safetensors")
-    assert found.k == 3
-    assert found.basis[1:].norm(dim=-1).min() > 0.99
-
-    train = ["train", "--model", "model", "--data", "data.jsonl", "--output_dir", "out", "--max_steps", "2"]
-    train += ["--directions", "d.safetensors", "--procon_schedule", "procon_s", "--dtype", "float32", "--use_cpu"]
-    assert main([*train, "--drift_steps", "1", "--per_device_train_batch_size", "2"]) == 0
-    assert Directions.load("out").hash == found.hash
-    assert "3 per block" in (place / "out" / "README.md").read_text()
