@@ -285,15 +285,6 @@ def test_a_k_that_the_prompts_do_not_give(k, prompts, message):
         Directions.extract(None, None, prompts, k=k)
 
 
-def test_categories_are_those_of_pairs():
-    builtin = builtin_prompts("extraction")
-    assert len(set(builtin.categories)) == 16
-    assert len(builtin.first(40).categories) == 40
-    assert builtin.hash == replace(builtin, categories=()).hash
-    with pytest.raises(ProConError, match="there are 6 categories for 6 malicious and 5 benign prompts"):
-        ContrastPrompts(BY_CATEGORY.malicious, BY_CATEGORY.benign[:5], BY_CATEGORY.categories)
-
-
 # What extraction takes if it is not told, and what it refuses first
 
 SPLITS = {
@@ -351,18 +342,3 @@ def test_a_model_that_is_not_prepared_is_refused_before_it_runs(tiny_model, toke
     model.model.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
     with pytest.raises(ProConError, match="not prepared"):
         extract(model, tokenizer)
-
-
-def test_projections_are_in_the_order_of_the_prompts(tiny_model, tokenizer, random_directions):
-    """Batches go by length, which may not show."""
-    model = tiny_model()
-    prompts = ("a long one, longer than any other", "b", "c is here", "d")
-    basis = random_directions(model).basis
-    whole = project_last_token(model, tokenizer, basis, prompts, progress=False)
-    assert whole.shape == (4, 3, 1)
-    assert whole.dtype == torch.float32
-    for row, prompt in enumerate(prompts):
-        alone = project_last_token(model, tokenizer, basis, (prompt,), progress=False)
-        torch.testing.assert_close(whole[row], alone[0], rtol=1e-4, atol=1e-5)
-    by_two = project_last_token(model, tokenizer, basis, prompts, batch_size=2, progress=False)
-    torch.testing.assert_close(by_two, whole, rtol=1e-4, atol=1e-5)

@@ -106,19 +106,6 @@ def test_a_device_map_changes_nothing(saved, tiny_model, tokenizer, random_direc
     assert ours[2] == theirs[2]
 
 
-def test_a_lora_folder_goes_where_the_map_says(saved, tiny_model, tmp_path):
-    get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).save_pretrained(
-        tmp_path / "lora"
-    )
-    file = tmp_path / "lora" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(saved)}))
-    model, _ = load_model(tmp_path / "lora", dtype="float32", device_map={"": "cpu"})
-    assert model_device(model) == torch.device("cpu")
-    bitsandbytes = pytest.importorskip("bitsandbytes", reason="4-bit weights are bitsandbytes'")
-    model, _ = load_model(tmp_path / "lora", load_in_4bit=True)
-    assert any(isinstance(layer, bitsandbytes.nn.Linear4bit) for layer in model.modules())
-
-
 # Attention
 
 A100, H100, B200, RTX_5090, T4 = (8, 0), (9, 0), (10, 0), (12, 0), (7, 5)
@@ -193,17 +180,6 @@ def test_switching_a_model(monkeypatch, tiny_model, wrapped):
         monkeypatch.setattr(loading, "best_attention", choose)
 
 
-@pytest.mark.gpu
-def test_loading_on_a_gpu_with_flash_attention(tiny_model, tokenizer, tmp_path):
-    tiny_model(hidden_size=64, head_dim=32).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    best = best_attention(torch.bfloat16, head_dim=32)
-    model, _ = load_model(tmp_path, dtype=torch.bfloat16, attn_implementation="auto")
-    assert model.config._attn_implementation == best
-    model, _ = load_model(tmp_path, dtype=torch.float32, attn_implementation="auto")
-    assert model.config._attn_implementation == "sdpa"
-
-
 # Code that comes with a model
 
 #: What a model's own code would do: leave a trace.
@@ -265,10 +241,3 @@ def test_code_that_is_trusted_runs(folder, monkeypatch, tmp_path):
     model, _ = load_model("model", trust_remote_code=True)
     assert type(model).__name__ == "Model"
     assert Path("ran").exists()
-
-
-def test_names_of_models_move_no_cursor(folder):
-    edit(folder, "config.json", model_type="\x1b[2Jmine")
-    with pytest.raises(ProConError, match="cannot be loaded") as caught:
-        load_model("model")
-    assert str(caught.value).isprintable()
