@@ -61,10 +61,9 @@ class Directions:
         gaps: ``[L, K]`` fp32, the unit of a departure along each direction under ``units="gap"``: the distance between
             the means of two sets of prompts, in units of the hidden states. 0 if there is no direction, NaN if there
             were no prompts.
-        auroc: ``[L, K]`` fp32, how well the projection separates held-out prompts of both sets (0.5 is chance); NaN if
-            it is not measured.
+        auroc: ``[L, K]`` fp32, how well the projection separates held-out prompts of both sets; NaN if not measured.
         positive, negative: ``[L, K]`` fp32, projections of the means of both sets: the prompts that have the concept,
-            as malicious ones have refusal, and those that do not. NaN if they are not measured.
+            as malicious ones have refusal, and those that do not; NaN if not measured.
         concepts: ``K`` names, of what each direction stands for; ``refusal``, ``refusal_2`` and on if not given.
         provenance: model id, revision and origin, chat template and prompt-set hashes, counts, versions, refusal rate;
             of several concepts, under ``concepts``, for each name.

@@ -64,11 +64,7 @@ class ContrastMeans:
         batch_size: int = 32,
         progress: bool = True,
     ) -> ContrastMeans:
-        """Run the prompts through the base decoder of ``model``, and measure its ``L + 1`` sites.
-
-        Args:
-            by_category: measure :attr:`differences` on the way; ``prompts`` then have categories.
-            chat: how the model is asked: system prompt and variables of its chat template.
+        """Run the prompts through ``model``, and measure its ``L + 1`` sites; ``by_category`` the differences too.
 
         Raises:
             ProConError: on hidden states that are not finite, or a tokenizer without chat template.
@@ -189,10 +185,7 @@ def project_last_token(
 
 
 def auroc(positive: Tensor, negative: Tensor) -> Tensor:
-    """Probability that a positive value exceeds a negative one, ties counting half: ``[n, ...], [m, ...] -> [...]``.
-
-    The area under the receiver operating characteristic, exactly, as a share of all pairs, in fp32.
-    """
+    """Share of pairs in which the positive value is larger, ties counting half: ``[n, ...], [m, ...] -> [...]``."""
     difference = positive[:, None] - negative[None]
     return ((difference > 0).float() + 0.5 * (difference == 0).float()).mean((0, 1))
 

@@ -94,10 +94,8 @@ class ProConPlugin(BasePlugin):
     def pre_model_load(self, cfg: Mapping[str, Any]) -> None:
         """Check the settings that axolotl derived from the YAML file."""
         if _constrains(cfg) and cfg.get("sample_packing") and not cfg.get("attn_decontaminates_packing"):
-            raise ProConError(
-                f"sample_packing with attn_implementation {cfg.get('attn_implementation')!r} lets samples see those "
-                "packed before them: set it to sdpa, or to a flash_attention"
-            )
+            attention = cfg.get("attn_implementation")
+            raise ProConError(f"under attn_implementation {attention!r} packed samples see each other: set it to sdpa")
 
     def get_trainer_cls(self, cfg: Mapping[str, Any]) -> type[ProConMixin] | None:
         if not _constrains(cfg):
@@ -110,8 +108,7 @@ class ProConPlugin(BasePlugin):
     def post_trainer_create(self, cfg: Mapping[str, Any], trainer: Any) -> None:
         if _constrains(cfg) and not isinstance(trainer, ProConMixin):
             raise ProConError(
-                f"axolotl made a {type(trainer).__name__}, which has no constraint: put {__name__}.ProConPlugin first "
-                "in plugins, and none that brings a trainer of its own"
+                f"axolotl made a {type(trainer).__name__}, which has no constraint: let no other plugin bring a trainer"
             )
 
 

@@ -88,33 +88,24 @@ class ProConCallback(TrainerCallback):
             self._forward.detach()
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: Any,
-        *,
-        model: nn.Module,
-        train_dataloader: DataLoader,
-        processing_class: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: Any, *, model: nn.Module, **kwargs: Any
     ) -> None:
         left_over = constrained_by(model)
         if left_over is not None:
             left_over.detach()
-        output, loader = output_folder(args), train_dataloader
+        output = output_folder(args)
+        loader: DataLoader = kwargs["train_dataloader"]
         if state.global_step == 0:
             on_main(lambda: forget(output))  # what an earlier training has said of its own model
         if not self._schedule.active:
             return
         refuse_data_parallel(args.n_gpu)
         if (getattr(model, "tp_size", None) or 1) > 1:
-            raise ProConError(
-                "the model is split by tensor parallelism, whose ranks share batches: train with DDP, FSDP or DeepSpeed"
-            )
+            raise ProConError("ranks of tensor parallelism share batches: train with DDP, FSDP or DeepSpeed")
         if self._settings.anchors == "recorded":
             require_length(loader.dataset, "training set")
         check_batches(makes_batches(loader), loader.dataset)
-        run = _CallbackRun(args, model, processing_class, self._chat)
+        run = _CallbackRun(args, model, kwargs.get("processing_class"), self._chat)
         # If the Trainer starts over, for example with a smaller batch, the model may have moved meanwhile.
         again = left_over is not None and left_over is self._forward and state.global_step == 0
         procon = self.procon if again else None
@@ -131,7 +122,7 @@ class ProConCallback(TrainerCallback):
         procon.check_acts(state.max_steps)
         procon.attach()
         self._forward = ConstrainedForward(procon)
-        # This rank's share of the data, whole: training may drop other samples in each epoch.
+        # Of the whole data: training may drop other samples in each epoch.
         size, rank, ranks = args.per_device_train_batch_size, args.process_index, args.world_size
         procon.record(lambda: once_through(loader.dataset, loader.collate_fn, size, rank=rank, ranks=ranks))
         self._forward.attach()

@@ -233,10 +233,7 @@ def _on_cpu(given: Mapping[str, Any]) -> dict[str, Tensor]:
     batch = {name: given[name] for name in names if given.get(name) is not None}
     for name, value in batch.items():
         if getattr(value, "shape", None) != ids.shape:
-            raise ProConError(
-                f"{name} is no tensor of the shape of input_ids, {tuple(ids.shape)}, so the sequences cannot be "
-                "separated: pass one, and no mask of attention between tokens"
-            )
+            raise ProConError(f"{name} is no tensor of the shape of input_ids, {tuple(ids.shape)}: pass such a one")
     stacked = torch.stack([value.to(ids.device).long() for value in batch.values()]).cpu()
     others = {name: value for name, value in given.items() if isinstance(value, Tensor) and name not in batch}
     return {**others, **dict(zip(batch, stacked, strict=True))}

@@ -192,7 +192,7 @@ def test_alpha_zero_changes_nothing():
 
 def test_packing_without_separate_samples_is_refused():
     cfg = {"plugins": [PLUGIN], "sample_packing": True, "attn_implementation": None}
-    with pytest.raises(ProConError, match="sample_packing with attn_implementation None lets samples see those"):
+    with pytest.raises(ProConError, match="under attn_implementation None packed samples see each other"):
         ProConPlugin().pre_model_load(cfg | {"attn_decontaminates_packing": False})
     ProConPlugin().pre_model_load(cfg | {"attn_decontaminates_packing": True})
 
