@@ -65,7 +65,7 @@ def test_of_given_vectors(capsys):
         ([*CONCEPT[:-1], "refusal", "--add", "refusal.safetensors"], "two concepts are named 'refusal'"),
         ([*FIND, "--add", "refusal.safetensors"], "two concepts are named 'refusal'"),
         ([*CONCEPT, "--add", "none"], "directions file 'none' does not exist"),
-        ([*FIND, "--vectors", "none", "--name", "probe"], "vectors file 'none' cannot be read"),
+        ([*FIND, "--vectors", "none", "--name", "probe"], "vectors file 'none' does not exist"),
         ([*CONCEPT, "--vectors", "probe.safetensors"], "another concept than refusal needs a name, and prompts or"),
     ],
 )
