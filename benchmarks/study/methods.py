@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.study.controls import randomized_within, shuffled
 from benchmarks.study.start import Start
-from procon.directions import Directions, randomized, randomized_within, shuffled
+from procon.directions import Directions, randomized
 from procon.errors import ProConError
 
 

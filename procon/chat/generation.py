@@ -64,7 +64,7 @@ def generate(
     """The model's greedy reply to each conversation, in the order given, with what it thought before.
 
     Prompts are batched by length, padded on the left; the model's mode and the tokenizer are left as they were. When
-    memory runs out, half as many are run at a time.
+    memory runs out, fewer are run at a time.
 
     Args:
         chat: system prompt, template variables, markers of thoughts and their budget.

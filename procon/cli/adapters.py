@@ -12,7 +12,7 @@ from procon.cli.arguments import TrainArguments
 from procon.cli.contradictions import OF_ADAPTERS
 from procon.errors import ProConError
 from procon.files import whole_folder
-from procon.models import adapter_targets, load_model, spread
+from procon.models import load_model, spread
 from procon.settings import PAPER_RECIPE
 
 #: Of the output folder, the model that its adapter was merged into.
@@ -53,7 +53,11 @@ def trainable(model: PreTrainedModel, arguments: TrainArguments) -> PreTrainedMo
 
 def _lora(model: PreTrainedModel, arguments: TrainArguments) -> LoraConfig:
     given = arguments.lora_targets
-    targets = adapter_targets(model, PAPER_RECIPE.lora_targets) if given == "auto" else _names(given)
+    targets = None if given == "auto" else _names(given)  # None leaves them to PEFT
+    if given == "auto" and {name.rpartition(".")[2] for name, _ in model.named_modules()} >= {
+        *PAPER_RECIPE.lora_targets
+    }:
+        targets = list(PAPER_RECIPE.lora_targets)
     return LoraConfig(
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,

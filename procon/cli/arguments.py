@@ -48,7 +48,7 @@ class DirectionsArguments(LoadingArguments):
         chat.chat_settings(self)
         if (self.positive is None) != (self.negative is None):
             raise ProConError("positive and negative prompts belong together: give --positive and --negative")
-        given = self.positive is not None or self.vectors is not None
+        given = (self.positive is not None) + (self.vectors is not None)
         if given != (self.name is not None):
             raise ProConError(
                 "another concept than refusal needs a name, and prompts or vectors: give --name, and --positive with "

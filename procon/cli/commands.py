@@ -19,8 +19,7 @@ from procon.data import load_conversations
 from procon.demo.quickstart import make_start
 from procon.demo.quickstart import quickstart as run_quickstart
 from procon.directions import ContrastMeans, Directions, load_vectors
-from procon.directions.directions import check_k, numbered
-from procon.directions.vectors import check_concepts
+from procon.directions.directions import check_concepts, check_k, numbered
 from procon.errors import ProConError, printable
 from procon.evaluation import (
     Drift,
@@ -30,7 +29,7 @@ from procon.evaluation import (
     measure_drift,
 )
 from procon.files import check_writable, save_json
-from procon.models import check_model_name, first_batch_size, load_model
+from procon.models import check_name, first_batch_size, load_model
 from procon.report import Run, print_table
 
 
@@ -70,7 +69,7 @@ def directions(arguments: DirectionsArguments) -> None:
     if vectors is None:
         found = Directions.extract(model, tokenizer, prompts, k=arguments.k, **asked)
     else:
-        found = Directions.from_vectors(model, vectors, tokenizer=tokenizer, prompts=prompts, **asked)
+        found = Directions.from_vectors(model, vectors, name=name)
     console.print(_table(found))
     if (rate := found.provenance.get("refusal_rate")) is not None:
         console.print(f"The model refuses {rate:.0%} of malicious prompts.")
@@ -104,7 +103,7 @@ def drift(arguments: DriftArguments) -> None:
     prompts = _prompts(arguments.malicious, arguments.benign, "extraction")
     chat = chat_settings(arguments)
     for name in (arguments.start, arguments.tuned):
-        check_model_name(name)
+        check_name(name)
     model, tokenizer = load_model(arguments.start, **arguments.loading())
     batch_size = first_batch_size(arguments.batch_size, model)
     means = ContrastMeans.measure(model, tokenizer, prompts, chat=chat, batch_size=batch_size)

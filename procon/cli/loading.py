@@ -29,7 +29,7 @@ ATTENTION = (
     "transformers chooses if not given."
 )
 
-BATCH_SIZE = "Prompts at once, or auto; half as many whenever memory runs out."
+BATCH_SIZE = "Prompts at once, or auto; fewer whenever memory runs out."
 
 
 @dataclass(kw_only=True)

@@ -32,7 +32,7 @@ from procon.directions import DIRECTIONS_FILE, Directions
 from procon.errors import ProConError, printable
 from procon.files import check_writable
 from procon.method.ranks import on_main
-from procon.models import check_loading, check_name, find_decoder, load_model
+from procon.models import check_name, find_decoder, load_model
 from procon.schedule import AlphaSchedule
 from procon.training import DriftCallback, ProConConfig, ProConTrainer
 from procon.training.config import check_probe_file
@@ -59,7 +59,6 @@ class _Job:
 def train(arguments: TrainArguments, config: ProConConfig) -> None:
     """``procon train``"""
     output = output_folder(config)
-    check_loading(**arguments.loading())
     if arguments.device_map is not None and config.world_size > 1:
         raise ProConError(
             f"device_map is {str(arguments.device_map)!r:.60}, and each of the {config.world_size} processes has a "

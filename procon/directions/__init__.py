@@ -9,10 +9,9 @@ from procon.errors import require_extra
 
 __extra__ = require_extra("train", __name__)
 
-from procon.directions.controls import randomized, randomized_within, shuffled
-from procon.directions.directions import DIRECTIONS_FILE, Directions
+from procon.directions.controls import randomized
+from procon.directions.directions import DIRECTIONS_FILE, Directions, load_vectors
 from procon.directions.extraction import ContrastMeans, auroc, each_last_token, project_last_token
-from procon.directions.vectors import load_vectors
 
 __all__ = [
     "DIRECTIONS_FILE",
@@ -23,6 +22,4 @@ __all__ = [
     "load_vectors",
     "project_last_token",
     "randomized",
-    "randomized_within",
-    "shuffled",
 ]

@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from procon.chat import ContrastPrompts, builtin_prompts, measure_refusal
+from procon.chat import ContrastPrompts, builtin_prompts, describe_chat, measure_refusal, template_hash
 from procon.directions.extraction import (
     DEAD_GAP,
     ContrastMeans,
@@ -26,15 +28,16 @@ from procon.directions.extraction import (
     project_last_token,
     provenance_of,
 )
-from procon.directions.vectors import Vectors, check_concepts, rows_of
 from procon.errors import ProConError
 from procon.files import write_bytes
-from procon.models import Decoder, compare_origin, find_decoder, refuse_unprepared
-from procon.models.origin import Relation
-from procon.settings import MAX_DIRECTIONS, ChatSettings
+from procon.models import Decoder, Relation, compare_origin, find_decoder, origin_of, refuse_unprepared
+from procon.settings import LAST, MAX_DIRECTIONS, ChatSettings
 
 #: The file's name if it stands beside a model or an adapter.
 DIRECTIONS_FILE = "refusal-directions.safetensors"
+
+#: Vectors by the block, or a row for each.
+Vectors = Tensor | Mapping[int | str, Tensor]
 
 _REFUSAL = "refusal"
 _TENSORS = ("basis", "gaps", "auroc", "positive", "negative")
@@ -51,19 +54,16 @@ _RELATIONS: tuple[Relation, ...] = ("another model", "other weights", "unknown",
 class Directions:
     """``K`` unit directions for each of ``L`` rows: the inputs of the blocks, and the output of the last one.
 
-    They are refusal directions, or those of other concepts, which need not be at right angles to each other. Under the
-    constraint each vector counts alike: the penalty is a mean over constrained tokens and constrained blocks of the sum
-    over the directions. A vector that is not there adds 0.
+    They are refusal directions, or those of other concepts, which need not be at right angles to each other.
 
     Attributes:
         basis: ``[L, K, D]`` fp32, unit vectors, or zeros where there is none.
         gaps: ``[L, K]`` fp32, the unit of a departure along each direction under ``units="gap"``: the distance between
             the means of two sets of prompts, in units of the hidden states. 0 if there is no direction, NaN if there
             were no prompts.
-        auroc: ``[L, K]`` fp32, how well the projection separates held-out prompts of both sets (0.5 is chance); NaN if
-            it is not measured.
+        auroc: ``[L, K]`` fp32, how well the projection separates held-out prompts of both sets; NaN if not measured.
         positive, negative: ``[L, K]`` fp32, projections of the means of both sets: the prompts that have the concept,
-            as malicious ones have refusal, and those that do not. NaN if they are not measured.
+            as malicious ones have refusal, and those that do not; NaN if not measured.
         concepts: ``K`` names, of what each direction stands for; ``refusal``, ``refusal_2`` and on if not given.
         provenance: model id, revision and origin, chat template and prompt-set hashes, counts, versions, refusal rate;
             of several concepts, under ``concepts``, for each name.
@@ -103,10 +103,10 @@ class Directions:
         """Difference in means at the last prompt token, block by block, scaled to unit length (paper section III-A).
 
         Args:
-            model: a chat model; used in eval mode, without gradients, through its base decoder only.
+            model: a chat model; used in eval mode, without gradients.
             tokenizer: its tokenizer, with a chat template.
-            prompts: contrast prompts to extract from; for refusal, the built-in ones if not given. Those of another
-                concept are ``ContrastPrompts(positive, negative)``: prompts that have it, and prompts that do not.
+            prompts: of refusal, the built-in ones if not given. Those of another concept are
+                ``ContrastPrompts(positive, negative)``: prompts that have it, and prompts that do not.
             name: of the concept, at most 40 letters, digits, ``_``, ``-`` and ``.``.
             k: directions per block. The first is that of ``k=1``; the further ones are how the prompts' categories
                 depart from it (:func:`procon.directions.extraction.further_directions`).
@@ -116,35 +116,41 @@ class Directions:
             check_refusal: for refusal, generate replies to some malicious prompts first, and warn if less than half are
                 refused.
 
-        Memory: one block's input at a time, plus ``2 * L * D`` fp64 sums, those of each category too with ``k > 1``.
-
         Raises:
             ProConError: for a ``k`` that is not 1 to 8, or above the number of categories; for an invalid name; on
-                hidden states that are not finite, a tokenizer without chat template, no usable block, or a model that
-                DeepSpeed ZeRO-3 has partitioned and not prepared.
+                hidden states that are not finite or all alike, a tokenizer without chat template, or a model that
+                cannot run yet.
         """
-        of_refusal = name == _REFUSAL
-        if prompts is None and not of_refusal:
-            raise ProConError(f"no prompts of {name!r} are given: pass ContrastPrompts(positive, negative)")
-        prompts = prompts or builtin_prompts("extraction")
-        if of_refusal:
+        if name == _REFUSAL:
+            prompts = prompts or builtin_prompts("extraction")
             held_out = held_out or builtin_prompts("held_out")
+        elif prompts is None:
+            raise ProConError(f"no prompts of {name!r} are given: pass ContrastPrompts(positive, negative)")
         elif held_out is None:
             prompts, held_out = hold_out(prompts)
         check_k(k, prompts)
         check_concepts(numbered(name, k))
         refuse_unprepared(model)
         asked: dict[str, Any] = {"chat": chat, "batch_size": batch_size, "progress": progress}
-        rate = measure_refusal(model, tokenizer, prompts.malicious, **asked) if of_refusal and check_refusal else None
+        check_refusal = check_refusal and name == _REFUSAL
+        rate = measure_refusal(model, tokenizer, prompts.malicious, **asked) if check_refusal else None
         means = ContrastMeans.measure(model, tokenizer, prompts, by_category=k > 1, **asked)
         found = cls.from_means(means, k, name)
+        quality = _UNMEASURED
+        if held_out:
+            sides = (held_out.malicious, held_out.benign)
+            z = [project_last_token(model, tokenizer, found.basis, side, **asked) for side in sides]
+            quality = torch.where(found.gaps != 0, auroc(*z), torch.nan)
         provenance = {
-            **provenance_of(model, tokenizer, chat),
-            **_described(prompts),
+            **provenance_of(model),
+            "chat_template": template_hash(tokenizer),
+            "chat": describe_chat(tokenizer, chat),
+            "prompts": prompts.hash,
+            "counts": {"positive": len(prompts.malicious), "negative": len(prompts.benign)},
+            "position": "last prompt token",
             "held_out_prompts": held_out and held_out.hash,
             "refusal_rate": rate,
         }
-        quality = found._auroc(model, tokenizer, held_out, asked) if held_out else _UNMEASURED
         return replace(found, auroc=quality, provenance=provenance)
 
     @classmethod
@@ -175,67 +181,32 @@ class Directions:
         )
 
     @classmethod
-    def from_vectors(
-        cls,
-        model: nn.Module,
-        vectors: Vectors,
-        *,
-        name: str,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        prompts: ContrastPrompts | None = None,
-        chat: ChatSettings | None = None,
-        batch_size: int = 32,
-        progress: bool = True,
-    ) -> Directions:
+    def from_vectors(cls, model: nn.Module, vectors: Vectors, *, name: str) -> Directions:
         """Directions along given vectors: a linear probe, a persona vector, a row of an SAE's decoder.
+
+        They have no unit, so the constraint takes them with ``units="raw"``.
 
         Args:
             model: the model whose hidden states the vectors belong to; later, another model is refused.
-            vectors: ``{block: vector [D]}`` for some blocks, or a tensor ``[L, D]`` for all, whose zero rows are left
-                out. A vector stands for the input of its block; that of ``"last"``, or of block L, for the output of
-                the last block. Of any length: the constraint takes unit vectors.
+            vectors: ``{block: vector [D]}`` for some blocks, or a tensor ``[L, D]`` for all; zeros are left out. A
+                vector stands for the input of its block; that of ``"last"``, or of block L, for the output of the last
+                block. Of any length: the constraint takes unit vectors.
             name: of the concept, at most 40 letters, digits, ``_``, ``-`` and ``.``.
-            tokenizer, prompts: ``ContrastPrompts(positive, negative)``: prompts that have the concept, and prompts that
-                do not. The distance of their means along each vector is its unit, and its AUROC is measured on them.
-                Without them the vectors have no unit, and the constraint takes ``units="raw"`` alone.
-            chat: how the model is asked with them: system prompt and variables of its chat template.
 
         Raises:
-            ProConError: for a vector of another width, of zeros or not finite, or of a block that is not there; for an
-                invalid name.
+            ProConError: for a vector of another width, not finite, or of a block that is not there; for an invalid
+                name.
         """
         check_concepts((name,))
         decoder = find_decoder(model)
         given = rows_of(vectors, len(decoder.blocks), decoder.hidden_size)[:, None]
         length = given.norm(dim=-1)
-        there = length > 0
-        found = cls(
+        return cls(
             (given / length.clamp_min(torch.finfo(torch.float64).tiny)[..., None]).float(),
-            torch.where(there, torch.nan, 0.0),
+            torch.where(length > 0, torch.nan, 0.0),
             concepts=(name,),
-            provenance={**provenance_of(model, tokenizer, chat), "given": True},
+            provenance={**provenance_of(model), "given": True},
             last_output=True,
-        )
-        if prompts is None:
-            return found
-        if tokenizer is None:
-            raise ProConError("prompts are given without a tokenizer: pass tokenizer as well, to read them with")
-        asked: dict[str, Any] = {"chat": chat, "batch_size": batch_size, "progress": progress}
-        means = ContrastMeans.measure(model, tokenizer, prompts, **asked)
-        quality = found._auroc(model, tokenizer, prompts, asked)
-        positive, negative = (
-            (found.basis.double() * mean[:, None]).sum(-1) for mean in (means.malicious, means.benign)
-        )
-        distance = (positive - negative).abs()
-        # A vector may point to either side. If both are at the same place along it, it has no unit.
-        gaps = torch.where(distance > DEAD_GAP * means.scale[:, None], distance, torch.nan).float()
-        return replace(
-            found,
-            gaps=torch.where(there, gaps, 0.0),
-            auroc=quality,
-            positive=torch.where(there, positive.float(), torch.nan),
-            negative=torch.where(there, negative.float(), torch.nan),
-            provenance=found.provenance | _described(prompts),
         )
 
     @classmethod
@@ -245,15 +216,9 @@ class Directions:
         Raises:
             ProConError: for parts of different shapes, two concepts of one name, or more than 8 in all.
         """
-        if not parts:
-            raise ProConError("no directions to combine: give one part at least")
-        shapes = {(one.block_count, one.basis.shape[2], one.last_output) for one in parts}
-        if len(shapes) > 1:
-            described = " and ".join(
-                f"{blocks} blocks of width {width} {'with' if last else 'without'} the last one's output"
-                for blocks, width, last in sorted(shapes)
-            )
-            raise ProConError(f"directions for {described} cannot be combined: extract all from one model")
+        shapes = sorted({(len(one.basis), one.basis.shape[2], one.last_output) for one in parts})
+        if len(shapes) != 1:
+            raise ProConError(f"directions of shapes {shapes} cannot be combined: extract all from one model")
         concepts = tuple(name for one in parts for name in one.concepts)
         check_concepts(concepts)
         return cls(
@@ -330,15 +295,14 @@ class Directions:
 
         Returns:
             "same"; "other weights" of the same model, with a warning; or "unknown". Of several concepts, what is worst.
-
-        Raises:
-            ProConError: if it is another model.
+            ProConError if it is another model.
         """
-        parts = [(part.get("origin"), str(part.get("model") or "unnamed")) for part in self._origins().values()]
-        # Several concepts are often of one model, and comparing it takes a pass over its weights.
-        different = [part for i, part in enumerate(parts) if part not in parts[:i]]
-        found: list[tuple[Relation, str]] = [(compare_origin(origin, model), name) for origin, name in different]
-        relation, name = min(found, key=lambda one: _RELATIONS.index(one[0]))
+        relation: Relation = "same"
+        name, now = None, origin_of(model)
+        for part in self._origins().values():
+            found = compare_origin(part.get("origin"), now)
+            if _RELATIONS.index(found) < _RELATIONS.index(relation):
+                relation, name = found, part.get("model")
         if relation == "another model":
             raise ProConError(
                 f"directions were extracted from another model ({name!r}), whose embeddings are unrelated to this "
@@ -377,15 +341,12 @@ class Directions:
             raise ProConError(f"directions file {str(path)!r} does not exist: make it with 'procon directions'")
         try:
             with safe_open(path, "pt") as file:
-                if {*file.keys()} != {*_TENSORS}:  # a model's, for example, which is not read
-                    raise ValueError(f"it holds {', '.join(sorted(file.keys()))[:100]}")
                 about = json.loads((file.metadata() or {})["procon"])
                 # Copies: what is loaded does not follow the file, which is mapped into memory.
                 tensors = {name: file.get_tensor(name).clone() for name in _TENSORS}
             if about.pop("checksum") != _checksum(tensors, about):
                 raise ValueError("its checksum differs")
-            typed = isinstance(about["provenance"], dict) and type(about["last_output"]) is bool
-            if not typed or not all(tensor.is_floating_point() for tensor in tensors.values()):
+            if not isinstance(about["provenance"], dict) or not isinstance(about["last_output"], bool):
                 raise TypeError("it holds other values")
             about["concepts"] = tuple(about["concepts"])
             check_concepts(about["concepts"])
@@ -399,19 +360,9 @@ class Directions:
             ) from error
         return found
 
-    def _auroc(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: ContrastPrompts, asked: dict[str, Any]
-    ) -> Tensor:
-        sides = (prompts.malicious, prompts.benign)
-        z = [project_last_token(model, tokenizer, self.basis, side, **asked) for side in sides]
-        return torch.where(self.gaps != 0, auroc(*z), torch.nan)
-
     def _origins(self) -> dict[str, dict[str, Any]]:
         """Provenance of each concept."""
-        parts = self.provenance.get("concepts")
-        known = parts if isinstance(parts, dict) else dict.fromkeys(self.concepts, self.provenance)
-        # Whoever made a file may have written anything into it.
-        return {name: one if isinstance(one := known.get(name), dict) else {} for name in self.concepts}
+        return self.provenance.get("concepts") or dict.fromkeys(self.concepts, self.provenance)
 
     def _flaw(self) -> str | None:
         """What is wrong with the values; None if nothing is. At a block they are unit vectors, or there is none."""
@@ -419,19 +370,14 @@ class Directions:
             shapes = f"{tuple(self.basis.shape)} and {tuple(self.gaps.shape)}"
             return f"tensors of shape {shapes} for {len(self.concepts)} concepts, not [L, K, D] and [L, K]"
         lengths = self.basis.double().norm(dim=-1)
-        if not torch.isfinite(lengths).all() or self.gaps.isinf().any():
-            return "NaN or infinite values"
-        if (self.gaps < 0).any():
-            return "a negative gap"
+        if not torch.isfinite(lengths).all() or self.gaps.isinf().any() or (self.gaps < 0).any():
+            return "NaN, infinite or negative values"
         if not self.usable.any():
             return "no direction for any block"
-        expected = (self.gaps != 0).double()
-        wrong = ((lengths - expected).abs() > _TOLERANCE).nonzero()
-        if not len(wrong):
-            return None
-        row, number = wrong[0].tolist()
-        kind = "a unit vector" if expected[row, number] else "zeros where its gap is 0"
-        return f"a vector of length {lengths[row, number]:.4g} for block {row}, not {kind}"
+        wrong = ((lengths - (self.gaps != 0).double()).abs() > _TOLERANCE).any(-1).nonzero()
+        if len(wrong):
+            return f"no unit vector beside a gap, or a vector beside none, for block {int(wrong[0])}"
+        return None
 
 
 def numbered(name: str, k: int) -> tuple[str, ...]:
@@ -441,20 +387,9 @@ def numbered(name: str, k: int) -> tuple[str, ...]:
 
 def check_k(k: int, prompts: ContrastPrompts) -> None:
     """Raise ProConError unless ``k`` directions per block can be found from the prompts' categories."""
-    if not 1 <= k <= MAX_DIRECTIONS:
-        raise ProConError(f"k is {k}: give 1 to {MAX_DIRECTIONS} directions per block")
-    categories = len(set(prompts.categories))
-    if k > 1 and categories < k:
-        raise ProConError(
-            f"k is {k}, but the prompts have {categories} categories: give prompts with as many at least, as the "
-            "built-in ones, or k=1"
-        )
-
-
-def _described(prompts: ContrastPrompts) -> dict[str, Any]:
-    """What provenance has of prompts."""
-    counts = {"positive": len(prompts.malicious), "negative": len(prompts.benign)}
-    return {"prompts": prompts.hash, "counts": counts, "position": "last prompt token"}
+    most = max(1, min(MAX_DIRECTIONS, len(set(prompts.categories))))
+    if not 1 <= k <= most:
+        raise ProConError(f"k is {k}: give 1 to {most} directions per block, or prompts of more categories")
 
 
 def _checksum(tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
@@ -463,3 +398,47 @@ def _checksum(tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def check_concepts(names: Sequence[object]) -> None:
+    """Raise ProConError unless there are at most 8 different names, which can stand in logs, files and tables."""
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,40}", name):
+            raise ProConError(f"the name of a concept is {name!r:.80}: give 1 to 40 letters, digits, '_', '-' and '.'")
+        if names.count(name) > 1:
+            raise ProConError(f"two concepts are named {name!r}: give each a name of its own")
+    if not 1 <= len(names) <= MAX_DIRECTIONS:
+        raise ProConError(f"{len(names)} concepts are given: combine 1 to {MAX_DIRECTIONS}")
+
+
+def rows_of(vectors: Vectors, blocks: int, width: int) -> Tensor:
+    """``[blocks + 1, width]`` fp64, zeros where no vector is given; ProConError for what does not fit such a model."""
+    given: dict[Any, Tensor] = dict(enumerate(vectors) if isinstance(vectors, Tensor) else vectors)
+    rows = torch.zeros(blocks + 1, width, dtype=torch.float64)
+    for site, vector in given.items():
+        number = blocks if site == LAST else site
+        vector = torch.as_tensor(vector).detach().cpu().double()
+        if number not in range(blocks + 1) or vector.shape != (width,) or not torch.isfinite(vector).all():
+            raise ProConError(
+                f"the vector of block {site!r:.40} has shape {tuple(vector.shape)} or is not finite, and the model has "
+                f"{blocks} blocks of width {width}: give finite ones for indices below {blocks}, or 'last'"
+            )
+        rows[number] = vector
+    if not rows.any() or (isinstance(vectors, Tensor) and len(given) < blocks):
+        raise ProConError(f"too few vectors are given, or zeros alone: name blocks, or give {blocks} rows")
+    return rows
+
+
+def load_vectors(path: str | Path) -> Vectors:
+    """Vectors from a safetensors file, as :meth:`Directions.from_vectors` takes them.
+
+    The file has one tensor ``vectors``, ``[L, D]``; or one of ``[D]`` for each block, named by its index, such as
+    ``14``, or ``last``. ProConError if it cannot be read.
+    """
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ProConError(f"vectors file {str(path)!r} cannot be read ({error}): save it by safetensors") from error
+    if tensors.keys() == {"vectors"}:
+        return tensors["vectors"]
+    return {int(name) if name.isdecimal() else name: tensor for name, tensor in tensors.items()}

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from procon.chat import ContrastPrompts, describe_chat, pad_token_id, render, template_hash, user_turn
+from procon.chat import ContrastPrompts, pad_token_id, render, user_turn
 from procon.errors import ProConError
 from procon.models import (
-    SharedPrefix,
     decoder_forward,
     evaluating,
     find_decoder,
@@ -24,7 +23,6 @@ from procon.models import (
     model_device,
     observe_sites,
     origin_of,
-    same_states,
     site_name,
     transformers_model,
 )
@@ -66,11 +64,7 @@ class ContrastMeans:
         batch_size: int = 32,
         progress: bool = True,
     ) -> ContrastMeans:
-        """Run the prompts through the base decoder of ``model``, and measure its ``L + 1`` sites.
-
-        Args:
-            by_category: measure :attr:`differences` on the way; ``prompts`` then have categories.
-            chat: how the model is asked: system prompt and variables of its chat template.
+        """Run the prompts through ``model``, and measure its ``L + 1`` sites; ``by_category`` the differences too.
 
         Raises:
             ProConError: on hidden states that are not finite, or a tokenizer without chat template.
@@ -136,10 +130,8 @@ def each_last_token(
 ) -> None:
     """Call ``consume(rows, site, hidden [len(rows), D])`` for every batch of prompts and every site.
 
-    A batch that does not fit in memory is run again by halves. Two prompts run first; from them come the keys and
-    values of what all prompts begin with, if that changes no state of the two by more than rounding.
-
-    Sites are the inputs of the ``L`` blocks, and ``L``, the output of the last one.
+    Sites are the inputs of the ``L`` blocks, and ``L``, the output of the last one. A batch that does not fit in memory
+    is run again in smaller ones.
     """
     decoder = find_decoder(model)
     forward = decoder_forward(model)
@@ -148,39 +140,22 @@ def each_last_token(
     device = model_device(model)
     pad = pad_token_id(tokenizer)
 
-    def states_of(rows: Sequence[int], begun: int, further: dict[str, Any]) -> dict[int, Tensor]:
-        """Hidden states ``[len(rows), D]`` by site; the first ``begun`` tokens are in the cache of ``further``."""
+    def run(rows: Sequence[int]) -> None:
         lengths = torch.tensor([len(ids[i]) for i in rows])
-        batch = torch.full((len(rows), int(lengths.max()) - begun), pad)
+        batch = torch.full((len(rows), int(lengths.max())), pad)
         for row, i in enumerate(rows):
-            batch[row, : len(ids[i]) - begun] = torch.tensor(ids[i][begun:])
+            batch[row, : len(ids[i])] = torch.tensor(ids[i])
         mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-        last = (torch.arange(len(rows)), lengths - begun - 1)
+        last = (torch.arange(len(rows)), lengths - 1)
         states: dict[int, Tensor] = {}
         with observe_sites(decoder, lambda site, hidden: states.update({site: hidden[last]})):
-            forward(input_ids=batch.to(device), attention_mask=mask.to(device), **further)
-        return states
-
-    prefix: SharedPrefix | None = None
-
-    def share(rows: Sequence[int]) -> None:
-        nonlocal prefix
-        prefix = None
-        if shared := SharedPrefix.find(model, ids):
-            whole = states_of(rows, 0, shared.record())
-            if shared.keep() and same_states(whole, states_of(rows, shared.length, shared.inputs(len(rows)))):
-                prefix = shared
-
-    def run(rows: Sequence[int]) -> None:
-        found = states_of(rows, prefix.length, prefix.inputs(len(rows))) if prefix else states_of(rows, 0, {})
-        # Once all of it is there: a batch that does not fit is run again by halves.
-        for site, hidden in found.items():
+            forward(input_ids=batch.to(device), attention_mask=mask.to(device))
+        # Once all of it is there, as a batch that does not fit is run again.
+        for site, hidden in states.items():
             consume(list(rows), site, hidden)
         bar.update(len(rows))
 
     with evaluating(model), tqdm(total=len(ids), desc=description, unit="prompt", disable=not progress) as bar:
-        # Of unequal length, so that the two run under a mask, as the others do.
-        in_batches([order[0], order[-1]], 2, share)
         in_batches(order, batch_size, run)
 
 
@@ -210,10 +185,7 @@ def project_last_token(
 
 
 def auroc(positive: Tensor, negative: Tensor) -> Tensor:
-    """Probability that a positive value exceeds a negative one, ties counting half: ``[n, ...], [m, ...] -> [...]``.
-
-    The area under the receiver operating characteristic, exactly, as a share of all pairs, in fp32.
-    """
+    """Share of pairs in which the positive value is larger, ties counting half: ``[n, ...], [m, ...] -> [...]``."""
     difference = positive[:, None] - negative[None]
     return ((difference > 0).float() + 0.5 * (difference == 0).float()).mean((0, 1))
 
@@ -221,10 +193,8 @@ def auroc(positive: Tensor, negative: Tensor) -> Tensor:
 def further_directions(first: Tensor, differences: Tensor, count: int, smallest: Tensor) -> Tensor:
     """``[L, count, D]``: the main ways in which prompt categories depart from the first direction.
 
-    The paper (section III-A) takes one direction per block. With prompt categories ``c``, their differences in means
-    ``d_c = mean(malicious of c) - mean(benign of c)`` and the first direction ``r``, the further ones are the leading
-    right singular vectors of the matrix with the rows ``d_c - <d_c, r> r``: each takes up as much as one direction can
-    of what those before it leave of the categories' differences. Together they are orthonormal. The category with the
+    With the first direction ``r`` and the categories' differences in means ``d_c``, they are the leading right singular
+    vectors of the matrix with the rows ``d_c - <d_c, r> r``. Together they are orthonormal. The category with the
     largest difference along a direction, in magnitude, has a positive one.
 
     Args:
@@ -253,21 +223,14 @@ def hold_out(prompts: ContrastPrompts) -> tuple[ContrastPrompts, ContrastPrompts
     return kept, out
 
 
-def provenance_of(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, chat: ChatSettings | None = None
-) -> dict[str, Any]:
-    """What is kept of the model: name, revision, origin and dtype, chat template, versions; for JSON."""
+def provenance_of(model: nn.Module) -> dict[str, Any]:
+    """What is kept of the model: name, revision, origin and dtype, and versions; for JSON."""
     described = transformers_model(model)
+    versions = {"procon": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     return {
         "model": getattr(described.config, "_name_or_path", ""),
         "revision": getattr(described.config, "_commit_hash", None),
         "origin": origin_of(model),
         "dtype": str(described.dtype),
-        "chat_template": None if tokenizer is None else template_hash(tokenizer),
-        "chat": None if tokenizer is None else describe_chat(tokenizer, chat),
-        "versions": {
-            "procon": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions,
     }

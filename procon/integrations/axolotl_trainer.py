@@ -22,8 +22,7 @@ class ProConAxolotlTrainer(ProConMixin, AxolotlTrainer):
     def _recording_dataloader(self) -> DataLoader:
         if not self.args.sample_packing:
             return super()._recording_dataloader()
-        # The packing collator joins what the batch sampler picked; whatever else it is given, it joins as well, under
-        # an attention mask that does not keep samples apart.
+        # The packing collator joins all that it is given, under an attention mask that does not keep samples apart.
         pad = padding_collator(self.processing_class)
 
         def one_sample_a_row(features: list[dict[str, Any]]) -> dict[str, Any]:

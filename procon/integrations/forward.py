@@ -1,8 +1,7 @@
 """The method inside the model's own forward, for frameworks that let neither the collator nor the loss be changed.
 
 Whatever trains on ``outputs.loss`` is then constrained, for example in LLaMA-Factory and unsloth. If the trainer is at
-hand, :func:`procon.protect` is the better way: it adds the warm-up to the training, and looks anchors up in the
-loader's workers.
+hand, :func:`procon.protect` is the better way.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -38,20 +38,18 @@ class ConstrainedForward:
             trainer.train()
 
     A training forward is one in training mode with gradients enabled. It needs ``input_ids`` and ``labels``, whose
-    tokens are taken to the CPU and looked up there: one synchronisation with the device for each micro-batch.
+    tokens are looked up on the CPU. Its loss must go through backward before the next one.
 
     The penalty scales as the model's own loss does. If the trainer hands over ``num_items_in_batch``, the count of
     target tokens over the optimiser step, each micro-batch counts by its share of them; else it is the mean over the
     micro-batch. An optimiser step is one of an optimiser that trains the model, unless a callback says when they are.
 
-    A trainer that makes a loss of its own would lose the constraint without a word. So each loss must go through
-    backward before the next training forward; :meth:`check` says whether the last one did.
-
     Args:
         procon: the method, prepared.
 
     Attributes:
-        backwards: training forwards of this optimiser step whose penalty went through backward.
+        attached: whether the model is constrained by this.
+        backwards: training forwards whose penalty went through backward.
 
     Raises:
         ProConError: if a training forward would lose the constraint.
@@ -59,44 +57,42 @@ class ConstrainedForward:
 
     def __init__(self, procon: ProCon) -> None:
         self.procon = procon
+        self.attached = False
         self.backwards = 0
         self._module = _causal_lm(procon.run.model)
         self._annotate: Callable[[Any], dict[str, Any]] = procon.collator(dict)
-        self._patch: Any = None
-        self._hooks: list[Any] = []
-        self._unused = self._acted = False
+        self._undo = ExitStack()
+        self._unused = False
 
     def attach(self) -> ConstrainedForward:
-        """Constrain the model; undone by :meth:`detach` or on leaving ``with``. After ``torch.compile`` it must come
-        before the first forward, which is when it is traced."""
-        if constrained_by(self._module) is not None:
-            raise ProConError("this model's forward is constrained already: call detach() on what constrains it first")
+        """Constrain the model, until :meth:`detach`; before the first forward, at which a compiled one is traced."""
+        module = self._module
+        if constrained_by(module) is not None:
+            raise ProConError("this model's forward is constrained already: call detach() on what constrains it")
         self.procon.attach()
-        self._replaced = vars(self._module).get("forward")
-        self._original = self._module.forward
+        self._undo.callback(self.procon.detach)
+        replaced, self._original = vars(module).get("forward"), module.forward
         self._parameters = list(inspect.signature(self._original).parameters)
-        self._module.forward = self._patch = _Patch(self, self._module, self._original)
+        patch: Any = ModuleForward(module, self._forward)
+        functools.update_wrapper(patch, self._original, updated=())  # the Trainer reads its signature
+        patch.constrained_by = self
+        module.forward = patch
+
+        def restore() -> None:
+            # A wrapper that something laid over this one stays; it then finds the original forward underneath.
+            if vars(module).get("forward") is patch:
+                del module.forward
+                if replaced is not None:
+                    module.forward = replaced
+
+        self._undo.callback(restore)
+        self.attached = True
         return self
 
     def detach(self) -> None:
         """The model is as it was."""
-        # A wrapper that something laid over this one stays; it then finds the original forward underneath.
-        if self._patch is not None and vars(self._module).get("forward") is self._patch:
-            if self._replaced is None:
-                del self._module.forward
-            else:
-                self._module.forward = self._replaced
-        self._patch = None
-        self._unused = False
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        self.procon.detach()
-
-    @property
-    def attached(self) -> bool:
-        """Whether the model is constrained by this."""
-        return self._patch is not None
+        self.attached = self._unused = False
+        self._undo.close()
 
     def __enter__(self) -> ConstrainedForward:
         self.attach()
@@ -112,49 +108,33 @@ class ConstrainedForward:
         def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             if trains(optimizer):
                 self.procon.after_optimizer()
-                self.begin_step(self.procon.step.number + 1)
+                self.procon.begin_step(self.procon.step.number + 1)
 
-        self._hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+        self._undo.enter_context(register_optimizer_step_pre_hook(before))
+        self._undo.enter_context(register_optimizer_step_post_hook(after))
         return self
 
     def __exit__(self, exception: type[BaseException] | None, *_rest: object) -> None:
         try:
             if exception is None:
                 self.check()
-                if self.procon.alpha > 0 and not self._acted:
-                    raise ProConError(
-                        "no training forward of the constrained model ran, so nothing was constrained: train that "
-                        "model, in training mode and with gradients"
-                    )
+                if self.procon.alpha > 0 and not self.backwards:
+                    raise ProConError("no training forward of the constrained model ran: train that model")
         finally:
             self.detach()
-
-    def begin_step(self, number: int) -> None:
-        """Begin optimiser step ``number``, from 0."""
-        self.backwards = 0
-        self.procon.begin_step(number)
 
     def end_step(self, optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
         """Before the optimiser's step: ProConError if it is without the constraint."""
         self.check()
-        if not self.procon.acts:
-            return
-        if self.backwards == 0:
-            raise ProConError(
-                "the gradient of this step came without a training forward of the model that the Trainer named, so the "
-                f"constraint was lost: train it in training mode and through its own forward, or {REMEDY}"
-            )
         self.procon.before_optimizer()
         self.procon.end_step(optimizer, model)
 
     def check(self) -> None:
-        """Raise ProConError if the loss of the last training forward did not go through backward, or the first one did
-        so without the penalty."""
+        """Raise ProConError if the loss of the last training forward did not go through backward, penalty and all."""
         if self._unused:
             raise ProConError(
                 "the loss that the last training forward returned never went through backward, so the constraint in "
-                f"it was lost: if the trainer makes a loss of its own, {REMEDY}; in your own loop, call backward "
-                "after each forward"
+                f"it was lost: in a loop, call backward after each forward; if the trainer has its own loss, {REMEDY}"
             )
         if self.backwards:
             self.procon.evidence.check_gradient()
@@ -181,26 +161,18 @@ class ConstrainedForward:
 
     @torch.compiler.disable()
     def _begin(self, given: Mapping[str, Any]) -> Tensor | None:
-        """Hold the coming forward to its anchors; returns this micro-batch's share of the step's target tokens, None if
-        the trainer does not say how many they are."""
-        if given.get("fused_lm_head"):
-            raise ProConError(f"TRL makes the loss from log-probabilities, not from the forward's: {REMEDY}")
-        if given.get("shift_labels") is not None:
+        """Set the coming forward's anchors; returns this micro-batch's share of the step's target tokens, if known."""
+        own_loss = all(isinstance(given.get(name), Tensor) for name in ("input_ids", "labels"))
+        if not own_loss or given.get("fused_lm_head") or given.get("shift_labels") is not None:
             raise ProConError(
-                "the batch has shift_labels, so its sequences are split over ranks and anchors cannot be found: switch "
-                "off context and sequence parallelism"
+                "a training forward has no input_ids and labels of whole sequences, so its loss is not the model's own "
+                "and the constraint would be lost (by label smoothing, a compute_loss_func, log-probabilities of TRL, "
+                f"or sequence parallelism): {REMEDY}"
             )
-        for name in ("input_ids", "labels"):
-            if not isinstance(given.get(name), Tensor):
-                raise ProConError(
-                    f"a training forward has no {name}, so its loss is not the model's own and the constraint would "
-                    f"be lost (by label smoothing, for example, or a compute_loss_func): {REMEDY}"
-                )
         device, batch = given["input_ids"].device, _on_cpu(given)
         found = self._annotate(batch)
         added = {name: found[name].to(device, non_blocking=True) for name in self.procon.batch_keys if name in found}
-        inputs = {name: given[name] for name in batch}
-        self.procon.begin({**inputs, **added})
+        self.procon.begin({**{name: given[name] for name in batch}, **added})
         tokens = given.get("num_items_in_batch")
         if tokens is None:
             return None
@@ -211,19 +183,14 @@ class ConstrainedForward:
     def _add(self, outputs: Any, share: Tensor | None) -> Any:
         loss = getattr(outputs, "loss", None)
         if not isinstance(loss, Tensor):
-            raise ProConError(
-                f"the model returned a {type(outputs).__name__} without a loss in training, so the constraint would "
-                f"be lost: {REMEDY}"
-            )
-        step = self.procon.step
-        if share is None:
-            scale = step.parts  # the trainer takes means: over micro-batches and ranks
-        elif share == 0:
-            return outputs
-        else:
-            step.parts, scale = 1 / share, 1.0
+            raise ProConError(f"the model returned a {type(outputs).__name__} without a loss in training: {REMEDY}")
+        if share is not None:
+            if share == 0:
+                return outputs
+            self.procon.step.parts = 1 / share
+        # Without it the trainer takes means: over micro-batches and ranks.
         with self.procon.run.autocast():
-            found = self.procon.added(scale)
+            found = self.procon.added(self.procon.step.parts if share is None else 1.0)
         if found is None:
             self.procon.release()
             return outputs
@@ -233,7 +200,7 @@ class ConstrainedForward:
         return outputs
 
     def _arrived(self, _gradient: Tensor) -> None:
-        self._unused, self._acted = False, True
+        self._unused = False
         self.backwards += 1
         # At the end of this backward, not now: checkpointed blocks are still to run again.
         Variable._execution_engine.queue_callback(self.procon.release)
@@ -244,15 +211,6 @@ def _refuse_evaluation(_gradient: Tensor) -> None:
         "a loss goes through backward without a training forward: the model was in evaluation mode, so the constraint "
         "would be lost: call model.train() before the forward, or detach() if that is no training"
     )
-
-
-class _Patch(ModuleForward):
-    """The forward of a constrained model."""
-
-    def __init__(self, constrained: ConstrainedForward, module: nn.Module, original: Any) -> None:
-        functools.update_wrapper(self, original)  # the Trainer reads its signature
-        super().__init__(module, constrained._forward)
-        self.constrained_by = constrained
 
 
 def _causal_lm(model: nn.Module) -> nn.Module:
@@ -270,19 +228,12 @@ def constrained_by(model: nn.Module) -> ConstrainedForward | None:
 
 def _on_cpu(given: Mapping[str, Any]) -> dict[str, Tensor]:
     """What separates the sequences of a batch, on the CPU by one transfer, and all other tensors as they are."""
-    shape = given["input_ids"].shape
-    batch = {"input_ids": given["input_ids"]}
-    for name in ("labels", "attention_mask", "position_ids"):
-        value = given.get(name)
-        if value is None:
-            continue
-        if not isinstance(value, Tensor) or value.shape != shape:
-            what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ProConError(
-                f"{name} is {what}, but input_ids are {tuple(shape)}, so the sequences cannot be separated: pass a "
-                "tensor of the same shape, and no mask of attention between tokens"
-            )
-        batch[name] = value.to(batch["input_ids"].device)
-    stacked = torch.stack([value.long() for value in batch.values()]).cpu()
+    ids: Tensor = given["input_ids"]
+    names = ("input_ids", "labels", "attention_mask", "position_ids")
+    batch = {name: given[name] for name in names if given.get(name) is not None}
+    for name, value in batch.items():
+        if getattr(value, "shape", None) != ids.shape:
+            raise ProConError(f"{name} is no tensor of the shape of input_ids, {tuple(ids.shape)}: pass such a one")
+    stacked = torch.stack([value.to(ids.device).long() for value in batch.values()]).cpu()
     others = {name: value for name, value in given.items() if isinstance(value, Tensor) and name not in batch}
     return {**others, **dict(zip(batch, stacked, strict=True))}

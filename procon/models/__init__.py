@@ -10,8 +10,6 @@ from procon.errors import require_extra
 
 __extra__ = require_extra("train", __name__)
 
-from procon.models.adapter_targets import adapter_targets
-from procon.models.attention import best_attention, use_best_attention
 from procon.models.batches import first_batch_size, in_batches
 from procon.models.decoder import (
     Decoder,
@@ -34,32 +32,24 @@ from procon.models.decoder import (
     transformers_model,
     unwrapped,
 )
-from procon.models.devices import default_device, spread
 from procon.models.eval_mode import evaluating, keep_quantised
-from procon.models.hub import check_model_name, check_name
-from procon.models.loading import check_loading, default_dtype, load_model, parse_dtype
-from procon.models.origin import compare_origin, origin_of
-from procon.models.shared_prefix import SharedPrefix, same_states
-from procon.models.starting_model import StartingModel, without_adapters
-from procon.models.weights import configuration_hash, frozen_hash, weights_hash
+from procon.models.loading import best_attention, check_name, default_dtype, load_model, spread, use_best_attention
+from procon.models.starting_model import StartingModel
+from procon.models.weights import Relation, compare_origin, configuration_hash, frozen_hash, origin_of, weights_hash
 
 __all__ = [
     "Decoder",
-    "SharedPrefix",
+    "Relation",
     "StartingModel",
     "active_adapters",
     "adapter_layer",
-    "adapter_targets",
     "best_attention",
     "block_input",
     "block_output",
-    "check_loading",
-    "check_model_name",
     "check_name",
     "compare_origin",
     "configuration_hash",
     "decoder_forward",
-    "default_device",
     "default_dtype",
     "evaluating",
     "final_norms",
@@ -76,9 +66,7 @@ __all__ = [
     "observe_last_state",
     "observe_sites",
     "origin_of",
-    "parse_dtype",
     "refuse_unprepared",
-    "same_states",
     "site_name",
     "spread",
     "token_embedding",
@@ -86,5 +74,4 @@ __all__ = [
     "unwrapped",
     "use_best_attention",
     "weights_hash",
-    "without_adapters",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from procon.errors import ProConError
-from procon.models.devices import input_device
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,12 @@ def find_decoder(model: nn.Module) -> Decoder:
         ProConError: for encoder-decoders, prompt-learning adapters, and models without such a module.
     """
     model = unwrapped(model)
-    _refuse_prompt_learning(model)
+    adapter: Any = getattr(model, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise ProConError(
+            f"adapter type {adapter.peft_type.value} lengthens the sequence with virtual tokens, which have no "
+            "anchors: use LoRA, DoRA, IA3 or full fine-tuning"
+        )
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_input_embeddings"):
         raise ProConError(f"model is a {type(model).__name__}, not a transformers causal LM: pass a PreTrainedModel")
@@ -80,24 +84,13 @@ def find_decoder(model: nn.Module) -> Decoder:
     embedding = token_embedding(model)
     for module in model.modules():
         children = list(module.children())
-        if not any(child is embedding for child in children):
-            continue
-        for child in children:
+        for child in children if any(child is embedding for child in children) else ():
             if isinstance(child, nn.ModuleList) and len(child) == text_config.num_hidden_layers:
                 return Decoder(module, child, text_config.hidden_size)
     raise ProConError(
         f"no decoder found in {type(model).__name__}: expected one module that owns the token embedding and a "
         f"ModuleList of {text_config.num_hidden_layers} blocks; please report the model class"
     )
-
-
-def _refuse_prompt_learning(model: nn.Module) -> None:
-    config = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
-    if config is not None and getattr(config, "is_prompt_learning", False):
-        raise ProConError(
-            f"adapter type {config.peft_type.value} lengthens the sequence with virtual tokens, which have no anchors: "
-            "use LoRA, DoRA, IA3 or full fine-tuning"
-        )
 
 
 def block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -125,11 +118,10 @@ def first_moving_block(decoder: Decoder) -> int:
     """
     final = final_norms(decoder)
     feeding = [child for child in decoder.module.children() if child is not decoder.blocks and child not in final]
-    if any(parameter.requires_grad for child in feeding for parameter in child.parameters()):
-        return 0
-    for index, block in enumerate(decoder.blocks):
-        if any(parameter.requires_grad for parameter in block.parameters()):
-            return index + 1
+    for index, part in enumerate([nn.ModuleList(feeding), *decoder.blocks]):
+        for parameter in part.parameters():
+            if parameter.requires_grad:
+                return index
     return len(decoder.blocks)
 
 
@@ -152,26 +144,19 @@ def observe_block_inputs(decoder: Decoder, observe: Callable[[int, Tensor], None
     """
     seen: set[int] = set()
 
-    def hook(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def pre_forward(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = block_input(args, kwargs)
-            _check_stream(hidden, decoder, f"block {index} reads")
-            if index in seen:
-                raise ProConError(f"block {index} runs twice in one forward: looped decoders are not supported")
-            seen.add(index)
-            observe(index, hidden)
+    def pre_forward(index: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = block_input(args, kwargs)
+        _check_stream(hidden, decoder, f"block {index} reads")
+        if index in seen:
+            raise ProConError(f"block {index} runs twice in one forward: looped decoders are not supported")
+        seen.add(index)
+        observe(index, hidden)
 
-        return pre_forward
-
-    handles = [decoder.module.register_forward_pre_hook(lambda *_: seen.clear())]
-    handles += [
-        block.register_forward_pre_hook(hook(index), with_kwargs=True) for index, block in enumerate(decoder.blocks)
-    ]
-    try:
+    with ExitStack() as hooks:
+        hooks.enter_context(decoder.module.register_forward_pre_hook(lambda *_: seen.clear()))
+        for index, block in enumerate(decoder.blocks):
+            hooks.enter_context(block.register_forward_pre_hook(partial(pre_forward, index), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -179,9 +164,6 @@ def observe_sites(decoder: Decoder, observe: Callable[[int, Tensor], None]) -> I
     """As :func:`observe_block_inputs`, and call ``observe(L, hidden_states)`` on the output of the last block.
 
     That is the residual stream before the final norm: site ``L`` of the ``L + 1`` sites of a decoder.
-
-    Raises:
-        ProConError: as :func:`observe_block_inputs`.
     """
 
     def post_forward(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
@@ -189,12 +171,15 @@ def observe_sites(decoder: Decoder, observe: Callable[[int, Tensor], None]) -> I
         _check_stream(hidden, decoder, "the last block returns")
         observe(len(decoder.blocks), hidden)
 
-    with observe_block_inputs(decoder, observe):
-        handle = decoder.blocks[-1].register_forward_hook(post_forward)
-        try:
-            yield
-        finally:
-            handle.remove()
+    with observe_block_inputs(decoder, observe), decoder.blocks[-1].register_forward_hook(post_forward):
+        yield
+
+
+@contextmanager
+def observe_last_state(decoder: Decoder, observe: Callable[[Tensor], None]) -> Iterator[None]:
+    """Within the context, call ``observe(hidden_states)`` on what each forward of the decoder gives to the LM head."""
+    with decoder.module.register_forward_hook(lambda _module, _args, output: observe(output[0])):
+        yield
 
 
 def _check_stream(hidden: Tensor, decoder: Decoder, what: str) -> None:
@@ -210,20 +195,6 @@ def site_name(site: int, blocks: int) -> str:
     return f"entering block {site}" if site < blocks else "leaving the last block"
 
 
-@contextmanager
-def observe_last_state(decoder: Decoder, observe: Callable[[Tensor], None]) -> Iterator[None]:
-    """Within the context, call ``observe(hidden_states)`` on what each forward of the decoder gives to the LM head."""
-
-    def post_forward(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        observe(output[0])
-
-    handle = decoder.module.register_forward_hook(post_forward)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def is_sharded(model: nn.Module) -> bool:
     """Whether a forward needs the other ranks: FSDP2's and tensor-parallel parameters, or those of ZeRO-3."""
     return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
@@ -234,9 +205,7 @@ def decoder_forward(model: nn.Module) -> partial[Any]:
 
     That of the base decoder, without the LM head. Or of the whole model, one token through the LM head, if
     Accelerate has put autocast around it, or parameters are sharded: FSDP2 gathers what its root holds in no other.
-
-    Raises:
-        ProConError: if DeepSpeed ZeRO-3 has partitioned the model, but nothing gathers it yet.
+    ProConError as :func:`refuse_unprepared`.
     """
     refuse_unprepared(model)
     if not is_sharded(model) and not hasattr(model, "_original_forward"):
@@ -258,4 +227,6 @@ def refuse_unprepared(model: nn.Module) -> None:
 
 def model_device(model: nn.Module) -> torch.device:
     """The device that inputs of ``model`` go to."""
-    return input_device(token_embedding(model))
+    embedding: Any = token_embedding(model)
+    # A device map may have put the embedding on none; Accelerate's hook says where it computes.
+    return torch.device(embedding._hf_hook.execution_device) if embedding.weight.is_meta else embedding.weight.device

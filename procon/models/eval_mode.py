@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from procon.models.decoder import transformers_model, unwrapped
 
@@ -26,28 +25,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     for module, _ in flags:
         module.training = False
     keep_quantised(model)
-    handle = _give_head_contiguous(model)
+    head = getattr(transformers_model(unwrapped(model)), "get_output_embeddings", lambda: None)()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), nullcontext() if head is None else head.register_forward_pre_hook(_contiguous):
             yield
     finally:
-        if handle is not None:
-            handle.remove()
         for module, training in flags:
             module.training = training
 
 
-def _give_head_contiguous(model: nn.Module) -> RemovableHandle | None:
-    """A hook before the LM head of ``model``; None if it has none."""
-    find = getattr(transformers_model(unwrapped(model)), "get_output_embeddings", None)
-    head = None if find is None else find()
-    if head is None:
-        return None
-
-    def pre_forward(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args)
-
-    return head.register_forward_pre_hook(pre_forward)
+def _contiguous(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args)
 
 
 def keep_quantised(model: nn.Module) -> None:

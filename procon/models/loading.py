@@ -1,29 +1,40 @@
-"""Models and tokenizers from disk or the hub, in a dtype that suits the machine."""
+"""Models and tokenizers from disk or the hub: on which device, in which dtype, with which attention."""
 
 from __future__ import annotations
 
-import importlib.util
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
 from procon.errors import ProConError
-from procon.models.attention import use_best_attention
-from procon.models.devices import check_devices, default_device
-from procon.models.hub import check_model_name
+from procon.models.decoder import find_decoder, token_embedding, transformers_model
+from procon.settings import check_name
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+def default_device() -> torch.device:
+    """This process's GPU, of whatever kind PyTorch finds, else the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device(found.type, int(os.environ.get("LOCAL_RANK", "0"))) if found else torch.device("cpu")
+
+
+def spread(model: nn.Module) -> list[str]:
+    """The devices that a device map spreads ``model`` over, in its order; none if it lies on one alone."""
+    devices: Mapping[str, Any] = getattr(model, "hf_device_map", None) or {}
+    found = list(dict.fromkeys(str(device) for device in devices.values()))
+    return found if len(found) > 1 or "disk" in found else []
 
 
 def default_dtype() -> torch.dtype:
@@ -31,33 +42,54 @@ def default_dtype() -> torch.dtype:
     kind = default_device().type
     if kind != "cpu":
         return torch.float32 if kind == "mps" else torch.bfloat16
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    capabilities = torch.cpu.get_capabilities()
     return torch.bfloat16 if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else torch.float32
 
 
-def parse_dtype(name: str) -> torch.dtype:
-    """A dtype from ``auto``, ``bfloat16``, ``float16`` or ``float32``."""
-    if name == "auto":
-        return default_dtype()
-    if name not in _DTYPES:
-        raise ProConError(f"dtype is {name!r}: choose one of auto, {', '.join(_DTYPES)}")
-    return _DTYPES[name]
+def best_attention(dtype: torch.dtype, *, device: torch.device | str = "cuda", head_dim: int = 128) -> str:
+    """The ``attn_implementation`` for packed training in ``dtype``: the newest FlashAttention that runs on ``device``
+    with heads of width ``head_dim``, else ``"sdpa"``.
+
+    FlashAttention takes the bounds of the sequences as they are, in bfloat16 and float16 alone; ``sdpa`` gets a mask of
+    ``T x T``, which costs memory and time that grow with the square of the packed length.
+
+    ============================  ===========================================  ==================
+    ``attn_implementation``       GPUs (compute capability)                    largest head
+    ============================  ===========================================  ==================
+    ``flash_attention_4``         Hopper, data-centre Blackwell (9.x, 10.x)    128
+    ``flash_attention_3``         Hopper (9.x)                                 256
+    ``flash_attention_2``         Ampere and later (8.x and above), ROCm       256
+    ============================  ===========================================  ==================
+    """
+    on_gpu = torch.device(device).type == "cuda" and torch.cuda.is_available()
+    if not on_gpu or dtype not in (torch.bfloat16, torch.float16):
+        return "sdpa"
+    rocm = torch.version.hip is not None
+    generation = 0 if rocm else torch.cuda.get_device_capability(device)[0]
+    if is_flash_attn_4_available() and generation in (9, 10) and head_dim <= 128:
+        return "flash_attention_4"
+    if is_flash_attn_3_available() and generation == 9 and head_dim <= 256:
+        return "flash_attention_3"
+    if is_flash_attn_2_available() and (rocm or generation >= 8) and head_dim <= 256:
+        return "flash_attention_2"
+    return "sdpa"
 
 
-def check_loading(
-    *,
-    device_map: Mapping[str, Any] | str | int | None = None,
-    load_in_4bit: bool = False,
-    load_in_8bit: bool = False,
-    **others: Any,
-) -> None:
-    """Raise ProConError for arguments of :func:`load_model` that this machine has not what they need for."""
-    check_devices(device_map)
-    if load_in_4bit and load_in_8bit:
-        raise ProConError("load_in_4bit and load_in_8bit are both set: choose one")
-    if (load_in_4bit or load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
-        name = "load_in_4bit" if load_in_4bit else "load_in_8bit"
-        raise ProConError(f"{name} needs bitsandbytes, which is not installed: pip install bitsandbytes")
+def use_best_attention(model: nn.Module) -> str | None:
+    """Switch ``model``, loaded to where it trains, to :func:`best_attention`; returns its implementation after that.
+
+    It keeps what it has if FlashAttention does not run, or its class does not take it.
+    """
+    decoder, base = find_decoder(model), transformers_model(model)
+    weight = token_embedding(base).weight
+    heads = [
+        getattr(module, name, 0) or 0 for module in decoder.blocks.modules() for name in ("head_dim", "qk_head_dim")
+    ]
+    best = best_attention(weight.dtype, device=weight.device, head_dim=max(heads) or 128)
+    takes = getattr(base, "_compatible_flash_implementations", None)
+    if best != "sdpa" and base._supports_flash_attn and (takes is None or best in takes):
+        base.set_attn_implementation(best)
+    return decoder.attn_implementation
 
 
 def load_model(
@@ -73,7 +105,8 @@ def load_model(
     """A causal LM and its tokenizer; a LoRA folder loads with its base.
 
     Args:
-        dtype: also by its name; :func:`default_dtype` if not given. Under 4 bits it is what they are computed in.
+        dtype: also by its name; :func:`default_dtype` if not given, or ``"auto"``. Under 4 bits it is what they are
+            computed in.
         attn_implementation: by transformers' name, or ``"auto"`` for the best for training on packed sequences
             (:func:`procon.models.best_attention`); what transformers chooses if not given.
         trust_remote_code: run code that comes with the model, with all your rights. Read it first.
@@ -84,17 +117,14 @@ def load_model(
         load_in_8bit: quantise to 8 bits with bitsandbytes.
 
     Raises:
-        ProConError: if there is no such model, it cannot be loaded, or it has code of its own that is not trusted; for
-            a device that is not there, and bits without bitsandbytes.
+        ProConError: if there is no such model, it cannot be loaded as asked, or it has code of its own that is not
+            trusted.
     """
-    check_loading(device_map=device_map, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit)
-    check_model_name(name)
-    dtype = parse_dtype(dtype) if isinstance(dtype, str) else dtype or default_dtype()
-    chosen: dict[str, Any] = (
-        {} if attn_implementation in (None, "auto") else {"attn_implementation": attn_implementation}
-    )
+    check_name(name)
+    chosen: dict[str, Any] = {"dtype": default_dtype() if dtype in (None, "auto") else dtype}
+    if attn_implementation not in (None, "auto"):
+        chosen["attn_implementation"] = attn_implementation
     if load_in_4bit or load_in_8bit:
-        chosen["quantization_config"] = _bits(load_in_4bit, dtype)
         # Quantised as they are read: transformers puts them on a GPU, and nothing moves them afterwards.
         device_map = {"": str(default_device())} if device_map is None else device_map
     if device_map is not None:
@@ -102,55 +132,29 @@ def load_model(
     is_adapter = (Path(name) / "adapter_config.json").is_file()
     loader = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
     # Said in so many words: if it is left open, transformers asks in the terminal, and takes a `y` from a pipe.
-    chosen["trust_remote_code"] = trust_remote_code
+    trust = {"trust_remote_code": trust_remote_code}
     try:
-        base = str(PeftConfig.from_pretrained(str(name)).base_model_name_or_path if is_adapter else name)
-        if is_adapter:
-            check_model_name(base)
-        if not trust_remote_code:
-            _refuse_kernels(name, PreTrainedConfig.get_config_dict(base)[0])
+        if load_in_4bit or load_in_8bit:
+            chosen["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=load_in_4bit,
+                load_in_8bit=load_in_8bit,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=chosen["dtype"],
+            )
         own = not is_adapter or (Path(name) / "tokenizer_config.json").is_file()  # PEFT alone saves none
-        tokenizer = AutoTokenizer.from_pretrained(str(name) if own else base, trust_remote_code=trust_remote_code)
-        model = loader.from_pretrained(str(name), dtype=dtype, **chosen)
-    except ProConError:
-        raise
+        base = name if own else PeftConfig.from_pretrained(str(name)).base_model_name_or_path
+        tokenizer = AutoTokenizer.from_pretrained(str(base), **trust)
+        model = loader.from_pretrained(str(name), **chosen, **trust)
     except Exception as error:  # a wrong name shows in a dozen exception types
-        if "trust_remote_code" in str(error):
-            raise _untrusted(name, "code of its own") from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ProConError(f"model {str(name)!r} cannot be loaded ({reason}): give a folder or a hub name") from error
+        remedy = "give a folder or a hub name"
+        if "trust_remote_code" in str(error):
+            remedy = "read its code and, if you trust it, set trust_remote_code=True (--trust_remote_code)"
+        raise ProConError(f"model {str(name)!r} cannot be loaded ({reason}): {remedy}") from error
     device = default_device()
     if device_map is None and device.type != "cpu":
         model = model.to(device)  # pyright: ignore[reportArgumentType]  # transformers' decorator hides its self
     if attn_implementation == "auto":
         use_best_attention(model)
     return model, tokenizer
-
-
-def _bits(four: bool, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """As QLoRA has it (arXiv 2305.14314), or LLM.int8."""
-    if not four:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def _refuse_kernels(name: str | Path, config: dict[str, Any]) -> None:
-    """Raise ProConError if a configuration asks for attention or experts by a hub's name: transformers would fetch
-    them from there and run them."""
-    for key, value in config.items():
-        if isinstance(value, dict):
-            _refuse_kernels(name, value)
-        if ("attn_implementation" in key or "experts_implementation" in key) and "/" in str(value):
-            raise _untrusted(name, f"{key} {value!r:.60}, which is code from a hub")
-
-
-def _untrusted(name: str | Path, what: str) -> ProConError:
-    return ProConError(
-        f"model {str(name)!r} comes with {what}, which is not run: read it and, if you trust it, set "
-        "trust_remote_code=True (--trust_remote_code)"
-    )

@@ -14,7 +14,7 @@ from torch import nn
 from torch.func import functional_call
 
 from procon.errors import ProConError
-from procon.models.decoder import decoder_forward, find_decoder, is_sharded, model_device
+from procon.models.decoder import decoder_forward, find_decoder, is_sharded, model_device, observe_last_state
 from procon.models.eval_mode import evaluating
 
 
@@ -39,7 +39,12 @@ class StartingModel:
         self._model, self._decoder_only = model, decoder_only
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ProConError("nothing in the model trains: make its parameters require a gradient, or add an adapter")
-        _refuse_idle_adapters(model)
+        for layer in _adapter_layers(model):
+            if layer.disable_adapters or (isinstance(layer, BaseTunerLayer) and layer.merged):
+                raise ProConError(
+                    "the adapter is switched off or merged into the model, so what trains is not in use: switch it on, "
+                    "or unmerge it, first"
+                )
         self.adapters_off = self._starts_without_adapters() if adapters_off is None else adapters_off
         if not self.adapters_off and is_sharded(model):
             raise ProConError(
@@ -74,31 +79,21 @@ class StartingModel:
         if not _adapter_layers(self._model):
             return False
         tokens = {"input_ids": torch.arange(8, device=model_device(self._model))[None]}
-        with evaluating(self._model):
-            now = self._last_states(tokens)
+        found: list[torch.Tensor] = []
+        with evaluating(self._model), observe_last_state(find_decoder(self._model), found.append):
+            decoder_forward(self._model)(**tokens)
             with without_adapters(self._model):
                 if any(parameter.requires_grad for parameter in self._model.parameters()):
                     return False  # something else trains as well
-                return torch.equal(now, self._last_states(tokens))
-
-    def _last_states(self, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What the decoder's last block gives."""
-        found: list[Any] = []
-        block = find_decoder(self._model).blocks[-1]
-        handle = block.register_forward_hook(lambda _module, _args, output: found.append(output))
-        try:
-            decoder_forward(self._model)(**tokens)
-        finally:
-            handle.remove()
-        return found[0] if isinstance(found[0], torch.Tensor) else found[0][0]
+                decoder_forward(self._model)(**tokens)
+        return torch.equal(*found)
 
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """Within the context, the adapters of ``model`` are off; which parameters train is as before afterwards."""
     layers = _adapter_layers(model)
-    modules = [module for module in layers if isinstance(module, nn.Module)]  # which they all are
-    trains = {parameter: parameter.requires_grad for module in modules for parameter in module.parameters()}
+    trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -112,11 +107,3 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 def _adapter_layers(model: nn.Module) -> list[BaseTunerLayer | AuxiliaryTrainingWrapper]:
     return [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-
-
-def _refuse_idle_adapters(model: nn.Module) -> None:
-    for layer in _adapter_layers(model):
-        if isinstance(layer, BaseTunerLayer) and layer.merged:
-            raise ProConError("the adapter is merged into the model, so what trains is not in use: unmerge it first")
-        if layer.disable_adapters:
-            raise ProConError("the adapter is switched off, so what trains is not in use: switch it on first")

@@ -1,13 +1,10 @@
-"""Several directions per block: recorded, penalised, resumed with and described, each by a definition written out."""
-
-import json
+"""Several directions per block: recorded and penalised, by a definition written out."""
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from procon.anchors import AnchoredCollator, Anchors
-from procon.cli import main
 from procon.constraint import ProjectionConstraint
 from procon.data import flattening_collator, padding_collator
 from procon.directions import Directions
@@ -102,78 +99,7 @@ def test_anchors_of_several_directions(model, samples, tokenizer, tmp_path):
         len({record(found, f"{found.k}", blocks=(0, 2)).fingerprint for found in (one, two)} | {anchors.fingerprint})
         == 3
     )
-    assert json.loads((tmp_path / "1" / "anchors.json").read_text())["k"] == 1
-    with pytest.raises(ProConError, match="recorded for another model state or precision, directions"):
+    with pytest.raises(ProConError, match="recorded for another model state"):
         record(two, "three", blocks=(0, 2))
-    with pytest.raises(
-        ProConError, match="recorded for another model state or precision, other adapters or directions"
-    ):
+    with pytest.raises(ProConError, match="recorded for another model state"):
         anchors.check_fits(model, two)
-
-
-def test_anchors_of_another_number_of_directions_are_refused(model):
-    mask = torch.ones(2, 5)
-    with ProjectionConstraint(random_subspaces(3), penalty="squared").attach(model) as constraint:
-        for columns in (3, 8, 10):
-            with pytest.raises(ProConError, match=rf"anchors have shape \(2, 5, {columns}\), expected \(2, 5, 9\)"):
-                constraint.set_target(torch.zeros(2, 5, columns), mask)
-        with pytest.raises(ProConError, match=r"anchors have shape \(2, 5, 3, 3\)"):
-            constraint.set_target(torch.zeros(2, 5, 3, 3), mask)
-
-
-def test_states_that_are_not_finite_are_named_by_their_block(model, samples, tokenizer, tmp_path):
-    with torch.no_grad():
-        next(model.model.layers[1].parameters()).fill_(torch.nan)
-    loader = DataLoader(samples, 3, collate_fn=padding_collator(tokenizer))
-    with pytest.raises(ProConError, match="entering block 2 are NaN"):
-        Anchors.record(model, loader, random_subspaces(3), tmp_path / "a", progress=False, scope="response")
-
-
-def test_a_run_is_resumed_with_the_same_directions_only(make_trainer, tokenizer):
-    def trainer(folder: str, directions: Directions):
-        plain = make_trainer("Trainer", "procon_s:1", folder=folder)
-        return type(plain)(
-            plain.model,
-            plain.args,
-            directions=directions,
-            train_dataset=plain.train_dataset,
-            data_collator=padding_collator(tokenizer),
-            processing_class=tokenizer,
-        )
-
-    def penalties(done) -> list[float]:
-        return [row["procon/penalty"] for row in done.state.log_history if "procon/penalty" in row]
-
-    directions = random_subspaces(2)
-    whole = trainer("out", directions)
-    whole.train()
-    assert min(penalties(whole)[1:]) > 0
-    resumed = trainer("out", directions)
-    checkpoint = f"{resumed.args.output_dir}/checkpoint-2"
-    resumed.train(resume_from_checkpoint=checkpoint)
-    assert penalties(resumed) == penalties(whole)
-    assert Directions.load(checkpoint).hash == directions.hash
-    with pytest.raises(ProConError, match="was trained with directions"):
-        trainer("out", first_of(directions, 1)).train(resume_from_checkpoint=checkpoint)
-
-
-@pytest.mark.filterwarnings("ignore:the model refuses 0")
-def test_from_the_command_line(place, capsys):
-    extract = ["directions", "--model", "model", "--output", "d.safetensors", "--dtype", "float32"]
-    (place / "own.txt").write_text("steal it\npaint it\n")
-    for more, message in (
-        (["--k", "0"], "k is 0: give 1 to 8"),
-        (["--k", "2", "--benign", "own.txt"], "k is 2, but the prompts have 0 categories"),
-    ):
-        assert main([*extract, *more]) == 2
-        assert message in capsys.readouterr().err
-    assert main([*extract, "--k", "3"]) == 0
-    found = Directions.load("d.safetensors")
-    assert found.k == 3
-    assert found.basis[1:].norm(dim=-1).min() > 0.99
-
-    train = ["train", "--model", "model", "--data", "data.jsonl", "--output_dir", "out", "--max_steps", "2"]
-    train += ["--directions", "d.safetensors", "--procon_schedule", "procon_s", "--dtype", "float32", "--use_cpu"]
-    assert main([*train, "--drift_steps", "1", "--per_device_train_batch_size", "2"]) == 0
-    assert Directions.load("out").hash == found.hash
-    assert "3 per block" in (place / "out" / "README.md").read_text()

@@ -45,8 +45,7 @@ def replies(model, tokenizer, _, chat):
 def concept(model, tokenizer, _, chat):
     asked = {"chat": chat, **QUIET}
     found = Directions.extract(model, tokenizer, PROMPTS, name="x", held_out=PROMPTS, **asked)
-    given = Directions.from_vectors(model, found.basis[:, 0], name="y", tokenizer=tokenizer, prompts=PROMPTS, **asked)
-    return [found.basis, found.auroc, given.gaps, given.auroc]
+    return [found.basis, found.auroc]
 
 
 def refusal(model, tokenizer, _, chat):

@@ -22,8 +22,7 @@ from procon.cli import launcher
 from procon.cli.arguments import TrainArguments
 from procon.data import load_conversations
 from procon.directions import Directions
-from procon.directions.directions import _TENSORS, _checksum
-from procon.directions.vectors import load_vectors, rows_of
+from procon.directions.directions import _TENSORS, _checksum, load_vectors, rows_of
 from procon.errors import ProConError
 from procon.evaluation import FORMATS, Evaluation, endpoint, load_judge
 from procon.files import json_checksum

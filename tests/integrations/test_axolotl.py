@@ -127,7 +127,7 @@ def test_packed_samples_of_an_adapter(axolotl_train, tiny_model, tmp_path, rando
     random_directions(tiny_model()).save(tmp_path / "directions.safetensors")
     result = axolotl_train(
         procon_directions=str(tmp_path / "directions.safetensors"),
-        procon_alpha=0.5,
+        procon_schedule=0.5,
         # Of the padding, which axolotl numbers like one more sample, no token is constrained.
         procon_scope="all",
         procon_blocks=[1, 2],
@@ -150,14 +150,6 @@ def test_packed_samples_of_an_adapter(axolotl_train, tiny_model, tmp_path, rando
     PeftModel.from_pretrained(tiny_model(), out)
 
 
-@pytest.mark.slow
-def test_what_the_yaml_file_gets_wrong_stops_axolotl(axolotl_train, tmp_path):
-    result = axolotl_train(procon_alhpa=0.1)
-    assert result.returncode != 0
-    assert "ProConError: there is no key procon_alhpa: the keys are procon_directions, procon_alpha" in result.stderr
-    assert not (tmp_path / "out" / "config.json").exists()
-
-
 def register(**keys) -> dict:
     cfg = {"plugins": [PLUGIN], **keys}
     ProConPlugin().register(cfg)
@@ -167,18 +159,16 @@ def register(**keys) -> dict:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"procon_alpha": 0.1, "procon_schedule": "procon_s"}, "procon_alpha and procon_schedule both say"),
-        ({"procon_alpha": -1}, "alpha is -1: give a finite number, 0 or more"),
+        ({"procon_shcedule": 0.1}, "there is no key procon_shcedule: the keys are procon_schedule, "),
         ({"procon_scope": "answer"}, "procon_scope is 'answer': choose one of"),
-        ({"rl": "dpo"}, "rl is set, under which the constraint could not act"),
-        ({"trainer_cls": "mine.Trainer"}, "trainer_cls is set"),
-        ({"pretraining_dataset": "data"}, "pretraining_dataset is set"),
-        ({"context_parallel_size": 2}, "context_parallel_size is 2"),
+        ({"rl": "dpo", "trainer_cls": "mine.Trainer"}, "rl, trainer_cls: under this the constraint could not act"),
+        ({"pretraining_dataset": "data"}, "pretraining_dataset"),
+        ({"context_parallel_size": 2}, "context_parallel_size"),
         # Before the model is loaded, which takes minutes.
         ({"procon_probes": "nowhere.txt"}, "prompt file 'nowhere.txt' does not exist"),
         (
             {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-            "gradient_checkpointing_kwargs has use_reentrant: true",
+            "use_reentrant: true",
         ),
     ],
 )
@@ -202,19 +192,19 @@ def test_alpha_zero_changes_nothing():
 
 def test_packing_without_separate_samples_is_refused():
     cfg = {"plugins": [PLUGIN], "sample_packing": True, "attn_implementation": None}
-    with pytest.raises(ProConError, match="sample_packing with attn_implementation None lets samples see those"):
+    with pytest.raises(ProConError, match="under attn_implementation None packed samples see each other"):
         ProConPlugin().pre_model_load(cfg | {"attn_decontaminates_packing": False})
     ProConPlugin().pre_model_load(cfg | {"attn_decontaminates_packing": True})
 
 
 def test_settings_become_training_arguments():
-    given = {"procon_alpha": 0.2, "procon_blocks": [8, 9], "procon_directions": "directions.safetensors"}
+    given = {"procon_schedule": 0.2, "procon_blocks": [8, 9], "procon_directions": "directions.safetensors"}
     assert ProConPlugin().get_training_args({"plugins": [PLUGIN], **given}) == {
-        "procon_schedule": "procon_s:0.2",
+        "procon_schedule": "0.2",
         "procon_blocks": "8,9",
         "procon_directions": "directions.safetensors",
     }
-    own = {"procon_directions", "procon_alpha"}
+    own = {"procon_directions"}
     assert AxolotlKeys.model_fields.keys() == {field.name for field in fields(ProConArguments)} | own
 
 

@@ -321,7 +321,7 @@ def test_bad_input(trainer, tokenizer, tiny_model, random_directions, tmp_path):
             ProConConfig(output_dir=str(tmp_path), **{setting: value})
     merged = lora(tiny_model())
     merged.merge_adapter()
-    with pytest.raises(ProConError, match="the adapter is merged into the model"):
+    with pytest.raises(ProConError, match="the adapter is switched off or merged into the model"):
         LiveAnchors(merged, random_directions(merged))
     off = lora(tiny_model())
     off.base_model.disable_adapter_layers()

@@ -1,4 +1,4 @@
-"""When memory runs out, half as many prompts are run at a time, and nothing else changes."""
+"""When memory runs out, fewer prompts are run at a time, and nothing else changes."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def cramped(tiny_model):
     return model, sizes
 
 
-def test_means_of_prompts_are_counted_once(cramped, tiny_model, tokenizer, caplog):
+def test_means_of_prompts_are_counted_once(cramped, tiny_model, tokenizer):
     """Also those that went through the first blocks before memory ran out."""
     model, sizes = cramped
     prompts = ContrastPrompts(tuple(PROMPTS), tuple(PROMPTS[::-1][:5]))
@@ -35,8 +35,7 @@ def test_means_of_prompts_are_counted_once(cramped, tiny_model, tokenizer, caplo
     expected = ContrastMeans.measure(tiny_model(), tokenizer, prompts, batch_size=2, progress=False)
     assert torch.equal(found.malicious, expected.malicious)
     assert torch.equal(found.benign, expected.benign)
-    assert sizes == [8, 4, 2, 2, 2, 2, 1, 5, 2, 2, 1]
-    assert "memory ran out with 8 prompts at once: going on with 4" in caplog.text
+    assert sizes == [8, 7, 6, 5, 4, 3, 2, 2, 2, 2, 1, 5, 4, 3, 2, 2, 1]
 
 
 def test_replies_stay_in_their_places(cramped, tiny_model, tokenizer):
@@ -49,7 +48,7 @@ def test_replies_stay_in_their_places(cramped, tiny_model, tokenizer):
 
 def test_one_that_does_not_fit(tiny_model):
     def full(batch) -> None:
-        raise RuntimeError("MPS backend out of memory")
+        raise torch.OutOfMemoryError(OUT_OF_MEMORY)
 
     with pytest.raises(ProConError, match="memory ran out with one prompt at a time: load the model in fewer bits"):
         in_batches([1, 2, 3], 2, full)

@@ -19,10 +19,8 @@ from transformers import (
 from procon.errors import ProConError
 from procon.models import (
     configuration_hash,
-    evaluating,
     find_decoder,
     first_moving_block,
-    model_device,
     observe_block_inputs,
     observe_sites,
     weights_hash,
@@ -88,12 +86,6 @@ def test_a_last_block_of_several_streams_is_refused(tiny_model):
         model(input_ids=torch.tensor([[5, 6]]))
 
 
-def test_the_decoder_has_no_head(tiny_model):
-    model = tiny_model()
-    decoder = find_decoder(model)
-    assert model.lm_head not in list(decoder.module.modules())
-
-
 def test_the_language_side_of_a_vision_language_model():
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
     text |= {"num_key_value_heads": 2, "vocab_size": 99, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
@@ -126,26 +118,6 @@ def test_a_module_that_is_no_causal_lm_is_refused():
         find_decoder(AutoModelForMaskedLM.from_config(bert))
 
 
-def test_evaluating_restores_every_flag(tiny_model):
-    model = tiny_model("gpt2")
-    model.train()
-    model.transformer.h[1].eval()
-    model.lm_head.eval()
-    flags = [module.training for module in model.modules()]
-    seen = []
-
-    def fail() -> None:
-        with evaluating(model):
-            seen.append((any(module.training for module in model.modules()), torch.is_grad_enabled()))
-            raise RuntimeError("on the way")
-
-    with pytest.raises(RuntimeError, match="on the way"):
-        fail()
-    assert seen == [(False, False)]
-    assert [module.training for module in model.modules()] == flags
-    assert torch.is_grad_enabled()
-
-
 @pytest.mark.parametrize(
     ("trained", "first"),
     [
@@ -167,11 +139,6 @@ def test_first_block_whose_input_moves(tiny_model, trained, first):
     assert first_moving_block(find_decoder(model)) == first
 
 
-def test_device(tiny_model):
-    assert model_device(tiny_model("gpt2")) == torch.device("cpu")
-    assert model_device(tiny_model().to("meta")).type == "meta"
-
-
 def test_the_weights_hash_follows_every_weight(tiny_model):
     model = tiny_model()
     first = weights_hash(model)
@@ -186,21 +153,6 @@ def test_the_weights_hash_follows_every_weight(tiny_model):
             assert weights_hash(model) != first
             flat[index] = before
     assert weights_hash(model) == first
-
-
-def test_the_weights_hash_follows_order_names_and_shapes():
-    def hashed(**weights) -> str:
-        model = nn.Module()
-        for name, weight in weights.items():
-            model.register_parameter(name, nn.Parameter(weight))
-        return weights_hash(model)
-
-    weight = torch.arange(12.0)
-    first = hashed(a=weight, b=weight + 1)
-    others = [hashed(a=weight.flip(0), b=weight + 1), hashed(a=weight.view(3, 4), b=weight + 1), hashed(a=weight)]
-    others += [hashed(a=weight + 1, b=weight), hashed(c=weight, b=weight + 1)]
-    assert len({first, *others}) == 6
-    assert hashed(b=weight + 1, a=weight) == first
 
 
 def test_the_weights_hash_follows_places():
@@ -231,21 +183,12 @@ def test_the_configuration_hash_follows_what_changes_a_forward(tiny_model):
     assert configuration_hash(get_peft_model(model, LoraConfig(target_modules=["q_proj"]))) == first
 
 
-def test_the_configuration_hash_follows_buffers_that_are_made_from_it(tiny_model):
-    model = tiny_model()
-    first = configuration_hash(model)
-    frequencies = model.model.rotary_emb.inv_freq
-    frequencies.mul_(1 + 2**-22)  # another device
-    assert configuration_hash(model) == first
-    frequencies.mul_(1.1)
-    assert configuration_hash(model) != first
-    assert configuration_hash(tiny_model().bfloat16()) != first  # rotary positions are coarser then
+def test_the_configuration_hash_follows_the_precision_of_buffers_that_are_made_from_it(tiny_model):
+    assert configuration_hash(tiny_model().bfloat16()) != configuration_hash(tiny_model())  # coarser rotary positions
     dynamic = tiny_model(rope_parameters={"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0})
-    dynamic_first = configuration_hash(dynamic)
-    before = dynamic.model.rotary_emb.inv_freq.clone()
+    first = configuration_hash(dynamic)
     dynamic(torch.ones(1, 600, dtype=torch.int64))  # longer than 512, for which they are made again
-    assert not torch.equal(dynamic.model.rotary_emb.inv_freq, before)
-    assert configuration_hash(dynamic) == dynamic_first
+    assert configuration_hash(dynamic) == first
 
 
 def test_the_weights_hash_follows_buffers():

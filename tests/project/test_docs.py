@@ -281,7 +281,7 @@ LLAMA_FACTORY_KEYS = {
 
 def axolotl_plugin_keys() -> set[str]:
     """The keys that the plugin adds, without it: axolotl itself need not be there."""
-    return {field.name for field in fields(ProConArguments)} | {"procon_alpha", "procon_directions"}
+    return {field.name for field in fields(ProConArguments)} | {"procon_directions"}
 
 
 @pytest.mark.parametrize("page", pages_with("yaml"))

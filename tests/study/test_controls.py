@@ -1,27 +1,11 @@
-"""Controls: random directions, random ones within the hidden states, and those of other blocks."""
+"""The study's controls: random directions, random ones within the hidden states, and those of other blocks."""
 
 import pytest
 import torch
 
-from procon.directions import Directions, randomized, randomized_within, shuffled
+from benchmarks.study.controls import randomized_within, shuffled
+from procon.directions import Directions, randomized
 from procon.errors import ProConError
-
-
-def test_randomized_directions_are_unit_and_leave_dead_blocks_out():
-    gap = torch.tensor([0.0, 1.0, 2.0])
-    found = randomized(Directions(torch.eye(3, 16)[:, None], gap[:, None]), seed=4)
-    torch.testing.assert_close(found.basis[:, 0].norm(dim=-1), torch.tensor([0.0, 1.0, 1.0]))
-    assert torch.equal(found.gaps[:, 0], gap)
-    assert found.cosine(randomized(found, seed=5))[1:].abs().max() < 0.9
-
-
-def test_a_randomized_seed_stays_what_it_was():
-    gap = torch.ones(3)
-    found = randomized(Directions(torch.eye(3, 16)[:, None], gap[:, None]), seed=4)
-    drawn = torch.randn(3, 16, generator=torch.Generator().manual_seed(4))
-    assert torch.equal(found.basis[:, 0], torch.nn.functional.normalize(drawn, dim=-1))
-    assert found.provenance == {"random_seed": 4}
-    assert found.hash == "097f63e79dc36f9c"
 
 
 def test_shuffled_directions_are_a_derangement_of_the_usable_ones(tmp_path):
