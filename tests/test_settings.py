@@ -24,7 +24,6 @@ from procon import (
     ProConTrainer,
     ProjectionConstraint,
 )
-from procon.anchors import LiveAnchors
 from procon.cli import main
 from procon.cli.arguments import TrainArguments
 from procon.cli.chat import chat_settings
@@ -226,12 +225,8 @@ def test_the_other_words(tiny_model, random_directions):
     for call in (lambda: constraint.attach(model, fuse="maybe"), lambda: ProConCallback(fuse="maybe")):
         with pytest.raises(ProConError, match="fuse is 'maybe': choose one of auto, never"):
             call()
-    for call in (
-        lambda: ProjectionConstraint(random_directions(model), backend="cuda"),
-        lambda: LiveAnchors(Untouchable(), Untouchable(), backend="cuda"),
-    ):
-        with pytest.raises(ProConError, match="backend is 'cuda': choose one of auto, triton, eager"):
-            call()
+    with pytest.raises(ProConError, match="backend is 'cuda': choose one of auto, triton, eager"):
+        ProjectionConstraint(random_directions(model), backend="cuda")
 
 
 @pytest.mark.parametrize("setting", WRONG)

@@ -18,12 +18,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from procon.anchors.starting_state import require_length
 from procon.constraint.guards import refuse_data_parallel, refuse_noise
 from procon.directions import Directions
 from procon.errors import ProConError
 from procon.integrations.forward import REMEDY, ConstrainedForward, constrained_by
 from procon.method import ProCon, Run, check_batches, makes_batches, once_through
+from procon.method.procon import require_length
 from procon.method.ranks import on_main
 from procon.method.record import RECORD, write_record
 from procon.schedule import AlphaSchedule
@@ -270,7 +270,6 @@ class _CallbackRun(Run):
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         progress = not args.disable_tqdm and PartialState().is_main_process
         super().__init__(model, tokenizer, chat=chat, folder=output_folder(args), progress=progress)
-        self.precision = AcceleratorState().mixed_precision
         self._device = args.device
 
     @property
@@ -278,7 +277,7 @@ class _CallbackRun(Run):
         return self._device
 
     def autocast(self) -> AbstractContextManager[Any]:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.precision))
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(AcceleratorState().mixed_precision)
         return nullcontext() if dtype is None else torch.autocast(self._device.type, dtype)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
-from procon.anchors.starting_state import check_resumed
+from procon.method.record import check_resumed
 from procon.models import frozen_hash, weights_hash
 
 logger = logging.getLogger(__name__)
