@@ -22,16 +22,13 @@ from procon.errors import ProConError
 
 T = TypeVar("T")
 
-#: Seconds after which what was being written is taken for left behind by a process that died.
-_ABANDONED = 24 * 60 * 60
-
 #: Characters of one text that a file of prompts or conversations may have.
 MAX_TEXT = 1_000_000
 
 #: What Python raises if content is not the one that was expected.
 NO_SUCH_CONTENT = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
-#: What safetensors, tokenizers and torch say of an error of the system, in place of which they raise their own.
+#: What safetensors, tokenizers and torch say of an error of the system.
 _SYSTEM_ERROR = re.compile(r"\(os error \d+\)|PytorchStreamWriter|unexpected pos|iostream error")
 
 
@@ -50,10 +47,7 @@ def writing(target: str | Path) -> Iterator[None]:
 
 
 def check_writable(target: str | Path) -> None:
-    """Raise ProConError now, rather than after the work, unless the file ``target`` can be written.
-
-    Leaves nothing behind. Of a folder, ask for any file in it.
-    """
+    """Raise ProConError now, rather than after the work, unless the file ``target`` can be written; leaves nothing."""
     target = Path(target)
     if target.is_dir():
         raise ProConError(f"cannot write {str(target)!r}: it is a folder; give the name of a file")
@@ -121,11 +115,7 @@ def json_checksum(data: dict[str, Any]) -> str:
 
 
 def load_json(path: str | Path, build: Callable[[Any], T], what: str) -> T:
-    """``build`` what :func:`save_json` wrote; ``what`` names it in messages.
-
-    Raises:
-        ProConError: if the file is missing or damaged, or ``build`` does not recognise its content.
-    """
+    """``build`` what :func:`save_json` wrote; ProConError, by the name ``what``, if it is missing or damaged."""
     if not os.path.isfile(path):
         raise ProConError(f"{what} file {str(path)!r} does not exist")
     try:
@@ -156,7 +146,7 @@ def _private_folder(parent: Path) -> Iterator[Path]:
 
 def sync(path: Path) -> None:
     """Wait until a file, or the list of a folder's files, is on the disk."""
-    if os.name != "posix":
+    if os.name != "posix":  # which opens no folder, and syncs no file that is open for reading
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -178,5 +168,5 @@ def clean(parent: Path) -> None:
     """Remove what processes that died were writing in ``parent`` a day ago; whatever is written there does so first."""
     for path in parent.glob("_procon-*.partial"):
         with suppress(OSError):  # another process cleans too, or it may not
-            if time.time() - path.lstat().st_mtime > _ABANDONED:
+            if time.time() - path.lstat().st_mtime > 24 * 60 * 60:
                 shutil.rmtree(path)

@@ -205,7 +205,7 @@ class AnchoredCollator:
         batch = dict(self.collator(features))
         if self.anchors is None:
             return batch
-        if isinstance(self.anchors, str):
+        if not isinstance(self.anchors, Anchors):
             return {**batch, "constraint_mask": mask_tokens(batch, self.anchors)[0]}
         decode = getattr(self.tokenizer or getattr(self.collator, "tokenizer", None), "decode", None)
         return self.anchors.annotate(batch, decode)
