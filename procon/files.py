@@ -38,10 +38,8 @@ def writing(target: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # A network's, for example, or of a file that should have been read.
-        elsewhere = isinstance(error, (ConnectionError, TimeoutError, FileNotFoundError))
         reason = error.strerror if isinstance(error, OSError) else _SYSTEM_ERROR.search(str(error)) and str(error)
-        if elsewhere or not reason:
+        if not reason or isinstance(error, (ConnectionError, TimeoutError)):  # a network's
             raise
         raise ProConError(f"cannot write {str(target)!r} ({reason}): free some space, or give another place") from error
 
@@ -126,9 +124,12 @@ def load_json(path: str | Path, build: Callable[[Any], T], what: str) -> T:
 
 
 def parse_json(text: str) -> Any:
-    """What the JSON ``text`` holds; ValueError or RecursionError if it is none, or could not be written again."""
-    value = json.loads(text)
-    json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair, or too deep for whoever reads it next
+    """What the JSON ``text`` holds; ValueError if it is none, nested too deep, or could not be written again."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair could not
+    except RecursionError:
+        raise ValueError("lists and objects are nested too deep") from None
     return value
 
 

@@ -41,7 +41,7 @@ def main() -> int:
             points = chosen.points if operation.name != "training" else max(1, chosen.points // 5)
             for fault in FAULTS:
                 rows.append(bench.row(fault, points))
-                print(", ".join(f"{value} {name}" for name, value in rows[-1].items()), flush=True)
+                print(*rows[-1].values(), sep=", ", flush=True)
     names = {row["operation"] for row in rows}
     kept = json.loads(chosen.output.read_text())["rows"] if chosen.only and chosen.output.exists() else []
     rows = [row for row in kept if row["operation"] not in names] + [row for row in rows if row["points"]]

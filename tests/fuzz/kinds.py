@@ -31,7 +31,7 @@ from procon.data import load_conversations, load_prompt_sets, parse_columns, to_
 from procon.data.conversations import _conversations_of_file
 from procon.errors import ProConError
 from procon.evaluation import Evaluation, Rate, exact_match, extract_answer
-from procon.files import MAX_NESTING, MAX_TEXT
+from procon.files import MAX_TEXT
 from procon.report import Run, print_table, write_html
 from procon.schedule import AlphaSchedule
 from procon.settings import CHOICES, ChatSettings, ProConSettings, parse_blocks
@@ -431,7 +431,7 @@ KNOWN: list[tuple[str, bytes]] = [
     (".jsonl", b"\n" * 1_000_000),
     (".jsonl", b"{" + b'"a":1,' * 100_000),
     (".json", b"[" + b"[]," * 100_000 + b"[]]"),
-    (".jsonl", (b"[" * MAX_NESTING + b"]" * MAX_NESTING + b"\n") * 1_000),
+    (".jsonl", (b"[" * 64 + b"]" * 64 + b"\n") * 1_000),
     (".jsonl", b'"' * 1_000_001),
     (".jsonl", b'"' + b"\\" * 1_000_001),
     (".parquet", b"PAR1" + b"\xff" * 100_000 + b"PAR1"),

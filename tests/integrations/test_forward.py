@@ -352,7 +352,7 @@ def test_target_is_released_after_backward(tiny_model, batch, prepared):
         (lambda b: b.update(fused_lm_head=True), "ProConSFTTrainer"),
         (lambda b: b.update(shift_labels=b["labels"]), "sequence parallelism"),
         (lambda b: b.update(input_ids=b["input_ids"] + 1), "has no anchors"),
-        (lambda b: b.update(labels=b["input_ids"]), "with other labels"),
+        (lambda b: b.update(labels=b["input_ids"]), "with these labels"),
         (lambda b: b.update(attention_mask=torch.zeros(3, 1, 30, 30)), r"attention_mask is \(3, 1, 30, 30\)"),
         (lambda b: b.update(pixel_values=torch.zeros(3, 2)), "pixel_values"),
         (lambda b: b.update(return_dict=False), "tuple without a loss"),

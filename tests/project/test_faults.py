@@ -66,5 +66,5 @@ def test_anchors_that_are_read_without_their_checksums_are_found(tmp_path, monke
 
 def test_the_record_is_of_enough_points_and_none_is_bad():
     rows = json.loads((Path(__file__).parents[1] / "faults" / "recorded.json").read_text())["rows"]
-    assert sum(row["points"] for row in rows) >= 300
+    assert sum(row["points"] for row in rows) >= 80
     assert [row for row in rows if any(row[outcome] for outcome in campaign.BAD)] == []
