@@ -198,7 +198,7 @@ class AnchoredCollator:
         tokenizer: Any = None,
     ) -> None:
         self.collator = collator
-        self.anchors = anchors
+        self.anchors: Anchors | TokenScope | None = anchors
         self.tokenizer = tokenizer
 
     def __call__(self, features: list[Any]) -> dict[str, Any]:
