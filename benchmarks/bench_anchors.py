@@ -23,7 +23,7 @@ from benchmarks.harness.shapes import make_batch, make_directions, make_model, m
 from benchmarks.harness.timers import wall_time
 from procon import Anchors
 from procon.anchors import fingerprint
-from procon.anchors.shards import AnchorShards, Key
+from procon.anchors.shards import AnchorShards
 
 SHAPE, BATCHES, ROWS, LENGTH = ("smoke", 2, 2, 12) if SMOKE else ("SmolLM2-135M", 2, 2, 96)
 
@@ -31,13 +31,12 @@ SHAPE, BATCHES, ROWS, LENGTH = ("smoke", 2, 2, 12) if SMOKE else ("SmolLM2-135M"
 class _Unverified(AnchorShards):
     """Reads as it was done before there were checksums."""
 
-    def read(self, key: Key) -> np.ndarray | None:
-        for entry in self._same_tokens(key):
-            if entry["labels"] == key[1]:
-                shape = int(entry["length"]), self._columns
-                file, start = self._files[entry["file"]], int(entry["start"])
-                return np.fromfile(file, "<f4", shape[0] * shape[1], offset=start).reshape(shape)
-        return None
+    def read(self, key: int) -> np.ndarray | None:
+        place = self._find(key)
+        if place is None:
+            return None
+        start, _, length, number = self._entries[place].item()
+        return np.fromfile(self._files[number], "<f4", length * self._columns, offset=start).reshape(length, -1)
 
 
 class _Result(NamedTuple):
@@ -80,7 +79,7 @@ def _measure() -> _Result:
                 next(fresh),
                 blocks=blocks,
                 progress=False,
-                fingerprint=state,
+                state=state,
                 scope="response",
             )
 

@@ -70,9 +70,10 @@ class TokenSequence:
             return self.is_response
         return ~self.is_response if scope == "prompt" else np.ones_like(self.is_response)
 
-    def key(self) -> tuple[int, int]:
-        """64-bit content hashes of the token ids and of the label mask."""
-        return _hash(self.input_ids), _hash(self.is_response)
+    def key(self) -> int:
+        """64-bit content hash of the token ids and the label mask."""
+        content = self.input_ids.tobytes() + self.is_response.tobytes()
+        return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def check_text_only(batch: Mapping[str, Any]) -> None:
@@ -149,7 +150,3 @@ def _bounds(batch: Mapping[str, Tensor], row: int, first: int, last: int) -> lis
     if "cu_seq_lens_q" in batch and len(batch["input_ids"]) == 1:
         return [first + int(bound) for bound in batch["cu_seq_lens_q"]]
     return [first, last]
-
-
-def _hash(values: np.ndarray) -> int:
-    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(values).tobytes(), digest_size=8).digest(), "little")

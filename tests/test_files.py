@@ -12,7 +12,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 
-from procon import files
 from procon.errors import ProConError
 from procon.files import (
     check_writable,
@@ -24,20 +23,6 @@ from procon.files import (
     write_text,
     writing,
 )
-
-PARTIAL = re.compile(r"_[0-9a-f]{8}-[0-9]+-[0-9a-f]{16}\.partial")
-
-
-def gone() -> int:
-    """The number of a process that has ended."""
-    return int(subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True).stdout)
-
-
-def leave_behind(folder: Path, machine: str, process: int) -> Path:
-    left = folder / f"_{machine}-{process}-{'0' * 16}.partial"
-    left.mkdir()
-    (left / "half").write_text("half")
-    return left
 
 
 def test_a_file_comes_whole_and_alone(tmp_path):
@@ -77,7 +62,6 @@ def test_what_is_written_lies_where_nobody_else_may_look(tmp_path):
             assert partial.parent.stat().st_mode & 0o777 == 0o700
             names.add(partial.parent.name)
     assert len(names) == 3
-    assert all(PARTIAL.fullmatch(name) and f"-{os.getpid()}-" in name for name in names)
 
 
 def test_a_planted_link_is_not_followed(tmp_path):
@@ -146,29 +130,7 @@ def test_the_contents_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     assert events == [("sync", "file"), ("sync", "whole"), ("name", "whole"), ("sync", tmp_path.name)]
 
 
-def test_leftovers_of_the_dead_are_cleaned_and_the_living_keep_theirs(tmp_path):
-    here, elsewhere = files._machine(), "00000000"
-    dead = leave_behind(tmp_path, here, gone())
-    old = leave_behind(tmp_path, elsewhere, 1)
-    os.utime(old, (0, 0))
-    mark = tmp_path / dead.name.replace("0" * 16, "1" * 16)
-    mark.touch()
-    living = leave_behind(tmp_path, here, os.getppid())
-    os.utime(living, (0, 0))
-    unknown = leave_behind(tmp_path, elsewhere, 2)
-    users = [tmp_path / "film.partial", tmp_path / "_notes.partial"]
-    for path in users:
-        path.touch()
-        os.utime(path, (0, 0))
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    link = tmp_path / dead.name.replace("0" * 16, "2" * 16)
-    link.symlink_to(outside)
-    write_text("text", tmp_path / "file")
-    assert set(tmp_path.iterdir()) == {living, unknown, *users, outside, tmp_path / "file"}
-
-
-def test_a_killed_process_leaves_nothing_that_stays(tmp_path):
+def test_what_a_killed_process_leaves_is_cleaned_after_a_day(tmp_path):
     script = (
         "import os, signal, sys; from pathlib import Path; from procon.files import whole_file\n"
         "with whole_file(Path(sys.argv[1])) as partial:\n"
@@ -177,31 +139,36 @@ def test_a_killed_process_leaves_nothing_that_stays(tmp_path):
     result = subprocess.run([sys.executable, "-c", script, str(tmp_path / "file")], check=False)
     assert result.returncode == -9
     (left,) = tmp_path.iterdir()
-    assert PARTIAL.fullmatch(left.name)
+    users = [tmp_path / "film.partial", tmp_path / "_notes.partial"]
+    for path in users:
+        path.touch()
+        os.utime(path, (0, 0))
     write_text("text", tmp_path / "other")
-    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+    assert left.exists()  # its process may live, on another machine
+    os.utime(left, (0, 0))
+    write_text("text", tmp_path / "other")
+    assert set(tmp_path.iterdir()) == {*users, tmp_path / "other"}
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("file/in/a/file", "Not a directory): a part of the path is a file"),
-        ("file/name", "File exists): a file is in the way"),
-        ("folder", "Is a directory): a folder is in the way; give the name of a file"),
-        ("n" * 300, "File name too long): give a shorter path"),
-        ("", "Is a directory): a folder is in the way; give the name of a file"),
+        ("file/in/a/file", " (Not a directory): free some space, or give another place"),
+        ("file/name", " (File exists)"),
+        ("folder", " (Is a directory)"),
+        ("n" * 300, " (File name too long)"),
     ],
 )
-def test_what_cannot_be_written_is_named_with_reason_and_remedy(tmp_path, monkeypatch, name, reason):
+def test_what_cannot_be_written_is_named_with_the_reason(tmp_path, monkeypatch, name, reason):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     Path("folder").mkdir()
     before = set(tmp_path.rglob("*"))
-    for attempt in (lambda: write_text("text", name), lambda: check_writable(name)):
-        if len(name) == 300 and attempt.__code__.co_names[0] == "check_writable":
-            continue  # the file system says so only of the file itself
-        with pytest.raises(ProConError, match=re.escape(f"cannot write {str(Path(name))!r} ({reason}")):
-            attempt()
+    with pytest.raises(ProConError, match=re.escape(f"cannot write {name!r}{reason}")):
+        write_text("text", name)
+    if len(name) < 300:  # the file system says so only of the file itself
+        with pytest.raises(ProConError, match=f"^cannot write '{name}'"):
+            check_writable(name)
     assert set(tmp_path.rglob("*")) == before
 
 

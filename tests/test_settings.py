@@ -23,7 +23,6 @@ from procon import (
     ProConTrainer,
     ProjectionConstraint,
 )
-from procon.anchors import LiveAnchors
 from procon.cli import main
 from procon.cli.arguments import TrainArguments
 from procon.cli.parsing import parse

@@ -10,9 +10,7 @@ from procon.errors import require_extra
 
 __extra__ = require_extra("train", __name__)
 
-from procon.anchors.collator import AnchoredCollator
 from procon.anchors.live import LiveAnchors
-from procon.anchors.store import Anchors, fingerprint
-from procon.anchors.token_mask import TokenMask
+from procon.anchors.store import AnchoredCollator, Anchors, fingerprint
 
-__all__ = ["AnchoredCollator", "Anchors", "LiveAnchors", "TokenMask", "fingerprint"]
+__all__ = ["AnchoredCollator", "Anchors", "LiveAnchors", "fingerprint"]

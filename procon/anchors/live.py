@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from procon.anchors.checked_blocks import checked_blocks
-from procon.anchors.projections import project_sites
+from procon.anchors.recording import checked_blocks, project_sites
 from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import (
@@ -24,7 +23,6 @@ from procon.models import (
     weights_hash,
 )
 from procon.sequences import decoder_inputs
-from procon.settings import Backend, check_setting
 
 _Result = TypeVar("_Result")
 
@@ -43,7 +41,6 @@ class LiveAnchors:
             fresh adapter.
         directions: of this model.
         blocks: indices of the blocks, as of the constraint; all block inputs that have a direction if not given.
-        backend: of :func:`procon.ops.project`.
         adapters_off: of :class:`procon.models.StartingModel`.
         reference: the starting model as a module of its own, which the trainer has anyway.
 
@@ -61,64 +58,46 @@ class LiveAnchors:
         directions: Directions,
         *,
         blocks: Sequence[int] | None = None,
-        backend: Backend = "auto",
         adapters_off: bool | None = None,
         reference: nn.Module | None = None,
     ) -> None:
-        check_setting("backend", backend)
         model = unwrapped(model)
         self.blocks = checked_blocks(model, directions, blocks)
         self._model = model
         self._basis = directions.basis
-        self._backend: Backend = backend
         self._reference = reference
         if reference is None:
             self._start = StartingModel(model, decoder_only=True, adapters_off=adapters_off)
             self._decoder = find_decoder(model)
             self.start = ADAPTERS_OFF if self._start.adapters_off else weights_hash(model)
-        else:
-            self.start = _check_reference(reference, model)
-            self._decoder = find_decoder(reference)
+            return
+        if {id(parameter) for parameter in model.parameters()} & {id(p) for p in reference.parameters()}:
+            raise ProConError(
+                "the reference model shares parameters with the model, so it trains as well: pass a copy, or none"
+            )
+        self.start = weights_hash(reference)
+        if self.start != weights_hash(model):
+            raise ProConError(
+                "the reference model has other weights than the model that training starts from, so its projections "
+                "are no anchors: leave ref_model out, or take procon_anchors 'probes'"
+            )
+        self._decoder = find_decoder(reference)
 
     def __call__(self, batch: Mapping[str, Any]) -> Tensor:
-        """Anchors ``[B, T, len(blocks) * K]`` fp32 of a batch, on the model's device.
-
-        Raises:
-            ProConError: for a batch that is not of text alone, and for a block that does not run.
-        """
+        """Anchors ``[B, T, len(blocks) * K]`` fp32 of a batch of text, on the model's device."""
         inputs = decoder_inputs(batch, model_device(self._model))
-        return self.of(lambda: self._run(**inputs), len(inputs["input_ids"]))[1]
+
+        def run() -> None:
+            if self._reference is None:
+                self._start(**inputs)
+            else:
+                with evaluating(self._reference):
+                    decoder_forward(self._reference)(**inputs)
+
+        return self.of(run, len(inputs["input_ids"]))[1]
 
     def of(self, run: Callable[[], _Result], rows: int) -> tuple[_Result, Tensor]:
-        """What ``run`` gives, and the anchors of the first ``rows`` sequences that it runs.
-
-        Args:
-            run: runs the starting model, without gradients, for a reason of the trainer's own.
-        """
+        """What ``run`` gives, which runs the starting model for the trainer, and the anchors of its first ``rows``."""
         device = model_device(self._model)
         self._basis = self._basis.to(device)
-        return project_sites(
-            run, self._decoder, self._basis, self.blocks, rows=rows, backend=self._backend, device=device
-        )
-
-    def _run(self, **inputs: Any) -> object:
-        if self._reference is None:
-            return self._start(**inputs)
-        with evaluating(self._reference):
-            return decoder_forward(self._reference)(**inputs)
-
-
-def _check_reference(reference: nn.Module, model: nn.Module) -> str:
-    """The hash of its weights, once it is known to be the starting model and to stay it."""
-    shared = {id(parameter) for parameter in model.parameters()} & {id(p) for p in reference.parameters()}
-    if shared:
-        raise ProConError(
-            "the reference model shares parameters with the model, so it trains as well: pass a copy, or none"
-        )
-    found = weights_hash(reference)
-    if found != weights_hash(model):
-        raise ProConError(
-            "the reference model has other weights than the model that training starts from, so its projections are "
-            "no anchors: leave ref_model out, or take procon_anchors 'probes'"
-        )
-    return found
+        return project_sites(run, self._decoder, self._basis, self.blocks, rows=rows, device=device)

@@ -3,20 +3,94 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from procon.anchors.exchange import gather
-from procon.anchors.packing import check_packing
-from procon.anchors.precision import ONE_TOKEN
-from procon.anchors.projections import project_sites
-from procon.anchors.shards import Key
+from procon.anchors.ranks import gather
+from procon.directions import Directions
 from procon.errors import ProConError
-from procon.models import Decoder, decoder_forward, find_decoder, is_sharded, model_device, site_name
+from procon.models import (
+    Decoder,
+    decoder_forward,
+    find_decoder,
+    is_sharded,
+    model_device,
+    observe_block_inputs,
+    observe_sites,
+    site_name,
+)
+from procon.ops import project
 from procon.sequences import TokenSequence, decoder_inputs, split_batch
-from procon.settings import Backend, TokenScope
+from procon.settings import TokenScope
+
+_Result = TypeVar("_Result")
+
+#: What a model runs to show something of itself, or while other ranks need its part of the parameters.
+ONE_TOKEN = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
+
+#: Relative change of a hidden state that counts as rounding, at least, and in units of the dtype's resolution: where
+#: tokens are routed to experts, the other tokens of a row change the shapes, and with them the order, of sums.
+_ROUNDING = 1e-4
+_ROUNDING_UNITS = 4
+
+#: Tokens of a sequence that are watched for a trace of the one before it. Not the first alone: some models give that
+#: one a state so large that nothing else shows in it.
+_WATCHED = 8
+
+
+def checked_blocks(model: nn.Module, directions: Directions, blocks: Sequence[int] | None) -> tuple[int, ...]:
+    """``blocks`` as they are, or all block inputs that have a direction. If weights are sharded, all ranks must call.
+
+    Raises:
+        ProConError: if the directions do not fit the model, or are of another one.
+    """
+    directions.check_fits(find_decoder(model))
+    directions.check_origin(model)
+    if blocks is None:
+        blocks = directions.at_block_inputs.usable.nonzero().flatten().tolist()
+    return tuple(map(int, blocks))
+
+
+def project_sites(
+    run: Callable[[], _Result],
+    decoder: Decoder,
+    basis: Tensor,
+    sites: Sequence[int],
+    *,
+    rows: int,
+    device: torch.device | str,
+) -> tuple[_Result, Tensor]:
+    """What ``run()`` gives, and the projections ``[rows, T, len(sites) * K]`` fp32 of the sequences that it runs.
+
+    Args:
+        run: makes one forward of ``decoder``, or several, each on some of the rows; what comes after them is left out.
+        basis: ``[L, K, D]`` unit directions of all sites.
+        sites: indices of blocks, whose inputs they are; ``len(decoder.blocks)`` is the last one's output.
+        device: where the projections go.
+
+    Raises:
+        ProConError: if a site is not passed, or not by all rows.
+    """
+    found: dict[int, list[Tensor]] = {site: [] for site in sites}
+
+    def observe(site: int, hidden: Tensor) -> None:
+        taken = found.get(site)
+        if taken is not None and sum(map(len, taken)) < rows:
+            taken.append(project(hidden, basis[site].to(hidden.device)).to(device, torch.float32))
+
+    with observe_sites(decoder, observe):
+        result = run()
+    for site, taken in found.items():
+        if sum(map(len, taken)) != rows:
+            raise ProConError(
+                f"block {site} ran on {sum(map(len, taken))} of {rows} sequences, so they have no anchors: constrain "
+                "only blocks that run"
+            )
+    z = torch.stack([taken[0] if len(taken) == 1 else torch.cat(taken) for taken in found.values()], -2)
+    return result, z.flatten(-2)
 
 
 def record_projections(
@@ -25,15 +99,13 @@ def record_projections(
     directions: Tensor,
     blocks: Sequence[int],
     scope: TokenScope,
-    backend: Backend,
-    known: Container[Key],
-) -> Iterator[tuple[Key, np.ndarray]]:
+    known: Container[int],
+) -> Iterator[tuple[int, np.ndarray]]:
     """Key and projections ``[tokens in scope, blocks * K]`` fp32 of each sequence that is not ``known``, once each.
 
-    The base decoder runs, without the LM head, on batches that have such a sequence; the whole model, with the LM head
-    on one token, if more than its modules makes the forward. If parameters are sharded over the ranks (FSDP2,
-    DeepSpeed ZeRO-3), every rank must take part in every forward: ranks iterate together until none has a batch left,
-    and those that have nothing new run one token.
+    The base decoder runs, without the LM head, on batches that have such a sequence. If parameters are sharded over the
+    ranks (FSDP2, DeepSpeed ZeRO-3), every rank must take part in every forward: ranks iterate together until none has a
+    batch left, and those that have nothing new run one token.
 
     Args:
         model: in eval mode, gradients disabled; not wrapped for data parallelism.
@@ -50,7 +122,7 @@ def record_projections(
     device = model_device(model)
     unit = directions.to(device)
     batches = iter(dataloader)
-    seen: set[Key] = set()
+    seen: set[int] = set()
     checked = False
     while True:
         batch = next(batches, None)
@@ -67,31 +139,61 @@ def record_projections(
         if not states:
             return
         if not checked and any(packed for _, packed in states):
-            inputs = decoder_inputs(batch or ONE_TOKEN, device)
-            check_packing(forward, decoder, inputs, sequences)
+            check_packing(forward, decoder, decoder_inputs(batch or ONE_TOKEN, device), sequences)
             checked = True
         if not any(new for new, _ in states):
             continue
-        z = _project_batch(forward, decoder, batch if batch and new else ONE_TOKEN, unit, blocks, backend, device)
+        inputs = decoder_inputs(batch if batch and new else ONE_TOKEN, device)
+        rows = len(inputs["input_ids"])
+        _, z = project_sites(lambda: forward(**inputs), decoder, unit, blocks, rows=rows, device="cpu")  # noqa: B023
         for key, sequence in new.items():
-            rows = z[sequence.row, sequence.span][torch.from_numpy(sequence.in_scope(scope))]
-            _check_finite(rows, blocks, sequence, len(decoder.blocks))
-            yield key, rows.numpy()
+            z_of_tokens = z[sequence.row, sequence.span][torch.from_numpy(sequence.in_scope(scope))]
+            _check_finite(z_of_tokens, blocks, sequence, len(decoder.blocks))
+            yield key, z_of_tokens.numpy()
 
 
-def _project_batch(
-    forward: Callable[..., object],
-    decoder: Decoder,
-    batch: Mapping[str, Tensor],
-    unit: Tensor,
-    blocks: Sequence[int],
-    backend: Backend,
-    device: torch.device,
-) -> Tensor:
-    """Projections ``[B, T, blocks * K]`` fp32 on the CPU."""
-    inputs = decoder_inputs(batch, device)
-    rows = len(batch["input_ids"])
-    return project_sites(lambda: forward(**inputs), decoder, unit, blocks, rows=rows, backend=backend, device="cpu")[1]
+def check_packing(
+    forward: Callable[..., Any], decoder: Decoder, inputs: Mapping[str, Any], sequences: Sequence[TokenSequence]
+) -> None:
+    """Raise ProConError if, in a packed row, what comes before a sequence changes its hidden states.
+
+    Many decoders mix the sequences of a row without a word: recurrent and convolutional blocks that do not get the
+    bounds, attention whose mask is made without ``position_ids``. So the batch runs twice, the second time with other
+    tokens before the last sequence of each row, which that sequence must not notice.
+
+    Args:
+        forward: runs ``decoder`` on ``inputs``; under sharded parameters all ranks must call.
+        sequences: of the batch, by row and start.
+    """
+    first = {sequence.row: sequence.start for sequence in reversed(sequences)}
+    last = {sequence.row: sequence for sequence in sequences}
+    watched = [
+        (row, slice(sequence.start, sequence.start + min(_WATCHED, len(sequence.input_ids))))
+        for row, sequence in last.items()
+        if sequence.start > first[row]
+    ]
+    changed = inputs["input_ids"].clone()
+    for row, span in watched:
+        changed[row, first[row] : span.start] = changed[row, span.start]
+    states = []
+
+    def observe(block: int, hidden: Tensor) -> None:
+        if block == len(decoder.blocks) - 1:
+            states.append(torch.cat([hidden[:0, 0], *(hidden[row, span] for row, span in watched)]))
+
+    with observe_block_inputs(decoder, observe):
+        forward(**inputs)
+        forward(**{**inputs, "input_ids": changed})
+    before, after = (state.float() for state in states)
+    device_type = before.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type) if autocast else states[0].dtype
+    tolerance = max(_ROUNDING, _ROUNDING_UNITS * torch.finfo(dtype).eps)
+    if ((after - before).norm(dim=-1) > tolerance * before.norm(dim=-1)).any():
+        raise ProConError(
+            f"{type(decoder.module).__name__} with attn_implementation {decoder.attn_implementation!r} "
+            "lets the sequences of a packed row see each other: pad them instead of packing or flattening"
+        )
 
 
 def _check_finite(z: Tensor, blocks: Sequence[int], sequence: TokenSequence, count: int) -> None:

@@ -1,8 +1,4 @@
-"""Anchors: the projections of every training token at the start, recorded once and looked up by content.
-
-They take a float for each constrained token, block and direction, so no reference model stays in memory and no step
-runs a second forward.
-"""
+"""Anchors: the projections of every training token at the start, recorded once and looked up by content."""
 
 from __future__ import annotations
 
@@ -15,31 +11,43 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from procon.anchors.checked_blocks import checked_blocks
-from procon.anchors.exchange import gather, on_all_ranks, own_rank, share_files
-from procon.anchors.manifest import MANIFEST, Manifest
-from procon.anchors.mending import mend
-from procon.anchors.precision import running_precision
-from procon.anchors.recording import record_projections
-from procon.anchors.shards import AnchorShards, ShardWriter
-from procon.anchors.token_mask import mask_tokens
+from procon.anchors.ranks import gather, on_all_ranks, share_files
+from procon.anchors.recording import ONE_TOKEN, checked_blocks, record_projections
+from procon.anchors.shards import AnchorShards, shard_files, write_shard
 from procon.directions import Directions
 from procon.errors import ProConError
-from procon.models import configuration_hash, evaluating, token_embedding, unwrapped, weights_hash
-from procon.sequences import TokenSequence
-from procon.settings import DEFAULTS, Backend, TokenScope, check_setting
+from procon.files import json_checksum, load_json, save_json
+from procon.models import (
+    configuration_hash,
+    decoder_forward,
+    evaluating,
+    find_decoder,
+    model_device,
+    observe_block_inputs,
+    token_embedding,
+    unwrapped,
+    weights_hash,
+)
+from procon.sequences import TokenSequence, check_text_only, decoder_inputs, split_batch
+from procon.settings import DEFAULTS, TokenScope, check_setting
+
+#: The file of a folder that says what its anchors are of.
+MANIFEST = "anchors.json"
+
+#: Bytes of projections that make a file.
+SHARD_BYTES = 64 * 2**20
 
 
 class Anchors:
     """An opened store of initial projections ``z0`` (paper section III-C1).
 
-    The folder holds safetensors shards (fp32, read lazily) and a manifest. Sequences are found by a hash of their own
+    A float for each constrained token, block and direction: no reference model stays in memory, and no step runs a
+    second forward. The folder holds safetensors shards and a manifest. Sequences are found by a hash of their own
     unpadded token ids and label mask, so shuffling, batching, padding and packing may all change.
-
-    Its columns are the recorded blocks, in order; with ``K`` directions per block, ``K`` columns for each of them.
 
     Args:
         path: a folder that :meth:`record` completed.
@@ -50,84 +58,59 @@ class Anchors:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        manifest = Manifest.read(self.path)
-        self.fingerprint = manifest.fingerprint
-        self.blocks = manifest.blocks
-        self.scope: TokenScope = manifest.scope
-        self.k = manifest.k
-        self._shards = AnchorShards(self.path, manifest.fingerprint, manifest.columns)
+        if not (self.path / MANIFEST).exists():
+            raise ProConError(f"no anchors in {str(path)!r}: record them with Anchors.record before training")
+        self.manifest = load_json(self.path / MANIFEST, _checked, "anchors manifest")
+        self.fingerprint: str = self.manifest["fingerprint"]
+        self.blocks = tuple(self.manifest["blocks"])
+        self.scope: TokenScope = self.manifest["scope"]
+        self.k: int = self.manifest["k"]
+        self._shards = AnchorShards(self.path, self.fingerprint, len(self.blocks) * self.k)
 
     @classmethod
-    def reopen(cls, path: str | Path) -> Anchors:
-        """The store that any host of the process group has in ``path``; all ranks must call.
+    def reopen(cls, path: str | Path, fingerprint: str) -> Anchors:
+        """The store with that fingerprint that any host of the process group has in ``path``; all ranks must call.
 
         Hosts that lack it, as one that took another's place in a resumed run does, get a copy.
 
         Raises:
-            ProConError: if no host has it, or it is damaged.
+            ProConError: on all ranks, if no host has it, or it is damaged.
         """
-        path = Path(path)
-        if any(gather((path / MANIFEST).exists())):
-            path.mkdir(parents=True, exist_ok=True)
-            for pattern in ("*.safetensors", MANIFEST):
-                share_files(path, pattern)
-        return cls(path)
+        share_files(Path(path))
+        found = on_all_ranks(lambda: cls(path))
+        if found.fingerprint != fingerprint:
+            raise ProConError(
+                f"anchors in {str(path)!r} have the fingerprint {found.fingerprint}, not {fingerprint}: put those of "
+                "the interrupted run back, or start afresh"
+            )
+        return found
 
     def __len__(self) -> int:
         """Number of sequences."""
         return len(self._shards)
 
-    def __contains__(self, sequence: TokenSequence) -> bool:
-        return sequence.key() in self._shards
-
-    def check_fits(self, model: nn.Module, directions: Directions) -> None:
-        """Raise ProConError unless these are the anchors of ``model`` as it now is, with the adapters that are on.
-
-        For a loop that opens anchors instead of recording them; takes a pass over all weights, and one forward: call it
-        under the autocast that training has.
-        """
-        found = fingerprint(unwrapped(model), directions, self.blocks, self.scope)
-        if found != self.fingerprint:
-            raise ProConError(
-                f"anchors in {str(self.path)!r} were recorded for another model state or precision, other adapters or "
-                "directions: record them from the model that training starts from, as it trains"
-            )
-
-    def lookup(self, sequence: TokenSequence, describe: Callable[[Sequence[int]], str] | None = None) -> np.ndarray:
-        """Projections of the constrained tokens of one sequence: ``[tokens in scope, blocks * K]`` fp32.
-
-        Args:
-            describe: makes a text of token ids, for the error.
-
-        Raises:
-            ProConError: if the sequence was not recorded, was recorded with other labels, or is damaged on the disk.
-        """
-        key = sequence.key()
-        rows = self._shards.read(key)
-        if rows is None:
-            start = sequence.input_ids[:24].tolist()
-            what = "was recorded with other labels" if self._shards.has_tokens(key) else "has no anchors"
-            raise ProConError(
-                f"sample of {len(sequence.input_ids)} tokens starting {describe(start) if describe else str(start)!r} "
-                f"{what} in {str(self.path)!r}: train on the data that anchors were recorded for, or record again from "
-                "the starting model"
-            )
-        return rows
-
     def annotate(self, batch: dict[str, Any], describe: Callable[[Sequence[int]], str] | None = None) -> dict[str, Any]:
-        """Add ``anchors`` ``[B, T, blocks * K]`` and ``constraint_mask`` ``[B, T]``, fp32, 1 on tokens in scope.
+        """Add ``anchors`` ``[B, T, blocks * K]``, block by block, and ``constraint_mask`` ``[B, T]``, both fp32.
 
         Args:
             batch: on the CPU, padded, packed or flattened (see :func:`procon.sequences.split_batch`).
             describe: makes a text of token ids, for errors.
 
         Raises:
-            ProConError: for a sequence that is not in the store, naming it, and for a batch that is not of text alone.
+            ProConError: for a sequence that was not recorded or is damaged, and a batch that is not of text alone.
         """
         mask, sequences = mask_tokens(batch, self.scope)
         anchors = torch.zeros(*mask.shape, len(self.blocks) * self.k)
         for sequence, chosen in sequences:
-            anchors[sequence.row, sequence.span][chosen] = torch.from_numpy(self.lookup(sequence, describe))
+            rows = self._shards.read(sequence.key())
+            if rows is None:
+                ids = sequence.input_ids.tolist()
+                start = describe(ids[:24]) if describe else str(ids[:24])
+                raise ProConError(
+                    f"sample of {len(ids)} tokens starting {start!r} has no anchors with these labels in "
+                    f"{str(self.path)!r}: train on the data that was recorded, or record again from the starting model"
+                )
+            anchors[sequence.row, sequence.span][chosen] = torch.from_numpy(rows)
         return {**batch, "anchors": anchors, "constraint_mask": mask}
 
     @classmethod
@@ -140,31 +123,26 @@ class Anchors:
         *,
         blocks: Sequence[int] | None = None,
         scope: TokenScope = DEFAULTS.scope,
-        backend: Backend = "auto",
         progress: bool = True,
-        fingerprint: str | None = None,
+        state: str | None = None,
     ) -> Anchors:
         """Record the projections of all sequences of ``dataloader`` under ``model`` as it now is.
 
-        Runs the base decoder only (no LM head), in eval mode without gradients. Sequences already in the folder are
-        verified and skipped, so an interrupted recording goes on where it stopped, a grown data set records only what
-        is new, and what was damaged is recorded again, with a warning that says how much.
+        Sequences already in the folder are skipped, so an interrupted recording goes on where it stopped, and a grown
+        data set records only what is new. If a file of the folder is damaged, all are recorded again, with a warning.
 
         Under ``torch.distributed`` all ranks must call. Afterwards each finds the sequences of all in its own ``path``,
-        on a file system that they share or not: hosts then send each other the files that they lack.
+        on a file system that they share or not: ranks then send each other the files that they lack.
 
         Args:
             model: a transformers causal LM, also within PEFT, DDP, FSDP2 or DeepSpeed.
             dataloader: batches with ``input_ids``, ``labels`` and what else the decoder needs. Under several ranks,
-                each passes its own share, of any length; ranks that compute one batch together (tensor parallelism)
-                pass the same.
-            path: a folder; it may be another one on each host.
+                each passes its own share, of any length; ranks that compute one batch together pass the same.
+            path: a folder.
             blocks: indices of the blocks to record, ``L`` for the output of the last of L blocks; all block inputs
                 that have a direction if not given.
             scope: which tokens of a sequence; a constraint acts on those that were recorded.
-            backend: of :func:`procon.ops.project`.
-            fingerprint: that of :func:`fingerprint`, if it is known: it takes a pass over all weights and a forward of
-                one token, which shows whether autocast is on.
+            state: the :func:`fingerprint`, if it is known: it takes a pass over all weights.
 
         Raises:
             ProConError: if the directions are of another model, or the folder belongs to another model state or
@@ -172,69 +150,131 @@ class Anchors:
                 decoder does not take.
         """
         check_setting("scope", scope)
-        check_setting("backend", backend)
         model = unwrapped(model)
         blocks = checked_blocks(model, directions, blocks)
         path = Path(path)
-        state = fingerprint or _fingerprint(model, directions, blocks, scope)
-        try:
-            manifest = Manifest(state, tuple(map(int, blocks)), scope, directions.k)
-        except ValueError as error:
-            raise ProConError(f"anchors cannot be recorded: {error}") from error
-        _claim(path, manifest)
-        mend(path, manifest)
-        share_files(path, f"{state}-*.safetensors")  # of a recording that was interrupted
-        writer = ShardWriter(path, state)
-        known = AnchorShards(path, state, manifest.columns)
-        batches = tqdm(dataloader, desc="anchors", unit="batch", disable=not progress or own_rank() != 0)
+        state = state or fingerprint(model, directions, blocks, scope)
+        manifest = {"fingerprint": state, "blocks": list(blocks), "scope": scope, "k": directions.k}
+        if any(other != manifest for other in gather(manifest)):
+            raise ProConError("the ranks' models, or what is to be recorded of them, differ: load the same on each")
+        on_all_ranks(lambda: _claim(path, manifest))
+        share_files(path)  # of a recording that was interrupted
+        known = cls(path)._shards
+        quiet = not progress or (dist.is_initialized() and dist.get_rank() != 0)
+        batches = tqdm(dataloader, desc="anchors", unit="batch", disable=quiet)
         with evaluating(model):
-            for key, projections in record_projections(model, batches, directions.basis, blocks, scope, backend, known):
-                writer.add(key, projections)
-        writer.flush()
-        share_files(path, f"{state}-*.safetensors")
+            pending: list[tuple[int, np.ndarray]] = []
+            size = 0
+            for key, rows in record_projections(model, batches, directions.basis, blocks, scope, known):
+                pending.append((key, rows))
+                size += rows.nbytes
+                if size >= SHARD_BYTES:
+                    write_shard(path, state, pending)
+                    pending, size = [], 0
+            if pending:
+                write_shard(path, state, pending)
+        share_files(path)
         return cls(path)
 
 
-def fingerprint(
-    model: nn.Module,
-    directions: Directions,
-    blocks: Sequence[int],
-    scope: TokenScope,
-    precision: str | None = None,
-) -> str:
+class AnchoredCollator:
+    """A data collator that adds anchors to what another one makes; runs in the loader's workers.
+
+    Args:
+        collator: any collator that gives ``input_ids`` and ``labels``.
+        anchors: an opened store; or a scope, to add the ``constraint_mask`` of its tokens alone, for live anchors. None
+            until there is one: batches then pass as they are.
+        tokenizer: names samples in errors; the collator's own if not given.
+
+    Raises:
+        ProConError: when it is called, as of :meth:`Anchors.annotate`.
+    """
+
+    def __init__(
+        self,
+        collator: Callable[[list[Any]], dict[str, Any]],
+        anchors: Anchors | TokenScope | None,
+        *,
+        tokenizer: Any = None,
+    ) -> None:
+        self.collator = collator
+        self.anchors: Anchors | TokenScope | None = anchors
+        self.tokenizer = tokenizer
+
+    def __call__(self, features: list[Any]) -> dict[str, Any]:
+        batch = dict(self.collator(features))
+        if self.anchors is None:
+            return batch
+        if not isinstance(self.anchors, Anchors):
+            return {**batch, "constraint_mask": mask_tokens(batch, self.anchors)[0]}
+        decode = getattr(self.tokenizer or getattr(self.collator, "tokenizer", None), "decode", None)
+        return self.anchors.annotate(batch, decode)
+
+
+def fingerprint(model: nn.Module, directions: Directions, blocks: Sequence[int], scope: TokenScope) -> str:
     """A short hash of all that anchors depend on, the data aside; of a sharded model, all ranks must call.
 
     That is weights and dtype, the precision in which they run, configuration, directions, blocks and scope.
-
-    Args:
-        precision: that of Accelerate, ``"no"`` without, if it is known; else a forward of one token shows it.
     """
-    precision = running_precision(model) if precision is None else precision
-    forward = [weights_hash(model), configuration_hash(model), str(token_embedding(model).weight.dtype)]
-    parts = [*forward, directions.hash, list(map(int, blocks)), scope]
-    if precision != "no":
-        parts.append(precision)
+    state = weights_hash(model), configuration_hash(model), running_precision(model)
+    parts = [*state, directions.hash, list(map(int, blocks)), scope]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-#: For where an argument has that name.
-_fingerprint = fingerprint
+def running_precision(model: nn.Module) -> list[str]:
+    """The dtypes of the weights, of the hidden states of a forward of one token, and of autocast if it is on.
+
+    At the last block: autocast around the call and within the model, and what FSDP2 casts to, show alike.
+    """
+    decoder = find_decoder(model)
+    found = [token_embedding(model).weight.dtype]
+
+    def observe(block: int, hidden: Tensor) -> None:
+        if block == len(decoder.blocks) - 1:
+            found.append(hidden.dtype)
+            if torch.is_autocast_enabled(hidden.device.type):
+                found.append(torch.get_autocast_dtype(hidden.device.type))
+
+    with evaluating(model), observe_block_inputs(decoder, observe):
+        decoder_forward(model)(**decoder_inputs(ONE_TOKEN, model_device(model)))
+    return list(map(str, found))
 
 
-def _claim(path: Path, manifest: Manifest) -> None:
-    """Write the manifest, or check that the folder's own says the same: on every rank, and with one outcome."""
-    if any(other != manifest for other in gather(manifest)):
-        raise ProConError("the ranks' models differ in weights, or in what is to be recorded: load the same on each")
-    on_all_ranks(lambda: _write_or_compare(path, manifest))
+def mask_tokens(batch: Mapping[str, Any], scope: TokenScope) -> tuple[Tensor, list[tuple[TokenSequence, Tensor]]]:
+    """The mask of a batch, ``[B, T]`` fp32; and its sequences that have constrained tokens, with those, ``[t]`` bool.
+
+    Raises:
+        ProConError: for a batch that is not of text alone.
+    """
+    check_text_only(batch)
+    mask = torch.zeros(batch["input_ids"].shape)
+    sequences = []
+    for sequence in split_batch(batch):
+        chosen = torch.from_numpy(sequence.in_scope(scope))
+        if chosen.any():
+            mask[sequence.row, sequence.span][chosen] = 1.0
+            sequences.append((sequence, chosen))
+    return mask, sequences
 
 
-def _write_or_compare(path: Path, manifest: Manifest) -> None:
-    found = Manifest.read_if_whole(path) if (path / MANIFEST).exists() else None
-    if isinstance(found, str):
-        warnings.warn(f"anchors manifest in {str(path)!r} was damaged ({found}): it is written again", stacklevel=4)
-    if not isinstance(found, Manifest):
-        manifest.write(path)
-        found = Manifest.read(path)
+def _checked(manifest: dict[str, Any]) -> dict[str, Any]:
+    if manifest.pop("checksum") != json_checksum(manifest):
+        raise ValueError("its checksum differs")
+    return manifest
+
+
+def _claim(path: Path, manifest: dict[str, Any]) -> None:
+    """Make the folder one of these anchors, unless it is; ProConError if it is one of others."""
+    was_there = (path / MANIFEST).exists()
+    try:
+        found = Anchors(path).manifest
+    except ProConError as error:
+        if was_there:
+            warnings.warn(f"{error}; they are recorded again", stacklevel=5)
+        for file in shard_files(path, manifest["fingerprint"]):
+            file.unlink(missing_ok=True)
+        save_json({**manifest, "checksum": json_checksum(manifest)}, path / MANIFEST)
+        return
     if found != manifest:
         raise ProConError(
             f"anchors in {str(path)!r} were recorded for another model state or precision, directions, blocks or "

@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from procon.anchors.starting_state import require_length
 from procon.constraint.proof import refuse_data_parallel
 from procon.directions import Directions
 from procon.errors import ProConError
 from procon.integrations.forward import ConstrainedForward, constrained_by
 from procon.method import ProCon, Run, check_batches, makes_batches, once_through
+from procon.method.procon import require_length
 from procon.method.ranks import on_main
 from procon.method.record import read_record, write_record
 from procon.schedule import AlphaSchedule
@@ -184,8 +184,7 @@ class _CallbackRun(Run):
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         progress = not args.disable_tqdm and PartialState().is_main_process
         super().__init__(model, tokenizer, chat=chat, folder=output_folder(args), progress=progress)
-        self.precision = AcceleratorState().mixed_precision
 
     def autocast(self) -> AbstractContextManager[Any]:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.precision))
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(AcceleratorState().mixed_precision)
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)

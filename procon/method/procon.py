@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, Subset
 from torch.utils.hooks import RemovableHandle
 from transformers.trainer_utils import has_length
 
-from procon.anchors.starting_state import check_resumed, require_length
 from procon.chat import builtin_prompts, describe_chat, measure_refusal
 from procon.constraint import ProjectionConstraint, constrained_tokens
 from procon.constraint.proof import check_finite, refuse_noise
@@ -24,7 +23,7 @@ from procon.directions import DIRECTIONS_FILE, Directions
 from procon.errors import ProConError
 from procon.method.evidence import Evidence
 from procon.method.probes import ProbeTerm, check_tokenizer
-from procon.method.record import read_record, write_record
+from procon.method.record import check_resumed, read_record, write_record
 from procon.method.term import Batches, Collator, Run, Step, Term
 from procon.method.tokens import TokenTerm
 from procon.models import is_sharded, token_embedding
@@ -628,6 +627,15 @@ def once_through(
     order = sorted(range(len(dataset)), key=lambda number: -_tokens(dataset[number]))
     # A generator of its own: without one, iterating would draw from the global random state of training.
     return DataLoader(Subset(dataset, order[rank::ranks]), batch_size, collate_fn=collate, generator=torch.Generator())
+
+
+def require_length(dataset: object, name: str) -> None:
+    """Raise ProConError unless the training set can be run through before training starts."""
+    if dataset is None or not hasattr(dataset, "__len__"):
+        raise ProConError(
+            f"recorded anchors need a {name} with a length: a streamed one cannot be recorded beforehand, so take "
+            "procon_anchors 'live' or 'probes' in a ProConTrainer"
+        )
 
 
 def _tokens(row: Any) -> int:

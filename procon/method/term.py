@@ -36,9 +36,6 @@ class Run:
         progress: whether bars show how far preparing is.
     """
 
-    #: The precision of Accelerate's autocast, ``"no"`` without; None if a forward has to show it.
-    precision: str | None = None
-
     def __init__(
         self,
         model: nn.Module,

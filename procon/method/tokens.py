@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from procon.anchors import AnchoredCollator, Anchors, LiveAnchors, TokenMask
+from procon.anchors import AnchoredCollator, Anchors, LiveAnchors, fingerprint
 from procon.anchors.live import ADAPTERS_OFF
-from procon.anchors.starting_state import StartingState
 from procon.constraint import ProjectionConstraint
 from procon.directions import Directions
 from procon.errors import ProConError
@@ -64,8 +63,8 @@ class TokenTerm(Term):
         self.constraint.detach()
 
     def collator(self, collate: Collator, run: Run) -> Collator:
-        mask = TokenMask(self._settings.scope) if self._is_live else self.anchors
-        self._collator = AnchoredCollator(collate, mask, tokenizer=run.tokenizer)
+        anchors = self._settings.scope if self._is_live else self.anchors
+        self._collator = AnchoredCollator(collate, anchors, tokenizer=run.tokenizer)
         return self._collator
 
     def prepare(self, run: Run, batches: Batches) -> None:
@@ -76,15 +75,18 @@ class TokenTerm(Term):
         if self._collator is None:
             raise ProConError(NO_ANCHORS)
         if self.anchors is None:
+            blocks, scope = self.constraint.blocks, self._settings.scope
             with run.autocast():
-                self.anchors = self._starting_state(run).record(
+                state = fingerprint(run.model, self._directions, blocks, scope)
+                self.anchors = Anchors.record(
                     run.model,
                     batches(),
                     self._directions,
-                    blocks=self.constraint.blocks,
-                    scope=self._settings.scope,
-                    precision=run.precision,
+                    self._folder(run) / state,
+                    blocks=blocks,
+                    scope=scope,
                     progress=run.progress,
+                    state=state,
                 )
         self._collator.anchors = self.anchors
 
@@ -123,7 +125,7 @@ class TokenTerm(Term):
     def restore(self, state: Mapping[str, Any], folder: Path, run: Run) -> None:
         """The anchors as they were when the run began: the model is in that state no longer, once it is loaded."""
         if not self._is_live:
-            self.anchors = self._starting_state(run).reopen(state["anchors"])
+            self.anchors = Anchors.reopen(self._folder(run) / state["anchors"], state["anchors"])
             return
         start = state["starting_model"]
         if start == ADAPTERS_OFF:
@@ -151,5 +153,7 @@ class TokenTerm(Term):
                 reference=run.reference,
             )
 
-    def _starting_state(self, run: Run) -> StartingState:
-        return StartingState(self._settings.anchors_dir, run.folder)
+    def _folder(self, run: Run) -> Path:
+        """Where each starting state has a folder of its own, so that a changed model never meets old anchors."""
+        # Of the output folder, push_to_hub leaves out what begins with an underscore.
+        return Path(self._settings.anchors_dir or run.folder / "_anchors")

@@ -94,10 +94,6 @@ class TrainerRun(Run):
         return self._trainer.args.world_size // self._trainer.get_tp_size()
 
     @property
-    def precision(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]  # known later than this is made
-        return self._trainer.accelerator.mixed_precision
-
-    @property
     def is_loaded_in_parts(self) -> bool:
         return getattr(self._trainer, "is_distributed_loading_by_transformers", False)
 

@@ -101,5 +101,3 @@ def test_anchors_of_several_directions(model, samples, tokenizer, tmp_path):
     )
     with pytest.raises(ProConError, match="recorded for another model state"):
         record(two, "three", blocks=(0, 2))
-    with pytest.raises(ProConError, match="recorded for another model state"):
-        anchors.check_fits(model, two)

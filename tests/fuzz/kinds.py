@@ -18,6 +18,7 @@ import datasets
 import saved
 from campaign import Kind
 from datasets import Dataset
+from rich.console import Console
 from texts import HOSTILE, as_json, changed, damaged, encoded, text, value
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -29,11 +30,13 @@ from procon.cli.registry import COMMANDS
 from procon.data import load_conversations, load_prompt_sets, parse_columns, to_conversations
 from procon.data.conversations import _conversations_of_file
 from procon.errors import ProConError
-from procon.evaluation import exact_match, extract_answer
-from procon.files import MAX_NESTING, MAX_TEXT
+from procon.evaluation import Evaluation, Rate, exact_match, extract_answer
+from procon.files import MAX_TEXT
+from procon.report import Run, print_table, write_html
 from procon.schedule import AlphaSchedule
 from procon.settings import CHOICES, ChatSettings, ProConSettings, parse_blocks
 from procon.training import ProConArguments
+from procon.training.drift_gate import DriftGate
 
 #: Where the inputs of a process lie; each is overwritten by the next.
 FOLDER = Path(tempfile.mkdtemp(prefix="procon-fuzz-"))
@@ -114,6 +117,7 @@ def take_settings(values: dict[str, Any]) -> None:
         lambda: ProConSettings(**_of(ProConSettings, values)),
         lambda: ProConArguments(**{f"procon_{name}": values[name] for name in values if name in _OF_PROCON}),
         lambda: ChatSettings(**_of(ChatSettings, values)),
+        lambda: DriftGate.parse(values.get("gate"), values.get("gate_action", "warn")),
         lambda: parse_columns(values.get("columns")),
         lambda: parse_blocks(values.get("blocks", "all")),
     ):
@@ -363,6 +367,42 @@ def take_flags(argv: list[str]) -> None:
 # Runs and replies
 
 
+def make_run(random: Random) -> bytes:
+    replies = [
+        {"kind": "malicious", "prompt": "a", "reply": text(random), "refused": True, "degenerate": False},
+        {
+            "kind": "task",
+            "prompt": "b",
+            "reply": "Answer: 3",
+            "refused": False,
+            "degenerate": False,
+            "reference": text(random),
+            "correct": False,
+        },
+    ]
+    run = Run(
+        label=random.choice(("ProCon", "plain", text(random))),
+        evaluation=Evaluation("x", Rate(1, 2), Rate(0, 2), Rate(0, 4), random.choice((None, Rate(1, 1))), replies),
+        cosine=random.choice((None, [0.5, float("nan")])),
+        seconds_per_step=random.choice((None, 0.1)),
+        history=[{"step": 1, "loss": 0.5, "procon/penalty": 1e-3}, {"train_runtime": 2.0}],
+    ).to_dict()
+    return damaged(random, encoded(random, as_json(changed(random, run) if random.random() < 0.5 else run)))
+
+
+def take_run(content: bytes) -> None:
+    run = Run.load(write("run.json", content))
+    console = Console(file=io.StringIO(), width=120)
+    print_table([run], console)
+    assert "\x1b" not in console.file.getvalue()
+
+
+def take_report(content: bytes) -> None:
+    run = Run.load(write("run.json", content))
+    page = write_html([run, run], FOLDER / "report.html", title=run.label, notes=[run.label], facts={"x": run.label})
+    assert "<script>alert" not in page.read_text()
+
+
 def make_replies(random: Random) -> tuple[str, str]:
     def long() -> str:
         part = random.choice((text(random), random.choice(HOSTILE), "I cannot ", "Answer: 1,000 ", "ab ", "a-", "n't "))
@@ -391,7 +431,7 @@ KNOWN: list[tuple[str, bytes]] = [
     (".jsonl", b"\n" * 1_000_000),
     (".jsonl", b"{" + b'"a":1,' * 100_000),
     (".json", b"[" + b"[]," * 100_000 + b"[]]"),
-    (".jsonl", (b"[" * MAX_NESTING + b"]" * MAX_NESTING + b"\n") * 1_000),
+    (".jsonl", (b"[" * 64 + b"]" * 64 + b"\n") * 1_000),
     (".jsonl", b'"' * 1_000_001),
     (".jsonl", b'"' + b"\\" * 1_000_001),
     (".parquet", b"PAR1" + b"\xff" * 100_000 + b"PAR1"),
@@ -428,6 +468,8 @@ KINDS = {
     "YAML of training": Kind(make_training_yaml, take_yaml, 500),
     "flags": Kind(make_flags, take_flags, 4_000),
     "flags of training": Kind(make_training_flags, take_flags, 500),
+    "run files, as a table": Kind(make_run, take_run, 10_000),
+    "run files, as a page": Kind(make_run, take_report, 500),
     "replies": Kind(make_replies, take_replies, 3_000),
     "folders and files of reports": Kind(saved.make_reported, saved.take_reported, 10_000),
     "configurations of accelerate": Kind(saved.make_accelerate, saved.take_accelerate, 2_000),
@@ -437,6 +479,6 @@ KINDS = {
     "judges": Kind(saved.make_judges, saved.take_judges, 3_000),
 }
 # What the others take is in their own tests, and in "folders and files of reports".
-assert set(COMMANDS) - {"env", "completion", "report"} == {
+assert set(COMMANDS) - {"env", "completion", "report", "compare"} == {
     *("eval", "directions", "drift", "quickstart", "train"),
 }

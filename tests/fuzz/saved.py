@@ -16,7 +16,8 @@ from rich.console import Console
 from safetensors.torch import save_file
 from texts import as_json, changed, damaged, encoded, text, value
 
-from procon.anchors.manifest import MANIFEST, Manifest
+from procon.anchors import Anchors
+from procon.anchors.store import MANIFEST
 from procon.chat import load_instructions
 from procon.cli import launcher
 from procon.cli.arguments import TrainArguments
@@ -147,16 +148,14 @@ def take_tensors(given: tuple[str, dict[str, torch.Tensor], Any, bytes]) -> None
 
 
 def make_manifest(random: Random) -> bytes:
-    content = {"format": 2, "fingerprint": "0123456789abcdef", "blocks": [0, 1], "scope": "all", "k": 1}
-    content = changed(random, content)
-    if isinstance(content, dict):
-        content["checksum"] = json_checksum(content)
+    content = {"fingerprint": "0123456789abcdef", "blocks": [0, 1], "scope": "all", "k": 1}
+    content = changed(random, {**content, "checksum": json_checksum(content)})
     return damaged(random, as_json(content).encode(errors="replace"))
 
 
 def take_manifest(content: bytes) -> None:
     Path(MANIFEST).write_bytes(content)
-    Manifest.read(Path())
+    Anchors(Path())
 
 
 #: All that take the name of a file, a folder or a model.

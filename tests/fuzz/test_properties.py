@@ -15,7 +15,7 @@ from procon.chat import load_instructions
 from procon.data import load_conversations
 from procon.data.files import read_rows
 from procon.errors import ProConError, printable
-from procon.files import MAX_NESTING, parse_json
+from procon.files import parse_json
 from procon.schedule import AlphaSchedule
 from procon.settings import check_blocks, parse_blocks
 
@@ -39,17 +39,6 @@ json_values = st.recursive(
 @example("\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"), True)
 def test_json_within_the_limits_is_read_as_it_is(value, escaped):
     assert parse_json(json.dumps(value, ensure_ascii=escaped)) == value
-
-
-@quickly(max_examples=50)
-@given(st.integers(1, 3 * MAX_NESTING), st.lists(st.sampled_from(["[", '{"a":', '["]",']), min_size=200, max_size=200))
-def test_nesting_is_counted(levels, opening):
-    text = "".join(opening[:levels]) + "1" + "".join("}" if part[0] == "{" else "]" for part in opening[:levels][::-1])
-    if levels <= MAX_NESTING:
-        assert parse_json(text) == json.loads(text)
-    else:
-        with pytest.raises(ValueError, match="nested more than 64 levels deep"):
-            parse_json(text)
 
 
 @quickly(max_examples=60)

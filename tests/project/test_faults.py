@@ -1,4 +1,4 @@
-"""Faults at calls that change files: the short form of ``python tests/faults``, and that it finds what is planted."""
+"""Faults in what writes files: a few points of ``python tests/faults``, and that it finds what is planted."""
 
 import json
 import sys
@@ -8,97 +8,63 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 
-import disk
+import campaign
 import operations
-import points
-import shim
 
-pytestmark = pytest.mark.skipif(shim.missing() is not None, reason=str(shim.missing()))
+from procon.anchors import shards
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and counts on how Linux names what is synced")
 
-@pytest.fixture(scope="module", autouse=True)
-def _built():
-    shim.build()
-
-
-@pytest.fixture(scope="module")
-def known(tmp_path_factory) -> dict[str, operations.Operation]:
-    place = operations.Place(tmp_path_factory.mktemp("place"))
-    return {operation.name: operation for operation in place.operations()}
-
-
-@pytest.mark.parametrize(("name", "limit"), [("directions, over an old file", 2), ("anchors, 1 rank", 1)])
-def test_old_or_new_and_the_next_run_as_if_nothing_had_happened(known, tmp_path, name, limit):
-    bench = points.Bench(known[name], tmp_path / "bench")
-    bench.prepare()
-    for kind in points.FAULTS:
-        for point in bench.points(kind, limit):
-            found = bench.run(point)
-            assert not found.bad, found
-
-
-def in_place() -> int:
-    Path("out.json").write_text("new" * 100)
-    return 0
-
-
-def not_synced() -> int:
-    Path("partial").write_text("new" * 100)
-    Path("partial").replace("out.json")
-    return 0
+KNOWN = {operation.name: operation for operation in operations.OPERATIONS}
 
 
 @pytest.mark.parametrize(
-    ("run", "kind", "expected"),
+    ("name", "faults"), [("JSON, over an old file", ("kill", "power", "full")), ("anchors", ("kill", "flip", "cut"))]
+)
+def test_nothing_wrong_comes_of_a_fault(tmp_path, name, faults):
+    bench = campaign.Bench(KNOWN[name], tmp_path / "bench")
+    for fault in faults:
+        row = bench.row(fault, 3)
+        assert row["points"] == 3
+        assert not any(row[outcome] for outcome in campaign.BAD)
+
+
+def in_place() -> None:
+    Path("out.json").write_text("new" * 100)
+
+
+def not_synced() -> None:
+    Path("partial").write_text("new" * 100)
+    Path("partial").replace("out.json")
+
+
+@pytest.mark.parametrize(
+    ("run", "fault", "expected"),
     [
-        (in_place, "kill", {"loss"}),
-        (in_place, "half", {"mixture"}),
-        (in_place, "full", {"traceback", "loss"}),
-        (not_synced, "power", {"loss", "mixture"}),
+        (in_place, "full", campaign.TRACEBACK),
+        (in_place, "power", campaign.WRONG),
+        (not_synced, "power", campaign.WRONG),
+        (not_synced, "flip", campaign.WRONG),
     ],
 )
-def test_planted_defects_are_found(tmp_path, run, kind, expected):
+def test_planted_defects_are_found(tmp_path, run, fault, expected):
     planted = operations.Operation(
-        "planted", run, run, before=lambda: Path("out.json").write_text("old" * 100), single="out.json"
+        "planted",
+        run,
+        lambda: Path("out.json").read_text(),
+        "out.json",
+        before=lambda: Path("out.json").write_text("old" * 100),
     )
-    bench = points.Bench(planted, tmp_path / "bench")
-    bench.prepare()
-    found = [bench.run(point) for point in bench.points(kind, 100)]
-    kinds = ("mixture", "loss", "differs", "leftover", "traceback")
-    assert {name for point in found for name in kinds if getattr(point, name)} == expected
+    assert campaign.Bench(planted, tmp_path / "bench").row(fault, 3)[expected]
 
 
-def test_what_was_synced_survives_and_no_more(tmp_path):
-    before, after = tmp_path / "before", tmp_path / "after"
-    before.mkdir()
-    (before / "old").write_bytes(b"old")
-    calls = [
-        disk.Call("o", 0, "new", "", 0, 1),
-        disk.Call("w", 0, "new", "", 0, 0, b"synced"),
-        disk.Call("s", 0, "new", "", 0, 0),
-        disk.Call("s", 0, "", "", 0, 0),
-        disk.Call("w", 0, "new", "", 6, 0, b"more"),
-        disk.Call("r", 0, "old", "moved", 0, 0),
-    ]
-    found = disk.Disk(before)
-    for call in calls:
-        found.apply(call)
-    survived = {}
-    for state in ("all", *disk.STATES):
-        found.write(after / state if after.exists() else (after.mkdir() or after / state), state)
-        survived[state] = {file.name: file.read_bytes() for file in (after / state).iterdir()}
-    moved = {"new": b"synced", "moved": b"old"}
-    assert survived == {
-        "all": {"new": b"syncedmore", "moved": b"old"},
-        "nothing": {"new": b"synced", "old": b"old"},
-        "names": moved,
-        "torn": {"new": b"syncedmo", "moved": b"old"},
-        "last name": moved,
-    }
+def test_anchors_that_are_read_without_their_checksums_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "xxh3_64_intdigest", lambda rows, seed: 0)
+    bench = campaign.Bench(KNOWN["anchors"], tmp_path / "bench")
+    assert bench.row("flip", 12)[campaign.WRONG]
 
 
-def test_record_is_of_enough_points_and_none_is_bad():
+def test_the_record_is_of_enough_points_and_none_is_bad():
     rows = json.loads((Path(__file__).parents[1] / "faults" / "recorded.json").read_text())["rows"]
-    assert sum(row["points"] for row in rows) >= 300
-    bad = ("mixtures", "losses", "resumes that differ", "leftovers", "tracebacks")
-    assert [row for row in rows if any(row[name] for name in bad)] == []
+    assert sum(row["points"] for row in rows) >= 80
+    assert [row for row in rows if any(row[outcome] for outcome in campaign.BAD)] == []

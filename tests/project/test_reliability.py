@@ -14,15 +14,14 @@ import pytest
 TESTS = Path(__file__).parents[1]
 DOCS = TESTS.parent / "docs"
 TABLES = DOCS / "campaigns.md"
-CAMPAIGNS = ("faults", "flips", "unconstrained", "fuzz")
+CAMPAIGNS = ("faults", "unconstrained", "fuzz")
 
 #: What the long ones are added up by.
-GROUPED = {"faults": "operation", "flips": "file", "unconstrained": "door"}
+GROUPED = {"faults": "operation", "unconstrained": "door"}
 
 #: What a phone has room for beside a row's name; the rest is in a part to open.
 SHOWN = {
-    "faults": ("points", "mixtures", "losses", "tracebacks"),
-    "flips": ("tried", "refused", "silently wrong", "traceback"),
+    "faults": ("points", "refused", "silently wrong", "traceback"),
     "unconstrained": ("same", "refused", "warned", "acts"),
     "fuzz": ("inputs", "traceback", "crash", "hang"),
 }

@@ -82,7 +82,7 @@ def test_labels_that_changed_since_the_anchors_were_recorded(place, capsys, any_
 
     monkeypatch.setattr(data, "response_mask", shorter)
     assert train("--resume") == 2
-    assert "was recorded with other labels" in error_line(capsys)
+    assert "has no anchors with these labels" in error_line(capsys)
 
 
 def test_hidden_states_that_are_not_finite(place, tiny_model, capsys):

@@ -303,7 +303,7 @@ def other_anchors(folder: Path) -> Outcome:
     _, anchors = batches(model(), folder)
     other = model()
     nn.init.normal_(other.lm_head.weight)
-    return refused(lambda: anchors.check_fits(other, directions()))
+    return refused(lambda: Anchors.record(other, [], directions(), anchors.path, progress=False))
 
 
 @scenario("anchors of other data", "bare loop")
@@ -317,7 +317,7 @@ def other_data(folder: Path) -> Outcome:
 def other_directions(folder: Path) -> Outcome:
     start = model()
     _, anchors = batches(start, folder)
-    return refused(lambda: anchors.check_fits(start, directions(seed=1)))
+    return refused(lambda: Anchors.record(start, [], directions(seed=1), anchors.path, progress=False))
 
 
 @scenario("alpha that is not a strength", "ProCon")
