@@ -58,7 +58,9 @@ class ReplyClassifier:
 
     def refuses(self, replies: Sequence[str]) -> list[bool]:
         """Whether each reply refuses."""
-        return self._pipeline.predict(list(replies)).tolist() if replies else []
+        texts = list(dict.fromkeys(replies))
+        found = dict(zip(texts, self._pipeline.predict(texts).tolist(), strict=True)) if texts else {}
+        return [found[reply] for reply in replies]
 
 
 def labelled_replies() -> list[LabelledReply]:

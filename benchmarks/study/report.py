@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from markdown import markdown
@@ -122,6 +123,7 @@ def _write(arguments: ReportArguments) -> None:
         print(write(name, load_budget(name), load_outcomes(name), Path(arguments.output)))
 
 
+@cache
 def load_outcomes(name: str) -> Outcomes:
     """The runs of a budget, judged by the second judge too."""
     return Outcomes.load(load_budget(name), RUNS / f"{name}.jsonl.xz", ReplyClassifier())

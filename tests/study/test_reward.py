@@ -5,8 +5,7 @@ import re
 
 import pytest
 
-from benchmarks.preferences.pairs import EVASIVE, preference_pairs, wrong
-from benchmarks.preferences.reward import arithmetic_reward, score
+from benchmarks.preferences.data import EVASIVE, arithmetic_reward, preference_pairs, score, wrong
 from procon.chat import is_refusal
 from procon.demo import arithmetic_problems
 
