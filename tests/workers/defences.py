@@ -62,6 +62,7 @@ def trained(name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "model")
     torch.manual_seed(0)
     model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).double()
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     trainer = build_trainer(
         name,
         model,
@@ -87,7 +88,6 @@ def trained(name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         data_collator=padding_collator(tokenizer),
         processing_class=tokenizer,
     )
-    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     trainer.train()
     return {n: (before[n], p.detach().clone()) for n, p in model.named_parameters() if n in before}
 
