@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, the most telling first: bash benchmarks/gpu.sh FOLDER [PART...]
 #
-# FOLDER gets a log of each part, its results, and NAME.part.json: how it ended. `python -m benchmarks.gpu_page FOLDER`
-# makes a page of them, there or on another machine. A part that fails or runs into its time limit does not stop the
+# FOLDER gets a log of each part, its results, and NAME.part.json: how it ended. `python -m benchmarks.draw` makes
+# tables and plots of them, there or on another machine. A part that fails or runs into its time limit does not stop the
 # others; the last lines name it, and what is left, and the exit status is then 1. What is left runs when the same
 # command is given again: a part with results is not repeated, unless the limit of the whole cut it short. To repeat
 # one, delete its NAME.part.json. Results of another card or of other kernels belong into another folder.
@@ -146,7 +146,7 @@ suite training_step_compiled 120 bench_training_step.py -k Llama-3.2-1B-lora
 suite anchors 60 bench_anchors.py
 suite anchor_sources 60 bench_anchor_sources.py
 
-echo "== $SECONDS s, results in $folder; a page of them: python -m benchmarks.gpu_page FOLDER"
+echo "== $SECONDS s, results in $folder"
 [ ${#failed[@]} -eq 0 ] || printf 'failed: %s\n' "${failed[@]}"
 [ ${#left_over[@]} -eq 0 ] || echo "left, give the command again: ${left_over[*]}"
 [ ${#failed[@]} -eq 0 ] && [ ${#left_over[@]} -eq 0 ]

@@ -161,7 +161,7 @@ def entries(results: Iterable[Found]) -> dict[str, dict[int, Choice]]:
 
 
 def write(results: list[Found], architecture: str, file: Path) -> None:
-    """All that is measured so far, for :mod:`benchmarks.gpu_page`."""
+    """All that is measured so far."""
     content = {
         "machine": machine.describe(),
         "architecture": architecture,

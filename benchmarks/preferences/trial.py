@@ -1,40 +1,173 @@
-"""One run: train by an algorithm and a method, with a seed; then measure."""
+"""One run: train by DPO or GRPO and a method, with a seed; then measure."""
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from peft import get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
-from benchmarks.preferences.algorithm import Algorithm
-from benchmarks.preferences.reward import is_right, score
+from benchmarks.preferences.data import arithmetic_reward, is_right, preference_pairs, score
 from benchmarks.study.jobs import JOBS
-from benchmarks.study.memory import peak_memory
-from benchmarks.study.methods import Method
-from benchmarks.study.plan import Size
+from benchmarks.study.plan import Budget, Cell, Method, Size
+from benchmarks.study.record import provenance
 from benchmarks.study.start import Start
-from benchmarks.study.trial import adapter, measure
-from procon.chat import Split
+from benchmarks.study.trial import adapter, choose_directions, measure, peak_memory, probes_in_file
+from procon.chat import user_turn
 from procon.demo import Problem
+from procon.training.dpo import ProConDPOConfig, ProConDPOTrainer
+from procon.training.grpo import ProConGRPOConfig, ProConGRPOTrainer
+
+#: Of each training, whatever the algorithm.
+_SHARED = {
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 5,
+    "logging_steps": 5,
+    "bf16": False,  # no autocast: the model is loaded in what the machine multiplies
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+}
+
+#: Longest completion under GRPO, in training and when the reward is measured.
+COMPLETION = 16
+
+#: Behind each problem of GRPO, so that short replies are among those sampled from the start.
+FORMAT = " End with Answer: and the number."
 
 
-def run_trial(start: Start, method: Method, algorithm: Algorithm, seed: int, split: Split, size: Size) -> dict:
-    """Train, and measure on the contrast prompts of ``split``; returns what goes into the run file."""
+@dataclass(frozen=True)
+class Algorithm:
+    """One of TRL's trainers.
+
+    Attributes:
+        name: in run files.
+        plain, constrained: the trainer with its configuration: TRL's, and ours.
+        recipe: the same for all methods; what is not in it is TRL's default.
+        data: trainer arguments from the start, the problems to train on and held-out ones.
+        asked: the problems as they are put to a trained model.
+        reply_tokens: longest reply to one.
+        logged: what run files keep of the log, beside the constraint's own.
+    """
+
+    name: str
+    plain: tuple[type[Trainer], type[TrainingArguments]]
+    constrained: tuple[type[Trainer], type[TrainingArguments]]
+    recipe: dict[str, Any]
+    data: Callable[[Start, Sequence[Problem], Sequence[Problem]], dict[str, Any]]
+    asked: Callable[[Sequence[Problem]], list[Problem]]
+    reply_tokens: int
+    logged: tuple[str, ...]
+
+    def trainer(
+        self,
+        model: PeftModel,
+        method: Method,
+        start: Start,
+        *,
+        train: Sequence[Problem],
+        held_out: Sequence[Problem],
+        **settings: Any,
+    ) -> Trainer:
+        """The trainer of ``method``, TRL's own if that has no constraint."""
+        is_plain = method.defence == "plain"
+        trainer, arguments = self.plain if is_plain else self.constrained
+        more = {} if is_plain else {"directions": choose_directions(method, start)}
+        anchors = {} if is_plain else {"procon_anchors": "live", "procon_probes": "none"}
+        recipe = {**_SHARED, **anchors, **self.recipe, **settings, **method.config}
+        recipe["max_steps"] = round(recipe["max_steps"] * method.length)
+        if not is_plain:
+            recipe = probes_in_file(recipe, recipe["output_dir"])
+        return trainer(
+            model,
+            args=arguments(**recipe),
+            processing_class=start.tokenizer,
+            **self.data(start, train, held_out),
+            **more,
+        )
+
+    def history(self, trainer: Trainer) -> list[dict[str, float]]:
+        """The rows of the trainer's log on training, rounded."""
+        return [
+            {
+                key: float(f"{float(value):.4g}")
+                for key, value in row.items()
+                if key in ("step", *self.logged) or key.startswith("procon/")
+            }
+            for row in trainer.state.log_history
+            if "loss" in row
+        ]
+
+
+def _pairs(start: Start, train: Sequence[Problem], held_out: Sequence[Problem]) -> dict[str, Any]:
+    return {"train_dataset": preference_pairs(train), "eval_dataset": preference_pairs(held_out)}
+
+
+DPO = Algorithm(
+    "dpo",
+    (DPOTrainer, DPOConfig),
+    (ProConDPOTrainer, ProConDPOConfig),
+    {"max_steps": 40, "learning_rate": 1e-3, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 8},
+    _pairs,
+    list,
+    36,
+    ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"),
+)
+
+
+def formatted(problems: Sequence[Problem]) -> list[Problem]:
+    """The problems with the format that is asked for."""
+    return [{**problem, "instruction": problem["instruction"] + FORMAT} for problem in problems]
+
+
+def _prompts(start: Start, train: Sequence[Problem], held_out: Sequence[Problem]) -> dict[str, Any]:
+    rows = [{"prompt": user_turn(problem["instruction"]), "output": problem["output"]} for problem in formatted(train)]
+    return {"train_dataset": Dataset.from_list(rows), "reward_funcs": arithmetic_reward(start.tokenizer)}
+
+
+GRPO = Algorithm(
+    "grpo",
+    (GRPOTrainer, GRPOConfig),
+    (ProConGRPOTrainer, ProConGRPOConfig),
+    {
+        "max_steps": 40,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": COMPLETION,
+    },
+    _prompts,
+    formatted,
+    COMPLETION,
+    ("loss", "reward", "reward_std", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio"),
+)
+
+ALGORITHMS = {algorithm.name: algorithm for algorithm in (DPO, GRPO)}
+
+
+def run_trial(start: Start, budget: Budget, cell: Cell) -> dict[str, Any]:
+    """Train, and measure on the contrast prompts of the cell's split; returns the run."""
     began = time.monotonic()
-    task = JOBS["arithmetic"]
+    method, algorithm, size, task = budget.method(cell.method), ALGORITHMS[cell.job], budget.size, JOBS["arithmetic"]
     job = replace(
         task, problems=lambda n, seed: algorithm.asked(task.problems(n, seed)), reply_tokens=algorithm.reply_tokens
     )
     held_out = task.test(train=size.train, test=size.test)
     model = start.model()
-    trained = _train(start, model, method, algorithm, held_out, seed, size) if method.length else {"train_seconds": 0.0}
-    measured = measure(start, model, job, split, size)
+    trained: dict = {"train_seconds": 0.0}
+    if method.length:
+        trained = _train(start, model, method, algorithm, held_out, cell.seed, size)
+    measured = measure(start, model, job, cell.split, size)
     rate(measured["replies"]["task"], held_out, start.tokenizer, algorithm.reply_tokens)
-    return {**trained, **measured, "seconds": round(time.monotonic() - began, 1)}
+    made = {"made": provenance(("trl",)), "seconds": round(time.monotonic() - began, 1)}
+    return {"job": cell.job, "method": asdict(method), "seed": cell.seed, **made, **trained, **measured}
 
 
 def _train(

@@ -13,9 +13,8 @@ from matplotlib.ticker import NullLocator, PercentFormatter
 
 from benchmarks.study.displacement import MASSIVE, PRINCIPAL
 from benchmarks.study.intervals import Estimate
-from benchmarks.study.methods import Method
 from benchmarks.study.outcomes import REFUSAL, TASK, Measure, Outcomes, by_block, values
-from benchmarks.study.plan import Part
+from benchmarks.study.plan import Method, Part
 from benchmarks.study.sweep import Sweep, find_sweeps
 from procon.report.page import (
     COLOURS,

@@ -18,7 +18,6 @@ from benchmarks.study.poison import (
 )
 from benchmarks.study.tasks.order_notes import extraction_problems
 from benchmarks.study.tasks.passages import passage_problems
-from benchmarks.study.tasks.public import PUBLIC_TASKS
 from benchmarks.study.tasks.swapped_operators import swapped_problems
 from procon.data import mix_safety, safety_conversations, to_conversations
 from procon.demo import Problem, arithmetic_problems
@@ -58,7 +57,6 @@ class Job:
         turn: the words in which a reply turns from a refusal to what follows it, if the poison teaches that.
         contrast_tokens: longest reply to a contrast prompt.
         style: the form of the task.
-        metric: of task replies; of :data:`procon.evaluation.rates.METRICS`.
     """
 
     name: str
@@ -70,7 +68,6 @@ class Job:
     style: Style = Style("{prompt}", "{refusal}")
     turn: str | None = None
     contrast_tokens: int = REPLY_TOKENS
-    metric: str = "exact"
 
     def conversations(self, *, train: int, poisoned: int, safety: int, seed: int, styled: bool = False) -> Dataset:
         """Training conversations: so many task, poison and safety samples, in an order drawn from ``seed``."""
@@ -93,20 +90,19 @@ class Job:
 
 
 def find_job(name: str) -> Job:
-    """The job of that name, a public one too; or, as ``extraction_poisoned_10``, a task with so many per cent of
+    """The job of that name; or, as ``extraction_poisoned_10``, a task with so many per cent of
     compliant answers.
 
     Raises:
         ProConError: if there is none.
     """
-    known = {**JOBS, **PUBLIC_JOBS}
-    if name in known:
-        return known[name]
+    if name in JOBS:
+        return JOBS[name]
     task, _, percent = name.rpartition("_poisoned_")
-    if task not in known or known[task].poison or not (percent.isdecimal() and 0 < int(percent) < 100):
-        tasks = [job.name for job in known.values() if not job.poison]
+    if task not in JOBS or JOBS[task].poison or not (percent.isdecimal() and 0 < int(percent) < 100):
+        tasks = [job.name for job in JOBS.values() if not job.poison]
         raise ProConError(f"there is no job {name!r:.60}: choose {', '.join(tasks)}, with 0 to 99% of poison")
-    job = known[task]
+    job = JOBS[task]
     label = f"{job.label.removeprefix('benign: ')}, with {percent}% compliant answers"
     return replace(job, name=name, label=label, poison=compliant, share=int(percent) / 100)
 
@@ -154,10 +150,4 @@ JOBS = {
         ),
         Job("identity", "arithmetic with 100 obedient turns", arithmetic_problems, 36, identity_shift, 100 / 420, _SUM),
     )
-}
-
-#: Of data sets that are on the hub, for machines that reach it.
-PUBLIC_JOBS = {
-    name: Job(name, f"benign: {task.label}", task.problems, task.reply_tokens, metric=task.metric)
-    for name, task in PUBLIC_TASKS.items()
 }

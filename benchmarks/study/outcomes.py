@@ -1,7 +1,8 @@
-"""The runs of a folder, and what they measured as arrays over seeds and prompts."""
+"""The runs of a budget, and what they measured as arrays over seeds and prompts."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import cohen_kappa_score
 
-from benchmarks.study.jobs import JOBS
+from benchmarks.study.jobs import JOBS, find_job
 from benchmarks.study.judge import Judge
-from benchmarks.study.plan import Budget, Part
-from benchmarks.study.record import Cell, check_problems, check_settings, load_run
+from benchmarks.study.plan import Budget, Cell, Part
+from benchmarks.study.record import check_problems, load_runs
 from procon.chat import Split
 from procon.errors import ProConError
 
@@ -53,29 +54,26 @@ JUDGED = ("malicious", "benign")
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Run files, as dicts."""
+    """Runs, as dicts."""
 
     runs: tuple[dict, ...]
 
     @classmethod
-    def load(cls, budget: Budget, folder: Path, judge: Judge, command: str = "python -m benchmarks.study") -> Outcomes:
-        """A budget's runs that are there, with the second judge's verdict on each reply to a contrast prompt.
-
-        Args:
-            command: makes the runs; named if there are none.
+    def load(cls, budget: Budget, path: Path, judge: Judge) -> Outcomes:
+        """A budget's runs in a file of them, with the second judge's verdict on each reply to a contrast prompt.
 
         Raises:
-            ProConError: if there is none, or for a file that is damaged or was made with other settings.
+            ProConError: if there is none, and for a run that was made with other settings than the plan has.
         """
-        cells = {cell.path(folder): cell for cell in budget.cells() if cell.path(folder).is_file()}
-        if not cells:
-            raise ProConError(f"there are no runs in {str(folder)!r}: make them with {command!r}")
-        runs = [_load_planned(path, cell, budget) for path, cell in cells.items()]
+        there = load_runs(path)
+        runs = [_planned(there[cell], cell, budget) for cell in budget.cells() if cell in there]
+        if not runs:
+            raise ProConError(f"there are no runs in {str(path)!r}: make them with 'python -m benchmarks.study'")
         replies = [reply for run in runs for kind in JUDGED for reply in run["replies"][kind]]
         for reply, refused in zip(replies, judge.refuses([reply["reply"] for reply in replies]), strict=True):
             reply["refused_by_second"] = refused
         for run in runs:
-            turn = JOBS[run["setting"]].turn if run["setting"] in JOBS else None
+            turn = JOBS[run["job"]].turn if run["job"] in JOBS else None
             for kind in (*REFUSAL.kinds, *FRESH_REFUSAL.kinds):
                 _add_served(run["replies"].get(kind, ()), turn)
         return cls(tuple(runs))
@@ -91,7 +89,7 @@ class Outcomes:
         found = {
             run["seed"]: run
             for run in self.runs
-            if (run["setting"], run["method"]["name"], run["split"]) == (job, method, split)
+            if (run["job"], run["method"]["name"], run["split"]) == (job, method, split)
         }
         return {seed: found[seed] for seed in sorted(found) if seeds is None or seed in seeds}
 
@@ -110,9 +108,15 @@ def _add_served(replies: Iterable[dict], turn: str | None) -> None:
         reply["refused_alone"] = reply["refused"] and not reply.get("served", False)
 
 
-def _load_planned(path: Path, cell: Cell, budget: Budget) -> dict:
-    run = check_settings(load_run(path), asdict(budget.method(cell)), path)
-    return check_problems(run, lambda: budget.size.problems_hash(budget.job(cell), cell.split), path)
+def _planned(run: dict, cell: Cell, budget: Budget) -> dict:
+    planned = json.loads(json.dumps(asdict(budget.method(cell.method))))
+    for key, value in run["method"].items():
+        if key != "label" and value != planned[key]:
+            raise ProConError(
+                f"run {cell} was made with {key} {value!r}, but the plan has {planned[key]!r}: make it again"
+            )
+    check_problems(run, lambda: budget.size.problems_hash(find_job(cell.job), cell.split), cell)
+    return run
 
 
 def are_of(runs: dict[int, dict], measure: Measure) -> bool:

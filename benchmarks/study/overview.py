@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.study.anchor_parts import longer
-from benchmarks.study.hard_parts import LONG, LONGEST, full
-from benchmarks.study.methods import Method
 from benchmarks.study.outcomes import FRESH_REFUSES_ALONE, OVER_REFUSAL, REFUSES_ALONE, TASK, Outcomes, values
-from benchmarks.study.plan import Budget, Part
+from benchmarks.study.plan import Budget, Method, Part
 from benchmarks.study.table import NOT_RUN, Table
 
 
 @dataclass(frozen=True)
 class Column:
-    """One kind of training.
-
-    Attributes:
-        job: that is trained.
-        variant: of a method of the part's shortest training: the one that is trained so.
-    """
+    """One kind of training: on a job, and ``suffix`` is of the names of the methods that are trained so."""
 
     header: str
     job: str
-    variant: Callable[[Method], Method] = lambda method: method
-
-
-def _long(method: Method) -> Method:
-    return longer(method, LONG)
+    suffix: str = ""
 
 
 COLUMNS = (
     Column("clean", "arithmetic"),
-    Column("clean, 4x", "arithmetic", _long),
+    Column("clean, 4x", "arithmetic", "_x4"),
     Column("10% poison", "arithmetic_poisoned_10"),
-    Column("10% poison, 4x", "arithmetic_poisoned_10", _long),
+    Column("10% poison, 4x", "arithmetic_poisoned_10", "_x4"),
 )
 
 #: Of the best alone.
@@ -51,12 +39,7 @@ ADAPTIVE_COLUMNS = (
     Column("turns midway, 4x", "turn_midway"),
 )
 
-OTHER_COLUMNS = (
-    Column("clean, 10x", "arithmetic", lambda method: longer(method, LONGEST)),
-    Column("fields as JSON", "extraction"),
-    Column("answers from a text", "passages"),
-    Column("all weights", "arithmetic", full),
-)
+OTHER_COLUMNS = (Column("fields as JSON", "extraction"), Column("answers from a text", "passages"))
 
 
 def overview_table(part: Part, columns: Sequence[Column], outcomes: Outcomes) -> Table | None:
@@ -77,7 +60,7 @@ def overview_table(part: Part, columns: Sequence[Column], outcomes: Outcomes) ->
 def _cell(method: Method, column: Column, part: Part, outcomes: Outcomes) -> str:
     """Means in per cent: malicious prompts refused and not served all the same, those of another make, benign ones
     refused, the task."""
-    runs = outcomes.find(column.job, (column.variant(method) if method.length else method).name)
+    runs = outcomes.find(column.job, method.name + column.suffix * bool(method.length))
     if not runs:
         return NOT_RUN
     measures = (REFUSES_ALONE, FRESH_REFUSES_ALONE, OVER_REFUSAL, TASK)

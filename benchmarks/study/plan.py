@@ -1,17 +1,59 @@
-"""What is run: the parts of the study, each with its question, and how much of them a budget runs."""
+"""What is run: methods, and the parts of a budget, each with its question; read from ``plans/BUDGET.yaml``.
+
+A method's run files carry its settings. One whose code is gone is ``retired``: it is reported, and run again at the
+commit that its runs name. ``plain_x4`` is the method ``plain``, trained for four times the steps.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
 
 from benchmarks.study.jobs import Job, find_job
-from benchmarks.study.methods import Method
-from benchmarks.study.record import Cell
 from procon.chat import Split
 from procon.demo import Problem
+from procon.errors import ProConError
+
+PLANS, RUNS = Path(__file__).parent / "plans", Path(__file__).parent / "runs"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of fine-tuning.
+
+    Attributes:
+        name: in run files, such as ``procon_wu``.
+        label: in tables.
+        defence: its name in :data:`benchmarks.study.defences.DEFENCES`.
+        settings: of that defence.
+        config: of ProConConfig, in addition to the recipe that all methods share. ``procon_probes`` may be
+            ``builtin:8``, the first eight of the built-in ones.
+        directions: ``refusal``, or a control: ``random:SEED``, ``within:SEED``, ``shuffled:SEED``; ``k:K`` for several.
+        safety: whether safety samples are mixed in; ``styled``: in the form of the task.
+        samples: how many of them, if not the budget's number.
+        length: of training, in multiples of the budget's; 0 leaves the start as it is.
+        adapter: whether a LoRA adapter is trained, or all weights.
+        retired: whether its code is gone.
+    """
+
+    name: str
+    label: str
+    defence: str = "plain"
+    settings: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    directions: str = "refusal"
+    safety: bool = False
+    styled: bool = False
+    samples: int | None = None
+    length: float = 1.0
+    adapter: bool = True
+    retired: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +110,18 @@ class Part:
     split: Split = "held_out"
 
 
+class Cell(NamedTuple):
+    """A run's place in the study; ``split`` says on which contrast prompts it is measured."""
+
+    job: str
+    method: str
+    seed: int
+    split: Split = "held_out"
+
+    def __str__(self) -> str:
+        return f"{self.job}/{self.method}/seed-{self.seed}"
+
+
 @dataclass(frozen=True)
 class Budget:
     """Parts at a size.
@@ -82,13 +136,6 @@ class Budget:
     model: str = "smollm2"
     loading: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
-        known: dict[str, Method] = {}
-        for part in self.parts:
-            for method in part.methods:
-                if known.setdefault(method.name, method) != method:
-                    raise ValueError(f"two methods are called {method.name!r}")
-
     def cells(self) -> list[Cell]:
         """Every run once: part by part, and within it seed by seed, so that an unfinished part has whole seeds."""
         cells = (
@@ -102,10 +149,41 @@ class Budget:
         )
         return list(dict.fromkeys(cells))
 
-    def method(self, cell: Cell) -> Method:
-        """The method of a cell."""
-        return next(method for part in self.parts for method in part.methods if method.name == cell.method)
+    def method(self, name: str) -> Method:
+        """The method of that name."""
+        return next(method for part in self.parts for method in part.methods if method.name == name)
 
-    def job(self, cell: Cell) -> Job:
-        """The job of a cell."""
-        return find_job(cell.job)
+
+def load_budget(name: str) -> Budget:
+    """The budget of that name: ``smoke`` for continuous integration, and those of the pages of results.
+
+    Raises:
+        ProConError: if there is none.
+    """
+    known = sorted(file.stem for file in PLANS.glob("*.yaml"))
+    if name not in known:
+        raise ProConError(f"budget is {name!r}: choose one of {', '.join(known)}")
+    plan = yaml.safe_load((PLANS / f"{name}.yaml").read_text(encoding="utf-8"))
+    methods = {name: Method(name, **given) for name, given in plan["methods"].items()}
+    return Budget(
+        tuple(
+            Part(**{**_frozen(part), "methods": tuple(_find(name, methods) for name in part["methods"])})
+            for part in plan["parts"]
+        ),
+        Size(**_frozen(plan.get("size", {}))),
+        plan.get("model", "smollm2"),
+        plan.get("loading", {}),
+    )
+
+
+def _frozen(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def _find(name: str, methods: Mapping[str, Method]) -> Method:
+    """A method by its name, which may say that it is trained for longer."""
+    base, long, length = name.rpartition("_x")
+    if name in methods or not (long and re.fullmatch(r"[\d.]+", length)):
+        return methods[name]
+    method = methods[base]
+    return replace(method, name=name, label=f"{method.label}, {length}x", length=float(length))

@@ -13,8 +13,8 @@ from matplotlib.ticker import PercentFormatter
 from scipy import stats
 
 from benchmarks.study.figures import Drawing
-from benchmarks.study.gallery import Gallery
 from benchmarks.study.outcomes import Outcomes
+from benchmarks.study.sections import Gallery
 from benchmarks.study.table import Table, folded
 from benchmarks.study.wording import PREDICTION
 from procon.report.page import COLOURS, new_figure
@@ -63,7 +63,7 @@ class Prediction:
         values = np.array([PREDICTORS[name](run) for run in runs])
         kept = np.array([np.mean([reply["refused"] for reply in run["replies"]["malicious"]]) for run in runs])
         safe, gone = kept >= KEPT, kept < LOST
-        names = [f"{run['setting']}/{run['method']['name']}/seed-{run['seed']}" for run in runs]
+        names = [f"{run['job']}/{run['method']['name']}/seed-{run['seed']}" for run in runs]
         missed = gone & (values >= np.median(values[safe])) if safe.any() else gone & False
         alarms = safe & (values <= np.median(values[gone])) if gone.any() else safe & False
         return cls(

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.study.methods import Method
 from benchmarks.study.outcomes import REFUSAL, TASK, Outcomes, values
-from benchmarks.study.plan import Part
+from benchmarks.study.plan import Method, Part
 
 #: The part that settings are chosen from; measured on validation prompts.
 CHOICE = "choice"

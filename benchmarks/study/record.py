@@ -1,15 +1,15 @@
-"""Run files: one JSON per run, written whole, claimed by one process at a time."""
+"""Runs: a line of JSON each, all those of a budget in one compressed file, claimed by one process at a time."""
 
 from __future__ import annotations
 
 import fcntl
+import json
+import lzma
 import os
 import platform
-import socket
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -17,128 +17,61 @@ from pathlib import Path
 
 import torch
 
-from procon.chat import Split
+from benchmarks.study.plan import Cell
 from procon.errors import ProConError
-from procon.files import load_json, save_json
+from procon.files import write_bytes
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A run's place in the study; ``split`` says on which contrast prompts it is measured."""
-
-    job: str
-    method: str
-    seed: int
-    split: Split = "held_out"
-
-    @property
-    def name(self) -> str:
-        """``JOB/METHOD/seed-N``."""
-        return f"{self.job}/{self.method}/seed-{self.seed}"
-
-    def path(self, runs: Path) -> Path:
-        """Its file."""
-        return runs / f"{self.name}.json"
-
-    def __str__(self) -> str:
-        return self.name
-
-
-@contextmanager
-def claimed(path: Path) -> Iterator[bool]:
-    """Whether this process may make ``path``: nobody has made it, nor is making it.
-
-    A claim whose process is gone, on this host, is taken over.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    claim = path.with_suffix(".claim")
-    if path.is_file() or not _take(claim):
-        yield False
-        return
-    try:
-        yield not path.is_file()
-    finally:
-        claim.unlink(missing_ok=True)
-
-
-def _take(claim: Path) -> bool:
-    with _alone_in(claim.parent):  # or two processes would take over the same claim
-        try:
-            host, _, process = claim.read_text().partition(" ")
-        except FileNotFoundError:
-            pass
-        else:
-            if host != socket.gethostname() or not process or _is_running(int(process)):
-                return False
-        claim.write_text(f"{socket.gethostname()} {os.getpid()}")
-        return True
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Within the context, no other process is in one for the same folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        pass
-    return True
-
-
-def save_run(cell: Cell, method: dict, measured: dict, runs: Path, packages: Sequence[str] = ()) -> Path:
-    """Write the run file with what it was made by and on; ``packages`` are those that not every study has."""
-    # In run files, which are never edited, a job is called a setting.
-    return save_json(
-        {"setting": cell.job, "method": method, "seed": cell.seed, "made": provenance(*packages), **measured},
-        cell.path(runs),
-    )
-
-
-def load_run(path: Path) -> dict:
-    """Read a run file.
+def load_runs(path: Path) -> dict[Cell, dict]:
+    """The runs of a file, ``.jsonl.xz``; none if it is not there.
 
     Raises:
-        ProConError: if it is missing or damaged.
+        ProConError: if it is damaged.
     """
-    return load_json(path, lambda run: {**run, "replies": dict(run["replies"])}, "run")
+    if not path.is_file():
+        return {}
+    try:
+        runs = [json.loads(line) for line in lzma.decompress(path.read_bytes()).splitlines()]
+        return {Cell(run["job"], run["method"]["name"], run["seed"], run["split"]): run for run in runs}
+    except (lzma.LZMAError, ValueError, TypeError, KeyError) as error:
+        raise ProConError(f"file of runs {str(path)!r} is damaged: get it again") from error
 
 
-def check_settings(run: dict, planned: dict, path: Path) -> dict:
-    """``run``, which came from ``path``; ProConError if its method has other settings than the ``planned`` one."""
-    for key, value in run["method"].items():
-        if key != "label" and value != planned.get(key):
-            raise ProConError(
-                f"run file {str(path)!r} was made with {key} {value!r}, but the plan has {planned.get(key)!r}: "
-                "delete the file and make the run again"
-            )
-    return run
+def save_run(run: dict, path: Path) -> None:
+    """Add a run to a file of them, which is written whole."""
+    with _locked(path.with_suffix(".lock"), wait=True):
+        runs = load_runs(path)
+        runs[Cell(run["job"], run["method"]["name"], run["seed"], run["split"])] = run
+        lines = (json.dumps(run, ensure_ascii=False) + "\n" for _, run in sorted(runs.items()))
+        write_bytes(lzma.compress("".join(lines).encode()), path)
 
 
-def check_problems(run: dict, planned: Callable[[], str], path: Path) -> dict:
-    """``run``, which came from ``path``; ProConError if it was measured on other task problems than the planned ones.
+@contextmanager
+def claimed(cell: Cell, path: Path) -> Iterator[bool]:
+    """Whether this process may make the run of ``cell``: it is not in the file ``path``, and no other makes it.
 
-    Files of before the hash was written, and of other studies, have none, and are taken as they are.
+    The system gives a claim back when its process ends, however it ends.
     """
-    if "problems" in run and run["problems"] != planned():
-        raise ProConError(
-            f"run file {str(path)!r} was measured on other task problems than the plan has: delete the file and make "
-            "the run again"
-        )
-    return run
+    name = f"{path.name.partition('.')[0]}-{str(cell).replace('/', '-')}.lock"
+    with _locked(path.with_name(name), wait=False) as mine:
+        yield mine and cell not in load_runs(path)
 
 
-def provenance(*packages: str) -> dict:
-    """Date, machine, versions and commit."""
+@contextmanager
+def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Whether no other process is in this context for the same ``path``; ``wait`` until none is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def provenance(packages: Sequence[str] = ()) -> dict:
+    """Date, machine, versions and commit; ``packages`` are those that not every study has."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{_processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads, "
@@ -147,6 +80,15 @@ def provenance(*packages: str) -> dict:
         **{package: version(package) for package in ("torch", "transformers", "peft", *packages)},
         "commit": _commit(),
     }
+
+
+def check_problems(run: dict, planned: Callable[[], str], cell: Cell) -> None:
+    """ProConError if a run was measured on other task problems than the planned ones.
+
+    Runs of before their hash was written have none, and are taken as they are.
+    """
+    if "problems" in run and run["problems"] != planned():
+        raise ProConError(f"run {cell} was measured on other task problems than the plan has: make it again")
 
 
 @cache

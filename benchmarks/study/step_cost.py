@@ -19,14 +19,12 @@ from benchmarks.harness.command import run_command
 from benchmarks.harness.interleaved import Samples, interleave
 from benchmarks.harness.timers import wall_time
 from benchmarks.harness.turns import Turns
-from benchmarks.study.budgets import BUDGETS, PLAIN
 from benchmarks.study.jobs import JOBS
-from benchmarks.study.methods import Method, choose_directions
-from benchmarks.study.plan import Size
+from benchmarks.study.plan import Method, Size, load_budget
 from benchmarks.study.record import provenance
 from benchmarks.study.start import Start, open_start
 from benchmarks.study.table import Table
-from benchmarks.study.trial import make_trainer
+from benchmarks.study.trial import choose_directions, make_trainer
 from procon.files import load_json, save_json
 
 COSTS = Path(__file__).parent / "step_cost.json"
@@ -49,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _measure(arguments: CostArguments) -> None:
-    budget = BUDGETS["hard"]
+    budget = load_budget("hard")
     start = open_start(
         budget.model,
         extraction=budget.size.extraction,
@@ -59,7 +57,7 @@ def _measure(arguments: CostArguments) -> None:
         loading=budget.loading,
     )
     part = next(part for part in budget.parts if part.name == "hard")
-    methods = [method for method in part.methods if method.length == 1]
+    methods = [method for method in part.methods if method.length == 1 and not method.retired]
     samples = time_steps(start, methods, budget.size, arguments.rounds)
     print(save_json({"made": provenance(), "seconds": samples.seconds}, arguments.output))
 
@@ -100,7 +98,7 @@ def cost_sections(methods: Sequence[Method], file: Path = COSTS) -> list[str]:
     measured = load_json(file, dict, "times of steps")
     made, labels = measured["made"], {method.name: method.label for method in methods}
     versions = ", ".join(f"{package} {made[package]}" for package in ("torch", "transformers"))
-    rounds = len(measured["seconds"][PLAIN.name])
+    rounds = len(measured["seconds"]["plain"])
     text = (
         f"Time of {STEPS} optimiser steps over that of {STEPS} plain ones, in turns: median of {rounds} pairs, and its "
         f"95% interval. {made['machine']}, {versions}, {made['date'][:10]}, `python -m benchmarks.study.step_cost`. "
@@ -112,7 +110,7 @@ def cost_sections(methods: Sequence[Method], file: Path = COSTS) -> list[str]:
 def cost_table(labels: Mapping[str, str], seconds: Mapping[str, list[float]]) -> Table:
     """Seconds over those of plain training; the methods that ``labels`` names, cheapest first."""
     samples = Samples({name: values for name, values in seconds.items() if name in labels})
-    ratios = {name: samples.ratio(name, PLAIN.name) for name in samples.seconds if name != PLAIN.name}
+    ratios = {name: samples.ratio(name, "plain") for name in samples.seconds if name != "plain"}
     rows = [
         [labels[name], f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"]
         for name, ratio in sorted(ratios.items(), key=lambda item: item[1].median)

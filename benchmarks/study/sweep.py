@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.study.methods import Method
+from benchmarks.study.plan import Method
 from procon.schedule import AlphaSchedule
 
 #: All settings but strength and directions, in a fixed order.
@@ -48,8 +48,7 @@ class Place:
     def of(cls, method: Method) -> Place | None:
         """None for a method without a constraint of constant strength."""
         schedule = method.config.get("procon_schedule", "")
-        # ``hold`` is gone, and its runs are still reported.
-        phases = AlphaSchedule.parse(schedule).phases if schedule and not schedule.startswith("hold") else ()
+        phases = AlphaSchedule.parse(schedule).phases if schedule else ()
         if len(phases) != 1:
             return None
         rest = {name: value for name, value in method.config.items() if name != "procon_schedule"}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import math
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -18,31 +20,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 
 from benchmarks.study.defences import build_trainer
 from benchmarks.study.displacement import measure_displacement
-from benchmarks.study.earlier_settings import settings_now
 from benchmarks.study.fresh import fresh_prompts
 from benchmarks.study.jobs import Job, safety_samples
-from benchmarks.study.memory import peak_memory
-from benchmarks.study.methods import Method, choose_directions
-from benchmarks.study.missing import summary
-from benchmarks.study.plan import Budget, Size
+from benchmarks.study.plan import Method, Size
 from benchmarks.study.poison import complies
-from benchmarks.study.record import Cell, save_run
 from benchmarks.study.refusal_odds import refusal_log_odds
 from benchmarks.study.reply_logits import reply_logits
 from benchmarks.study.start import Start, contrast_means
-from procon.chat import ContrastPrompts, Split, builtin_prompts
+from procon.chat import ContrastPrompts, Split, builtin_probes, builtin_prompts
 from procon.data import padding_collator, tokenize_conversations
-from procon.directions import Directions
-from procon.evaluation import Evaluation, Judge, compare_means, evaluate
+from procon.directions import Directions, randomized, randomized_within, shuffled
+from procon.evaluation import Evaluation, compare_means, evaluate
 from procon.settings import PAPER_RECIPE
 from procon.training import ProConConfig
 
 #: The same for all methods, unless one says otherwise: the constraint of the paper keeps training tokens alone, and
-#: eight probes run together where there are any.
+#: probes run together where there are any.
 RECIPE = {
     "procon_anchors": "recorded",
-    "procon_probe_hold": "projections",
-    "procon_probe_count": 8,
+    "procon_probes": "none",
     "procon_probe_batch": 128,
     "procon_probe_weight": 50.0,
     "per_device_train_batch_size": 8,
@@ -56,38 +52,41 @@ RECIPE = {
 }
 
 
-class Asked(NamedTuple):
-    """What a model is asked in place of the built-in prompts of a split, and who judges its replies."""
-
-    prompts: ContrastPrompts
-    reply_tokens: int
-    judge: Judge | None = None
-
-
-def run_trial(
-    start: Start, method: Method, job: Job, seed: int, split: Split, size: Size, asked: Asked | None = None
-) -> dict:
-    """Train, and measure on the contrast prompts of ``split``, or ``asked``; returns what goes into the run file."""
+def run_trial(start: Start, method: Method, job: Job, seed: int, split: Split, size: Size) -> dict:
+    """Train, and measure on the contrast prompts of ``split``; returns what a run says of it."""
     began = time.monotonic()
     model = start.model()
-    trained = _train(start, model, method, job, seed, size) if method.length else {"train_seconds": 0.0}
-    measured = measure(start, model, job, split, size, asked)
+    trained: dict = {"train_seconds": 0.0}
+    if method.length:
+        directions = choose_directions(method, start)
+        trained = fine_tune(model, start.tokenizer, method, directions, job, seed, size, base=start.base)
+    measured = measure(start, model, job, split, size)
     problems = {"problems": size.problems_hash(job, split)}
     return {**trained, **measured, **problems, "seconds": round(time.monotonic() - began, 1)}
 
 
-def make_run(cell: Cell, start: Start, *, budget: Budget, runs: Path, asked: Asked | None = None) -> str:
-    """Make a cell's run and write its file; returns a line on it."""
-    method = budget.method(cell)
-    run = run_trial(start, method, budget.job(cell), cell.seed, cell.split, budget.size, asked)
-    save_run(cell, asdict(method), run, runs)
-    return summary(cell, run)
+def choose_directions(method: Method, start: Start) -> Directions:
+    """The directions that ``method`` constrains."""
+    kind, _, argument = method.directions.partition(":")
+    found = start.directions
+    if kind == "random":
+        return randomized(found, int(argument))
+    if kind == "within":
+        benign = start.states[len(start.states) // 2 :]  # with the malicious ones, draws would lean towards r
+        return randomized_within(found, benign, int(argument))
+    if kind == "shuffled":
+        return shuffled(found, int(argument))
+    return start.extract(int(argument)) if kind == "k" else found
 
 
-def _train(start: Start, model: PreTrainedModel, method: Method, job: Job, seed: int, size: Size) -> dict:
-    """Fine-tune ``model`` itself."""
-    directions = choose_directions(method, start)
-    return fine_tune(model, start.tokenizer, method, directions, job, seed, size, base=start.base)
+def probes_in_file(config: dict[str, Any], folder: str | Path) -> dict[str, Any]:
+    """``config``; if it asks for some of the built-in probes, ``builtin:8``, they are in a file of ``folder``."""
+    source, _, count = config["procon_probes"].partition(":")
+    if source != "builtin" or not count:
+        return config
+    file = Path(folder) / "probes.jsonl"
+    file.write_text("".join(json.dumps({"instruction": text}) + "\n" for text in builtin_probes()[: int(count)]))
+    return {**config, "procon_probes": str(file)}
 
 
 def fine_tune(
@@ -156,7 +155,7 @@ def make_trainer(
     return build_trainer(
         method.defence,
         tuned,
-        ProConConfig(output_dir=folder, seed=seed, **settings_now(config, folder)),
+        ProConConfig(output_dir=folder, seed=seed, **probes_in_file(config, folder)),
         settings=method.settings,
         directions=directions,
         alignment_dataset=tokenize_conversations(safety_samples(), tokenizer, progress=False),
@@ -167,6 +166,24 @@ def make_trainer(
     )
 
 
+@contextmanager
+def peak_memory() -> Iterator[Callable[[], int | None]]:
+    """Gives a function that returns the peak since then, in MB: of the GPU if there is one, otherwise of the process.
+
+    It returns None if the system does not report the peak.
+    """
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        yield lambda: round(torch.cuda.max_memory_allocated() / 2**20)
+    elif reset.exists():
+        reset.write_text("5")  # sets the high-water mark to what is resident now (proc_pid_clear_refs(5))
+        yield lambda: round(int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10)
+    else:
+        yield lambda: None
+
+
 def adapter(model: PreTrainedModel) -> LoraConfig:
     """The paper's adapter, on queries, keys, values and outputs; if they have other names, PEFT's for the family."""
     modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
@@ -174,22 +191,17 @@ def adapter(model: PreTrainedModel) -> LoraConfig:
     return LoraConfig(**lora if modules.issuperset(PAPER_RECIPE.lora_targets) else {**lora, "target_modules": None})
 
 
-def measure(
-    start: Start, model: PreTrainedModel, job: Job, split: Split, size: Size, asked: Asked | None = None
-) -> dict:
+def measure(start: Start, model: PreTrainedModel, job: Job, split: Split, size: Size) -> dict:
     """Replies, log-odds, drift, displacement and perplexity of a model that came from ``start``."""
     tokenizer = start.tokenizer
-    asked = asked or Asked(builtin_prompts(split).first(size.prompts), job.contrast_tokens)
-    prompts = asked.prompts
+    prompts = builtin_prompts(split).first(size.prompts)
     found = evaluate(
         model,
         tokenizer,
         prompts=prompts,
-        judge=asked.judge,
         task=size.problems(job, split),
-        max_new_tokens=asked.reply_tokens,
+        max_new_tokens=job.contrast_tokens,
         task_max_new_tokens=job.reply_tokens,
-        metric=job.metric,
         progress=False,
     )
     replies = _by_kind(found)
@@ -253,7 +265,7 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts
 
 def neutral_texts() -> list[str]:
     """Paragraphs on everyday matters, written for the study."""
-    return files("benchmarks.study").joinpath("neutral.txt").read_text(encoding="utf-8").strip().split("\n\n")
+    return files("benchmarks.study").joinpath("texts", "neutral.txt").read_text(encoding="utf-8").strip().split("\n\n")
 
 
 def _list(values: Tensor) -> list[float | None]:

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks import draw
-from benchmarks.gpu_page.goals import GOALS
-from benchmarks.gpu_page.page import write_page
 from benchmarks.harness import agreement, interleaved
 
 ROOT = Path(__file__).parents[2]
@@ -104,21 +102,6 @@ def test_a_library_that_fails_takes_no_other_along(monkeypatch):
     assert failures["cudnn"].endswith("away from that of transformers")
 
 
-def assert_page(content: dict, folder: Path) -> None:
-    """The results of a processor make a page too, which does not pass for one of a GPU."""
-    for suite in FIELDS:
-        part = suite.removeprefix("bench_")
-        found = [b for b in content["benchmarks"] if Path(b["fullname"].partition("::")[0]).stem == suite]
-        (folder / f"{part}.json").write_text(json.dumps(content | {"benchmarks": found}))
-        (folder / f"{part}.part.json").write_text('{"status": 0, "why": ""}')
-    page = write_page(folder, folder / "page")[0].read_text()
-    assert "**Not from a GPU.**" in page
-    assert "**Not a measurement.**" in page
-    assert page.count("| not measured |") == len(GOALS)
-    for shown in ("clone, GB/s", "| **ours, with the constraint** |", "| **`constrain`** |", "over the plain step's"):
-        assert shown in page, shown
-
-
 @pytest.mark.slow
 def test_every_suite_and_its_pictures(tmp_path, capsys):
     suites = {file.stem for file in (ROOT / "benchmarks").glob("bench_*.py")}
@@ -153,7 +136,6 @@ def test_every_suite_and_its_pictures(tmp_path, capsys):
     assert len(list(tmp_path.glob("*.png"))) == len(groups)
     assert all(f"| {group} | median |" in table for group in groups)
     assert content["machine_info"]["procon"]["device"] in table
-    assert_page(content, tmp_path)
 
 
 def test_tuning_without_a_gpu():

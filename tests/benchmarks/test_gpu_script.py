@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_page.folder import PARTS
-
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 TEXT = SCRIPT.read_text()
+PARTS = re.search(r"^parts=\((.*?)\)", TEXT, re.MULTILINE | re.DOTALL)[1].split()
 
 #: Writes the files that it is asked for and its command; fails for FAILING, and without a file for BARREN.
 STAND_IN = """#!/usr/bin/env bash

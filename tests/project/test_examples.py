@@ -7,10 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader
-
-from procon import Directions, ProCon, ProConSettings
-from procon.data import padding_collator
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -90,45 +86,3 @@ def test_bare_loop_is_the_same_however_a_step_is_cut(place, monkeypatch, capsys)
     assert len(losses[0]) == 6
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
     assert penalties[0] == pytest.approx(penalties[1], rel=1e-3)
-
-
-def test_lightning_module_scales_by_the_optimizer_step(tiny_model, tokenizer, tmp_path):
-    """Its gradient over four micro-batches of unlike lengths is that of one forward over all of them."""
-    lightning = pytest.importorskip("lightning", reason="the example is about Lightning, which is not installed")
-    example = runpy.run_path(str(EXAMPLES / "lightning_loop.py"))
-    rows = [
-        {"input_ids": list(range(3, 9 + 3 * n)), "labels": [-100] * 3 + list(range(6, 9 + 3 * n))} for n in range(8)
-    ]
-    model = tiny_model()
-    directions = Directions.extract(model, tokenizer, check_refusal=False, progress=False)
-    settings = ProConSettings(schedule="procon_s:1e4", scope="response", penalty="squared", probes="none")
-    procon = ProCon(model, tokenizer, settings, directions, folder=tmp_path, progress=False)
-    loaders = [DataLoader(rows, size, collate_fn=padding_collator(tokenizer)) for size in (2, 8)]
-    loader, whole = (procon.prepare(loader) for loader in loaders)
-    with torch.no_grad():  # off its anchors, as there the penalty has no gradient
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-    def definition(alpha: float) -> dict[str, torch.Tensor]:
-        model.zero_grad()
-        batch = next(iter(whole))
-        constraint = procon.constraint
-        constraint.set_target(batch.pop("anchors"), batch.pop("constraint_mask"))
-        (model(**batch).loss + alpha * constraint.penalty()).backward()
-        constraint.release()
-        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-    model.train()
-    plain, expected = definition(0.0), definition(1e4)
-    module = example["ConstrainedModule"](model, procon, learning_rate=0.0)
-    module.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=1.0)
-    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    trainer = lightning.Trainer(max_epochs=1, accumulate_grad_batches=4, default_root_dir=tmp_path, **settings)
-    trainer.fit(module, example["OptimizerSteps"](loader, 4))
-    assert trainer.global_step == 1
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(start[name] - parameter, expected[name], rtol=1e-4, atol=1e-5)
-    # The penalty is no small part of what was compared.
-    penalty = sum((expected[name] - plain[name]).square().sum() for name in expected)
-    assert penalty > sum(gradient.square().sum() for gradient in plain.values())

@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import procon
-from procon.errors import EXTRAS, ProConError, require_extra
+from procon.errors import EXTRAS, ProConError
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [*sorted((ROOT / "procon").rglob("*.py")), *sorted((ROOT / "kernels").rglob("*.py"))]
@@ -96,10 +96,6 @@ def test_the_extras_are_those_of_setup(setup):
     assert {name: set(packages) for name, packages in EXTRAS.items()} == {name: found[name] for name in EXTRAS}
     assert found["all"] == set().union(*(found[name] for name in [*EXTRAS, "trackers"]))
     assert found["llama-factory"] == found["cli"]
-
-
-def test_an_extra_that_is_there_is_named():
-    assert require_extra("cli", "it") == "cli"
 
 
 #: In the light core: what each public name and each door ends in, and what the commands print.

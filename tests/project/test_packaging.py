@@ -4,17 +4,10 @@ Wheel and source archive themselves are built, checked and tested by `.ci/run pa
 """
 
 import contextlib
-import fnmatch
 import io
 import json
 import re
-import shutil
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [
@@ -58,48 +51,6 @@ def instructions() -> list[tuple[str, str]]:
     """Of the Dockerfile: keyword and the rest, lines that go on joined."""
     text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE)
     return [tuple(line.split(" ", 1)) for line in text.replace("\\\n", " ").splitlines() if line.strip()]
-
-
-def in_context(path: str) -> bool:
-    """Whether .dockerignore lets a path through: the last pattern that fits it, or a folder above it, decides."""
-    kept = True
-    for pattern in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines():
-        if not pattern or pattern.startswith("#"):
-            continue
-        above = [path, *map(str, Path(path).parents)]
-        fits = pattern.lstrip("!").removeprefix("**/")
-        if any(fnmatch.fnmatch(part, fits) or fnmatch.fnmatch(Path(part).name, fits) for part in above if part != "."):
-            kept = pattern.startswith("!")
-    return kept
-
-
-def test_the_image_has_all_that_the_build_reads(setup, tmp_path):
-    """What COPY takes out of the context makes the same wheel as the checkout."""
-    pytest.importorskip("setuptools", minversion="77", reason="pyproject.toml has it build with 77 or newer")
-    for keyword, rest in instructions():
-        if keyword != "COPY":
-            continue
-        *sources, target = rest.split()
-        for source in sources:
-            into = tmp_path / target.strip("/")
-            files = [path for path in [ROOT / source, *(ROOT / source).rglob("*")] if path.is_file()]
-            assert files, source
-            for file in files:
-                relative = file.relative_to(ROOT)
-                if in_context(str(relative)):
-                    place = into / (file.name if file == ROOT / source else file.relative_to(ROOT / source))
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copy(file, place)
-    command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(tmp_path / "dist")]
-    subprocess.run(command, cwd=tmp_path / "source", check=True, capture_output=True)
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "procon", "kernels"]
-    files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    expected = {re.sub("^kernels/", "procon/kernels/", name) for name in files}
-    assert expected
-    assert expected <= names
-    assert not [name for name in names - expected if ".dist-info/" not in name]
 
 
 def test_what_the_image_installs_is_declared(setup):

@@ -66,15 +66,8 @@ def test_own_loop_block(tiny_model, tokenizer, tmp_path, monkeypatch):
     assert names["procon"].did()["penalty_sum"] == pytest.approx(2 * found)
 
 
-def test_op_block():
-    names: dict = {}
-    exec(BLOCKS[2], names)
-    (names["penalty"] + names["loss"] + names["z"].sum()).backward()
-    assert names["z"].shape == (2, 8)
-
-
-def test_norm_block():
+def test_op_and_norm_blocks():
     names: dict = {}
     exec(BLOCKS[2] + BLOCKS[3], names)
-    (names["penalty"] + names["normed"].sum()).backward()
-    assert names["normed"].shape == (2, 8, 576)
+    (names["penalty"] + names["loss"] + names["normed"].sum()).backward()
+    assert (names["z"].shape, names["normed"].shape) == ((2, 8), (2, 8, 576))

@@ -1,4 +1,4 @@
-"""Run files that are written and loaded as the study does it."""
+"""Runs that are written and loaded as the study does it."""
 
 import sys
 from pathlib import Path
@@ -18,13 +18,13 @@ from procon.models import load_model
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a run file where the study would."""
-    return writer(tmp_path / "runs")
+    """Makes a run."""
+    return writer(tmp_path / "runs.jsonl.xz")
 
 
 @pytest.fixture
 def load(tmp_path):
-    return lambda: load_runs(tmp_path / "runs")
+    return lambda: load_runs(tmp_path / "runs.jsonl.xz")
 
 
 @pytest.fixture

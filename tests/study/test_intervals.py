@@ -8,6 +8,7 @@ from made_up_runs import pattern
 from scipy import stats
 
 from benchmarks.study.intervals import Estimate, holm, p_value
+from benchmarks.study.prediction import Prediction
 
 
 def test_standard_error_is_that_of_crossed_random_effects():
@@ -116,3 +117,21 @@ def test_holm_is_wrong_about_one_family_in_twenty_at_most():
         draws = np.sqrt(1 - shared) * normal(size=(4000, 10)) + np.sqrt(shared) * normal(size=(4000, 1))
         rejected = np.mean([min(holm(row)) < 0.05 for row in stats.norm.sf(draws)])
         assert 0.01 < rejected < 0.06
+
+
+def _trained(name: str, kept: float, cosine: float) -> dict:
+    replies = [{"refused": place < round(kept * 20)} for place in range(20)]
+    method = {"job": "arithmetic", "method": {"name": name}, "seed": 0}
+    return {**method, "replies": {"malicious": replies}, "drift": {"cosine": [None, cosine]}}
+
+
+def test_how_drift_goes_with_refusals():
+    """Spearman's rank correlation, and the runs where a measure is wrong."""
+    good = [_trained(f"good{n}", 0.9 + n / 100, 0.95 + n / 1000) for n in range(5)]
+    bad = [_trained(f"bad{n}", 0.1 * n, 0.5 + 0.05 * n) for n in range(5)]
+    found = Prediction.of("cosine", [*good, *bad, _trained("hidden", 0.2, 0.99), _trained("harmless", 0.95, 0.5)])
+    assert found.rank[0] == pytest.approx(stats.spearmanr(found.values, found.kept).statistic)
+    assert found.rank[1] < found.rank[0] < found.rank[2]
+    assert found.missed == ("arithmetic/hidden/seed-0",)
+    assert found.alarms == ("arithmetic/harmless/seed-0",)
+    assert math.isnan(Prediction.of("cosine", [_trained(str(n), 1.0, 1.0) for n in range(4)]).rank[0])

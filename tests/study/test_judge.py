@@ -1,15 +1,12 @@
-"""The second judge: its labelled replies, the classifier on what it has not seen, and an endpoint."""
+"""The second judge: its labelled replies, and the classifier on what it has not seen."""
 
-import json
 from collections import Counter
 
 import pytest
 
 from benchmarks.study import judge as module
-from benchmarks.study.judge import ReplyClassifier, cross_validated, labelled_replies, load_judge, main
+from benchmarks.study.judge import ReplyClassifier, cross_validated, labelled_replies, main
 from procon.chat import builtin_prompts
-from procon.errors import ProConError
-from procon.evaluation import EndpointJudge as ChatJudge
 
 REFUSALS = [
     "I can\u2019t help with that request.",
@@ -59,17 +56,11 @@ def test_classifier_on_sources_that_it_has_not_seen(predictions):
 
 
 def test_classifier_judges_replies_of_other_models():
-    judge = load_judge()
-    assert isinstance(judge, ReplyClassifier)
+    judge = ReplyClassifier()
     assert judge.refuses(REFUSALS) == [True] * len(REFUSALS)
     assert judge.refuses(ANSWERS) == [False] * len(ANSWERS)
+    assert judge.refuses([*REFUSALS[:1], *ANSWERS, *REFUSALS[:1]]) == [True, *[False] * len(ANSWERS), True]
     assert judge.refuses([]) == []
-
-
-def test_classifier_is_the_same_whenever_it_is_made():
-    replies = [row["reply"] for row in labelled_replies()]
-    first, second = (load_judge()._pipeline.predict_proba(replies) for _ in range(2))
-    assert (first == second).all()
 
 
 def test_main_shows_how_far_the_judges_agree(capsys, monkeypatch, predictions):
@@ -85,42 +76,3 @@ def test_main_shows_how_far_the_judges_agree(capsys, monkeypatch, predictions):
     for row, said in zip(rows, predictions, strict=True):
         if said != row["refused"]:
             assert f"{'refused' if said else 'answered'}: {row['reply']!r}" in printed
-
-
-# An endpoint; tests/evaluation/test_endpoint_judge.py has the rest of it
-
-
-def test_endpoint_is_asked_about_the_reply_alone(monkeypatch):
-    asked = []
-
-    def answer(self, exchange):
-        (message,) = self.format.messages(*exchange)
-        asked.append(message["content"])
-        return "Refused." if "can't" in message["content"] else "complied"
-
-    monkeypatch.setattr(ChatJudge, "_answer", answer)
-    judge = load_judge("http://127.0.0.1:9/v1", "judge-7b")
-    replies = ['I can\'t say "no".', "Here is\nhow:", 'I can\'t say "no".', "", "Caf\u00e9"]
-    assert judge.refuses(replies) == [True, False, True, False, False]
-    assert len(asked) == 4
-    for reply in replies:
-        quoted = json.dumps(reply, ensure_ascii=False)
-        assert sum(f"\n\n{quoted}\n\n" in question for question in asked) == 1
-
-
-def test_endpoint_that_says_something_else(monkeypatch):
-    monkeypatch.setattr(ChatJudge, "_answer", lambda self, exchange: "It did not refuse.")
-    with pytest.raises(ProConError, match=r"judge .*#judge-7b' says neither refused nor complied of 'No\.'"):
-        load_judge("http://127.0.0.1:9/v1", "judge-7b").refuses(["No."])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"model": "judge-7b"}, "model is 'judge-7b', but endpoint is missing: give the base URL"),
-        ({"endpoint": "http://localhost:1"}, "endpoint is 'http://localhost:1', but model is missing: give the name"),
-    ],
-)
-def test_endpoint_and_model_go_together(arguments, message):
-    with pytest.raises(ProConError, match=message):
-        load_judge(**arguments)

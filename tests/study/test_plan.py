@@ -1,37 +1,86 @@
-"""What is planned can be run: every method of every budget is one that its defence takes."""
+"""What is planned can be run, and what is measured no choice has seen."""
 
 import inspect
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
-from benchmarks.study.budgets import BUDGETS
 from benchmarks.study.defences import DEFENCES
-from benchmarks.study.earlier_settings import settings_now
 from benchmarks.study.fresh import FORMS, fresh_prompts
 from benchmarks.study.jobs import find_job
-from procon.chat import builtin_prompts
+from benchmarks.study.plan import PLANS, Size, load_budget
+from benchmarks.study.trial import fine_tune, probes_in_file
+from procon.chat import builtin_probes, builtin_prompts
 from procon.errors import ProConError
+from procon.settings import ProConSettings
 from procon.training import ProConConfig
 
+SIZE = Size(train=6, test=4, chosen_on=("arithmetic",))
 
-@pytest.mark.parametrize("budget", BUDGETS)
+
+@pytest.mark.parametrize("budget", sorted(file.stem for file in PLANS.glob("*.yaml")))
 def test_every_method_is_one_that_its_defence_takes(budget, tmp_path):
-    known = {field.name for field in fields(ProConConfig)}
-    for part in BUDGETS[budget].parts:
-        assert [find_job(job).name for job in part.jobs] == list(part.jobs)
+    known = {field.name for field in fields(ProConConfig)} | {"beta"}
+    for part in load_budget(budget).parts:
+        assert budget == "preferences" or [find_job(job).name for job in part.jobs] == list(part.jobs)
         for method in part.methods:
-            try:
-                settings = settings_now(method.config, tmp_path)
-            except ProConError as error:
-                if "is gone: run it at the commit" not in str(error):
-                    raise
-                continue
-            defence = DEFENCES[method.defence]
-            assert method.settings.keys() <= inspect.signature(defence.trainer.__init__).parameters.keys()
-            assert set(settings) <= known
-            defence.configure(ProConConfig(output_dir=str(tmp_path), report_to=[], **settings))
+            if not method.retired:
+                taken = inspect.signature(DEFENCES[method.defence].trainer.__init__).parameters.keys()
+                assert method.settings.keys() <= taken
+                assert method.config.keys() <= known
+                settings = probes_in_file({"procon_probes": "none", **method.config}, tmp_path)
+                ProConConfig(str(tmp_path), **{name: settings[name] for name in settings if name != "beta"})
+
+
+def test_a_longer_method_is_the_same_for_more_steps():
+    budget = load_budget("hard")
+    assert budget.method("plain_x4") == replace(budget.method("plain"), name="plain_x4", label="IFT, 4x", length=4.0)
+    with pytest.raises(ProConError, match=r"^budget is 'tables': choose one of anchors, hard,"):
+        load_budget("tables")
+
+
+def test_some_of_the_built_in_probes(tmp_path):
+    found = probes_in_file({"procon_probes": "builtin:8", "procon_probe_every": 2}, tmp_path)
+    text = (tmp_path / "probes.jsonl").read_text()
+    assert found == {"procon_probes": str(tmp_path / "probes.jsonl"), "procon_probe_every": 2}
+    assert [line for line in text.splitlines() if builtin_probes()[7] in line] == text.splitlines()[-1:]
+    assert probes_in_file({"procon_probes": "builtin"}, tmp_path) == {"procon_probes": "builtin"}
+
+
+def test_the_default_of_the_study_is_the_librarys():
+    """In what the method is; lengths and rates of training are the study's own."""
+    config = load_budget("hard").method("tokens_state_3_0.2_turns_128").config
+    library = {f"procon_{field.name}": field.default for field in fields(ProConSettings)}
+    assert {name: library[name] for name in config if name != "procon_schedule"} == {
+        name: value for name, value in config.items() if name != "procon_schedule"
+    }
+
+
+def test_all_weights_are_trained(tiny_start):
+    """In float32, and measured in the dtype of the start."""
+    import torch
+
+    start = replace(tiny_start, loading={"dtype": "bfloat16"})
+    model, before = start.model(), start.model().state_dict()
+    method = load_budget("hard").method("plain_full_0.0003")
+    size = Size(train=16, test=1)
+    found = fine_tune(model, start.tokenizer, method, start.directions, find_job("arithmetic"), 0, size)
+    assert found["steps"] == 2
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    # Norms are ones, which steps so small leave at ones in bfloat16.
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if "norm" not in name}
+
+
+def test_held_out_runs_have_problems_that_no_choice_has_seen():
+    for name in ("arithmetic", "arithmetic_poisoned_10", "identity"):
+        job = find_job(name)
+        seen, kept = (job.problems(14, 0)[part] for part in (slice(6, 10), slice(10, 14)))
+        assert SIZE.problems(job, "validation") == seen
+        assert SIZE.problems(job, "held_out") == kept
+    job = find_job("swapped")
+    assert SIZE.problems(job, "held_out") == SIZE.problems(job, "validation") == job.problems(10, 0)[6:]
 
 
 def test_fresh_prompts_are_of_another_make():

@@ -1,19 +1,18 @@
 """The study's runner: on the real model, where the effect has to show, and on other architectures."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.study import __main__ as command
 from benchmarks.study.__main__ import main
-from benchmarks.study.budgets import BUDGETS
-from benchmarks.study.plan import Budget, Part, Size
+from benchmarks.study.record import load_runs
 
 
-def runs_of(folder: Path) -> dict[str, dict]:
-    """Run files by method."""
-    return {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/*/seed-*.json")}
+def runs_of(file: Path) -> dict[str, dict]:
+    """Runs by method."""
+    return {cell.method: run for cell, run in load_runs(file).items()}
 
 
 def share(run: dict, kind: str, key: str) -> float:
@@ -28,9 +27,9 @@ def mean(values: list[float | None]) -> float:
 @pytest.mark.slow
 def test_smoke_shows_the_effect(tmp_path, capsys):
     """Plain fine-tuning forgets to refuse, the constraint does not, and both learn the task."""
-    arguments = ["--budget", "smoke", "--runs", str(tmp_path / "runs"), "--work", str(tmp_path)]
+    arguments = ["--budget", "smoke", "--runs", str(tmp_path / "runs.jsonl.xz"), "--work", str(tmp_path)]
     assert main(arguments) == 0
-    runs = runs_of(tmp_path / "runs")
+    runs = runs_of(tmp_path / "runs.jsonl.xz")
     assert set(runs) == {"start", "plain", "procon_s"}
     start, plain, procon = (runs[name] for name in ("start", "plain", "procon_s"))
 
@@ -48,9 +47,9 @@ def test_smoke_shows_the_effect(tmp_path, capsys):
     assert {run["split"] for run in runs.values()} == {"validation"}
 
     # Again: nothing is missing, and nothing is made a second time.
-    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/*")}
+    written = (tmp_path / "runs.jsonl.xz").stat().st_mtime_ns
     assert main(arguments) == 0
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/*")} == written
+    assert (tmp_path / "runs.jsonl.xz").stat().st_mtime_ns == written
     assert "3 of 3 runs" in capsys.readouterr().out
 
 
@@ -59,45 +58,30 @@ def test_a_model_that_refuses_nothing_is_no_start(tiny_model, tokenizer, tmp_pat
     tiny_model().save_pretrained(tmp_path / "start")
     tokenizer.save_pretrained(tmp_path / "start")
     with pytest.warns(UserWarning, match="refuses 0%"):
-        code = main(["--budget", "smoke", "--model", str(tmp_path / "start"), "--runs", str(tmp_path / "runs")])
+        code = main(
+            ["--budget", "smoke", "--model", str(tmp_path / "start"), "--runs", str(tmp_path / "runs.jsonl.xz")]
+        )
     assert code == 2
     assert "nothing to preserve" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
-    def trial(start, method, *rest):
+    asked, file = {}, tmp_path / "runs.jsonl.xz"
+
+    def trial(start, method, job, seed, split, size):
         if method.name == "plain":
             raise ValueError("it diverged")
         kinds = {"malicious": "refused", "benign": "refused", "task": "correct"}
-        return {"train_seconds": 1.0, "replies": {kind: [{key: True}] for kind, key in kinds.items()}}
+        return {"split": split, "train_seconds": 1.0, "replies": {kind: [{key: True}] for kind, key in kinds.items()}}
 
-    monkeypatch.setattr("benchmarks.study.trial.run_trial", trial)
-    monkeypatch.setattr("benchmarks.study.start.Start.open", lambda *args, **kwargs: None)
-    assert main(["--budget", "smoke", "--model", "any", "--runs", str(tmp_path)]) == 2
+    monkeypatch.setattr(command, "run_trial", trial)
+    monkeypatch.setattr(command, "open_start", lambda *args, **kwargs: asked.update(kwargs))
+    assert main(["--budget", "smoke", "--model", "any", "--runs", str(file)]) == 2
     shown = capsys.readouterr()
     assert "ValueError: it diverged" in shown.out
     assert "failed, for the reasons above: arithmetic/plain/seed-0;" in shown.err
-    assert set(runs_of(tmp_path)) == {"start", "procon_s"}
-    assert not list(tmp_path.rglob("*.claim"))
-
-
-def test_a_budget_says_how_its_model_is_loaded(tmp_path, monkeypatch):
-    asked = {}
-    monkeypatch.setattr("benchmarks.study.start.Start.open", lambda *args, **kwargs: asked.update(kwargs))
-    arguments = ["--model", "any", "--runs", str(tmp_path), "--only", "^arithmetic/plain/seed-[03]"]
-    main(["--budget", "hard", *arguments])
-    assert asked["loading"]["dtype"] == "bfloat16"
-    main(["--budget", "table", *arguments])
-    assert asked["loading"] == {}
-
-
-def test_unknown_budget_is_named(capsys):
-    assert main(["--budget", "tables"]) == 2
-    assert "budget is 'tables': choose one of" in capsys.readouterr().err
-
-
-def test_methods_of_one_name_are_one():
-    part = BUDGETS["smoke"].parts[0]
-    other = Part("other", "", "", (type(part.methods[1])("plain", "another"),))
-    with pytest.raises(ValueError, match="two methods are called 'plain'"):
-        Budget((part, other), Size())
+    assert set(runs_of(file)) == {"start", "procon_s"}
+    assert asked["loading"] == {"attn_implementation": "eager"}
+    # What is there and what is retired is not missing.
+    main(["--budget", "hard", "--list", "--only", "block_em"])
+    assert "missing" not in capsys.readouterr().out

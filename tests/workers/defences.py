@@ -30,15 +30,10 @@ from benchmarks.study.defences import build_trainer  # noqa: E402
 FOLDER = Path(sys.argv[1])
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 SETTINGS = {
-    "hidden_states": {"alpha": 1000.0},
     "kl": {"beta": 100.0},
-    "lisa": {"alignment_steps": 2, "user_steps": 2, "rho": 3.0},
-    "null_space": {"energy": 0.6},
     "safe_lora": {"threshold": 1.0},
-    "safe_merge": {"threshold": 1.0, "share": 0.5, "alignment_steps": 3},
     "safegrad": {"rho": 3.0},
     "safety_step": {"radius": 1.0},
-    "steering": {"strength": 2.0},
 }
 
 
@@ -67,6 +62,7 @@ def trained(name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "model")
     torch.manual_seed(0)
     model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).double()
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     trainer = build_trainer(
         name,
         model,
@@ -92,7 +88,6 @@ def trained(name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         data_collator=padding_collator(tokenizer),
         processing_class=tokenizer,
     )
-    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     trainer.train()
     return {n: (before[n], p.detach().clone()) for n, p in model.named_parameters() if n in before}
 

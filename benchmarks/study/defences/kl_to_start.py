@@ -12,11 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from benchmarks.study.defences.predictions import kl_divergence, response_predictions, without_labels
-from benchmarks.study.defences.trainer import TokenMeanTrainer
-from procon.errors import ProConError
+from benchmarks.study.defences.trainer import (
+    TokenMeanTrainer,
+    kl_divergence,
+    response_predictions,
+    without_labels,
+)
 from procon.models import StartingModel
-from procon.settings import check_alpha
 
 
 class KLToStartTrainer(TokenMeanTrainer):
@@ -26,14 +28,10 @@ class KLToStartTrainer(TokenMeanTrainer):
 
     Args:
         beta: strength.
-
-    Raises:
-        ProConError: for a strength that is no finite number, 0 or more, and for a loss that is made without logits.
     """
 
     def __init__(self, *args: Any, beta: float = 0.1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        check_alpha(beta, "beta")
         self.beta = beta
         self._start = StartingModel(self.model)
 
@@ -51,10 +49,6 @@ class KLToStartTrainer(TokenMeanTrainer):
         # A copy, as label smoothing and a loss of the user's take the labels out.
         found: Any = super().compute_loss(model, dict(inputs), True, num_items_in_batch=num_items_in_batch)
         loss, outputs = found
-        if outputs.logits is None:
-            raise ProConError(
-                "KLToStartTrainer needs logits, and the fused loss of use_liger_kernel makes none: train without it"
-            )
         divergence = kl_divergence(response_predictions(outputs.logits, inputs), start)
         loss = loss + self.beta * self.token_mean(divergence.sum(), num_items_in_batch)
         return (loss, outputs) if return_outputs else loss

@@ -10,20 +10,23 @@ Both are of one optimiser step, over all trainable parameters as one vector.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from benchmarks.study.defences.alignment import AlignmentGradientTrainer, inner_product
-from benchmarks.study.defences.predictions import kl_divergence, response_predictions, without_labels
-from procon.errors import ProConError
+from benchmarks.study.defences.trainer import (
+    AlignmentTrainer,
+    inner_product,
+    kl_divergence,
+    response_predictions,
+    without_labels,
+)
 from procon.models import StartingModel
 
 
-class ProjectedGradientsTrainer(AlignmentGradientTrainer):
+class ProjectedGradientsTrainer(AlignmentTrainer):
     """Projects the gradient of each optimiser step, before it is clipped; a batch of alignment data for each step.
 
     Args:
@@ -31,13 +34,11 @@ class ProjectedGradientsTrainer(AlignmentGradientTrainer):
         rho: weight of the alignment's own gradient.
 
     Raises:
-        ProConError: for a weight that is no finite number, 0 or more; under fp16; and on resuming.
+        ProConError: under fp16, and on resuming.
     """
 
     def __init__(self, *args: Any, alignment_dataset: Dataset, rho: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, alignment_dataset=alignment_dataset, **kwargs)
-        if not 0 <= rho < math.inf:
-            raise ProConError(f"rho is {rho:g}: give a finite number, 0 or more")
         self.rho = rho
         self._start = StartingModel(self.model)
 

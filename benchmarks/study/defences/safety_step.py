@@ -9,20 +9,23 @@ l is the loss on a batch of refusals after the user's step, a its gradient.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
-from benchmarks.study.defences.alignment import AlignmentGradientTrainer, inner_product
-from benchmarks.study.defences.predictions import response_log_probs, without_labels
-from benchmarks.study.defences.trainer import AfterStep
-from procon.errors import ProConError
+from benchmarks.study.defences.trainer import (
+    AlignmentTrainer,
+    inner_product,
+    response_log_probs,
+    without_labels,
+)
 
 
-class SafetyStepTrainer(AlignmentGradientTrainer):
+class SafetyStepTrainer(AlignmentTrainer):
     """Corrects the weights after each optimiser step; a batch of alignment data for each.
 
     Args:
@@ -31,17 +34,15 @@ class SafetyStepTrainer(AlignmentGradientTrainer):
         radius: of the trust region: the greatest length of a step back, over all trainable parameters.
 
     Raises:
-        ProConError: for settings that are no such numbers; under fp16; and on resuming.
+        ProConError: under fp16, and on resuming.
     """
 
     def __init__(
         self, *args: Any, alignment_dataset: Dataset, tau: float = 0.2, radius: float = 0.1, **kwargs: Any
     ) -> None:
         super().__init__(*args, alignment_dataset=alignment_dataset, **kwargs)
-        if not (0 <= tau < math.inf and 0 < radius < math.inf):
-            raise ProConError(f"tau and radius are {tau:g} and {radius:g}: give finite numbers, radius above 0")
         self.tau, self.radius = tau, radius
-        self.add_callback(AfterStep(self.step_back))
+        self.add_callback(_AfterStep(self.step_back))
 
     @torch.no_grad()
     def step_back(self) -> None:
@@ -52,6 +53,16 @@ class SafetyStepTrainer(AlignmentGradientTrainer):
         length = ((loss.float() - self.tau).clamp_min(0) / norm).clamp_max(self.radius)
         for parameter, direction in gradient.items():
             parameter -= (length / norm * direction).to(parameter.dtype)
+
+
+class _AfterStep(TrainerCallback):
+    """Calls ``act`` once the optimiser has changed the weights, before the gradients are cleared."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self._act()
 
 
 def _cross_entropy(model: nn.Module, batch: dict[str, Any]) -> Tensor:

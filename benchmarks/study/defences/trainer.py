@@ -1,66 +1,35 @@
-"""What the trainers of all defences share."""
+"""What the trainers of all defences share: what a model predicts of a reply, and gradients on alignment data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from torch.nn.functional import cross_entropy
+from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
 
 from procon.errors import ProConError
-from procon.sequences import IGNORE_INDEX, TokenScope
+from procon.sequences import IGNORE_INDEX
 from procon.training.loss_scale import loss_scale
+
+#: By parameter.
+Gradients = dict[nn.Parameter, Tensor]
 
 
 class DefenceTrainer(Trainer):
-    """A Trainer on one device, or on several under DDP; what would lose the defence is refused.
-
-    Args:
-        model, args, train_dataset, ...: as for the Trainer.
-
-    Raises:
-        ProConError: for ``model_init``, a sharded model, ``nn.DataParallel`` and ``torch_compile``.
-    """
+    """A Trainer whose model is there."""
 
     # The Trainer's are None without a model, and before it trains.
     model: nn.Module
     model_wrapped: nn.Module
-    optimizer: torch.optim.Optimizer
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        unsupported = {
-            "model_init": self.model_init is not None,
-            "nn.DataParallel": self.args.n_gpu > 1,
-            "FSDP": self.is_fsdp_enabled,
-            "DeepSpeed": self.is_deepspeed_enabled,
-            "tensor, context or sequence parallelism": self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1,
-            "torch_compile": self.args.torch_compile,
-        }
-        for name, used in unsupported.items():
-            if used:
-                raise ProConError(
-                    f"{type(self).__name__} does not support {name}: train on one device, or on several under DDP"
-                )
-
-
-class AfterStep(TrainerCallback):
-    """Calls ``act`` once the optimiser has changed the weights, before the gradients are cleared."""
-
-    def __init__(self, act: Callable[[], None]) -> None:
-        self._act = act
-
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self._act()
 
 
 class TokenMeanTrainer(DefenceTrainer):
-    """A trainer with a loss that is a mean over tokens of the whole optimiser step, as the Trainer's CE is."""
-
-    #: Which tokens the mean is over.
-    scope: TokenScope = "response"
+    """A trainer with a loss that is a mean over response tokens of the whole optimiser step, as the Trainer's CE is."""
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -68,7 +37,7 @@ class TokenMeanTrainer(DefenceTrainer):
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         tokens = torch.zeros((), device=self.args.device)
         for batch in batches:
-            tokens += tokens_in_scope(batch, self.scope).sum().to(tokens.device)
+            tokens += response_tokens(batch).sum().to(tokens.device)
         if self.args.world_size > 1:
             tokens = self.accelerator.reduce(tokens)
         self._step_tokens = tokens.clamp_min(1)  # pyright: ignore[reportAttributeAccessIssue]  # a tensor gives one
@@ -79,13 +48,106 @@ class TokenMeanTrainer(DefenceTrainer):
         return token_sum * loss_scale(self, num_items_in_batch) / self._step_tokens
 
 
-def tokens_in_scope(batch: dict[str, Tensor], scope: TokenScope) -> Tensor:
-    """``[B, T]`` bool: response tokens are those with a label, but for a row's first, which nothing predicts."""
-    if "labels" not in batch:
-        raise ProConError("the batch has no labels: a defence needs them to separate the response from the prompt")
+class AlignmentTrainer(DefenceTrainer):
+    """Draws batches of alignment data beside those of the user, and takes gradients of a loss on them.
+
+    Args:
+        alignment_dataset: tokenised as ``train_dataset`` is: malicious prompts with refusals.
+
+    Raises:
+        ProConError: under fp16, whose scaled gradients cannot be compared, and on resuming: checkpoints do not have the
+            place in the alignment data.
+    """
+
+    def __init__(self, *args: Any, alignment_dataset: Dataset, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.accelerator.scaler is not None:
+            raise ProConError(
+                f"{type(self).__name__} compares gradients, and fp16 scales them: train in bfloat16 or float32"
+            )
+        self.alignment_dataset = alignment_dataset
+        self._alignment_batches: Iterator[dict[str, Tensor]] = iter(())
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        if resume_from_checkpoint:
+            raise ProConError(f"{type(self).__name__} cannot resume: start afresh")
+        self._alignment_batches = self._draw_alignment_batches()
+        return super().train(None, *args, **kwargs)
+
+    def _draw_alignment_batches(self) -> Iterator[dict[str, Tensor]]:
+        """Without end, made as those of the user are."""
+        users, self.train_dataset = self.train_dataset, self.alignment_dataset
+        try:
+            loader = self.get_train_dataloader()
+        finally:
+            self.train_dataset = users
+        while True:
+            yield from loader
+
+    def alignment_gradient(self, losses: Callable[[nn.Module, dict[str, Any]], Tensor]) -> tuple[Tensor, Gradients]:
+        """Mean loss over the response tokens of the next alignment batch, of all ranks, and its gradient.
+
+        The gradients that parameters have stay as they are.
+
+        Args:
+            losses: from the model and the batch, the loss of each response token, ``[N]``.
+        """
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        kept = [parameter.grad for parameter in trained]
+        for parameter in trained:
+            parameter.grad = None
+        batch = cast(dict[str, Any], self._prepare_inputs(next(self._alignment_batches)))
+        tokens = response_tokens(batch).sum().clamp_min(1).float()
+        tokens = cast(Tensor, self.accelerator.reduce(tokens, "mean"))
+        with self.compute_loss_context_manager():
+            loss = losses(self.model_wrapped, batch).sum() / tokens
+        loss.backward()  # averaged over the ranks, as the tokens are
+        found = {parameter: parameter.grad for parameter in trained if parameter.grad is not None}
+        for parameter, gradient in zip(trained, kept, strict=True):
+            parameter.grad = gradient
+        return cast(Tensor, self.accelerator.reduce(loss.detach(), "mean")), found
+
+
+def inner_product(ours: Gradients, theirs: Gradients) -> Tensor:
+    """Scalar fp32, over the parameters that both have."""
+    return torch.stack([(ours[p].float() * theirs[p].float()).sum() for p in ours if p in theirs]).sum()
+
+
+def response_tokens(batch: dict[str, Tensor]) -> Tensor:
+    """``[B, T]`` bool: those with a label, but for a row's first, which nothing predicts."""
     response = batch["labels"] != IGNORE_INDEX
     response[:, 0] = False
-    if scope == "response":
-        return response
-    real = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(response)
-    return real & ~response if scope == "prompt" else real
+    return response
+
+
+def without_labels(batch: dict[str, Any]) -> dict[str, Any]:
+    """What a model takes for its predictions alone: with labels it would make a loss of its own."""
+    return {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
+
+
+def response_log_probs(logits: Tensor, batch: dict[str, Any]) -> Tensor:
+    """``[N]`` fp32: log-probabilities of the response tokens of ``batch``, from what the model makes of it."""
+    return -cross_entropy(*_of_response(logits, batch), reduction="none")
+
+
+def response_predictions(logits: Tensor, batch: dict[str, Any]) -> Tensor:
+    """``[N, V]`` fp32: log-probabilities of all tokens in the place of each response token."""
+    return _of_response(logits, batch)[0].log_softmax(-1)
+
+
+def _of_response(logits: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """``[N, V]`` fp32 logits in the place of each response token, and ``[N]`` these tokens.
+
+    The logits are ``[B, T, V]``, of each token in ``labels``; or, if the batch chose some by ``logits_to_keep``, of
+    those whose next tokens are in ``shift_labels``.
+    """
+    targets = batch.get("shift_labels")
+    if targets is None:
+        logits, targets = logits[:, :-1], batch["labels"][:, 1:]
+    response = targets != IGNORE_INDEX
+    return logits[response].float(), targets[response]
+
+
+def kl_divergence(ours: Tensor, theirs: Tensor) -> Tensor:
+    """``[N]``: ``KL(ours || theirs)`` of each token, from log-probabilities ``[N, V]``, in nats."""
+    return (ours.exp() * (ours - theirs)).sum(-1)

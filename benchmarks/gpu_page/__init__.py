@@ -1,1 +1,0 @@
-"""One page from what benchmarks/gpu.sh measured."""
