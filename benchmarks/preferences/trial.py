@@ -21,8 +21,7 @@ from benchmarks.study.start import Start
 from benchmarks.study.trial import adapter, choose_directions, measure, peak_memory, probes_in_file
 from procon.chat import user_turn
 from procon.demo import Problem
-from procon.training.dpo import ProConDPOConfig, ProConDPOTrainer
-from procon.training.grpo import ProConGRPOConfig, ProConGRPOTrainer
+from procon.training.preferences import ProConDPOConfig, ProConDPOTrainer, ProConGRPOConfig, ProConGRPOTrainer
 
 #: Of each training, whatever the algorithm.
 _SHARED = {

@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
+from benchmarks.study.controls import randomized_within, shuffled
 from benchmarks.study.defences import build_trainer
 from benchmarks.study.displacement import measure_displacement
 from benchmarks.study.fresh import fresh_prompts
@@ -29,7 +30,7 @@ from benchmarks.study.reply_logits import reply_logits
 from benchmarks.study.start import Start, contrast_means
 from procon.chat import ContrastPrompts, Split, builtin_probes, builtin_prompts
 from procon.data import padding_collator, tokenize_conversations
-from procon.directions import Directions, randomized, randomized_within, shuffled
+from procon.directions import Directions, randomized
 from procon.evaluation import Evaluation, compare_means, evaluate
 from procon.settings import PAPER_RECIPE
 from procon.training import ProConConfig
@@ -144,7 +145,7 @@ def make_trainer(
         seed=seed,
         styled=method.styled,
     )
-    dataset = tokenize_conversations(conversations, tokenizer, progress=False)
+    dataset = tokenize_conversations(conversations, tokenizer)
     set_seed(seed)
     config = {**RECIPE, "num_train_epochs": size.epochs * method.length, **method.config, **settings}
     if method.adapter:
@@ -158,7 +159,7 @@ def make_trainer(
         ProConConfig(output_dir=folder, seed=seed, **probes_in_file(config, folder)),
         settings=method.settings,
         directions=directions,
-        alignment_dataset=tokenize_conversations(safety_samples(), tokenizer, progress=False),
+        alignment_dataset=tokenize_conversations(safety_samples(), tokenizer),
         base=base,
         train_dataset=dataset,
         data_collator=reply_logits(padding_collator(tokenizer), model),
