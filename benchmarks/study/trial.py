@@ -145,7 +145,7 @@ def make_trainer(
         seed=seed,
         styled=method.styled,
     )
-    dataset = tokenize_conversations(conversations, tokenizer, progress=False)
+    dataset = tokenize_conversations(conversations, tokenizer)
     set_seed(seed)
     config = {**RECIPE, "num_train_epochs": size.epochs * method.length, **method.arguments, **settings}
     if method.adapter:
@@ -159,7 +159,7 @@ def make_trainer(
         ProConConfig(output_dir=folder, seed=seed, **settings_now(config, folder)),
         settings=method.settings,
         directions=directions,
-        alignment_dataset=tokenize_conversations(safety_samples(), tokenizer, progress=False),
+        alignment_dataset=tokenize_conversations(safety_samples(), tokenizer),
         base=base,
         train_dataset=dataset,
         data_collator=reply_logits(padding_collator(tokenizer), model),

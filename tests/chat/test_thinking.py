@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from procon.chat import Reply, describe_chat, is_refusal, render, split_thoughts, user_turn
-from procon.chat.generation import _reply, generate, generate_replies
-from procon.chat.reply_budget import ReplyBudget
-from procon.chat.switches import template_kwargs, thinking_off
+from procon.chat.generation import ReplyBudget, _reply, generate, generate_replies
+from procon.chat.template import template_kwargs, thinking_off
 from procon.chat.thinking import KNOWN_MARKERS, Markers, opens_thought, thinking_markers
 from procon.errors import ProConError
 from procon.settings import ChatSettings

@@ -52,7 +52,7 @@ def start(tiny_model, word_tokenizer, tmp_path) -> Path:
         for side, reply in zip((prompts.malicious, prompts.benign), REPLIES, strict=True)
         for prompt in side
     ]
-    dataset = tokenize_conversations(to_conversations(Dataset.from_list(rows)), tokenizer, progress=False)
+    dataset = tokenize_conversations(to_conversations(Dataset.from_list(rows)), tokenizer)
     settings = TrainingArguments(
         output_dir=str(tmp_path / "taught"),
         max_steps=150,
