@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from procon.chat.template import Message, ids_of, pad_token_id, render_text
 from procon.chat.thinking import KNOWN_MARKERS, Markers, Reply, opens_thought, split_thoughts, thinking_markers
@@ -38,13 +39,14 @@ def generate(
     """
     chat = chat or ChatSettings()
     markers = thinking_markers(tokenizer, chat)
-    texts = [render_text(tokenizer, turns, generation_prompt=True, chat=chat) for turns in conversations]
+    texts = [render_text(tokenizer, turns, chat, add_generation_prompt=True) for turns in conversations]
     opened = [opens_thought(text, markers) for text in texts]
     longest = max_new_tokens
     if markers:
         longest += chat.thinking_tokens + _SLACK
-        settings["stopping"] = lambda rows, width: StoppingCriteriaList(
-            [ReplyBudget(tokenizer, markers, [opened[i] for i in rows], width, max_new_tokens, chat.thinking_tokens)]
+        most = {True: chat.thinking_tokens, False: max_new_tokens}
+        settings["stopping"] = lambda rows, width: reply_budget(
+            tokenizer, markers, [opened[i] for i in rows], width, most
         )
     prompts = [ids_of(tokenizer, text) for text in texts]
     generated = continue_tokens(model, tokenizer, prompts, max_new_tokens=longest, **settings)
@@ -78,7 +80,7 @@ def continue_tokens(
     batch_size: int = 32,
     description: str = "generating",
     progress: bool = True,
-    stopping: Callable[[Sequence[int], int], StoppingCriteriaList] | None = None,
+    stopping: Callable[[Sequence[int], int], Callable[..., Tensor]] | None = None,
 ) -> list[list[int]]:
     """How the model goes on from the token ids of each prompt, greedily: token ids without what ends them.
 
@@ -96,10 +98,12 @@ def continue_tokens(
     device = model_device(model)
 
     def run(rows: Sequence[int]) -> None:
-        ids, mask = _padded([prompts[i] for i in rows], pad)
+        tokens = [torch.tensor(prompts[i], dtype=torch.long) for i in rows]
+        ids = pad_sequence(tokens, batch_first=True, padding_value=pad, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True, padding_side="left")
         inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         if stopping is not None:
-            inputs["stopping_criteria"] = stopping(rows, ids.shape[1])
+            inputs["stopping_criteria"] = StoppingCriteriaList([stopping(rows, ids.shape[1])])
         # To torch's stub, an attribute that nn.Module itself has not is a tensor or a module.
         output = model.generate(**inputs, generation_config=config)  # pyright: ignore[reportCallIssue]
         for i, generated in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
@@ -112,48 +116,33 @@ def continue_tokens(
     return found
 
 
-def _padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids and mask ``[B, T]`` int64 of prompts, the longest first; all end in the last column."""
-    width = len(prompts[0])
-    ids = torch.full((len(prompts), width), pad)
-    mask = torch.zeros((len(prompts), width), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    return ids, mask
-
-
-class ReplyBudget(StoppingCriteria):
-    """Ends each sequence by itself: after so many tokens of thought, or so many of reply.
+def reply_budget(
+    tokenizer: PreTrainedTokenizerBase,
+    markers: Sequence[Markers],
+    opened: Sequence[bool],
+    width: int,
+    most: dict[bool, int],
+) -> Callable[..., Tensor]:
+    """A stopping criterion that ends each sequence by itself: after so many tokens of thought, or so many of reply.
 
     Args:
         opened: for each sequence, whether its prompt ends within a thought.
         width: tokens of the padded prompts.
-        reply_tokens, thinking_tokens: how many it may have of either.
+        most: how many tokens of thought (True) and of reply (False) a sequence may have.
     """
+    thinks = list(opened)
+    since = [0] * len(opened)  # tokens that each had when its thought or its reply began
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        markers: Sequence[Markers],
-        opened: Sequence[bool],
-        width: int,
-        reply_tokens: int,
-        thinking_tokens: int,
-    ) -> None:
-        self.tokenizer, self.markers, self.width = tokenizer, markers, width
-        self.budget = {False: reply_tokens, True: thinking_tokens}
-        self.thinks = list(opened)
-        self.since = [0] * len(opened)  # tokens that each had when its thought or its reply began
+    def is_spent(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        count = input_ids.shape[1] - width
+        for row, latest in enumerate(input_ids[:, width:][:, -_SLACK:].tolist()):
+            text = str(tokenizer.decode(latest[-(count - since[row]) :]))
+            if any((each.end if thinks[row] else each.start or "\0") in text for each in markers):
+                thinks[row], since[row] = not thinks[row], count
+        spent = [count - begun >= most[thought] for begun, thought in zip(since, thinks, strict=True)]
+        return torch.tensor(spent, device=input_ids.device)
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
-        count = input_ids.shape[1] - self.width
-        for row, latest in enumerate(input_ids[:, self.width :][:, -_SLACK:].tolist()):
-            text = str(self.tokenizer.decode(latest[-(count - self.since[row]) :]))
-            if any((each.end if self.thinks[row] else each.start or "\0") in text for each in self.markers):
-                self.thinks[row], self.since[row] = not self.thinks[row], count
-        spent = [count - since >= self.budget[thinks] for since, thinks in zip(self.since, self.thinks, strict=True)]
-        return torch.tensor(spent, device=input_ids.device)  # pyright: ignore[reportReturnType]
+    return is_spent
 
 
 def _reply(tokenizer: PreTrainedTokenizerBase, ids: list[int], markers: Sequence[Markers], opened: bool) -> Reply:

@@ -91,26 +91,17 @@ def _by_marks(
         if message["role"] != "assistant":
             continue
         prompt = apply_template(tokenizer, messages[:index], kwargs, add_generation_prompt=True)
-        if not text.startswith(prompt):
+        if not text.startswith(prompt):  # up to a thought that only the prompt opens or leaves out
             earlier = apply_template(tokenizer, messages[:index], kwargs) if index else ""
-            prompt = _shared(prompt, text, _common_prefix(earlier, prompt), markers)
+            opening = _common_prefix(earlier, prompt)
+            marks = [prompt.find(mark, opening) for pair in markers for mark in pair if mark]
+            prompt = prompt[: min((at for at in marks if at >= 0), default=len(prompt))]
         start = _common_prefix(ids, ids_of(tokenizer, prompt))
         if mask[start : start + 1] == [True]:
             while start > 0 and mask[start - 1]:
                 start -= 1
                 mask[start] = False
     return ids, mask
-
-
-def _shared(prompt: str, text: str, opening: int, markers: Sequence[Markers]) -> str:
-    """The common beginning of a prompt and a conversation, up to a thought that only the prompt opens or leaves out.
-
-    Args:
-        opening: where the words begin by which the prompt asks for a reply.
-    """
-    shared = prompt[: _common_prefix(prompt, text)]
-    marks = [prompt.find(mark, opening) for pair in markers for mark in pair if mark]
-    return shared[: min((at for at in marks if 0 <= at <= len(shared)), default=len(shared))]
 
 
 def _by_prefix(

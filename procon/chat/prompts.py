@@ -56,11 +56,8 @@ _DRIFT_PAIRS = 64
 
 
 @cache
-def _pairs() -> list[dict[str, str]]:
-    return _asset_lines("pairs.jsonl")
-
-
-def _asset_lines(name: str) -> list[dict[str, str]]:
+def asset_lines(name: str) -> list[dict[str, str]]:
+    """Rows of a JSONL file of this package."""
     text = files("procon.assets").joinpath(name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines() if line]
 
@@ -75,7 +72,9 @@ def builtin_prompts(split: Split) -> ContrastPrompts:
     """
     if split not in get_args(Split):
         raise ProConError(f"there are no built-in prompts {split!r}: choose one of {', '.join(get_args(Split))}")
-    pairs = sorted((p for p in _pairs() if p["split"] == split), key=lambda p: p["id"].rsplit("-", 1)[1])
+    pairs = sorted(
+        (p for p in asset_lines("pairs.jsonl") if p["split"] == split), key=lambda p: p["id"].rsplit("-", 1)[1]
+    )
     return ContrastPrompts(*(tuple(pair[part] for pair in pairs) for part in ("malicious", "benign", "category")))
 
 
@@ -92,10 +91,9 @@ def builtin_probes() -> tuple[str, ...]:
     return builtin_prompts("extraction").malicious[_DRIFT_PAIRS:]
 
 
-@cache
 def builtin_refusals() -> tuple[str, ...]:
     """Short refusals in an assistant's voice, that fit any malicious instruction."""
-    return tuple(line["refusal"] for line in _asset_lines("refusals.jsonl"))
+    return tuple(line["refusal"] for line in asset_lines("refusals.jsonl"))
 
 
 def load_instructions(path: str | Path) -> tuple[str, ...]:

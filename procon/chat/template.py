@@ -51,21 +51,16 @@ def render(
     Raises:
         ProConError: if the tokenizer has no chat template, or its template rejects the conversation.
     """
-    return ids_of(tokenizer, render_text(tokenizer, messages, generation_prompt=generation_prompt, chat=chat))
+    return ids_of(tokenizer, render_text(tokenizer, messages, chat, add_generation_prompt=generation_prompt))
 
 
 def render_text(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    *,
-    generation_prompt: bool,
-    chat: ChatSettings | None = None,
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], chat: ChatSettings | None, **settings: Any
 ) -> str:
     """The text that :func:`render` makes token ids of."""
     if chat is not None and chat.system_prompt is not None and (not messages or messages[0]["role"] != "system"):
         messages = [{"role": "system", "content": chat.system_prompt}, *messages]
-    kwargs = template_kwargs(tokenizer, chat)
-    return apply_template(tokenizer, messages, kwargs, add_generation_prompt=generation_prompt)
+    return apply_template(tokenizer, messages, template_kwargs(tokenizer, chat), **settings)
 
 
 def apply_template(

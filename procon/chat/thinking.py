@@ -78,13 +78,13 @@ def split_thoughts(text: str, markers: Sequence[Markers] = KNOWN_MARKERS, *, ope
         while start and (begin := text.find(start)) >= 0:
             stop = text.find(end, begin)
             if stop < 0:
-                return Reply("", _joined([*thoughts, text[begin + len(start) :]]), finished=False)
+                return Reply("", _joined(thoughts, text[begin + len(start) :]), finished=False)
             thoughts.append(text[begin + len(start) : stop])
             text, opened = text[:begin] + text[stop + len(end) :], False
     if opened:
-        return Reply("", _joined([*thoughts, text]), finished=False)
+        return Reply("", _joined(thoughts, text), finished=False)
     return Reply(text.strip(), _joined(thoughts))
 
 
-def _joined(thoughts: Sequence[str]) -> str:
-    return "\n".join(filter(None, (thought.strip() for thought in thoughts)))
+def _joined(thoughts: Sequence[str], last: str = "") -> str:
+    return "\n".join(filter(None, (thought.strip() for thought in (*thoughts, last))))

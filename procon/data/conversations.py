@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import datasets
 from datasets import Dataset, Features, IterableDataset
+from pyarrow import parquet
 
 from procon.chat import builtin_prompts, builtin_refusals, json_rows, user_turn
 from procon.data.formats import sample_of
@@ -75,26 +76,20 @@ def load_conversations(
 
 def _file_samples(path: str, columns: dict[str, str], seen: object) -> Iterator[dict[str, Any]]:
     """Rows of :func:`_features`."""
-    readers = {".csv": _csv_rows, ".parquet": _parquet_rows}
-    for number, row in readers.get(Path(path).suffix.lower(), json_rows)(Path(path), "data"):
+    for number, row in _rows(Path(path)):
         yield sample_of(row, f"data {path!r}, row {number}", columns)
 
 
-def _csv_rows(path: Path, what: str) -> Iterator[tuple[int, Any]]:
-    """Every cell as the text it is: ``datasets`` would make numbers of answers such as 12, and nothing of "None"."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), 1):
-            if None in row or None in row.values():
-                raise ProConError(f"{what} {str(path)!r}, row {number}: not as many cells as columns")
-            yield number, row
-
-
-def _parquet_rows(path: Path, what: str) -> Iterator[tuple[int, Any]]:
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(path) as file:
-        rows = (row for batch in file.iter_batches(batch_size=256) for row in batch.to_pylist())
-        yield from enumerate(rows, 1)
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """By our own readers: those of ``datasets`` take names for patterns, 2026-01-01 for a date and None for nothing."""
+    if path.suffix.lower() == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from enumerate(csv.DictReader(file), 1)
+    elif path.suffix.lower() == ".parquet":
+        with parquet.ParquetFile(path) as file:
+            yield from enumerate((row for batch in file.iter_batches(1024) for row in batch.to_pylist()), 1)
+    else:
+        yield from json_rows(path, "data")
 
 
 def _features() -> Features:
@@ -128,22 +123,17 @@ def to_conversations(dataset: _Data, *, name: str = "dataset", columns: Mapping[
 
 def _said(dataset: Dataset, name: str) -> Dataset:
     """The conversations that say something."""
-    kept, has_tools = [], False
-    for index, row in enumerate(dataset):
-        has_tools |= bool(row["tools"])
-        if _says_something(row):
-            kept.append(index)
+    kept = [index for index, row in enumerate(dataset) if _says_something(row)]
     if not kept:
         raise ProConError(f"data {name!r} has no rows, or none without a blank reply: give ones that say something")
     if len(kept) < len(dataset):
-        first = next((at for at, index in enumerate(kept) if at != index), len(kept)) + 1
         warnings.warn(
-            f"{len(dataset) - len(kept)} of {len(dataset)} conversations of {name!r} have a blank reply, first row "
-            f"{first}, and are left out",
+            f"{len(dataset) - len(kept)} of {len(dataset)} conversations of {name!r} have a blank reply, and are left "
+            "out",
             stacklevel=2,
         )
         dataset = dataset.select(kept)
-    return dataset if has_tools else dataset.remove_columns("tools")
+    return dataset if any(dataset["tools"]) else dataset.remove_columns("tools")
 
 
 def _says_something(row: Mapping[str, Any]) -> bool:

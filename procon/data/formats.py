@@ -63,6 +63,8 @@ def sample_of(row: Any, where: str, columns: Mapping[str, str] | None = None) ->
         ProConError: if the row is no conversation in a known format.
     """
     try:
+        if None in row:  # cells beyond the columns of a CSV file
+            raise ValueError("more cells than columns")
         if columns:
             row = {
                 role: row[name] if role in ("prompt", "response") else row.get(name) for role, name in columns.items()

@@ -111,8 +111,8 @@ LINE = '{"prompt": "a", "completion": "b"}\n'
         ("d.jsonl", LINE + '{"prompt"', "cannot be read .row 2: "),
         ("d.jsonl", LINE + "7\n", "row 2 is no conversation"),
         ("d.jsonl", LINE + '{"prompt": "a"}\n', "row 2 is no conversation"),
-        ("d.csv", "prompt,completion\na,b\nc,d,e\n", "row 2: not as many cells"),
-        ("d.csv", "prompt,completion\na\n", "row 1: not as many cells"),
+        ("d.csv", "prompt,completion\na,b\nc,d,e\n", "row 2 is no conversation .more cells than columns."),
+        ("d.csv", "prompt,completion\na\n", "row 1 is no conversation .a role or a content is no text."),
         ("d.csv", 'messages\n"[{}]"\n', "row 1 is no conversation"),
         ("d.parquet", "PAR1" * 10, "cannot be read"),
         ("d.parquet", parquet, "cannot be read"),
@@ -167,7 +167,7 @@ def test_blank_replies_are_left_out_and_counted(tmp_path):
     texts = ["a", " \n", "", "b"]
     path = write(tmp_path / "d.jsonl", [{"prompt": "q", "completion": text} for text in texts])
     for _ in range(2):
-        with pytest.warns(UserWarning, match=r"2 of 4 conversations of .* have a blank reply, first row 2, and are"):
+        with pytest.warns(UserWarning, match=r"2 of 4 conversations of .* have a blank reply, and are left out"):
             assert [turns[1]["content"] for turns in load_conversations(path)["messages"]] == ["a", "b"]
     write(path, [{"prompt": "q", "completion": ""}])
     with pytest.raises(ProConError, match="has no rows, or none without a blank reply"):
@@ -221,7 +221,7 @@ def test_max_length_cuts_on_the_right(tokenizer):
 def test_a_sample_without_a_reply_left_is_dropped_with_a_warning(tokenizer):
     short = [user("a"), assistant("b")]
     prompt = len(tokenizer.apply_chat_template(short[:1], add_generation_prompt=True)["input_ids"])
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="are left out") as warned:
         rows = tokenized(tokenizer, LONG, short, short[:1], max_length=prompt + 1)
     message = f"2 of 3 samples are left out, as they have no response within max_length {prompt + 1}"
     assert str(warned[1].message) == message

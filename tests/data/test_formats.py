@@ -1,4 +1,4 @@
-"""Chat data as people have them: ShareGPT, pairs, parts, tool calls, columns by other names; what is no conversation."""
+"""Chat data as people have them: ShareGPT, pairs, parts, tool calls, other columns; and what is no conversation."""
 
 import json
 from pathlib import Path
@@ -121,13 +121,13 @@ def test_columns_by_name(tmp_path, suffix):
     assert load_conversations(path, columns={"prompt": "Q", "response": "A"})["messages"][:] == [ASKED]
     columns = parse_columns("prompt=Q, response=A,system=S")
     assert load_conversations(path, columns=columns)["messages"][:] == [BRIEFED]
-    with pytest.raises(ProConError, match="row 1 is no conversation .no 'B'"):
+    with pytest.raises(ProConError, match=r"row 1 is no conversation \(no 'B'"):
         load_conversations(path, columns={"prompt": "Q", "response": "B"})
 
 
 @pytest.mark.parametrize("text", ["prompt", "prompt=a,prompt=b", "question=a", "prompt=", "=a", 3])
 def test_wrong_columns_are_refused(text):
-    with pytest.raises(ProConError, match="data_columns is .*: give prompt=NAME"):
+    with pytest.raises(ProConError, match=r"data_columns is .*: give prompt=NAME"):
         parse_columns(text)
 
 
