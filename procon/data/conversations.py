@@ -155,11 +155,12 @@ def safety_conversations() -> Dataset:
 
 
 def mix_safety(dataset: Dataset, safety: Dataset, samples: int, *, seed: int) -> Dataset:
-    """``dataset`` with ``samples`` rows of ``safety`` shuffled in; rows repeat if there are too few.
-
-    Both are as :func:`to_conversations` returns them.
-    """
+    """``dataset`` with ``samples`` rows of ``safety`` shuffled in; rows repeat if there are too few."""
     if samples < 0:
         raise ProConError(f"safety_samples is {samples}: give 0 or more")
+    dataset, safety = (
+        part if part.features.get("messages") == datasets.Json() else to_conversations(part)
+        for part in (dataset, safety)
+    )
     chosen = safety.shuffle(seed=seed).select([index % len(safety) for index in range(samples)])
     return datasets.concatenate_datasets([dataset, chosen]).shuffle(seed=seed)

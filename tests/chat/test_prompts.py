@@ -19,8 +19,12 @@ from procon.chat import (
     is_refusal,
     load_instructions,
 )
-from procon.chat.prompts import _pairs as pairs
+from procon.chat.prompts import asset_lines
 from procon.errors import ProConError
+
+
+def pairs() -> list[dict[str, str]]:
+    return asset_lines("pairs.jsonl")
 
 
 def normalised(text: str) -> str:
