@@ -344,10 +344,14 @@ EXTRACT = ["directions", "--model", "model", *PROMPT_FILES]
 @pytest.mark.parametrize(
     ("prepare", "argv", "message"),
     [
-        (write("data.jsonl", ""), TRAIN, "data file 'data.jsonl' is empty"),
-        (write("data.jsonl", '{"prompt": "a", '), TRAIN, "'data.jsonl' cannot be read as json"),
-        (write("data.jsonl", '{"query": "a"}'), TRAIN, r"has the columns \['query'\]; .*: rename its columns"),
-        (write("data.jsonl", '{"prompt": "a", "completion": 1}'), TRAIN, "row 1: completion is 1: give a text"),
+        (write("data.jsonl", ""), TRAIN, "data 'data.jsonl' cannot be read .* no data"),
+        (write("data.jsonl", '{"prompt": "a", '), TRAIN, "data 'data.jsonl' cannot be read .row 1: "),
+        (write("data.jsonl", '{"query": "a"}'), TRAIN, r"row 1 is no conversation .*\['query'\]"),
+        (
+            write("data.jsonl", '{"prompt": "a", "completion": 1}'),
+            TRAIN,
+            "row 1 is no conversation .a role or a content is no text.",
+        ),
         (
             write("t.jsonl", '{"messages": [{"role": "user", "content": "a"}]}'),
             ["eval", "--model", "model", "--task", "t.jsonl"],

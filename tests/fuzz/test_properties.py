@@ -99,7 +99,9 @@ def test_rows_come_back_from_every_file(tmp_path, rows):
             path = tmp_path / f"rows{suffix}"
             write(path, rows)
             found = [sample["messages"] for sample in _file_samples(str(path), {}, None)]
-            assert [[turn["content"] for turn in turns] for turns in found] == [list(row.values()) for row in rows]
+            assert [[turn["content"] for turn in turns] for turns in found] == [
+                [row["prompt"], row["completion"]] for row in rows
+            ]
     finally:
         datasets.enable_progress_bars()
 
