@@ -130,9 +130,7 @@ def quickstart(
 
     problems = arithmetic_problems(TASK_TRAIN + TASK_TEST + TASK_PROBE, TASK_SEED)
     task, probe = problems[TASK_TRAIN:-TASK_PROBE], problems[-TASK_PROBE:]
-    train = tokenize_conversations(
-        to_conversations(Dataset.from_list(problems[:TASK_TRAIN])), tokenizer, progress=False
-    )
+    train = tokenize_conversations(to_conversations(Dataset.from_list(problems[:TASK_TRAIN])), tokenizer)
     runs = [
         Run(
             label="start",
