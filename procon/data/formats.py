@@ -69,7 +69,9 @@ def sample_of(row: Any, where: str, columns: Mapping[str, str] | None = None) ->
             row = {
                 role: row[name] if role in ("prompt", "response") else row.get(name) for role, name in columns.items()
             }
-        messages, tools = _messages(row), _json(row.get("tools") or [])
+        messages, tools, system = _turns(row), _json(row.get("tools") or []), row.get("system")
+        if system and system.strip() and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
         texts = [text for turn in messages for name, text in turn.items() if name != "tool_calls"]
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError("a role or a content is no text")
@@ -85,14 +87,6 @@ def sample_of(row: Any, where: str, columns: Mapping[str, str] | None = None) ->
     return {"messages": messages, "tools": tools or None}
 
 
-def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    turns = _turns(row)
-    system = row.get("system")
-    if not system or not system.strip() or turns[0]["role"] == "system":
-        return turns
-    return [{"role": "system", "content": system}, *turns]
-
-
 def _turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     for column in ("messages", "conversations"):
         if column in row:
@@ -103,7 +97,7 @@ def _turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
             more = [row[name] for name in ("input", "context") if question == "instruction" and row.get(name)]
             turns[-1]["content"] = "\n\n".join([turns[-1]["content"], *more])
             return turns + _side(row[answer], "assistant")
-    raise KeyError(f"known columns in {sorted(row)}")
+    raise ValueError(f"its columns are {sorted(row)}")
 
 
 def _side(value: Any, role: str) -> list[dict[str, Any]]:

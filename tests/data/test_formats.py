@@ -134,9 +134,9 @@ def test_wrong_columns_are_refused(text):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"query": "a", "reply": "b"}, "no \"known columns in ['query', 'reply']\""),
-        ({"instruction": "a", "completion": "b"}, 'no "known columns in'),
-        ({"prompt": "c"}, "no \"known columns in ['prompt']\""),
+        ({"query": "a", "reply": "b"}, "its columns are ['query', 'reply']"),
+        ({"instruction": "a", "completion": "b"}, "its columns are ['completion', 'instruction']"),
+        ({"prompt": "c"}, "its columns are ['prompt']"),
         ({"prompt": "c", "completion": None}, "a role or a content is no text"),
         ({"instruction": "a", "output": 12}, "a role or a content is no text"),
         ({"instruction": "a", "input": 1, "output": "b"}, ""),
