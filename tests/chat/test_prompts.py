@@ -54,24 +54,6 @@ def test_no_sentence_occurs_twice():
     assert len({pair["id"] for pair in pairs()}) == len(pairs())
 
 
-def test_twins_are_on_one_topic():
-    """Twins share more words with each other than with the average prompt, so topic does not separate the sides."""
-
-    def overlap(a: str, b: str) -> float:
-        first, second = set(normalised(a).split()), set(normalised(b).split())
-        return len(first & second) / len(first | second)
-
-    for split in get_args(Split):
-        prompts = builtin_prompts(split)
-        rows = list(zip(prompts.malicious, prompts.benign, strict=True))
-        twins = sum(overlap(m, b) for m, b in rows) / len(rows)
-        strangers = sum(overlap(m, rows[(i + 7) % len(rows)][1]) for i, (m, _) in enumerate(rows)) / len(rows)
-        assert twins > 2 * strangers
-        # Nor does length: within a tenth.
-        lengths = [sum(map(len, side)) for side in (prompts.malicious, prompts.benign)]
-        assert 0.9 < lengths[0] / lengths[1] < 1.1
-
-
 def near_duplicates(first: Iterable[str], second: Iterable[str]) -> list[tuple[str, str]]:
     """Pairs that share a third of their words and four fifths of their characters, in order."""
     words = {text: set(text.split()) for text in {*first, *second}}
@@ -82,11 +64,6 @@ def near_duplicates(first: Iterable[str], second: Iterable[str]) -> list[tuple[s
         if 3 * len(words[a] & words[b]) > len(words[a] | words[b])
         and SequenceMatcher(a=b, b=a, autojunk=False).ratio() > 0.8
     ]
-
-
-def test_a_near_duplicate_is_found():
-    first, second = {"how do i pick a lock at night", "how do i bake"}, {"how do i pick the lock at night"}
-    assert near_duplicates(first, second) == [("how do i pick the lock at night", "how do i pick a lock at night")]
 
 
 @pytest.mark.parametrize(

@@ -7,22 +7,17 @@ from pathlib import Path
 
 import datasets
 import pytest
-import torch
 from datasets import Dataset, IterableDataset
 
-from procon.chat import builtin_prompts, builtin_refusals, load_instructions
+from procon.chat import builtin_prompts, builtin_refusals
 from procon.data import (
-    flattening_collator,
     load_conversations,
     mix_safety,
     safety_conversations,
     to_conversations,
     tokenize_conversations,
 )
-from procon.directions import Directions, load_vectors
 from procon.errors import ProConError
-from procon.evaluation import Evaluation
-from procon.method import Probes
 from procon.sequences import IGNORE_INDEX
 
 
@@ -134,15 +129,6 @@ def test_a_bad_file_is_named_in_one_line(tmp_path, name, content, message):
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600 + len(str(path))
-
-
-@pytest.mark.parametrize(
-    "read", [load_conversations, load_instructions, Directions.load, load_vectors, Evaluation.load, Probes.load]
-)
-@pytest.mark.parametrize("name", ["a" * 5000, "\0"])
-def test_a_name_that_no_file_can_have(read, name):
-    with pytest.raises(ProConError):
-        read(name)
 
 
 def test_a_set_on_the_hub_by_configuration_split_and_revision(tmp_path, monkeypatch):
@@ -286,18 +272,3 @@ def test_safety_mix_is_shuffled_by_its_seed(plain):
     assert kinds != sorted(kinds, reverse=True)
     with pytest.raises(ProConError, match="safety_samples is -1: give 0 or more"):
         mix_safety(plain, safety, -1, seed=0)
-
-
-def test_flattened_batches_hand_out_their_bounds():
-    features = [{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in ([5, 6, 7], [8, 9], [3, 4, 5, 6])]
-    plain, with_bounds = (flattening_collator(bounds=bounds)(features) for bounds in (False, True))
-    assert plain.keys() == {"input_ids", "labels", "position_ids"}
-    assert plain["input_ids"].tolist() == [[5, 6, 7, 8, 9, 3, 4, 5, 6]]
-    assert plain["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3]]
-    assert all(torch.equal(value, with_bounds.pop(name)) for name, value in plain.items())
-    assert {name: value.tolist() for name, value in with_bounds.items() if isinstance(value, torch.Tensor)} == {
-        "cu_seq_lens_q": [0, 3, 5, 9],
-        "cu_seq_lens_k": [0, 3, 5, 9],
-        "seq_idx": [[0, 0, 0, 1, 1, 2, 2, 2, 2]],
-    }
-    assert (with_bounds["max_length_q"], with_bounds["max_length_k"]) == (4, 4)
