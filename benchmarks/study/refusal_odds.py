@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from procon.chat import ContrastPrompts, left_padded_batches, user_turn
+from procon.chat import ContrastPrompts, pad_token_id, render, user_turn
 from procon.errors import ProConError
 from procon.models import evaluating, model_device
 
@@ -27,8 +27,15 @@ def _first_token_logits(
     All prompts end in the last column.
     """
     device = model_device(model)
-    turns = [user_turn(prompt) for prompt in prompts]
-    for rows, ids, mask in left_padded_batches(tokenizer, turns, _BATCH, None):
+    asked = [render(tokenizer, user_turn(prompt), generation_prompt=True) for prompt in prompts]
+    longest_first = sorted(range(len(asked)), key=lambda row: -len(asked[row]))
+    for start in range(0, len(asked), _BATCH):
+        rows = longest_first[start : start + _BATCH]
+        width = len(asked[rows[0]])
+        ids = torch.full((len(rows), width), pad_token_id(tokenizer))
+        for place, row in enumerate(rows):
+            ids[place, width - len(asked[row]) :] = torch.tensor(asked[row])
+        mask = (torch.arange(width) >= width - torch.tensor([[len(asked[row])] for row in rows])).long()
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
         output = model(
             input_ids=ids.to(device),

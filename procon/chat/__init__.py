@@ -9,13 +9,7 @@ from procon.errors import require_extra
 
 __extra__ = require_extra("train", __name__)
 
-from procon.chat.generation import (
-    continue_texts,
-    continue_tokens,
-    generate,
-    generate_replies,
-    left_padded_batches,
-)
+from procon.chat.generation import continue_texts, continue_tokens, generate, generate_replies
 from procon.chat.masks import marked_template, response_mask
 from procon.chat.prompts import (
     ContrastPrompts,
@@ -24,18 +18,11 @@ from procon.chat.prompts import (
     builtin_probes,
     builtin_prompts,
     builtin_refusals,
+    json_rows,
     load_instructions,
 )
-from procon.chat.refusal import (
-    ENOUGH_REFUSAL,
-    is_degenerate,
-    is_refusal,
-    measure_refusal,
-    refusal_rate,
-    warn_of_low_refusal,
-)
-from procon.chat.switches import describe_chat
-from procon.chat.template import Message, pad_token_id, render, template_hash, user_turn
+from procon.chat.refusal import ENOUGH_REFUSAL, is_degenerate, is_refusal, measure_refusal, warn_of_low_refusal
+from procon.chat.template import Message, describe_chat, pad_token_id, render, template_hash, user_turn
 from procon.chat.thinking import Reply, split_thoughts
 
 __all__ = [
@@ -55,12 +42,11 @@ __all__ = [
     "generate_replies",
     "is_degenerate",
     "is_refusal",
-    "left_padded_batches",
+    "json_rows",
     "load_instructions",
     "marked_template",
     "measure_refusal",
     "pad_token_id",
-    "refusal_rate",
     "render",
     "response_mask",
     "split_thoughts",

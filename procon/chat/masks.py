@@ -8,13 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from procon.chat.switches import default_template, template_kwargs
-from procon.chat.template import Message, apply_template, ids_of
+from procon.chat.template import Message, apply_template, default_template, ids_of, template_kwargs
 from procon.chat.thinking import Markers, thinking_markers
 from procon.errors import ProConError
 from procon.settings import ChatSettings
-
-Tools = Sequence[Mapping[str, Any]]
 
 _MARKED = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -26,7 +23,7 @@ def response_mask(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     *,
-    tools: Tools | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     chat: ChatSettings | None = None,
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a conversation, and for each token whether the assistant wrote it.
@@ -49,11 +46,13 @@ def response_mask(
     """
     kwargs = template_kwargs(tokenizer, chat) | ({"tools": list(tools)} if tools else {})
     template, markers = marked_template(tokenizer), thinking_markers(tokenizer, chat)
-    text = apply_template(tokenizer, messages, kwargs | ({} if template is None else {"chat_template": template}))
+    if template is not None:
+        kwargs["chat_template"] = template
+    text = apply_template(tokenizer, messages, kwargs)
     if template is None:
         ids, mask = _by_prefix(tokenizer, messages, kwargs, text)
     else:
-        ids, mask = _by_marks(tokenizer, messages, kwargs, text, template, markers)
+        ids, mask = _by_marks(tokenizer, messages, kwargs, text, markers)
     mask = _without_empty_thoughts(tokenizer, ids, mask, markers)
     said = str(tokenizer.decode([token for token, keep in zip(ids, mask, strict=True) if keep]))
     for message in messages:
@@ -68,19 +67,13 @@ def marked_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if _MARKED.search(template):
         return template
     if template not in _TRAINING_TEMPLATES:
-        _TRAINING_TEMPLATES[template] = _of_trl(tokenizer)
+        try:
+            from trl.chat_template_utils import get_training_chat_template
+
+            _TRAINING_TEMPLATES[template] = get_training_chat_template(tokenizer)
+        except Exception:  # no TRL, none for this template, or it renders what this one does not take
+            _TRAINING_TEMPLATES[template] = None
     return _TRAINING_TEMPLATES[template]
-
-
-def _of_trl(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    try:
-        from trl.chat_template_utils import get_training_chat_template
-    except ImportError:
-        return None
-    try:
-        return get_training_chat_template(tokenizer)
-    except Exception:  # it has none, or renders what this template does not take
-        return None
 
 
 def _by_marks(
@@ -88,40 +81,27 @@ def _by_marks(
     messages: Sequence[Message],
     kwargs: Mapping[str, Any],
     text: str,
-    template: str,
     markers: Sequence[Markers],
 ) -> tuple[list[int], list[bool]]:
-    settings = {"chat_template": template, "tokenize": True, "return_dict": True}
-    found = apply_template(tokenizer, messages, kwargs, **settings, return_assistant_tokens_mask=True)
+    found = apply_template(
+        tokenizer, messages, kwargs, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
     ids, mask = found["input_ids"], [keep == 1 for keep in found["assistant_masks"]]
     for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = messages[:index]
-            prompt = apply_template(tokenizer, before, kwargs, chat_template=template, add_generation_prompt=True)
-            if not text.startswith(prompt):
-                earlier = apply_template(tokenizer, before, kwargs, chat_template=template) if before else ""
-                prompt = _shared(prompt, text, _common_prefix(earlier, prompt), markers)
-            _unmark_before(_common_prefix(ids, ids_of(tokenizer, prompt)), mask)
+        if message["role"] != "assistant":
+            continue
+        prompt = apply_template(tokenizer, messages[:index], kwargs, add_generation_prompt=True)
+        if not text.startswith(prompt):  # up to a thought that only the prompt opens or leaves out
+            earlier = apply_template(tokenizer, messages[:index], kwargs) if index else ""
+            opening = _common_prefix(earlier, prompt)
+            marks = [prompt.find(mark, opening) for pair in markers for mark in pair if mark]
+            prompt = prompt[: min((at for at in marks if at >= 0), default=len(prompt))]
+        start = _common_prefix(ids, ids_of(tokenizer, prompt))
+        if mask[start : start + 1] == [True]:
+            while start > 0 and mask[start - 1]:
+                start -= 1
+                mask[start] = False
     return ids, mask
-
-
-def _shared(prompt: str, text: str, opening: int, markers: Sequence[Markers]) -> str:
-    """What a prompt and a conversation begin with alike, up to a thought that only the prompt opens or leaves out.
-
-    Args:
-        opening: where that which the prompt ends with begins.
-    """
-    shared = prompt[: _common_prefix(prompt, text)]
-    marks = [prompt.find(mark, opening) for pair in markers for mark in pair if mark]
-    return shared[: min((at for at in marks if 0 <= at <= len(shared)), default=len(shared))]
-
-
-def _unmark_before(end: int, mask: list[bool]) -> None:
-    """Unmark what comes before ``end`` in the run of marked tokens around it, if it is within one."""
-    if end < len(mask) and mask[end]:
-        while end > 0 and mask[end - 1]:
-            end -= 1
-            mask[end] = False
 
 
 def _by_prefix(
@@ -156,33 +136,26 @@ def _common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
 def _without_empty_thoughts(
     tokenizer: PreTrainedTokenizerBase, ids: list[int], mask: list[bool], markers: Sequence[Markers]
 ) -> list[bool]:
-    patterns = [re.compile(rf"\s*{re.escape(start)}\s*{re.escape(end)}\s*") for start, end in markers if start]
-    mask = list(mask)
-    for start, end in _spans(mask) if patterns else ():
-        text = str(tokenizer.decode(ids[start:end]))
-        for empty in filter(None, (pattern.match(text) for pattern in patterns)):
+    thoughts = [rf"{re.escape(start)}\s*{re.escape(end)}" for start, end in markers if start]
+    empty, kept = re.compile(rf"\s*(?:{'|'.join(thoughts)})\s*"), list(mask)
+    starts = [at for at, keep in enumerate(mask) if keep and not (at and mask[at - 1])]
+    for start in starts if thoughts else ():
+        end = mask.index(False, start) if False in mask[start:] else len(mask)
+        if found := empty.match(str(tokenizer.decode(ids[start:end]))):
             for at in range(start, end):
-                if len(str(tokenizer.decode(ids[start : at + 1]))) > empty.end():
+                if len(str(tokenizer.decode(ids[start : at + 1]))) > found.end():
                     break
-                mask[at] = False
-    return mask
-
-
-def _spans(mask: Sequence[bool]) -> list[tuple[int, int]]:
-    """First and last index, the latter not included, of each run of true values."""
-    edges = [at for at in range(len(mask) + 1) if (at > 0 and mask[at - 1]) != (at < len(mask) and mask[at])]
-    return list(zip(edges[::2], edges[1::2], strict=True))
+                kept[at] = False
+    return kept
 
 
 def _check_rendered(tokenizer: PreTrainedTokenizerBase, message: Message, text: str, said: str) -> None:
     """Raise ProConError if a template for other conversations, such as ones with images, leaves out what is said."""
-    words = (message.get("content") or "").split()[-1:]
-    left_out = [("what the assistant says", word) for word in words if word not in text]
-    for call in message.get("tool_calls") or ():
-        name = str((call.get("function") or call).get("name"))
-        left_out += [] if name in said else [("tool calls", name)]
-    for what, part in left_out:
+    left_out = [word for word in (message.get("content") or "").split()[-1:] if word not in text]
+    names = [str((call.get("function") or call).get("name")) for call in message.get("tool_calls") or ()]
+    left_out += [name for name in names if name not in said]
+    if left_out:
         raise ProConError(
-            f"the chat template of {tokenizer.name_or_path!r} leaves out {what} ({part!r:.60}): set "
-            "tokenizer.chat_template to one that has them, or leave such samples out"
+            f"the chat template of {tokenizer.name_or_path!r} leaves out what the assistant says or calls "
+            f"({left_out[0]!r:.60}): set tokenizer.chat_template to one that has it, or leave such samples out"
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from procon.errors import ProConError
-from procon.files import MAX_TEXT, parse_json
+from procon.files import parse_json
 
 Split = Literal["extraction", "validation", "held_out", "safety"]
 
@@ -56,11 +56,8 @@ _DRIFT_PAIRS = 64
 
 
 @cache
-def _pairs() -> list[dict[str, str]]:
-    return _asset_lines("pairs.jsonl")
-
-
-def _asset_lines(name: str) -> list[dict[str, str]]:
+def asset_lines(name: str) -> list[dict[str, str]]:
+    """Rows of a JSONL file of this package."""
     text = files("procon.assets").joinpath(name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines() if line]
 
@@ -75,7 +72,9 @@ def builtin_prompts(split: Split) -> ContrastPrompts:
     """
     if split not in get_args(Split):
         raise ProConError(f"there are no built-in prompts {split!r}: choose one of {', '.join(get_args(Split))}")
-    pairs = sorted((p for p in _pairs() if p["split"] == split), key=lambda p: p["id"].rsplit("-", 1)[1])
+    pairs = sorted(
+        (p for p in asset_lines("pairs.jsonl") if p["split"] == split), key=lambda p: p["id"].rsplit("-", 1)[1]
+    )
     return ContrastPrompts(*(tuple(pair[part] for pair in pairs) for part in ("malicious", "benign", "category")))
 
 
@@ -92,10 +91,9 @@ def builtin_probes() -> tuple[str, ...]:
     return builtin_prompts("extraction").malicious[_DRIFT_PAIRS:]
 
 
-@cache
 def builtin_refusals() -> tuple[str, ...]:
     """Short refusals in an assistant's voice, that fit any malicious instruction."""
-    return tuple(line["refusal"] for line in _asset_lines("refusals.jsonl"))
+    return tuple(line["refusal"] for line in asset_lines("refusals.jsonl"))
 
 
 def load_instructions(path: str | Path) -> tuple[str, ...]:
@@ -105,23 +103,14 @@ def load_instructions(path: str | Path) -> tuple[str, ...]:
     ``.jsonl`` file one per line.
 
     Raises:
-        ProConError: if the file is missing, empty, not UTF-8, or a row has neither key; if it is nested more than 64
-            levels deep, or a prompt has more than 1,000,000 characters.
+        ProConError: if the file is missing, damaged or without prompts, or a row has neither key.
     """
     path = Path(path)
-    if not os.path.isfile(path):
-        raise ProConError(f"prompt file {str(path)!r} does not exist")
-    try:
-        rows = list(_rows(path, path.read_text(encoding="utf-8-sig")))  # a byte order mark is no part of a prompt
-    except UnicodeDecodeError as error:
-        raise ProConError(f"prompt file {str(path)!r} is not UTF-8 text ({error}): convert it") from error
     prompts = []
-    for number, row in enumerate(rows, 1):
+    for number, row in json_rows(path, "prompt file", lines=path.suffix.lower() == ".txt"):
         prompt = row.get("instruction", row.get("prompt")) if isinstance(row, dict) else row
         if not isinstance(prompt, str):
             raise ProConError(f"prompt file {str(path)!r}, row {number}: no key 'instruction' or 'prompt' with a text")
-        if len(prompt) > MAX_TEXT:
-            raise ProConError(f"prompt file {str(path)!r}, row {number}: more than {MAX_TEXT} characters: shorten it")
         if prompt.strip():
             prompts.append(prompt.strip())
     if not prompts:
@@ -129,20 +118,26 @@ def load_instructions(path: str | Path) -> tuple[str, ...]:
     return tuple(prompts)
 
 
-def _rows(path: Path, text: str) -> Iterator[Any]:
-    if path.suffix.lower() == ".txt":
-        yield from text.splitlines()
-        return
+def json_rows(path: Path, what: str, *, lines: bool = False) -> Iterator[tuple[int, Any]]:
+    """Number and content of each row of a file: of a JSON list, or one JSON text per line, or the ``lines`` themselves.
+
+    Args:
+        what: how messages call the file.
+
+    Raises:
+        ProConError: if there is no such file, or it is damaged.
+    """
+    if not os.path.isfile(path):
+        raise ProConError(f"{what} {str(path)!r} does not exist: check the path")
+    number = 0
     try:
-        if path.suffix.lower() != ".json":
-            # At line feeds alone: a JSON text may have U+2028 and its like as they are.
-            yield from (parse_json(line) for line in text.split("\n") if line.strip())
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of a text
+        if text.lstrip().startswith("[") and not lines:
+            yield from enumerate(parse_json(text), 1)
             return
-        values = parse_json(text)
+        # At line feeds alone: a JSON text may have U+2028 and its like as they are.
+        for number, line in enumerate(filter(str.strip, text.split("\n")), 1):
+            yield number, line if lines else parse_json(line)
     except ValueError as error:
-        raise ProConError(
-            f"prompt file {str(path)!r} is not valid JSON ({error}): give .txt, .json or .jsonl"
-        ) from error
-    if not isinstance(values, list):
-        raise ProConError(f"prompt file {str(path)!r} holds no list: give one of texts or of objects")
-    yield from values
+        row = f"row {number}: " * bool(number)
+        raise ProConError(f"{what} {str(path)!r} cannot be read ({row}{error}): give UTF-8 text or JSON") from error

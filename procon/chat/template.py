@@ -1,23 +1,33 @@
-"""Conversations as token ids, through the tokenizer's own chat template."""
+"""Conversations as token ids, through the tokenizer's own chat template, with thinking switched off if it can be."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
+import jinja2
+import jinja2.ext
+from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
 
-from procon.chat.switches import template_kwargs
-from procon.chat.time_limit import time_limit
 from procon.errors import ProConError
 from procon.settings import ChatSettings
 
-#: Seconds for one conversation: a template is a program that comes with the model, and may have loops.
-LONGEST_RENDERING = 10.0
-
 #: ``role`` and ``content``, both texts; and what else a turn may have, such as ``tool_calls``.
 Message = dict[str, Any]
+
+#: Variables by which templates switch thinking, and the values for as little as the model can. Only the first that a
+#: template reads is set. Of several values it is the first that stands in the template, or the last.
+_SWITCHES: dict[str, tuple[Any, ...]] = {
+    "enable_thinking": (False,),  # Qwen3, Gemma 4, GLM 4.5, Nemotron 3, SmolLM3
+    "thinking": (False,),  # DeepSeek V3.1, Granite 3.2, Kimi K2
+    "thinking_budget": (0,),  # Seed-OSS
+    "reasoning_effort": ("none", "low"),  # Mistral; gpt-oss, which cannot do without
+    "reasoning_strength": ("low",),  # Muse
+}
 
 
 def user_turn(instruction: str) -> list[Message]:
@@ -41,28 +51,22 @@ def render(
     Raises:
         ProConError: if the tokenizer has no chat template, or its template rejects the conversation.
     """
-    return ids_of(tokenizer, render_text(tokenizer, messages, generation_prompt=generation_prompt, chat=chat))
+    return ids_of(tokenizer, render_text(tokenizer, messages, chat, add_generation_prompt=generation_prompt))
 
 
 def render_text(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    *,
-    generation_prompt: bool,
-    chat: ChatSettings | None = None,
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], chat: ChatSettings | None, **settings: Any
 ) -> str:
-    """What :func:`render` makes token ids of."""
+    """The text that :func:`render` makes token ids of."""
     if chat is not None and chat.system_prompt is not None and (not messages or messages[0]["role"] != "system"):
         messages = [{"role": "system", "content": chat.system_prompt}, *messages]
-    return apply_template(
-        tokenizer, messages, template_kwargs(tokenizer, chat), add_generation_prompt=generation_prompt
-    )
+    return apply_template(tokenizer, messages, template_kwargs(tokenizer, chat), **settings)
 
 
 def apply_template(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], kwargs: Mapping[str, Any], **settings: Any
 ) -> Any:
-    """transformers' ``apply_chat_template``, within a time; a text unless ``settings`` say otherwise.
+    """transformers' ``apply_chat_template``; a text unless ``settings`` say otherwise.
 
     Raises:
         ProConError: if the tokenizer has no chat template, or its template rejects the conversation.
@@ -73,15 +77,65 @@ def apply_template(
             "from the model's chat (-Instruct) version"
         )
     try:
-        with time_limit(LONGEST_RENDERING):
-            return tokenizer.apply_chat_template(list(messages), **{"tokenize": False, **settings}, **kwargs)
-    except TimeoutError as error:
-        raise ProConError(
-            f"the chat template of {tokenizer.name_or_path!r} needs more than {LONGEST_RENDERING:g} seconds for a "
-            "conversation: set tokenizer.chat_template to one that ends"
-        ) from error
+        return tokenizer.apply_chat_template(list(messages), **{"tokenize": False, **settings}, **kwargs)
     except Exception as error:  # templates raise jinja2 errors of their own making
         raise ProConError(f"the chat template of {tokenizer.name_or_path!r} rejects a conversation: {error}") from error
+
+
+def template_kwargs(tokenizer: PreTrainedTokenizerBase, chat: ChatSettings | None) -> dict[str, Any]:
+    """Variables that the tokenizer's chat template is rendered with: those given, and thinking off if they are silent.
+
+    Raises:
+        ProConError: for one that the template does not read.
+    """
+    template = default_template(tokenizer)
+    given: Mapping[str, Any] = {} if chat is None else chat.chat_template_kwargs
+    for name in given:
+        if name not in _variables(template):
+            raise ProConError(
+                f"chat_template_kwargs has {name!r}, which the chat template of {tokenizer.name_or_path!r} does not "
+                "read: check the name, or leave it out"
+            )
+    return {**({} if given.keys() & _SWITCHES.keys() else thinking_off(template)), **given}
+
+
+def thinking_off(template: str) -> dict[str, Any]:
+    """What to give the template so that the model thinks as little as it can; nothing if there is no switch."""
+    for name, values in _SWITCHES.items():
+        if name in _variables(template):
+            known = (value for value in values[:-1] if re.search(f"['\"]{value}['\"]", template))
+            return {name: next(known, values[-1])}
+    return {}
+
+
+@lru_cache(maxsize=32)
+def _variables(template: str) -> frozenset[str]:
+    """Names that a template reads before it sets them itself, by their lines; a caller can set these."""
+    plain = re.sub(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}", "", template)
+    try:
+        tree = jinja2.Environment(extensions=[jinja2.ext.loopcontrols], autoescape=False).parse(plain)  # noqa: S701
+    except jinja2.TemplateError:  # rendering says so
+        return frozenset()
+    read: dict[str, int] = {}
+    own: dict[str, int] = {}
+    for name in tree.find_all(nodes.Name):
+        (read if name.ctx == "load" else own).setdefault(name.name, name.lineno)
+    return frozenset(name for name, line in read.items() if line <= own.get(name, line))
+
+
+def default_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template; of several by name, the default one; nothing if there is none."""
+    template: Any = tokenizer.chat_template
+    return (template.get("default", "") if isinstance(template, dict) else template) or ""
+
+
+def describe_chat(tokenizer: PreTrainedTokenizerBase | None, chat: ChatSettings | None) -> dict[str, Any]:
+    """How a model is asked, for provenance: the system prompt and all variables of the template."""
+    has_template = tokenizer is not None and getattr(tokenizer, "chat_template", None)
+    return {
+        "system_prompt": None if chat is None else chat.system_prompt,
+        "template_kwargs": template_kwargs(tokenizer, chat) if tokenizer is not None and has_template else {},
+    }
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from procon.chat.switches import default_template
+from procon.chat.template import default_template
 from procon.settings import ChatSettings
 
 
@@ -48,10 +48,10 @@ class Reply(NamedTuple):
 
 
 def thinking_markers(tokenizer: PreTrainedTokenizerBase, chat: ChatSettings | None = None) -> tuple[Markers, ...]:
-    """Those that are given; or those known of which the chat template or the vocabulary has the end."""
-    given = list(chat.thinking_markers) if chat is not None else []
-    if given:
-        return (Markers(given[0] if len(given) > 1 else "", given[-1]),)
+    """The markers from ``chat``, or every known pair whose end stands in the chat template or the vocabulary."""
+    if chat is not None and chat.thinking_markers:
+        *start, end = chat.thinking_markers
+        return (Markers(start[0] if start else "", end),)
     added: dict[str, int] = getattr(tokenizer, "added_tokens_encoder", {})
     template = default_template(tokenizer)
     return tuple(markers for markers in KNOWN_MARKERS if markers.end in template or markers.end in added)
@@ -78,13 +78,13 @@ def split_thoughts(text: str, markers: Sequence[Markers] = KNOWN_MARKERS, *, ope
         while start and (begin := text.find(start)) >= 0:
             stop = text.find(end, begin)
             if stop < 0:
-                return Reply("", _joined([*thoughts, text[begin + len(start) :]]), finished=False)
+                return Reply("", _joined(thoughts, text[begin + len(start) :]), finished=False)
             thoughts.append(text[begin + len(start) : stop])
             text, opened = text[:begin] + text[stop + len(end) :], False
     if opened:
-        return Reply("", _joined([*thoughts, text]), finished=False)
+        return Reply("", _joined(thoughts, text), finished=False)
     return Reply(text.strip(), _joined(thoughts))
 
 
-def _joined(thoughts: Sequence[str]) -> str:
-    return "\n".join(filter(None, (thought.strip() for thought in thoughts)))
+def _joined(thoughts: Sequence[str], last: str = "") -> str:
+    return "\n".join(filter(None, (thought.strip() for thought in (*thoughts, last))))

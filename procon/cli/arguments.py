@@ -12,7 +12,7 @@ from procon.errors import ProConError
 from procon.settings import PAPER_RECIPE, ChatSettings, check_choice
 
 Method = Literal["lora", "full"]
-Overlong = Literal["cut", "drop", "error"]
+Overlong = Literal["cut", "drop"]
 Shell = Literal["bash", "zsh", "fish"]
 
 #: Titles under which ``--help`` lists settings that are more than a few.
@@ -67,7 +67,7 @@ class TrainArguments(LoadingArguments):
     )
     data: str = required(
         "Training data: .json, .jsonl, .csv, .parquet, or a hub name. Columns: messages, conversations, prompt + "
-        "completion, instruction + output, question + answer, or text.",
+        "completion, instruction + output, or question + answer.",
         MODEL_AND_DATA,
     )
     data_config: str | None = option(None, "Of a hub data set: which of its configurations.", MODEL_AND_DATA)
@@ -75,7 +75,7 @@ class TrainArguments(LoadingArguments):
     data_revision: str | None = option(None, "Of a hub data set: branch, tag or commit.", MODEL_AND_DATA)
     data_columns: str | None = option(
         None,
-        "What the columns are called, if otherwise: prompt=NAME,response=NAME; or messages, system, tools, text.",
+        "What the columns are called, if otherwise: prompt=NAME,response=NAME; or messages, system, tools.",
         MODEL_AND_DATA,
     )
     eval_data: str | None = option(
@@ -115,7 +115,7 @@ class TrainArguments(LoadingArguments):
     max_length: int = option(1024, "Tokens of the longest sample.", MODEL_AND_DATA)
     overlong: Overlong = option(
         "cut",
-        "What is done with longer ones: cut, on the right; drop, left out; or error. It is said how many they are.",
+        "What is done with longer ones: cut, on the right; or drop, left out. It is said how many they are.",
         MODEL_AND_DATA,
     )
     flatten: bool = option(False, "Join each batch into one row without padding instead of padding it.", MODEL_AND_DATA)

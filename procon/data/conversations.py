@@ -2,61 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
+import csv
 import os
-import sys
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
-from itertools import repeat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import Dataset, Features, IterableDataset
+from pyarrow import parquet
 
-import procon.data.columns
-import procon.data.files
-import procon.data.samples
-import procon.data.turns
-import procon.files
-from procon.chat import builtin_prompts, builtin_refusals, user_turn
-from procon.data.columns import COLUMNS, Converter, check_columns, converter
-from procon.data.files import check_file, content_hash, is_data_file, read_rows
-from procon.data.samples import BLANK_REPLY, doubt_of, sample_of, streamed_conversations
-from procon.data.turns import MORE
+from procon.chat import builtin_prompts, builtin_refusals, json_rows, user_turn
+from procon.data.formats import sample_of
 from procon.errors import ProConError
 from procon.models import check_name
+from procon.version import __version__
 
 _Data = TypeVar("_Data", Dataset, IterableDataset)
 
-#: Of a conversation whose turns have nothing but a role and a content.
-_CONVERSATION = Features({"messages": List({"role": Value("string"), "content": Value("string")})})
+#: How names of data files end.
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
-
-def _json() -> Any:
-    """A column of whatever JSON can hold."""
-    if not hasattr(datasets, "Json"):  # which only LLaMA-Factory's versions lack
-        raise ProConError(f"datasets is {datasets.__version__}: conversations are read with 4.8.4 or newer")
-    return datasets.Json()
-
-
-@cache
-def _checked_features() -> Features:
-    """A conversation, what its turns have beside role and content, its tools; or a text; and what is doubtful in it, if
-    anything is."""
-    more = {"more": _json(), "tools": _json(), "text": Value("string"), "doubt": Value("string")}
-    return Features({**_CONVERSATION, **more})
-
-
-#: Safety samples that are mixed in, at most: a list of their numbers is in memory.
-_MOST_SAMPLES = 10_000_000
-
-#: A reply that says nothing: a model trained on it learns to say nothing.
-_BLANK_REPLY = "a blank reply"
+_FILES = "a .json, .jsonl, .csv or .parquet file"
 
 
 def load_conversations(
@@ -69,174 +37,109 @@ def load_conversations(
 ) -> Dataset:
     """Conversations from a JSON, JSONL, CSV or Parquet file, or from a dataset name on the hub.
 
-    A file's name is taken as it is written, never as a pattern. What was parsed is kept in the cache folder of
-    ``datasets`` under a hash of the file's content. Conversations with a blank reply are left out, with a warning.
+    A file's name is taken as it is written, never as a pattern. Conversations with a blank reply are left out, with a
+    warning.
 
     Args:
         config, split, revision: of a data set on the hub: which configuration, which split or slice, which commit.
         columns: what the columns are called if not as in the known formats: ``{"prompt": "Q", "response": "A"}``; or
-            ``messages``, ``system``, ``tools``, ``text``.
+            ``messages``, ``system``, ``tools``.
 
     Returns:
-        A dataset with the column ``messages``, and ``tools`` if any conversation has them; or with the column ``text``.
+        A dataset with the column ``messages``, and ``tools`` if any conversation has them.
 
     Raises:
-        ProConError: if there is no such file, it cannot be read, is empty, or has none of the known columns; if it is
-            nested more than 64 levels deep, or a text has more than 1,000,000 characters.
+        ProConError: if there is no such file, it is damaged or empty, or a row has none of the known formats.
     """
-    path = Path(source)
-    if os.path.isdir(path):
-        raise ProConError(f"data {str(source)!r} is a folder: give a file in it, or a dataset name")
-    check_columns(columns or {})
-    if os.path.isfile(path) or is_data_file(path):
-        for name, given in {
-            "config": config,
-            "revision": revision,
-            "split": None if split == "train" else split,
-        }.items():
-            if given is not None:
-                raise ProConError(f"data_{name} is {given!r:.60}, and data {str(source)!r} is a file: leave it out")
-        check_file(path)
-        arguments = {"path": str(path), "content": content_hash(path) + _code(), "columns": dict(columns or {})}
-        with _quiet():
-            checked = _read(
-                lambda: Dataset.from_generator(
-                    _conversations_of_file, features=_checked_features(), gen_kwargs=arguments
-                ),
-                source,
-            )
-        return _settled(checked, str(source))
-    check_name(source, "data", "give a .json, .jsonl, .csv or .parquet file, or a dataset name")
-    with _quiet():
-        dataset = _read(lambda: datasets.load_dataset(str(source), config, split=split, revision=revision), source)
-    return to_conversations(dataset, name=str(source), columns=columns)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The builders log what they raise as well: not within the context."""
-    verbosity = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    name, path = str(source), Path(source)
+    is_file = path.suffix.lower() in DATA_SUFFIXES
+    if not is_file and not os.path.exists(path):
+        check_name(source, "data", f"give {_FILES}, or a dataset name")
+    elif not is_file or not os.path.isfile(path):
+        raise ProConError(f"data {name!r} does not exist, or is no file of a known type: give {_FILES}")
+    elif (config, split, revision) != (None, "train", None):
+        raise ProConError(f"data {name!r} is a file: leave out data_config, data_split and data_revision")
     try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-
-
-def _read(load: Callable[[], Dataset], source: str | Path) -> Dataset:
-    """What ``load`` returns; its errors, which are of many libraries, as a ProConError."""
-    try:
-        dataset = load()
-    except Exception as error:
+        if not is_file:
+            dataset = datasets.load_dataset(name, config, split=split, revision=revision)
+            return to_conversations(dataset, name=name, columns=columns)
+        # By these arguments ``datasets`` knows in its cache what it has read before.
+        state = {"path": name, "columns": dict(columns or {}), "seen": (os.stat(path).st_mtime_ns, __version__)}
+        return _said(Dataset.from_generator(_file_samples, _features(), gen_kwargs=state), name)
+    except Exception as error:  # of many libraries
         cause = error.__cause__ or error
         if isinstance(cause, ProConError):
             raise cause from None
         reason = next(iter(str(cause).splitlines()), type(cause).__name__)
-        raise ProConError(
-            f"data {str(source)!r} cannot be read ({reason}): give a .json, .jsonl, .csv or .parquet file, or a "
-            "dataset name"
-        ) from error
-    if len(dataset) == 0:
-        raise _no_rows(source)
-    return dataset
+        raise ProConError(f"data {name!r} cannot be read ({reason:.200}): give {_FILES}, or a dataset name") from error
 
 
-def _no_rows(source: str | Path) -> ProConError:
-    return ProConError(f"data {str(source)!r} holds no rows: give one with rows")
+def _file_samples(path: str, columns: dict[str, str], seen: object) -> Iterator[dict[str, Any]]:
+    """Rows of :func:`_features`."""
+    for number, row in _rows(Path(path)):
+        yield sample_of(row, f"data {path!r}, row {number}", columns)
 
 
-def _conversations_of_file(path: str, content: str, columns: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """Rows of :func:`_checked_features`; of two calls with equal arguments, ``datasets`` makes one."""
-    convert = None
-    for number, row in enumerate(read_rows(Path(path), COLUMNS | set(columns.values())), 1):
-        convert = convert or converter(row, path, columns)
-        yield _checked(convert, row, path, number)
-    if convert is None:
-        raise _no_rows(path)
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """By our own readers: those of ``datasets`` take names for patterns, 2026-01-01 for a date and None for nothing."""
+    if path.suffix.lower() == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from enumerate(csv.DictReader(file), 1)
+    elif path.suffix.lower() == ".parquet":
+        with parquet.ParquetFile(path) as file:
+            yield from enumerate((row for batch in file.iter_batches(1024) for row in batch.to_pylist()), 1)
+    else:
+        yield from json_rows(path, "data")
 
 
-def _code() -> str:
-    """Changes with what reads files, so that what an older version parsed is not taken for what this one would."""
-    rooms = (procon.data.columns, procon.data.files, procon.data.samples, procon.data.turns, procon.files)
-    sources = "".join(map(inspect.getsource, (*rooms, sys.modules[__name__])))
-    return hashlib.sha256(sources.encode()).hexdigest()
+def _features() -> Features:
+    """Turns and tools are whatever JSON can hold: as tables, each would have all keys that any of them has."""
+    return Features({"messages": datasets.Json(), "tools": datasets.Json()})
 
 
 def to_conversations(dataset: _Data, *, name: str = "dataset", columns: Mapping[str, str] | None = None) -> _Data:
     """Bring a dataset in any known format to the column ``messages``, of turns with a role and a content.
 
-    Conversations with a blank reply are left out, with a warning; of a streamed dataset, as they come.
+    Conversations with a blank reply are left out, with a warning; of a streamed dataset, which is converted as it is
+    read, without one.
 
     Args:
         columns: what the columns are called, as :func:`load_conversations` takes it.
 
     Returns:
-        A dataset with the column ``messages``, and ``tools`` if any conversation has them; or with the column ``text``.
+        As :func:`load_conversations` does; a streamed dataset has both columns.
 
     Raises:
-        ProConError: if it has none of the known columns, or a row holds something else than texts; of a streamed
-            dataset, when the row is read.
+        ProConError: for a row that has none of the known formats.
     """
-    if isinstance(dataset, IterableDataset):
-        return streamed_conversations(dataset, name, columns)
-    convert = converter(dataset.column_names, name, columns)
-    checked = dataset.map(
-        lambda row, index: _checked(convert, row, name, index + 1),
+    converted = dataset.map(
+        lambda row, index: sample_of(row, f"data {name!r}, row {index + 1}", columns),
         with_indices=True,
-        remove_columns=dataset.column_names,
-        features=_checked_features(),
-        desc="conversations",
+        remove_columns=list(next(iter(dataset), {})),
+        features=_features(),
     )
-    return _settled(checked, name)
+    return _said(converted, name) if isinstance(converted, Dataset) else converted.filter(_says_something)
 
 
-def _checked(convert: Converter, row: Mapping[str, Any], name: str, number: int) -> dict[str, Any]:
-    messages, tools, text = sample_of(convert, row, name, number)
-    plain = messages and [{key: turn[key] for key in ("role", "content")} for turn in messages]
-    more = messages and [{key: turn[key] for key in MORE if key in turn} for turn in messages]
-    doubt = doubt_of(messages, text)
-    return {"messages": plain, "more": more if any(more or ()) else None, "tools": tools, "text": text, "doubt": doubt}
-
-
-def _settled(checked: Dataset, name: str) -> Dataset:
-    """The conversations to train on; a warning says how many are doubtful, and which is the first."""
-    doubts = checked.data.column("doubt").to_pylist()
-    for doubt, count in Counter(filter(None, doubts)).items():
-        left_out = doubt == BLANK_REPLY
+def _said(dataset: Dataset, name: str) -> Dataset:
+    """The conversations that say something."""
+    kept = [index for index, row in enumerate(dataset) if _says_something(row)]
+    if not kept:
+        raise ProConError(f"data {name!r} has no rows, or none without a blank reply: give ones that say something")
+    if len(kept) < len(dataset):
         warnings.warn(
-            f"{count} of {len(doubts)} conversations of {name!r} have {doubt}, first row {doubts.index(doubt) + 1}, "
-            f"and are {'left out' if left_out else 'trained on as they are'}",
-            stacklevel=4,
+            f"{len(dataset) - len(kept)} of {len(dataset)} conversations of {name!r} have a blank reply, and are left "
+            "out",
+            stacklevel=2,
         )
-    if BLANK_REPLY in doubts:
-        checked = checked.select([index for index, doubt in enumerate(doubts) if doubt != BLANK_REPLY])
-    if len(checked) == 0:
-        raise ProConError(f"{name!r} has no conversation without a blank reply: give ones that say something")
-    checked = checked.remove_columns("doubt")
-    if _has(checked, "text"):
-        warnings.warn(
-            f"{name!r} has texts, not conversations: each is trained on as a whole, prompts included", stacklevel=4
-        )
-        return checked.select_columns("text")
-    tools = ["tools"] if _has(checked, "tools") else []
-    if not _has(checked, "more"):
-        return checked.select_columns(["messages", *tools])
-    # In place of a table's columns, of which each turn would have all that any turn has.
-    return checked.map(
-        lambda row: {"messages": [{**turn, **more} for turn, more in zip(row["messages"], row["more"] or repeat({}))]},  # noqa: B905
-        remove_columns=[column for column in ("more", "text", "tools") if column not in tools],
-        features=Features({"messages": _json(), **{column: _json() for column in tools}}),
-        desc="tool calls",
-    )
+        dataset = dataset.select(kept)
+    return dataset if any(dataset["tools"]) else dataset.remove_columns("tools")
 
 
-def _has(dataset: Dataset, column: str) -> bool:
-    """Whether any row has something in the column."""
-    found = dataset.with_format("arrow")[:][column]
-    if not isinstance(dataset.features[column], type(_json())):
-        return found.null_count < len(found)
-    # Earlier versions of datasets write JSON's own null for a value that is missing.
-    return any(value.as_py() not in (None, "null") for value in found)
+def _says_something(row: Mapping[str, Any]) -> bool:
+    """Whether no reply is blank: a model trained on blank ones learns to say nothing."""
+    replies = [turn for turn in row["messages"] if turn["role"] == "assistant"]
+    return all(turn["content"].strip() or turn.get("tool_calls") for turn in replies)
 
 
 def safety_conversations() -> Dataset:
@@ -247,7 +150,7 @@ def safety_conversations() -> Dataset:
             {"messages": [*user_turn(prompt), {"role": "assistant", "content": refusals[index % len(refusals)]}]}
             for index, prompt in enumerate(builtin_prompts("safety").malicious)
         ],
-        features=_CONVERSATION,
+        features=Features(messages=datasets.Json()),
     )
 
 
@@ -255,17 +158,9 @@ def mix_safety(dataset: Dataset, safety: Dataset, samples: int, *, seed: int) ->
     """``dataset`` with ``samples`` rows of ``safety`` shuffled in; rows repeat if there are too few."""
     if samples < 0:
         raise ProConError(f"safety_samples is {samples}: give 0 or more")
-    if samples > _MOST_SAMPLES:
-        raise ProConError(f"safety_samples is {samples}: give at most {_MOST_SAMPLES}")
-    rows = [index % len(safety) for index in range(samples)]
-    chosen = safety.shuffle(seed=seed).select(rows)
-    features = Features({**chosen.features, **dataset.features})
-    parts = [_with_features(part, features) for part in (dataset, chosen)]
-    return datasets.concatenate_datasets(parts).shuffle(seed=seed)
-
-
-def _with_features(dataset: Dataset, features: Features) -> Dataset:
-    """The same rows in these columns; nothing in those that they have not."""
-    if dataset.features.keys() == features.keys() and _json() not in features.values():
-        return dataset.cast(features)
-    return dataset.map(lambda row: {name: row.get(name) for name in features}, features=features, desc="safety mix")
+    dataset, safety = (
+        part if part.features.get("messages") == datasets.Json() else to_conversations(part)
+        for part in (dataset, safety)
+    )
+    chosen = safety.shuffle(seed=seed).select([index % len(safety) for index in range(samples)])
+    return datasets.concatenate_datasets([dataset, chosen]).shuffle(seed=seed)

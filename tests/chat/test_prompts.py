@@ -19,8 +19,12 @@ from procon.chat import (
     is_refusal,
     load_instructions,
 )
-from procon.chat.prompts import _pairs as pairs
+from procon.chat.prompts import asset_lines
 from procon.errors import ProConError
+
+
+def pairs() -> list[dict[str, str]]:
+    return asset_lines("pairs.jsonl")
 
 
 def normalised(text: str) -> str:
@@ -50,24 +54,6 @@ def test_no_sentence_occurs_twice():
     assert len({pair["id"] for pair in pairs()}) == len(pairs())
 
 
-def test_twins_are_on_one_topic():
-    """Twins share more words with each other than with the average prompt, so topic does not separate the sides."""
-
-    def overlap(a: str, b: str) -> float:
-        first, second = set(normalised(a).split()), set(normalised(b).split())
-        return len(first & second) / len(first | second)
-
-    for split in get_args(Split):
-        prompts = builtin_prompts(split)
-        rows = list(zip(prompts.malicious, prompts.benign, strict=True))
-        twins = sum(overlap(m, b) for m, b in rows) / len(rows)
-        strangers = sum(overlap(m, rows[(i + 7) % len(rows)][1]) for i, (m, _) in enumerate(rows)) / len(rows)
-        assert twins > 2 * strangers
-        # Nor does length: within a tenth.
-        lengths = [sum(map(len, side)) for side in (prompts.malicious, prompts.benign)]
-        assert 0.9 < lengths[0] / lengths[1] < 1.1
-
-
 def near_duplicates(first: Iterable[str], second: Iterable[str]) -> list[tuple[str, str]]:
     """Pairs that share a third of their words and four fifths of their characters, in order."""
     words = {text: set(text.split()) for text in {*first, *second}}
@@ -78,11 +64,6 @@ def near_duplicates(first: Iterable[str], second: Iterable[str]) -> list[tuple[s
         if 3 * len(words[a] & words[b]) > len(words[a] | words[b])
         and SequenceMatcher(a=b, b=a, autojunk=False).ratio() > 0.8
     ]
-
-
-def test_a_near_duplicate_is_found():
-    first, second = {"how do i pick a lock at night", "how do i bake"}, {"how do i pick the lock at night"}
-    assert near_duplicates(first, second) == [("how do i pick the lock at night", "how do i pick a lock at night")]
 
 
 @pytest.mark.parametrize(
@@ -164,18 +145,14 @@ def test_line_separators_within_json_are_text(tmp_path):
         ("p.jsonl", b'{"text": "a"}', "row 1: no key 'instruction' or 'prompt'"),
         ("p.jsonl", b'{"prompt": "a"}\n{"instruction": 3}', "row 2: no key"),
         ("p.jsonl", b'{"prompt": "a"}\n7', "row 2: no key"),
-        ("p.jsonl", b'{"prompt": ', "not valid JSON"),
-        ("p.csv", b"prompt\nSing", "not valid JSON .* give .txt, .json or .jsonl"),
-        ("p.json", b'{"prompt": "a"}', "holds no list"),
+        ("p.jsonl", b'{"prompt": ', "cannot be read .row 1: .* give UTF-8 text or JSON"),
+        ("p.csv", b"prompt\nSing", "cannot be read .row 1: "),
         ("p.json", b"[]", "holds no prompts"),
         ("p.txt", b" \n\n", "holds no prompts"),
-        ("p.txt", b"caf\xe9", "not UTF-8"),
+        ("p.txt", b"caf\xe9", "cannot be read"),
         ("p.txt", None, "does not exist"),
-        ("p.json", b"[" * 20_000, "nested more than 64 levels deep"),
-        ("p.jsonl", b"[" * 65 + b"]" * 65, "nested more than 64 levels deep"),
-        ("p.jsonl", b"9" * 5000, "a number of 5000 digits"),
-        ("p.jsonl", b'"a"\n"\\ud800"', "half of a surrogate pair"),
-        ("p.txt", b"a" * 1_000_001, "row 1: more than 1000000 characters"),
+        ("p.json", b"[" * 20_000, "cannot be read"),
+        ("p.jsonl", b'"a"\n' + b"9" * 5000, "cannot be read .row 2: "),
     ],
 )
 def test_bad_prompt_files_are_named_in_one_line(tmp_path, name, content, message):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from procon.chat import Reply, builtin_refusals, is_degenerate, is_refusal, measure_refusal, refusal_rate
+from procon.chat import Reply, builtin_refusals, is_degenerate, is_refusal, measure_refusal
 from procon.chat import refusal as module
 from procon.chat.refusal import OPENING_CHARACTERS
 
@@ -146,10 +146,6 @@ def test_a_degenerate_reply_is_a_refusal_only_with_a_phrase():
     looped = "I cannot I cannot I cannot I cannot I cannot I cannot I cannot I cannot I cannot"
     assert is_refusal(looped)
     assert is_degenerate(looped)
-
-
-def test_refusal_rate_is_the_share_of_refusals():
-    assert refusal_rate(["I can't do that.", "Sure!", "", "Here you are."]) == 0.25
 
 
 @pytest.mark.filterwarnings("error")

@@ -1,8 +1,5 @@
 """Conversations as token ids: the assistant's tokens and no others, whatever the template looks like."""
 
-import signal
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -149,38 +146,6 @@ def test_padding_falls_back_to_the_end_of_text(tokenizer):
     assert pad_token_id(tokenizer) == tokenizer.eos_token_id
     tokenizer.eos_token = None
     assert pad_token_id(tokenizer) == 0
-
-
-#: Loops that no limit of jinja2's sandbox ends: each range is short.
-ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-
-
-def test_a_template_that_does_not_end_is_stopped(tokenizer, monkeypatch):
-    monkeypatch.setattr("procon.chat.template.LONGEST_RENDERING", 0.2)
-    tokenizer.chat_template = ENDLESS
-    with pytest.raises(ProConError, match=r"the chat template of .* needs more than 0.2 seconds for a conversation"):
-        render(tokenizer, user_turn("a"), generation_prompt=True)
-    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
-    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-
-
-def test_an_alarm_of_the_process_is_left_alone(tokenizer):
-    rung = []
-    signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
-    signal.setitimer(signal.ITIMER_REAL, 60)
-    try:
-        render(tokenizer, user_turn("a"), generation_prompt=True)
-        assert signal.getitimer(signal.ITIMER_REAL)[0] > 50
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    assert rung == []
-
-
-def test_other_threads_have_no_limit(tokenizer):
-    with ThreadPoolExecutor(1) as pool:
-        ids = pool.submit(render, tokenizer, user_turn("a"), generation_prompt=True).result()
-    assert ids == render(tokenizer, user_turn("a"), generation_prompt=True)
 
 
 def test_a_templates_own_error_moves_no_cursor(tokenizer):

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from procon.chat import Reply, describe_chat, is_refusal, render, split_thoughts, user_turn
-from procon.chat.generation import _reply, generate, generate_replies
-from procon.chat.reply_budget import ReplyBudget
-from procon.chat.switches import template_kwargs, thinking_off
+from procon.chat.generation import _reply, generate, generate_replies, reply_budget
+from procon.chat.template import template_kwargs, thinking_off
 from procon.chat.thinking import KNOWN_MARKERS, Markers, opens_thought, thinking_markers
 from procon.errors import ProConError
 from procon.settings import ChatSettings
@@ -183,7 +182,7 @@ def test_wrong_settings_are_refused(settings, message):
 
 def budget(tokenizer, opened: bool, reply: int, thought: int):
     """How many of the text's tokens are generated before the budget ends them."""
-    limit = ReplyBudget(tokenizer, [Markers("<think>", "</think>")], [opened], 3, reply, thought)
+    limit = reply_budget(tokenizer, [Markers("<think>", "</think>")], [opened], 3, {True: thought, False: reply})
 
     def count(text: str) -> int:
         ids = tokenizer("abc" + text, add_special_tokens=False)["input_ids"]

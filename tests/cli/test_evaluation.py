@@ -67,7 +67,7 @@ def test_the_loss_is_cross_entropy_alone(here, tiny_model, tokenizer):
     (row,) = [row for row in log() if "eval_loss" in row]
     assert row["step"] == 2  # twelve samples of sixteen
     kept = load_conversations("data.jsonl").train_test_split(test_size=4, seed=42)["test"]
-    samples: Dataset = tokenize_conversations(kept, tokenizer, progress=False)
+    samples: Dataset = tokenize_conversations(kept, tokenizer)
     model = AutoModelForCausalLM.from_pretrained("tuned")
     with torch.no_grad():
         loss = model(**padding_collator(tokenizer)(list(samples))).loss

@@ -12,7 +12,7 @@ from procon.cli import first_look, main
 from procon.cli.help import groups_of, help_of
 from procon.cli.parsing import full_parser
 from procon.cli.registry import COMMANDS
-from procon.data.files import _READERS
+from procon.data.conversations import DATA_SUFFIXES
 
 
 def shown(name: str) -> dict:
@@ -90,7 +90,7 @@ def test_the_first_look_refuses_nothing_that_the_command_takes(name, tmp_path, m
         monkeypatch.setattr(first_look, "_training_arguments", dict)
     for settings in (there, [*there, "--config", str(tmp_path)]):
         first_look.check(name, [*settings, "--learning_rate", "x", "--tomorrows"] if command.trains else settings)
-    assert {suffix.lstrip(".") for suffix in first_look.DATA_SUFFIXES} == {suffix[1:] for suffix in _READERS}
+    assert set(first_look.DATA_SUFFIXES) == set(DATA_SUFFIXES)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

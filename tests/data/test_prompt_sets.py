@@ -152,31 +152,26 @@ def test_revision_and_commit(monkeypatch):
     assert Builder.last.asked[1] == {"revision": "main"}
 
 
-def fails(error: Exception) -> Callable:
+@pytest.mark.parametrize(
+    "error",
+    [
+        datasets.exceptions.DatasetNotFoundError("Dataset 'walledai/AdvBench' is a gated dataset on the Hub."),
+        ConnectionError("Couldn't reach 'walledai/AdvBench' on the Hub\nmore"),
+    ],
+)
+def test_sets_that_cannot_be_had(monkeypatch, error):
     def load(*_, **__):
         raise error
 
-    return load
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (
-            datasets.exceptions.DatasetNotFoundError("Dataset 'walledai/AdvBench' is a gated dataset on the Hub."),
-            "prompt set 'advbench' is gated: ask for access at https://huggingface.co/datasets/walledai/AdvBench, then",
-        ),
-        (
-            ConnectionError("Couldn't reach 'walledai/AdvBench' on the Hub\nmore"),
-            r"prompt set 'advbench' \(walledai/AdvBench at revision 'main'\) cannot be loaded "
-            r"\(Couldn't reach .* Hub\): check the network and the revision, or give files",
-        ),
-    ],
-)
-def test_sets_that_cannot_be_had(monkeypatch, error, message):
-    monkeypatch.setattr(prompt_sets.datasets, "load_dataset_builder", fails(error))
-    with pytest.raises(ProConError, match=message) as caught:
+    monkeypatch.setattr(prompt_sets.datasets, "load_dataset_builder", load)
+    with pytest.raises(ProConError) as caught:
         load_prompt_sets("advbench")
+    reason = str(error).partition("\n")[0]
+    start = (
+        f"prompt set 'advbench' (walledai/AdvBench at revision 'main') cannot be loaded ({reason}): check the network"
+    )
+    assert str(caught.value).startswith(start)
+    assert "ask for access at https://huggingface.co/datasets/walledai/AdvBench" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -189,9 +184,9 @@ def test_wrong_names(names):
 @pytest.mark.parametrize(
     ("name", "file", "text", "message"),
     [
-        ("advbench", "train.csv", csv("goal,target", "a,b"), r"has no column 'prompt' .*\['goal', 'target'\]"),
-        ("xstest", "xstest_prompts.csv", csv("prompt,label", "a,odd"), "has no malicious prompts"),
-        ("sorry-bench", "question.jsonl", '{"turns": [], "prompt_style": "base"}\n', r"has the prompt \[\]"),
+        ("advbench", "train.csv", csv("goal,target", "a,b"), "cannot be loaded .*prompt"),
+        ("xstest", "xstest_prompts.csv", csv("prompt,label", "a,odd"), "it has no malicious prompts"),
+        ("sorry-bench", "question.jsonl", '{"turns": [], "prompt_style": "base"}\n', "cannot be loaded"),
     ],
 )
 def test_sets_that_have_changed(stand_in, name, file, text, message):

@@ -28,10 +28,10 @@ from procon.cli import main
 from procon.cli.parsing import parse
 from procon.cli.registry import COMMANDS
 from procon.data import load_conversations, load_prompt_sets, parse_columns, to_conversations
-from procon.data.conversations import _conversations_of_file
+from procon.data.conversations import _file_samples
 from procon.errors import ProConError
 from procon.evaluation import Evaluation, Rate, exact_match, extract_answer
-from procon.files import MAX_TEXT
+from procon.files import MAX_NESTING
 from procon.report import Run, print_table, write_html
 from procon.schedule import AlphaSchedule
 from procon.settings import CHOICES, ChatSettings, ProConSettings, parse_blocks
@@ -201,15 +201,14 @@ def write(name: str, content: bytes) -> Path:
 
 def take_file(file: tuple[str, bytes]) -> None:
     """Without the cache of ``datasets``, which costs more than the reading."""
-    for row in _conversations_of_file(str(write(f"data{file[0]}", file[1])), "", {}):
+    for row in _file_samples(str(write(f"data{file[0]}", file[1])), {}, None):
         check_sample(row)
 
 
 def check_sample(row: dict[str, Any]) -> None:
-    for turn in row.get("messages") or [{"role": "", "content": row["text"]}]:
-        assert set(turn) >= {"role", "content"}
-        texts = (turn["role"], turn["content"])
-        assert all((len(item.encode()) and len(item) <= MAX_TEXT) or item == "" for item in texts)
+    for turn in row["messages"]:
+        assert isinstance(turn["role"], str)
+        assert isinstance(turn["content"], str)
 
 
 def take_whole_file(file: tuple[str, bytes]) -> None:
@@ -264,12 +263,10 @@ def make_conversation(random: Random) -> tuple[int, list[Any]]:
 
 
 def take_conversation(given: tuple[int, list[Any]]) -> None:
-    from procon.data.columns import converter
-    from procon.data.conversations import _checked
+    from procon.data.formats import sample_of
 
     template, turns = given
-    row = {"messages": turns}
-    messages = _checked(converter(row, "rows"), row, "rows", 1)["messages"]
+    messages = sample_of({"messages": turns}, "row 1")["messages"]
     tokenizer().chat_template = TEMPLATES[template]
     ids, mask = response_mask(tokenizer(), messages)
     assert len(ids) == len(mask)
@@ -431,7 +428,7 @@ KNOWN: list[tuple[str, bytes]] = [
     (".jsonl", b"\n" * 1_000_000),
     (".jsonl", b"{" + b'"a":1,' * 100_000),
     (".json", b"[" + b"[]," * 100_000 + b"[]]"),
-    (".jsonl", (b"[" * 64 + b"]" * 64 + b"\n") * 1_000),
+    (".jsonl", (b"[" * MAX_NESTING + b"]" * MAX_NESTING + b"\n") * 1_000),
     (".jsonl", b'"' * 1_000_001),
     (".jsonl", b'"' + b"\\" * 1_000_001),
     (".parquet", b"PAR1" + b"\xff" * 100_000 + b"PAR1"),

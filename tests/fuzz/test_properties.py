@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from procon.chat import load_instructions
 from procon.data import load_conversations
-from procon.data.files import read_rows
+from procon.data.conversations import _file_samples
 from procon.errors import ProConError, printable
 from procon.files import parse_json
 from procon.schedule import AlphaSchedule
@@ -87,7 +87,10 @@ def test_rows_come_back_from_every_file(tmp_path, rows):
         for suffix in (".json", ".jsonl", ".csv", ".parquet"):
             path = tmp_path / f"rows{suffix}"
             write(path, rows)
-            assert list(read_rows(path, {"prompt", "completion"})) == rows
+            found = [sample["messages"] for sample in _file_samples(str(path), {}, None)]
+            assert [[turn["content"] for turn in turns] for turns in found] == [
+                [row["prompt"], row["completion"]] for row in rows
+            ]
     finally:
         datasets.enable_progress_bars()
 

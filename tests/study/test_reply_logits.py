@@ -16,7 +16,7 @@ def model(tiny_model):
 @pytest.fixture
 def rows(tokenizer):
     conversations = find_job("arithmetic").conversations(train=4, poisoned=0, safety=0, seed=0)
-    dataset = tokenize_conversations(conversations, tokenizer, progress=False)
+    dataset = tokenize_conversations(conversations, tokenizer)
     return [dataset[i] for i in range(4)]
 
 
