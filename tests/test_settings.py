@@ -27,7 +27,6 @@ from procon import (
 from procon.anchors import LiveAnchors
 from procon.cli import main
 from procon.cli.arguments import TrainArguments
-from procon.cli.chat import chat_settings
 from procon.cli.parsing import parse
 from procon.integrations import ProConCallback
 from procon.settings import (
@@ -120,7 +119,7 @@ def test_settings_are_checked_once_and_stay(tmp_path, tiny_model, random_directi
 def test_commands_ask_a_model_by_the_defaults(argv):
     command, *given = argv
     model = "--start" if command == "drift" else "--model"
-    assert chat_settings(parse(command, [model, "m", *given])[0]) == ChatSettings()
+    assert parse(command, [model, "m", *given])[0].chat() == ChatSettings()
 
 
 def trl_config(kind: str) -> type:
@@ -313,8 +312,6 @@ def test_wrong_values_among_axolotl_s_keys(setting):
         (["train", "--model", "m", "--data", "d", "--drift_steps", "-1"], "drift_steps is -1: give 0 or more"),
         (["train", "--model", "m", "--data", "d", "--lora_r", "0"], "lora_r is 0: give 1 or more"),
         (["train", "--model", "m", "--data", "d", "--method", "qlora"], "method is 'qlora': choose one of lora, full"),
-        (["train", "--model", "m", "--data", "d", "--drift_gate", "7"], "drift_gate is 7.0"),
-        (["train", "--model", "m", "--data", "d", "--drift_gate_action", "halt"], "drift_gate_action is 'halt'"),
     ],
 )
 def test_the_commands_own_settings(command, message, tmp_path, monkeypatch, capsys):

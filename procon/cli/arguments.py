@@ -109,7 +109,6 @@ class DirectionsArguments(PromptArguments):
     k: int = setting(
         f"Directions per block, 1 to {MAX_DIRECTIONS}; more than one come from the built-in prompts' categories.",
         1,
-        least=1,
     )
 
 

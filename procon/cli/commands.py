@@ -63,7 +63,8 @@ def directions(arguments: DirectionsArguments) -> None:
     )
     console = Console()
     console.print(_table(found))
-    console.print(f"The model refuses {found.provenance['refusal_rate']:.0%} of malicious prompts.")
+    if (rate := found.provenance.get("refusal_rate")) is not None:
+        console.print(f"The model refuses {rate:.0%} of malicious prompts.")
     found.save(output)
     _say_where(output)
 
@@ -77,12 +78,8 @@ def _table(found: Directions) -> Table:
             table.add_row(block, "no direction", "-", "-")
         for name, gap, one in zip(found.concepts, gaps, quality, strict=True):
             if gap:
-                table.add_row(block, name, _number(gap, ".3g"), _number(one, ".2f"))
+                table.add_row(block, name, f"{gap:.3g}", f"{one:.2f}")
     return table
-
-
-def _number(value: float, form: str) -> str:
-    return "-" if math.isnan(value) else format(value, form)
 
 
 def drift(arguments: DriftArguments) -> None:

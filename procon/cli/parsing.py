@@ -29,22 +29,11 @@ from procon.version import __version__
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand.
-
-    Attributes:
-        arguments: the dataclass of its settings; a command that trains takes those of ProConConfig as well.
-        function: where the function is that takes them, as ``module.name``.
-        words: settings that the words before the first flag are for.
-    """
+    """One subcommand: its settings, the function that takes them, and which the words before the first flag are for."""
 
     arguments: type[Any]
     function: str
     words: tuple[str, ...] = ("model",)
-
-    @property
-    def trains(self) -> bool:
-        """Whether the function takes a ProConConfig too."""
-        return self.arguments is arguments.TrainArguments
 
 
 COMMANDS = {
@@ -142,7 +131,7 @@ class Setting:
             raise argparse.ArgumentTypeError(f"{text!r:.60} is not {what}") from None
 
     def check(self, value: Any) -> None:
-        """Raise ProConError for a value that it cannot have, and for what is not there."""
+        """Raise ProConError for a value that it cannot have."""
         if self.choices:
             check_choice(self.name, value, self.choices)
         if type(value) in (int, float):
@@ -151,6 +140,9 @@ class Setting:
                 raise ProConError(f"{self.name} is {value}: give {self.least:g} or more")
             if not value < below:
                 raise ProConError(f"{self.name} is {value!s:.40}: give less than {below}")
+
+    def find(self, value: Any) -> None:
+        """Raise ProConError if what it names is not there."""
         if self.reads == "model":
             check_name(value)
         elif self.reads:
@@ -162,15 +154,10 @@ class Setting:
 
 def settings_of(name: str) -> dict[str, Setting]:
     """All settings of a command, by their names."""
-    command = COMMANDS[name]
-    found = [
-        Setting(each.name, str(each.type), _default(each), required=each.default is MISSING, **each.metadata)
-        for each in fields(command.arguments)
-    ]
-    if command.trains:
-        for each in fields(ProConSettings):  # which check their values themselves
-            about: dict[str, Any] = {"choices": CHOICES.get(each.name, ()), **each.metadata}
-            found.append(Setting(f"procon_{each.name}", str(each.type), _default(each), group="constraint", **about))
+    found = [_of_field(each) for each in fields(COMMANDS[name].arguments)]
+    if name == "train":  # its function takes a ProConConfig, too
+        for each in fields(ProConSettings):
+            found.append(_of_field(each, "procon_", group="constraint", choices=CHOICES.get(each.name, ())))
         found += _training_arguments()
     # What all commands have comes last.
     found.sort(key=lambda setting: setting.group in (arguments.LOADING, arguments.CHAT))
@@ -178,8 +165,10 @@ def settings_of(name: str) -> dict[str, Setting]:
     return {setting.name: setting for setting in found}
 
 
-def _default(each: Field[Any]) -> Any:
-    return None if each.default is MISSING else each.default
+def _of_field(each: Field[Any], prefix: str = "", **about: Any) -> Setting:
+    required = each.default is MISSING
+    default = None if required else each.default
+    return Setting(prefix + each.name, str(each.type), default, required=required, **each.metadata, **about)
 
 
 def _training_arguments() -> Iterator[Setting]:
@@ -289,8 +278,11 @@ def _underscored(word: str) -> str:
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if re.match("--[a-zA-Z]", word) else word
 
 
-def parse(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
+def parse(name: str, argv: Sequence[str], *, look: bool = True) -> tuple[Any, ...]:
     """The arguments of command ``name``, and a ProConConfig if it trains; flags win over ``--config FILE.yaml``.
+
+    Args:
+        look: whether the files and models that the settings name must be there.
 
     Raises:
         ProConError: for a setting that is unknown, missing or malformed, or an unreadable YAML file.
@@ -298,7 +290,7 @@ def parse(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
     command, parser = COMMANDS[name], _Parser(name)
     given = parser.given(argv)
     if "config" in given:
-        parser.settings["config"].check(file := given.pop("config"))
+        parser.settings["config"].find(file := given.pop("config"))
         given = parser.given_in(Path(file)) | given
     missing = [f"--{each.name}" for each in parser.settings.values() if each.required and each.name not in given]
     if missing:
@@ -306,9 +298,11 @@ def parse(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
     for setting in parser.settings.values():
         if given.get(setting.name) is not None:
             setting.check(given[setting.name])
+            if look:
+                setting.find(given[setting.name])
     names = [each.name for each in fields(command.arguments) if each.name in given]
     own = command.arguments(**{name: given.pop(name) for name in names})
-    if not command.trains:
+    if name != "train":
         return (own,)
     if own.eval_data or own.eval_split:
         given.setdefault("eval_strategy", "steps" if "eval_steps" in given else "epoch")
@@ -382,13 +376,9 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
 
 
 def _overview() -> str:
-    lines = [f"  {name:<12}{command.arguments.__doc__}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: procon COMMAND [settings]\n",
-            "Fine-tune a chat model without it forgetting how to refuse.\n",
-            "commands:",
-            *lines,
-            "\nBegin with `procon quickstart`. Each command explains its settings: procon help COMMAND",
-        ]
+    commands = "\n".join(f"  {name:<12}{command.arguments.__doc__}" for name, command in COMMANDS.items())
+    return (
+        "usage: procon COMMAND [settings]\n\n"
+        f"Fine-tune a chat model without it forgetting how to refuse.\n\ncommands:\n{commands}\n\n"
+        "Begin with `procon quickstart`. Each command explains its settings: procon help COMMAND"
     )

@@ -144,11 +144,8 @@ def _with_adapter(model: PreTrainedModel, arguments: TrainArguments) -> Any:
 def _plan(trainer: ProConTrainer, name: str) -> str:
     """What trains, and whether the constraint is on."""
     procon, settings = trainer.procon, trainer.procon.settings
-    sizes = [
-        (getattr(weight, "ds_numel", weight.numel()), weight.requires_grad)  # of DeepSpeed's, which is sharded
-        for weight in cast(PreTrainedModel, trainer.model).parameters()
-    ]
-    trained, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+    model = cast(PreTrainedModel, trainer.model)
+    trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
     samples = len(cast(Dataset, trainer.train_dataset))
     constraint = "without the constraint"
     if procon.active:

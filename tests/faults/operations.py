@@ -291,7 +291,7 @@ class Place:
             with contextlib.redirect_stderr(said):
                 code = main(["train", *flags, "--resume"])
             sys.stderr.write(said.getvalue())
-            return main(["train", *flags]) if code and "leave --resume out" in said.getvalue() else code
+            return main(["train", *flags]) if code and "no complete checkpoint" in said.getvalue() else code
 
         return [
             Operation("train, 1 rank", partial(train, 1), partial(resume, 1), limit=5),

@@ -3,14 +3,12 @@
 import json
 import logging
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from procon.chat import ContrastPrompts, builtin_prompts, render, user_turn
-from procon.cli import main
 from procon.errors import ProConError
 from procon.evaluation import Drift
 from procon.method import ranks
@@ -314,50 +312,3 @@ def test_a_run_resumed_without_a_reference_is_refused(make_trainer, trainer, tmp
         ProConError, match="was measured on other prompts, or asked in another way: resume with the prompts"
     ):
         made.train(resume_from_checkpoint=checkpoint)
-
-
-# The command
-
-TRAIN = ["train", "--model", "model", "--data", "data.jsonl", "--output_dir", "out", "--dtype", "float32", "--use_cpu"]
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--drift_gate", "2"], "drift_gate is 2.0"),
-        (
-            ["--drift_gate", "0.9", "--drift_gate_action", "halt"],
-            "drift_gate_action is 'halt': choose one of warn, stop",
-        ),
-        (
-            ["--drift_gate_action", "stop"],
-            "drift_gate_action is 'stop', but there is no gate: give drift_gate, such as 0.9",
-        ),
-        (["--drift_gate", "0.9", "--drift_steps", "0"], "drift_gate is 0.9, but drift_steps is 0"),
-    ],
-)
-def test_gates_of_the_command_that_cannot_be(capsys, tmp_path, monkeypatch, more, message):
-    """Before anything is loaded: there is no model here."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data.jsonl").touch()  # which is looked for first
-    assert main([*TRAIN, *more]) == 2
-    assert f"procon: error: {message}" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
-
-
-def test_train_stops_at_the_gate(place, random_directions, tiny_model, caplog):
-    random_directions(tiny_model()).save("directions.safetensors")
-    argv = [*TRAIN, "--directions", "directions.safetensors", "--procon_schedule", "procon_s", "--max_steps", "8"]
-    argv += ["--learning_rate", "1e-2", "--drift_steps", "2", "--drift_gate", "0.9999", "--drift_gate_action", "stop"]
-    assert main([*argv, "--method", "full", "--per_device_train_batch_size", "2"]) == 0
-    (line,) = gate_lines(caplog)
-    assert "step 2:" in line
-    assert json.loads(Path("out/trainer_state.json").read_text())["global_step"] == 2
-    assert Path("out/checkpoint-2/model.safetensors").is_file()
-    rows = [json.loads(row) for row in Path("out/log.jsonl").read_text().splitlines()]
-    (crossed,) = (row for row in rows if "train/procon/drift_gate" in row)
-    assert crossed["train/procon/drift_cos"] < 0.9999
-    assert {"train/procon/drift_cos_block/01", "train/procon/drift_cos_block/02"} < crossed.keys()
-    card = Path("out/README.md").read_text()
-    assert "mean cosine of re-extracted directions to the first" in card
-    assert "drift_cos_block" not in card
