@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from difflib import get_close_matches
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -152,6 +152,7 @@ class Setting:
                     raise ProConError(f"{self.name} {path!r} does not exist: check the path")
 
 
+@cache
 def settings_of(name: str) -> dict[str, Setting]:
     """All settings of a command, by their names."""
     found = [_of_field(each) for each in fields(COMMANDS[name].arguments)]
