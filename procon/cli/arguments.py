@@ -33,7 +33,6 @@ def setting(
 
 
 _CHAT = {each.name: each.metadata["help"] for each in fields(ChatSettings)}
-_DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 @dataclass(kw_only=True)
@@ -44,7 +43,7 @@ class ModelArguments:
         "Of the weights; auto: bfloat16 if the machine multiplies it natively, else float32, as to train all weights.",
         "auto",
         group=LOADING,
-        choices=_DTYPES,
+        choices=("auto", "bfloat16", "float16", "float32"),
     )
     device_map: dict | str | None = setting(
         "A device, such as cuda:1 or cpu; or auto, to spread the model over all there are; or a JSON object of devices "
@@ -97,14 +96,11 @@ class PromptArguments(ModelArguments):
             raise ProConError(f"batch_size is {self.batch_size:.40}: give 1 or more, or auto")
 
 
-_CHAT_MODEL = "Chat model: a folder or hub name; a LoRA folder loads with its base."
-
-
 @dataclass(kw_only=True)
 class DirectionsArguments(PromptArguments):
     """Find a chat model's refusal directions and write them to a file."""
 
-    model: str = setting(_CHAT_MODEL, reads="model")
+    model: str = setting("Chat model: a folder or hub name; a LoRA folder loads with its base.", reads="model")
     output: str = setting("File to write.", "directions.safetensors")
     k: int = setting(
         f"Directions per block, 1 to {MAX_DIRECTIONS}; more than one come from the built-in prompts' categories.",
@@ -189,7 +185,7 @@ class DriftArguments(PromptArguments):
 class EvalArguments(PromptArguments):
     """Measure refusal of malicious and benign prompts, and accuracy on a task."""
 
-    model: str = setting(_CHAT_MODEL, reads="model")
+    model: str = setting("Chat model: a folder or hub name; a LoRA folder loads with its base.", reads="model")
     output: str | None = setting("JSON file to write figures and all replies to.", None)
     prompts: str | None = setting(
         "Published prompt sets, joined by commas: harmbench, advbench, jailbreakbench, hex-phi, strongreject, "

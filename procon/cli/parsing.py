@@ -55,15 +55,11 @@ _DEFAULTS: dict[str, Any] = {
 
 #: Of transformers' TrainingArguments those that the help lists, by titles.
 _LISTED = {
-    "length and batches": (
-        "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps max_grad_norm seed"
-    ),
-    "optimiser": "learning_rate lr_scheduler_type warmup_steps optim weight_decay",
+    "length and batches": "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps seed",
+    "optimiser": "learning_rate lr_scheduler_type warmup_steps optim weight_decay max_grad_norm",
     "precision and memory": "bf16 gradient_checkpointing use_cpu dataloader_num_workers",
     "evaluation": "eval_strategy eval_steps per_device_eval_batch_size load_best_model_at_end",
-    "saving and logging": (
-        "output_dir save_strategy save_steps save_total_limit logging_steps report_to run_name push_to_hub hub_model_id"
-    ),
+    "saving and logging": "output_dir save_strategy save_steps save_total_limit logging_steps report_to run_name",
 }
 _TITLES = {name: title for title, names in _LISTED.items() for name in names.split()}
 

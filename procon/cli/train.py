@@ -57,10 +57,8 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
             data_collator=flattening_collator(bounds=is_flash) if arguments.flatten else padding_collator(tokenizer),
             processing_class=tokenizer,
         )
-    except ProConError:
-        raise
     except (ValueError, ImportError, RuntimeError) as error:  # what transformers finds wrong with its arguments
-        raise ProConError(f"{error}; see 'procon train --help'") from error
+        raise ProConError(str(error)) from error
     if arguments.drift_steps:
         trainer.add_callback(DriftCallback(trainer, tokenizer, steps=arguments.drift_steps))
     console = Console(quiet=config.process_index != 0, soft_wrap=True)
