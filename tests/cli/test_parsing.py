@@ -253,7 +253,7 @@ TRAIN = ["train", "m", "d"]
         ([*TRAIN, "--overlong", "keep"], "overlong is 'keep': choose one of cut, drop, error"),
         ([*TRAIN, "--procon_schedule", "-0.5"], "alpha is -0.5: give a finite number, 0 or more"),
         ([*TRAIN, "--procon_schedule", "sometimes"], "alpha schedule 'sometimes' is not understood: give"),
-        ([*TRAIN, "--procon_blocks", "some"], "procon_blocks is 'some': give all"),
+        ([*TRAIN, "--procon_blocks", "some"], "procon_blocks is 'some': give"),
         ([*TRAIN, "--save_strategy", "sometimes"], "see 'procon train --help'"),
         ([*TRAIN, "--learning_rate", "nan"], "learning_rate is nan: give 0 or more"),
         ([*TRAIN, "--max_steps", "9" * 400], "give less than 9223372036854775808"),
