@@ -104,7 +104,7 @@ def take_settings(values: dict[str, Any]) -> None:
         lambda: ProConArguments(**{f"procon_{name}": given for name, given in of(ProConSettings).items()}),
         lambda: ChatSettings(**of(ChatSettings)),
         lambda: parse_columns(values.get("columns")),
-        lambda: parse_blocks(values.get("blocks", "all")),
+        lambda: parse_blocks(str(values.get("blocks", "all"))),
     ):
         try:
             build()
