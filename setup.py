@@ -31,7 +31,6 @@ EXTRAS = {
     "report": REPORT,
     "cli": CLI,
     "demo": [*CLI, "gguf>=0.10"],
-    "completion": [*CLI, "shtab>=1.13"],
     "trackers": ["tensorboard>=2.16", "wandb>=0.17"],
     # Not among "all": there are no wheels of it, so it is compiled where it is installed, by CUDA's compiler.
     "flash": ["flash-attn>=2.7"],
@@ -64,7 +63,7 @@ def together(*names: str) -> list[str]:
     return list(dict.fromkeys(requirement for name in names for requirement in EXTRAS[name]))
 
 
-EXTRAS["all"] = together("demo", "trl", "completion", "trackers")
+EXTRAS["all"] = together("demo", "trl", "trackers")
 EXTRAS["test"] = [
     *together("all", "docs", "study", "lint"),
     "bitsandbytes>=0.50.2",
@@ -121,7 +120,6 @@ setup(
     package_data={
         "procon.assets": ["*.jsonl", "refusal-adapters/*/*"],
         "procon.report": ["page.html"],
-        "procon.cli": ["accelerate_configs/*.yaml"],
         "procon": ["py.typed"],
     },
     install_requires=CORE,

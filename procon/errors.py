@@ -49,7 +49,6 @@ EXTRAS = {
     "report": _REPORT,
     "cli": _CLI,
     "demo": (*_CLI, "gguf"),
-    "completion": (*_CLI, "shtab"),
 }
 
 

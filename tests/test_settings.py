@@ -203,7 +203,6 @@ def test_every_door_refuses_a_wrong_value_before_it_reads_a_model(tmp_path, monk
         "scope": [lambda: Anchors.record(nothing, nothing, nothing, "nowhere", scope="l2")],
         "backend": [
             lambda: ProjectionConstraint(found, backend="l2"),
-            lambda: LiveAnchors(nothing, nothing, backend="l2"),
         ],
         "fuse": [
             lambda: ProjectionConstraint(found).attach(tiny_model(), fuse="l2"),

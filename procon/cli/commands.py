@@ -12,25 +12,24 @@ from rich.table import Table
 from rich.text import Text
 
 from procon.chat import ContrastPrompts, Split, builtin_prompts, describe_chat, load_instructions
-from procon.cli.arguments import DirectionsArguments, DriftArguments, EvalArguments, QuickstartArguments
-from procon.cli.chat import chat_settings
-from procon.cli.judging import evaluation_prompts, judging_lines
-from procon.data import load_conversations
+from procon.cli.arguments import (
+    DirectionsArguments,
+    DriftArguments,
+    EvalArguments,
+    PromptArguments,
+    QuickstartArguments,
+    ReportArguments,
+)
+from procon.data import load_conversations, load_prompt_sets
 from procon.demo.quickstart import make_start
 from procon.demo.quickstart import quickstart as run_quickstart
-from procon.directions import ContrastMeans, Directions, load_vectors
-from procon.directions.directions import check_concepts, check_k, numbered
+from procon.directions import ContrastMeans, Directions
+from procon.directions.directions import check_k
 from procon.errors import ProConError, printable
-from procon.evaluation import (
-    Drift,
-    evaluate,
-    find_metric,
-    load_judge,
-    measure_drift,
-)
+from procon.evaluation import evaluate, find_metric, load_judge, measure_drift
 from procon.files import check_writable, save_json
-from procon.models import check_name, first_batch_size, load_model
-from procon.report import Run, print_table
+from procon.models import first_batch_size, load_model
+from procon.report import Run, print_table, read_runs, write_html
 
 
 def quickstart(arguments: QuickstartArguments) -> None:
@@ -51,33 +50,24 @@ def quickstart(arguments: QuickstartArguments) -> None:
 def directions(arguments: DirectionsArguments) -> None:
     """``procon directions``"""
     output = _output_file(arguments.output)
-    name = arguments.name or "refusal"
     # All that can be wrong is found before a model is loaded.
-    vectors = load_vectors(arguments.vectors) if arguments.vectors else None
-    prompts = None
-    if arguments.positive and arguments.negative:
-        prompts = ContrastPrompts(load_instructions(arguments.positive), load_instructions(arguments.negative))
-    elif arguments.name is None:
-        prompts = _prompts(arguments.malicious, arguments.benign, "extraction")
-        check_k(arguments.k, prompts)
-    others = Directions.load(arguments.add) if arguments.add else None
-    check_concepts((*(others.concepts if others else ()), *numbered(name, arguments.k)))
+    prompts = _prompts(arguments, "extraction")
+    check_k(arguments.k, prompts)
     model, tokenizer = load_model(arguments.model, **arguments.loading())
-    batch_size = first_batch_size(arguments.batch_size, model)
-    console, chat = Console(), chat_settings(arguments)
-    asked: dict[str, Any] = {"name": name, "chat": chat, "batch_size": batch_size}
-    if vectors is None:
-        found = Directions.extract(model, tokenizer, prompts, k=arguments.k, **asked)
-    else:
-        found = Directions.from_vectors(model, vectors, name=name)
+    found = Directions.extract(
+        model,
+        tokenizer,
+        prompts,
+        k=arguments.k,
+        chat=arguments.chat(),
+        batch_size=first_batch_size(arguments.batch_size, model),
+    )
+    console = Console()
     console.print(_table(found))
     if (rate := found.provenance.get("refusal_rate")) is not None:
         console.print(f"The model refuses {rate:.0%} of malicious prompts.")
-    if others is not None:
-        found = Directions.combine(others, found)
-        console.print(f"Concepts: {', '.join(found.concepts)}.")
     found.save(output)
-    console.print(Text(f"Written: {printable(str(output))}"))  # a path may look like markup
+    _say_where(output)
 
 
 def _table(found: Directions) -> Table:
@@ -89,21 +79,14 @@ def _table(found: Directions) -> Table:
             table.add_row(block, "no direction", "-", "-")
         for name, gap, one in zip(found.concepts, gaps, quality, strict=True):
             if gap:
-                table.add_row(block, name, _number(gap, ".3g"), _number(one, ".2f"))
+                table.add_row(block, name, f"{gap:.3g}", f"{one:.2f}")
     return table
-
-
-def _number(value: float, form: str) -> str:
-    return "-" if math.isnan(value) else format(value, form)
 
 
 def drift(arguments: DriftArguments) -> None:
     """``procon drift``"""
     output = _output_file(arguments.output) if arguments.output else None
-    prompts = _prompts(arguments.malicious, arguments.benign, "extraction")
-    chat = chat_settings(arguments)
-    for name in (arguments.start, arguments.tuned):
-        check_name(name)
+    prompts, chat = _prompts(arguments, "extraction"), arguments.chat()
     model, tokenizer = load_model(arguments.start, **arguments.loading())
     batch_size = first_batch_size(arguments.batch_size, model)
     means = ContrastMeans.measure(model, tokenizer, prompts, chat=chat, batch_size=batch_size)
@@ -111,10 +94,15 @@ def drift(arguments: DriftArguments) -> None:
     del model
     model, _ = load_model(arguments.tuned, **arguments.loading())
     found = measure_drift(model, tokenizer, reference, prompts, chat=chat, batch_size=batch_size)
+    names = ("cosine", "malicious_shift", "benign_shift")
+    columns = {
+        name: [None if math.isnan(value) else value for value in getattr(found, name).tolist()] for name in names
+    }
     if output:
-        _write_drift(found, output, describe_chat(tokenizer, chat))
+        about = describe_chat(tokenizer, chat)
+        save_json({"mean_cosine": found.mean_cosine, **columns, **({"chat": about} if about else {})}, output)
     table = Table("block", "cosine", "malicious shift", "benign shift", box=box.SIMPLE_HEAD)
-    for block, row in enumerate(zip(*_columns(found).values(), strict=True)):
+    for block, row in enumerate(zip(*columns.values(), strict=True)):
         table.add_row(str(block), *("-" if value is None else f"{value:+.3f}" for value in row))
     console = Console()
     console.print(table)
@@ -125,11 +113,10 @@ def evaluation(arguments: EvalArguments) -> None:
     """``procon eval``"""
     output = _output_file(arguments.output) if arguments.output else None
     find_metric(arguments.task_metric)
-    prompts, sources = evaluation_prompts(arguments)
+    prompts, sources = _evaluation_prompts(arguments)
     task = _task(arguments.task) if arguments.task else None
     judge = load_judge(arguments.judge, **arguments.loading())
     model, tokenizer = load_model(arguments.model, **arguments.loading())
-    batch_size = first_batch_size(arguments.batch_size, model)
     found = evaluate(
         model,
         tokenizer,
@@ -139,16 +126,26 @@ def evaluation(arguments: EvalArguments) -> None:
         metric=arguments.task_metric,
         label=arguments.model,
         sources=sources,
-        chat=chat_settings(arguments),
+        chat=arguments.chat(),
         max_new_tokens=arguments.max_new_tokens,
         task_max_new_tokens=arguments.task_max_new_tokens,
-        batch_size=batch_size,
+        batch_size=first_batch_size(arguments.batch_size, model),
     )
     if output:
         found.save(output)
     print_table([Run(label=arguments.model, evaluation=found)])
-    for line in judging_lines(found):
-        Console().print(Text(printable(line)))
+    if found.judge != "keywords":
+        Console().print(Text(printable(f"Refusals are judged by {found.judge}.")))
+
+
+def report(arguments: ReportArguments) -> None:
+    """``procon report``"""
+    output = _output_file(arguments.output)
+    runs = read_runs(arguments.runs)
+    title = arguments.title or ", ".join(run.label for run in runs)
+    write_html(runs, output, title=title, facts=dict(zip((run.label for run in runs), arguments.runs, strict=True)))
+    print_table(runs)
+    _say_where(output)
 
 
 def _output_file(path: str) -> Path:
@@ -159,14 +156,32 @@ def _output_file(path: str) -> Path:
     return Path(path)
 
 
-def _prompts(malicious: str | None, benign: str | None, split: Split) -> ContrastPrompts:
-    builtin = builtin_prompts(split)
-    if not malicious and not benign:
-        return builtin
+def _say_where(output: Path) -> None:
+    Console().print(Text(f"Written: {printable(str(output))}"))  # a path may look like markup
+
+
+def _prompts(arguments: PromptArguments, split: Split, given: ContrastPrompts | None = None) -> ContrastPrompts:
+    """Of each kind, those of the file, if there is one."""
+    prompts = given or builtin_prompts(split)
+    if not arguments.malicious and not arguments.benign:
+        return prompts
     return ContrastPrompts(
-        load_instructions(malicious) if malicious else builtin.malicious,
-        load_instructions(benign) if benign else builtin.benign,
+        load_instructions(arguments.malicious) if arguments.malicious else prompts.malicious,
+        load_instructions(arguments.benign) if arguments.benign else prompts.benign,
     )
+
+
+def _evaluation_prompts(arguments: EvalArguments) -> tuple[ContrastPrompts, dict[str, dict[str, Any]]]:
+    """The prompts, and where each kind comes from; a file goes before a set, and a set before the built-in ones."""
+    if not arguments.prompts:
+        found, sources = None, {}
+    else:
+        found, sources = load_prompt_sets(arguments.prompts, most=arguments.max_prompts)
+    prompts = _prompts(arguments, "held_out", found)
+    for kind in ("malicious", "benign"):
+        if path := getattr(arguments, kind):
+            sources[kind] = {"set": "file", "source": path, "prompts": len(getattr(prompts, kind))}
+    return prompts, sources
 
 
 def _task(path: str) -> list[dict[str, str]]:
@@ -181,16 +196,3 @@ def _task(path: str) -> list[dict[str, str]]:
             raise ProConError(f"task {path!r}, row {number}: give it a user turn and an assistant turn")
         rows.append({"instruction": questions[0], "output": answers[-1]})
     return rows
-
-
-def _columns(found: Drift) -> dict[str, list[float | None]]:
-    columns = {
-        "cosine": found.cosine,
-        "malicious_shift": found.malicious_shift,
-        "benign_shift": found.benign_shift,
-    }
-    return {name: [None if value != value else value for value in column.tolist()] for name, column in columns.items()}
-
-
-def _write_drift(found: Drift, path: Path, chat: dict[str, Any]) -> None:
-    save_json({"mean_cosine": found.mean_cosine, **_columns(found), **({"chat": chat} if chat else {})}, path)

@@ -1,24 +1,18 @@
-"""``procon train``: what it is given becomes a job, the job becomes a trainer, and that trains."""
+"""``procon train``: data and model become a trainer, and that trains."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import PartialState
 from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from rich.console import Console
 from rich.text import Text
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from procon.cli.adapters import MERGED, trainable, write_merged
 from procon.cli.arguments import TrainArguments
-from procon.cli.chat import chat_settings
-from procon.cli.preface import Preface
 from procon.data import (
     flattening_collator,
     load_conversations,
@@ -28,198 +22,145 @@ from procon.data import (
     safety_conversations,
     tokenize_conversations,
 )
-from procon.directions import DIRECTIONS_FILE, Directions
 from procon.errors import ProConError, printable
 from procon.files import check_writable
-from procon.method.ranks import on_main
-from procon.models import check_name, find_decoder, load_model
-from procon.schedule import AlphaSchedule
+from procon.models import load_model, spread
+from procon.settings import PAPER_RECIPE
 from procon.training import DriftCallback, ProConConfig, ProConTrainer
 from procon.training.config import check_probe_file
-from procon.training.run_folder import Checkpoint, has_checkpoints, latest, locked, output_folder
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What ``procon train`` needs in addition to a model; found, and found good, before one is loaded.
-
-    Attributes:
-        config: the training arguments.
-        conversations: what is trained on, safety samples included.
-        evaluation: what is evaluated on while training; None if nothing is.
-        directions: those that were given, or that the resumed run had; None if they are to be extracted, or not needed.
-    """
-
-    config: ProConConfig
-    conversations: Dataset
-    evaluation: Dataset | None
-    directions: Directions | None
 
 
 def train(arguments: TrainArguments, config: ProConConfig) -> None:
     """``procon train``"""
-    output = output_folder(config)
-    if arguments.device_map is not None and config.world_size > 1:
-        raise ProConError(
-            f"device_map is {str(arguments.device_map)!r:.60}, and each of the {config.world_size} processes has a "
-            "device of its own: leave it out"
-        )
-    if not arguments.resume and has_checkpoints(output):
-        raise ProConError(f"output_dir {str(output)!r} holds checkpoints: pass --resume, or another --output_dir")
-    check_name(arguments.model)
-    # If the output folder is there already, the lock shows whether it can be written.
-    for folder in filter(None, (None if output.is_dir() else output, config.procon_settings().anchors_dir)):
+    output = Path(cast(str, config.output_dir))
+    # What would show only after data and a model are read.
+    check_probe_file(config.procon_settings())
+    for folder in filter(None, (output, config.procon_settings().anchors_dir)):
         check_writable(Path(folder) / "any")
-    with locked(output):
-        checkpoint = _checkpoint(output) if arguments.resume else None
-        job = _plan(arguments, config, checkpoint)
-        trainer, tokenizer = _trainer(arguments, job, output)
-        trainer.add_callback(Preface(trainer, arguments.model))
-        if arguments.early_stopping_patience:
-            trainer.add_callback(
-                EarlyStoppingCallback(arguments.early_stopping_patience, arguments.early_stopping_threshold)
-            )
-        if arguments.drift_steps:
-            trainer.add_callback(DriftCallback(trainer, tokenizer, steps=arguments.drift_steps))
-        with _resumable(output):
-            trainer.train(resume_from_checkpoint=checkpoint)  # pyright: ignore[reportArgumentType]  # ours take it
-        on_main(lambda: shutil.rmtree(output / MERGED, ignore_errors=True))
-        trainer.save_model()
-        trainer.save_state()
-    if config.process_index == 0:
-        name, console = printable(str(output)), Console()
-        console.print(Text(_summary(trainer)))
-        if best := getattr(trainer, "best", None):
-            console.print(
-                Text(f"Kept: the checkpoint of step {best['step']}, with the lowest loss, {best['value']:.4g}.")
-            )
-        console.print(Text(f"Written: {name}. Measure it: procon eval --model {name}"))
-        if arguments.merge:
-            merged = printable(str(write_merged(output, tokenizer, arguments)))
-            console.print(Text(f"Merged: {merged}, a model without an adapter."))
+    conversations, evaluation = _conversations(arguments, config.seed)
+    model, tokenizer = _model(arguments, config)
+    settings: dict[str, Any] = {
+        "chat": arguments.chat(),
+        "max_length": arguments.max_length,
+        "overlong": arguments.overlong,
+    }
+    dataset = tokenize_conversations(conversations, tokenizer, **settings)
+    is_flash = "flash" in (model.config._attn_implementation or "")
+    try:
+        trainer = ProConTrainer(
+            model,
+            config,
+            directions=arguments.directions,
+            chat=arguments.chat(),
+            train_dataset=dataset,
+            eval_dataset=tokenize_conversations(evaluation, tokenizer, **settings) if evaluation else None,
+            data_collator=flattening_collator(bounds=is_flash) if arguments.flatten else padding_collator(tokenizer),
+            processing_class=tokenizer,
+        )
+    except (ValueError, ImportError, RuntimeError) as error:  # what transformers finds wrong with its arguments
+        raise ProConError(str(error)) from error
+    if arguments.drift_steps:
+        trainer.add_callback(DriftCallback(trainer, tokenizer, steps=arguments.drift_steps))
+    console = Console(quiet=config.process_index != 0, soft_wrap=True)
+    console.print(Text(printable(_plan(trainer, arguments.model))))
+    trainer.train(resume_from_checkpoint=arguments.resume)
+    trainer.save_model()
+    trainer.save_state()
+    name = printable(str(output))
+    console.print(Text(f"{_result(trainer)} Written: {name}. Measure it: procon eval --model {name}"))
     # Ranks leave together: one that is gone early takes the others' connections with it.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     PartialState().destroy_process_group()
 
 
-@contextmanager
-def _resumable(output: Path) -> Iterator[None]:
-    """Within the context, an interrupt says how to go on, if there is a checkpoint to go on from."""
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        if has_checkpoints(output):
-            raise KeyboardInterrupt("the same command with --resume goes on from the last checkpoint") from interrupt
-        raise
-
-
-def _summary(trainer: Trainer) -> str:
-    """What the constraint did, as measured."""
-    if not isinstance(trainer, ProConTrainer) or not trainer.procon.active:
-        return "Trained without the constraint."
-    did, constraint = trainer.procon.did(trainer.state.global_step), trainer.procon.constraint
-    blocks = (
-        ""
-        if constraint is None
-        else (f", which acted on {len(did['blocks_acted'])} of its {len(constraint.blocks)} blocks")
-    )
-    return (
-        f"{did['constrained_steps']} of {did['steps']} steps were under the constraint{blocks}; mean penalty "
-        f"{did['mean_penalty']:.3g} before alpha."
-    )
-
-
-def _needs_directions(config: ProConConfig) -> bool:
-    settings = config.procon_settings()
-    return settings.anchors != "none" and AlphaSchedule.parse(settings.schedule).active
-
-
-def _checkpoint(output: Path) -> Checkpoint:
-    """The checkpoint to resume from."""
-    found = on_main(lambda: latest(output))
-    if not found:
-        raise ProConError(f"no complete checkpoint in {str(output)!r} to resume from: leave --resume out")
-    return found
-
-
-def _plan(arguments: TrainArguments, config: ProConConfig, checkpoint: Checkpoint | None) -> _Job:
-    if config.max_steps <= 0 and not config.num_train_epochs > 0:
-        raise ProConError(f"num_train_epochs is {config.num_train_epochs:g}: give a number above 0, or max_steps")
-    directed = _needs_directions(config)
-    if not checkpoint:
-        on_main(lambda: check_probe_file(config.procon_settings()))
-    conversations, evaluation = _conversations(arguments, config.seed)
-    if arguments.safety_samples or arguments.safety_data:
-        safety = load_conversations(arguments.safety_data) if arguments.safety_data else safety_conversations()
-        conversations = mix_safety(conversations, safety, arguments.safety_samples or len(safety), seed=config.seed)
-    directions = None
-    if directed and arguments.directions:
-        directions = Directions.load(arguments.directions)
-    elif directed and checkpoint:
-        beside = (checkpoint.path / DIRECTIONS_FILE).is_file()
-        directions = Directions.load(checkpoint.path if beside else output_folder(config))
-    return _Job(config, conversations, evaluation, directions)
-
-
 def _conversations(arguments: TrainArguments, seed: int) -> tuple[Dataset, Dataset | None]:
-    """What is trained on, and what is evaluated on."""
+    """What is trained on, safety samples included, and what is evaluated on."""
     columns = parse_columns(arguments.data_columns)
     of_hub: dict[str, Any] = {"config": arguments.data_config, "revision": arguments.data_revision}
     data = load_conversations(arguments.data, split=arguments.data_split, columns=columns, **of_hub)
-    if arguments.eval_share:
-        if (rows := round(arguments.eval_share * len(data))) in (0, len(data)):
-            raise ProConError(
-                f"eval_share is {arguments.eval_share:g}, which is {rows} of the {len(data)} samples: give a share "
-                "that leaves samples on both sides"
-            )
-        parts = data.train_test_split(test_size=rows, seed=seed)
-        return parts["train"], parts["test"]
+    if arguments.safety_samples or arguments.safety_data:
+        safety = load_conversations(arguments.safety_data) if arguments.safety_data else safety_conversations()
+        data = mix_safety(data, safety, arguments.safety_samples or len(safety), seed=seed)
     split = {"split": arguments.eval_split} if arguments.eval_split else {}
     if arguments.eval_data:
         return data, load_conversations(arguments.eval_data, columns=columns, **split)
     return data, load_conversations(arguments.data, columns=columns, **of_hub, **split) if split else None
 
 
-def _trainer(arguments: TrainArguments, job: _Job, output: Path) -> tuple[Trainer, PreTrainedTokenizerBase]:
-    """The trainer, with a model, an adapter and directions, extracted now if there are none; and the tokenizer."""
+def _model(arguments: TrainArguments, config: ProConConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, with what is to train requiring gradients: all weights, the adapter that it has, or a new one."""
     loading = arguments.loading()
+    loading["attn_implementation"] = loading["attn_implementation"] or "auto"
     if arguments.method == "full" and arguments.dtype == "auto":
         loading["dtype"] = "float32"
-    if job.config.use_cpu and loading["device_map"] is None:
+    if config.use_cpu and loading["device_map"] is None:
         loading["device_map"] = "cpu"
     model, tokenizer = load_model(arguments.model, **loading)
-    directions = job.directions
-    if directions:
-        directions.check_fits(find_decoder(model))
-    chat = chat_settings(arguments)
-    settings: dict[str, Any] = {"chat": chat, "max_length": arguments.max_length, "overlong": arguments.overlong}
-    dataset = tokenize_conversations(job.conversations, tokenizer, **settings)
-    set_seed(job.config.seed)
-    # A new adapter changes nothing yet, and one that does not fit shows before the minutes of extraction.
-    model = trainable(model, arguments)
-    if _needs_directions(job.config) and directions is None:
-        # Before there is a trainer, as that makes the output folder.
-        with job.config.main_process_first(local=False, desc="refusal directions"):
-            if job.config.process_index == 0:
-                Directions.extract(model, tokenizer, chat=chat).save(output / DIRECTIONS_FILE)
-            directions = Directions.load(output)
-    trainer = ProConTrainer(
-        model,
-        job.config,
-        directions=directions,
-        chat=chat,
-        train_dataset=dataset,
-        eval_dataset=tokenize_conversations(job.evaluation, tokenizer, **settings) if job.evaluation else None,
-        data_collator=_collator(arguments, model, tokenizer),
-        processing_class=tokenizer,
+    set_seed(config.seed)  # of the new adapter
+    if {"cpu", "disk"} & set(devices := spread(model)):
+        raise ProConError(
+            f"the model is spread over {', '.join(devices)}, and what lies in memory or on the disk does not train: "
+            "load it in fewer bits (--load_in_4bit), or share it among processes (accelerate launch --use_fsdp)"
+        )
+    if arguments.method == "full":
+        if isinstance(model, PeftModel):
+            raise ProConError(
+                f"model {arguments.model!r} is a LoRA folder: merge it into its base, or use --method lora"
+            )
+        return model, tokenizer
+    if getattr(model, "is_quantized", False):
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # which the Trainer switches on
+    if isinstance(model, PeftModel):
+        model.set_adapter(cast(str, model.active_adapter))  # its only one; loaded for inference, it was frozen
+        return model, tokenizer
+    return cast(PreTrainedModel, _with_adapter(model, arguments)), tokenizer  # it takes from its base what it lacks
+
+
+def _with_adapter(model: PreTrainedModel, arguments: TrainArguments) -> Any:
+    targets: Any = arguments.lora_targets
+    if targets == "auto":  # the paper's if the model has them all, else PEFT's for the family
+        there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        targets = list(PAPER_RECIPE.lora_targets) if there.issuperset(PAPER_RECIPE.lora_targets) else None
+    elif targets != "all-linear":
+        targets = [name.strip() for name in targets.split(",")]
+    lora = LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
     )
-    return trainer, tokenizer
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise ProConError(
+            f"lora_targets {arguments.lora_targets!r} do not fit the model ({error}): try all-linear"
+        ) from error
 
 
-def _collator(
-    arguments: TrainArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> Callable[[list[dict[str, Any]]], Any]:
-    if arguments.flatten:
-        return flattening_collator(bounds="flash" in (model.config._attn_implementation or ""))
-    return padding_collator(tokenizer)
+def _plan(trainer: ProConTrainer, name: str) -> str:
+    """What trains, and whether the constraint is on."""
+    procon, settings = trainer.procon, trainer.procon.settings
+    model = cast(PreTrainedModel, trainer.model)
+    trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
+    samples = len(cast(Dataset, trainer.train_dataset))
+    constraint = "without the constraint"
+    if procon.active:
+        constraint = f"under alpha {procon.schedule}: anchors {settings.anchors}, probes {settings.probes}"
+    return f"{name}: {trained:,} of {total:,} parameters train on {samples:,} samples, {constraint}."
+
+
+def _result(trainer: ProConTrainer) -> str:
+    """What the constraint did, as measured."""
+    procon = trainer.procon
+    if not procon.active:
+        return "Trained without the constraint."
+    did, constraint = procon.did(trainer.state.global_step), procon.constraint
+    blocks = ""
+    if constraint is not None:
+        blocks = f", which acted on {len(did['blocks_acted'])} of its {len(constraint.blocks)} blocks"
+    return (
+        f"{did['constrained_steps']} of {did['steps']} steps were under the constraint{blocks}; mean penalty "
+        f"{did['mean_penalty']:.3g} before alpha."
+    )

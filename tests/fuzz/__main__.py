@@ -2,7 +2,7 @@
 
 Each input is made from a seed and its number. It has to be accepted or refused in one printable line: a traceback, a
 process that ends, or an input that takes a minute is a failure. ``--kind NAME --first N --count 1`` makes one again.
-The whole campaign, or a kind of it as a whole, is written into ``recorded.json`` unless another file is given.
+The whole campaign is written into ``recorded.json``, unless another file is given.
 """
 
 from __future__ import annotations
@@ -10,28 +10,41 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import multiprocessing
 import os
 import platform
 import shutil
 import sys
+import time
+import traceback
+from collections import Counter
 from contextlib import redirect_stdout
 from datetime import date
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from random import Random
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["OMP_NUM_THREADS"] = "1"  # and a fork of threads is none
 os.environ["PROCON_CACHE"] = "/nonexistent"  # nothing is fetched
 
-from campaign import OUTCOMES, Found, Kind, run
-from kinds import FOLDER, KINDS
+from kinds import FOLDER, KINDS, Kind
 from readers import unreached
+
+from procon.errors import ProConError
 
 #: Of the whole campaign, this share of each kind is the short form, and one input at least.
 SHORT = 1000
+
+#: Seconds for one input; the slowest that is in order needs a tenth of it on a busy machine.
+LONGEST = 60.0
+
+#: Inputs that one process takes.
+CHUNK = 500
+
+OUTCOMES = ("accepted", "refused", "traceback", "crash", "hang")
 
 
 def arguments() -> argparse.Namespace:
@@ -45,28 +58,54 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def row(name: str, found: Found, base: int) -> dict[str, Any]:
-    return {
-        "input": name,
-        "inputs": found.outcomes.total(),
-        **{result: found.outcomes[result] for result in OUTCOMES},
-        "peak memory above the start (MiB)": max(0, found.memory - base) // 2**20,
-        "seconds": round(found.seconds, 1),
-    }
+def outcome(kind: Kind, name: str, number: int) -> tuple[str, str]:
+    """What becomes of input ``number``, and why."""
+    try:
+        kind.take(kind.make(Random(f"{name} {number}")))
+    except ProConError as error:
+        line = str(error)
+        if not line.isprintable() or not 0 < len(line) <= 20_000:
+            return "traceback", f"the error is no printable line: {line!r:.300}"
+        return "refused", ""
+    except BaseException:  # SystemExit would end the process
+        return "traceback", traceback.format_exc(limit=-4)
+    return "accepted", ""
 
 
-def total(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Their sum; of memory, the most."""
-    found = {
-        key: (max if key.startswith("peak") else sum)(row[key] for row in rows) for key in rows[0] if key != "input"
-    }
-    return {"input": "sum", **found, "seconds": round(found["seconds"], 1)}
+def work(kind: Kind, name: str, numbers: range, results: Connection) -> None:
+    """In a process of its own: what becomes of each input."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    sys.stdout = sys.stderr = open(os.devnull, "w", errors="backslashreplace")  # noqa: SIM115  # to the end
+    for number in numbers:
+        results.send(outcome(kind, name, number))
 
 
-def kept(output: Path, again: set[str]) -> list[dict[str, Any]]:
-    """The rows of an earlier record that were not made again, of the kinds that there still are."""
-    rows = json.loads(output.read_text())["rows"] if output.exists() else []
-    return [row for row in rows if row["input"] in KINDS.keys() - again]
+def run(kind: Kind, name: str, first: int, count: int) -> tuple[Counter[str], list[tuple[int, str, str]]]:
+    """Outcomes of the inputs, and the numbers and reasons of the bad ones."""
+    outcomes, failures, number = Counter(), [], first
+    while number < first + count:
+        results, sending = multiprocessing.Pipe(duplex=False)
+        numbers = range(number, min(first + count, number + CHUNK))
+        process = multiprocessing.get_context("fork").Process(target=work, args=(kind, name, numbers, sending))
+        process.start()
+        sending.close()
+        for number in numbers:
+            try:
+                result, reason = results.recv() if results.poll(LONGEST) else ("hang", f"{LONGEST} seconds")
+            except EOFError:
+                result, reason = "crash", "the process ended"
+            outcomes[result] += 1
+            if result not in ("accepted", "refused"):
+                failures.append((number, result, reason))
+            if result in ("hang", "crash"):
+                process.kill()
+                break
+        process.join()
+        number += 1
+        print(f"\r{name}: {number - first} of {count}", end="", file=sys.stderr, flush=True)
+    return outcomes, failures
 
 
 def main() -> int:
@@ -74,39 +113,33 @@ def main() -> int:
     os.chdir(FOLDER)  # where what commands are told to write would be
     if chosen.readers:
         with redirect_stdout(io.StringIO()):
-            missed = unreached(KINDS)
+            missed = unreached(KINDS, outcome)
         print(*missed, sep="\n")
         return 1 if missed else 0
-    base = run(Kind(lambda _: None, lambda _: None, 1), "nothing", 0, 1, lambda done: None).memory
     rows, failed = [], 0
     for name in chosen.kind:
-        kind = KINDS[name]
+        kind, began = KINDS[name], time.monotonic()
         count = chosen.count or (max(1, kind.count // SHORT) if chosen.short else kind.count)
-
-        def show(done: int, name: str = name, count: int = count) -> None:
-            print(f"\r{name}: {done} of {count}", end="", file=sys.stderr, flush=True)
-
-        found = run(kind, name, chosen.first, count, show)
-        rows.append(row(name, found, base))
+        outcomes, failures = run(kind, name, chosen.first, count)
+        rows.append({"input": name, "inputs": outcomes.total(), **{result: outcomes[result] for result in OUTCOMES}})
+        rows[-1]["seconds"] = round(time.monotonic() - began, 1)
         print(f"\r{rows[-1]}", file=sys.stderr)
-        for number, result, reason in found.failures[:5]:
+        for number, result, reason in failures[:5]:
             print(f"{name!r} {number}: {result}: {reason}", file=sys.stderr)
-        failed += len(found.failures)
-    whole = not (chosen.short or chosen.count or chosen.first)
+        failed += len(failures)
+    whole = not (chosen.short or chosen.count or chosen.first or chosen.kind != list(KINDS))
     output = chosen.output or (Path(__file__).with_name("recorded.json") if whole else None)
     if output:
-        rows = [*kept(output, {each["input"] for each in rows}), *rows]
         made = {
             "date": date.today().isoformat(),
             "python": platform.python_version(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "memory at the start (MiB)": base // 2**20,
             **{package: version(package) for package in ("torch", "transformers", "datasets", "pyarrow", "pyyaml")},
         }
-        rows = sorted(rows, key=lambda each: list(KINDS).index(each["input"]))
-        record = {"command": "python tests/fuzz", "made": made, "rows": [*rows, total(rows)]}
+        total = {"input": "sum", **{key: sum(row[key] for row in rows) for key in rows[0] if key != "input"}}
+        total["seconds"] = round(total["seconds"], 1)
+        record = {"command": "python tests/fuzz", "made": made, "rows": [*rows, total]}
         output.write_text(json.dumps(record, indent=1) + "\n")
-    print(total(rows), file=sys.stderr)
     shutil.rmtree(FOLDER, ignore_errors=True)
     return 1 if failed else 0
 

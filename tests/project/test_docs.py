@@ -21,8 +21,7 @@ import yaml
 
 import procon
 from procon.chat import builtin_prompts
-from procon.cli.parsing import parse
-from procon.cli.registry import COMMANDS
+from procon.cli.parsing import COMMANDS, parse
 from procon.demo import arithmetic_problems
 from procon.errors import ProConError
 from procon.training import ProConArguments
@@ -193,7 +192,7 @@ def check_procon(words: list[str], where: str) -> None:
         at = words.index("--config")
         words = [*words[:at], *words[at + 2 :], "--model", "MODEL", "--data", "DATA"]
     try:
-        parse(words[0], words[1:])
+        parse(words[0], words[1:], look=False)
     except ProConError as error:
         raise AssertionError(f"{where}: {error}") from error
 
@@ -226,7 +225,7 @@ def check_yaml(text: str, where: str, folder: Path) -> None:
         unknown = set()
     else:
         (folder / "settings.yaml").write_text(text, encoding="utf-8")
-        parse("train", ["--config", str(folder / "settings.yaml")])
+        parse("train", ["--config", str(folder / "settings.yaml")], look=False)
         return
     assert not unknown, f"{where}: unknown keys {sorted(unknown)}"
 

