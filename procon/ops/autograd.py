@@ -26,6 +26,19 @@ def _refuse_second_derivative() -> None:
         )
 
 
+def _version(tensor: Tensor | None) -> int:
+    """Counts the changes in place; 0 if nothing counts them."""
+    counts = tensor is not None and not torch.compiler.is_compiling() and not tensor.is_inference()
+    return tensor._version if counts else 0
+
+
+def _direction(ctx: Any) -> Any:
+    """The directions, whose changes torch does not count where they are kept."""
+    if _version(ctx.direction) != ctx.version:
+        raise ProConError("direction was changed in place between forward and backward: give the op a clone of it")
+    return ctx.direction
+
+
 class Project(torch.autograd.Function):
     """``hidden [..., D]``, ``direction [K, D]`` -> projection ``[N, K]``."""
 
@@ -64,7 +77,8 @@ class Constrain(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         tokens, ctx.coefficient = backends.penalize(backend, hidden, direction, anchor, weight, penalty, rounding)
         ctx.set_materialize_grads(False)
-        ctx.direction, ctx.shape, ctx.dtype, ctx.backend = direction, hidden.shape, hidden.dtype, backend
+        ctx.direction, ctx.version = direction, _version(direction)
+        ctx.shape, ctx.dtype, ctx.backend = hidden.shape, hidden.dtype, backend
         return hidden, tokens if per_token else tokens.sum()
 
     @staticmethod
@@ -73,7 +87,7 @@ class Constrain(torch.autograd.Function):
         if grad_penalty is not None:
             _refuse_second_derivative()
             arriving = ctx.backend, grad_hidden, grad_penalty
-            gradient = backends.accumulate_gradient(*arriving, ctx.coefficient, ctx.direction, ctx.dtype)
+            gradient = backends.accumulate_gradient(*arriving, ctx.coefficient, _direction(ctx), ctx.dtype)
             grad_hidden = gradient.view(ctx.shape)
         return grad_hidden, *(None,) * 7
 
@@ -106,7 +120,8 @@ class RmsNormConstrain(torch.autograd.Function):
         )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, norm_weight, inverse_rms)
-        ctx.direction, ctx.offset, ctx.backend = direction, offset, backend
+        ctx.direction, ctx.version = direction, _version(direction)
+        ctx.offset, ctx.backend = offset, backend
         return normed.view(hidden.shape), tokens if per_token else tokens.sum()
 
     @staticmethod
@@ -120,11 +135,11 @@ class RmsNormConstrain(torch.autograd.Function):
             # Of no tokens it multiplies nothing.
             grad_penalty = grad_penalty[0] if grad_penalty.shape[0] else grad_penalty.sum()
         if grad_normed is not None:
-            saved = hidden, norm_weight, inverse_rms, ctx.coefficient, ctx.direction, ctx.offset
+            saved = hidden, norm_weight, inverse_rms, ctx.coefficient, _direction(ctx), ctx.offset
             arriving = ctx.backend, grad_normed, grad_penalty
             grad_hidden, grad_weight = backends.rms_norm_gradient(*arriving, *saved, needs_weight)
         elif grad_penalty is not None:
-            saved = ctx.coefficient, ctx.direction, hidden.dtype
+            saved = ctx.coefficient, _direction(ctx), hidden.dtype
             grad_hidden = backends.accumulate_gradient(ctx.backend, None, grad_penalty, *saved)
         if grad_hidden is not None:
             grad_hidden = grad_hidden.view(hidden.shape)

@@ -208,6 +208,25 @@ def test_frozen_model_is_refused(tiny_model, fuse):
             constraint.penalty()
 
 
+@both_ways
+@pytest.mark.parametrize(
+    "first",
+    [
+        lambda loss, by: torch.autograd.grad(loss, by, create_graph=True),
+        lambda loss, _: loss.backward(create_graph=True),
+    ],
+    ids=["autograd.grad", "backward"],
+)
+def test_a_second_derivative_is_refused(tiny_model, fuse, first):
+    model = tiny_model(attn_implementation="eager").train()
+    batch, anchors, mask = random_batch(3)
+    with ProjectionConstraint(random_directions(model)).attach(model, fuse=fuse) as constraint:
+        constraint.set_target(anchors, mask)
+        loss = model(**batch).loss + constraint.penalty()
+        with pytest.raises(ProConError, match="no second derivative"):
+            first(loss, [*model.parameters()])
+
+
 def test_directions_of_another_model_are_refused(tiny_model):
     directions = random_directions(tiny_model())
     with pytest.raises(ProConError, match="directions are for 3 blocks of width 32, but the model has 2 blocks"):

@@ -190,6 +190,21 @@ def test_a_second_derivative_is_refused(problem, backend, function):
         torch.autograd.grad(found, leaf, create_graph=True)
 
 
+@pytest.mark.parametrize("function", ["constrain", "rms_norm_constrain", "project"])
+@pytest.mark.parametrize("k", [1, 3])
+def test_directions_changed_in_place_before_the_backward_are_refused(problem, backend, function, k):
+    hidden, direction, *_ = problem
+    leaf, direction = hidden.clone().requires_grad_(), direction[:k] if k > 1 else direction[0]
+    penalty = {
+        "constrain": lambda: constrain(leaf, direction, backend=backend)[1],
+        "rms_norm_constrain": lambda: rms_norm_constrain(leaf, torch.ones_like(leaf[0, 0]), 0, direction)[1],
+        "project": lambda: project(leaf, direction, backend=backend).sum(),
+    }[function]()
+    direction.zero_()
+    with pytest.raises((ProConError, RuntimeError), match=r"in ?place"):
+        penalty.backward()
+
+
 def test_changing_the_returned_hidden_states_in_place_is_refused(problem, backend):
     hidden, *rest = problem
     same, _ = constrain(hidden.clone().requires_grad_() * 1, *rest, backend=backend)
