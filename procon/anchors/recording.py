@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -145,7 +146,7 @@ def record_projections(
             continue
         inputs = decoder_inputs(batch if batch and new else ONE_TOKEN, device)
         rows = len(inputs["input_ids"])
-        _, z = project_sites(lambda: forward(**inputs), decoder, unit, blocks, rows=rows, device="cpu")  # noqa: B023
+        _, z = project_sites(partial(forward, **inputs), decoder, unit, blocks, rows=rows, device="cpu")
         for key, sequence in new.items():
             z_of_tokens = z[sequence.row, sequence.span][torch.from_numpy(sequence.in_scope(scope))]
             _check_finite(z_of_tokens, blocks, sequence, len(decoder.blocks))

@@ -33,7 +33,7 @@ from procon.models import (
     weights_hash,
 )
 from procon.sequences import TokenSequence, check_text_only, decoder_inputs, split_batch
-from procon.settings import DEFAULTS, TokenScope, check_setting
+from procon.settings import CHOICES, DEFAULTS, TokenScope, check_choice
 
 #: The file of a folder that says what its anchors are of.
 MANIFEST = "anchors.json"
@@ -149,7 +149,7 @@ class Anchors:
                 precision, directions, blocks or scope; on projections that are not finite; or on inputs that a text
                 decoder does not take.
         """
-        check_setting("scope", scope)
+        check_choice("scope", scope, CHOICES["scope"])
         model = unwrapped(model)
         blocks = checked_blocks(model, directions, blocks)
         path = Path(path)

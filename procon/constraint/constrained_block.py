@@ -21,8 +21,9 @@ from procon.constraint.sharded_input import constrain_sharded
 from procon.constraint.target import State, Target, on_device, typical_departure
 from procon.errors import ProConError
 from procon.models import block_input, block_output
-from procon.ops import outside_backward, rms_norm
+from procon.ops import outside_backward
 from procon.ops.autograd import Constrain, RmsNormConstrain
+from procon.ops.backends import choose_backend
 from procon.ops.functional import rounding
 
 logger = logging.getLogger(__name__)
@@ -101,9 +102,9 @@ class ConstrainedBlock:
             """Saves for backward what the norm saves under the constraint."""
             if not self._did_it(module, hidden):
                 return plain(hidden)
-            return rms_norm(
-                hidden, module.weight, norm.eps, casting=norm.casting, offset=norm.offset, backend=state.backend
-            )
+            of_norm = (hidden, module.weight, norm.eps, norm.casting, norm.offset)
+            rule = (state.penalty, 0.0, True, choose_backend(state.backend, hidden.device.type))
+            return RmsNormConstrain.apply(*of_norm, None, None, None, *rule)[0]
 
         def forward(hidden: Tensor) -> Tensor:
             if not state.enabled:

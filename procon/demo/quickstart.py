@@ -114,7 +114,9 @@ def quickstart(
 
     problems = arithmetic_problems(TASK_TRAIN + TASK_TEST + TASK_PROBE, TASK_SEED)
     task, probe_task = problems[TASK_TRAIN:-TASK_PROBE], problems[-TASK_PROBE:]
-    train = tokenize_conversations(to_conversations(Dataset.from_list(problems[:TASK_TRAIN])), tokenizer)
+    train = tokenize_conversations(
+        to_conversations(Dataset.from_list(problems[:TASK_TRAIN])), tokenizer, progress=False
+    )
     evaluation = evaluate(start, tokenizer, task=task, label="start", **REPLY_TOKENS)
     evaluation.save(output / "start.json")
     runs = [Run("start", evaluation, cosine=directions.cosine(directions).tolist())]

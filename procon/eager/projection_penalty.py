@@ -15,13 +15,11 @@ from .penalty import penalize_projection
 from .tiles import converted, tile_height, tiled
 
 
-def project(hidden: Tensor, direction: Tensor) -> Tensor:
-    """Projection ``z [N, K]`` of ``hidden [N, D]`` on ``direction [K, D]``, in the dtype of ``direction``."""
-    return _project(hidden, direction, None)
+def project(hidden: Tensor, direction: Tensor, length: Tensor | None = None) -> Tensor:
+    """Projection ``z [N, K]`` of ``hidden [N, D]`` on ``direction [K, D]``, in the dtype of ``direction``.
 
-
-def _project(hidden: Tensor, direction: Tensor, length: Tensor | None) -> Tensor:
-    """The projection; ``length [N]``, if there is one, receives ``|h|`` from the same read."""
+    ``length [N]``, if there is one, receives ``|h|`` from the same read.
+    """
     rows, columns = hidden.shape
     height = tile_height(direction, columns)
     projection = direction.new_empty((rows, len(direction)))
@@ -54,7 +52,7 @@ def penalize(
     ``rounding`` is the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola.
     """
     length = direction.new_empty(hidden.shape[0]) if penalty == "absolute" and rounding else None
-    projection = _project(hidden, direction, length)
+    projection = project(hidden, direction, length)
     return penalize_projection(projection, anchor, weight, penalty, direction, length, rounding)
 
 
