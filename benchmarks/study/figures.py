@@ -13,7 +13,7 @@ from matplotlib.ticker import NullLocator, PercentFormatter
 
 from benchmarks.study.displacement import MASSIVE, PRINCIPAL
 from benchmarks.study.intervals import Estimate
-from benchmarks.study.outcomes import REFUSAL, TASK, Measure, Outcomes, by_block, values
+from benchmarks.study.outcomes import OVER_REFUSAL, REFUSAL, TASK, Measure, Outcomes, by_block, values
 from benchmarks.study.plan import Method, Part
 from benchmarks.study.sweep import Sweep, find_sweeps
 from procon.report.page import (
@@ -109,6 +109,42 @@ def headline_drawing(part: Part, job: str, outcomes: Outcomes) -> Drawing:
         f"Dots by method. {_in_words(points)}.",
         partial(plot_kept, points),
     )
+
+
+def kept_drawing(part: Part, job: str, outcomes: Outcomes, labels: dict[str, str]) -> Drawing:
+    """What is kept, at a glance: ``labels`` names the methods that are shown."""
+    runs, _ = _found(part, job, outcomes)
+    rates = {
+        label: [Estimate.of(values(runs[name], measure)) for measure in (REFUSAL, OVER_REFUSAL, TASK)]
+        for name, label in labels.items()
+    }
+    words = "; ".join(
+        f"{label}: refuses {refusal.mean:.0%} of malicious prompts and {benign.mean:.0%} of benign ones, solves "
+        f"{task.mean:.0%} of the task"
+        for label, (refusal, benign, task) in rates.items()
+    )
+    seeds = max(map(len, runs.values()))
+    caption = f"Means of {seeds} seeds, with 95% intervals, after 160 steps of clean data."
+    return Drawing("kept", caption, f"Bars. {words}.", partial(plot_bars, rates))
+
+
+def plot_bars(rates: dict[str, list[Estimate]]) -> Figure:
+    """Refusals of malicious and of benign prompts, and the task: a group each, a bar per label."""
+    figure = new_figure(2.6)
+    axes = figure.subplots()
+    width = 0.8 / len(rates)
+    for place, (label, found) in enumerate(rates.items()):
+        at = [group + (place - (len(rates) - 1) / 2) * width for group in range(len(found))]
+        heights = [rate.mean for rate in found]
+        ends = np.concatenate([_whiskers(rate) for rate in found], 1)
+        axes.bar(at, heights, 0.9 * width, yerr=ends, label=label, color=COLOURS[place], error_kw={"elinewidth": 0.8})
+        for x, height, end in zip(at, heights, ends[1], strict=True):
+            axes.annotate(f"{height:.0%}", (x, height + end), (0, 2), textcoords="offset points", ha="center")
+    axes.set_xticks(range(3), ["malicious prompts\nrefused", "benign prompts\nrefused", "problems of the task\nsolved"])
+    axes.set_ylim(0, 1.12)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    legend_above(figure)
+    return figure
 
 
 def _found(part: Part, job: str, outcomes: Outcomes) -> tuple[dict[str, _Runs], list[Method]]:
