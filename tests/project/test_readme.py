@@ -23,19 +23,22 @@ def test_ci_runs_the_test_command():
 
 
 def test_all_blocks_are_known():
-    marks = ["ProConTrainer(", "ProCon(", "project(", "rms_norm_constrain("]
+    marks = ["protect(", "ProCon(", "constrain("]
     assert [mark in block for mark, block in zip(marks, BLOCKS, strict=True)] == [True] * len(marks)
 
 
 def test_trainer_block(tiny_model, tokenizer, tmp_path):
+    pytest.importorskip("trl", reason="SFTTrainer is TRL's")
     model_name, data_file = str(tmp_path / "model"), str(tmp_path / "data.jsonl")
     tiny_model().save_pretrained(model_name)
     tokenizer.save_pretrained(model_name)
     rows = [{"prompt": f"count to {n}", "completion": " ".join(map(str, range(n)))} for n in range(1, 9)]
     Path(data_file).write_text("".join(json.dumps(row) + "\n" for row in rows))
     names = {"model_name": model_name, "data_file": data_file, "output_dir": str(tmp_path / "out")}
-    exec(BLOCKS[0], names)
+    # TRL trains in bfloat16 unless told otherwise, and asks for a word of those who do so on a CPU.
+    exec(BLOCKS[0].replace("SFTConfig(", "SFTConfig(use_cpu=True, "), names)
     assert names["trainer"].state.global_step == 3  # eight rows, batches of eight, three epochs
+    assert names["trainer"].procon.evidence.constrained_steps == 3
     assert list((tmp_path / "out" / "_anchors").glob("*/*.safetensors"))
 
 
@@ -66,8 +69,8 @@ def test_own_loop_block(tiny_model, tokenizer, tmp_path, monkeypatch):
     assert names["procon"].did()["penalty_sum"] == pytest.approx(2 * found)
 
 
-def test_op_and_norm_blocks():
+def test_op_block():
     names: dict = {}
-    exec(BLOCKS[2] + BLOCKS[3], names)
-    (names["penalty"] + names["loss"] + names["normed"].sum()).backward()
-    assert (names["z"].shape, names["normed"].shape) == ((2, 8), (2, 8, 576))
+    exec(BLOCKS[2], names)
+    names["penalty"].backward()
+    assert names["hidden"].shape == (2, 8, 576)
