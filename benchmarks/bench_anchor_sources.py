@@ -183,7 +183,8 @@ def _preferences() -> _Result:
             directions=make_directions(CASE.shape),
         )
         procon = trainer.procon
-        stack.enter_context(trainer._constraining(None))
+        procon.attach()
+        stack.callback(procon.detach)
         procon.record(trainer._recording_dataloader)
         procon.begin_step(0)
         trainer.current_gradient_accumulation_steps = 1

@@ -16,7 +16,6 @@ from procon import (
     AlphaSchedule,
     Anchors,
     Directions,
-    Probes,
     ProConConfig,
     ProConError,
     ProConSettings,
@@ -84,7 +83,6 @@ def test_every_door_has_the_defaults():
     for door, settings in doors:
         for setting in settings:
             assert default_of(door, setting) == getattr(DEFAULTS, setting), (door, setting)
-    assert default_of(Probes.record, "batch") == DEFAULTS.probe_batch
     assert ProConCallback()._settings == DEFAULTS
     for made in (ProConArguments(), ProConConfig("out"), parse("train", ["--model", "m", "--data", "d"])[1]):
         assert made.procon_settings() == DEFAULTS

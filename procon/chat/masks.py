@@ -67,13 +67,19 @@ def marked_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if _MARKED.search(template):
         return template
     if template not in _TRAINING_TEMPLATES:
-        try:
-            from trl.chat_template_utils import get_training_chat_template
-
-            _TRAINING_TEMPLATES[template] = get_training_chat_template(tokenizer)
-        except Exception:  # no TRL, none for this template, or it renders what this one does not take
-            _TRAINING_TEMPLATES[template] = None
+        _TRAINING_TEMPLATES[template] = _of_trl(tokenizer)
     return _TRAINING_TEMPLATES[template]
+
+
+def _of_trl(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    try:
+        from trl.chat_template_utils import get_training_chat_template
+    except ImportError:
+        return None
+    try:
+        return get_training_chat_template(tokenizer)
+    except Exception:  # it has none, or renders what this template does not take
+        return None
 
 
 def _by_marks(

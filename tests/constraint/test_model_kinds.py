@@ -92,7 +92,7 @@ def test_several_residual_streams_are_refused(tiny_model, batch, random_directio
     model = tiny_model(
         "gemma3n_text", vocab_size_per_layer_input=260, activation_sparsity_pattern=[0.0] * 3, **settings
     )
-    with pytest.raises(ProConError, match=r"block 0 reads hidden states of shape \(4, 2, 9, 32\).* several residual"):
+    with pytest.raises(ProConError, match=r"block 0 reads hidden states of shape \(4, .*, 32\).* several residual"):
         Anchors.record(model, [batch], random_directions(model), tmp_path, progress=False, scope="response")
 
 

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -146,17 +145,6 @@ def test_the_model_is_fetched_once_and_leaves_nothing_else(cache, monkeypatch):
     assert fetch_demo_model() == folder
     assert [path.name for path in cache.iterdir()] == [folder.name]
     assert [path.name for path in folder.iterdir()] == ["config.json"]
-
-
-def test_what_a_killed_quickstart_left_is_cleaned(cache):
-    process = os.fork()
-    if process == 0:
-        model.check_download = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        fetch_demo_model()
-    assert os.waitpid(process, 0)[1] == signal.SIGKILL
-    assert list(cache.rglob("model.gguf"))
-    folder = fetch_demo_model()
-    assert [path.name for path in cache.iterdir()] == [folder.name]
 
 
 def test_other_weights_have_no_adapter(tiny_model):

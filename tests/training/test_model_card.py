@@ -59,6 +59,7 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
         assert read_record(folder) == {name: value for name, value in record.items() if name != "checksum"}
         assert len(record.pop("checksum")) == 16
         run = record.pop("run")
+        assert record.pop("arguments")["seed"] == 42
         assert (run["seed"], run["samples_per_step"]) == (42, 2)
         files = record.pop("files", {})
         assert set(files) == (
