@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import datasets
 from datasets import Dataset, Features, IterableDataset
@@ -123,7 +123,7 @@ def to_conversations(dataset: _Data, *, name: str = "dataset", columns: Mapping[
 
 def _said(dataset: Dataset, name: str) -> Dataset:
     """The conversations that say something."""
-    kept = [index for index, row in enumerate(dataset) if _says_something(row)]
+    kept = [index for index, row in enumerate(dataset) if _says_something(cast("dict[str, Any]", row))]
     if not kept:
         raise ProConError(f"data {name!r} has no rows, or none without a blank reply: give ones that say something")
     if len(kept) < len(dataset):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import datasets
 from datasets import DatasetDict
@@ -102,7 +102,11 @@ def _load(name: str, kind: str, most: int) -> tuple[tuple[str, ...], dict[str, A
         builder.download_and_prepare()
         found = builder.as_dataset(split=split)
         rows = datasets.concatenate_datasets([*found.values()] if isinstance(found, DatasetDict) else [found])
-        prompts = [row[chosen.column] for row in rows if where is None or row[where[0]] == where[1]]
+        prompts = [
+            row[chosen.column]
+            for row in cast("Iterable[dict[str, Any]]", rows)
+            if where is None or row[where[0]] == where[1]
+        ]
         texts = [(prompt[0] if isinstance(prompt, list) else prompt).strip() for prompt in prompts]
         if not (texts and all(texts)):
             raise ValueError(f"it has no {kind} prompts, or empty ones")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import datasets
 import numpy as np
@@ -63,7 +63,7 @@ def tokenize_conversations(
         encoded = dataset.map(encode, remove_columns=list(next(iter(dataset), {})))
         kept = encoded.filter(is_kept)
     if isinstance(encoded, Dataset):
-        _warn_of_losses(np.array(encoded["length"][:]), len(kept), max_length, overlong)
+        _warn_of_losses(np.array(encoded["length"][:]), len(cast(Dataset, kept)), max_length, overlong)
     return kept.remove_columns("length")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig
@@ -145,7 +145,7 @@ def load_model(
         own = not is_adapter or (Path(name) / "tokenizer_config.json").is_file()  # PEFT alone saves none
         base = name if own else PeftConfig.from_pretrained(str(name)).base_model_name_or_path
         tokenizer = AutoTokenizer.from_pretrained(str(base), **trust)
-        model = loader.from_pretrained(str(name), **chosen, **trust)
+        model = cast(Any, loader).from_pretrained(str(name), **chosen, **trust)
     except Exception as error:  # a wrong name shows in a dozen exception types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         remedy = "give a folder or a hub name"

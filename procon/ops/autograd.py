@@ -28,8 +28,9 @@ def _refuse_second_derivative() -> None:
 
 def _version(tensor: Tensor | None) -> int:
     """Counts the changes in place; 0 if nothing counts them."""
-    counts = tensor is not None and not torch.compiler.is_compiling() and not tensor.is_inference()
-    return tensor._version if counts else 0
+    if tensor is None or torch.compiler.is_compiling() or tensor.is_inference():
+        return 0
+    return tensor._version
 
 
 def _direction(ctx: Any) -> Any:
