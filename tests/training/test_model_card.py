@@ -134,35 +134,29 @@ def hub(monkeypatch) -> list[dict]:
 
 
 @KINDS
-def test_push_to_hub_hands_over_all_files(make_trainer, hub, base, lora):
+@pytest.mark.parametrize("strategy", [None, "checkpoint"])
+def test_everything_is_pushed(make_trainer, hub, base, lora, strategy):
+    settings = {"push_to_hub": True, "hub_strategy": strategy} if strategy else {"save_strategy": "no"}
     trainer = make_trainer(
-        base, "procon_s", lora=lora, hub_model_id="someone/tiny", hub_revision="branch", save_strategy="no"
+        base, "procon_s", lora=lora, hub_model_id="someone/tiny", hub_revision="branch", max_steps=2, **settings
     )
     trainer.train()
-    trainer.push_to_hub(commit_message="tuned")
-    (upload,) = hub
-    assert (upload["repo_id"], upload["revision"], upload["commit_message"]) == ("someone/tiny", "branch", "tuned")
+    if not strategy:
+        trainer.push_to_hub(commit_message="tuned")
+        assert [(push["repo_id"], push["revision"], push["commit_message"]) for push in hub] == [
+            ("someone/tiny", "branch", "tuned")
+        ]
+    # Checkpoints, and the model.
+    assert {"path_in_repo" in push for push in hub} == ({True, False} if strategy else {False})
     weights = "adapter_model.safetensors" if lora else "model.safetensors"
-    assert upload["files"].keys() >= OURS | {"README.md", weights, "tokenizer.json"}
-    assert not [name for name in upload["files"] if name.startswith("_anchors")]
-    card = ModelCard(upload["files"]["README.md"].decode())
-    assert card.text.count(HEADING) == 1
-    # What the trainer that is extended says of the model is still there, above ours.
-    title = "# Model Card for tiny" if base == "SFTTrainer" else "# tiny"
-    assert card.text.index(title) < card.text.index(HEADING)
-    assert card.data.tags.count("procon") == 1
-
-
-@pytest.mark.parametrize("base", ["Trainer", "SFTTrainer"])
-def test_pushed_checkpoints_have_the_files_too(make_trainer, hub, base):
-    trainer = make_trainer(
-        base, "procon_s", lora=LORA, hub_model_id="someone/tiny", push_to_hub=True, hub_strategy="checkpoint"
-    )
-    trainer.train()
-    assert {"path_in_repo" in upload for upload in hub} == {True, False}  # checkpoints, and the model
-    for upload in hub:
-        assert upload["files"].keys() >= OURS | {"README.md", "adapter_model.safetensors"}
-        assert upload["files"]["README.md"].decode().count(HEADING) == 1
+    for push in hub:
+        assert push["files"].keys() >= OURS | {"README.md", weights, "tokenizer.json"}
+        assert not [name for name in push["files"] if name.startswith("_anchors")]
+        card = ModelCard(push["files"]["README.md"].decode())
+        assert card.text.count(HEADING) == card.data.tags.count("procon") == 1
+        # What the trainer that is extended says of the model is still there, above ours.
+        title = "# Model Card for tiny" if base == "SFTTrainer" else "# tiny"
+        assert strategy or card.text.index(title) < card.text.index(HEADING)
 
 
 RECORD = {
