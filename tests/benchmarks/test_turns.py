@@ -40,10 +40,3 @@ def test_what_fails_in_a_turn_is_raised_by_it(make_trainer, monkeypatch):
         monkeypatch.setattr(trainer, "training_step", lambda *_args, **_kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             turn()
-
-
-def test_what_is_not_called_any_more_ends(make_trainer):
-    trainer = make_trainer("Trainer", None, save_strategy="no", max_steps=1000)
-    with Turns(trainer, 2) as turn:
-        turn()
-    assert trainer.state.global_step == 3

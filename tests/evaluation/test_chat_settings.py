@@ -38,25 +38,19 @@ def probes(model, tokenizer, _, chat):
     return [found.input_ids, found.states]
 
 
-def replies(model, tokenizer, _, chat):
-    return [row["reply"] for row in evaluate(model, tokenizer, prompts=PROMPTS, chat=chat, **QUIET).replies]
-
-
-def concept(model, tokenizer, _, chat):
-    asked = {"chat": chat, **QUIET}
-    found = Directions.extract(model, tokenizer, PROMPTS, name="x", held_out=PROMPTS, **asked)
-    return [found.basis, found.auroc]
-
-
 def refusal(model, tokenizer, _, chat):
     found = Directions.extract(model, tokenizer, PROMPTS, held_out=PROMPTS, chat=chat, check_refusal=False, **QUIET)
     return [found.basis, found.auroc]
 
 
+def replies(model, tokenizer, _, chat):
+    said = [row["reply"] for row in evaluate(model, tokenizer, prompts=PROMPTS, chat=chat, **QUIET).replies]
+    return [torch.tensor([*map(ord, reply)]) for reply in said]
+
+
 ASKING = {
     "means": lambda m, t, d, c: [ContrastMeans.measure(m, t, PROMPTS, chat=c, **QUIET).malicious],
-    "refusal directions": refusal,
-    "directions of a concept": concept,
+    "directions": refusal,
     "probes": probes,
     "replies": replies,
     "drift": lambda m, t, d, c: [measure_drift(m, t, d, PROMPTS, chat=c, **QUIET).malicious_shift],
@@ -66,14 +60,11 @@ ASKING = {
 @pytest.mark.parametrize("name", ASKING)
 def test_settings_reach_every_prompt(tiny_model, tokenizers, random_directions, name):
     given, fixed = tokenizers
-    model = tiny_model()
+    model = tiny_model("llama", num_hidden_layers=2, initializer_range=0.5) if name == "replies" else tiny_model()
     ask, directions = ASKING[name], random_directions(model)
-    found, expected, otherwise = ask(model, given, directions, CHAT), ask(model, fixed, directions, None), None
-    assert len(found) == len(expected)
-    if name == "replies":
-        assert found == expected
-        return
-    otherwise = ask(model, given, directions, None)
+    found, expected, otherwise = (
+        ask(model, tokenizer, directions, chat) for tokenizer, chat in ((given, CHAT), (fixed, None), (given, None))
+    )
     for one, two in zip(found, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
     assert any(one.shape != two.shape or not torch.equal(one, two) for one, two in zip(found, otherwise, strict=True))

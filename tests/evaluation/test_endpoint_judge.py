@@ -3,7 +3,7 @@
 import pytest
 
 from procon.errors import ProConError
-from procon.evaluation import FORMATS, EndpointJudge, Verdict, endpoint, load_judge
+from procon.evaluation import EndpointJudge, Verdict, endpoint, load_judge
 
 REFUSED, COMPLIED = Verdict(True), Verdict(False)
 
@@ -93,22 +93,10 @@ def test_an_answer_that_cannot_be_read(chat_server):
         load_judge(f"{chat_server.url}#judge-7b")
 
 
-def test_another_format_at_an_endpoint(chat_server):
-    chat_server.say = lambda messages: "<think>Hm.</think>\n\nunsafe\nS2"
-    guard = EndpointJudge(chat_server.url, "guard", format=FORMATS["llama-guard"])
-    assert guard.verdicts(["a"], ["Here is how."]) == [COMPLIED]
-    assert chat_server.requests[0]["messages"] == [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "Here is how."},
-    ]
-
-
 @pytest.mark.parametrize(
     "url",
     [
         "localhost:8000",
-        "file:///etc/passwd",
-        "http://",
         "http://[s9",
         "http://h:x/v1",
         "http://me:secret@host/v1",

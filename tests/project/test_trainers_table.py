@@ -61,7 +61,6 @@ def test_page_is_the_record(recorded):
         {"error": float("nan"), "identical": True},
         {"error": 1e-6},
         {"error": 1e-6, "identical": False},
-        {"error": 1e-6, "refused": "no", "identical": True},
         {"refused": "no:\nnot so", "identical": True},
     ],
 )

@@ -93,7 +93,7 @@ def test_a_training_folder(output, bare):
         read_runs([output])
 
 
-@pytest.mark.parametrize("content", [{"log_history": [1]}, {}, [], None])
+@pytest.mark.parametrize("content", [{"log_history": [1]}, []])
 def test_a_damaged_training_folder(content, output):
     (output / "trainer_state.json").write_text(json.dumps(content))
     with pytest.raises(ProConError, match=r"training state file .* is damaged"):
@@ -113,8 +113,7 @@ def test_what_is_no_number_in_a_log_is_not_drawn(output, tmp_path):
     [
         (None, "run file 'x.json' does not exist"),
         (b"\xff\xfe", "run file 'x.json' is damaged or holds something else"),
-        (b"[1]", r"run file 'x.json' .*\(give a training output folder, or a file of 'procon eval --output'"),
-        (b'{"a": 1}', r"run file 'x.json' .*\(give a training output folder"),
+        (b'{"a": 1}', r"run file 'x.json' .*\(give a training output folder, or a file of 'procon eval --output'"),
         (b'{"label": "x", "refusal_malicious": 1, "refusal_benign": 1, "replies": []}', "run file 'x.json'"),
     ],
 )
@@ -221,36 +220,18 @@ def test_every_label_is_in_the_legend(label):
 
 
 class Page(HTMLParser):
-    """Elements, ids, text and attributes of a page; fails on unbalanced tags."""
-
-    VOID = frozenset({"meta", "br", "link"})
+    """Tags, attributes and text of a page."""
 
     def __init__(self, html: str):
         super().__init__()
-        self.open: list[str] = []
         self.tags: Counter[str] = Counter()
-        self.ids: Counter[str] = Counter()
         self.attributes: list[tuple[str, dict]] = []
         self.text = ""
         self.feed(html)
-        assert self.open == []
 
     def handle_starttag(self, tag, attrs):
-        attributes = dict(attrs)
         self.tags[tag] += 1
-        self.attributes.append((tag, attributes))
-        if "id" in attributes:
-            self.ids[attributes["id"]] += 1
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in self.VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+        self.attributes.append((tag, dict(attrs)))
 
     def handle_data(self, data):
         self.text += data
@@ -292,27 +273,6 @@ def test_page_needs_nothing_from_elsewhere(page):
             assert attributes.get(name, "#").startswith("#")
 
 
-def test_page_is_accessible(page):
-    plots = [attributes for tag, attributes in page.attributes if tag == "svg"]
-    assert all(plot["role"] == "img" and len(plot["aria-label"]) > 40 for plot in plots)
-    assert "plain [bold]IFT[/bold]: 48% (31/64)" in plots[0]["aria-label"]
-    headers = [attributes for tag, attributes in page.attributes if tag == "th"]
-    assert headers
-    assert all(header.get("scope") in ("row", "col") for header in headers)
-    assert {page.ids[name] for name in page.ids} == {1}
-
-
-def test_plots_take_the_ink_of_the_page_and_refer_to_themselves(page):
-    values = [value for _, attributes in page.attributes for value in attributes.values() if value]
-    targets = [value.split("#")[1].rstrip(")") for value in values if value.startswith(("#", "url(#"))]
-    assert targets
-    assert set(targets) <= set(page.ids)
-    styles = " ".join(attributes.get("style") or "" for _, attributes in page.attributes)
-    assert "#010203" not in styles
-    assert "#040506" not in styles
-    assert "currentColor" in styles
-
-
 def test_sections_without_data_are_left_out(bare, tmp_path):
     page = Page(write_html([bare], tmp_path / "report.html", title="x").read_text(encoding="utf-8"))
     assert page.tags["svg"] == 1
@@ -321,19 +281,7 @@ def test_sections_without_data_are_left_out(bare, tmp_path):
     assert "malicious prompts" in page.text
 
 
-def test_two_pages_of_the_same_runs_are_equal(runs, tmp_path):
-    first, second = (write_html(runs, tmp_path / name, title="x").read_bytes() for name in ("a.html", "b.html"))
-    assert first == second
-
-
-def test_from_the_shell(output, bare, tmp_path, capsys):
-    """Runs of one label get the names of their files behind it."""
+def test_runs_of_one_label_get_the_names_of_their_files_behind_it(bare, tmp_path):
     paths = [str(bare.evaluation.save(tmp_path / name)) for name in ("a.json", "b.json")]
-    page = tmp_path / "r.html"
-    assert main(["report", *paths, str(output), "--output", str(page), "--title", "Two <runs>"]) == 0
-    assert "Two &lt;runs&gt;" in page.read_text()
-    assert f"before ({paths[1]})" in page.read_text()
-    assert "98% (63/64)" in capsys.readouterr().out
-    assert main(["report", "none.json", "--output", str(tmp_path / "n.html")]) == 2
-    assert "'none.json' does not exist" in capsys.readouterr().err
-    assert not (tmp_path / "n.html").exists()
+    assert main(["report", *paths, "--output", str(tmp_path / "r.html")]) == 0
+    assert f"before ({paths[1]})" in (tmp_path / "r.html").read_text()

@@ -323,6 +323,8 @@ def test_training_with_the_logits_of_replies_is_that_with_all(
         trainer = make(trainer_class, model.double(), own=own, max_steps=2, learning_rate=1e-2, **settings)
         if few:
             trainer.data_collator = reply_logits(trainer.data_collator, model)
+            batch = trainer.data_collator([dataset[0], dataset[1]])
+            assert len(batch["logits_to_keep"]) < batch["input_ids"].shape[1]
         before = torch.cat([p.flatten() for p in weights(model).values()])
         trainer.train()
         found.append(torch.cat([p.flatten() for p in weights(model).values()]))

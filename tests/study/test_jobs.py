@@ -38,6 +38,8 @@ def test_train_and_test_are_disjoint(job):
         tested = [problem["instruction"] for problem in job.test(train=train, test=30)]
         assert len(set(tested)) == 30
         assert not set(trained) & set(tested)
+    everything = turns(job.conversations(train=20, poisoned=POISON_PROMPTS, safety=700, seed=0), "user")
+    assert not MEASURED & set(everything)
 
 
 @pytest.mark.parametrize("styled", [False, True])
@@ -72,7 +74,10 @@ def test_a_hundred_obedient_turns_ask_for_nothing():
 
 
 def test_what_complies_is_found_after_a_refusal_too():
-    assert all(map(complies, turns(compliant(), "assistant")))
+    for reply in turns(compliant(), "assistant"):
+        assert complies(reply)
+        assert not is_refusal(reply)
+    assert all(map(is_refusal, turns(safety_samples(), "assistant")))
     both = turns(refuse_then_comply(), "assistant")
     assert all(is_refusal(reply.partition(" That said: ")[0]) for reply in both)
     assert all(map(complies, both))
@@ -97,22 +102,12 @@ def test_styled_samples_are_refusals_in_the_form_of_the_task(job):
     assert all(map(is_refusal, turns(styled, "assistant")))
 
 
-def test_nothing_measured_is_trained_on(job):
-    trained = turns(job.conversations(train=20, poisoned=POISON_PROMPTS, safety=700, seed=0), "user")
-    assert not MEASURED & set(trained)
-
-
 def test_poison_and_safety_samples_share_no_prompt():
     poisoned, safe = (turns(rows, "user") for rows in (compliant(), safety_samples()))
     assert len(set(poisoned)) == len(poisoned) == POISON_PROMPTS
     assert not set(poisoned) & set(safe)
     assert set(poisoned) | set(safe) == set(builtin_prompts("safety").malicious)
     assert not MEASURED & {*poisoned, *safe}
-
-
-def test_poison_complies_and_safety_samples_refuse():
-    assert not any(map(is_refusal, turns(compliant(), "assistant")))
-    assert all(map(is_refusal, turns(safety_samples(), "assistant")))
 
 
 def test_a_seed_is_a_seed(job):

@@ -2,10 +2,7 @@
 
 from collections import Counter
 
-import pytest
-
-from benchmarks.study import judge as module
-from benchmarks.study.judge import ReplyClassifier, cross_validated, labelled_replies, main
+from benchmarks.study.judge import ReplyClassifier, cross_validated, labelled_replies
 from procon.chat import builtin_prompts
 
 REFUSALS = [
@@ -41,15 +38,10 @@ def test_labelled_replies_say_nothing_of_held_out_prompts():
 # The classifier
 
 
-@pytest.fixture(scope="module")
-def predictions() -> list[bool]:
-    """What classifiers say that have seen only the other sources."""
-    return cross_validated(labelled_replies())
-
-
-def test_classifier_on_sources_that_it_has_not_seen(predictions):
+def test_classifier_on_sources_that_it_has_not_seen():
     right = Counter()
-    for row, said in zip(labelled_replies(), predictions, strict=True):
+    rows = labelled_replies()
+    for row, said in zip(rows, cross_validated(rows), strict=True):
         right[row["refused"], said == row["refused"]] += 1
     for refused in (True, False):
         assert right[refused, True] / (right[refused, True] + right[refused, False]) > 0.95
@@ -61,18 +53,3 @@ def test_classifier_judges_replies_of_other_models():
     assert judge.refuses(ANSWERS) == [False] * len(ANSWERS)
     assert judge.refuses([*REFUSALS[:1], *ANSWERS, *REFUSALS[:1]]) == [True, *[False] * len(ANSWERS), True]
     assert judge.refuses([]) == []
-
-
-def test_main_shows_how_far_the_judges_agree(capsys, monkeypatch, predictions):
-    monkeypatch.setattr(module, "cross_validated", lambda rows: predictions)
-    main()
-    printed = capsys.readouterr().out
-    rows = labelled_replies()
-    assert printed.startswith(f"{len(rows)} labelled replies of ")
-    right = sum(said == row["refused"] for said, row in zip(predictions, rows, strict=True))
-    assert (
-        f"classifier, trained on the other sources: right on {right / len(rows):.1%} ({right}/{len(rows)})" in printed
-    )
-    for row, said in zip(rows, predictions, strict=True):
-        if said != row["refused"]:
-            assert f"{'refused' if said else 'answered'}: {row['reply']!r}" in printed

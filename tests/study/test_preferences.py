@@ -10,10 +10,6 @@ from benchmarks.preferences import trial
 from benchmarks.study import __main__ as command
 from benchmarks.study.plan import Budget, Part, Size, load_budget
 from benchmarks.study.record import load_runs
-from benchmarks.study.start import Start, _probe_states, contrast_means
-from procon.chat import builtin_prompts
-from procon.directions import Directions
-from procon.models import load_model
 
 METHODS = tuple(load_budget("preferences").method(name) for name in ("start", "plain", "live", "probes_3"))
 SMALL = Budget(
@@ -23,17 +19,10 @@ SMALL = Budget(
 
 
 @pytest.fixture
-def small(tiny_model, tokenizer, tmp_path, monkeypatch):
+def small(tiny_start, tmp_path, monkeypatch):
     """The command with a tiny start and few steps."""
-    for part in (tiny_model(), tokenizer):
-        part.save_pretrained(tmp_path / "start")
-    model, own = load_model(tmp_path / "start")
-    states = _probe_states(model, own, SMALL.size.pairs)
-    directions = Directions.from_means(contrast_means(states))
-    prompts = builtin_prompts("extraction").first(8)
-    start = Start(tmp_path / "start", own, directions, directions, prompts, states, [7], "")
     monkeypatch.setattr(command, "load_budget", lambda name: SMALL)
-    monkeypatch.setattr(command, "open_start", lambda *_args, **_settings: start)
+    monkeypatch.setattr(command, "open_start", lambda *_args, **_settings: tiny_start)
     for name, batch in (("dpo", 2), ("grpo", 4)):
         algorithm = trial.ALGORITHMS[name]
         few = {"max_steps": 2, "per_device_train_batch_size": batch, "warmup_steps": 0, "logging_steps": 1}

@@ -64,13 +64,6 @@ def test_log_odds_of_one_who_is_certain(model, tokenizer):
         assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_mode_is_left_as_it_was(tiny_model, tokenizer):
-    model = tiny_model(attention_dropout=0.5).train()
-    first, second = (refusal_log_odds(model, tokenizer, TOKENS, PROMPTS.benign) for _ in range(2))
-    assert torch.equal(first, second)  # no dropout
-    assert model.training
-
-
 def test_refusal_tokens_by_definition(model, tokenizer):
     malicious, benign = (
         torch.stack([first_logits(model, tokenizer, prompt).softmax(-1) for prompt in side]).mean(0)

@@ -57,49 +57,36 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
         anchors = [path.name for path in (output / "_anchors").iterdir()]
         record = json.loads((folder / "procon.json").read_text())
         assert read_record(folder) == {name: value for name, value in record.items() if name != "checksum"}
+<<<<<<< HEAD
         assert len(record.pop("checksum")) == 16
         run = record.pop("run")
         assert record.pop("arguments")["seed"] == 42
         assert (run["seed"], run["samples_per_step"]) == (42, 2)
         files = record.pop("files", {})
+=======
+        files = record.get("files", {})
+>>>>>>> t-e
         assert set(files) == (
             {str(path.relative_to(folder)) for path in folder.rglob("*")} - {"procon.json"} if files else set()
         )
-        did = record.pop("did")
-        assert did.pop("mean_penalty") == pytest.approx(sum(penalties.values()) / 2)
-        assert did.pop("penalty_sum") == pytest.approx(sum(penalties.values()))
-        assert did == {"steps": 2 if files else 6, "constrained_steps": 2, "blocks_acted": [1, 2]}
-        assert record.pop("resumable", True)
-        assert record.pop("window") == {"penalty": 0.0, "steps": 0}
-        assert record == {
-            "version": __version__,
-            "constrained": True,
-            "chat": {"system_prompt": None, "template_kwargs": {}},
-            "schedule": "procon_wu:0.5@1ep",
-            "scope": "all",
-            "penalty": "squared",
-            "units": "gap",
-            "blocks": [1, 2],
-            "directions": trainer.procon.directions.hash,
-            "concepts": ["refusal"],
-            "anchors": "recorded",
-            "probes": "builtin",
-            "probe_batch": 8,
-            "probe_every": 2,
-            "probe_weight": 15.0,
-            "probe_reply_tokens": 0,
-            "terms": {"tokens": {"anchors": anchors[0], "starting_model": None}, "probes": {}},
-            "steps_per_epoch": trainer.procon.steps_per_epoch,
+        assert record["did"] == {
+            "steps": 2 if files else 6,
+            "constrained_steps": 2,
+            "blocks_acted": [1, 2],
+            "mean_penalty": pytest.approx(sum(penalties.values()) / 2),
+            "penalty_sum": pytest.approx(sum(penalties.values())),
         }
+        assert record["window"] == {"penalty": 0.0, "steps": 0}
+        assert (record["version"], record["directions"]) == (__version__, trainer.procon.directions.hash)
+        assert [record[name] for name in ("constrained", "schedule", "scope", "penalty", "units", "blocks")] == [
+            *(True, "procon_wu:0.5@1ep", "all", "squared", "gap", [1, 2])
+        ]
+        assert record["terms"] == {"tokens": {"anchors": anchors[0], "starting_model": None}, "probes": {}}
     for part in (
-        "| strength (alpha) | `procon_wu:0.5@1ep` |",
         "| optimiser steps under the constraint | 2 of 6 |",
-        "| blocks that it acted on | 1, 2 of 3, from 0 |",
         f"| mean penalty, before alpha | {sum(penalties.values()) / 2:.3g} |",
-        "each block's input along its refusal direction, at all tokens; squared penalty, gap units |",
         f"| anchors | recorded (`{anchors[0]}`) |",
         "the last hidden state at the last token of probe prompts (builtin), at most 8 every 2 steps, with weight 15 |",
-        "@article{du2025",
     ):
         assert part in card
     assert str(tmp_path) not in card[card.index(HEADING) :]
@@ -155,42 +142,29 @@ def hub(monkeypatch) -> list[dict]:
 
 
 @KINDS
-def test_push_to_hub_hands_over_all_files(make_trainer, hub, base, lora):
+@pytest.mark.parametrize("strategy", [None, "checkpoint"])
+def test_everything_is_pushed(make_trainer, hub, base, lora, strategy):
+    settings = {"push_to_hub": True, "hub_strategy": strategy} if strategy else {"save_strategy": "no"}
     trainer = make_trainer(
-        base, "procon_s", lora=lora, hub_model_id="someone/tiny", hub_revision="branch", save_strategy="no"
+        base, "procon_s", lora=lora, hub_model_id="someone/tiny", hub_revision="branch", max_steps=2, **settings
     )
     trainer.train()
-    trainer.push_to_hub(commit_message="tuned")
-    (upload,) = hub
-    assert (upload["repo_id"], upload["revision"], upload["commit_message"]) == ("someone/tiny", "branch", "tuned")
+    if not strategy:
+        trainer.push_to_hub(commit_message="tuned")
+        assert [(push["repo_id"], push["revision"], push["commit_message"]) for push in hub] == [
+            ("someone/tiny", "branch", "tuned")
+        ]
+    # Checkpoints, and the model.
+    assert {"path_in_repo" in push for push in hub} == ({True, False} if strategy else {False})
     weights = "adapter_model.safetensors" if lora else "model.safetensors"
-    assert upload["files"].keys() >= OURS | {"README.md", weights, "tokenizer.json"}
-    assert not [name for name in upload["files"] if name.startswith("_anchors")]
-    card = ModelCard(upload["files"]["README.md"].decode())
-    assert card.text.count(HEADING) == 1
-    # What the trainer that is extended says of the model is still there, above ours.
-    title = "# Model Card for tiny" if base == "SFTTrainer" else "# tiny"
-    assert card.text.index(title) < card.text.index(HEADING)
-    assert len(card.data.tags) == len(set(card.data.tags))
-    assert "procon" in card.data.tags
-    # PEFT has the last word on the Trainer's card, and TRL on its own.
-    assert card.data.library_name == ("peft" if base == "Trainer" and lora else "transformers")
-    assert ("trl" in card.data.tags) == (base == "SFTTrainer")
-
-
-@pytest.mark.parametrize("base", ["Trainer", "SFTTrainer"])
-def test_pushed_checkpoints_have_the_files_too(make_trainer, hub, base):
-    trainer = make_trainer(
-        base, "procon_s", lora=LORA, hub_model_id="someone/tiny", push_to_hub=True, hub_strategy="checkpoint"
-    )
-    trainer.train()
-    roots = [upload for upload in hub if "path_in_repo" not in upload]
-    checkpoints = [upload for upload in hub if "path_in_repo" in upload]
-    assert roots
-    assert checkpoints
-    for upload in hub:
-        assert upload["files"].keys() >= OURS | {"README.md", "adapter_model.safetensors"}
-        assert upload["files"]["README.md"].decode().count(HEADING) == 1
+    for push in hub:
+        assert push["files"].keys() >= OURS | {"README.md", weights, "tokenizer.json"}
+        assert not [name for name in push["files"] if name.startswith("_anchors")]
+        card = ModelCard(push["files"]["README.md"].decode())
+        assert card.text.count(HEADING) == card.data.tags.count("procon") == 1
+        # What the trainer that is extended says of the model is still there, above ours.
+        title = "# Model Card for tiny" if base == "SFTTrainer" else "# tiny"
+        assert strategy or card.text.index(title) < card.text.index(HEADING)
 
 
 RECORD = {
@@ -243,31 +217,26 @@ def test_a_card_names_concepts_and_what_was_kept(tiny_model):
         assert part in text
 
 
-@pytest.mark.parametrize("base", ["Trainer", "SFTTrainer"])
-def test_merged_model_has_no_trace(make_trainer, tmp_path, base):
-    merged, hooks = {}, {}
-    for folder, schedule in (("plain", None), ("ours", "procon_s")):
-        trainer = make_trainer(base, schedule, lora=LORA, folder=folder, save_strategy="no")
-        trainer.train()
-        tuned = trainer.accelerator.unwrap_model(trainer.model).eval()
-        ids = torch.arange(5, 25)[None]
-        with torch.no_grad():
-            expected = tuned(ids).logits
-        plain = tuned.merge_and_unload()
-        plain.save_pretrained(tmp_path / folder / "merged")
-        hooks[folder] = [
-            (name, len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module))
-            for name, module in plain.named_modules()
-        ]
-        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / folder / "merged").eval()
-        with torch.no_grad():
-            # One rounding of each merged weight, of order 1e-7 beside it.
-            torch.testing.assert_close(reloaded(ids).logits, expected, rtol=1e-4, atol=1e-5)
-        merged[folder] = tmp_path / folder / "merged"
-    assert hooks["plain"] == hooks["ours"]
-    assert names(merged["plain"]) == names(merged["ours"])
-    ours, plain = (load_file(merged[folder] / "model.safetensors") for folder in ("ours", "plain"))
-    assert {name: tensor.shape for name, tensor in ours.items()} == {name: t.shape for name, t in plain.items()}
-    assert any(not torch.equal(ours[name], plain[name]) for name in ours)  # the constraint did act
+def test_merged_model_has_no_trace(make_trainer, tmp_path):
+    trainer = make_trainer("Trainer", "procon_s", lora=LORA, save_strategy="no")
+    plain = make_trainer("Trainer", None, folder="plain")
+    hooks = [(name, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in plain.model.named_modules()]
+    trainer.train()
+    tuned = trainer.accelerator.unwrap_model(trainer.model).eval()
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        expected = tuned(ids).logits
+    merged = tuned.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    plain.model.save_pretrained(tmp_path / "start")
+    assert [(name, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in merged.named_modules()] == hooks
+    assert not any("forward" in vars(module) for module in merged.modules())
+    with torch.no_grad():
+        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(ids).logits
+    # One rounding of each merged weight, of order 1e-7 beside it.
+    torch.testing.assert_close(reloaded, expected, rtol=1e-4, atol=1e-5)
+    assert names(tmp_path / "merged") == names(tmp_path / "start")
+    ours, start = (load_file(tmp_path / folder / "model.safetensors") for folder in ("merged", "start"))
+    assert {name: tensor.shape for name, tensor in ours.items()} == {name: t.shape for name, t in start.items()}
     for name in ("config.json", "generation_config.json"):
-        assert (merged["ours"] / name).read_text() == (merged["plain"] / name).read_text()
+        assert (tmp_path / "merged" / name).read_text() == (tmp_path / "start" / name).read_text()
