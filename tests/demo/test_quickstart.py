@@ -4,29 +4,10 @@ import logging
 
 import pytest
 
-from procon.chat import builtin_prompts, measure_refusal
 from procon.cli import main
-from procon.demo import fetch_demo_model, teach_refusal
 from procon.demo import quickstart as module
-from procon.directions import Directions
 from procon.models import load_model, weights_hash
 from procon.report import read_runs
-
-
-@pytest.mark.slow
-def test_the_real_model_refuses_and_has_directions():
-    model, tokenizer = load_model(fetch_demo_model())
-    held_out = builtin_prompts("held_out").first(16)
-    assert measure_refusal(model, tokenizer, held_out.malicious, progress=False) <= 0.25
-    model = teach_refusal(model)
-    # The packaged adapter refuses 95% of held-out prompts in bfloat16; 75% leaves room for another dtype's rounding.
-    assert measure_refusal(model, tokenizer, held_out.malicious, progress=False) >= 0.75
-
-    directions = Directions.extract(
-        model, tokenizer, builtin_prompts("extraction").first(16), check_refusal=False, progress=False
-    )
-    assert directions.usable.tolist() == [False] + [True] * 30  # RoPE: the first block sees the token alone
-    assert directions.auroc[15:].min() > 0.8
 
 
 def test_whole_quickstart_on_a_tiny_model(tiny_model, tokenizer, tmp_path, monkeypatch, capsys):
