@@ -355,6 +355,13 @@ def test_loss_that_is_not_used_is_noticed(tiny_model, batch, prepared):
         model(**batch).logits.sum().backward()
     with lost, ConstrainedForward(procon):
         (model(**batch).loss + model(**batch).loss).backward()
+    lost = pytest.raises(ProConError, match="gradient is 0 in the loss")
+    with lost, ConstrainedForward(procon):
+        outputs = model(**batch)
+        (0 * outputs.loss + outputs.logits.square().mean()).backward()
+    lost = pytest.raises(ProConError, match="no training forward of the constrained model ran")
+    with lost, ConstrainedForward(procon), torch.no_grad():
+        model(**batch)
     assert_as_it_was(model)
 
 

@@ -220,3 +220,6 @@ def test_probes_need_nothing_of_the_data(trainer, kind):
 def test_bad_input(trainer):
     with pytest.raises(ProConError, match="GRPO generates the tokens that it trains on"):
         trainer("GRPO", procon_anchors="recorded")
+    for kind in TRAINERS:
+        with pytest.raises(ProConError, match="neftune_noise_alpha is 5, and noise"):
+            trainer(kind, neftune_noise_alpha=5.0)

@@ -17,7 +17,6 @@ from setting import Outcome, directions, equal, lora, model, rows, scenario, tra
 from transformers import TrainerCallback
 
 from procon import ProConError
-from procon.directions import DIRECTIONS_FILE
 
 SAVES = {"save_strategy": "steps", "save_steps": 2, "logging_strategy": "steps", "logging_steps": 1}
 
@@ -88,56 +87,22 @@ def case(name: str, *args: Any, short: bool = False, **kwargs: Any) -> None:
 LATEST = "checkpoint-4"
 
 
-def without(name: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / LATEST / name).unlink()
-
-
-def flipped(name: str) -> Callable[[Path], object]:
-    def spoil(folder: Path) -> None:
-        path = folder / LATEST / name
-        content = bytearray(path.read_bytes())
-        content[len(content) * 3 // 4] ^= 1
-        path.write_bytes(content)
-
-    return spoil
-
-
-def cut(name: str) -> Callable[[Path], object]:
-    def spoil(folder: Path) -> None:
-        path = folder / LATEST / name
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-    return spoil
-
-
-def written(name: str, content: bytes) -> Callable[[Path], object]:
-    return lambda folder: (folder / LATEST / name).write_bytes(content)
-
-
-def a_folder(name: str) -> Callable[[Path], object]:
-    def spoil(folder: Path) -> None:
-        (folder / LATEST / name).unlink()
-        (folder / LATEST / name).mkdir()
-
-    return spoil
+def flip(folder: Path) -> None:
+    path = folder / LATEST / "optimizer.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) * 3 // 4] ^= 1
+    path.write_bytes(content)
 
 
 case("nothing changed", short=True)
 case("nothing changed, all weights", kind="full")
 case("nothing changed, from a checkpoint by name", checkpoint="checkpoint-2")
 
-FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
-FILES += (DIRECTIONS_FILE,)
-for _file in (*FILES, "procon.json"):
-    case(f"{_file} missing", without(_file), short=_file in ("optimizer.pt", "rng_state.pth"))
-    case(f"{_file} cut", cut(_file))
-    case(f"a bit of {_file} flipped", flipped(_file), short=_file == "optimizer.pt")
-    case(f"{_file} is a folder", a_folder(_file))
-for _content in (b"[]", b"{}", b"\xff\xfe", b"null", b'{"files": []}', b'{"files": {"trainer_state.json": 3}}'):
-    case(f"procon.json is {_content!r}", written("procon.json", _content))
-    case(f"procon.json is {_content!r}, by name", written("procon.json", _content), checkpoint=LATEST)
-for _file in FILES:
-    case(f"{_file} missing, by name", without(_file), checkpoint=LATEST)
+# What else may be damaged, and how, is in tests/training/test_checkpoints.py and tests/faults.
+for _file in ("optimizer.pt", "rng_state.pth"):
+    case(f"{_file} missing", lambda folder, name=_file: (folder / LATEST / name).unlink(), short=True)
+case("a bit of optimizer.pt flipped", flip, short=True)
+case("optimizer.pt missing, by name", lambda folder: (folder / LATEST / "optimizer.pt").unlink(), checkpoint=LATEST)
 
 
 def no_record(folder: Path) -> None:

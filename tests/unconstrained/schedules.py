@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
 from datasets import Dataset
+from folders import claims
 from setting import (
     ALPHA,
     Outcome,
@@ -58,26 +58,16 @@ def by_callback(
 
 DOORS = {"ProConTrainer": trainer, "SFTTrainer": sft, "ProConCallback": by_callback}
 
-#: By schedule, with A for the strength. The two of procon_wu are not for the callback, which refuses any.
-SCHEDULES = (
-    "A",
-    "procon_s:1e-300",
-    "procon_s:1e-40",
-    "procon_s:1e-25",
-    "0@1000steps,A",
-    "0@2ep,A",
-    "0@3ep,A",
-    "0@6steps,A",
-    "0@5steps,A",
-    "A@0.0000001ep,0",
-    "A@1ep,0",
-    "0@1ep,A@1ep,0",
-    "0@50ep,A@1ep,0",
-    "procon_wu:A@0.0000001ep",
-    "procon_wu:0@4ep",
-    "procon_wu:A@1ep",
-    "1e-300@1ep,0",
-)
+#: By door, with A for the strength. All are one trainer's; the others' length of training and warm-up are their own.
+SCHEDULES = {
+    "ProConTrainer": (
+        *("A", "procon_s:1e-300", "procon_s:1e-25", "0@1000steps,A", "0@2ep,A", "0@3ep,A", "0@6steps,A", "0@5steps,A"),
+        *("A@0.0000001ep,0", "A@1ep,0", "0@1ep,A@1ep,0", "0@50ep,A@1ep,0", "1e-300@1ep,0"),
+        *("procon_wu:A@0.0000001ep", "procon_wu:0@4ep", "procon_wu:A@1ep"),
+    ),
+    "SFTTrainer": ("A", "0@2ep,A", "procon_wu:A@1ep"),
+    "ProConCallback": ("A", "0@3ep,A", "0@5steps,A", "A@0.0000001ep,0", "procon_wu:A@1ep"),
+}
 
 _SHORT = {("ProConTrainer", "0@1000steps,A"), ("ProConTrainer", "procon_wu:0@4ep"), ("ProConCallback", "0@3ep,A")}
 
@@ -93,10 +83,9 @@ def run(door: str, schedule: str, folder: Path) -> Outcome:
     return against_plain(trained, folder)
 
 
-for _door in DOORS:
-    for _schedule in SCHEDULES:
-        if not (_door == "SFTTrainer" and _schedule in ("0@6steps,A", "0@3ep,A", "0@1ep,A@1ep,0", "procon_s:1e-40")):
-            scenario(f"schedule {_schedule}", _door, short=(_door, _schedule) in _SHORT)(partial(run, _door, _schedule))
+for _door, _schedules in SCHEDULES.items():
+    for _schedule in _schedules:
+        scenario(f"schedule {_schedule}", _door, short=(_door, _schedule) in _SHORT)(partial(run, _door, _schedule))
 
 
 class Stop(TrainerCallback):
@@ -106,24 +95,14 @@ class Stop(TrainerCallback):
         control.should_training_stop = state.global_step >= 2
 
 
-@scenario("a callback ends training before the schedule begins", "ProConTrainer", short=True)
-def stopped_early(folder: Path) -> Outcome:
-    return refused(trainer(folder, "0@4steps,5", callbacks=(Stop(),)).train)
-
-
-@scenario("a callback ends training before the schedule begins", "ProConCallback")
-def stopped_early_by_callback(folder: Path) -> Outcome:
-    return refused(by_callback(folder, "0@4steps,5", callbacks=(Stop(),)).train)
-
-
-@scenario("num_train_epochs 0", "ProConTrainer")
-def no_epochs(folder: Path) -> Outcome:
-    return refused(trainer(folder, num_train_epochs=0).train)
-
-
-@scenario("num_train_epochs -1", "ProConTrainer")
-def negative_epochs(folder: Path) -> Outcome:
-    return refused(trainer(folder, num_train_epochs=-1).train)
+for _door, _short in (("ProConTrainer", True), ("ProConCallback", False)):
+    scenario("a callback ends training before the schedule begins", _door, short=_short)(
+        lambda folder, door=_door: refused(DOORS[door](folder, "0@4steps,5", callbacks=(Stop(),)).train)
+    )
+for _epochs in (0, -1):
+    scenario(f"num_train_epochs {_epochs}", "ProConTrainer")(
+        lambda folder, epochs=_epochs: refused(trainer(folder, num_train_epochs=epochs).train)
+    )
 
 
 @scenario("a phase that is never reached", "ProConTrainer")
@@ -138,11 +117,8 @@ def _said(folder: Path, schedule: str) -> Outcome:
     built = trainer(folder, schedule)
     built.train()
     built.save_model()
-    record = json.loads((folder / "procon.json").read_text())
-    card = folder / "README.md"
-    claims = record["constrained"] or (card.exists() and "Refusal anchored" in card.read_text())
-    return Outcome("SILENT", "claims a constraint") if claims else Outcome("said", "procon.json: constrained false")
+    return Outcome("SILENT", "claims a constraint") if claims(folder) else Outcome("said", "constrained: false")
 
 
 for _schedule in ("0", "0@2ep,0"):
-    scenario(f"schedule {_schedule}, on purpose", "ProConTrainer")(lambda folder, s=_schedule: _said(folder, s))
+    scenario(f"schedule {_schedule}, on purpose", "ProConTrainer")(partial(_said, schedule=_schedule))

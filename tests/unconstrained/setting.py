@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback, set_seed
 
@@ -95,6 +95,25 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, "<pad>")), pad_token="<pad>", eos_token="<end>"
     )
+
+
+_CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, with a chat template."""
+    words = ["<|pad|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bpe = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<|pad|>", bos_token="<|im_start|>", eos_token="<|im_end|>"
+    )
+    tokenizer.chat_template = _CHATML
+    return tokenizer
 
 
 def rows(seed: int = 1) -> list[dict]:
@@ -186,37 +205,33 @@ def warnings_of_procon() -> Iterator[list[str]]:
 Trained = Callable[[Path, float | str], nn.Module]
 
 
-def against_plain(run: Trained, folder: Path, alpha: float | str = ALPHA, below: str = "") -> Outcome:
-    """Train by ``run`` under ``alpha``, and under none: the weights tell whether the constraint acted.
-
-    Args:
-        below: what the names of the parameters that count have in them.
-    """
+def against_plain(run: Trained, folder: Path) -> Outcome:
+    """Train by ``run`` under ``ALPHA``, and under none: the weights tell whether the constraint acted."""
     with warnings_of_procon() as warned:
         try:
-            constrained = weights(run(folder / "constrained", alpha))
+            constrained = weights(run(folder / "constrained", ALPHA))
         except ProConError as error:
             return Outcome("refused", str(error))
     plain = weights(run(folder / "plain", "0"))
     start = weights(lora() if any("lora_" in name for name in plain) else model())
-    moved = _distance(plain, start, below)
+    moved = _distance(plain, start)
     if moved == 0:
         return Outcome("harmless", "nothing moves")
-    share = _distance(constrained, plain, below) / moved
-    if share > ROUNDING and _distance(constrained, start, "") > 0:
+    share = _distance(constrained, plain) / moved
+    if share > ROUNDING and _distance(constrained, start) > 0:
         return Outcome("acts", "; ".join([f"{share:.2g} of the way that training goes", *warned]))
     if warned:
         return Outcome("warned", "; ".join(warned))
     return Outcome("SILENT", f"the weights are those of training without the constraint, but for {share:.1g}")
 
 
-def _distance(one: dict[str, Tensor], two: dict[str, Tensor], below: str) -> float:
-    names = [name for name in one if below in name and name in two and one[name].shape == two[name].shape]
+def _distance(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
+    names = [name for name in one if name in two and one[name].shape == two[name].shape]
     return float(sum((one[name] - two[name]).float().square().sum() for name in names)) ** 0.5
 
 
-def train(built: Any, **arguments: Any) -> nn.Module:
-    built.train(**arguments)
+def train(built: Any) -> nn.Module:
+    built.train()
     return built.model
 
 

@@ -1,4 +1,4 @@
-"""Noise, precisions, adapters, trainers and devices under which the constraint might act less than it says.
+"""Noise, precisions and adapters under which the constraint might act less than it says.
 
 Each is measured by drift: how far the training tokens' projections are from the start in the end, in evaluation mode;
 under probes alone, how far the probes' states are. One that holds less than it should beside plain training, and says
@@ -7,11 +7,6 @@ nothing, is SILENT.
 
 from __future__ import annotations
 
-import copy
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,30 +14,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning
 import peft
 import torch
 from datasets import Dataset
-from folders import chat_tokenizer
 from schedules import by_callback
-from setting import BLOCKS, WIDTH, Outcome, config, directions, rows, scenario, trainer, warnings_of_procon
+from setting import BLOCKS, WIDTH, Outcome, chat_tokenizer, directions, rows, scenario, trainer, warnings_of_procon
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, set_seed
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
-from procon import AnchoredCollator, Anchors, Directions, ProConError, ProjectionConstraint
+from procon import Directions, ProConError
 from procon.anchors.recording import project_sites
 from procon.data import padding_collator
 from procon.method import Probes
 from procon.models import evaluating, find_decoder
-from procon.training.preferences import (
-    ProConDPOConfig,
-    ProConDPOTrainer,
-    ProConGRPOConfig,
-    ProConGRPOTrainer,
-    ProConKTOConfig,
-    ProConKTOTrainer,
-)
-from procon.training.sft import ProConSFTConfig, ProConSFTTrainer
 
 #: Training with the constraint must drift less than this share of what it drifts without.
 HELD = 0.9
@@ -171,13 +155,8 @@ row("bf16 weights", made(lambda: base().bfloat16()))
 
 _ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
 for _name, _settings in {
-    "autocast": {"bf16": True},
     "label smoothing, live": {"label_smoothing_factor": 0.1, **sources("live")},
-    "accumulation, live": {
-        "gradient_accumulation_steps": 2,
-        "per_device_train_batch_size": 1,
-        **sources("live"),
-    },
+    "accumulation, live": _ACCUMULATED | sources("live"),
     "SGD": {"optim": "sgd", "learning_rate": 0.3},
     "Adafactor": {"optim": "adafactor"},
     "evaluation at each step": {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True},
@@ -200,8 +179,6 @@ for _name, _kwargs in {
         "gradient_checkpointing_kwargs": {"use_reentrant": False, **_kwargs},
     }
     row(f"checkpoints{_name} and attention dropout", made(partial(base, attention_dropout=0.1), **_checkpointed))
-for _attention in ("eager", "sdpa"):
-    row(f"attention {_attention}", made(partial(base, attn_implementation=_attention)))
 
 # Adapters
 
@@ -259,66 +236,6 @@ for _anchors in ("recorded", "live"):
 
     row(f"several concepts, {_anchors}", _several)
 
-# TRL
-
-TRL = {
-    "SFTTrainer": (ProConSFTTrainer, ProConSFTConfig, {"max_length": 32}),
-    "DPOTrainer": (ProConDPOTrainer, ProConDPOConfig, {"max_length": 32}),
-    "KTOTrainer": (ProConKTOTrainer, ProConKTOConfig, {"max_length": 32}),
-    "GRPOTrainer": (ProConGRPOTrainer, ProConGRPOConfig, {"num_generations": 2, "max_completion_length": 6}),
-}
-
-
-def length(completions, **_kwargs) -> list[float]:
-    return [float(sum(map(ord, str(completion))) % 7) for completion in completions]
-
-
-def by_trl(kind: str, start: Callable[[], nn.Module] = base, **settings: Any) -> Build:
-    def build(folder: Path, alpha: float | str) -> Any:
-        made_by, made_of, own = TRL[kind]
-        tokens, first, more = chat_tokenizer(), start(), {}
-        texts = [{"prompt": f"count to {n}"} for n in range(1, 5)]
-        for n, text in enumerate(texts):
-            if kind == "DPOTrainer":
-                text |= {"chosen": "1 2 3"[: n + 2], "rejected": "no"}
-            elif kind == "KTOTrainer":
-                text |= {"completion": "1 2 3", "label": n % 2 == 0}
-            elif kind == "SFTTrainer":
-                text |= {"completion": "1 2 3"}
-        if kind == "GRPOTrainer":
-            more["reward_funcs"] = length
-        elif kind != "SFTTrainer" and not isinstance(first, peft.PeftModel):
-            more["ref_model"] = copy.deepcopy(first)
-        set_seed(0)
-        arguments = {"num_train_epochs": 6, "bf16": False, "gradient_checkpointing": False, **own, **settings}
-        return made_by(
-            first,
-            args=config(folder, alpha, made_by=made_of, **arguments),
-            directions=directions(),
-            train_dataset=Dataset.from_list(texts),
-            processing_class=tokens,
-            **more,
-        )
-
-    return build
-
-
-for _kind in TRL:
-    for _anchors in ("recorded", "live", "probes"):
-        row(f"full fine-tuning, {_anchors}", by_trl(_kind, **sources(_anchors), **PROBES), door=_kind)
-    row(
-        "attention dropout, live",
-        by_trl(_kind, partial(base, attention_dropout=0.1), **sources("live")),
-        door=_kind,
-    )
-    row("NEFTune, probes", by_trl(_kind, **sources("probes"), neftune_noise_alpha=5.0), door=_kind)
-row("two iterations, live", by_trl("GRPOTrainer", **sources("live"), num_iterations=2), door="GRPOTrainer")
-for _name, _settings in {
-    "packed": {"packing": True},
-    "padding-free": {"padding_free": True, "max_length": None},
-}.items():
-    row(_name, by_trl("SFTTrainer", **_settings), door="SFTTrainer")
-
 # Micro-batches in evaluation mode
 
 
@@ -342,90 +259,3 @@ def resting(build: Build) -> Build:
 
 row("every second micro-batch in evaluation mode", resting(made(base, **_ACCUMULATED)), short=True)
 row("every second micro-batch in evaluation mode", resting(partial(by_callback, **_ACCUMULATED)), door="ProConCallback")
-
-# Lightning
-
-
-def by_lightning(change: str = "") -> Build:
-    class Lit(lightning.LightningModule):
-        def __init__(self, alpha: float, start: Any, folder: Path) -> None:
-            super().__init__()
-            self.model, self.alpha, self.constraint = (
-                start,
-                alpha,
-                ProjectionConstraint(directions(), penalty="squared"),
-            )
-            loader = torch.utils.data.DataLoader(rows(), 2, collate_fn=padding_collator(chat_tokenizer()))
-            anchors = Anchors.record(start, loader, directions(), folder / "anchors", progress=False)
-            self.loader = torch.utils.data.DataLoader(
-                rows(), 2, collate_fn=AnchoredCollator(padding_collator(chat_tokenizer()), anchors)
-            )
-
-        def configure_optimizers(self):
-            return torch.optim.AdamW(self.parameters(), lr=1e-2)
-
-        def training_step(self, batch, _number):
-            target = batch.pop("anchors"), batch.pop("constraint_mask")
-            if not self.alpha:
-                return self.model(**batch).loss
-            if change == "evaluation mode":
-                self.model.eval()
-            self.constraint.set_target(*target)
-            loss = self.model(**batch).loss + (0 if change == "forgotten" else self.alpha * self.constraint.penalty())
-            self.constraint.release()
-            return loss
-
-        def train(self, *args):  # a LightningModule has it as torch's
-            if args:
-                return super().train(*args)
-            self.model.train()
-            quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-            fit = lightning.Trainer(max_epochs=6, accelerator="cpu", enable_model_summary=False, **quiet)
-            if self.alpha:
-                with self.constraint.attach(self.model):
-                    fit.fit(self, self.loader)
-            else:
-                fit.fit(self, self.loader)
-            return None
-
-    def build(folder: Path, alpha: float | str) -> Any:
-        folder.mkdir(parents=True, exist_ok=True)
-        return Lit(float(alpha), base(attention_dropout=0.1) if change == "noise" else base(), folder)
-
-    return build
-
-
-for _change in ("", "evaluation mode", "forgotten"):
-    row(f"as it is meant{_change and ', but ' + _change}", by_lightning(_change), door="Lightning")
-
-# Two ranks
-
-
-def on_ranks(case: str, folder: Path) -> Outcome:
-    """What ``tests/workers/trainer.py`` says of a case: penalties that grow from 0, and each step constrained."""
-    tokens = chat_tokenizer()
-    start = base(hidden_size=32, intermediate_size=64, head_dim=16)
-    start.save_pretrained(folder / "model")
-    tokens.save_pretrained(folder / "model")
-    (folder / "probes.txt").write_text("count to 3\ncount to 4\n")
-    worker = Path(__file__).parents[1] / "workers" / "trainer.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", worker, folder, case]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    subprocess.run(launch, env=environment, cwd=folder, capture_output=True, check=True)
-    log = json.loads((folder / "2.json").read_text())[case]["log"]
-    penalties = [each["procon/penalty"] for each in log if "procon/penalty" in each]
-    acts = len(penalties) > 3 and penalties[0] < 1e-6 < penalties[-1]
-    return Outcome("acts" if acts else "SILENT", f"penalties {penalties[0]:.1g} to {penalties[-1]:.1g}")
-
-
-for _case in (
-    "fsdp2",
-    "fsdp2_lora_live",
-    "fsdp2_probes",
-    "zero2",
-    "zero2_probes",
-    "zero3",
-    "zero3_lora_live",
-    "ddp_live",
-):
-    scenario(f"two ranks: {_case}", "ProConTrainer")(partial(on_ranks, _case))

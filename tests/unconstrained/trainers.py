@@ -83,181 +83,151 @@ compare("class T(ProConMixin, MyTrainer)", partial(trainer, kind=MixedIn), door=
 # Losses of their own
 
 
-class WithoutSuper(ProConTrainer):
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs["labels"]
-        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        outputs = model(**inputs)
-        loss = own_loss(outputs.logits, labels)
-        return (loss, outputs) if return_outputs else loss
+def losing(change: Callable[..., torch.Tensor]) -> type:
+    """A trainer whose loss is ``change(trainer, loss, outputs, labels)`` of ours."""
+
+    class Changed(ProConTrainer):
+        calls = 0
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs["labels"]
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            self.calls += 1
+            loss = change(self, loss, outputs, labels)
+            return (loss, outputs) if return_outputs else loss
+
+    return Changed
 
 
-class OutputsOfSuper(ProConTrainer):
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs["labels"]
-        _, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss = own_loss(outputs.logits, labels)
-        return (loss, outputs) if return_outputs else loss
+def stepping(step: Callable[..., torch.Tensor]) -> type:
+    """A trainer whose optimiser step takes the loss ``step(trainer, model, inputs, num_items_in_batch)``."""
+
+    class Steps(ProConTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = step(self, model.train(), self._prepare_inputs(inputs), num_items_in_batch)
+            self.accelerator.backward(loss)
+            if self.procon.active:
+                self.procon.release()
+            return loss.detach()
+
+    return Steps
 
 
-class LossOfOutputs(ProConTrainer):
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        _, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+def without_super(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    labels = inputs["labels"]
+    outputs = model(**{name: inputs[name] for name in ("input_ids", "attention_mask")})
+    loss = own_loss(outputs.logits, labels)
+    return (loss, outputs) if return_outputs else loss
 
 
-class TimesZero(ProConTrainer):
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs["labels"]
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        return own_loss(outputs.logits, labels) + 0 * loss
+def plain_step(self, model, inputs, number):
+    return model(**{name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}).loss
 
 
-class Detached(ProConTrainer):
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs["labels"]
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        return own_loss(outputs.logits, labels) + loss.detach()
+def step_that_drops(self, model, inputs, number):
+    labels = inputs["labels"]
+    return own_loss(self.compute_loss(model, inputs, True, number)[1].logits, labels)
 
 
-class EverySecondStep(ProConTrainer):
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        return outputs.loss if self.state.global_step % 2 else loss
+def another_loader(self):
+    return self.accelerator.prepare(DataLoader(self.train_dataset, batch_size=2, collate_fn=self.data_collator))
 
 
-class SecondMicroBatch(ProConTrainer):
-    calls = 0
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        self.calls += 1
-        return loss if self.calls % 2 else outputs.loss
+def loader_without_anchors(self):
+    ProConTrainer.get_train_dataloader(self)
+    return DataLoader(self.train_dataset, batch_size=2, collate_fn=AnchoredCollator(self.data_collator, None))
 
 
-class Halved(ProConTrainer):
-    def compute_loss(self, *args, **kwargs):
-        return 0.5 * super().compute_loss(*args, **kwargs)
+def removed(*names: str) -> Callable:
+    def prepare_inputs(self, inputs):
+        prepared = ProConTrainer._prepare_inputs(self, inputs)
+        return {name: value for name, value in prepared.items() if name not in names}
+
+    return prepare_inputs
 
 
-class WithTerm(ProConTrainer):
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        return loss + 1e-3 * outputs.logits.square().mean()
+def own_batches(self, epoch_iterator, num_batches, device):
+    return [next(epoch_iterator) for _ in range(num_batches)], None
 
 
-class StepOfItsOwn(ProConTrainer):
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        model.train()
-        inputs = self._prepare_inputs(inputs)
-        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
-        loss = model(**inputs).loss
-        self.accelerator.backward(loss)
-        return loss.detach()
+def forgets_callbacks(self, *args, **kwargs):
+    self.callback_handler.callbacks = []
+    return ProConTrainer.train(self, *args, **kwargs)
 
 
-class StepThatComputes(ProConTrainer):
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        model.train()
-        loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
-        self.accelerator.backward(loss)
-        if self.procon.active:
-            self.procon.release()
-        return loss.detach()
+def alpha_of_its_own(self, *args, **kwargs):
+    self.procon.step.alpha = 0.0
+    return ProConTrainer.training_step(self, *args, **kwargs)
 
 
-class StepThatDropsIt(ProConTrainer):
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        model.train()
-        inputs = self._prepare_inputs(inputs)
-        labels = inputs["labels"]
-        _, outputs = self.compute_loss(model, inputs, True, num_items_in_batch)
-        loss = own_loss(outputs.logits, labels)
-        self.accelerator.backward(loss)
-        self.procon.release()
-        return loss.detach()
+def disabled(self, *args, **kwargs):
+    constraint = self.procon.constraint
+    if constraint is not None:
+        self.procon.pause = lambda paused: setattr(constraint, "enabled", False)
+        constraint.penalty = lambda tokens: torch.zeros((), requires_grad=True)
+    return ProConTrainer.compute_loss(self, *args, **kwargs)
 
 
-class AnotherLoader(ProConTrainer):
-    def get_train_dataloader(self):
-        loader = DataLoader(self.train_dataset, batch_size=2, collate_fn=self.data_collator)
-        return self.accelerator.prepare(loader)
-
-
-class AnotherLoaderWithoutAnchors(ProConTrainer):
-    def get_train_dataloader(self):
-        super().get_train_dataloader()
-        return DataLoader(self.train_dataset, batch_size=2, collate_fn=AnchoredCollator(self.data_collator, None))
-
-
-class NoTargets(ProConTrainer):
-    def _prepare_inputs(self, inputs):
-        prepared = super()._prepare_inputs(inputs)
-        return {name: value for name, value in prepared.items() if name not in ("anchors", "constraint_mask")}
-
-
-class NoMask(ProConTrainer):
-    def _prepare_inputs(self, inputs):
-        prepared = super()._prepare_inputs(inputs)
-        return {name: value for name, value in prepared.items() if name != "constraint_mask"}
-
-
-class OwnBatches(ProConTrainer):
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        return [next(epoch_iterator) for _ in range(num_batches)], None
-
-
-class NoCallbacks(ProConTrainer):
-    """One that has forgotten the callbacks that its base has added."""
-
-    def train(self, *args, **kwargs):
-        self.callback_handler.callbacks = []
-        return super().train(*args, **kwargs)
-
-
-class AlphaOfItsOwn(ProConTrainer):
-    """A method of its own by which alpha is 0 all along."""
-
-    def training_step(self, *args, **kwargs):
-        self.procon.step.alpha = 0.0
-        return super().training_step(*args, **kwargs)
-
-
-class Disabled(ProConTrainer):
-    def compute_loss(self, *args, **kwargs):
-        constraint = self.procon.constraint
-        if constraint is not None:
-            self.procon.pause = lambda paused: setattr(constraint, "enabled", False)
-            constraint.penalty = lambda tokens: torch.zeros((), requires_grad=True)
-        return super().compute_loss(*args, **kwargs)
+def having(**methods: Callable) -> type:
+    """A trainer with these methods in place of ours."""
+    return type("Changed", (ProConTrainer,), methods)
 
 
 for _name, _kind, _short in (
-    ("compute_loss without super()", WithoutSuper, False),
-    ("compute_loss with outputs of super() and a loss of its own", OutputsOfSuper, True),
-    ("compute_loss that returns outputs.loss", LossOfOutputs, False),
-    ("compute_loss that multiplies by 0", TimesZero, True),
-    ("compute_loss that detaches", Detached, False),
-    ("compute_loss that drops the penalty at every second step", EverySecondStep, False),
-    ("compute_loss that halves", Halved, False),
-    ("compute_loss that adds a term", WithTerm, False),
-    ("training_step of its own", StepOfItsOwn, False),
-    ("training_step that calls compute_loss", StepThatComputes, False),
-    ("training_step that calls compute_loss and drops the penalty", StepThatDropsIt, False),
-    ("get_train_dataloader without super()", AnotherLoader, False),
-    ("AnchoredCollator without anchors", AnotherLoaderWithoutAnchors, False),
-    ("anchors removed from the batch", NoTargets, False),
-    ("mask removed from the batch", NoMask, False),
-    ("get_batch_samples without super()", OwnBatches, False),
-    ("callbacks removed", NoCallbacks, False),
-    ("alpha overridden with 0", AlphaOfItsOwn, False),
-    ("penalty of no model", Disabled, False),
+    ("compute_loss without super()", having(compute_loss=without_super), True),
+    (
+        "compute_loss with outputs of super() and a loss of its own",
+        losing(lambda self, loss, outputs, labels: own_loss(outputs.logits, labels)),
+        True,
+    ),
+    ("compute_loss that returns outputs.loss", losing(lambda self, loss, outputs, labels: outputs.loss), False),
+    (
+        "compute_loss that multiplies by 0",
+        losing(lambda self, loss, outputs, labels: own_loss(outputs.logits, labels) + 0 * loss),
+        True,
+    ),
+    (
+        "compute_loss that detaches",
+        losing(lambda self, loss, outputs, labels: own_loss(outputs.logits, labels) + loss.detach()),
+        False,
+    ),
+    (
+        "compute_loss that drops the penalty at every second step",
+        losing(lambda self, loss, outputs, labels: outputs.loss if self.state.global_step % 2 else loss),
+        False,
+    ),
+    ("compute_loss that halves", losing(lambda self, loss, outputs, labels: 0.5 * loss), False),
+    (
+        "compute_loss that adds a term",
+        losing(lambda self, loss, outputs, labels: loss + 1e-3 * outputs.logits.square().mean()),
+        False,
+    ),
+    ("training_step of its own", stepping(plain_step), True),
+    (
+        "training_step that calls compute_loss",
+        stepping(lambda self, model, inputs, number: self.compute_loss(model, inputs, num_items_in_batch=number)),
+        False,
+    ),
+    ("training_step that calls compute_loss and drops the penalty", stepping(step_that_drops), False),
+    ("get_train_dataloader without super()", having(get_train_dataloader=another_loader), False),
+    ("AnchoredCollator without anchors", having(get_train_dataloader=loader_without_anchors), False),
+    ("anchors removed from the batch", having(_prepare_inputs=removed("anchors", "constraint_mask")), False),
+    ("mask removed from the batch", having(_prepare_inputs=removed("constraint_mask")), False),
+    ("get_batch_samples without super()", having(get_batch_samples=own_batches), False),
+    ("callbacks removed", having(train=forgets_callbacks), True),
+    ("alpha overridden with 0", having(training_step=alpha_of_its_own), False),
+    ("penalty of no model", having(compute_loss=disabled), False),
 ):
     compare(_name, partial(trainer, kind=_kind), short=_short)
 
+ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
 compare(
     "compute_loss that drops the penalty of the second micro-batch",
-    partial(trainer, kind=SecondMicroBatch, per_device_train_batch_size=1, gradient_accumulation_steps=2),
+    partial(
+        trainer,
+        kind=losing(lambda self, loss, outputs, labels: loss if self.calls % 2 else outputs.loss),
+        **ACCUMULATED,
+    ),
 )
 
 
@@ -266,20 +236,19 @@ def loss_func(outputs, labels, num_items_in_batch=None):
 
 
 compare("compute_loss_func", partial(trainer, extra={"compute_loss_func": loss_func}))
-compare("label smoothing", partial(trainer, label_smoothing_factor=0.1))
-compare("remove_unused_columns=False", partial(trainer, remove_unused_columns=False))
-compare("accumulation", partial(trainer, per_device_train_batch_size=1, gradient_accumulation_steps=2))
-compare("loader workers", partial(trainer, dataloader_num_workers=1))
-compare("bf16", partial(trainer, bf16=True))
-compare("auto_find_batch_size", partial(trainer, auto_find_batch_size=True))
-compare(
-    "non-reentrant checkpointing",
-    partial(trainer, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}),
-)
-compare(
-    "reentrant checkpointing",
-    partial(trainer, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}),
-)
+for _name, _settings in {
+    "label smoothing": {"label_smoothing_factor": 0.1},
+    "remove_unused_columns=False": {"remove_unused_columns": False},
+    "accumulation": ACCUMULATED,
+    "loader workers": {"dataloader_num_workers": 1},
+    "bf16": {"bf16": True},
+    "auto_find_batch_size": {"auto_find_batch_size": True},
+    "torch_compile": {"torch_compile": True, "torch_compile_backend": "eager"},
+}.items():
+    compare(_name, partial(trainer, **_settings))
+for _name, _reentrant in (("non-reentrant checkpointing", False), ("reentrant checkpointing", True)):
+    _kwargs = {"use_reentrant": _reentrant}
+    compare(_name, partial(trainer, gradient_checkpointing=True, gradient_checkpointing_kwargs=_kwargs))
 
 
 # Callbacks
@@ -333,52 +302,55 @@ for _name, _callback in (
 # What trains
 
 
-def frozen_but(*parts: str) -> Callable[..., Any]:
-    def build(folder: Path, alpha: float | str) -> Any:
+def frozen_but(part: str, build: Callable[..., Any] = trainer) -> Callable[..., Any]:
+    def built(folder: Path, alpha: float | str) -> Any:
         start = model()
         for name, parameter in start.named_parameters():
-            parameter.requires_grad_(any(part in name for part in parts))
-        return trainer(folder, alpha, start=start)
+            parameter.requires_grad_(part in name)
+        return build(folder, alpha, start=start)
 
-    return build
+    return built
 
 
-compare("only the head trains", frozen_but("lm_head"))
-compare("only the last norm trains", frozen_but("model.norm"))
-compare("only the last block trains", frozen_but("layers.2."))
-compare("only the first block trains", frozen_but("layers.0."))
+for _name, _part in {
+    "the head": "lm_head",
+    "the last norm": "model.norm",
+    "the last block": "layers.2.",
+    "the first block": "layers.0.",
+}.items():
+    compare(f"only {_name} trains", frozen_but(_part))
 compare("only embeddings train", frozen_but("embed_tokens"))
 
+for _name, _settings in {
+    "LoRA": {},
+    "LoRA on the last block": {"layers_to_transform": [BLOCKS - 1]},
+    "LoRA on block 1 alone": {"layers_to_transform": [1]},
+    "LoRA on the head alone": {"target_modules": ["lm_head"]},
+}.items():
+    compare(
+        _name,
+        lambda folder, alpha, settings=_settings: trainer(folder, alpha, start=lora(**settings)),
+        short=not _settings,
+    )
+compare(
+    "LoRA above the constrained blocks",
+    lambda folder, alpha: trainer(folder, alpha, start=lora(layers_to_transform=[2]), procon_blocks="0,1"),
+)
 
-def with_lora(**settings: Any) -> Callable[..., Any]:
-    return lambda folder, alpha: trainer(folder, alpha, start=lora(**settings))
 
-
-compare("LoRA", with_lora(), short=True)
-compare("LoRA on the last block", with_lora(layers_to_transform=[BLOCKS - 1]))
-compare("LoRA on block 1 alone", with_lora(layers_to_transform=[1]))
-compare("LoRA on the head alone", with_lora(target_modules=["lm_head"]))
-
-
-def lora_above_the_blocks(folder: Path, alpha: float | str) -> Any:
-    return trainer(folder, alpha, start=lora(layers_to_transform=[2]), procon_blocks="0,1")
-
-
-compare("LoRA above the constrained blocks", lora_above_the_blocks)
-
-
-def of_parameters(choose: Callable[[nn.Module], list]) -> Callable[..., Any]:
+def of_parameters(choose: Callable[[nn.Module], list], build: Callable[..., Any] = trainer) -> Callable[..., Any]:
     """An optimiser of parameters of the user's choice."""
 
-    def build(folder: Path, alpha: float | str) -> Any:
+    def built(folder: Path, alpha: float | str) -> Any:
         start = model()
         optimizer = torch.optim.SGD(choose(start), lr=0.1)
-        return trainer(folder, alpha, start=start, extra={"optimizers": (optimizer, None)})
+        return build(folder, alpha, start=start, extra={"optimizers": (optimizer, None)})
 
-    return build
+    return built
 
 
-compare("an optimiser of the head alone", of_parameters(lambda m: list(m.lm_head.parameters())), short=True)
+of_the_head = partial(of_parameters, lambda m: list(m.lm_head.parameters()))
+compare("an optimiser of the head alone", of_the_head(), short=True)
 compare("an optimiser of another model", of_parameters(lambda m: list(copy.deepcopy(m).parameters())))
 compare("an optimiser of all", of_parameters(lambda m: list(m.parameters())))
 
@@ -400,18 +372,7 @@ def other_adapters(folder: Path) -> Outcome:
     return refused(trainer(folder, start=start, callbacks=(switch,)).train)
 
 
-def compiled(folder: Path, alpha: float | str) -> Any:
-    return trainer(folder, alpha, torch_compile=True, torch_compile_backend="eager")
-
-
-compare("torch_compile", compiled)
-
-
-def copied(folder: Path, alpha: float | str) -> Any:
-    return trainer(folder, alpha, start=copy.deepcopy(model()))
-
-
-compare("a copied model", copied)
+compare("a copied model", lambda folder, alpha: trainer(folder, alpha, start=copy.deepcopy(model())))
 
 
 # Data
@@ -467,19 +428,13 @@ def zero_directions(folder: Path) -> Outcome:
     return against_plain(trained, folder)
 
 
-@scenario("directions without a gap", "ProConTrainer")
-def no_gap(folder: Path) -> Outcome:
-    return refused(lambda: trainer(folder, given=_with(gaps=torch.zeros(BLOCKS, 1))).train())
-
-
-@scenario("directions that are not finite", "ProConTrainer")
-def not_finite(folder: Path) -> Outcome:
-    return refused(lambda: trainer(folder, given=_with(basis=directions().basis * torch.nan)).train())
-
-
-@scenario("directions of another width", "ProConTrainer")
-def other_width(folder: Path) -> Outcome:
-    return refused(lambda: trainer(folder, start=model(hidden_size=32)).train())
+for _name, _changes in {
+    "directions without a gap": {"gaps": torch.zeros(BLOCKS, 1)},
+    "directions that are not finite": {"basis": directions().basis * torch.nan},
+}.items():
+    scenario(_name, "ProConTrainer")(
+        lambda folder, changes=_changes: refused(lambda: trainer(folder, given=_with(**changes)).train())
+    )
 
 
 @scenario("no directions, and no chat template", "ProConTrainer")
@@ -536,25 +491,6 @@ callback_scenario("another model object trains", kind=OfAnother)
 callback_scenario("label smoothing", label_smoothing_factor=0.1)
 callback_scenario("compute_loss_func", extra={"compute_loss_func": loss_func})
 callback_scenario("model.eval() in a callback", callbacks=(Calls(step=lambda model: model.eval()),))
-callback_scenario("accumulation", per_device_train_batch_size=1, gradient_accumulation_steps=2)
-
-
-@scenario("only the head trains", "ProConCallback")
-def callback_head_only(folder: Path) -> Outcome:
-    def trained(place: Path, alpha: float | str) -> nn.Module:
-        start = model()
-        for name, parameter in start.named_parameters():
-            parameter.requires_grad_("lm_head" in name)
-        return train(by_callback(place, alpha, start=start))
-
-    return against_plain(trained, folder)
-
-
-@scenario("an optimiser of the head alone", "ProConCallback")
-def callback_optimizer(folder: Path) -> Outcome:
-    def trained(place: Path, alpha: float | str) -> nn.Module:
-        start = model()
-        optimizer = torch.optim.SGD(start.lm_head.parameters(), lr=0.1)
-        return train(by_callback(place, alpha, start=start, extra={"optimizers": (optimizer, None)}))
-
-    return against_plain(trained, folder)
+callback_scenario("accumulation", **ACCUMULATED)
+compare("only the head trains", frozen_but("lm_head", by_callback), door="ProConCallback")
+compare("an optimiser of the head alone", of_the_head(by_callback), door="ProConCallback")
