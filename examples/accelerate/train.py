@@ -66,7 +66,6 @@ def main() -> None:
     rank, ranks = accelerator.process_index, accelerator.num_processes
     with accelerator.autocast():
         procon.record(lambda: once_through(dataset, collator, args.batch_size, rank=rank, ranks=ranks))
-    procon.begin_run()
 
     steps_per_epoch = -(-len(loader) // args.accumulation)
     procon.set_steps_per_epoch(steps_per_epoch)

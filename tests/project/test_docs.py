@@ -33,7 +33,7 @@ PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
 TESTED_ELSEWHERE = frozenset({ROOT / "README.md"})
 
 #: Pages whose Python takes more than ten seconds.
-SLOW = {"adapters.md", "tutorial.md"}
+SLOW = {"trainers.md", "tutorial.md"}
 
 LANGUAGES = {"python", "bash", "yaml", "text"}
 
