@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from procon.chat import builtin_prompts, generate_replies, user_turn
 from procon.data import padding_collator, safety_conversations, tokenize_conversations
-from procon.demo.model import GGUF, GGUF_SHA256, fetch_demo_model
+from procon.demo import fetch_demo_model
+from procon.demo.model import GGUF, GGUF_SHA256
 from procon.models import load_model, weights_hash
 from procon.settings import PAPER_RECIPE
 from procon.version import __version__

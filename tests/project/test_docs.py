@@ -185,7 +185,11 @@ def flags_of(script: Path) -> set[str]:
 
 
 def check_procon(words: list[str], where: str) -> None:
-    if words in (["--version"], ["-V"], ["--help"]) or words[1:] == ["--help"] or (words[0] == "help" and words[1] in COMMANDS):
+    if (
+        words in (["--version"], ["-V"], ["--help"])
+        or words[1:] == ["--help"]
+        or (words[0] == "help" and words[1] in COMMANDS)
+    ):
         return
     assert words[0] in COMMANDS, where
     if "--config" in words:  # its settings are those of a YAML block, checked as one
