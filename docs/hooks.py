@@ -4,7 +4,6 @@
   own, which any reader of Markdown shows.
 - Formulas become MathML, which browsers lay out by themselves: no script, no font and no server of anyone else.
 - A name in a table may go on in the next line after an underscore, a point, a slash or a bracket, and nowhere else.
-- Links of the changelog, which lies in the repository's root, lead to pages of the site.
 - The foot of each page has the version.
 """
 
@@ -14,7 +13,7 @@ import re
 import runpy
 from html import unescape
 from pathlib import Path
-from posixpath import dirname, join, normpath, relpath
+from posixpath import dirname, join, normpath
 
 from latex2mathml.converter import convert
 
@@ -26,9 +25,6 @@ _FORMULA = re.compile(r'<(?P<tag>div|span) class="arithmatex">\\[(\[](?P<tex>.*?
 _CELL = re.compile(r"<t[dh]\b.*?</t[dh]>", re.DOTALL)
 _TEXT = re.compile(r"(?<=>)[^<]+(?=<)")
 _JOINT = re.compile(r"(?<=[A-Za-z_])([_./(]+)(?=[A-Za-z])")
-
-#: In what the site shows of the repository's own pages.
-_ROOTED = re.compile(r'(?<=href=")docs/([\w/-]+)\.md')
 
 
 def on_config(config):
@@ -46,7 +42,6 @@ def on_post_page(output: str, page, config) -> str:
         return f"<figure>{_ALONE.sub('', svg)}</figure>"
 
     output = _FORMULA.sub(_mathml, _IMAGE.sub(drawing, output))
-    output = _ROOTED.sub(lambda link: join(relpath(".", page.url), link[1], ""), output)
     return _CELL.sub(_with_breaks, output)
 
 

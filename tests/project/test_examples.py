@@ -27,7 +27,7 @@ TESTED_ELSEWHERE = {"llama_factory.py", "unsloth.py"}
 
 
 def test_axolotl_file_is_the_page_s():
-    page = (EXAMPLES.parent / "docs" / "how-to" / "axolotl.md").read_text(encoding="utf-8")
+    page = (EXAMPLES.parent / "docs" / "how-to" / "frameworks.md").read_text(encoding="utf-8")
     assert (EXAMPLES / "axolotl.yml").read_text(encoding="utf-8").endswith(page.split("```yaml\n")[1].split("```")[0])
 
 
