@@ -28,6 +28,7 @@ from procon.models import load_model, spread
 from procon.settings import PAPER_RECIPE
 from procon.training import DriftCallback, ProConConfig, ProConTrainer
 from procon.training.config import check_probe_file
+from procon.training.run_folder import has_checkpoints
 
 
 def train(arguments: TrainArguments, config: ProConConfig) -> None:
@@ -37,6 +38,11 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
     check_probe_file(config.procon_settings())
     for folder in filter(None, (output, config.procon_settings().anchors_dir)):
         check_writable(Path(folder) / "any")
+    if not arguments.resume and has_checkpoints(output):  # which this training would write over
+        raise ProConError(
+            f"output_dir {str(output)!r} has checkpoints of a training: give --resume to go on from the latest, "
+            "another output_dir, or delete them"
+        )
     conversations, evaluation = _conversations(arguments, config.seed)
     model, tokenizer = _model(arguments, config)
     settings: dict[str, Any] = {

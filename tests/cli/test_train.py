@@ -52,6 +52,8 @@ def test_train_then_resume(here, capsys):
     assert sorted(json.loads(Path("out/adapter_config.json").read_text())["target_modules"]) == ["o_proj", "q_proj"]
     assert Path("out/tokenizer_config.json").is_file()
     assert [row["procon/alpha"] for row in logs() if "loss" in row] == [0.5, 0]
+    assert main([*argv, "--max_steps", "4"]) == 2
+    assert "output_dir 'out' has checkpoints of a training: give --resume to go on" in capsys.readouterr().err
     assert main([*argv, "--max_steps", "4", "--resume", "--procon_schedule", "0"]) == 2
     assert "is of training under the constraint" in capsys.readouterr().err
     assert main([*argv, "--max_steps", "4", "--resume"]) == 0
