@@ -86,9 +86,10 @@ def _first_called(block: nn.Module, norms: list[nn.Module], hidden_size: int) ->
     # Some blocks convert their input to the dtype of the norm's weight: then it is the same tensor.
     dtype: Any = norms[0].weight.dtype
     hidden = torch.empty(1, 1, hidden_size, device="meta", dtype=dtype)
+    version = hidden._version
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        alone = len(args) == 1 and not kwargs and args[0] is hidden and hidden._version == 0
+        alone = len(args) == 1 and not kwargs and args[0] is hidden and hidden._version == version
         raise _Called(module if alone and module in norms else None)
 
     # Wrappers, such as those that move weights between devices, are not to do their work for nothing.
