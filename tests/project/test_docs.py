@@ -18,11 +18,13 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 import procon
 from procon.chat import builtin_prompts
 from procon.cli.parsing import COMMANDS, parse
-from procon.demo import arithmetic_problems
+from procon.data import load_conversations, tokenize_conversations
+from procon.demo import arithmetic_problems, fetch_demo_model
 from procon.errors import ProConError
 from procon.training import ProConArguments
 
@@ -133,6 +135,18 @@ def test_python_runs(page, names):
         if missing.name not in OPTIONAL:
             raise
         pytest.skip(f"{page.name} is about {missing.name}, which is not installed")
+
+
+@pytest.mark.slow
+def test_the_first_example_runs_with_the_tokenizer_of_the_quickstart(names, tiny_model):
+    """For whose template TRL has none for training: the labels are those of `procon train`."""
+    pytest.importorskip("trl", reason="the example's trainer extends TRL's")
+    tokenizer = AutoTokenizer.from_pretrained(fetch_demo_model())
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained(names["model_name"])
+    tokenizer.save_pretrained(names["model_name"])
+    run_python(ROOT / "docs" / "index.md", names)
+    expected = tokenize_conversations(load_conversations(names["data_file"]), tokenizer)
+    assert names["trainer"].train_dataset["labels"] == expected["labels"]
 
 
 def commands(page: Path) -> Iterator[tuple[int, list[str]]]:
