@@ -68,7 +68,6 @@ EXTRAS["test"] = [
     *together("all", "docs", "study", "lint"),
     "bitsandbytes>=0.50.2",
     "deepspeed>=0.19",
-    "hypothesis>=6.100",
     "lightning>=2.6",
     "liger-kernel>=0.8",
     "playwright>=1.50",

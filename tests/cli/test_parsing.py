@@ -96,7 +96,7 @@ def test_training_arguments_are_those_of_the_installed_transformers():
     settings = settings_of("train")
     own = {field.name: field for field in fields(TrainingArguments)}
     assert own.keys() == settings.keys() & own.keys()
-    assert {field.name for field in fields(ProConConfig)} - settings.keys() <= {"procon_overwrite"}
+    assert {field.name for field in fields(ProConConfig)} - settings.keys() == set()
     for name in own.keys() - {"output_dir", "learning_rate", "logging_steps", "report_to"}:
         if settings[name].default is not None:
             assert settings[name].default == own[name].default, name

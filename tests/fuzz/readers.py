@@ -24,7 +24,7 @@ _NAMES = re.compile(r"(parse|load|read)(_\w+)?|from_dict")
 
 #: Rooms, files and functions that the campaign leaves out, and why.
 LEFT_OUT = {
-    "anchors": "anchors, whose every byte is under a checksum: python tests/flips",
+    "anchors": "anchors, whose every byte is under a checksum: python tests/faults",
     "chat/prompts.py _asset_lines": "comes with the package",
     "cli/parsing.py _training_arguments": "the source of transformers",
     "data/prompt_sets.py": "data sets of the hub",
@@ -34,10 +34,10 @@ LEFT_OUT = {
     "files.py sync": "waits for the disk",
     "files.py _machine": "of the system",
     "integrations": "settings that a framework has read",
-    "method": "what a training left behind: python tests/flips and python tests/faults",
+    "method": "what a training left behind: python tests/faults",
     "models": "a model, which transformers reads",
     "report/html.py": "comes with the package",
-    "training": "what a training left behind: python tests/flips and python tests/faults",
+    "training": "what a training left behind: python tests/faults",
 }
 
 
