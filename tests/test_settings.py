@@ -119,10 +119,10 @@ def test_trl_s_training_arguments_have_the_defaults(kind, tmp_path):
 
 def test_axolotl_s_keys_have_the_defaults():
     pytest.importorskip("axolotl", reason="axolotl is not installed")
-    from procon.integrations.axolotl import AxolotlKeys, _arguments
+    from procon.integrations.axolotl import AxolotlKeys, ProConAxolotlArguments
 
     assert all(value is None for value in AxolotlKeys().model_dump().values())
-    assert _arguments({}).procon_settings() == DEFAULTS
+    assert ProConAxolotlArguments().procon_settings() == DEFAULTS
     assert {f"procon_{setting}" for setting in SETTINGS} < AxolotlKeys.model_fields.keys()
 
 

@@ -28,5 +28,8 @@ class ProConAxolotlTrainer(ProConMixin, AxolotlTrainer):
         def one_sample_a_row(features: list[dict[str, Any]]) -> dict[str, Any]:
             return pad([{name: row[name] for name in ("input_ids", "labels")} for row in features])
 
-        with self._collating(one_sample_a_row):
+        packing, self.data_collator = self.data_collator, one_sample_a_row
+        try:
             return super()._recording_dataloader()
+        finally:
+            self.data_collator = packing
