@@ -284,12 +284,6 @@ def parse_blocks(text: str, name: str = "blocks") -> Blocks:
     return blocks
 
 
-def check_alpha(alpha: float, name: str = "alpha") -> None:
-    """Raise ProConError unless ``alpha`` is a strength: finite, 0 or more."""
-    if not 0 <= _as_float(alpha) < math.inf:
-        raise ProConError(f"{name} is {alpha!r}: give a finite number, 0 or more")
-
-
 def _as_float(value: object) -> float:
     """A number as a float; NaN for what is none, and for one that no float can hold."""
     try:

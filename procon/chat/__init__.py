@@ -9,7 +9,7 @@ from procon.errors import require_extra
 
 __extra__ = require_extra("train", __name__)
 
-from procon.chat.generation import continue_texts, continue_tokens, generate, generate_replies
+from procon.chat.generation import continue_tokens, generate, generate_replies
 from procon.chat.masks import marked_template, response_mask
 from procon.chat.prompts import (
     ContrastPrompts,
@@ -35,7 +35,6 @@ __all__ = [
     "builtin_probes",
     "builtin_prompts",
     "builtin_refusals",
-    "continue_texts",
     "continue_tokens",
     "describe_chat",
     "generate",

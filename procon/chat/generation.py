@@ -63,14 +63,6 @@ def generate_replies(
     return [reply.text for reply in generate(model, tokenizer, conversations, **settings)]
 
 
-def continue_texts(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **settings: Any
-) -> list[str]:
-    """How the model goes on from each text, without a chat template; settings are :func:`continue_tokens`'."""
-    generated = continue_tokens(model, tokenizer, [tokenizer(text)["input_ids"] for text in texts], **settings)
-    return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in generated]
-
-
 def continue_tokens(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,

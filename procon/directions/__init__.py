@@ -10,7 +10,7 @@ from procon.errors import require_extra
 __extra__ = require_extra("train", __name__)
 
 from procon.directions.controls import randomized
-from procon.directions.directions import DIRECTIONS_FILE, Directions, load_vectors
+from procon.directions.directions import DIRECTIONS_FILE, Directions
 from procon.directions.extraction import ContrastMeans, auroc, each_last_token, project_last_token
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "Directions",
     "auroc",
     "each_last_token",
-    "load_vectors",
     "project_last_token",
     "randomized",
 ]

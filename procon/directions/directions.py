@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -427,18 +427,3 @@ def rows_of(vectors: Vectors, blocks: int, width: int) -> Tensor:
     if not rows.any() or (isinstance(vectors, Tensor) and len(given) < blocks):
         raise ProConError(f"too few vectors are given, or zeros alone: name blocks, or give {blocks} rows")
     return rows
-
-
-def load_vectors(path: str | Path) -> Vectors:
-    """Vectors from a safetensors file, as :meth:`Directions.from_vectors` takes them.
-
-    The file has one tensor ``vectors``, ``[L, D]``; or one of ``[D]`` for each block, named by its index, such as
-    ``14``, or ``last``. ProConError if it cannot be read.
-    """
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ProConError(f"vectors file {str(path)!r} cannot be read ({error}): save it by safetensors") from error
-    if tensors.keys() == {"vectors"}:
-        return tensors["vectors"]
-    return {int(name) if name.isdecimal() else name: tensor for name, tensor in tensors.items()}

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from procon.chat import ContrastPrompts
-from procon.directions import Directions, load_vectors, randomized
+from procon.directions import Directions, randomized
 from procon.directions import directions as module
 from procon.errors import ProConError
 from procon.models import find_decoder
@@ -194,22 +194,11 @@ def test_given_vectors_that_cannot_be_directions(model, vectors, name, message):
         Directions.from_vectors(model, vectors, name=name)
 
 
-def test_vectors_from_a_file(model, tmp_path):
-    def load(tensors) -> Directions:
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "v")
-        return Directions.from_vectors(model, load_vectors(tmp_path / "v"), name="probe")
-
+def test_vectors_by_block_and_for_all(model):
     one = random_vectors(4)
-    by_block = load({"1": one[1], "last": one[3]})
+    by_block = Directions.from_vectors(model, {1: one[1], "last": one[3]}, name="probe")
     assert by_block.usable.tolist() == [False, True, False, True]
-    torch.testing.assert_close(load({"vectors": one}).basis[[1, 3]], by_block.basis[[1, 3]])
-    for names in (["weight"], ["1", "vectors"], ["1.scale"]):
-        with pytest.raises(ProConError, match=r"the vector of block '.*' has"):
-            load(dict.fromkeys(names, one[1]))
-    (tmp_path / "v").write_text("{}")
-    for name in ("v", "w"):
-        with pytest.raises(ProConError, match=f"{name}' cannot be read"):
-            load_vectors(tmp_path / name)
+    torch.testing.assert_close(Directions.from_vectors(model, one, name="probe").basis[[1, 3]], by_block.basis[[1, 3]])
 
 
 # Several concepts

@@ -18,14 +18,13 @@ from unittest import mock
 import datasets
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
 from texts import as_bytes, as_json, changed, damaged, text, value
 
 from procon.chat import is_degenerate, is_refusal, load_instructions
 from procon.cli import main
 from procon.cli.parsing import COMMANDS, parse
 from procon.data import load_conversations, parse_columns
-from procon.directions import Directions, load_vectors
+from procon.directions import Directions
 from procon.errors import ProConError
 from procon.evaluation import Evaluation, extract_answer
 from procon.method import Probes
@@ -254,13 +253,11 @@ def take_reported(files: dict[str, bytes], page: bool = False) -> None:
 def make_tensors(random: Random) -> tuple[Callable[[Path], Any], bytes]:
     """A reader, and a file for it: the header is JSON, so it is changed as JSON; then bytes are damaged."""
     unit, lengths, path = torch.nn.functional.normalize(torch.ones(3, 4), dim=-1), torch.tensor([2, 3]), FOLDER / "good"
-    read = random.choice((Directions.load, load_vectors, Probes.load))
+    read = random.choice((Directions.load, Probes.load))
     if read == Directions.load:
         Directions(unit[:, None], torch.ones(3, 1)).save(path)
-    elif read == Probes.load:
-        Probes(torch.ones(2, 3, dtype=torch.int64), lengths - 1, lengths, torch.ones(4, 5)).save(path)
     else:
-        save_file({"0": unit[0].clone(), "last": unit[1].clone(), "bias": torch.zeros(3)}, path)
+        Probes(torch.ones(2, 3, dtype=torch.int64), lengths - 1, lengths, torch.ones(4, 5)).save(path)
     content = path.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     header = as_json(changed(random, json.loads(content[8:end]))).encode(errors="replace")
