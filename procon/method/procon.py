@@ -228,7 +228,7 @@ class ProCon:
     def record(self, batches: Batches) -> None:
         """Record what the starting model is, unless a checkpoint has it: the model is where it will train.
 
-        What was done is counted on from there, or from nothing.
+        What was done is counted on from there, or from nothing. If it fails, the model is as it was.
 
         Args:
             batches: makes a loader of the training set, each rank's share once, for a term that records it.
@@ -238,16 +238,20 @@ class ProCon:
         self._penalty_sum = None
         self._carried = float(window.get("penalty", 0.0))
         self._penalty_steps = int(window.get("steps", 0))
-        if self.active and not self.needs_directions and self.at_start:
-            # Elsewhere asked as directions are found: what is kept is what is there.
-            prompts = builtin_prompts("extraction").malicious
-            asked = {"chat": self.run.chat, "progress": self.run.progress}
-            model = self.run.model
-            self.run.once(
-                lambda: measure_refusal(model, self.run.tokenizer, prompts, **asked), all_call=is_sharded(model)
-            )
-        for term in self.terms:
-            term.prepare(self.run, batches)
+        try:
+            if self.active and not self.needs_directions and self.at_start:
+                # Elsewhere asked as directions are found: what is kept is what is there.
+                prompts = builtin_prompts("extraction").malicious
+                asked = {"chat": self.run.chat, "progress": self.run.progress}
+                model = self.run.model
+                self.run.once(
+                    lambda: measure_refusal(model, self.run.tokenizer, prompts, **asked), all_call=is_sharded(model)
+                )
+            for term in self.terms:
+                term.prepare(self.run, batches)
+        except BaseException:
+            self.detach()
+            raise
 
     def prepare(self, loader: DataLoader, *, accumulation: int = 1, resume: str | Path | None = None) -> DataLoader:
         """All that comes before training in a plain loop; returns ``loader``, whose batches then have anchors.
@@ -273,14 +277,10 @@ class ProCon:
         self.set_steps_per_epoch(max(1, -(-len(loader) // (shares * accumulation))))
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         collate, size = loader.collate_fn, loader.batch_size or 1
+        anchored = self.collator(collate)
         self.attach()
-        try:
-            loader.collate_fn = self.collator(collate)
-            self.record(lambda: once_through(loader.dataset, collate, size, rank=rank, ranks=ranks))
-        except BaseException:
-            self.detach()
-            loader.collate_fn = collate
-            raise
+        self.record(lambda: once_through(loader.dataset, collate, size, rank=rank, ranks=ranks))
+        loader.collate_fn = anchored
         self.begin_step(int(record.get("step", 0)))
         return loader
 

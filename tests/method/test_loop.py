@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from procon import ProCon, ProConError, ProConSettings
 from procon.data import padding_collator
+from procon.integrations import ProConCallback
 from procon.method import Run, Term
 
 
@@ -108,6 +109,17 @@ def test_a_start_that_fails_leaves_the_model_and_the_loader_as_they_were(loop, v
     procon.terms.pop()
     procon.prepare(loader)
     procon.detach()
+
+
+def test_a_callback_whose_start_fails_leaves_the_model_as_it_was(make_trainer, random_directions):
+    trainer = make_trainer("Trainer", None)
+    before = hooks(trainer.model)
+    trainer.add_callback(ProConCallback(random_directions(trainer.model)))
+    with torch.no_grad():
+        next(trainer.model.model.layers[1].parameters()).fill_(torch.nan)
+    with pytest.raises(ProConError, match="are NaN"):
+        trainer.train()
+    assert hooks(trainer.model) == before
 
 
 def test_an_epoch_has_the_steps_that_the_ranks_share(loop):
