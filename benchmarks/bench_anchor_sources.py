@@ -38,6 +38,7 @@ from benchmarks.harness.shapes import SHAPES, make_batch, make_directions, make_
 from benchmarks.harness.timers import wall_time
 from procon import Probes, ProjectionConstraint
 from procon.anchors import LiveAnchors
+from procon.models import DecoderForward
 from procon.training.preferences import ProConDPOConfig, ProConDPOTrainer
 
 SUPERVISED = ("plain", "recorded", "live", "probes", "default")
@@ -120,7 +121,7 @@ def _supervised() -> _Result:
     mask = torch.ones(batch["input_ids"].shape, device=DEVICE)
     constraint = ProjectionConstraint(directions).attach(model)
     live = LiveAnchors(model, directions, blocks=constraint.blocks)
-    anchors, probes = live(batch), _probes(directions)
+    anchors, probes, forward = live(batch), _probes(directions), DecoderForward(model)
 
     def plain() -> Tensor:
         constraint.enabled = False
@@ -133,12 +134,12 @@ def _supervised() -> _Result:
 
     def probed() -> Tensor:
         constraint.enabled = False
-        return model(**batch).loss + ALPHA * probes.departure(model)
+        return model(**batch).loss + ALPHA * probes.departure(forward)
 
     def both() -> Tensor:
         loss = constrained(lambda: anchors)
         constraint.rest()
-        return loss + ALPHA * probes.departure(model)
+        return loss + ALPHA * probes.departure(forward)
 
     losses = {
         "plain": plain,

@@ -5,8 +5,7 @@ that a ratio is one of neighbours in time. On a CPU it is one of CPU times, whic
 
 - ``step``: forward, loss and penalty, backward and AdamW of a constrained model with LoRA, by the defaults.
 - ``lookup``: the anchors of a batch found on disk and laid beside its tokens, as a loader's worker does.
-- ``host``: Python's share of a step of ProConTrainer with its defaults on a tiny model: what it takes more than the
-  plain Trainer's, less the forward and backward of its probes.
+- ``host``: Python's share of a step of ProConTrainer with its defaults on a tiny model (:mod:`benchmarks.host`).
 """
 
 from __future__ import annotations
@@ -58,74 +57,6 @@ def workload(folder: str, shape: str = "SmolLM2-135M") -> dict[str, Callable[[],
     return {"step": step, "lookup": lambda: anchors.annotate(dict(on_cpu))}
 
 
-def trainer_step(kind: str, folder: str, steps: int = 40, warmup: int = 4) -> float:
-    """CPU seconds of a step of the Trainer (``"plain"``), of ProConTrainer (``"default"``), or of its ``"probes"``."""
-    import torch
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
-
-    from benchmarks.harness.shapes import SHAPES, make_batch, make_model
-    from procon import Directions, ProConConfig, ProConTrainer
-    from procon.data import padding_collator
-
-    torch.set_num_threads(1)
-    model, size = make_model("smoke", torch.float32, "full"), SHAPES["smoke"]
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, "<end>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-    rows = make_batch("smoke", 8, 64, packed=False)
-    data = [{name: rows[name][row].tolist() for name in ("input_ids", "labels")} for row in range(8)]
-    directions = Directions.from_vectors(
-        model, torch.randn(size["num_hidden_layers"], size["hidden_size"]), name="random"
-    )
-    common = {
-        "output_dir": tempfile.mkdtemp(dir=folder),
-        "max_steps": steps,
-        "per_device_train_batch_size": 8,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-
-    class Clock(TrainerCallback):
-        begin = seconds = 0.0
-
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == warmup:
-                self.begin = time.process_time()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == steps:
-                self.seconds = (time.process_time() - self.begin) / (steps - warmup)
-
-    clock = Clock()
-    given = {
-        "train_dataset": Dataset.from_list(data),
-        "data_collator": padding_collator(tokenizer),
-        "callbacks": [clock],
-    }
-    if kind == "plain":
-        Trainer(model, TrainingArguments(**common), **given).train()
-        return clock.seconds
-    settings = ProConConfig(**common)
-    if kind == "default":
-        ProConTrainer(model, settings, directions=directions, processing_class=tokenizer, **given).train()
-        return clock.seconds
-
-    ids = torch.full((settings.procon_probe_batch, 12), 1)
-
-    def probes() -> None:
-        last = model.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, -1]
-        last.float().square().mean().backward()
-
-    probes()
-    return cpu_time(probes, steps) / settings.procon_probe_every
-
-
 def serve() -> None:
     """Run what each line of standard input names, so many times, and answer with the seconds per call."""
     # What libraries print while they load is no answer.
@@ -133,6 +64,7 @@ def serve() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     import torch
 
+    from benchmarks import host
     from benchmarks.harness.timers import wall_time
 
     clock = wall_time if torch.cuda.is_available() else cpu_time
@@ -140,7 +72,7 @@ def serve() -> None:
         calls = workload(folder)
         for line in sys.stdin:
             name, count = line.split()
-            seconds = clock(calls[name], int(count)) if name in calls else trainer_step(name, folder)
+            seconds = clock(calls[name], int(count)) if name in calls else host.seconds(name, folder)
             print(seconds, file=answers, flush=True)
 
 

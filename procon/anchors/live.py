@@ -14,8 +14,8 @@ from procon.anchors.recording import checked_blocks, project_sites
 from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import (
+    DecoderForward,
     StartingModel,
-    decoder_forward,
     evaluating,
     find_decoder,
     model_device,
@@ -92,7 +92,7 @@ class LiveAnchors:
                 self._start(**inputs)
             else:
                 with evaluating(self._reference):
-                    decoder_forward(self._reference)(**inputs)
+                    DecoderForward(self._reference)(**inputs)
 
         return self.of(run, len(inputs["input_ids"]))[1]
 

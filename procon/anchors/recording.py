@@ -15,10 +15,9 @@ from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import (
     Decoder,
-    decoder_forward,
+    DecoderForward,
     find_decoder,
     is_sharded,
-    model_device,
     observe_block_inputs,
     observe_sites,
     site_name,
@@ -118,9 +117,8 @@ def record_projections(
             does not keep the sequences of a packed row apart.
     """
     sharded = is_sharded(model)
-    decoder = find_decoder(model)
-    forward = decoder_forward(model)
-    device = model_device(model)
+    forward = DecoderForward(model)
+    decoder, device = forward.decoder, forward.device
     unit = directions.to(device)
     batches = iter(dataloader)
     seen: set[int] = set()

@@ -22,11 +22,9 @@ from procon.directions import Directions
 from procon.errors import ProConError
 from procon.files import json_checksum, load_json, save_json
 from procon.models import (
+    DecoderForward,
     configuration_hash,
-    decoder_forward,
     evaluating,
-    find_decoder,
-    model_device,
     observe_block_inputs,
     token_embedding,
     unwrapped,
@@ -226,17 +224,17 @@ def running_precision(model: nn.Module) -> list[str]:
 
     At the last block: autocast around the call and within the model, and what FSDP2 casts to, show alike.
     """
-    decoder = find_decoder(model)
+    forward = DecoderForward(model)
     found = [token_embedding(model).weight.dtype]
 
     def observe(block: int, hidden: Tensor) -> None:
-        if block == len(decoder.blocks) - 1:
+        if block == len(forward.decoder.blocks) - 1:
             found.append(hidden.dtype)
             if torch.is_autocast_enabled(hidden.device.type):
                 found.append(torch.get_autocast_dtype(hidden.device.type))
 
-    with evaluating(model), observe_block_inputs(decoder, observe):
-        decoder_forward(model)(**decoder_inputs(ONE_TOKEN, model_device(model)))
+    with evaluating(model), observe_block_inputs(forward.decoder, observe):
+        forward(**decoder_inputs(ONE_TOKEN, forward.device))
     return list(map(str, found))
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from procon.chat import ContrastPrompts, pad_token_id, render, user_turn
 from procon.errors import ProConError
 from procon.models import (
-    decoder_forward,
+    DecoderForward,
     evaluating,
     find_decoder,
     in_batches,
@@ -133,11 +133,9 @@ def each_last_token(
     Sites are the inputs of the ``L`` blocks, and ``L``, the output of the last one. A batch that does not fit in memory
     is run again in smaller ones.
     """
-    decoder = find_decoder(model)
-    forward = decoder_forward(model)
+    forward = DecoderForward(model)
     ids = [render(tokenizer, user_turn(prompt), generation_prompt=True, chat=chat) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    device = model_device(model)
     pad = pad_token_id(tokenizer)
 
     def run(rows: Sequence[int]) -> None:
@@ -148,8 +146,8 @@ def each_last_token(
         mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
         last = (torch.arange(len(rows)), lengths - 1)
         states: dict[int, Tensor] = {}
-        with observe_sites(decoder, lambda site, hidden: states.update({site: hidden[last]})):
-            forward(input_ids=batch.to(device), attention_mask=mask.to(device))
+        with observe_sites(forward.decoder, lambda site, hidden: states.update({site: hidden[last]})):
+            forward(input_ids=batch.to(forward.device), attention_mask=mask.to(forward.device))
         # Once all of it is there, as a batch that does not fit is run again.
         for site, hidden in states.items():
             consume(list(rows), site, hidden)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,11 +24,9 @@ from procon.errors import ProConError
 from procon.files import whole_file
 from procon.method.term import Batches, Run, Step, Term
 from procon.models import (
-    decoder_forward,
+    DecoderForward,
     evaluating,
-    find_decoder,
     is_sharded,
-    model_device,
     observe_last_state,
     token_embedding,
     unwrapped,
@@ -90,22 +88,19 @@ class Probes:
             self.input_ids[rows, : int(lengths.max())], prompts, lengths, torch.cat([states[row] for row in rows])
         )
 
-    def departure(self, model: nn.Module, run: Callable[..., object] | None = None) -> Tensor:
+    def departure(self, forward: DecoderForward) -> Tensor:
         """Mean squared departure of the last hidden states at the kept tokens from the starting model's: a scalar.
 
         Args:
-            model: the model in training, which is run once, without its LM head.
-            run: what runs its decoder; the decoder's own forward if not given.
+            forward: of the model in training, which is run once.
 
         Raises:
             ProConError: if nothing in the model trains.
         """
-        device = model_device(model)
-        mask = torch.arange(self.input_ids.shape[1]) < self.lengths[:, None]
+        mask = (torch.arange(self.input_ids.shape[1]) < self.lengths[:, None]).long()
         found: list[Tensor] = []
-        with observe_last_state(find_decoder(model), found.append):
-            given = {"input_ids": self.input_ids.to(device), "attention_mask": mask.long().to(device)}
-            outputs = (run or decoder_forward(model))(**given)
+        with observe_last_state(forward.decoder, found.append):
+            outputs = forward(input_ids=self.input_ids.to(forward.device), attention_mask=mask.to(forward.device))
         last = found[0][self.kept.to(found[0].device)]
         if torch.is_grad_enabled() and not last.requires_grad:
             raise ProConError("nothing in the model trains, so the penalty on the probes' states does nothing")
@@ -152,15 +147,16 @@ class Probes:
         ids = torch.full((len(rows), int(lengths.max())), pad_token_id(tokenizer))
         for number, row in enumerate(rows):
             ids[number, : len(row)] = torch.tensor(row)
-        device, decoder, forward = model_device(model), find_decoder(model), decoder_forward(model)
+        forward = DecoderForward(model)
         states: list[Tensor] = []
         with evaluating(model):
             for part in torch.arange(len(ids)).split(settings.probe_batch):
                 width = int(lengths[part].max())
                 mask = torch.arange(width) < lengths[part, None]
                 kept, seen = mask & (torch.arange(width) >= prompt_lengths[part, None] - 1), []
-                with observe_last_state(decoder, seen.append):
-                    forward(input_ids=ids[part, :width].to(device), attention_mask=mask.long().to(device))
+                with observe_last_state(forward.decoder, seen.append):
+                    inputs = {"input_ids": ids[part, :width], "attention_mask": mask.long()}
+                    forward(**{name: tensor.to(forward.device) for name, tensor in inputs.items()})
                 states.append(seen[0].cpu().float()[kept])
         found = cls(ids, prompt_lengths, lengths, torch.cat(states))
         if not torch.isfinite(found.states).all():
@@ -224,6 +220,7 @@ class ProbeTerm(Term):
     def __init__(self, settings: ProConSettings) -> None:
         self._settings = settings
         self.probes: Probes | None = None
+        self._forward: DecoderForward | None = None
 
     def attach(self, run: Run) -> None:
         if isinstance(token_embedding(run.model), BaseTunerLayer):
@@ -234,6 +231,7 @@ class ProbeTerm(Term):
             )
 
     def prepare(self, run: Run, batches: Batches) -> None:
+        self._forward = None
         if self.probes is not None:
             return
         asked: dict[str, Any] = {"settings": self._settings, "chat": run.chat, "progress": run.progress}
@@ -275,8 +273,10 @@ class ProbeTerm(Term):
         # The mean is over kept tokens: times tokens per prompt, so that where a reply begins keeps its weight if the
         # rest of it is kept too.
         weight = settings.probe_weight * len(probes.states) / len(probes)
+        if self._forward is None:  # now that the model is wrapped as it trains
+            self._forward = DecoderForward(run.model)
         # Ranks that have the same probes have a part each.
-        return weight / run.groups * probes.departure(run.model)
+        return weight / run.groups * probes.departure(self._forward)
 
     def save(self, folder: Path) -> None:
         if self.probes is not None:

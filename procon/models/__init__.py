@@ -13,11 +13,11 @@ __extra__ = require_extra("train", __name__)
 from procon.models.batches import first_batch_size, in_batches
 from procon.models.decoder import (
     Decoder,
+    DecoderForward,
     active_adapters,
     adapter_layer,
     block_input,
     block_output,
-    decoder_forward,
     final_norms,
     find_decoder,
     first_moving_block,
@@ -39,6 +39,7 @@ from procon.models.weights import Relation, compare_origin, configuration_hash, 
 
 __all__ = [
     "Decoder",
+    "DecoderForward",
     "Relation",
     "StartingModel",
     "active_adapters",
@@ -49,7 +50,6 @@ __all__ = [
     "check_name",
     "compare_origin",
     "configuration_hash",
-    "decoder_forward",
     "default_dtype",
     "evaluating",
     "final_norms",

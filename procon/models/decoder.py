@@ -200,19 +200,31 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def decoder_forward(model: nn.Module) -> partial[Any]:
-    """The least forward that passes all blocks as training does.
+class DecoderForward:
+    """The least forward that passes all blocks of a model as training does, looked for once.
 
     That of the base decoder, without the LM head. Or of the whole model, one token through the LM head, if
     Accelerate has put autocast around it, or parameters are sharded: FSDP2 gathers what its root holds in no other.
-    ProConError as :func:`refuse_unprepared`.
+
+    Attributes:
+        decoder: of the model.
+        device: where its inputs go.
+        runs: what is called, and with what beside the inputs.
+
+    Raises:
+        ProConError: as :func:`find_decoder` and :func:`refuse_unprepared`.
     """
-    refuse_unprepared(model)
-    if not is_sharded(model) and not hasattr(model, "_original_forward"):
-        return partial(find_decoder(model).module, use_cache=False)
-    base = transformers_model(model)
-    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
-    return partial(model, use_cache=False, **few)
+
+    def __init__(self, model: nn.Module) -> None:
+        refuse_unprepared(model)
+        self.decoder, self.device = find_decoder(model), model_device(model)
+        self.runs: partial[Any] = partial(self.decoder.module, use_cache=False)
+        if is_sharded(model) or hasattr(model, "_original_forward"):
+            taken = inspect.signature(transformers_model(model).forward).parameters
+            self.runs = partial(model, use_cache=False, **({"logits_to_keep": 1} if "logits_to_keep" in taken else {}))
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.runs(**inputs)
 
 
 def refuse_unprepared(model: nn.Module) -> None:

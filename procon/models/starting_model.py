@@ -14,7 +14,7 @@ from torch import nn
 from torch.func import functional_call
 
 from procon.errors import ProConError
-from procon.models.decoder import decoder_forward, find_decoder, is_sharded, model_device, observe_last_state
+from procon.models.decoder import DecoderForward, is_sharded, observe_last_state
 from procon.models.eval_mode import evaluating
 
 
@@ -60,7 +60,7 @@ class StartingModel:
     def __call__(self, **inputs: Any) -> Any:
         """The model's output for ``inputs``: without dropout and without gradient."""
         # Asked each time: once prepared for training, the whole model may be what brings its precision.
-        forward = decoder_forward(self._model) if self._decoder_only else partial(self._model)
+        forward = DecoderForward(self._model).runs if self._decoder_only else partial(self._model)
         module: Any = forward.func
         with evaluating(self._model):
             if self.adapters_off:
@@ -78,14 +78,15 @@ class StartingModel:
         """Whether switching the adapters off changes nothing now, and will undo all that training changes."""
         if not _adapter_layers(self._model):
             return False
-        tokens = {"input_ids": torch.arange(8, device=model_device(self._model))[None]}
+        forward = DecoderForward(self._model)
+        tokens = {"input_ids": torch.arange(8, device=forward.device)[None]}
         found: list[torch.Tensor] = []
-        with evaluating(self._model), observe_last_state(find_decoder(self._model), found.append):
-            decoder_forward(self._model)(**tokens)
+        with evaluating(self._model), observe_last_state(forward.decoder, found.append):
+            forward(**tokens)
             with without_adapters(self._model):
                 if any(parameter.requires_grad for parameter in self._model.parameters()):
                     return False  # something else trains as well
-                decoder_forward(self._model)(**tokens)
+                forward(**tokens)
         return torch.equal(*found)
 
 

@@ -7,7 +7,7 @@ from procon.chat import generate_replies, render, user_turn
 from procon.errors import ProConError
 from procon.method import Probes
 from procon.method.probes import PROBES_FILE
-from procon.models import find_decoder, observe_last_state
+from procon.models import DecoderForward, find_decoder, observe_last_state
 from procon.settings import ProConSettings
 
 PROMPTS = ["count to three", "say it again, and louder", "why"]
@@ -46,7 +46,7 @@ def test_the_penalty_and_its_gradient_are_those_by_definition(tiny_model, record
     model = tiny_model().double()
     probes = record(model, reply_tokens)
     move(model)
-    penalty = probes.departure(model)
+    penalty = probes.departure(DecoderForward(model))
     penalty.backward()
     found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
     model.zero_grad()
@@ -62,9 +62,9 @@ def test_a_model_that_does_not_train_is_refused(tiny_model, record):
     model = tiny_model()
     probes = record(model)
     with pytest.raises(ProConError, match="nothing in the model trains"):
-        probes.departure(model.requires_grad_(False))
+        probes.departure(DecoderForward(model.requires_grad_(False)))
     with torch.no_grad():
-        assert probes.departure(model) < 1e-12
+        assert probes.departure(DecoderForward(model)) < 1e-12
 
 
 def test_they_are_kept_and_read_again(tiny_model, record, tmp_path):
@@ -115,8 +115,8 @@ def test_they_go_round(tiny_model, record):
     assert turns[3].hash == turns[0].hash != turns[1].hash
     assert turns[0].input_ids.shape[1] == int(turns[0].lengths.max())
     assert probes.turn(5, 3) is probes
-    found = [turn.departure(model).item() for turn in turns[:3]]
-    assert sum(found) / 3 == pytest.approx(probes.departure(model).item(), rel=1e-4)
+    found = [turn.departure(DecoderForward(model)).item() for turn in turns[:3]]
+    assert sum(found) / 3 == pytest.approx(probes.departure(DecoderForward(model)).item(), rel=1e-4)
     assert max(found) > 1.001 * min(found)
 
 

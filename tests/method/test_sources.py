@@ -16,7 +16,7 @@ from procon.directions import Directions
 from procon.errors import ProConError
 from procon.method import Probes, ProbeTerm
 from procon.method.record import read_record
-from procon.models import find_decoder, origin_of
+from procon.models import DecoderForward, find_decoder, origin_of
 from procon.settings import ProConSettings
 from procon.training import ProConConfig, ProConTrainer
 
@@ -226,13 +226,13 @@ def test_probes_keep_what_plain_training_moves(trainer):
     def departure(run) -> float:
         run.train()
         with torch.no_grad():
-            return kept.departure(run.model.eval()).item()
+            return kept.departure(DecoderForward(run.model.eval())).item()
 
     held = trainer("probes", procon_schedule="procon_s:100", max_steps=30, procon_probe_every=1)
     held.train()
     kept = held.procon.term(ProbeTerm).probes
     with torch.no_grad():
-        after = kept.departure(held.model.eval()).item()
+        after = kept.departure(DecoderForward(held.model.eval())).item()
     assert after < 0.1 * departure(trainer("recorded", procon_schedule="0", max_steps=30))
     held.save_model()
     record = read_record(Path(held.args.output_dir))
@@ -283,7 +283,7 @@ def test_replies_are_kept(trainer, three):
         start = Probes.record(run.model, run.processing_class, three, settings=replies, progress=False)
         run.train()
         with torch.no_grad():
-            return start.departure(run.model).item()
+            return start.departure(DecoderForward(run.model)).item()
 
     assert departure(4) < 0.1 * departure(0)
 

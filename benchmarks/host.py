@@ -1,0 +1,149 @@
+"""What does Python do in a step? ``python -m benchmarks.host``: a step of ProConTrainer beside the plain Trainer's.
+
+A tiny model (3 blocks) trains in full on two samples of 16 tokens, so that a step is host work alone. The trainings
+take turns in one process. Printed are the milliseconds of a step, Python's share, which is what the default takes
+more than the plain Trainer less the forward and backward of its probes, and where that goes by function.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import gc
+import pstats
+import tempfile
+import time
+from statistics import median
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+
+from benchmarks.harness.shapes import SHAPES, make_batch, make_model
+from procon import Directions, ProConConfig, ProConTrainer
+from procon.data import padding_collator
+
+ROWS, LENGTH, PROBE_LENGTH = 2, 16, 12
+PROBES = "forward and backward of probes"
+SETTINGS = {"default": {}, "tokens": {"procon_probes": "none"}, "probes alone": {"procon_anchors": "none"}}
+
+
+class _Clock(TrainerCallback):
+    """CPU seconds of each optimiser step, and a profile of those after the first few."""
+
+    def __init__(self, warmup: int, profile: cProfile.Profile | None) -> None:
+        self.warmup, self.profile, self.seconds, self._begun = warmup, profile, [], 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.profile and state.global_step == self.warmup:
+            self.profile.enable()
+        self._begun = time.process_time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.process_time() - self._begun)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.profile:
+            self.profile.disable()
+
+
+def step_seconds(kind: str, folder: str, steps: int = 120, warmup: int = 8, profile: cProfile.Profile | None = None):
+    """CPU seconds of a step: of ``"plain"``, or of a set of the method's settings.
+
+    The median of each place in the turn of the probes, and their mean: a busy machine moves the mean of all by more
+    than what is looked for.
+    """
+    torch.set_num_threads(1)
+    model, size = make_model("smoke", torch.float32, "full"), SHAPES["smoke"]
+    clock = _Clock(warmup, profile)
+    tokenizer = _tokenizer()
+    rows = make_batch("smoke", ROWS, LENGTH, packed=False)
+    data = [{name: rows[name][row].tolist() for name in ("input_ids", "labels")} for row in range(ROWS)]
+    common: dict[str, Any] = {
+        "output_dir": tempfile.mkdtemp(dir=folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": ROWS,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    given = {
+        "train_dataset": Dataset.from_list(data),
+        "data_collator": padding_collator(tokenizer),
+        "callbacks": [clock],
+    }
+    every = 2
+    if kind == "plain":
+        trainer = Trainer(model, TrainingArguments(**common), **given)
+    else:
+        settings = ProConConfig(**common, **SETTINGS[kind])
+        every = settings.procon_probe_every
+        vectors = torch.randn(size["num_hidden_layers"], size["hidden_size"])
+        directions = Directions.from_vectors(model, vectors, name="random")
+        trainer = ProConTrainer(model, settings, directions=directions, processing_class=tokenizer, **given)
+    gc.collect()
+    trainer.train()
+    timed = clock.seconds[warmup:]
+    return sum(median(timed[place::every]) for place in range(every)) / every
+
+
+def probe_seconds(calls: int = 120) -> float:
+    """CPU seconds a step of the forward and backward of the default's probes, as torch alone makes them."""
+    torch.set_num_threads(1)
+    model, settings = make_model("smoke", torch.float32, "full"), ProConConfig(use_cpu=True)
+    ids = torch.ones(settings.procon_probe_batch, PROBE_LENGTH, dtype=torch.long)
+    timed = []
+    for _ in range(calls):
+        begun = time.process_time()
+        last = model.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, -1]
+        last.float().square().mean().backward()
+        timed.append(time.process_time() - begun)
+    return median(timed[8:]) / settings.procon_probe_every
+
+
+def seconds(kind: str, folder: str) -> float:
+    """CPU seconds a step: of ``"default"``, ``"plain"``, or the ``"probes"`` by themselves."""
+    return probe_seconds() if kind == "probes" else step_seconds(kind, folder)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Of twelve words a probe."""
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, "<end>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    return tokenizer
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the times of a step and a profile."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--functions", type=int, default=25, help="of the profile")
+    chosen = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        names = ("plain", *SETTINGS)
+        found: dict[str, list[float]] = {name: [] for name in (*names, PROBES)}
+        for _ in range(chosen.rounds):
+            for name in names:
+                found[name].append(step_seconds(name, folder))
+            found[PROBES].append(probe_seconds())
+        for name, timed in found.items():
+            ratios = [one / plain for one, plain in zip(timed, found["plain"], strict=True)]
+            print(f"{name:32} {1e3 * median(timed):7.2f} ms a step, {median(ratios):.2f} of plain")
+        shares = map(
+            lambda default, plain, probes: default - plain - probes,
+            *(found[k] for k in ("default", "plain", PROBES)),
+        )
+        print(f"{'Python share of the default':32} {1e3 * median(shares):7.2f} ms a step")
+        profile = cProfile.Profile()
+        step_seconds("default", folder, profile=profile)
+    pstats.Stats(profile).sort_stats("cumulative").print_stats("procon/", chosen.functions)
+
+
+if __name__ == "__main__":
+    main()
