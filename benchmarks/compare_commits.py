@@ -5,7 +5,8 @@ that a ratio is one of neighbours in time. On a CPU it is one of CPU times, whic
 
 - ``step``: forward, loss and penalty, backward and AdamW of a constrained model with LoRA, by the defaults.
 - ``lookup``: the anchors of a batch found on disk and laid beside its tokens, as a loader's worker does.
-- ``host``: Python's share of a step of ProConTrainer with its defaults on a tiny model (:mod:`benchmarks.host`).
+- ``host``: the function calls that are Python's share of a step of ProConTrainer with its defaults on a tiny model
+  (:mod:`benchmarks.host`): a count, the same in each run.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ def serve() -> None:
         calls = workload(folder)
         for line in sys.stdin:
             name, count = line.split()
-            seconds = clock(calls[name], int(count)) if name in calls else host.seconds(name, folder)
-            print(seconds, file=answers, flush=True)
+            found = host.share(host.calls, folder) if name == "host" else clock(calls[name], int(count))
+            print(found, file=answers, flush=True)
 
 
 def cpu_time(call: Callable[[], object], calls: int) -> float:
@@ -98,7 +99,7 @@ def start(commit: str, folder: Path, stack: ExitStack) -> subprocess.Popen[str]:
 
 
 def compare(old: str, new: str, rounds: int) -> dict[str, Samples]:
-    """Seconds of each workload under both commits, in turns."""
+    """Seconds of each workload under both commits, in turns; of ``host``, calls."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         processes = {}
         for name, commit in (("old", old), ("new", new)):
@@ -120,17 +121,8 @@ def compare(old: str, new: str, rounds: int) -> dict[str, Samples]:
             return interleave(contenders, timer, rounds=rounds, sample_seconds=seconds)
 
         found = {"step": timed(["step"]), "lookup": timed(["lookup"], 0.5)}
-        parts = timed(["default", "plain", "probes"]).seconds
-        share = {
-            f"{commit} host": [
-                default - plain - probes
-                for default, plain, probes in zip(
-                    *(parts[f"{commit} {name}"] for name in ("default", "plain", "probes")), strict=True
-                )
-            ]
-            for commit in processes
-        }
-        return {**found, "host": Samples(share)}
+        counts = {name: [timer(lambda process=process: (process, "host"), 1)] for name, process in processes.items()}
+        return {**found, "host": Samples({f"{name} host": count for name, count in counts.items()})}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -148,8 +140,14 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("give the commit to compare with")
     for name, samples in compare(chosen.old, chosen.new, chosen.rounds).items():
         ratio = samples.ratio(f"new {name}", f"old {name}")
-        ms = ", ".join(f"{which} {1e3 * median(samples.seconds[f'{which} {name}']):.3f} ms" for which in ("old", "new"))
-        print(f"{name}: {ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f}), {chosen.rounds} pairs; {ms}")
+        old, new = (median(samples.seconds[f"{which} {name}"]) for which in ("old", "new"))
+        if name == "host":
+            print(f"{name}: {ratio.median:.3f}; calls a step: old {old:.0f}, new {new:.0f}")
+            continue
+        print(
+            f"{name}: {ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f}), {chosen.rounds} pairs; "
+            f"old {1e3 * old:.3f} ms, new {1e3 * new:.3f} ms"
+        )
 
 
 if __name__ == "__main__":

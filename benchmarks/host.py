@@ -13,6 +13,7 @@ import gc
 import pstats
 import tempfile
 import time
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -91,23 +92,40 @@ def step_seconds(kind: str, folder: str, steps: int = 120, warmup: int = 8, prof
     return sum(median(timed[place::every]) for place in range(every)) / every
 
 
-def probe_seconds(calls: int = 120) -> float:
+def probe_seconds(steps: int = 120, warmup: int = 8, profile: cProfile.Profile | None = None) -> float:
     """CPU seconds a step of the forward and backward of the default's probes, as torch alone makes them."""
     torch.set_num_threads(1)
     model, settings = make_model("smoke", torch.float32, "full"), ProConConfig(use_cpu=True)
     ids = torch.ones(settings.procon_probe_batch, PROBE_LENGTH, dtype=torch.long)
     timed = []
-    for _ in range(calls):
+    for step in range(steps):
+        if profile and step == warmup:
+            profile.enable()
         begun = time.process_time()
         last = model.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, -1]
         last.float().square().mean().backward()
         timed.append(time.process_time() - begun)
-    return median(timed[8:]) / settings.procon_probe_every
+    if profile:
+        profile.disable()
+    return median(timed[warmup:]) / settings.procon_probe_every
 
 
-def seconds(kind: str, folder: str) -> float:
-    """CPU seconds a step: of ``"default"``, ``"plain"``, or the ``"probes"`` by themselves."""
-    return probe_seconds() if kind == "probes" else step_seconds(kind, folder)
+def calls(kind: str, folder: str, steps: int = 24, warmup: int = 8) -> float:
+    """Function calls of a step, Python's and those into C, by a profile: the same in each run, on any machine."""
+    profile = cProfile.Profile()
+    every = 1
+    if kind == "probes":
+        probe_seconds(steps + warmup, warmup, profile)
+        every = ProConConfig(use_cpu=True).procon_probe_every
+    else:
+        step_seconds(kind, folder, steps + warmup, warmup, profile)
+    return pstats.Stats(profile).total_calls / steps / every
+
+
+def share(measure: Callable[[str, str], float], folder: str) -> float:
+    """What is Python's of a step of the default: what it has beyond the plain Trainer's and its probes'."""
+    default, plain, probes = (measure(kind, folder) for kind in ("default", "plain", "probes"))
+    return default - plain - probes
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
@@ -139,7 +157,8 @@ def main(argv: list[str] | None = None) -> None:
             lambda default, plain, probes: default - plain - probes,
             *(found[k] for k in ("default", "plain", PROBES)),
         )
-        print(f"{'Python share of the default':32} {1e3 * median(shares):7.2f} ms a step")
+        count = share(calls, folder)
+        print(f"{'Python share of the default':32} {1e3 * median(shares):7.2f} ms, {count:.0f} calls a step")
         profile = cProfile.Profile()
         step_seconds("default", folder, profile=profile)
     pstats.Stats(profile).sort_stats("cumulative").print_stats("procon/", chosen.functions)

@@ -92,7 +92,7 @@ class LiveAnchors:
                 self._start(**inputs)
             else:
                 with evaluating(self._reference):
-                    DecoderForward(self._reference)(**inputs)
+                    DecoderForward(self._reference).run(**inputs)
 
         return self.of(run, len(inputs["input_ids"]))[1]
 

@@ -138,13 +138,13 @@ def record_projections(
         if not states:
             return
         if not checked and any(packed for _, packed in states):
-            check_packing(forward, decoder, decoder_inputs(batch or ONE_TOKEN, device), sequences)
+            check_packing(forward.run, decoder, decoder_inputs(batch or ONE_TOKEN, device), sequences)
             checked = True
         if not any(new for new, _ in states):
             continue
         inputs = decoder_inputs(batch if batch and new else ONE_TOKEN, device)
         rows = len(inputs["input_ids"])
-        _, z = project_sites(partial(forward, **inputs), decoder, unit, blocks, rows=rows, device="cpu")
+        _, z = project_sites(partial(forward.run, **inputs), decoder, unit, blocks, rows=rows, device="cpu")
         for key, sequence in new.items():
             z_of_tokens = z[sequence.row, sequence.span][torch.from_numpy(sequence.in_scope(scope))]
             _check_finite(z_of_tokens, blocks, sequence, len(decoder.blocks))

@@ -234,7 +234,7 @@ def running_precision(model: nn.Module) -> list[str]:
                 found.append(torch.get_autocast_dtype(hidden.device.type))
 
     with evaluating(model), observe_block_inputs(forward.decoder, observe):
-        forward(**decoder_inputs(ONE_TOKEN, forward.device))
+        forward.run(**decoder_inputs(ONE_TOKEN, forward.device))
     return list(map(str, found))
 
 

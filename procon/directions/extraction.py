@@ -147,7 +147,7 @@ def each_last_token(
         last = (torch.arange(len(rows)), lengths - 1)
         states: dict[int, Tensor] = {}
         with observe_sites(forward.decoder, lambda site, hidden: states.update({site: hidden[last]})):
-            forward(input_ids=batch.to(forward.device), attention_mask=mask.to(forward.device))
+            forward.run(input_ids=batch.to(forward.device), attention_mask=mask.to(forward.device))
         # Once all of it is there, as a batch that does not fit is run again.
         for site, hidden in states.items():
             consume(list(rows), site, hidden)

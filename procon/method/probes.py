@@ -100,7 +100,7 @@ class Probes:
         mask = (torch.arange(self.input_ids.shape[1]) < self.lengths[:, None]).long()
         found: list[Tensor] = []
         with observe_last_state(forward.decoder, found.append):
-            outputs = forward(input_ids=self.input_ids.to(forward.device), attention_mask=mask.to(forward.device))
+            outputs = forward.run(input_ids=self.input_ids.to(forward.device), attention_mask=mask.to(forward.device))
         last = found[0][self.kept.to(found[0].device)]
         if torch.is_grad_enabled() and not last.requires_grad:
             raise ProConError("nothing in the model trains, so the penalty on the probes' states does nothing")
@@ -156,7 +156,7 @@ class Probes:
                 kept, seen = mask & (torch.arange(width) >= prompt_lengths[part, None] - 1), []
                 with observe_last_state(forward.decoder, seen.append):
                     inputs = {"input_ids": ids[part, :width], "attention_mask": mask.long()}
-                    forward(**{name: tensor.to(forward.device) for name, tensor in inputs.items()})
+                    forward.run(**{name: tensor.to(forward.device) for name, tensor in inputs.items()})
                 states.append(seen[0].cpu().float()[kept])
         found = cls(ids, prompt_lengths, lengths, torch.cat(states))
         if not torch.isfinite(found.states).all():

@@ -209,7 +209,7 @@ class DecoderForward:
     Attributes:
         decoder: of the model.
         device: where its inputs go.
-        runs: what is called, and with what beside the inputs.
+        run: takes inputs by name.
 
     Raises:
         ProConError: as :func:`find_decoder` and :func:`refuse_unprepared`.
@@ -218,13 +218,10 @@ class DecoderForward:
     def __init__(self, model: nn.Module) -> None:
         refuse_unprepared(model)
         self.decoder, self.device = find_decoder(model), model_device(model)
-        self.runs: partial[Any] = partial(self.decoder.module, use_cache=False)
+        self.run: partial[Any] = partial(self.decoder.module, use_cache=False)
         if is_sharded(model) or hasattr(model, "_original_forward"):
             taken = inspect.signature(transformers_model(model).forward).parameters
-            self.runs = partial(model, use_cache=False, **({"logits_to_keep": 1} if "logits_to_keep" in taken else {}))
-
-    def __call__(self, **inputs: Any) -> Any:
-        return self.runs(**inputs)
+            self.run = partial(model, use_cache=False, **({"logits_to_keep": 1} if "logits_to_keep" in taken else {}))
 
 
 def refuse_unprepared(model: nn.Module) -> None:

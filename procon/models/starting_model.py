@@ -60,7 +60,7 @@ class StartingModel:
     def __call__(self, **inputs: Any) -> Any:
         """The model's output for ``inputs``: without dropout and without gradient."""
         # Asked each time: once prepared for training, the whole model may be what brings its precision.
-        forward = DecoderForward(self._model).runs if self._decoder_only else partial(self._model)
+        forward = DecoderForward(self._model).run if self._decoder_only else partial(self._model)
         module: Any = forward.func
         with evaluating(self._model):
             if self.adapters_off:
@@ -82,11 +82,11 @@ class StartingModel:
         tokens = {"input_ids": torch.arange(8, device=forward.device)[None]}
         found: list[torch.Tensor] = []
         with evaluating(self._model), observe_last_state(forward.decoder, found.append):
-            forward(**tokens)
+            forward.run(**tokens)
             with without_adapters(self._model):
                 if any(parameter.requires_grad for parameter in self._model.parameters()):
                     return False  # something else trains as well
-                forward(**tokens)
+                forward.run(**tokens)
         return torch.equal(*found)
 
 
