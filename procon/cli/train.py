@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 
 from procon.cli.arguments import TrainArguments
 from procon.data import (
@@ -43,6 +44,13 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
             f"output_dir {str(output)!r} has checkpoints of a training: give --resume to go on from the latest, "
             "another output_dir, or delete them"
         )
+    if arguments.resume and not has_checkpoints(output):
+        raise ProConError(f"no complete checkpoint in {str(output)!r} to resume from: start afresh, without --resume")
+    try:
+        for callback in get_reporting_integration_callbacks(config.report_to):
+            callback()  # which says if its package is not there
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ProConError(f"report_to {config.report_to}: {error}") from error
     conversations, evaluation = _conversations(arguments, config.seed)
     model, tokenizer = _model(arguments, config)
     settings: dict[str, Any] = {

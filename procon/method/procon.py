@@ -330,7 +330,7 @@ class ProCon:
                 f"({per_epoch} in an epoch), so nothing would be constrained: begin the constraint earlier, train "
                 "longer, or give schedule '0' to train without it"
             )
-        idle = [said for term in self.terms if (said := term.idle(steps))]
+        idle = [said for term in self.terms if (said := term.idle(constrained))]
         if len(idle) == len(self.terms):
             raise ProConError(idle[0])
         for said in idle:

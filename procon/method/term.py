@@ -163,7 +163,7 @@ class Term:
         return True
 
     def idle(self, steps: int) -> str | None:
-        """Why no step of a training of ``steps`` would have a share of it, and what to change; None if one has."""
+        """Why none of ``steps`` steps under the constraint would have a share of it, and what to change; else None."""
         return None
 
     def share(self, step: Step, run: Run) -> Tensor | None:

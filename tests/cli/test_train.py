@@ -189,6 +189,12 @@ def test_what_cannot_train_is_one_line(here, tiny_model, flags, message, capsys)
     assert not list(Path().glob("out/*.safetensors"))
 
 
+@pytest.mark.parametrize("flags", [["--report_to", "nope"], ["--resume"]])
+def test_a_wrong_flag_is_answered_before_a_model_is_read(here, flags, monkeypatch):
+    monkeypatch.setattr("procon.cli.train.load_model", None)
+    assert main([*TRAIN, *flags]) == 2
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
