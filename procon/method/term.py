@@ -201,3 +201,7 @@ class Term:
     def describe(self) -> dict[str, Any]:
         """Settings that a resumed run must share, as JSON."""
         return {}
+
+    def summary(self) -> str:
+        """What it keeps, in a line for people, once it is prepared."""
+        return type(self).__name__
