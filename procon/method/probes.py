@@ -324,10 +324,8 @@ class ProbeTerm(Term):
 
     def summary(self) -> str:
         settings = self._settings
-        often = (
-            f"every {self.every} steps" if self.every else f"for {settings.probe_share:.0%} of the tokens that train"
-        )
-        return f"last states at {len(self._recorded())} prompts, {settings.probe_batch} at a time, {often}"
+        often = f"every {self.every} steps" if self.every else f"{settings.probe_share:.0%} of the tokens that train"
+        return f"last states at {len(self._recorded())} prompts, {settings.probe_batch} at a time: {often}"
 
     def describe(self) -> dict[str, Any]:
         file = self._settings.probe_file
