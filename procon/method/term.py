@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from procon.anchors import LiveAnchors
 from procon.directions import Directions
-from procon.method.ranks import on_main
+from procon.ranks import on_main
 from procon.settings import ChatSettings
 
 #: Makes a loader that runs through the training set once.
