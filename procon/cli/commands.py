@@ -31,6 +31,7 @@ from procon.files import check_writable, save_json
 from procon.method.record import RECORD
 from procon.models import first_batch_size, load_model
 from procon.report import Run, print_table, read_runs, write_html
+from procon.training.model_card import write_evaluation
 
 
 def quickstart(arguments: QuickstartArguments) -> None:
@@ -139,6 +140,7 @@ def evaluation(arguments: EvalArguments) -> None:
         Console().print(Text(printable(f"Refusals are judged by {found.judge}.")))
     if output:
         _say_where(output)
+    write_evaluation(Path(arguments.model) / "README.md", found)
 
 
 def report(arguments: ReportArguments) -> None:
