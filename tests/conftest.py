@@ -232,7 +232,24 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedMo
 
 
 @pytest.fixture
-def make_trainer(tiny_model, tokenizer, tmp_path) -> Callable[..., Trainer]:
+def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One built-in pair per category that drift is measured on, one probe, and one pair of other measuring splits.
+
+    A tiny model shows no more with all of them, which tests/chat/test_prompts.py counts.
+    """
+    from procon.chat import prompts
+
+    whole, measured = prompts.asset_lines, ("-01", "-02", "-13", "-17")
+    monkeypatch.setattr(prompts, "_DRIFT_PAIRS", 16)
+    monkeypatch.setattr(
+        prompts,
+        "asset_lines",
+        lambda name: [r for r in whole(name) if r.get("split", "safety") == "safety" or r["id"].endswith(measured)],
+    )
+
+
+@pytest.fixture
+def make_trainer(tiny_model, tokenizer, tmp_path, few_prompts) -> Callable[..., Trainer]:
     """``make_trainer(base, schedule, **settings)``: a ``"Trainer"`` or ``"SFTTrainer"`` of few steps on a tiny model.
 
     Ours under a ``schedule``, with directions as if extracted from it; the plain one if that is None. Settings are

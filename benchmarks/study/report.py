@@ -248,7 +248,7 @@ def to_html(text: str, drawings: Sequence[Drawing]) -> str:
     html = html.replace("<th ", "<th scope='col' ").replace("<th>", "<th scope='col'>")
     for drawing in drawings:
         image = re.compile(rf'<p><img [^>]*src="[^"]*/{re.escape(drawing.name)}.svg"[^>]*></p>')
-        html = image.sub(lambda _, drawing=drawing: f"<figure>{drawing.element()}</figure>", html)
+        html = image.sub(lambda _, drawing=drawing: f"<figure>{drawing.element}</figure>", html)
     return html
 
 

@@ -103,7 +103,7 @@ def tokenizer(tokenizer):
 
 
 @pytest.fixture
-def names(tiny_model, tokenizer, tmp_path, monkeypatch) -> dict:
+def names(tiny_model, tokenizer, tmp_path, few_prompts, monkeypatch) -> dict:
     """What a page's blocks may take for granted."""
     tiny_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

@@ -35,12 +35,12 @@ LAUNCHED = "RANK" in os.environ
 TOKENIZER = AutoTokenizer.from_pretrained(FOLDER / "model")
 PROMPTS = builtin_prompts("extraction").first(4)
 
-#: Alpha 100 for an epoch of five steps, then 0 for another.
-WARM_UP = {"procon_schedule": "procon_wu:100@1ep", "max_steps": 5}
+#: Alpha 100 for an epoch of three steps, then 0 for another.
+WARM_UP = {"procon_schedule": "procon_wu:100@1ep", "max_steps": 3}
 #: Within the second epoch.
-SAVES = {"save_strategy": "steps", "save_steps": 6}
+SAVES = {"save_strategy": "steps", "save_steps": 4}
 #: Tensor parallelism of a tiny model on a CPU is slow, and learning rates are constant.
-SHORT = {"max_steps": 5}
+SHORT = {"max_steps": 3}
 LORA = {**SHORT, "learning_rate": 1e-2}
 #: So weak that a lost gradient of cross-entropy shows.
 PROBES = {**SHORT, "procon_schedule": "procon_s:1", "procon_probe_reply_tokens": 3}
@@ -48,10 +48,10 @@ PROBES |= {"procon_probes": str(FOLDER / "probes.txt")}
 
 
 def rows() -> list[dict]:
-    """Five optimiser steps of eight."""
+    """Three optimiser steps of eight."""
     generator = torch.Generator().manual_seed(1)
     found = []
-    for _ in range(40):
+    for _ in range(24):
         length = int(torch.randint(4, 30, (), generator=generator))
         ids = torch.randint(5, 60, (length,), generator=generator).tolist()
         prompt = length - max(1, length // 3)
@@ -113,7 +113,7 @@ def trainer(
         "procon_scope": "response",
         "procon_penalty": "squared",
         "procon_anchors_dir": str(FOLDER / f"anchors-{name}-{WORLD}"),
-        "max_steps": 10,
+        "max_steps": 6,
         "lr_scheduler_type": "constant",
         "learning_rate": 1e-3,
         "logging_steps": 1,
@@ -146,7 +146,7 @@ def train(name: str, *, resume: str | None = None, drift: bool = False, **settin
         settings["procon_anchors_dir"] = str(FOLDER / f"anchors-{resume}")
     ours = trainer(name, **settings)
     if drift:
-        ours.add_callback(DriftCallback(ours, TOKENIZER, steps=10, prompts=PROMPTS))
+        ours.add_callback(DriftCallback(ours, TOKENIZER, steps=6, prompts=PROMPTS))
     procon = ours.procon
     target, seen = procon.constraint.set_target, {}
 
@@ -164,7 +164,7 @@ def train(name: str, *, resume: str | None = None, drift: bool = False, **settin
 
     procon.constraint.set_target = noted
     ours.training_step = training_step
-    ours.train(resume_from_checkpoint=resume and str(FOLDER / resume / "checkpoint-6"))
+    ours.train(resume_from_checkpoint=resume and str(FOLDER / resume / "checkpoint-4"))
     return {
         **seen,
         "log": ours.state.log_history,
