@@ -35,10 +35,10 @@ LAUNCHED = "RANK" in os.environ
 TOKENIZER = AutoTokenizer.from_pretrained(FOLDER / "model")
 PROMPTS = builtin_prompts("extraction").first(4)
 
-#: Alpha 100 for an epoch of three steps, then 0 for another.
-WARM_UP = {"procon_schedule": "procon_wu:100@1ep", "max_steps": 3}
+#: Alpha 100 for an epoch of five steps, then 0 for another.
+WARM_UP = {"procon_schedule": "procon_wu:100@1ep", "max_steps": 5}
 #: Within the second epoch.
-SAVES = {"save_strategy": "steps", "save_steps": 4}
+SAVES = {"save_strategy": "steps", "save_steps": 6}
 #: Tensor parallelism of a tiny model on a CPU is slow, and learning rates are constant.
 SHORT = {"max_steps": 3}
 LORA = {**SHORT, "learning_rate": 1e-2}
@@ -48,10 +48,10 @@ PROBES |= {"procon_probes": str(FOLDER / "probes.txt")}
 
 
 def rows() -> list[dict]:
-    """Three optimiser steps of eight."""
+    """Five optimiser steps of eight."""
     generator = torch.Generator().manual_seed(1)
     found = []
-    for _ in range(24):
+    for _ in range(40):
         length = int(torch.randint(4, 30, (), generator=generator))
         ids = torch.randint(5, 60, (length,), generator=generator).tolist()
         prompt = length - max(1, length // 3)
@@ -113,7 +113,7 @@ def trainer(
         "procon_scope": "response",
         "procon_penalty": "squared",
         "procon_anchors_dir": str(FOLDER / f"anchors-{name}-{WORLD}"),
-        "max_steps": 6,
+        "max_steps": 10,
         "lr_scheduler_type": "constant",
         "learning_rate": 1e-3,
         "logging_steps": 1,
@@ -146,7 +146,7 @@ def train(name: str, *, resume: str | None = None, drift: bool = False, **settin
         settings["procon_anchors_dir"] = str(FOLDER / f"anchors-{resume}")
     ours = trainer(name, **settings)
     if drift:
-        ours.add_callback(DriftCallback(ours, TOKENIZER, steps=6, prompts=PROMPTS))
+        ours.add_callback(DriftCallback(ours, TOKENIZER, steps=10, prompts=PROMPTS))
     procon = ours.procon
     target, seen = procon.constraint.set_target, {}
 
@@ -164,7 +164,7 @@ def train(name: str, *, resume: str | None = None, drift: bool = False, **settin
 
     procon.constraint.set_target = noted
     ours.training_step = training_step
-    ours.train(resume_from_checkpoint=resume and str(FOLDER / resume / "checkpoint-4"))
+    ours.train(resume_from_checkpoint=resume and str(FOLDER / resume / "checkpoint-6"))
     return {
         **seen,
         "log": ours.state.log_history,
@@ -297,7 +297,7 @@ CASES = {
     "fsdp2_checkpointed": partial(train, **fsdp2(activation_checkpointing=True), **WARM_UP),
     "lora": partial(train, model=load_lora, **LORA),
     "fsdp2_lora": partial(train, model=load_lora, **fsdp2(), **LORA),
-    "ddp_live": partial(train, procon_anchors="live"),
+    "ddp_live": partial(train, procon_anchors="live", **SHORT),
     "fsdp2_lora_live": partial(train, model=load_lora, procon_anchors="live", **fsdp2(), **LORA),
     "live_copies": copies_of_shards,
     "probes": partial(train, **PROBES),
