@@ -34,9 +34,6 @@ PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
 #: The README's blocks leave more names to the reader; tests/project/test_readme.py sets them.
 TESTED_ELSEWHERE = frozenset({ROOT / "README.md"})
 
-#: Pages whose Python takes more than ten seconds.
-SLOW = {"trainers.md", "tutorial.md"}
-
 LANGUAGES = {"python", "bash", "yaml", "text"}
 
 #: Packages that ProCon does not need, and pages may.
@@ -77,11 +74,7 @@ def blocks(page: Path, language: str | None = None) -> list[Block]:
 
 def pages_with(language: str, besides: frozenset[Path] = frozenset()) -> list:
     return [
-        pytest.param(
-            page,
-            id=str(page.relative_to(ROOT)),
-            marks=[pytest.mark.slow] if language == "python" and page.name in SLOW else [],
-        )
+        pytest.param(page, id=str(page.relative_to(ROOT)))
         for page in PAGES
         if page not in besides and blocks(page, language)
     ]
@@ -137,7 +130,6 @@ def test_python_runs(page, names):
         pytest.skip(f"{page.name} is about {missing.name}, which is not installed")
 
 
-@pytest.mark.slow
 def test_the_first_example_runs_with_the_tokenizer_of_the_quickstart(names, tiny_model):
     """For whose template TRL has none for training: the labels are those of `procon train`."""
     pytest.importorskip("trl", reason="the example's trainer extends TRL's")
