@@ -233,19 +233,16 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedMo
 
 @pytest.fixture
 def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One built-in pair per category that drift is measured on, one probe, and one pair of other measuring splits.
-
-    A tiny model shows no more with all of them, which tests/chat/test_prompts.py counts.
-    """
+    """Per category one pair to measure drift on, one probe, and one pair of other splits: tiny models show no more."""
     from procon.chat import prompts
 
-    whole, measured = prompts.asset_lines, ("-01", "-02", "-13", "-17")
+    def few(name: str) -> list[dict[str, str]]:
+        ends = ("-01", "-02", "-13", "-17")
+        return [row for row in whole(name) if row.get("split", "safety") == "safety" or row["id"].endswith(ends)]
+
+    whole = prompts.asset_lines
     monkeypatch.setattr(prompts, "_DRIFT_PAIRS", 16)
-    monkeypatch.setattr(
-        prompts,
-        "asset_lines",
-        lambda name: [r for r in whole(name) if r.get("split", "safety") == "safety" or r["id"].endswith(measured)],
-    )
+    monkeypatch.setattr(prompts, "asset_lines", few)
 
 
 @pytest.fixture

@@ -73,11 +73,8 @@ def blocks(page: Path, language: str | None = None) -> list[Block]:
 
 
 def pages_with(language: str, besides: frozenset[Path] = frozenset()) -> list:
-    return [
-        pytest.param(page, id=str(page.relative_to(ROOT)))
-        for page in PAGES
-        if page not in besides and blocks(page, language)
-    ]
+    pages = [page for page in PAGES if page not in besides and blocks(page, language)]
+    return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in pages]
 
 
 def run_python(page: Path, names: dict) -> None:
@@ -136,8 +133,8 @@ def test_the_first_example_runs_with_the_tokenizer_of_the_quickstart(names, tiny
     tokenizer = AutoTokenizer.from_pretrained(fetch_demo_model())
     tiny_model(vocab_size=len(tokenizer)).save_pretrained(names["model_name"])
     tokenizer.save_pretrained(names["model_name"])
-    data = Path(names["data_file"])  # cut: TRL's loss over so many words takes seconds per step
-    data.write_text("".join(data.read_text().splitlines(keepends=True)[:4]))
+    # Short: TRL's loss over so many words takes seconds per step.
+    Path(names["data_file"]).write_text('{"prompt": "count to 2", "completion": "1 2"}\n' * 2)
     run_python(ROOT / "docs" / "index.md", names)
     expected = tokenize_conversations(load_conversations(names["data_file"]), tokenizer)
     assert names["trainer"].train_dataset["labels"] == expected["labels"]

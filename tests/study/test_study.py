@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from benchmarks.study import __main__ as command
-from benchmarks.study import trial
 from benchmarks.study.__main__ import main
 from benchmarks.study.record import load_runs
 
@@ -28,8 +27,7 @@ def mean(values: list[float | None]) -> float:
 @pytest.mark.slow
 def test_smoke_shows_the_effect(tmp_path, monkeypatch, capsys):
     """Plain fine-tuning forgets to refuse, the constraint does not, and both learn the task."""
-    texts = trial.neutral_texts()
-    monkeypatch.setattr(trial, "neutral_texts", lambda: texts[:1])
+    monkeypatch.setattr("benchmarks.study.trial.neutral_texts", lambda: ["The baker opens at six, and closes at noon."])
     arguments = ["--budget", "smoke", "--runs", str(tmp_path / "runs.jsonl.xz"), "--work", str(tmp_path)]
     assert main(arguments) == 0
     runs = runs_of(tmp_path / "runs.jsonl.xz")
@@ -71,13 +69,13 @@ def test_a_model_that_refuses_nothing_is_no_start(tiny_model, tokenizer, tmp_pat
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     asked, file = {}, tmp_path / "runs.jsonl.xz"
 
-    def made(start, method, job, seed, split, size):
+    def trial(start, method, job, seed, split, size):
         if method.name == "plain":
             raise ValueError("it diverged")
         kinds = {"malicious": "refused", "benign": "refused", "task": "correct"}
         return {"split": split, "train_seconds": 1.0, "replies": {kind: [{key: True}] for kind, key in kinds.items()}}
 
-    monkeypatch.setattr(command, "run_trial", made)
+    monkeypatch.setattr(command, "run_trial", trial)
     monkeypatch.setattr(command, "open_start", lambda *args, **kwargs: asked.update(kwargs))
     assert main(["--budget", "smoke", "--model", "any", "--runs", str(file)]) == 2
     shown = capsys.readouterr()
