@@ -232,7 +232,21 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedMo
 
 
 @pytest.fixture
-def make_trainer(tiny_model, tokenizer, tmp_path) -> Callable[..., Trainer]:
+def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Per category one pair to measure drift on, one probe, and one pair of other splits: tiny models show no more."""
+    from procon.chat import prompts
+
+    def few(name: str) -> list[dict[str, str]]:
+        ends = ("-01", "-02", "-13", "-17")
+        return [row for row in whole(name) if row.get("split", "safety") == "safety" or row["id"].endswith(ends)]
+
+    whole = prompts.asset_lines
+    monkeypatch.setattr(prompts, "_DRIFT_PAIRS", 16)
+    monkeypatch.setattr(prompts, "asset_lines", few)
+
+
+@pytest.fixture
+def make_trainer(tiny_model, tokenizer, tmp_path, few_prompts) -> Callable[..., Trainer]:
     """``make_trainer(base, schedule, **settings)``: a ``"Trainer"`` or ``"SFTTrainer"`` of few steps on a tiny model.
 
     Ours under a ``schedule``, with directions as if extracted from it; the plain one if that is None. Settings are

@@ -17,6 +17,7 @@ AUDITS = ("traffic", "builds", "live-bytes")
 #: By itself: it takes a long time, and needs ttsem.
 LONG = "passes"
 BUILT = ("builds", LONG)
+SIZED = ("traffic", *BUILT)
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
@@ -27,7 +28,8 @@ def run_one(name: str, targets: list[str], sizes: list[int] | None, every: bool)
         os.environ["TRITON_INTERPRET"] = "1"
     audit = import_module(f"benchmarks.audit.{name.replace('-', '_')}")
     options = {"every": True} if every else {}
-    records = audit.run(targets, sizes, **options) if name in BUILT else audit.run()
+    given = (targets, sizes) if name in BUILT else (sizes,) if name == "traffic" else ()
+    records = audit.run(*given, **options)
     audit.show(records, **options)
     return records
 
@@ -41,7 +43,7 @@ def run_all(targets: list[str], sizes: list[int] | None) -> dict[str, list[dict]
             command = [sys.executable, "-m", "benchmarks.audit", name, "--json", str(file)]
             for target in targets if name == "builds" else []:
                 command += ["--target", target]
-            for size in (sizes or []) if name == "builds" else []:
+            for size in (sizes or []) if name in SIZED else []:
                 command += ["--size", str(size)]
             subprocess.run(command, check=True)
             records[name] = json.loads(file.read_text())
@@ -58,9 +60,9 @@ def main() -> None:
         "audit", nargs="?", choices=(*AUDITS, LONG, "contest"), help="one audit (default: the first three)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all records to this file")
-    of_builds = "builds and passes: for this {} only; may be repeated"
-    parser.add_argument("--target", action="append", choices=TARGETS, help=of_builds.format("GPU"))
-    parser.add_argument("--size", action="append", type=int, help=of_builds.format("hidden size"))
+    for_one = "{}: for this {} only; may be repeated"
+    parser.add_argument("--target", action="append", choices=TARGETS, help=for_one.format("builds and passes", "GPU"))
+    parser.add_argument("--size", action="append", type=int, help=for_one.format("all but live-bytes", "hidden size"))
     parser.add_argument(
         "--every", action="store_true", help="builds: every size and number of directions, and what spills (hours)"
     )

@@ -114,8 +114,9 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
-def run() -> list[dict]:
-    return [asdict(record) for shape in SHAPES for record in _records(*shape)]
+def run(sizes: list[int] | None = None) -> list[dict]:
+    """``sizes``: of the hidden states; all of them if not given."""
+    return [asdict(record) for shape in SHAPES if not sizes or shape[0] in sizes for record in _records(*shape)]
 
 
 def _records(size: int, directions: int, dtype: torch.dtype) -> Iterator[Record]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -68,9 +68,10 @@ class Drawing:
 
         A page that takes it in leaves out the ``<style>``, and gives ``--rule`` a colour.
         """
-        svg = self.element().replace(">", f"><style>{_ALONE}</style>", 1)
+        svg = self.element.replace(">", f"><style>{_ALONE}</style>", 1)
         return f'<?xml version="1.0" encoding="utf-8"?>\n{svg}'
 
+    @cached_property
     def element(self) -> str:
         """An ``<svg>`` element for a page of :mod:`procon.report.page`."""
         return to_svg(self.plot, self.name, self.alt)

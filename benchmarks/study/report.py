@@ -131,10 +131,14 @@ def _write(arguments: ReportArguments) -> None:
         print(write(name, load_budget(name), load_outcomes(name), Path(arguments.output)))
 
 
+#: Trained once for all budgets of a page.
+_classifier = cache(ReplyClassifier)
+
+
 @cache
 def load_outcomes(name: str) -> Outcomes:
     """The runs of a budget, judged by the second judge too."""
-    return Outcomes.load(load_budget(name), RUNS / f"{name}.jsonl.xz", ReplyClassifier())
+    return Outcomes.load(load_budget(name), RUNS / f"{name}.jsonl.xz", _classifier())
 
 
 def write(name: str, budget: Budget, outcomes: Outcomes, folder: Path) -> Path:
@@ -248,7 +252,7 @@ def to_html(text: str, drawings: Sequence[Drawing]) -> str:
     html = html.replace("<th ", "<th scope='col' ").replace("<th>", "<th scope='col'>")
     for drawing in drawings:
         image = re.compile(rf'<p><img [^>]*src="[^"]*/{re.escape(drawing.name)}.svg"[^>]*></p>')
-        html = image.sub(lambda _, drawing=drawing: f"<figure>{drawing.element()}</figure>", html)
+        html = image.sub(lambda _, drawing=drawing: f"<figure>{drawing.element}</figure>", html)
     return html
 
 

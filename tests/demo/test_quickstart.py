@@ -10,7 +10,7 @@ from procon.models import load_model, weights_hash
 from procon.report import read_runs
 
 
-def test_whole_quickstart_on_a_tiny_model(tiny_model, tokenizer, tmp_path, monkeypatch, capsys):
+def test_whole_quickstart_on_a_tiny_model(tiny_model, tokenizer, tmp_path, few_prompts, monkeypatch, capsys):
     folder, output = tmp_path / "model", tmp_path / "out"
     tiny_model().save_pretrained(folder)
     tokenizer.save_pretrained(folder)

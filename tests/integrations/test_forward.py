@@ -257,7 +257,6 @@ def test_lora_and_every_forward_that_does_not_train(tiny_model, samples, batch, 
     assert_as_it_was(model.get_base_model())
 
 
-@pytest.mark.slow
 def test_compiled_model(tiny_model, batch, prepared):
     model = tiny_model()
     procon = prepared(model)
@@ -496,7 +495,6 @@ def test_resumed_training_is_the_uninterrupted_one(tiny_model, tokenizer, sample
         training(tiny_model(), samples, pad, tmp_path, [callback(model, "20@2ep,5")], **resuming)
 
 
-@pytest.mark.slow
 def test_two_ranks_give_the_gradient_of_one(tiny_model, tokenizer, samples, tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path / "model")

@@ -37,8 +37,8 @@ def problem(device):
 @pytest.mark.parametrize("k", [1, 3])
 def test_gradcheck(problem, backend, penalty, k):
     hidden, direction, anchor, weight = (t.double() for t in problem)
-    hidden = hidden[0, :3, :6].requires_grad_()
-    direction, anchor, weight = direction[:k, :6], anchor[0, :3, :k], weight[0, :3]
+    hidden = hidden[0, :2, :5].requires_grad_()
+    direction, anchor, weight = direction[:k, :5], anchor[0, :2, :k], weight[0, :2]
 
     def both(x):
         return constrain(x, direction, anchor, weight, penalty=penalty, backend=backend)
@@ -51,7 +51,8 @@ def test_gradcheck(problem, backend, penalty, k):
 
     assert torch.autograd.gradcheck(both, (hidden,))
     assert torch.autograd.gradcheck(reduced, (hidden,))
-    assert torch.autograd.gradcheck(lambda x: project(x, direction, backend=backend), (hidden,))
+    if penalty == "squared":  # of which projections know nothing
+        assert torch.autograd.gradcheck(lambda x: project(x, direction, backend=backend), (hidden,))
 
 
 @pytest.mark.parametrize(
@@ -251,7 +252,7 @@ def test_checkpoint(problem, backend, use_reentrant):
 
 
 def test_what_stays_alive_until_backward(backend, device):
-    tokens, size = 4096, 64
+    tokens, size = 512, 64
     hidden = torch.randn(tokens, size, device=device, dtype=torch.bfloat16, requires_grad=True)
     direction, anchor, weight = torch.randn(size, device=device), *torch.rand(2, tokens, device=device)
     saved: dict[int, int] = {}

@@ -34,9 +34,6 @@ PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
 #: The README's blocks leave more names to the reader; tests/project/test_readme.py sets them.
 TESTED_ELSEWHERE = frozenset({ROOT / "README.md"})
 
-#: Pages whose Python takes more than ten seconds.
-SLOW = {"trainers.md", "tutorial.md"}
-
 LANGUAGES = {"python", "bash", "yaml", "text"}
 
 #: Packages that ProCon does not need, and pages may.
@@ -76,15 +73,8 @@ def blocks(page: Path, language: str | None = None) -> list[Block]:
 
 
 def pages_with(language: str, besides: frozenset[Path] = frozenset()) -> list:
-    return [
-        pytest.param(
-            page,
-            id=str(page.relative_to(ROOT)),
-            marks=[pytest.mark.slow] if language == "python" and page.name in SLOW else [],
-        )
-        for page in PAGES
-        if page not in besides and blocks(page, language)
-    ]
+    pages = [page for page in PAGES if page not in besides and blocks(page, language)]
+    return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in pages]
 
 
 def run_python(page: Path, names: dict) -> None:
@@ -103,7 +93,7 @@ def tokenizer(tokenizer):
 
 
 @pytest.fixture
-def names(tiny_model, tokenizer, tmp_path, monkeypatch) -> dict:
+def names(tiny_model, tokenizer, tmp_path, few_prompts, monkeypatch) -> dict:
     """What a page's blocks may take for granted."""
     tiny_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -137,13 +127,14 @@ def test_python_runs(page, names):
         pytest.skip(f"{page.name} is about {missing.name}, which is not installed")
 
 
-@pytest.mark.slow
 def test_the_first_example_runs_with_the_tokenizer_of_the_quickstart(names, tiny_model):
     """For whose template TRL has none for training: the labels are those of `procon train`."""
     pytest.importorskip("trl", reason="the example's trainer extends TRL's")
     tokenizer = AutoTokenizer.from_pretrained(fetch_demo_model())
     tiny_model(vocab_size=len(tokenizer)).save_pretrained(names["model_name"])
     tokenizer.save_pretrained(names["model_name"])
+    # Short: TRL's loss over so many words takes seconds per step.
+    Path(names["data_file"]).write_text('{"prompt": "count to 2", "completion": "1 2"}\n' * 2)
     run_python(ROOT / "docs" / "index.md", names)
     expected = tokenize_conversations(load_conversations(names["data_file"]), tokenizer)
     assert names["trainer"].train_dataset["labels"] == expected["labels"]

@@ -35,7 +35,6 @@ def tab():
         yield found
 
 
-@pytest.mark.slow
 def test_site_has_every_public_name(site):
     """``mkdocs build --strict`` passes, and the reference holds what ``procon`` exports."""
     inventory = zlib.decompress((site / "objects.inv").read_bytes().split(b"\n", 4)[4]).decode()
@@ -46,7 +45,6 @@ def test_site_has_every_public_name(site):
     assert not missing
 
 
-@pytest.mark.slow
 def test_no_link_is_dead_and_nothing_comes_from_elsewhere(site):
     pages = made.pages(site)
     assert len(pages) > 30
@@ -59,7 +57,6 @@ def test_no_link_is_dead_and_nothing_comes_from_elsewhere(site):
             assert "\\" not in formula, f"{page} has a formula with TeX left in it: {formula}"
 
 
-@pytest.mark.slow
 def test_every_page_can_be_read(site, tab, tmp_path):
     shown = [*made.pages(site), made.write_report(tmp_path)]
     faults = {str(page): found for page in shown if (found := looks.faults(tab, page))}
@@ -86,7 +83,6 @@ FAULTY = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("body", "fault"), FAULTY.items())
 def test_a_planted_fault_is_found(tab, tmp_path, body, fault):
     page = tmp_path / "page.html"

@@ -9,8 +9,7 @@ from benchmarks.study import report
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("budget", ["table", *report.PAGES, "preferences"])
+@pytest.mark.parametrize("budget", [pytest.param("table", marks=pytest.mark.slow), *report.PAGES, "preferences"])
 def test_pages(budget, tmp_path):
     if budget == "preferences":
         pytest.importorskip("trl", reason="TRL is not installed")

@@ -71,7 +71,8 @@ def test_logs_are_drift_by_definition(trainer, tiny_model, tokenizer):
     assert 0 < callback.seconds < made.state.log_history[-1]["train_runtime"]
 
 
-def test_a_measurement_is_four_forwards_of_the_decoder(trainer):
+def test_a_measurement_is_four_forwards_of_the_decoder(trainer, monkeypatch):
+    monkeypatch.undo()  # with all built-in prompts
     made, callback = trainer(prompts=None, steps=10)
     made.train()
     rows = []

@@ -43,9 +43,9 @@ SHARDED = {
 }
 LIVE = {"ddp_live", "fsdp2_lora_live", "zero3_lora_live"}
 PROBES = {"ddp_probes", "fsdp2_probes", "tensor_parallel", "zero2_probes"}
-#: Cases of five steps; the others have all ten, in two epochs.
+#: Cases of three steps; the others have all ten, in two epochs.
 SHORT = {"fsdp2_lora", "fsdp2_main_only", "fsdp2_at_load", "context_parallel", "zero3_lora"}
-SHORT |= LIVE - {"ddp_live"} | PROBES
+SHORT |= LIVE | PROBES
 #: The run on one rank that a case is compared with, if not with the one under ProCon_s.
 EXPECTED = {"fsdp2_checkpointed": "ddp_warm_up", "zero3": "ddp_warm_up"}
 EXPECTED |= {case: "lora" for case in SHORT if "lora" in case} | dict.fromkeys(PROBES, "probes")
@@ -89,7 +89,7 @@ def assert_same_run(case: str, found: dict, expected: dict) -> None:
     if case not in LIVE:
         assert found["recorded"] == 40, case
         assert found["fingerprint"] == expected["fingerprint"], case
-    wanted = steps(expected)[: 5 if case in SHORT else 10]
+    wanted = steps(expected)[: 3 if case in SHORT else 10]
     assert len(steps(found)) == len(wanted), case
     for ours, theirs in zip(steps(found), wanted, strict=True):
         # Squared rounding errors, as long as nothing has moved.
@@ -155,7 +155,7 @@ def test_two_ranks_train_as_one_does(tiny_model, tokenizer, tmp_path):
     for live, recorded in (("ddp_live", "ddp"), ("fsdp2_lora_live", "fsdp2_lora"), ("zero3_lora_live", "zero3_lora")):
         if live in two:
             for ours, theirs in zip(two[live]["losses"], two[recorded]["losses"], strict=True):
-                assert ours == pytest.approx(theirs, rel=1e-6), live
+                assert ours == pytest.approx(theirs[: len(ours)], rel=1e-6), live
     assert drift(one["ddp"])[0] == pytest.approx(1)
     assert drift(one["ddp"])[-1] < 0.99
     assert drift(two["fsdp2"]) == pytest.approx(drift(one["ddp"]), rel=1e-3)

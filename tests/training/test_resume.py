@@ -30,6 +30,7 @@ def command(model: Path, data: Path, output: Path, *more: str) -> list[str]:
         "learning_rate": 1e-2,
         "save_steps": 2,
         "drift_steps": 3,
+        "procon_probes": data.with_name("probes.txt"),
         "dtype": "float32",
         "disable_tqdm": True,
     }
@@ -44,6 +45,7 @@ def test_killed_and_resumed_equals_uninterrupted(tiny_model, tokenizer, tmp_path
     tokenizer.save_pretrained(model)
     rows = [{"prompt": f"count to {n} please", "completion": " ".join(map(str, range(n)))} for n in range(1, 21)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data.with_name("probes.txt").write_text("".join(f"count down from {n}\n" for n in range(12)))
 
     run_python(*command(model, data, tmp_path / "whole"))
 

@@ -40,7 +40,7 @@ WARM_UP = {"procon_schedule": "procon_wu:100@1ep", "max_steps": 5}
 #: Within the second epoch.
 SAVES = {"save_strategy": "steps", "save_steps": 6}
 #: Tensor parallelism of a tiny model on a CPU is slow, and learning rates are constant.
-SHORT = {"max_steps": 5}
+SHORT = {"max_steps": 3}
 LORA = {**SHORT, "learning_rate": 1e-2}
 #: So weak that a lost gradient of cross-entropy shows.
 PROBES = {**SHORT, "procon_schedule": "procon_s:1", "procon_probe_reply_tokens": 3}
@@ -297,7 +297,7 @@ CASES = {
     "fsdp2_checkpointed": partial(train, **fsdp2(activation_checkpointing=True), **WARM_UP),
     "lora": partial(train, model=load_lora, **LORA),
     "fsdp2_lora": partial(train, model=load_lora, **fsdp2(), **LORA),
-    "ddp_live": partial(train, procon_anchors="live"),
+    "ddp_live": partial(train, procon_anchors="live", **SHORT),
     "fsdp2_lora_live": partial(train, model=load_lora, procon_anchors="live", **fsdp2(), **LORA),
     "live_copies": copies_of_shards,
     "probes": partial(train, **PROBES),
