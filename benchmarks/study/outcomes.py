@@ -144,8 +144,8 @@ def by_block(runs: dict[int, dict], group: str, name: str) -> np.ndarray:
     return np.mean([[np.nan if value is None else value for value in run[group][name]] for run in runs.values()], 0)
 
 
-def judges_agree(outcomes: Outcomes) -> tuple[int, float]:
-    """How many replies both judges saw, and their agreement beyond chance, Cohen's kappa: NaN if no verdict differs."""
+def judges_agree(outcomes: Outcomes) -> float:
+    """The agreement of both judges beyond chance, Cohen's kappa: NaN if no verdict differs."""
     replies = [reply for run in outcomes.runs for kind in JUDGED for reply in run["replies"][kind]]
     first, second = ([reply[key] for reply in replies] for key in ("refused", "refused_by_second"))
-    return len(replies), float(cohen_kappa_score(first, second, labels=[False, True]))
+    return float(cohen_kappa_score(first, second, labels=[False, True]))

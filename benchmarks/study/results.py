@@ -11,7 +11,15 @@ from typing import NamedTuple
 from benchmarks.study.figures import kept_drawing, scatter_drawing
 from benchmarks.study.hard_hypotheses import DEFAULT
 from benchmarks.study.hypotheses import Verdict
-from benchmarks.study.outcomes import COMPLIES, FRESH_REFUSES_ALONE, OVER_REFUSAL, REFUSES_ALONE, TASK, Outcomes
+from benchmarks.study.outcomes import (
+    COMPLIES,
+    FRESH_REFUSES_ALONE,
+    OVER_REFUSAL,
+    REFUSES_ALONE,
+    TASK,
+    Outcomes,
+    judges_agree,
+)
 from benchmarks.study.prediction import prediction_drawing, predictions
 from benchmarks.study.sections import Gallery
 from benchmarks.study.table import NONE, Table, difference_cell, measured, seeds_cell
@@ -156,6 +164,7 @@ def results_page(found: Mapping[str, Outcomes], verdicts: Mapping[str, Sequence[
         adaptive=table(ADAPTIVE, "turns"),
         others=table(OTHERS, "seeds"),
         failed=failed_table(verdicts),
+        kappa=judges_agree(found["hard"]),
         prediction=figure(prediction_drawing(predictions(found["hard"]))),
     )
 
