@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from procon.anchors.ranks import gather
 from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import (
@@ -23,6 +22,7 @@ from procon.models import (
     site_name,
 )
 from procon.ops import project
+from procon.ranks import gather
 from procon.sequences import TokenSequence, decoder_inputs, split_batch
 from procon.settings import TokenScope
 

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from procon.anchors.ranks import gather, on_all_ranks, share_files
 from procon.anchors.recording import ONE_TOKEN, checked_blocks, record_projections
 from procon.anchors.shards import AnchorShards, shard_files, write_shard
 from procon.directions import Directions
@@ -30,6 +29,7 @@ from procon.models import (
     unwrapped,
     weights_hash,
 )
+from procon.ranks import gather, on_all_ranks, share_files
 from procon.sequences import TokenSequence, check_text_only, decoder_inputs, split_batch
 from procon.settings import CHOICES, DEFAULTS, TokenScope, check_choice
 

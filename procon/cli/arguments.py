@@ -186,7 +186,11 @@ class EvalArguments(PromptArguments):
     """Measure refusal of malicious and benign prompts, and accuracy on a task."""
 
     model: str = setting("Chat model: a folder or hub name; a LoRA folder loads with its base.", reads="model")
-    output: str | None = setting("JSON file to write figures and all replies to.", None)
+    output: str | None = setting(
+        "JSON file to write figures and all replies to; for a folder that procon train wrote, its eval.json, where "
+        "procon report finds it.",
+        None,
+    )
     prompts: str | None = setting(
         "Published prompt sets, joined by commas: harmbench, advbench, jailbreakbench, hex-phi, strongreject, "
         "sorry-bench, xstest, or-bench; NAME@REVISION for another revision than main. The first set that has malicious "

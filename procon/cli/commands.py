@@ -28,8 +28,10 @@ from procon.directions.directions import check_k
 from procon.errors import ProConError, printable
 from procon.evaluation import evaluate, find_metric, load_judge, measure_drift
 from procon.files import check_writable, save_json
+from procon.method.record import RECORD
 from procon.models import first_batch_size, load_model
 from procon.report import Run, print_table, read_runs, write_html
+from procon.training.model_card import write_evaluation
 
 
 def quickstart(arguments: QuickstartArguments) -> None:
@@ -111,7 +113,7 @@ def drift(arguments: DriftArguments) -> None:
 
 def evaluation(arguments: EvalArguments) -> None:
     """``procon eval``"""
-    output = _output_file(arguments.output) if arguments.output else None
+    output = _output_file(arguments.output) if arguments.output else _beside(Path(arguments.model))
     find_metric(arguments.task_metric)
     prompts, sources = _evaluation_prompts(arguments)
     task = _task(arguments.task) if arguments.task else None
@@ -136,6 +138,9 @@ def evaluation(arguments: EvalArguments) -> None:
     print_table([Run(label=arguments.model, evaluation=found)])
     if found.judge != "keywords":
         Console().print(Text(printable(f"Refusals are judged by {found.judge}.")))
+    if output:
+        _say_where(output)
+    write_evaluation(Path(arguments.model) / "README.md", found)
 
 
 def report(arguments: ReportArguments) -> None:
@@ -146,6 +151,11 @@ def report(arguments: ReportArguments) -> None:
     write_html(runs, output, title=title, facts=dict(zip((run.label for run in runs), arguments.runs, strict=True)))
     print_table(runs)
     _say_where(output)
+
+
+def _beside(model: Path) -> Path | None:
+    """Where ``procon report`` looks for the evaluation of a model that was trained here; None of any other model."""
+    return _output_file(str(model / "eval.json")) if (model / RECORD).is_file() else None
 
 
 def _output_file(path: str) -> Path:

@@ -81,7 +81,8 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
     trainer.save_model()
     trainer.save_state()
     name = printable(str(output))
-    console.print(Text(f"{_result(trainer)} Written: {name}. Measure it: procon eval --model {name}"))
+    console.print(Text(f"{_result(trainer)} Written: {name}."))
+    console.print(Text(f"Measure it: procon eval {name}; then: procon report {name}"))
     # Ranks leave together: one that is gone early takes the others' connections with it.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

@@ -28,6 +28,7 @@ from procon.models import (
     find_decoder,
     first_moving_block,
     token_embedding,
+    transformers_model,
     unwrapped,
 )
 from procon.ops.functional import check_constant
@@ -163,13 +164,15 @@ class ProjectionConstraint:
         decoder = find_decoder(model)
         self._directions.check_fits(decoder)
         refuse_noise(getattr(token_embedding(model), "neftune_noise_alpha", None))  # as transformers sets it
+        # Hub kernels go into norms whenever the model changes between training and evaluation, in place of ours.
+        fuses = fuse == "auto" and not getattr(transformers_model(unwrapped(model)), "use_kernels", False)
         fused = []
         with ExitStack() as undo:
             hook = Hook(self._before_decoder)
             undo.callback(decoder.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             for column, index in enumerate(self.blocks):
                 is_output = index == len(decoder.blocks)
-                norm = find_norm(decoder, index) if fuse == "auto" else None
+                norm = find_norm(decoder, index) if fuses else None
                 block = ConstrainedBlock(self._state, column, index, self._vectors[column])
                 block.attach(decoder.blocks[-1 if is_output else index], norm, undo, is_output=is_output)
                 if norm is not None:
@@ -327,7 +330,7 @@ class ProjectionConstraint:
                 )
             raise ProConError(
                 f"the forward passed {len(target.terms)} of {blocks} constrained blocks: attach the constraint before "
-                "torch.compile, and constrain only blocks that run"
+                "torch.compile and after kernelize, and constrain only blocks that run"
             )
         terms = {column: term for column, term in target.terms.items() if term is not None}
         if not terms or not self._reaches_a_parameter(target, [*terms.values()]):

@@ -19,8 +19,8 @@ from procon.errors import ProConError
 from procon.integrations.forward import ConstrainedForward, constrained_by
 from procon.method import ProCon, Run, check_batches, makes_batches, once_through
 from procon.method.procon import require_length
-from procon.method.ranks import on_main
 from procon.method.record import read_record, write_record
+from procon.ranks import on_main
 from procon.schedule import AlphaSchedule
 from procon.settings import ChatSettings, Fuse, ProConSettings, check_setting
 from procon.training.run_folder import forget, output_folder

@@ -322,6 +322,11 @@ class ProbeTerm(Term):
     def restore(self, state: Mapping[str, Any], folder: Path, run: Run) -> None:
         self.probes, self.every = Probes.load(folder / PROBES_FILE), state["every"]
 
+    def summary(self) -> str:
+        settings = self._settings
+        often = f"every {self.every} steps" if self.every else f"{settings.probe_share:.0%} of the tokens that train"
+        return f"last states at {len(self._recorded())} prompts, {settings.probe_batch} at a time: {often}"
+
     def describe(self) -> dict[str, Any]:
         file = self._settings.probe_file
         return {} if file is None else {"probes": f"{len(_texts(file))} prompts, {_hash_of(file)}"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torch.utils.hooks import RemovableHandle
+from tqdm.auto import tqdm
 from transformers.trainer_utils import has_length
 
 from procon.chat import builtin_prompts, describe_chat, measure_refusal
@@ -122,6 +124,7 @@ class ProCon:
         self._penalty_steps = 0
         self._carried = 0.0  # the penalty of a window that a checkpoint has cut
         self._resumed: dict[str, Any] = {}
+        self._refused: float | None = None  # a share of malicious prompts, where directions do not have it
         if directions is not None and self.needs_directions:
             self.use(directions if isinstance(directions, Directions) else Directions.load(directions))
         elif self.needs_directions:
@@ -244,7 +247,7 @@ class ProCon:
                 prompts = builtin_prompts("extraction").malicious
                 asked = {"chat": self.run.chat, "progress": self.run.progress}
                 model = self.run.model
-                self.run.once(
+                self._refused = self.run.once(
                     lambda: measure_refusal(model, self.run.tokenizer, prompts, **asked), all_call=is_sharded(model)
                 )
             for term in self.terms:
@@ -252,6 +255,18 @@ class ProCon:
         except BaseException:
             self.detach()
             raise
+        if self.active and self.run.progress and not (dist.is_initialized() and dist.get_rank()):
+            tqdm.write("\n".join(self.summary()), file=sys.stderr)
+
+    def summary(self) -> list[str]:
+        """What is constrained, a line for each part, for people."""
+        rate = self.directions.provenance.get("refusal_rate") if self.directions else self._refused
+        start = "" if rate is None else f"; the starting model refuses {rate:.0%} of malicious prompts"
+        return [
+            f"ProCon: alpha {self.schedule}{start}",
+            *(f"  {term.name}: {term.summary()}" for term in self.terms),
+            "  logged as procon/penalty and procon/alpha; measure the result with: procon eval FOLDER",
+        ]
 
     def prepare(self, loader: DataLoader, *, accumulation: int = 1, resume: str | Path | None = None) -> DataLoader:
         """All that comes before training in a plain loop; returns ``loader``, whose batches then have anchors.

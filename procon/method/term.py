@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from procon.anchors import LiveAnchors
 from procon.directions import Directions
-from procon.method.ranks import on_main
+from procon.ranks import on_main
 from procon.settings import ChatSettings
 
 #: Makes a loader that runs through the training set once.
@@ -201,3 +201,7 @@ class Term:
     def describe(self) -> dict[str, Any]:
         """Settings that a resumed run must share, as JSON."""
         return {}
+
+    def summary(self) -> str:
+        """What it keeps, in a line for people, once it is prepared."""
+        return type(self).__name__

@@ -143,6 +143,12 @@ class TokenTerm(Term):
     def describe(self) -> dict[str, Any]:
         return {"blocks": list(self.constraint.blocks)} if hasattr(self, "constraint") else {}
 
+    def summary(self) -> str:
+        directions, blocks, scope = self._directions, len(self.constraint.blocks), self._settings.scope
+        along = "the refusal direction" if directions.of_refusal else f"directions of {', '.join(directions.concepts)}"
+        source = f"recorded for {len(self.anchors):,} sequences in {self.anchors.path}" if self.anchors else "live"
+        return f"{blocks} blocks' inputs along {along}, at {scope} tokens; anchors {source}"
+
     def _live_anchors(self, run: Run) -> LiveAnchors:
         with run.autocast():
             return LiveAnchors(

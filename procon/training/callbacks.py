@@ -25,7 +25,7 @@ from procon.chat import ContrastPrompts, builtin_drift_pairs, builtin_prompts, d
 from procon.directions import ContrastMeans, Directions
 from procon.errors import ProConError
 from procon.evaluation import Drift, NothingFinished, evaluate, measure_drift
-from procon.method.ranks import on_main
+from procon.ranks import on_main
 from procon.settings import ChatSettings
 from procon.training.run_folder import output_folder
 

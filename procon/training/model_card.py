@@ -9,10 +9,17 @@ from typing import Any
 from huggingface_hub import metadata_load, metadata_save
 
 from procon.directions import DIRECTIONS_FILE, Directions
+from procon.evaluation import Evaluation
 from procon.files import whole_file, write_text
 
 # Marks, and not headings: PEFT appends headings of its own to a card, below whatever stands last in it.
 _BEGIN, _END = "<!-- procon -->", "<!-- /procon -->"
+
+#: What PEFT's template has in each of its forty gaps. A card with so many of them says nothing of the model.
+_GAP, _EMPTY = "[More Information Needed]", 20
+
+#: Above what :func:`write_evaluation` adds.
+_MEASURED = "Measured afterwards:"
 
 _SECTION = """\
 ## Refusal anchored with ProCon
@@ -52,6 +59,9 @@ def write_section(card: Path, record: dict[str, Any], directions: Directions | N
         drop_section(card)
         return
     text = card.read_text(encoding="utf-8") if card.exists() else ""
+    if text.count(_GAP) >= _EMPTY:
+        head = re.match(r"---\n.*?\n---\n", text, re.DOTALL)
+        text = f"{head[0] if head else ''}\n# {card.absolute().parent.name}\n"
     marked = f"{_BEGIN}\n{describe(record, directions)}\n{_END}"
     text, replaced = _replaced(text, marked)
     with whole_file(card) as partial:
@@ -62,6 +72,21 @@ def write_section(card: Path, record: dict[str, Any], directions: Directions | N
         tags = [tags] if isinstance(tags, str) else tags
         if "procon" not in tags:
             metadata_save(partial, {**metadata, "tags": [*tags, "procon"]})
+
+
+def write_evaluation(card: Path, found: Evaluation) -> None:
+    """Put what was measured of the model last into its card's section, if it has one."""
+    text = card.read_text(encoding="utf-8") if card.exists() else ""
+    if _BEGIN not in text:
+        return
+    rates = {
+        f"malicious prompts refused, by {found.judge}": found.refusal_malicious,
+        f"benign prompts refused, by {found.judge_benign}": found.refusal_benign,
+        "task": found.task,
+    }
+    rows = [f"| {name} | {rate.hits:g} of {rate.total} |" for name, rate in rates.items() if rate]
+    measured = "\n".join([_MEASURED, "", "| | |", "|---|---|", *rows, "", _END])
+    write_text(re.sub(f"(?:{_MEASURED}.*?)?{_END}", lambda _: measured, text, flags=re.DOTALL), card)
 
 
 def drop_section(card: Path) -> None:

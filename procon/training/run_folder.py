@@ -20,9 +20,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from procon.errors import ProConError
 from procon.files import sync, writing
-from procon.method.ranks import on_main
 from procon.method.record import RECORD, check_resumed, read_record, write_record
 from procon.models import frozen_hash, weights_hash
+from procon.ranks import on_main
 from procon.settings import ProConSettings
 from procon.training.model_card import drop_section
 

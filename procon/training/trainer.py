@@ -25,9 +25,9 @@ from procon.directions import Directions
 from procon.errors import ProConError
 from procon.files import sync_files, writing
 from procon.method import ProCon, Run, check_batches, makes_batches, once_through
-from procon.method.ranks import on_main
 from procon.method.record import write_record
 from procon.models import is_sharded, keep_quantised, unwrapped
+from procon.ranks import on_main
 from procon.settings import ChatSettings, ProConSettings
 from procon.training.config import PREFIX, ProConArguments
 from procon.training.loss_scale import loss_scale

@@ -77,6 +77,13 @@ def test_directions_then_drift_then_eval_then_report(here, capsys):
     assert (found.refusal_malicious.total, found.refusal_benign.total, found.task.total) == (2, 2, 16)
     assert found.sources["malicious"] == {"set": "file", "source": "malicious.txt", "prompts": 2}
 
+    # Of a folder that a training has left, the evaluation is where its report looks.
+    assert not Path("adapter/eval.json").exists()
+    Path("adapter/procon.json").write_text("{}")
+    assert main(["eval", "adapter", *short, *PROMPTS]) == 0
+    assert "Written: adapter/eval.json\n" in capsys.readouterr().out
+    assert Evaluation.load("adapter/eval.json").refusal_malicious.total == 2
+
     assert (
         main(["report", "new/eval.json", "new/eval.json", "--output", "new/[red].html", "--title", "Two <runs>"]) == 0
     )

@@ -48,7 +48,7 @@ def test_train_then_resume(here, capsys):
     said = capsys.readouterr().out
     assert "parameters train on 19 samples, under alpha" in said
     assert "1 of 2 steps were under the constraint, which acted on 2 of its 3 blocks; mean penalty" in said
-    assert "Written: out. Measure it: procon eval --model out" in said
+    assert "Written: out.\nMeasure it: procon eval out; then: procon report out" in said
     assert sorted(json.loads(Path("out/adapter_config.json").read_text())["target_modules"]) == ["o_proj", "q_proj"]
     assert Path("out/tokenizer_config.json").is_file()
     assert [row["procon/alpha"] for row in logs() if "loss" in row] == [0.5, 0]

@@ -1,5 +1,8 @@
 """The constraint on a model: right value and gradient in every mode, and never silently absent."""
 
+from functools import partial
+from types import MethodType
+
 import pytest
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -51,12 +54,16 @@ def by_definition(model, directions, batch, anchors, mask):
 
 
 def constrained(model, directions, batch, anchors, mask, *, fuse="auto", **settings):
-    model.zero_grad()
     with ProjectionConstraint(directions, **{"penalty": "squared", **settings}).attach(model, fuse=fuse) as constraint:
-        constraint.set_target(anchors, mask)
-        loss = model(**batch).loss
-        penalty = constraint.penalty()
-        (loss + 3 * penalty).backward()
+        return constrained_by(constraint, model, batch, anchors, mask)
+
+
+def constrained_by(constraint, model, batch, anchors, mask):
+    model.zero_grad()
+    constraint.set_target(anchors, mask)
+    loss = model(**batch).loss
+    penalty = constraint.penalty()
+    (loss + 3 * penalty).backward()
     return penalty.detach(), gradients(model)
 
 
@@ -153,6 +160,34 @@ def test_a_norm_that_someone_else_has_patched_is_left_alone(tiny_model):
     norm.forward = lambda hidden_states: type(norm).forward(norm, hidden_states)
     with ProjectionConstraint(random_directions(model), penalty="squared").attach(model) as constraint:
         assert constraint.fused == (0, 2)
+
+
+def kernelize(model, *_: object) -> None:
+    """What the package kernels does to a model: other forwards, bound to the modules."""
+    for block in find_decoder(model).blocks:
+        norm = block.input_layernorm
+        norm.forward = MethodType(lambda self, hidden: type(self).forward(self, hidden), norm)
+
+
+def test_beside_hub_kernels(tiny_model):
+    """They go into the norms once the model trains; and if that shows too late, the constraint says so."""
+    batch, anchors, mask = random_batch(3)
+    model = tiny_model().train()
+    expected = by_definition(model, random_directions(model), batch, anchors, mask)
+    model.eval()
+    model._use_kernels = True
+    model.set_use_kernels = partial(kernelize, model)  # which transformers calls as the mode changes
+    with ProjectionConstraint(random_directions(model), penalty="squared").attach(model) as constraint:
+        assert constraint.fused == ()
+        model.train()
+        assert_same(constrained_by(constraint, model, batch, anchors, mask), expected)
+    model = tiny_model().train()
+    with ProjectionConstraint(random_directions(model), penalty="squared").attach(model) as constraint:
+        kernelize(model)
+        constraint.set_target(anchors, mask)
+        model(**batch)
+        with pytest.raises(ProConError, match=r"0 of 3 constrained blocks: attach the constraint .* after kernelize"):
+            constraint.penalty()
 
 
 @both_ways

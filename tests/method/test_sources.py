@@ -241,6 +241,18 @@ def test_how_often_probes_run_comes_of_their_share(trainer, three, accumulation,
     assert again.procon.term(ProbeTerm).every == expected
 
 
+def test_what_is_constrained_is_said_before_the_first_step(trainer, three, tiny_model, tokenizer, capsys):
+    trainer("recorded+probes", probes=three, max_steps=1, disable_tqdm=False, procon_probe_every=1).train()
+    said = capsys.readouterr().err
+    assert "ProCon: alpha 1\n" in said
+    assert "blocks' inputs along the refusal direction, at all tokens; anchors recorded for" in said
+    assert "probes: last states at 3 prompts, 8 at a time: every 1 steps" in said
+    trainer("probes", probes=three, max_steps=2, disable_tqdm=False).train()
+    said = capsys.readouterr().err
+    assert "ProCon: alpha 1; the starting model refuses 0% of malicious prompts" in said
+    assert "8 at a time: 5% of the tokens that train" in said
+
+
 def test_probes_keep_what_plain_training_moves(trainer):
     def departure(run) -> float:
         run.train()

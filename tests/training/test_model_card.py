@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from procon.directions import DIRECTIONS_FILE, Directions
 from procon.errors import ProConError
+from procon.evaluation import Evaluation
+from procon.evaluation.rates import Rate
 from procon.method.probes import PROBES_FILE
 from procon.method.record import read_record
-from procon.training.model_card import describe, write_section
+from procon.training.model_card import describe, write_evaluation, write_section
 from procon.version import __version__
 
 HEADING = "## Refusal anchored with ProCon"
@@ -78,7 +80,7 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
         "| optimiser steps under the constraint | 2 of 6 |",
         f"| mean penalty, before alpha | {sum(penalties.values()) / 2:.3g} |",
         f"| anchors | recorded (`{anchors[0]}`) |",
-        "the last hidden state at the last token of probe prompts (builtin), at most 8 every 2 steps, with weight 7.5 |",
+        "last token of probe prompts (builtin), at most 8 every 2 steps, with weight 7.5 |",
     ):
         assert part in card
     assert str(tmp_path) not in card[card.index(HEADING) :]
@@ -191,6 +193,30 @@ def test_section_is_replaced_where_it_stands(tmp_path):
     assert "| strength (alpha) | `\\g<0>` |" in section
     write_section(card, {**RECORD, "constrained": False}, None)
     assert "ProCon" not in card.read_text()
+
+
+def test_a_template_with_nothing_in_it_gives_way_and_what_was_measured_stays_last(tmp_path):
+    card = tmp_path / "tuned" / "README.md"
+    card.parent.mkdir()
+    gaps = "\n".join(f"## Gap {number}\n\n[More Information Needed]" for number in range(40))
+    card.write_text(f"---\nlibrary_name: peft\n---\n# Model Card for Model ID\n\n{gaps}\n")
+    write_section(card, RECORD, None)
+    text = card.read_text()
+    assert metadata_load(card) == {"library_name": "peft", "tags": ["procon"]}
+    assert "# tuned\n" in text
+    assert "Gap" not in text
+    for hits in (60, 61):
+        rates = Rate(hits, 64), Rate(3, 64), Rate(0, 1)
+        write_evaluation(card, Evaluation("tuned", *rates, Rate(1.5, 2), []))
+    text = card.read_text()
+    assert text.count("Measured afterwards:") == text.count("<!-- /procon -->") == 1
+    assert "| malicious prompts refused, by keywords | 61 of 64 |" in text
+    assert "| task | 1.5 of 2 |" in text
+    write_section(card, RECORD, None)  # of another training
+    assert "Measured afterwards:" not in card.read_text()
+    (tmp_path / "other.md").write_text("# Mine\n")
+    write_evaluation(tmp_path / "other.md", Evaluation("tuned", *rates, None, []))
+    assert (tmp_path / "other.md").read_text() == "# Mine\n"
 
 
 def test_a_card_names_concepts_and_what_was_kept(tiny_model):

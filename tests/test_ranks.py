@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from procon.anchors import Anchors, ranks, store
+from procon import ranks
+from procon.anchors import Anchors, store
 from procon.data import padding_collator
 from procon.errors import ProConError
 

@@ -1,4 +1,4 @@
-"""What the ranks of a process group tell each other while anchors are recorded; one process alone tells itself."""
+"""What the ranks of a process group tell each other, and what one finds out for all; one alone tells itself."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from procon.errors import ProConError
 from procon.files import write_bytes
@@ -40,11 +42,34 @@ def on_all_ranks(action: Callable[[], T]) -> T:
     return value
 
 
+def on_main(call: Callable[[], T], *, all_call: bool = False) -> T:
+    """What ``call`` gives on the main process, on every rank; all ranks must ask.
+
+    Args:
+        all_call: every rank calls, as one that needs the others' shards of a model has to, and takes the main one's.
+
+    Raises:
+        ProConError: on every rank, if the main process raises it.
+    """
+    found: list[Any] = [None]
+    if all_call or PartialState().is_main_process:
+        try:
+            found = [call()]
+        except ProConError as error:
+            found = [error]
+    broadcast_object_list(found)
+    if isinstance(found[0], ProConError):
+        raise found[0]
+    return found[0]
+
+
 def share_files(folder: Path) -> None:
     """Give every rank's ``folder`` the files that any rank's has; all ranks must call.
 
     If all ranks see one folder, as on one host or a shared disk, there is nothing to send.
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
     gather(None)  # until all have written theirs
     held = gather({path.name for path in folder.glob("[!_]*")})
     for name in sorted(set().union(*held)):

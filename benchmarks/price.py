@@ -1,0 +1,134 @@
+"""What does a whole step of the default cost? ``python -m benchmarks.price``: ProConTrainer beside the plain Trainer.
+
+Real trainers take turns of as many steps as lie between two runs of the probes, on samples of 64 and of 512 tokens,
+padded and packed, with LoRA and in full: SmolLM2-135M's shape and its own chat template, float32 on a CPU. Printed are
+a step's time over the plain one's, and how often the probes ran. ``--paper`` counts it for larger models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from contextlib import ExitStack
+from itertools import product
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, Trainer, TrainingArguments
+
+from benchmarks.harness.interleaved import Samples, interleave
+from benchmarks.harness.shapes import make_batch, make_directions, make_model
+from benchmarks.harness.timers import wall_time
+from benchmarks.harness.turns import Turns
+from procon import ProConConfig, ProConSettings, ProConTrainer
+from procon.data import flattening_collator, padding_collator
+from procon.demo import fetch_demo_model
+from procon.method.probes import ProbeTerm
+
+SHAPE, ROWS, LENGTHS = "SmolLM2-135M", 8, (64, 512)
+#: Of the default: its terms one by one, too.
+SETTINGS = {"default": {}, "training tokens alone": {"procon_probes": "none"}}
+#: Blocks, width, MLP width, key-value width and vocabulary.
+PAPER = {
+    "1B": (16, 2048, 8192, 512, 128256),
+    "7B": (32, 4096, 11008, 4096, 32000),
+    "70B": (80, 8192, 28672, 1024, 128256),
+}
+
+
+def make_trainer(name: str, length: int, packed: bool, training: str, steps: int, folder: str) -> Trainer:
+    """``"plain"`` or one of :data:`SETTINGS`."""
+    tokenizer = AutoTokenizer.from_pretrained(fetch_demo_model())
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    batch = make_batch(SHAPE, ROWS, length, packed=False)
+    rows = [{column: batch[column][row].tolist() for column in ("input_ids", "labels")} for row in range(ROWS)]
+    common: dict[str, Any] = {
+        "output_dir": tempfile.mkdtemp(dir=folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": ROWS,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    given = {
+        "train_dataset": Dataset.from_list(rows),
+        "data_collator": flattening_collator() if packed else padding_collator(tokenizer),
+        "processing_class": tokenizer,
+    }
+    model = make_model(SHAPE, torch.float32, training)
+    if name == "plain":
+        return Trainer(model, TrainingArguments(**common), **given)
+    config = ProConConfig(**common, **SETTINGS[name])
+    return ProConTrainer(model, config, directions=make_directions(SHAPE), **given)
+
+
+def time_steps(length: int, packed: bool, training: str, rounds: int, folder: str) -> tuple[Samples, int]:
+    """Seconds of turns of each contender, and how many steps a turn has."""
+    every = _spacing(length, packed, training, folder)
+    with ExitStack() as stack:
+        turns = {
+            name: stack.enter_context(
+                Turns(make_trainer(name, length, packed, training, every * (rounds + 9), folder), every)
+            )
+            for name in ("plain", *SETTINGS)
+        }
+        progress = stack.enter_context(tqdm(total=len(turns) * (rounds + 3), unit="turn", leave=False))
+
+        def timed(turn: Any, calls: int) -> float:
+            seconds = wall_time(turn, calls)
+            progress.update(calls)
+            return seconds
+
+        return interleave(turns, timed, rounds=rounds, warmup=2), every
+
+
+def _spacing(length: int, packed: bool, training: str, folder: str) -> int:
+    """Steps from one run of the probes to the next."""
+    trainer = make_trainer("default", length, packed, training, 100, folder)
+    with Turns(trainer, 1) as turn:
+        turn()
+        turn()
+        return trainer.procon.term(ProbeTerm).every
+
+
+def paper(share: float = ProConSettings.probe_share, probe_tokens: int = 38) -> None:
+    """FLOPs of a step over the plain one's; and bytes that the token term adds to those of a block's norm."""
+    print("FLOPs of the default's step over the plain one's, and steps between runs of the probes")
+    for name, (blocks, width, mlp, key, words) in PAPER.items():
+        body = blocks * (2 * width * width + 2 * width * key + 3 * width * mlp)
+        head = width * words  # multiplied whether tied or not
+        for length in LENGTHS:
+            tokens, a_run = ROWS * length, 8 * probe_tokens
+            every = min(-(-a_run // int(share * tokens)), 16)
+            ratio = 1 + a_run / every / tokens * body / (body + head)
+            print(f"  {name:4} {ROWS} x {length:3}: {ratio:.3f}, every {every}; anchors {4 * blocks} bytes a token")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the ratios, medians with their 95% intervals."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.price", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=31, help="turns of each")
+    parser.add_argument("--length", type=int, action="append", choices=LENGTHS, help="of samples; may be repeated")
+    parser.add_argument("--short", action="store_true", help="padded samples and LoRA alone")
+    parser.add_argument("--paper", action="store_true", help="count it for larger models, and time nothing")
+    chosen = parser.parse_args(argv)
+    if chosen.paper:
+        paper()
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for length, packed, training in product(chosen.length or LENGTHS, (False, True), ("lora", "full")):
+            if chosen.short and (packed or training == "full"):
+                continue
+            samples, every = time_steps(length, packed, training, chosen.rounds, folder)
+            print(
+                f"{ROWS} x {length} tokens, {'packed' if packed else 'padded'}, {training}: probes every {every} steps"
+            )
+            for name in SETTINGS:
+                ratio = samples.ratio(name, "plain")
+                print(f"  {name:24} {ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f}), {chosen.rounds} pairs")
+
+
+if __name__ == "__main__":
+    main()
