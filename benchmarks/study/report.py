@@ -46,6 +46,7 @@ PAGES = {
     "hard": Page("Rivals, long training, poison, other tasks", {"habit": "plain_x4"}),
     "qwen": Page("Qwen2.5-Coder-0.5B-Instruct, as its makers published it"),
     "preferences": Page("DPO and GRPO"),
+    "price": Page("Fewer probes"),
 }
 
 
@@ -54,7 +55,7 @@ class ReportArguments:
     """Write the page of results with its figures, or all tables and pictures of a budget, from the runs."""
 
     budget: str | None = field(
-        default=None, metadata={"help": "table, anchors, hard, qwen or preferences; the page of results if not given."}
+        default=None, metadata={"help": f"One of {', '.join(PAGES)}; the page of results if not given."}
     )
     output: str | None = field(
         default=None, metadata={"help": "Folder to write to: docs if not given, and yours with a budget."}
