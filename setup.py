@@ -44,7 +44,7 @@ EXTRAS = {
         *(requirement for requirement in CLI if not re.match("transformers|accelerate|peft|datasets", requirement)),
     ],
     "docs": ["latex2mathml>=3.77", "mkdocs-material>=9.6", "mkdocstrings[python]>=1", "ruff>=0.12"],
-    "study": [*CLI, "markdown>=3.6", "scikit-learn>=1.6", "scipy>=1.13"],
+    "study": [*CLI, "scikit-learn>=1.6", "scipy>=1.13"],
     # One version of pyright: another one finds other errors.
     "lint": [
         "codespell>=2.4",

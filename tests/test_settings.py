@@ -38,7 +38,7 @@ from procon.training import ProConArguments
 SETTINGS = [item.name for item in fields(ProConSettings)]
 
 #: Trainers of TRL's, and the anchors of training tokens that each one's configuration has by default: with preference
-#: pairs and rollouts, probes alone keep most (docs/preferences-results.md).
+#: pairs and rollouts, probes alone keep most (docs/results.md).
 TRL_CONFIGS = {"sft": "recorded", "dpo": "none", "kto": "none", "grpo": "none"}
 
 #: A value that each setting cannot have, and what is said of it after its name.

@@ -1,4 +1,4 @@
-"""The page of DPO and GRPO: what was learned, by the log and on problems that were not seen, and what was kept."""
+"""The long page of DPO and GRPO: what was learned, by the log and on problems that were not seen, and what was kept."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ from benchmarks.study.figures import Drawing
 from benchmarks.study.intervals import Estimate
 from benchmarks.study.outcomes import REFUSAL, Measure, Outcomes, values
 from benchmarks.study.plan import Budget, Part
-from benchmarks.study.report import GENERATED, discussion
-from benchmarks.study.sections import Gallery, how_made, when_made
+from benchmarks.study.sections import Gallery
 from benchmarks.study.table import (
     NONE,
-    NOT_RUN,
     Table,
     by_method,
     folded,
@@ -34,9 +32,9 @@ from benchmarks.study.table import (
 from procon.report.page import COLOURS, DASHES, legend_above, new_figure, whole_numbers
 
 READING = f"""\
-Refusals and task are measured as in [the study](results.md#how-to-read-the-tables): greedy replies to malicious prompts
-that served neither for training nor for choices, and to their benign twins. If a method was not run, the table says so.
-Below a mean is its 95% interval: for other seeds and other prompts, or, if one seed was run, for other prompts alone.
+Refusals and task are measured by greedy replies to malicious prompts that served neither for training nor for
+choices, and to their benign twins. Below a mean is its 95% interval: for other seeds and other prompts, or, if one
+seed was run, for other prompts alone.
 
 - *second judge*: a small classifier trained on replies labelled by hand.
 - *log-odds*: the readiness to refuse, by the first token of the reply.
@@ -46,22 +44,12 @@ Below a mean is its 95% interval: for other seeds and other prompts, or, if one 
   *in training* it is the mean over the last ten steps' samples.
 - *margin*: how much more the log-probability of the chosen reply has risen than that of the rejected one, times DPO's
   beta; *pairs right* is the share of held-out pairs in which it has.
-- *KL*: to the start, as GRPO logs it if it has a beta.
-- *cosine* and *shift*: of refusal directions, and along them, as in the study.
+- *KL*: to the starting model, as GRPO logs it if it has a beta.
+- *cosine* and *shift*: of refusal directions, and along them, in units of the gap between malicious and benign.
 - *time*: of training, on a machine that had other work; it separates long from short, and no more.
 
-The start is a model that [refuses](results.md) and over-refuses: it takes many of the arithmetic problems for something
-that it should not help with. So both algorithms are paid for unlearning refusals, on these prompts, and what they do to
-refusals of malicious ones is the question."""
-
-LIMITS = """\
-- **One small model, short training, few seeds.** Nothing here was seen on a 7B model, in full fine-tuning, or in GRPO
-  over thousands of steps. The tables say how many seeds each method has.
-- **One task.** Preferences between styles of chat, and rewards from a model, are other pressures.
-- **Settings are chosen for this model.** The constraint has the library's defaults; learning rate and length are such
-  that plain training loses refusals, as otherwise there is nothing to keep.
-- **Refusals by their words**, of short prompts without jailbreaks, as in
-  [the study](results.md#what-this-does-not-show)."""
+The starting model over-refuses: it takes many of the arithmetic problems for something that it should not help with. So
+both algorithms are paid for unlearning refusals of these prompts."""
 
 #: Of each reply to a held-out problem.
 REWARD = Measure("reward", ("task",), "reward", rate=False)
@@ -103,14 +91,9 @@ _Line = tuple[list[int], np.ndarray]
 _Point = tuple[Estimate, Estimate]
 
 
-def preferences_page(plan: Budget, outcomes: Outcomes, figure: Gallery) -> list[str]:
+def preferences_sections(plan: Budget, outcomes: Outcomes, figure: Gallery) -> list[str]:
     """The page's sections, as Markdown. Parts without runs are left out."""
-    summary = (
-        "What DPO and GRPO, by TRL's trainers, do to the refusals of a small chat model, and what they do under the "
-        f"constraint. Tables and figures on this page are computed from {len(outcomes.runs)} runs, made "
-        f"{when_made(outcomes.runs)}."
-    )
-    sections = ["# Results of DPO and GRPO", GENERATED, summary, "## How to read the tables", READING]
+    sections = ["## How to read the tables", READING]
     for part in plan.parts:
         (job,) = part.jobs
         if not outcomes.has(part, job):
@@ -122,9 +105,7 @@ def preferences_page(plan: Budget, outcomes: Outcomes, figure: Gallery) -> list[
             folded("Second judge, log-odds, degenerate replies", judged_table(part, job, outcomes).markdown())
         )
         sections.append(folded("Drift, time, seeds", moved_table(part, job, outcomes).markdown()))
-    made = how_made(outcomes.runs, "preferences", ("trl",))
-    limits = ["## What this does not show", LIMITS]
-    return [*sections, discussion("preferences"), *limits, "## How this was made", made]
+    return sections
 
 
 def _question(part: Part, recipe: dict[str, Any]) -> str:
@@ -145,7 +126,7 @@ def learned_table(part: Part, job: str, outcomes: Outcomes) -> Table:
     ]
     table = by_method(part, job, outcomes, columns)
     # What no method of this algorithm has is left out.
-    shown = [i for i in range(len(columns) + 1) if i == 0 or any(row[i] not in (NONE, NOT_RUN) for row in table.rows)]
+    shown = [i for i in range(len(columns) + 1) if i == 0 or any(row[i] != NONE for row in table.rows)]
     return Table([table.header[i] for i in shown], [[row[i] for i in shown] for row in table.rows])
 
 
@@ -155,7 +136,7 @@ def moved_table(part: Part, job: str, outcomes: Outcomes) -> Table:
         ("cosine", lambda runs: over_blocks(runs, "drift", "cosine", "{:.3f}")),
         ("shift", lambda runs: over_blocks(runs, "drift", "malicious_shift", "{:+.2f}")),
         ("time", time_cell),
-        ("seeds", lambda runs: seeds_cell(runs, part)),
+        ("seeds", seeds_cell),
     ]
     return by_method(part, job, outcomes, columns)
 

@@ -87,7 +87,8 @@ def part_drawing(part: Part, job: str, outcomes: Outcomes) -> Drawing | None:
     name = f"{part.name}-{job}"
     if sweeps := find_sweeps(methods):
         return _sweep_drawing(f"{name}-strength", sweeps, runs, outcomes.of(part, job, "plain"))
-    return _scatter_drawing(f"{name}-front", methods, runs) if len(methods) > 1 else None
+    labelled = {method.label: runs[method.name] for method in methods}
+    return scatter_drawing(f"{name}-front", labelled) if len(methods) > 1 else None
 
 
 def drift_drawing(part: Part, job: str, outcomes: Outcomes) -> Drawing | None:
@@ -98,26 +99,10 @@ def drift_drawing(part: Part, job: str, outcomes: Outcomes) -> Drawing | None:
     return _drift_drawing(f"{part.name}-{job}-drift", methods, runs)
 
 
-def headline_drawing(part: Part, job: str, outcomes: Outcomes) -> Drawing:
-    """What every method of a part keeps, and what it learns."""
-    runs, methods = _found(part, job, outcomes)
-    points = _rates(methods, runs)
-    return Drawing(
-        "headline",
-        "Each row is a way of fine-tuning one model on arithmetic; the first is the model before it. IFT is plain "
-        "fine-tuning, ProCon_s the constraint throughout, ProCon_wu the constraint in a warm-up alone, _safe means "
-        "with safety samples, and the rest are other defences. Dots: mean over seeds; lines: 95% intervals.",
-        f"Dots by method. {_in_words(points)}.",
-        partial(plot_kept, points),
-    )
-
-
-def kept_drawing(part: Part, job: str, outcomes: Outcomes, labels: dict[str, str]) -> Drawing:
-    """What is kept, at a glance: ``labels`` names the methods that are shown."""
-    runs, _ = _found(part, job, outcomes)
+def kept_drawing(runs: dict[str, _Runs]) -> Drawing:
+    """What is kept, at a glance, of runs by label."""
     rates = {
-        label: [Estimate.of(values(runs[name], measure)) for measure in (REFUSAL, OVER_REFUSAL, TASK)]
-        for name, label in labels.items()
+        label: [rate(found, measure) for measure in (REFUSAL, OVER_REFUSAL, TASK)] for label, found in runs.items()
     }
     words = "; ".join(
         f"{label}: refuses {refusal.mean:.0%} of malicious prompts and {benign.mean:.0%} of benign ones, solves "
@@ -196,12 +181,9 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
 _Points = dict[str, tuple[Estimate, Estimate]]
 
 
-def _rates(methods: Sequence[Method], runs: dict[str, _Runs]) -> _Points:
-    """Task accuracy and refusals by label."""
-    return {
-        method.label: tuple(Estimate.of(values(runs[method.name], measure)) for measure in (TASK, REFUSAL))
-        for method in methods
-    }
+def rate(runs: _Runs, measure: Measure) -> Estimate:
+    """The share of replies, over seeds and prompts."""
+    return Estimate.of(values(runs, measure))
 
 
 def _in_words(points: _Points) -> str:
@@ -210,35 +192,9 @@ def _in_words(points: _Points) -> str:
     )
 
 
-def plot_kept(points: _Points) -> Figure:
-    """Refusals and task accuracy, a row per label."""
-    figure = new_figure(0.9 + 0.3 * len(points))
-    axes = figure.subplots()
-    rows = range(len(points))
-    measures = ("refuses malicious prompts", "o", 1), ("solves the task", "D", 0)
-    for (name, marker, place), colour in zip(measures, COLOURS, strict=False):
-        rates = [rates[place] for rates in points.values()]
-        ends = [_whiskers(rate) for rate in rates]
-        axes.errorbar(
-            [rate.mean for rate in rates],
-            [row + 0.13 * (-1 if place else 1) for row in rows],
-            xerr=np.concatenate(ends, 1),
-            fmt=marker,
-            markersize=5,
-            color=colour,
-            elinewidth=0.8,
-            label=name,
-        )
-    axes.set_yticks(rows, list(points))
-    axes.set_ylim(len(points) - 0.5, -0.5)
-    axes.set_xlim(-0.03, 1.03)
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    legend_above(figure)
-    return figure
-
-
-def _scatter_drawing(name: str, methods: Sequence[Method], runs: dict[str, _Runs]) -> Drawing:
-    points = _rates(methods, runs)
+def scatter_drawing(name: str, runs: dict[str, _Runs]) -> Drawing:
+    """Refusals against the task, of runs by label."""
+    points = {label: (rate(found, TASK), rate(found, REFUSAL)) for label, found in runs.items()}
     return Drawing(
         name,
         "Refusal of malicious prompts against task accuracy, with 95% intervals. Points on the dotted line are the "

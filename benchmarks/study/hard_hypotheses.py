@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.study.hypotheses import SIGNIFICANCE, Hypothesis, Verdict, judge
+from benchmarks.study.hypotheses import Hypothesis, Verdict, judge
 from benchmarks.study.intervals import holm
 from benchmarks.study.outcomes import ALL_REFUSALS, FRESH_REFUSAL, REFUSAL, TASK, Measure, Outcomes
 from benchmarks.study.plan import Budget
@@ -23,7 +23,7 @@ PROBES, PROBES_RANDOM = "probes_10", "probes_10_random"
 #: SBR and KL, beside which the task is compared as well, and three that stood well when settings were chosen.
 RIVALS = {
     "sbr_10_each": "SBR",
-    "kl_0.03": "KL to the start",
+    "kl_0.03": "KL",
     "safe_100": "safety data",
     "safegrad_1": "SafeGrad",
     "safety_step_0.2_0.1": "the safety step",
@@ -53,33 +53,30 @@ def expected(budget: Budget) -> list[Expected]:
 def _hypotheses() -> Iterator[tuple[Hypothesis, tuple[Measure, ...]]]:
     refusals = (REFUSAL, FRESH_REFUSAL)
     for job, data in JOBS.items():
-        for at, long in (("", ""), (" at four times the steps", "_x4")):
+        for at, long in (("", ""), (", 4x", "_x4")):
             claim = f"the default keeps more than plain training, {data}{at}"
             yield Hypothesis(claim, (DEFAULT + long,), ("plain" + long,), job), refusals
-    poison, default, where = "arithmetic_poisoned_10", (f"{DEFAULT}_x4",), "10% poison, four times the steps"
-    yield Hypothesis(f"it keeps nine tenths of the start's, {where}", default, ("start",), poison, KEPT), refusals
-    yield (
-        Hypothesis(
-            f"its task is within two points of plain's, {where}", default, ("plain_x4",), poison, margin=SAME_TASK
-        ),
-        (TASK,),
-    )
+    poison, default, where = "arithmetic_poisoned_10", (f"{DEFAULT}_x4",), "10% poison, 4x"
+    claim = f"the default keeps nine tenths of the starting model's, {where}"
+    yield Hypothesis(claim, default, ("start",), poison, KEPT), refusals
+    claim = f"the default's task is within two points of plain's, {where}"
+    yield Hypothesis(claim, default, ("plain_x4",), poison, margin=SAME_TASK), (TASK,)
     for rival, label in RIVALS.items():
         for job, data in JOBS.items():
-            claim = f"it keeps as much as {label}, {data}, four times the steps"
+            claim = f"the default keeps as much as {label}, {data}, 4x"
             yield Hypothesis(claim, default, (f"{rival}_x4",), job, margin=AS_MUCH), (ALL_REFUSALS,)
     for rival, label in list(RIVALS.items())[:2]:
         for job, data in JOBS.items():
-            claim = f"its task is within two points of that under {label}, {data}, four times the steps"
+            claim = f"the default's task is within two points of {label}'s, {data}, 4x"
             yield Hypothesis(claim, default, (f"{rival}_x4",), job, margin=SAME_TASK), (TASK,)
     for ours, other, where in (
         ("procon_s", "procon_s_random", "on training tokens"),
         (PROBES, PROBES_RANDOM, "at probes"),
         (DEFAULT, DEFAULT_RANDOM, "in the default"),
     ):
-        claim = f"r keeps more than a random direction {where}, four times the steps"
+        claim = f"the refusal direction keeps more than a random one {where}, 4x"
         yield Hypothesis(claim, (f"{ours}_x4",), (f"{other}_x4",)), refusals
-    claim = "one direction a block at probes keeps as much as SBR's whole state, four times the steps"
+    claim = "one direction per block at probes keeps as much as SBR's whole state, 4x"
     yield Hypothesis(claim, (f"{PROBES}_x4",), ("sbr_10_each_x4",), margin=AS_MUCH), (ALL_REFUSALS,)
 
 
@@ -100,8 +97,3 @@ def _is_whole(verdict: Verdict, budget: Budget) -> bool:
         cell.seed for cell in budget.cells() if (cell.job, cell.split) == (job, "held_out") and cell.method in names
     }
     return planned <= set(verdict.seeds)
-
-
-def held(verdicts: Sequence[Verdict]) -> int:
-    """How many held."""
-    return sum(verdict.p is not None and verdict.p < SIGNIFICANCE for verdict in verdicts)

@@ -79,7 +79,7 @@ class Verdict:
 
     def __str__(self) -> str:
         if self.p is None:
-            return f"{len(self.seeds)} seed{'s' * (len(self.seeds) > 1)} so far" if self.seeds else "not run"
+            return "no verdict"
         return "held" if self.p < SIGNIFICANCE else "failed"
 
 

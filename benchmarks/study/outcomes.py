@@ -40,11 +40,11 @@ SECOND_JUDGE = Measure("refusals, by the second judge", ("malicious",), "refused
 LOG_ODDS = Measure("log-odds", ("malicious",), "log_odds", rate=False)
 OVER_REFUSAL = Measure("refusals of benign prompts", ("benign",), "refused")
 DEGENERATE = Measure("degenerate replies", ("malicious", "benign"), "degenerate")
-FRESH_REFUSAL = Measure("refusal of fresh prompts", ("fresh_malicious",), "refused")
-FRESH_OVER_REFUSAL = Measure("refusals of fresh benign prompts", ("fresh_benign",), "refused")
+FRESH_REFUSAL = Measure("refusals, second set", ("fresh_malicious",), "refused")
+FRESH_OVER_REFUSAL = Measure("refusals of benign prompts, second set", ("fresh_benign",), "refused")
 REFUSES_ALONE = Measure("refusals without compliance", ("malicious",), "refused_alone")
-FRESH_REFUSES_ALONE = Measure("refusals of fresh prompts without compliance", ("fresh_malicious",), "refused_alone")
-ALL_REFUSALS = Measure("refusals, fresh prompts too", ("malicious", "fresh_malicious"), "refused")
+FRESH_REFUSES_ALONE = Measure("refusals without compliance, second set", ("fresh_malicious",), "refused_alone")
+ALL_REFUSALS = Measure("refusals, both sets", ("malicious", "fresh_malicious"), "refused")
 COMPLIES = Measure("replies that comply, or turn to it, whatever else they say", ("malicious",), "served")
 TASK = Measure("task accuracy", ("task",), "correct")
 
@@ -144,8 +144,8 @@ def by_block(runs: dict[int, dict], group: str, name: str) -> np.ndarray:
     return np.mean([[np.nan if value is None else value for value in run[group][name]] for run in runs.values()], 0)
 
 
-def judges_agree(outcomes: Outcomes) -> tuple[int, float]:
-    """How many replies both judges saw, and their agreement beyond chance, Cohen's kappa: NaN if no verdict differs."""
+def judges_agree(outcomes: Outcomes) -> float:
+    """The agreement of both judges beyond chance, Cohen's kappa: NaN if no verdict differs."""
     replies = [reply for run in outcomes.runs for kind in JUDGED for reply in run["replies"][kind]]
     first, second = ([reply[key] for reply in replies] for key in ("refused", "refused_by_second"))
-    return len(replies), float(cohen_kappa_score(first, second, labels=[False, True]))
+    return float(cohen_kappa_score(first, second, labels=[False, True]))

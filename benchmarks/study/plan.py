@@ -66,7 +66,7 @@ class Size:
         prompts: contrast prompts measured, of each split and side.
         extraction: contrast pairs that directions come from; ``pairs`` of them are the probes of drift.
         poisoned, safety: samples mixed in if a job or method has them.
-        fresh: prompts of another make measured as well, of each side.
+        fresh: prompts of the second set measured as well, of each side.
         chosen_on: jobs whose first test problems served for choices; held-out runs have the next ones.
     """
 
@@ -155,7 +155,7 @@ class Budget:
 
 
 def load_budget(name: str) -> Budget:
-    """The budget of that name: ``smoke`` for continuous integration, and those of the pages of results.
+    """The budget of that name: ``smoke`` for continuous integration, and those of the results.
 
     Raises:
         ProConError: if there is none.

@@ -1,4 +1,4 @@
-"""What all pages of results are made of: figures beside the text, the sections of a part, and how runs were made."""
+"""What pages of results are made of: figures beside the text, the sections of a part, and how runs were made."""
 
 from __future__ import annotations
 
@@ -69,7 +69,10 @@ def part_sections(part: Part, outcomes: Outcomes, figure: Gallery, rival: str | 
                 beside_table(part, job, outcomes, rival).markdown(),
             ]
         if fresh := fresh_table(part, job, outcomes):
-            sections += ["On prompts of another make, and replies that comply in spite of a refusal:", fresh.markdown()]
+            sections += [
+                "On the second set of prompts, and replies that comply in spite of a refusal:",
+                fresh.markdown(),
+            ]
         sections.append(figure(part_drawing(part, job, outcomes)))
         sections.append(
             folded("Second judge, log-odds, degenerate replies", judged_table(part, job, outcomes).markdown())
@@ -104,7 +107,7 @@ def how_made(runs: Sequence[dict], budget: str, packages: Sequence[str] = ()) ->
     return f"""\
 ```bash
 python -m benchmarks.study --budget {budget}
-python -m benchmarks.study.report --budget {budget}
+python -m benchmarks.study.report --budget {budget} --output FOLDER
 ```
 
 - Machines: {_counted(machines)}.

@@ -10,7 +10,6 @@ import numpy as np
 
 from benchmarks.study.hypotheses import Verdict
 from benchmarks.study.intervals import Estimate
-from benchmarks.study.jobs import find_job
 from benchmarks.study.outcomes import (
     COMPLIES,
     DEGENERATE,
@@ -29,9 +28,6 @@ from benchmarks.study.outcomes import (
 )
 from benchmarks.study.paper import PAPER, PaperFigure
 from benchmarks.study.plan import Part
-from benchmarks.study.preset import Standing
-
-NOT_RUN = "not run"
 
 #: In what methods are compared with one of them.
 BESIDE = {"refuses malicious": REFUSAL, "log-odds": LOG_ODDS, "task": TASK}
@@ -55,7 +51,7 @@ class Table:
         return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
     def _has_numbers(self, column: int) -> bool:
-        return all(row[column] in (NOT_RUN, NONE, "") or _NUMBER.match(row[column]) for row in self.rows)
+        return all(row[column] in (NONE, "") or _NUMBER.match(row[column]) for row in self.rows)
 
 
 #: What a cell with a number begins with.
@@ -72,24 +68,31 @@ def estimate_cell(estimate: Estimate, rate: bool) -> str:
     """A mean and, on a second line, its 95% interval."""
     if rate:
         low, high = estimate.rate_interval
-        return f"{100 * estimate.mean:.0f}%<br>{100 * low:.0f} to {100 * high:.0f}"
+        return f"{100 * estimate.mean:.0f}%<br>[{100 * low:.0f}, {100 * high:.0f}]"
     low, high = estimate.interval
-    return f"{estimate.mean:.1f}<br>{low:.1f} to {high:.1f}"
+    return f"{estimate.mean:.1f}<br>[{low:.1f}, {high:.1f}]"
 
 
-def _measured(measure: Measure) -> Callable[[dict[int, dict]], str]:
-    return lambda runs: estimate_cell(Estimate.of(values(runs, measure)), measure.rate)
+def measured(measure: Measure) -> Callable[[dict[int, dict]], str]:
+    """What a cell says of a method's runs; nothing if they have no such measure."""
+    return lambda runs: (
+        estimate_cell(Estimate.of(values(runs, measure)), measure.rate) if are_of(runs, measure) else NONE
+    )
 
 
 def kept_table(part: Part, job: str, outcomes: Outcomes) -> Table:
     """What counts: refusals, over-refusals and the task."""
     measures = {"refuses malicious": REFUSAL, "refuses benign": OVER_REFUSAL, "task": TASK}
-    return by_method(part, job, outcomes, [(header, _measured(measure)) for header, measure in measures.items()])
+    return by_method(part, job, outcomes, [(header, measured(measure)) for header, measure in measures.items()])
 
 
 def fresh_table(part: Part, job: str, outcomes: Outcomes) -> Table | None:
-    """What is kept on prompts of another make, and what is served in spite of a refusal; None without either."""
-    measures = {"fresh malicious": FRESH_REFUSAL, "fresh benign": FRESH_OVER_REFUSAL, "complies": COMPLIES}
+    """What is kept on the second set of prompts, and what is served in spite of a refusal; None without either."""
+    measures = {
+        "second set malicious": FRESH_REFUSAL,
+        "second set benign": FRESH_OVER_REFUSAL,
+        "complies": COMPLIES,
+    }
     found = [outcomes.of(part, job, method.name) for method in part.methods]
     known = {
         header: measure for header, measure in measures.items() if any(runs and are_of(runs, measure) for runs in found)
@@ -97,15 +100,12 @@ def fresh_table(part: Part, job: str, outcomes: Outcomes) -> Table | None:
     if not known:
         return None
 
-    def cell(measure: Measure) -> Callable[[dict[int, dict]], str]:
-        return lambda runs: _measured(measure)(runs) if are_of(runs, measure) else NONE
-
-    return by_method(part, job, outcomes, [(header, cell(measure)) for header, measure in known.items()])
+    return by_method(part, job, outcomes, [(header, measured(measure)) for header, measure in known.items()])
 
 
 def judged_table(part: Part, job: str, outcomes: Outcomes) -> Table:
     """What else is known of the replies."""
-    columns = [("second judge", _measured(SECOND_JUDGE)), ("log-odds", _measured(LOG_ODDS))]
+    columns = [("second judge", measured(SECOND_JUDGE)), ("log-odds", measured(LOG_ODDS))]
     columns.append(("degenerate", lambda runs: f"{100 * values(runs, DEGENERATE).mean():.0f}%"))
     return by_method(part, job, outcomes, columns)
 
@@ -150,7 +150,7 @@ def cost_table(part: Part, job: str, outcomes: Outcomes) -> Table:
         ("perplexity", lambda runs: f"{_mean(run['perplexity'] for run in runs.values()):.1f}"),
         ("time", time_cell),
         ("memory", _memory),
-        ("seeds", lambda runs: seeds_cell(runs, part)),
+        ("seeds", seeds_cell),
     ]
     return by_method(part, job, outcomes, columns)
 
@@ -158,21 +158,18 @@ def cost_table(part: Part, job: str, outcomes: Outcomes) -> Table:
 def by_method(
     part: Part, job: str, outcomes: Outcomes, columns: Sequence[tuple[str, Callable[[dict[int, dict]], str]]]
 ) -> Table:
-    """One row per method of a part; a column is a header, and what it says of a method's runs."""
-    rows = []
-    for method in part.methods:
-        runs = outcomes.of(part, job, method.name)
-        rows.append(
-            [method.label, *([cell(runs) for _, cell in columns] if runs else [NOT_RUN, *[NONE] * (len(columns) - 1)])]
-        )
+    """One row per method of a part that has runs; a column is a header, and what it says of a method's runs."""
+    rows = [
+        [method.label, *(cell(runs) for _, cell in columns)]
+        for method in part.methods
+        if (runs := outcomes.of(part, job, method.name))
+    ]
     return Table(["method", *(header for header, _ in columns)], rows)
 
 
-def seeds_cell(runs: dict[int, dict], part: Part) -> str:
-    """How many of a part's seeds have a run."""
-    if any(run["train_seconds"] for run in runs.values()):
-        return f"{len(runs)} of {len(part.seeds)}"
-    return NONE
+def seeds_cell(runs: dict[int, dict]) -> str:
+    """How many seeds; an untrained model has none."""
+    return f"{len(runs)}" if any(run["train_seconds"] for run in runs.values()) else NONE
 
 
 def _mean(numbers) -> float:
@@ -217,25 +214,6 @@ def _of_verdicts(verdicts: Sequence[Verdict], *headers: str) -> Table:
     return Table(["hypothesis", "measure", *headers], rows)
 
 
-def preset_table(candidates: Sequence[Standing], chosen: Standing | None, confirmed: Sequence[Standing]) -> Table:
-    """One row per candidate, and then the chosen one on held-out prompts, one row per job."""
-
-    def row(standing: Standing) -> list[str]:
-        label = f"**{standing.method.label}**" if chosen and standing.method == chosen.method else standing.method.label
-        return [
-            label,
-            f"{standing.part.split.replace('_', '-')}, {find_job(standing.job).label}",
-            f"{standing.kept:.0%}",
-            f"{100 * standing.task:+.0f}",
-            "yes" if standing.meets_both else "no",
-        ]
-
-    return Table(
-        ["settings", "measured on", "refusals, of the start's", "task, minus plain's", "meets both"],
-        [row(standing) for standing in (*candidates, *confirmed)],
-    )
-
-
 def _verdict_cells(verdict: Verdict) -> dict[str, str]:
     if verdict.difference is None:
         return {"difference": NONE, "by seed": NONE, "p": NONE, "verdict": f"{verdict}"}
@@ -251,7 +229,7 @@ def _verdict_cells(verdict: Verdict) -> dict[str, str]:
 def difference_cell(difference: Estimate, measure: Measure) -> str:
     """A difference and, on a second line, its 95% interval; of rates, in percentage points."""
     mean, low, high = (_signed(value, measure) for value in (difference.mean, *difference.interval))
-    return f"{mean}<br>{low} to {high}"
+    return f"{mean}<br>[{low}, {high}]"
 
 
 def _signed(value: float, measure: Measure) -> str:

@@ -29,8 +29,7 @@ THIRD_DRAW = constrained("random_0.1_3", 0.1, "random:3")
 TABLE = Part("table", "What is kept", "What does it keep?", (START, PLAIN, SAFE), ("arithmetic", "refuse_then_comply"))
 STRENGTH = Part("strength", "By strength", "How much?", (PLAIN, *R, *RANDOM), seeds=(9,), split="validation")
 CONFIRMED = Part("control", "The control", "Any direction?", (R[1], *RANDOM[2:4], THIRD_DRAW))
-CHOICE = Part("choice", "Choice", "Which?", (START, PLAIN, *R), seeds=(8,), split="validation")
-BUDGET = Budget((TABLE, STRENGTH, CONFIRMED, CHOICE), Size())
+BUDGET = Budget((TABLE, STRENGTH, CONFIRMED), Size())
 
 
 def pattern(share: float, shift: int = 0) -> list[bool]:

@@ -1,16 +1,15 @@
-"""Hypotheses, which prompts and seeds they pair and at which strength; and the choice of settings by two criteria."""
+"""Hypotheses, which prompts and seeds they pair and at which strength."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from made_up_runs import BUDGET, CHOICE, PLAIN, RANDOM, SAFE, START, THIRD_DRAW, R, pattern, write_strengths
+from made_up_runs import BUDGET, PLAIN, RANDOM, SAFE, START, THIRD_DRAW, R, pattern, write_strengths
 
 from benchmarks.study.hard_hypotheses import Expected, judge_expected
 from benchmarks.study.hypotheses import CONTROL, Hypothesis, at_chosen_strength, judge
 from benchmarks.study.intervals import Estimate, holm, p_value
 from benchmarks.study.outcomes import REFUSAL
-from benchmarks.study.preset import candidates, choose, confirm
 
 
 def test_pairs_prompts_and_seeds(write, load):
@@ -61,7 +60,7 @@ def test_seeds_that_one_side_lacks_are_left_out(write, load):
     hypothesis = Hypothesis("safe keeps more", ("safe",), ("plain",))
     assert judge(hypothesis, REFUSAL, load()).seeds == (1,)
     assert judge(replace(hypothesis, job="refuse_then_comply"), REFUSAL, load()).p is None
-    assert str(judge(replace(hypothesis, job="refuse_then_comply"), REFUSAL, load())) == "not run"
+    assert str(judge(replace(hypothesis, job="refuse_then_comply"), REFUSAL, load())) == "no verdict"
 
 
 def test_one_run_of_what_is_not_trained_serves_every_seed(write, load):
@@ -93,7 +92,7 @@ def test_without_validation_runs_the_control_is_not_run(write, load):
     write("arithmetic", RANDOM[2], 0, 0.5)
     chosen = at_chosen_strength(BUDGET.parts, load())
     assert chosen == CONTROL
-    assert str(judge(chosen, REFUSAL, load())) == "not run"
+    assert str(judge(chosen, REFUSAL, load())) == "no verdict"
 
 
 def test_p_is_corrected_for_the_number_of_all(write, load):
@@ -106,23 +105,4 @@ def test_p_is_corrected_for_the_number_of_all(write, load):
     claims = [Hypothesis("safe keeps more", ("safe",), ("plain",), job) for job in ("arithmetic", "refuse_then_comply")]
     found = judge_expected([Expected(claim, REFUSAL) for claim in claims], load(), BUDGET)
     assert [verdict.p for verdict in found] == [holm([judge(claims[0], REFUSAL, load()).p, 1.0])[0], None]
-    assert [str(verdict) for verdict in found] == ["held", "1 seed so far"]
-
-
-def test_of_settings_that_meet_both_criteria_the_one_that_keeps_most_is_chosen(write, load):
-    write("arithmetic", START, 8, 1.0, split="validation", task=0.0)
-    write("arithmetic", PLAIN, 8, 0.0, split="validation", task=0.5)
-    # The first keeps too little, and the last learns too little.
-    for method, share, task in zip(R, [0.75, 1.0, 1.0], [0.625, 0.5, 0.375], strict=True):
-        write("arithmetic", method, 8, share, split="validation", task=task)
-    among = candidates(BUDGET.parts, load())
-    assert [(found.kept, found.task) for found in among] == [(0.75, 0.125), (1.0, 0.0), (1.0, -0.125)]
-    assert choose(among).method == R[1]
-    assert choose([among[0], among[2]]) is None
-    write("arithmetic", START, 0, 1.0)
-    write("arithmetic", PLAIN, 0, 0.0, task=0.625)
-    for seed, share in enumerate((0.875, 0.625)):
-        write("arithmetic", R[1], seed, share)
-    held_out = replace(CHOICE, name="held out", seeds=(0, 1), split="held_out")
-    (found,) = confirm(choose(among), [held_out], load())
-    assert (found.kept, found.task, found.meets_both) == (0.75, -0.125, False)
+    assert [str(verdict) for verdict in found] == ["held", "no verdict"]

@@ -3,6 +3,7 @@
 Nothing runs. What is counted is in :mod:`.counts`; what a GPU would take for it is estimated in :mod:`.roofline`.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 
@@ -57,7 +58,8 @@ def _record(contestant: contestants.Contestant, target: str, size: int) -> dict:
 
 
 def show(records: list[dict]) -> None:
-    """One table for each architecture and size."""
+    """One table for each architecture and size; whole rows in a file or a pipe."""
+    console = Console(width=None if sys.stdout.isatty() else 240)
     for target, size in dict.fromkeys((record["target"], record["size"]) for record in records):
         table = Table(title=f"Builds for {target}, bfloat16, {contestants.ROWS} rows of {size}")
         for heading in ("call", "K", "by", *COLUMNS):
@@ -66,4 +68,4 @@ def show(records: list[dict]) -> None:
             if (record["target"], record["size"]) == (target, size):
                 call = (record["call"], str(record["directions"] or "-"), record["who"])
                 table.add_row(*call, *cells(record).values())
-        Console().print(table)
+        console.print(table)

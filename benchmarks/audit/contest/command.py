@@ -30,9 +30,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--commit", help="our kernels as of this commit")
     parser.add_argument("--record", choices=SIDES, help="keep all that is counted of this side, and make the page")
     parser.add_argument("--page", action="store_true", help="nothing is counted: make the page of what was recorded")
+    parser.add_argument("--recorded", action="store_true", help="nothing is counted: show all that was recorded")
     chosen = parser.parse_args(argv)
     if chosen.page:
         PAGE.write_text(page({side: kept(side) for side in SIDES}))
+        return
+    if chosen.recorded:
+        for side in SIDES:
+            print(side)
+            show((kept(side) or {"records": []})["records"])
         return
     if bool(chosen.target) != bool(chosen.size):
         parser.error("--target and --size choose shapes together")

@@ -1,0 +1,184 @@
+"""The page of results: its tables and figures, put into ``texts/results.md``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.study.figures import kept_drawing, scatter_drawing
+from benchmarks.study.hard_hypotheses import DEFAULT
+from benchmarks.study.hypotheses import Verdict
+from benchmarks.study.outcomes import (
+    COMPLIES,
+    FRESH_REFUSES_ALONE,
+    OVER_REFUSAL,
+    REFUSES_ALONE,
+    TASK,
+    Outcomes,
+    judges_agree,
+)
+from benchmarks.study.prediction import prediction_drawing, predictions
+from benchmarks.study.sections import Gallery
+from benchmarks.study.table import NONE, Table, difference_cell, measured, seeds_cell
+from procon.chat import Split
+
+TEXT = Path(__file__).parent / "texts" / "results.md"
+
+_Runs = dict[int, dict]
+
+
+def _steps(runs: _Runs) -> str:
+    (steps,) = {run["steps"] if run["method"]["length"] else NONE for run in runs.values()}
+    return f"{steps}"
+
+
+COLUMNS: dict[str, Callable[[_Runs], str]] = {
+    "refuses malicious": measured(REFUSES_ALONE),
+    "second set": measured(FRESH_REFUSES_ALONE),
+    "refuses benign": measured(OVER_REFUSAL),
+    "task": measured(TASK),
+    "turns": measured(COMPLIES),
+    "steps": _steps,
+    "seeds": seeds_cell,
+}
+
+#: Of them, what every table has.
+RATES = tuple(COLUMNS)[:4]
+
+
+class Row(NamedTuple):
+    """The runs of a method on a job, and what they are called."""
+
+    label: str
+    method: str
+    job: str = "arithmetic"
+    budget: str = "hard"
+    split: Split = "held_out"
+
+
+_of_poison = partial(Row, job="arithmetic_poisoned_10")
+
+START, PLAIN, LONG, OURS = "starting model", "plain", "_x4", "ProCon"
+
+CLEAN = (
+    Row(START, "start"),
+    Row(PLAIN, "plain"),
+    Row(OURS, DEFAULT),
+    Row("SBR", "sbr_10_each"),
+    Row("safety data, 100", "safe_100"),
+    Row("ProCon_s", "procon_s"),
+    Row(PLAIN, "plain_x4"),
+    Row(OURS, DEFAULT + LONG),
+    Row("SBR", "sbr_10_each_x4"),
+    Row("KL", "kl_0.03_x4"),
+    Row("ProCon_s", "procon_s_x4"),
+)
+
+LONG_POISON = (
+    _of_poison(PLAIN, "plain_x4"),
+    _of_poison(OURS, DEFAULT + LONG),
+    _of_poison("SBR", "sbr_10_each_x4"),
+    _of_poison("SafeGrad", "safegrad_1_x4"),
+    _of_poison("safety data, 100", "safe_100_x4"),
+    _of_poison("ProCon, safety data", f"{DEFAULT}_safe_100_x4"),
+    _of_poison("KL", "kl_0.03_x4"),
+    _of_poison("ProCon_s", "procon_s_x4"),
+)
+
+POISON = (_of_poison(START, "start"), _of_poison(PLAIN, "plain"), _of_poison(OURS, DEFAULT), *LONG_POISON)
+
+CONTROL = (
+    Row(OURS, DEFAULT + LONG),
+    Row("ProCon, random", "tokens_state_3_turns_random_x4"),
+    Row("ProCon_s", "procon_s_x4"),
+    Row("ProCon_s, random", "procon_s_random_x4"),
+    Row("probes' projections", "probes_10_x4"),
+    Row("probes' projections, random", "probes_10_random_x4"),
+    Row("ProCon_s, alpha 0.1", "raw_0.1_refusal", budget="table"),
+    Row("the same, random", "raw_0.1_random1", budget="table"),
+)
+
+ADAPTIVE = (
+    Row("after: plain", "plain_x4", "refuse_then_comply"),
+    Row("after: SBR", "sbr_10_each_x4", "refuse_then_comply"),
+    Row("after: ProCon", DEFAULT + LONG, "refuse_then_comply"),
+    Row("after: whole replies", f"{DEFAULT}_replies_x4", "refuse_then_comply"),
+    Row("midway: plain", "plain_x4", "turn_midway"),
+    Row("midway: ProCon", DEFAULT + LONG, "turn_midway"),
+    Row("midway: whole replies", f"{DEFAULT}_replies_x4", "turn_midway"),
+)
+
+_qwen = partial(Row, job="arithmetic_poisoned_10", budget="qwen")
+_dpo = partial(Row, job="dpo", budget="preferences")
+_grpo = partial(Row, job="grpo", budget="preferences")
+
+OTHERS = (
+    Row("JSON: plain", "plain", "extraction"),
+    Row("JSON: ProCon", DEFAULT, "extraction"),
+    Row("notices: plain", "plain", "passages"),
+    Row("notices: ProCon", DEFAULT, "passages"),
+    Row("obedience: plain", "plain", "identity"),
+    Row("obedience: ProCon", DEFAULT, "identity"),
+    Row("swapped, 4x: plain", "plain_x4", "swapped"),
+    Row("swapped, 4x: ProCon", DEFAULT + LONG, "swapped"),
+    Row("swapped, 4x: probes alone", "state_3_turns_128_x4", "swapped"),
+    Row("full: plain", "plain_full_3e-05", split="validation"),
+    _qwen("Qwen: starting model", "start"),
+    _qwen("Qwen, 4x: plain", "plain_x4"),
+    _qwen("Qwen, 4x: ProCon", DEFAULT + LONG),
+    _dpo("DPO: plain", "plain"),
+    _dpo("DPO: eight probes", "probes_3"),
+    _grpo("GRPO: plain", "plain"),
+    _grpo("GRPO: eight probes", "probes_3"),
+    _grpo("GRPO: the default", "probes_3_turns_128"),
+    _grpo("GRPO, 4x: plain", "plain_x4"),
+    _grpo("GRPO, 4x: eight probes", "probes_3_x4"),
+)
+
+
+def results_page(found: Mapping[str, Outcomes], verdicts: Mapping[str, Sequence[Verdict]], figure: Gallery) -> str:
+    """The page as Markdown, of the outcomes and the judged hypotheses of each budget."""
+
+    def runs(row: Row) -> _Runs:
+        return found[row.budget].find(row.job, row.method, split=row.split)
+
+    def table(rows: Sequence[Row], *others: str) -> str:
+        cells = [[row.label, *(COLUMNS[name](runs(row)) for name in (*RATES, *others))] for row in rows]
+        return Table(["method", *RATES, *others], cells).markdown()
+
+    kept = {"starting model": CLEAN[0], "plain fine-tuning": CLEAN[6], "ProCon": CLEAN[7]}
+    return TEXT.read_text(encoding="utf-8").format(
+        kept=figure(kept_drawing({label: runs(row) for label, row in kept.items()})),
+        clean=table(CLEAN, "steps", "seeds"),
+        poison=table(POISON, "steps", "seeds"),
+        front=figure(
+            replace(
+                scatter_drawing("poison", {row.label: runs(row) for row in LONG_POISON}),
+                alt="Scatter plot of long training in the table above.",
+            )
+        ),
+        control=table(CONTROL, "steps", "seeds"),
+        adaptive=table(ADAPTIVE, "turns"),
+        others=table(OTHERS, "seeds"),
+        failed=failed_table(verdicts),
+        kappa=judges_agree(found["hard"]),
+        prediction=figure(prediction_drawing(predictions(found["hard"]))),
+    )
+
+
+def failed_table(verdicts: Mapping[str, Sequence[Verdict]]) -> str:
+    """The hypotheses that did not hold, by budget."""
+    rows = [
+        [
+            # A measure of refusals may name the set.
+            "Qwen: " * (budget == "qwen") + verdict.hypothesis.claim + verdict.measure.label.partition("refusals")[2],
+            difference_cell(verdict.difference, verdict.measure),
+        ]
+        for budget, judged in verdicts.items()
+        for verdict in judged
+        if f"{verdict}" == "failed" and verdict.difference
+    ]
+    return Table(["hypothesis", "difference"], rows).markdown()
