@@ -1,20 +1,7 @@
 """The keyword judge on labelled replies: as good as the page says, and better than it was."""
 
-from collections import Counter
-
 from benchmarks.judges import counts, judged_replies
-from procon.chat import builtin_prompts, is_refusal
-
-
-def test_labels_are_whole_and_of_both_halves():
-    rows = judged_replies()
-    assert len(rows) >= 300
-    assert {type(row[key]) for row in rows for key in ("refused", "before")} == {bool}
-    assert len({(row["model"], row["prompt"], row["reply"]) for row in rows}) == len(rows)
-    held_out = builtin_prompts("held_out")
-    own = {*held_out.malicious, *held_out.benign}
-    assert all((row["prompt"] in own) == (row["half"] == "held out") for row in rows)
-    assert min(Counter(row["half"] for row in rows).values()) > 200
+from procon.chat import is_refusal
 
 
 def test_the_judge_is_better_than_before_on_the_half_it_was_not_tuned_on():

@@ -184,10 +184,8 @@ def test_beside_hub_kernels(tiny_model):
     model = tiny_model().train()
     with ProjectionConstraint(random_directions(model), penalty="squared").attach(model) as constraint:
         kernelize(model)
-        constraint.set_target(anchors, mask)
-        model(**batch)
         with pytest.raises(ProConError, match=r"0 of 3 constrained blocks: attach the constraint .* after kernelize"):
-            constraint.penalty()
+            constrained_by(constraint, model, batch, anchors, mask)
 
 
 @both_ways

@@ -9,8 +9,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 TESTS = Path(__file__).parents[1]
 DOCS = TESTS.parent / "docs"
 TABLES = DOCS / "campaigns.md"
@@ -34,14 +32,8 @@ def test_the_tables_are_the_records():
     if os.environ.get("PROCON_RECORD_TABLE"):
         TABLES.write_text(tables)
     assert TABLES.read_text() == tables
-
-
-@pytest.mark.parametrize("campaign", CAMPAIGNS)
-def test_the_page_shows_the_table_and_its_command(campaign):
-    text = (DOCS / "reliability.md").read_text()
-    assert f'--8<-- "campaigns.md:{campaign}"' in text
-    assert (TESTS / campaign / "__main__.py").is_file()
-    assert f"python tests/{campaign}" in TABLES.read_text()
+    page = (DOCS / "reliability.md").read_text()
+    assert all(f'--8<-- "campaigns.md:{name}"' in page for name in CAMPAIGNS)
 
 
 def section(campaign: str) -> str:

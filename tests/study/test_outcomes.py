@@ -8,6 +8,8 @@ from procon.errors import ProConError
 
 
 def test_outcomes_are_seeds_by_prompts(write, load):
+    with pytest.raises(ProConError, match="there are no runs in"):
+        load()
     write("arithmetic", PLAIN, 1, 0.25)
     write("arithmetic", PLAIN, 0, 0.5)
     outcomes = load()
@@ -51,11 +53,6 @@ def test_a_refusal_that_turns_is_none(write, load, job, turns):
     assert values(runs, REFUSAL).sum() == 8
     assert values(runs, COMPLIES).sum() == 1 + turns
     assert values(runs, REFUSES_ALONE).tolist() == [[not turns, False, *[True] * 6]]
-
-
-def test_no_runs(load):
-    with pytest.raises(ProConError, match="there are no runs in"):
-        load()
 
 
 def test_judges_agree(write, load):
