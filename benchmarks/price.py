@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import product
 from typing import Any
@@ -64,7 +65,9 @@ def make_trainer(name: str, length: int, packed: bool, training: str, steps: int
     return ProConTrainer(model, config, directions=make_directions(SHAPE), **given)
 
 
-def time_steps(length: int, packed: bool, training: str, rounds: int, folder: str) -> tuple[Samples, int]:
+def time_steps(
+    names: Sequence[str], length: int, packed: bool, training: str, rounds: int, folder: str
+) -> tuple[Samples, int]:
     """Seconds of turns of each contender, and how many steps a turn has."""
     every = _spacing(length, packed, training, folder)
     with ExitStack() as stack:
@@ -72,7 +75,7 @@ def time_steps(length: int, packed: bool, training: str, rounds: int, folder: st
             name: stack.enter_context(
                 Turns(make_trainer(name, length, packed, training, every * (rounds + 9), folder), every)
             )
-            for name in ("plain", *SETTINGS)
+            for name in ("plain", *names)
         }
         progress = stack.enter_context(tqdm(total=len(turns) * (rounds + 3), unit="turn", leave=False))
 
@@ -111,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.price", description=__doc__)
     parser.add_argument("--rounds", type=int, default=31, help="turns of each")
     parser.add_argument("--length", type=int, action="append", choices=LENGTHS, help="of samples; may be repeated")
-    parser.add_argument("--short", action="store_true", help="padded samples and LoRA alone")
+    parser.add_argument("--short", action="store_true", help="the default with padded samples and LoRA, alone")
     parser.add_argument("--paper", action="store_true", help="count it for larger models, and time nothing")
     chosen = parser.parse_args(argv)
     if chosen.paper:
@@ -121,11 +124,12 @@ def main(argv: list[str] | None = None) -> None:
         for length, packed, training in product(chosen.length or LENGTHS, (False, True), ("lora", "full")):
             if chosen.short and (packed or training == "full"):
                 continue
-            samples, every = time_steps(length, packed, training, chosen.rounds, folder)
+            names = ["default"] if chosen.short else list(SETTINGS)
+            samples, every = time_steps(names, length, packed, training, chosen.rounds, folder)
             print(
                 f"{ROWS} x {length} tokens, {'packed' if packed else 'padded'}, {training}: probes every {every} steps"
             )
-            for name in SETTINGS:
+            for name in names:
                 ratio = samples.ratio(name, "plain")
                 print(f"  {name:24} {ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f}), {chosen.rounds} pairs")
 
