@@ -28,14 +28,8 @@ from procon.data import padding_collator
 
 ROWS, LENGTH, PROBE_LENGTH = 2, 16, 12
 PROBES = "forward and backward of probes"
-#: Python's share is counted with probes in every second step, whatever the default makes of so few tokens.
-EVERY, OFTEN = 2, "probes every 2nd step"
-SETTINGS = {
-    "default": {},
-    OFTEN: {"procon_probe_every": EVERY},
-    "tokens": {"procon_probes": "none"},
-    "probes alone": {"procon_anchors": "none", "procon_probe_every": EVERY},
-}
+EVERY = 2  # of the probes, as ever so far
+SETTINGS = {"default": {}, "tokens": {"procon_probes": "none"}, "probes alone": {"procon_anchors": "none"}}
 
 
 class _Clock(TrainerCallback):
@@ -84,19 +78,17 @@ def step_seconds(kind: str, folder: str, steps: int = 120, warmup: int = 8, prof
         "data_collator": padding_collator(tokenizer),
         "callbacks": [clock],
     }
-    every = EVERY
     if kind == "plain":
         trainer = Trainer(model, TrainingArguments(**common), **given)
     else:
         settings = ProConConfig(**common, **SETTINGS[kind])
-        every = SETTINGS[kind].get("procon_probe_every", 16)
         vectors = torch.randn(size["num_hidden_layers"], size["hidden_size"])
         directions = Directions.from_vectors(model, vectors, name="random")
         trainer = ProConTrainer(model, settings, directions=directions, processing_class=tokenizer, **given)
     gc.collect()
     trainer.train()
     timed = clock.seconds[warmup:]
-    return sum(median(timed[place::every]) for place in range(every)) / every
+    return sum(median(timed[place::EVERY]) for place in range(EVERY)) / EVERY
 
 
 def probe_seconds(steps: int = 120, warmup: int = 8, profile: cProfile.Profile | None = None) -> float:
@@ -130,8 +122,8 @@ def calls(kind: str, folder: str, steps: int = 24, warmup: int = 8) -> float:
 
 
 def share(measure: Callable[[str, str], float], folder: str) -> float:
-    """What is Python's of a step: what it has beyond the plain Trainer's and its probes'."""
-    constrained, plain, probes = (measure(kind, folder) for kind in (OFTEN, "plain", "probes"))
+    """What is Python's of a step: what the default has beyond the plain Trainer's and its probes'."""
+    constrained, plain, probes = (measure(kind, folder) for kind in ("default", "plain", "probes"))
     return constrained - plain - probes
 
 
@@ -160,11 +152,11 @@ def main(argv: list[str] | None = None) -> None:
         for name, timed in found.items():
             ratios = [one / plain for one, plain in zip(timed, found["plain"], strict=True)]
             print(f"{name:32} {1e3 * median(timed):7.2f} ms a step, {median(ratios):.2f} of plain")
-        timed = zip(found[OFTEN], found["plain"], found[PROBES], strict=True)
+        timed = zip(found["default"], found["plain"], found[PROBES], strict=True)
         own = median(constrained - plain - probes for constrained, plain, probes in timed)
-        print(f"{'Python share of those':32} {1e3 * own:7.2f} ms, {share(calls, folder):.0f} calls a step")
+        print(f"{'Python share of the default':32} {1e3 * own:7.2f} ms, {share(calls, folder):.0f} calls a step")
         profile = cProfile.Profile()
-        step_seconds(OFTEN, folder, profile=profile)
+        step_seconds("default", folder, profile=profile)
     pstats.Stats(profile).sort_stats("cumulative").print_stats("procon/", chosen.functions)
 
 

@@ -1,8 +1,8 @@
 """What does a whole step of the default cost? ``python -m benchmarks.price``: ProConTrainer beside the plain Trainer.
 
 Real trainers take turns of as many steps as lie between two runs of the probes, on samples of 64 and of 512 tokens,
-padded and packed, with LoRA and in full: SmolLM2-135M's shape and its own chat template, float32 on a CPU. Printed are
-a step's time over the plain one's, and how often the probes ran. ``--paper`` counts it for larger models.
+padded and packed, with LoRA and in full: SmolLM2-135M's shape and its own chat template, float32 on a CPU. Printed is
+a step's time over the plain one's. ``--paper`` counts it for larger models.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from benchmarks.harness.turns import Turns
 from procon import ProConConfig, ProConSettings, ProConTrainer
 from procon.data import flattening_collator, padding_collator
 from procon.demo import fetch_demo_model
-from procon.method.probes import ProbeTerm
 
 SHAPE, ROWS, LENGTHS = "SmolLM2-135M", 8, (64, 512)
 #: Of the default: its terms one by one, too.
@@ -65,11 +64,9 @@ def make_trainer(name: str, length: int, packed: bool, training: str, steps: int
     return ProConTrainer(model, config, directions=make_directions(SHAPE), **given)
 
 
-def time_steps(
-    names: Sequence[str], length: int, packed: bool, training: str, rounds: int, folder: str
-) -> tuple[Samples, int]:
-    """Seconds of turns of each contender, and how many steps a turn has."""
-    every = _spacing(length, packed, training, folder)
+def time_steps(names: Sequence[str], length: int, packed: bool, training: str, rounds: int, folder: str) -> Samples:
+    """Seconds of turns of each contender."""
+    every = ProConSettings.probe_every
     with ExitStack() as stack:
         turns = {
             name: stack.enter_context(
@@ -84,29 +81,19 @@ def time_steps(
             progress.update(calls)
             return seconds
 
-        return interleave(turns, timed, rounds=rounds, warmup=2), every
+        return interleave(turns, timed, rounds=rounds, warmup=2)
 
 
-def _spacing(length: int, packed: bool, training: str, folder: str) -> int:
-    """Steps from one run of the probes to the next."""
-    trainer = make_trainer("default", length, packed, training, 100, folder)
-    with Turns(trainer, 1) as turn:
-        turn()
-        turn()
-        return trainer.procon.term(ProbeTerm).every
-
-
-def paper(share: float = ProConSettings.probe_share, probe_tokens: int = 38) -> None:
+def paper(probe_tokens: int = 38) -> None:
     """FLOPs of a step over the plain one's; and bytes that the token term adds to those of a block's norm."""
-    print("FLOPs of the default's step over the plain one's, and steps between runs of the probes")
+    print("FLOPs of the default's step over the plain one's")
     for name, (blocks, width, mlp, key, words) in PAPER.items():
         body = blocks * (2 * width * width + 2 * width * key + 3 * width * mlp)
         head = width * words  # multiplied whether tied or not
         for length in LENGTHS:
-            tokens, a_run = ROWS * length, 8 * probe_tokens
-            every = min(-(-a_run // int(share * tokens)), 16)
-            ratio = 1 + a_run / every / tokens * body / (body + head)
-            print(f"  {name:4} {ROWS} x {length:3}: {ratio:.3f}, every {every}; anchors {4 * blocks} bytes a token")
+            probes = probe_tokens * ProConSettings.probe_batch / ProConSettings.probe_every
+            ratio = 1 + probes / (ROWS * length) * body / (body + head)
+            print(f"  {name:4} {ROWS} x {length:3}: {ratio:.3f}; anchors {4 * blocks} bytes a token")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -125,10 +112,8 @@ def main(argv: list[str] | None = None) -> None:
             if chosen.short and (packed or training == "full"):
                 continue
             names = ["default"] if chosen.short else list(SETTINGS)
-            samples, every = time_steps(names, length, packed, training, chosen.rounds, folder)
-            print(
-                f"{ROWS} x {length} tokens, {'packed' if packed else 'padded'}, {training}: probes every {every} steps"
-            )
+            samples = time_steps(names, length, packed, training, chosen.rounds, folder)
+            print(f"{ROWS} x {length} tokens, {'packed' if packed else 'padded'}, {training}")
             for name in names:
                 ratio = samples.ratio(name, "plain")
                 print(f"  {name:24} {ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f}), {chosen.rounds} pairs")

@@ -99,15 +99,9 @@ class ProConSettings:
         "others, .txt or .jsonl; or none.",
     )
     probe_batch: int = _setting(8, "How many of them are run at a time, in turn.")
-    probe_share: float = _setting(
-        0.05, "Tokens of probes for each token that trains, which says how often they are run: what they cost."
-    )
-    probe_every: int | None = _setting(
-        None, "The probes are run in the last of every so many optimiser steps; if not given, probe_share says."
-    )
+    probe_every: int = _setting(2, "The probes are run in the last of every so many optimiser steps.")
     probe_weight: float = _setting(
-        7.5,
-        "Weight of the probes' penalty beside the training tokens', however often they are run; alpha multiplies both.",
+        15.0, "Weight of the probes' penalty beside the training tokens'; alpha multiplies both."
     )
     probe_reply_tokens: int = _setting(
         0, "How many tokens of the starting model's own reply each probe goes on with, and is kept at too; 0: none."
@@ -216,12 +210,10 @@ def check_setting(setting: str, value: Any, name: str | None = None) -> None:
             raise ProConError(f"setting {name}: {error}") from None
     elif setting == "blocks":
         parse_blocks(value, name) if isinstance(value, str) else check_blocks(value, name)
-    elif setting == "probe_every" and value is None:
-        return
     elif setting in _LEAST:
         if not isinstance(value, Integral) or isinstance(value, bool) or value < _LEAST[setting]:
             raise ProConError(f"{name} is {value!r}: give a whole number, {_LEAST[setting]} or more")
-    elif setting in ("probe_weight", "probe_share"):
+    elif setting == "probe_weight":
         if not 0 < _as_float(value) < math.inf:
             raise ProConError(f"{name} is {value!r}: give a finite number above 0")
     elif setting == "probes":

@@ -83,7 +83,6 @@ def test_weights(source, tuning, layout, tiny_model, tokenizer, samples, directi
             output_dir=str(tmp_path / "out"),
             **source_settings(source),
             procon_schedule="0.5",
-            procon_probe_every=2,
             max_steps=20,
             per_device_train_batch_size=2,
             learning_rate=1e-3,

@@ -50,7 +50,6 @@ WRONG = {
     "units": ("metres", "is 'metres': choose one of raw, gap"),
     "anchors": ("remembered", "is 'remembered': choose one of recorded, live, none"),
     "probe_batch": (0, "is 0: give a whole number, 1 or more"),
-    "probe_share": (0.0, "is 0.0: give a finite number above 0"),
     "probe_every": (0, "is 0: give a whole number, 1 or more"),
     "probe_weight": (-1.0, "is -1.0: give a finite number above 0"),
     "probe_reply_tokens": (-1, "is -1: give a whole number, 0 or more"),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -35,13 +34,6 @@ from procon.models import (
 from procon.settings import ChatSettings, ProConSettings
 
 logger = logging.getLogger(__name__)
-
-#: Optimiser steps between runs, at most, however large the probes' share is then.
-_FARTHEST = 16
-
-#: Of a batch, what holds tokens that train; and optimiser steps between runs if it has none of these.
-_IDS = ("input_ids", "prompt_ids", "completion_ids")
-_UNKNOWN = 2
 
 #: The file's name beside a model or in a checkpoint.
 PROBES_FILE = "probes.safetensors"
@@ -220,7 +212,6 @@ class ProbeTerm(Term):
 
     Attributes:
         probes: once they are recorded.
-        every: optimiser steps from one run of them to the next, once the first step has shown how many tokens train.
     """
 
     name: ClassVar[str] = "probes"
@@ -229,10 +220,7 @@ class ProbeTerm(Term):
     def __init__(self, settings: ProConSettings) -> None:
         self._settings = settings
         self.probes: Probes | None = None
-        self.every = settings.probe_every
         self._forward: DecoderForward | None = None
-        self._tokens = self._first = 0
-        self._steps = _FARTHEST  # of the training, if that is known
 
     def attach(self, run: Run) -> None:
         if isinstance(token_embedding(run.model), BaseTunerLayer):
@@ -263,45 +251,26 @@ class ProbeTerm(Term):
         At the first step the model is at its start, and the penalty's gradient is rounding noise. Adam would make
         whole steps of it in what probes alone reach, such as embeddings of tokens that are not in the batch.
         """
-        return self.every is not None and step.number >= self._first and (step.number + 1) % self.every == 0
+        return (step.number + 1) % self._settings.probe_every == 0
 
     def idle(self, steps: int) -> str | None:
-        self._steps = steps
-        if self.every is None:
-            return None if steps > 1 else "a training of one step has no probes, unless probe_every is 1"
-        if steps >= self.every:
+        every = self._settings.probe_every
+        if steps >= every:
             return None
         return (
-            f"probe_every is {self.every}, more than all steps of training, {steps}, so the probes never run: give a "
+            f"probe_every is {every}, more than all steps of training, {steps}, so the probes never run: give a "
             "smaller number"
         )
-
-    def begin(self, batch: dict[str, Any], run: Run) -> None:
-        if self.every is None:  # as they are computed, padding too
-            self._tokens += sum(ids.numel() for name, ids in batch.items() if name.endswith(_IDS))
-
-    def before_optimizer(self, step: Step, run: Run) -> None:
-        """After the first step, which need not be the first of training: how often the probes are run from now on."""
-        if self.every is None:
-            tokens = run.total(torch.tensor(float(self._tokens), device=run.device)) / run.groups
-            self.every, self._first = self._spacing(float(tokens)), step.number + 1
-
-    def _spacing(self, tokens: float) -> int:
-        """Optimiser steps between runs, if a rank trains on so many tokens in one: its probes are their share."""
-        probes, settings = self._recorded(), self._settings
-        a_run = float(probes.lengths.sum()) * min(settings.probe_batch / len(probes), 1.0)
-        every = math.ceil(a_run / (settings.probe_share * tokens)) if tokens else _UNKNOWN
-        return max(1, min(every, _FARTHEST, self._steps))
 
     def share(self, step: Step, run: Run) -> Tensor | None:
         if self.name in step.done:  # once in an optimiser step
             return None
-        recorded, settings, every = self._recorded(), self._settings, self.every or 1
         step.done.add(self.name)
-        probes = recorded.turn(step.number // every, settings.probe_batch)
+        settings = self._settings
+        probes = self._recorded().turn(step.number // settings.probe_every, settings.probe_batch)
         # The mean is over kept tokens: times tokens per prompt, so that where a reply begins keeps its weight if the
-        # rest of it is kept too; and times the steps that it stands for.
-        weight = settings.probe_weight * every * len(probes.states) / len(probes)
+        # rest of it is kept too.
+        weight = settings.probe_weight * len(probes.states) / len(probes)
         if self._forward is None:  # now that the model is wrapped as it trains
             self._forward = DecoderForward(run.model)
         # Ranks that have the same probes have a part each.
@@ -316,16 +285,13 @@ class ProbeTerm(Term):
         if self.probes is not None:
             self.probes.save(folder / PROBES_FILE)
 
-    def state(self) -> dict[str, Any]:
-        return {"every": self.every}
-
     def restore(self, state: Mapping[str, Any], folder: Path, run: Run) -> None:
-        self.probes, self.every = Probes.load(folder / PROBES_FILE), state["every"]
+        self.probes = Probes.load(folder / PROBES_FILE)
 
     def summary(self) -> str:
         settings = self._settings
-        often = f"every {self.every} steps" if self.every else f"{settings.probe_share:.0%} of the tokens that train"
-        return f"last states at {len(self._recorded())} prompts, {settings.probe_batch} at a time: {often}"
+        often = f"{settings.probe_batch} at a time, every {settings.probe_every} steps"
+        return f"last states at {len(self._recorded())} prompts, {often}"
 
     def describe(self) -> dict[str, Any]:
         file = self._settings.probe_file

@@ -120,7 +120,7 @@ def describe(record: dict[str, Any], directions: Directions | None) -> str:
         reply = " and all along the starting model's own reply" if record["probe_reply_tokens"] else ""
         rows["probes"] = (
             f"the last hidden state at the last token{reply} of probe prompts ({record['probes']}), at most "
-            f"{record['probe_batch']} every {terms['probes']['every']} steps, with weight {record['probe_weight']:g}"
+            f"{record['probe_batch']} every {record['probe_every']} steps, with weight {record['probe_weight']:g}"
         )
     return _SECTION.format(
         version=record["version"], rows="\n".join(f"| {name} | {value} |" for name, value in rows.items())

@@ -13,4 +13,5 @@ def test_the_price_on_paper(capsys):
     main(["--paper"])
     lines = capsys.readouterr().out.splitlines()[1:]
     assert len(lines) == 6
-    assert all(1 < float(line.split(": ")[1].split(",")[0]) <= 1.05 for line in lines)
+    prices = {line.split(":")[0].split()[-1]: float(line.split(": ")[1].split(";")[0]) for line in lines}
+    assert 1 < prices["512"] < 1.04 < prices["64"] < 1.3

@@ -1,7 +1,6 @@
 """Where anchors come from: live ones train as recorded ones do, probes hold their prompts, and sources combine."""
 
 import logging
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,7 +175,7 @@ def test_a_stream_trains_with_live_anchors_and_with_probes(trainer, samples):
 
 
 def test_a_trainer_runs_the_probes_in_turn(trainer, three):
-    run, seen = trainer("recorded+probes", max_steps=6, probes=three, procon_probe_batch=2, procon_probe_every=2), []
+    run, seen = trainer("recorded+probes", max_steps=6, probes=three, procon_probe_batch=2), []
     decoder = find_decoder(run.model).module
 
     def keep(_: object, args: tuple, kwargs: dict) -> None:
@@ -220,25 +219,7 @@ def test_probes_begin_once_the_model_has_moved(trainer, caplog):
     assert penalties[0] < 1e-10 < 1e-4 < penalties[1]
     with caplog.at_level("WARNING"):
         trainer("recorded+probes", max_steps=1).train()
-    assert "a training of one step has no probes, unless probe_every is 1" in caplog.text
-
-
-@pytest.mark.parametrize(("accumulation", "steps", "expected"), [(1, 16, 7), (2, 16, 4), (1, 4, 4)])
-def test_how_often_probes_run_comes_of_their_share(trainer, three, accumulation, steps, expected):
-    """Of all tokens, whatever makes up a step; once at least; and as before after a checkpoint."""
-    data = [{"input_ids": [*range(5, 25)], "labels": [*range(5, 25)]} for _ in range(16)]
-    settings = {"data": data, "probes": three, "max_steps": steps, "gradient_accumulation_steps": accumulation}
-    settings |= {"per_device_train_batch_size": 2, "procon_probe_share": 0.4, "save_strategy": "steps", "save_steps": 2}
-    run = trainer("probes", **settings)
-    run.train()
-    term = run.procon.term(ProbeTerm)
-    a_step, a_run = 2 * 20 * accumulation, int(term.probes.lengths.sum())
-    assert term.every == min(math.ceil(a_run / 0.4 / a_step), steps) == expected
-    acted = [row["step"] for row in run.state.log_history if row.get("procon/penalty")]
-    assert acted == [*range(expected, steps + 1, expected)]
-    again = trainer("probes", **settings, output_dir=run.args.output_dir)
-    again.train(resume_from_checkpoint=f"{run.args.output_dir}/checkpoint-2")
-    assert again.procon.term(ProbeTerm).every == expected
+    assert "probe_every is 2, more than all steps of training, 1, so the probes never run" in caplog.text
 
 
 def test_what_is_constrained_is_said_before_the_first_step(trainer, three, tiny_model, tokenizer, capsys):
@@ -246,11 +227,11 @@ def test_what_is_constrained_is_said_before_the_first_step(trainer, three, tiny_
     said = capsys.readouterr().err
     assert "ProCon: alpha 1\n" in said
     assert "blocks' inputs along the refusal direction, at all tokens; anchors recorded for" in said
-    assert "probes: last states at 3 prompts, 8 at a time: every 1 steps" in said
+    assert "probes: last states at 3 prompts, 8 at a time, every 1 steps" in said
     trainer("probes", probes=three, max_steps=2, disable_tqdm=False).train()
     said = capsys.readouterr().err
     assert "ProCon: alpha 1; the starting model refuses 0% of malicious prompts" in said
-    assert "8 at a time: 5% of the tokens that train" in said
+    assert "8 at a time, every 2 steps" in said
 
 
 def test_probes_keep_what_plain_training_moves(trainer):
@@ -273,7 +254,7 @@ def test_probes_keep_what_plain_training_moves(trainer):
     assert "| constrained tokens |" not in card
     assert (
         "| the last hidden state at the last token of probe prompts (builtin), at most 8 every 1 steps, with weight "
-        "7.5 |" in card
+        "15 |" in card
     )
 
 
@@ -287,15 +268,14 @@ def test_the_weight_is_that_of_each_token(trainer, three, monkeypatch, reply_tok
         return found[-1]
 
     monkeypatch.setattr(Probes, "departure", noted)
-    settings = {"procon_probe_reply_tokens": reply_tokens, "procon_probe_weight": 5.0, "full": True}
-    settings |= {"max_steps": 2, "procon_probe_every": 2}
+    settings = {"procon_probe_reply_tokens": reply_tokens, "procon_probe_weight": 5.0, "full": True, "max_steps": 2}
     run = trainer("probes", probes=three, **settings)
     run.train()
     probes = run.procon.term(ProbeTerm).probes
     assert len(probes.states) == kept * len(probes)
     (logged,) = [row["procon/penalty"] for row in run.state.log_history if row.get("procon/penalty")]
     assert len(found) == 1
-    assert logged == pytest.approx(kept * 2 * 5.0 * found[0].item(), rel=1e-3)
+    assert logged == pytest.approx(kept * 5.0 * found[0].item(), rel=1e-3)
     assert logged > 1e-9
 
 

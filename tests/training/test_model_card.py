@@ -75,12 +75,12 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
         assert [record[name] for name in ("constrained", "schedule", "scope", "penalty", "units", "blocks")] == [
             *(True, "procon_wu:0.5@1ep", "all", "squared", "gap", [1, 2])
         ]
-        assert record["terms"] == {"tokens": {"anchors": anchors[0], "starting_model": None}, "probes": {"every": 2}}
+        assert record["terms"] == {"tokens": {"anchors": anchors[0], "starting_model": None}, "probes": {}}
     for part in (
         "| optimiser steps under the constraint | 2 of 6 |",
         f"| mean penalty, before alpha | {sum(penalties.values()) / 2:.3g} |",
         f"| anchors | recorded (`{anchors[0]}`) |",
-        "last token of probe prompts (builtin), at most 8 every 2 steps, with weight 7.5 |",
+        "last token of probe prompts (builtin), at most 8 every 2 steps, with weight 15 |",
     ):
         assert part in card
     assert str(tmp_path) not in card[card.index(HEADING) :]
