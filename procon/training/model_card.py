@@ -61,7 +61,8 @@ def write_section(card: Path, record: dict[str, Any], directions: Directions | N
     text = card.read_text(encoding="utf-8") if card.exists() else ""
     if text.count(_GAP) >= _EMPTY:
         head = re.match(r"---\n.*?\n---\n", text, re.DOTALL)
-        text = f"{head[0] if head else ''}\n# {card.absolute().parent.name}\n"
+        _, versions, tail = text.rpartition("### Framework versions")  # which PEFT adds where they are missing
+        text = f"{head[0] if head else ''}\n# {card.absolute().parent.name}\n\n{versions}{tail if versions else ''}"
     marked = f"{_BEGIN}\n{describe(record, directions)}\n{_END}"
     text, replaced = _replaced(text, marked)
     with whole_file(card) as partial:
