@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 from procon.errors import ProConError
 from procon.files import write_bytes
@@ -52,12 +50,14 @@ def on_main(call: Callable[[], T], *, all_call: bool = False) -> T:
         ProConError: on every rank, if the main process raises it.
     """
     found: list[Any] = [None]
-    if all_call or PartialState().is_main_process:
+    shared = dist.is_available() and dist.is_initialized()
+    if all_call or not shared or dist.get_rank() == 0:
         try:
             found = [call()]
         except ProConError as error:
             found = [error]
-    broadcast_object_list(found)
+    if shared:
+        dist.broadcast_object_list(found)
     if isinstance(found[0], ProConError):
         raise found[0]
     return found[0]

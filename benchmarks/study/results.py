@@ -146,21 +146,28 @@ def results_page(found: Mapping[str, Outcomes], verdicts: Mapping[str, Sequence[
         return found[row.budget].find(row.job, row.method, split=row.split)
 
     def table(rows: Sequence[Row], *others: str) -> str:
-        cells = [[row.label, *(COLUMNS[name](runs(row)) for name in (*RATES, *others))] for row in rows]
+        few = {"1": ", one seed", "2": ", two seeds"} if "seeds" not in others else {}
+        cells = [
+            [
+                row.label + few.get(COLUMNS["seeds"](runs(row)), ""),
+                *(COLUMNS[name](runs(row)) for name in (*RATES, *others)),
+            ]
+            for row in rows
+        ]
         return Table(["method", *RATES, *others], cells).markdown()
 
     kept = {"starting model": CLEAN[0], "plain fine-tuning": CLEAN[6], "ProCon": CLEAN[7]}
     return TEXT.read_text(encoding="utf-8").format(
         kept=figure(kept_drawing({label: runs(row) for label, row in kept.items()})),
-        clean=table(CLEAN, "steps", "seeds"),
-        poison=table(POISON, "steps", "seeds"),
+        clean=table(CLEAN, "steps"),
+        poison=table(POISON, "steps"),
         front=figure(
             replace(
                 scatter_drawing("poison", {row.label: runs(row) for row in LONG_POISON}),
                 alt="Scatter plot of long training in the table above.",
             )
         ),
-        control=table(CONTROL, "steps", "seeds"),
+        control=table(CONTROL, "steps"),
         adaptive=table(ADAPTIVE, "turns"),
         others=table(OTHERS, "seeds"),
         failed=failed_table(verdicts),

@@ -36,6 +36,7 @@ LEFT_OUT = {
     "integrations": "settings that a framework has read",
     "method": "what a training left behind: python tests/faults",
     "models": "a model, which transformers reads",
+    "ranks.py share_files": "files of anchors, as another rank has them",
     "report/html.py": "comes with the package",
     "training": "what a training left behind: python tests/faults",
 }

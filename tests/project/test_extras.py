@@ -145,7 +145,19 @@ def light() -> dict:
 #: What works in the light core.
 OF_THE_CORE = {"AlphaSchedule", "ChatSettings", "ProConSettings", "ProConError", "__version__"}
 OF_THE_CORE |= {"constrain", "project", "projection_penalty", "rms_norm_constrain"}
-ROOMS_OF_THE_CORE = {"assets", "cli", "eager", "errors", "files", "kernels", "ops", "schedule", "sequences", "settings"}
+ROOMS_OF_THE_CORE = {
+    "assets",
+    "cli",
+    "eager",
+    "errors",
+    "files",
+    "kernels",
+    "ops",
+    "ranks",
+    "schedule",
+    "sequences",
+    "settings",
+}
 
 
 def test_the_light_core_has_the_op(light):
