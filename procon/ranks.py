@@ -14,9 +14,19 @@ from procon.files import write_bytes
 T = TypeVar("T")
 
 
+def are_ranks() -> bool:
+    """Whether this process is one of a group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def is_main() -> bool:
+    """Whether this process is the main one, or alone."""
+    return not are_ranks() or dist.get_rank() == 0
+
+
 def gather(value: T) -> list[T]:
     """``value`` of every rank, in their order; all ranks must call."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not are_ranks():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
@@ -50,13 +60,12 @@ def on_main(call: Callable[[], T], *, all_call: bool = False) -> T:
         ProConError: on every rank, if the main process raises it.
     """
     found: list[Any] = [None]
-    shared = dist.is_available() and dist.is_initialized()
-    if all_call or not shared or dist.get_rank() == 0:
+    if all_call or is_main():
         try:
             found = [call()]
         except ProConError as error:
             found = [error]
-    if shared:
+    if are_ranks():
         dist.broadcast_object_list(found)
     if isinstance(found[0], ProConError):
         raise found[0]
@@ -68,7 +77,7 @@ def share_files(folder: Path) -> None:
 
     If all ranks see one folder, as on one host or a shared disk, there is nothing to send.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not are_ranks():
         return
     gather(None)  # until all have written theirs
     held = gather({path.name for path in folder.glob("[!_]*")})

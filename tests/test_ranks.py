@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from procon import ranks
-from procon.anchors import Anchors, store
+from procon.anchors import Anchors
 from procon.data import padding_collator
 from procon.errors import ProConError
 
@@ -82,7 +82,6 @@ def group(monkeypatch) -> Callable[[int], Group]:
     def make(count: int) -> Group:
         made = Group(count)
         monkeypatch.setattr(ranks, "dist", made)
-        monkeypatch.setattr(store, "dist", made)
         return made
 
     return make

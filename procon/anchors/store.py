@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -29,7 +28,7 @@ from procon.models import (
     unwrapped,
     weights_hash,
 )
-from procon.ranks import gather, on_all_ranks, share_files
+from procon.ranks import gather, is_main, on_all_ranks, share_files
 from procon.sequences import TokenSequence, check_text_only, decoder_inputs, split_batch
 from procon.settings import CHOICES, DEFAULTS, TokenScope, check_choice
 
@@ -158,7 +157,7 @@ class Anchors:
         on_all_ranks(lambda: _claim(path, manifest))
         share_files(path)  # of a recording that was interrupted
         known = cls(path)._shards
-        quiet = not progress or (dist.is_initialized() and dist.get_rank() != 0)
+        quiet = not (progress and is_main())
         batches = tqdm(dataloader, desc="anchors", unit="batch", disable=quiet)
         with evaluating(model):
             pending: list[tuple[int, np.ndarray]] = []

@@ -140,7 +140,8 @@ def evaluation(arguments: EvalArguments) -> None:
         Console().print(Text(printable(f"Refusals are judged by {found.judge}.")))
     if output:
         _say_where(output)
-    write_evaluation(Path(arguments.model) / "README.md", found)
+        if output.parent == Path(arguments.model):
+            write_evaluation(output.with_name("README.md"), found)
 
 
 def report(arguments: ReportArguments) -> None:

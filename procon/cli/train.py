@@ -47,9 +47,10 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
     if arguments.resume and not has_checkpoints(output):
         raise ProConError(f"no complete checkpoint in {str(output)!r} to resume from: start afresh, without --resume")
     try:
-        for callback in get_reporting_integration_callbacks(config.report_to):
-            callback()  # which says if its package is not there
-    except (ValueError, RuntimeError, ImportError) as error:
+        get_reporting_integration_callbacks(
+            config.report_to
+        )  # made by the Trainer alone: some lock or start what they log to
+    except ValueError as error:
         raise ProConError(f"report_to {config.report_to}: {error}") from error
     conversations, evaluation = _conversations(arguments, config.seed)
     model, tokenizer = _model(arguments, config)

@@ -29,6 +29,7 @@ from procon.method.record import check_resumed, read_record, write_record
 from procon.method.term import Batches, Collator, Run, Step, Term
 from procon.method.tokens import TokenTerm
 from procon.models import is_sharded, token_embedding
+from procon.ranks import is_main
 from procon.schedule import AlphaSchedule
 from procon.settings import ChatSettings, Fuse, ProConSettings, check_setting
 from procon.version import __version__
@@ -255,7 +256,7 @@ class ProCon:
         except BaseException:
             self.detach()
             raise
-        if self.active and self.run.progress and not (dist.is_initialized() and dist.get_rank()):
+        if self.active and self.run.progress and is_main():
             tqdm.write("\n".join(self.summary()), file=sys.stderr)
 
     def summary(self) -> list[str]:

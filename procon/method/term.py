@@ -76,7 +76,7 @@ class Run:
 
     def once(self, call: Callable[[], Any], *, all_call: bool = False) -> Any:
         """What ``call`` gives on the main rank, on every rank; ``all_call`` if sharded weights need all of them."""
-        return on_main(call, all_call=all_call) if dist.is_initialized() else call()
+        return on_main(call, all_call=all_call)
 
     @property
     def reference(self) -> nn.Module | None:

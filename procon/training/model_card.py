@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import metadata_load, metadata_save
+from huggingface_hub import ModelCard, ModelCardData, metadata_load, metadata_save
 
 from procon.directions import DIRECTIONS_FILE, Directions
 from procon.evaluation import Evaluation
@@ -14,9 +14,6 @@ from procon.files import whole_file, write_text
 
 # Marks, and not headings: PEFT appends headings of its own to a card, below whatever stands last in it.
 _BEGIN, _END = "<!-- procon -->", "<!-- /procon -->"
-
-#: What PEFT's template has in each of its forty gaps. A card with so many of them says nothing of the model.
-_GAP, _EMPTY = "[More Information Needed]", 20
 
 #: Above what :func:`write_evaluation` adds.
 _MEASURED = "Measured afterwards:"
@@ -59,10 +56,9 @@ def write_section(card: Path, record: dict[str, Any], directions: Directions | N
         drop_section(card)
         return
     text = card.read_text(encoding="utf-8") if card.exists() else ""
-    if text.count(_GAP) >= _EMPTY:
-        head = re.match(r"---\n.*?\n---\n", text, re.DOTALL)
-        _, versions, tail = text.rpartition("### Framework versions")  # which PEFT adds where they are missing
-        text = f"{head[0] if head else ''}\n# {card.absolute().parent.name}\n\n{versions}{tail if versions else ''}"
+    # PEFT begins a card with the hub's template; with nothing filled in, it says nothing of the model.
+    template = ModelCard.from_template(ModelCardData()).text.strip()
+    text = text.replace(template, f"# {card.absolute().parent.name}")
     marked = f"{_BEGIN}\n{describe(record, directions)}\n{_END}"
     text, replaced = _replaced(text, marked)
     with whole_file(card) as partial:

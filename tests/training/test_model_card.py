@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard, RepoUrl, metadata_load
+from huggingface_hub import HfApi, ModelCard, ModelCardData, RepoUrl, metadata_load
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -198,13 +198,19 @@ def test_section_is_replaced_where_it_stands(tmp_path):
 def test_a_template_with_nothing_in_it_gives_way_and_what_was_measured_stays_last(tmp_path):
     card = tmp_path / "tuned" / "README.md"
     card.parent.mkdir()
-    gaps = "\n".join(f"## Gap {number}\n\n[More Information Needed]" for number in range(40))
-    card.write_text(f"---\nlibrary_name: peft\n---\n# Model Card for Model ID\n\n{gaps}\n")
+    template = ModelCard.from_template(ModelCardData(library_name="peft")).content
+    filled = template.replace("[More Information Needed]", "Mine.", 1)
+    card.write_text(filled)
+    write_section(card, RECORD, None)
+    assert "Mine." in card.read_text()  # nothing of it is lost
+    assert card.read_text().count("[More Information Needed]") == 38
+    card.write_text(f"{template}\n### Framework versions\n\n- PEFT 1\n")
     write_section(card, RECORD, None)
     text = card.read_text()
     assert metadata_load(card) == {"library_name": "peft", "tags": ["procon"]}
     assert "# tuned\n" in text
-    assert "Gap" not in text
+    assert "### Framework versions\n\n- PEFT 1\n" in text
+    assert "[More Information Needed]" not in text
     for hits in (60, 61):
         rates = Rate(hits, 64), Rate(3, 64), Rate(0, 1)
         write_evaluation(card, Evaluation("tuned", *rates, Rate(1.5, 2), []))
