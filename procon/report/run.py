@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,7 +104,15 @@ def _training(folder: Path) -> Run:
     if len(evaluations) > 1:
         names = ", ".join(path.name for path in evaluations)
         raise ProConError(f"run {str(folder)!r} holds {len(evaluations)} evaluations ({names}): give one of the files")
-    return replace(run, evaluation=Evaluation.load(evaluations[0])) if evaluations else run
+    if not evaluations:
+        return run
+    if evaluations[0].stat().st_mtime < (folder / _STATE).stat().st_mtime:
+        warnings.warn(
+            f"{str(evaluations[0])!r} is older than the log of the training beside it: if that went on since, measure "
+            f"again with procon eval {folder}",
+            stacklevel=2,
+        )
+    return replace(run, evaluation=Evaluation.load(evaluations[0]))
 
 
 def _logged(run: Run, history: list[dict[str, Any]]) -> Run:

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -88,6 +89,9 @@ def test_a_training_folder(output, bare):
     assert run.series("loss") == ([10, 30], [2.0, 1.0])
     bare.evaluation.save(output / "eval.json")
     assert read_runs([output])[0].evaluation == bare.evaluation
+    os.utime(output / "eval.json", (0, 0))  # the training went on after it
+    with pytest.warns(UserWarning, match="is older than the log of the training beside it"):
+        read_runs([output])
     bare.evaluation.save(output / "second.json")
     with pytest.raises(ProConError, match=r"holds 2 evaluations \(eval.json, second.json\): give one of the files"):
         read_runs([output])
