@@ -15,15 +15,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import Any
 
 import torch
-from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from benchmarks.harness.shapes import SHAPES, make_batch, make_model
-from procon import Directions, ProConConfig, ProConTrainer
+from benchmarks.harness.shapes import make_batch, make_model
+from benchmarks.harness.trainers import make_trainer
+from procon import ProConConfig
 from procon.data import padding_collator
 
 ROWS, LENGTH, PROBE_LENGTH = 2, 16, 12
@@ -58,33 +57,19 @@ def step_seconds(kind: str, folder: str, steps: int = 120, warmup: int = 8, prof
     than what is looked for.
     """
     torch.set_num_threads(1)
-    model, size = make_model("smoke", torch.float32, "full"), SHAPES["smoke"]
-    clock = _Clock(warmup, profile)
-    tokenizer = _tokenizer()
-    rows = make_batch("smoke", ROWS, LENGTH, packed=False)
-    data = [{name: rows[name][row].tolist() for name in ("input_ids", "labels")} for row in range(ROWS)]
-    common: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(dir=folder),
-        "max_steps": steps,
-        "per_device_train_batch_size": ROWS,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    given = {
-        "train_dataset": Dataset.from_list(data),
-        "data_collator": padding_collator(tokenizer),
-        "callbacks": [clock],
-    }
-    if kind == "plain":
-        trainer = Trainer(model, TrainingArguments(**common), **given)
-    else:
-        settings = ProConConfig(**common, **SETTINGS[kind])
-        vectors = torch.randn(size["num_hidden_layers"], size["hidden_size"])
-        directions = Directions.from_vectors(model, vectors, name="random")
-        trainer = ProConTrainer(model, settings, directions=directions, processing_class=tokenizer, **given)
+    clock, tokenizer = _Clock(warmup, profile), _tokenizer()
+    trainer = make_trainer(
+        None if kind == "plain" else SETTINGS[kind],
+        make_model("smoke", torch.float32, "full"),
+        make_batch("smoke", ROWS, LENGTH, packed=False),
+        tokenizer,
+        padding_collator(tokenizer),
+        folder,
+        callbacks=[clock],
+        max_steps=steps,
+        logging_strategy="no",
+        use_cpu=True,
+    )
     gc.collect()
     trainer.train()
     timed = clock.seconds[warmup:]

@@ -15,15 +15,15 @@ from itertools import product
 from typing import Any
 
 import torch
-from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoTokenizer
 
 from benchmarks.harness.interleaved import Samples, interleave
-from benchmarks.harness.shapes import make_batch, make_directions, make_model
+from benchmarks.harness.shapes import make_batch, make_model
 from benchmarks.harness.timers import wall_time
+from benchmarks.harness.trainers import make_trainer
 from benchmarks.harness.turns import Turns
-from procon import ProConConfig, ProConSettings, ProConTrainer
+from procon import ProConSettings
 from procon.data import flattening_collator, padding_collator
 from procon.demo import fetch_demo_model
 
@@ -38,42 +38,20 @@ PAPER = {
 }
 
 
-def make_trainer(name: str, length: int, packed: bool, training: str, steps: int, folder: str) -> Trainer:
-    """``"plain"`` or one of :data:`SETTINGS`."""
-    tokenizer = AutoTokenizer.from_pretrained(fetch_demo_model())
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    batch = make_batch(SHAPE, ROWS, length, packed=False)
-    rows = [{column: batch[column][row].tolist() for column in ("input_ids", "labels")} for row in range(ROWS)]
-    common: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(dir=folder),
-        "max_steps": steps,
-        "per_device_train_batch_size": ROWS,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-    }
-    given = {
-        "train_dataset": Dataset.from_list(rows),
-        "data_collator": flattening_collator() if packed else padding_collator(tokenizer),
-        "processing_class": tokenizer,
-    }
-    model = make_model(SHAPE, torch.float32, training)
-    if name == "plain":
-        return Trainer(model, TrainingArguments(**common), **given)
-    config = ProConConfig(**common, **SETTINGS[name])
-    return ProConTrainer(model, config, directions=make_directions(SHAPE), **given)
-
-
 def time_steps(names: Sequence[str], length: int, packed: bool, training: str, rounds: int, folder: str) -> Samples:
     """Seconds of turns of each contender."""
     every = ProConSettings.probe_every
+    tokenizer = AutoTokenizer.from_pretrained(fetch_demo_model())
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    collator = flattening_collator() if packed else padding_collator(tokenizer)
+    batch = make_batch(SHAPE, ROWS, length, packed=False)
     with ExitStack() as stack:
-        turns = {
-            name: stack.enter_context(
-                Turns(make_trainer(name, length, packed, training, every * (rounds + 9), folder), every)
-            )
-            for name in ("plain", *names)
-        }
+        turns = {}
+        for name in ("plain", *names):
+            model = make_model(SHAPE, torch.float32, training)
+            steps = every * (rounds + 9)
+            trainer = make_trainer(SETTINGS.get(name), model, batch, tokenizer, collator, folder, max_steps=steps)
+            turns[name] = stack.enter_context(Turns(trainer, every))
         progress = stack.enter_context(tqdm(total=len(turns) * (rounds + 3), unit="turn", leave=False))
 
         def timed(turn: Any, calls: int) -> float:
