@@ -1,7 +1,7 @@
 """Times tiles for the kernels on a GPU and prints entries for ``kernels/launch.py``: ``python -m benchmarks.tune``.
 
-For each power of two that a row is padded to, an entry is the tile with the least time summed over the listed hidden
-sizes that it serves. Hidden states are bfloat16, cold in cache. The table's own choice is among the candidates.
+For each power of two, an entry is the tile with the least time summed over the listed hidden
+sizes from half of it on. Hidden states are bfloat16, cold in cache. The table's own choice is among the candidates.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def _calls(size: int) -> dict[str, Callable[[], object]]:
     direction = torch.nn.functional.normalize(torch.randn(1, size, device=DEVICE), dim=1)
     anchor, weight = torch.randn(ROWS, 1, device=DEVICE), torch.ones(ROWS, device=DEVICE)
     norm_weight, one = torch.ones(size, device=DEVICE, dtype=torch.bfloat16), torch.ones((), device=DEVICE)
-    norm, constraint = ("llama", 0.0), (direction, anchor, weight, "squared")
+    norm, constraint = ("llama", 0.0), (direction, anchor, weight, "absolute", direction.norm(dim=1) / 256)
     _, inverse_rms, _, coefficient = rms_norm_penalize(next(rotation), norm_weight, 1e-5, *norm, *constraint)
 
     def forward() -> None:
@@ -73,7 +73,7 @@ class Found(NamedTuple):
 
     kernel: str
     size: int
-    columns: int  # to which rows of that size are padded
+    columns: int  # of the table's entry that serves it
     listed: Choice  # by the table
     seconds: dict[Choice, float]  # medians
     listed_over_best: Ratio | None  # none if the GPU has too few resources for the listed one
@@ -102,8 +102,8 @@ def measure(kernel: str, size: int) -> Found:
     columns = triton.next_power_of_2(size)
     target = launch.target_of(torch.empty(0, device=DEVICE))
     entries = launch.TABLE[kernel].get(target.architecture)
-    tile = launch.row_tile(kernel, size, torch.bfloat16.itemsize, target)
-    listed = Choice(tile.rows, tile.warps * target.warp_size)
+    rows = launch.whole_rows(kernel, size, torch.bfloat16.itemsize, target)
+    listed = Choice(rows.rows, rows.threads)
 
     def with_choice(choice: Choice) -> Callable[[], None]:
         def run() -> None:
@@ -153,7 +153,7 @@ def best(times: Iterable[dict[Choice, float]]) -> Choice:
 
 
 def entries(results: Iterable[Found]) -> dict[str, dict[int, Choice]]:
-    """Lines of the table, by kernel and padded length."""
+    """Lines of the table, by kernel and longest row."""
     times: dict[str, dict[int, list[dict[Choice, float]]]] = {}
     for result in results:
         times.setdefault(result.kernel, {}).setdefault(result.columns, []).append(result.seconds)

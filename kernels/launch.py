@@ -7,18 +7,50 @@ entries were chosen from ahead-of-time builds: no spills, and every access of hi
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
+#: Pieces of a row, each as its first column and the neighbouring columns that every thread takes of it.
+Pieces = tuple[tuple[int, int], ...]
+
 
 class Tile(NamedTuple):
-    """A program's share of an ``[N, D]`` tensor, and its number of warps."""
+    """A patch of an ``[N, D]`` tensor that a program takes, and its number of warps."""
 
     rows: int
     columns: int
     warps: int
+
+    def options(self) -> dict[str, Any]:
+        """What a launch takes for it."""
+        return {"ROWS": self.rows, "COLUMNS": self.columns, "num_warps": self.warps, "enable_fp_fusion": FP_FUSION}
+
+
+class Rows(NamedTuple):
+    """Whole rows that a program takes at a time."""
+
+    rows: int
+    threads: int
+    warps: int
+    pieces: Pieces
+
+    @property
+    def columns(self) -> int:
+        """How long a row is with its padding."""
+        first, width = self.pieces[-1]
+        return first + self.threads * width
+
+    @property
+    def per_thread(self) -> int:
+        """Columns of a thread."""
+        return sum(width for _, width in self.pieces)
+
+    def options(self) -> dict[str, Any]:
+        """What a launch takes for them."""
+        tile = {"ROWS": self.rows, "THREADS": self.threads, "PIECES": self.pieces}
+        return {**tile, "num_warps": self.warps, "enable_fp_fusion": FP_FUSION}
 
 
 class Target(NamedTuple):
@@ -39,9 +71,6 @@ INTERPRETER = Target("sm_80", 32, 2)
 #: ``{kernel: {architecture or family: {columns: (rows, threads)}}}`` for elements of two bytes; larger ones get as many
 #: times the threads. Threads and not warps, because 1024 of them are the limit whatever their number in a warp. Longer
 #: rows than listed take the last entry.
-#:
-#: On CUDA, a thread's eight columns (16 bytes) are the same in all rows of a tile: what is loaded once for all rows is
-#: then where it is needed, and does not go through shared memory.
 TABLE: dict[str, dict[str, dict[int, tuple[int, int]]]] = {
     # Whole rows, one read: the projection, and RMSNorm forward.
     "forward": {
@@ -54,7 +83,7 @@ TABLE: dict[str, dict[str, dict[int, tuple[int, int]]]] = {
             8192: (1, 256),
             16384: (1, 512),
         },
-        "hip": {256: (16, 256), 512: (8, 256), 1024: (4, 256), 4096: (1, 256), 8192: (1, 512), 16384: (1, 1024)},
+        "hip": {512: (4, 64), 1024: (2, 128), 2048: (1, 128), 4096: (1, 256), 8192: (1, 512), 16384: (1, 1024)},
     },
     # RMSNorm backward: a row at a time of two tensors, and a sum over the rows.
     "norm_backward": {
@@ -63,12 +92,13 @@ TABLE: dict[str, dict[str, dict[int, tuple[int, int]]]] = {
     },
 }
 
-#: From so many directions on, a program of the forward takes two rows on CUDA: it reads the directions half as often.
-MANY_DIRECTIONS = 4
-
-#: Longest row that a program of the forward takes two of, and that RMSNorm backward holds in registers between its two
-#: uses; a longer one is read again from cache.
+#: Of rows up to so many columns a program of the forward takes :data:`MANY_ROWS`, from so many directions on: it reads
+#: the directions as much more rarely. RMSNorm backward holds them in registers between its two uses; a longer one is
+#: read again from cache.
 HELD_COLUMNS = 8192
+MANY_DIRECTIONS = 4
+MANY_ROWS = 4
+_MANY_NUMBERS = 72  # of these rows, in the registers of a thread
 
 #: Longest row in bytes whose share of the weight's gradient has room in registers beside the states' gradient.
 SUMMED_BYTES = 32 * 1024
@@ -81,11 +111,21 @@ _THREADS = {"cuda": 512, "hip": 1024}
 #: Of all launches: products that are added are rounded once. The default of Triton 3.10 is to round them twice.
 FP_FUSION = True
 
-#: Of the weight's gradient, sums that a program adds up at a time: few columns, so that many programs share the work.
-SUM_TILE = Tile(64, 64, 8)
+#: Of what RMSNorm backward moves, what the programs' sums for the weight may be: float32, written and read.
+_SUMS_SHARE = 0.1
+_BYTES_OF_SUMS = 8
+
+#: What is in the L2 cache after it was read: data-centre GPUs have 40 MB and more.
+_CACHED_BYTES = 32 * 2**20
 
 #: Bytes of rows on their way to the shared memory of one program: all GPUs since sm_80 have more.
 _BYTES_AHEAD = 64 * 1024
+
+#: Bytes of a thread's neighbours in a row: the widest access, and the narrowest that can be copied ahead.
+_WIDEST, _COPIED = 16, 4
+
+#: A row may be padded by so much of its length.
+_PADDING = 1 / 16
 
 
 def target_of(tensor: torch.Tensor) -> Target:
@@ -103,36 +143,61 @@ def _device_target(device: torch.device) -> Target:
     return Target(name, properties.warp_size, properties.multi_processor_count)
 
 
+def cut(size: int, threads: int, itemsize: int) -> Pieces:
+    """A row of ``size`` elements of ``itemsize`` bytes, in pieces whose widths are powers of two."""
+    pieces, first, width = [], 0, max(1, _WIDEST // itemsize)
+    while first < size:
+        while width > 1 and first + threads * width - size > size * _PADDING:
+            width //= 2
+        pieces.append((first, width))
+        first += threads * width
+    return tuple(pieces)
+
+
+def rows_of(rows: int, threads: int, size: int, itemsize: int, target: Target) -> Rows:
+    """``rows`` of ``size`` elements, which ``threads`` take."""
+    return Rows(rows, threads, threads // target.warp_size, cut(size, threads, itemsize))
+
+
 @cache
-def row_tile(kernel: str, size: int, itemsize: int, target: Target) -> Tile:
-    """Whole rows of ``size`` elements of ``itemsize`` bytes, for a reduction along D."""
+def whole_rows(kernel: str, size: int, itemsize: int, target: Target) -> Rows:
+    """Rows of ``size`` elements of ``itemsize`` bytes, for a reduction along D.
+
+    Of the threads that the table has, or half as many and so on: most that leave little padding, and no piece too
+    narrow to be copied ahead.
+    """
     entries = TABLE[kernel].get(target.architecture, TABLE[kernel][target.family])
-    columns = triton.next_power_of_2(size)
-    listed = next((length for length in entries if length >= columns), max(entries))
-    rows, threads = entries[listed]
-    return Tile(rows, columns, min(1024, threads * itemsize // 2) // target.warp_size)
+    rows, most = entries[next((length for length in entries if length >= size), max(entries))]
+    most = min(1024, most * itemsize // 2)
+    fewer = [most >> halved for halved in range(6) if most >> halved >= target.warp_size]
+    choices = [rows_of(rows, threads, size, itemsize, target) for threads in fewer]
+    for each in choices:
+        if each.columns - size <= size * _PADDING and each.pieces[-1][1] * itemsize >= _COPIED:
+            return each
+    return min(choices, key=lambda each: each.columns)
 
 
 @cache
-def forward_tile(size: int, itemsize: int, directions: int, target: Target) -> Tile:
+def forward_rows(size: int, itemsize: int, directions: int, target: Target) -> Rows:
     """Whole rows, whose sums of squares and projections are taken together."""
-    tile = row_tile("forward", size, itemsize, target)
-    if target.family == "cuda" and tile.rows == 1 and directions >= MANY_DIRECTIONS and tile.columns <= HELD_COLUMNS:
-        return tile._replace(rows=2)
-    return tile
+    taken = whole_rows("forward", size, itemsize, target)
+    if target.family == "cuda" and directions >= MANY_DIRECTIONS and size <= HELD_COLUMNS:
+        taken = taken._replace(rows=MANY_ROWS)
+        while taken.threads < 512 and MANY_ROWS * taken.per_thread > _MANY_NUMBERS:
+            taken = rows_of(MANY_ROWS, 2 * taken.threads, size, itemsize, target)
+    return taken
 
 
 def forget() -> None:
     """The choices made so far, which a change of ``TABLE`` does not reach by itself."""
-    for choice in (row_tile, forward_tile, row_stream):
+    for choice in (whole_rows, forward_rows, row_stream):
         choice.cache_clear()
 
 
 class Stream(NamedTuple):
     """How RMSNorm backward goes through its rows."""
 
-    columns: int
-    warps: int
+    taken: Rows
     #: Programs that a multiprocessor gets.
     programs: int
     #: Whether a row stays in registers between its two uses.
@@ -142,27 +207,47 @@ class Stream(NamedTuple):
     #: Rows in flight, the one that is worked on included.
     stages: int
 
+    def programs_for(self, rows: int, target: Target) -> int:
+        """As many programs as fill the GPU."""
+        return min(triton.cdiv(rows, self.taken.rows), self.programs * target.multiprocessors)
+
 
 @cache
 def row_stream(size: int, itemsize: int, directions: int, target: Target) -> Stream:
     """Rows of ``size`` elements of ``itemsize`` bytes, one after the other."""
-    _, columns, warps = row_tile("norm_backward", size, itemsize, target)
-    threads, most = warps * target.warp_size, _THREADS[target.family]
-    held = columns <= HELD_COLUMNS
-    kept = False
+    taken, most = whole_rows("norm_backward", size, itemsize, target), _THREADS[target.family]
+    held, kept = size <= HELD_COLUMNS, False
     if held:
-        threads = min(threads, most)
+        least = min(taken.threads, most)
+        larger = [least << doubled for doubled in range(6) if least << doubled <= most]
+        choices = [rows_of(1, threads, size, itemsize, target) for threads in larger]
         # Of each column: both tensors, the weight (of two bytes, it shares a register), its gradient and what is
         # computed, and the directions.
         numbers = (5 if itemsize == 2 else 6) + directions
-        larger = (threads << doubled for doubled in range(6) if threads << doubled <= most)
-        fitting = next((count for count in larger if columns // count * numbers <= _NUMBERS), None)
-        kept = directions > 0 and fitting is not None
-        threads = fitting or threads
+        fits = next((each for each in choices if each.per_thread * numbers <= _NUMBERS), None)
+        taken, kept = fits or choices[0], directions > 0 and fits is not None
     # Directions that do not stay would be copied ahead too, for which there is no room.
     streams = held and (kept or not directions) and _copies_ahead(target)
-    ahead = min(2, _BYTES_AHEAD // (2 * columns * itemsize)) if streams else 0
-    return Stream(columns, threads // target.warp_size, max(1, most // threads), held, kept, 1 + ahead)
+    ahead = min(2, _BYTES_AHEAD // (2 * taken.columns * itemsize)) if streams else 0
+    if held and directions >= MANY_DIRECTIONS and not kept:
+        # They are read for several rows together, if there is room for these.
+        rows = next((count for count in (4, 2) if taken.per_thread * 2 * count <= _MANY_NUMBERS), 1)
+        taken = taken._replace(rows=rows)
+    return Stream(taken, max(1, most // taken.threads), held, kept, 1 + ahead)
+
+
+def summing_programs(rows: int, size: int, itemsize: int, stream: Stream, target: Target) -> int:
+    """How many programs of RMSNorm backward add up the weight's gradient on their way; 0 if another launch does.
+
+    Fewer than fill the GPU, if their sums would be many bytes. None, if they still were and the other launch reads the
+    tensors again from the GPU's cache; nor if there are no registers for a row's sum.
+    """
+    moved = 3 * rows * size * itemsize  # two tensors in, and one out
+    most = int(_SUMS_SHARE * moved / (size * _BYTES_OF_SUMS))
+    each = min(stream.programs, max(1, most // target.multiprocessors))
+    wanted = min(stream.programs_for(rows, target), each * target.multiprocessors)
+    cached = 2 * rows * size * itemsize <= _CACHED_BYTES
+    return wanted if size * itemsize <= SUMMED_BYTES and (wanted <= most or not cached) else 0
 
 
 def _copies_ahead(target: Target) -> bool:
@@ -171,8 +256,23 @@ def _copies_ahead(target: Target) -> bool:
 
 
 def patch_tile(size: int) -> Tile:
-    """Pieces of several rows of ``size`` elements, for elementwise work: a narrow piece wastes little of an odd D."""
-    return Tile(8, min(256, triton.next_power_of_2(size)), 4)
+    """Pieces of several rows of ``size`` elements, for elementwise work."""
+    columns = next((count for count in (256, 128) if -size % count <= size * _PADDING), 64)
+    columns = min(columns, triton.next_power_of_2(size))
+    return Tile(2048 // columns, columns, 4)
+
+
+def sum_tile(size: int, target: Target) -> Tile:
+    """Of sums over rows: so few columns that all multiprocessors share the work."""
+    columns = next((count for count in (64, 32) if size >= count * target.multiprocessors), 16)
+    return Tile(64, columns, columns // 8)
+
+
+def sum_splits(rows: int, size: int, tile: Tile, target: Target) -> int:
+    """How many programs share the rows of some columns, so that four of them are on a multiprocessor."""
+    wanted = 4 * target.multiprocessors // triton.cdiv(size, tile.columns)
+    # Each has four tiles to go through, or their sums would be no small part of what is moved.
+    return max(1, min(wanted, rows // (4 * tile.rows)))
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager:

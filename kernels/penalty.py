@@ -5,8 +5,8 @@ import triton.language as tl
 
 
 @triton.jit
-def value_and_slope(e, reach, PENALTY: tl.constexpr):
-    """phi(e) and phi'(e); ``reach``, of the shape of ``e``, is that of the rounding, which only "absolute" knows.
+def value_and_slope(e, bound, PENALTY: tl.constexpr):
+    """phi(e) and phi'(e); ``bound`` is how much of ``e`` may be rounding, which only "absolute" knows.
 
     NaN gives NaN, so that whoever looks for it in gradients finds it.
     """
@@ -15,8 +15,8 @@ def value_and_slope(e, reach, PENALTY: tl.constexpr):
         slope = 2 * e
     elif PENALTY == "absolute":
         # The smallest normal number keeps 0 / 0 away.
-        slope = e / tl.maximum(tl.maximum(tl.abs(e), reach), 1.1754943508222875e-38)
-        value = slope * (e - 0.5 * slope * reach)
+        slope = e / tl.maximum(tl.maximum(tl.abs(e), bound), 1.1754943508222875e-38)
+        value = slope * (e - 0.5 * slope * bound)
     else:
         slope = tl.clamp(e, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
         value = slope * (e - 0.5 * slope)

@@ -5,7 +5,7 @@ For ``h [N, D]``, directions ``r [K, D]``, anchors ``a [N, K]`` and weights ``w 
     forward   z_tk = <h_t, r_k>   e = z - a   penalty_t = w_t sum_k phi(e_tk)   c_tk = w_t phi'(e_tk)
     backward  dh_t = g_h[t] + g_t sum_k c_tk r_k
 
-phi "absolute" is a parabola up to ``rounding |h_t| |r_k|``, and straight beyond.
+With ``reach [K]``, phi "absolute" is a parabola up to ``|h_t| reach_k``, and straight beyond.
 
 Bytes moved, with U = N * D * itemsize: forward U (rows of weight 0 are not read), backward 2U, or U when no gradient
 arrives for h. Beside that 4N(3K + 2) bytes of anchors, weights, penalties and coefficients, of which the backward reads
@@ -16,15 +16,16 @@ Accumulation is in the dtype of r: float32, or float64 for float64 hidden states
 
 # What @triton.jit compiles is not what Python would run: unrolled loops, and names bound under compile-time conditions.
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+# pyright: reportArgumentType=false, reportAssignmentType=false
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FP_FUSION, forward_tile, on_device, patch_tile, target_of
+from .launch import forward_rows, on_device, patch_tile, target_of
 from .penalty import value_and_slope
-from .sums import row_sums
+from .rows import load_row, of_threads, row_sums
 
 
 # N changes from batch to batch and must not cause a recompilation.
@@ -34,6 +35,7 @@ def _forward(
     direction,
     anchor,
     weight,
+    reach,
     token_penalty,
     per_direction,
     N,
@@ -44,52 +46,59 @@ def _forward(
     D: tl.constexpr,
     K: tl.constexpr,
     PENALTY: tl.constexpr,
-    ROUNDING: tl.constexpr,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    THREADS: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
     """``per_direction [N, K]`` receives the coefficient, or the projection when PENALTY is None."""
     dtype = direction.dtype.element_ty
     # A row offset passes 2^31 elements long before memory runs out.
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    # Of two dimensions from the start: a direction is then loaded as the threads hold a row.
-    column = tl.arange(0, COLUMNS)[None, :]
-    real = column < D
-    inside = row < N
-    live = inside
-    if weight is not None:
-        w = tl.load(weight + row * weight_stride, mask=inside, other=0)
-        live = inside & (w != 0)
-    # Loads with a mask select: whatever a dead row holds, it counts as 0.
-    h = tl.load(hidden + row[:, None] * hidden_stride + column, mask=live[:, None] & real, other=0).to(dtype)
-    terms = ()
-    for k in tl.static_range(K):
-        r = tl.load(direction + k * D + column, mask=real, other=0, eviction_policy="evict_last")
-        terms += (h * r,)
-    if PENALTY == "absolute" and ROUNDING > 0:
-        terms += (h * h,)
-    sums = row_sums(terms)
-    total = tl.zeros([ROWS], dtype)
-    reach = total
-    for k in tl.static_range(K):
-        z = sums[k]
-        if PENALTY is None:
-            result = z
-        else:
-            if anchor is not None:
-                z -= tl.load(anchor + row * anchor_stride + k * anchor_step, mask=live, other=0)
-            if PENALTY == "absolute" and ROUNDING > 0:
-                r = tl.load(direction + k * D + column, mask=real, other=0, eviction_policy="evict_last")
-                reach = ROUNDING * tl.sqrt(sums[K] * tl.sum(r * r, axis=1))
-            value, result = value_and_slope(z, reach, PENALTY)
-            total += value
-            if weight is not None:
-                result *= w
-        tl.store(per_direction + row * K + k, result, mask=inside)
-    if PENALTY is not None:
+    first = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, 1)
+    h = ()
+    for j in tl.static_range(ROWS):
+        row = first + j
+        live = row < N if ROWS > 1 else None
         if weight is not None:
-            total *= w
-        tl.store(token_penalty + row, total, mask=inside)
+            w = tl.load(weight + row * weight_stride, mask=row < N, other=0)
+            live = (row < N) & (w != 0)
+        h += (load_row(hidden + (row * hidden_stride)[:, None, None], live, dtype, D, THREADS, PIECES),)
+    terms = ()
+    if reach is not None:
+        for j in tl.static_range(ROWS):
+            terms += (of_threads(h[j], h[j]),)
+    for k in tl.static_range(K):
+        r = load_row(direction + k * D, None, dtype, D, THREADS, PIECES, "evict_last")
+        for j in tl.static_range(ROWS):
+            terms += (of_threads(h[j], r),)
+    sums = row_sums(terms)
+    before: tl.constexpr = ROWS if reach is not None else 0
+    for j in tl.static_range(ROWS):
+        row = first + j
+        inside = row < N
+        live = inside
+        if weight is not None:
+            w = tl.load(weight + row * weight_stride, mask=inside, other=0)
+            live = inside & (w != 0)
+        total = tl.zeros([1], dtype)
+        bound = total
+        for k in tl.static_range(K):
+            z = sums[before + k * ROWS + j]
+            if PENALTY is None:
+                result = z
+            else:
+                if anchor is not None:
+                    z -= tl.load(anchor + row * anchor_stride + k * anchor_step, mask=live, other=0)
+                if reach is not None:
+                    bound = tl.sqrt(sums[j]) * tl.load(reach + k)
+                value, result = value_and_slope(z, bound, PENALTY)
+                total += value
+                if weight is not None:
+                    result *= w
+            tl.store(per_direction + row * K + k, result, mask=inside)
+        if PENALTY is not None:
+            if weight is not None:
+                total *= w
+            tl.store(token_penalty + row, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -130,21 +139,22 @@ def _launch_forward(
     direction: Tensor,
     anchor: Tensor | None,
     weight: Tensor | None,
+    reach: Tensor | None,
     token_penalty: Tensor | None,
     per_direction: Tensor,
     penalty: str | None,
-    rounding: float,
 ) -> None:
     rows, size = hidden.shape
-    tile = forward_tile(size, hidden.element_size(), len(direction), target_of(hidden))
+    taken = forward_rows(size, hidden.element_size(), len(direction), target_of(hidden))
     anchor_stride, anchor_step = (0, 0) if anchor is None else anchor.stride()
     if rows:
         with on_device(hidden):
-            _forward[(triton.cdiv(rows, tile.rows),)](
+            _forward[(triton.cdiv(rows, taken.rows),)](
                 hidden,
                 direction,
                 anchor,
                 weight,
+                reach if penalty == "absolute" else None,
                 token_penalty,
                 per_direction,
                 rows,
@@ -155,18 +165,14 @@ def _launch_forward(
                 D=size,
                 K=len(direction),
                 PENALTY=penalty,
-                ROUNDING=rounding,
-                ROWS=tile.rows,
-                COLUMNS=tile.columns,
-                num_warps=tile.warps,  # pyright: ignore[reportCallIssue]  # a launch option
-                enable_fp_fusion=FP_FUSION,  # pyright: ignore[reportCallIssue]
+                **taken.options(),
             )
 
 
 def project(hidden: Tensor, direction: Tensor) -> Tensor:
     """Projection ``z [N, K]`` of ``hidden [N, D]`` on ``direction [K, D]``, in the dtype of ``direction``."""
     projection = torch.empty((len(hidden), len(direction)), dtype=direction.dtype, device=hidden.device)
-    _launch_forward(hidden, direction, None, None, None, projection, None, 0.0)
+    _launch_forward(hidden, direction, None, None, None, None, projection, None)
     return projection
 
 
@@ -176,15 +182,15 @@ def penalize(
     anchor: Tensor | None,
     weight: Tensor | None,
     penalty: str,
-    rounding: float = 0.0,
+    reach: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Penalty of each token ``[N]`` and coefficient ``c [N, K]``, both in the dtype of ``direction``.
 
-    ``rounding`` is the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola.
+    ``reach [K]`` is ``|r|`` times the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola.
     """
     token_penalty = torch.empty(len(hidden), dtype=direction.dtype, device=hidden.device)
     coefficient = torch.empty((len(hidden), len(direction)), dtype=direction.dtype, device=hidden.device)
-    _launch_forward(hidden, direction, anchor, weight, token_penalty, coefficient, penalty, rounding)
+    _launch_forward(hidden, direction, anchor, weight, reach, token_penalty, coefficient, penalty)
     return token_penalty, coefficient
 
 
@@ -217,9 +223,6 @@ def accumulate_gradient(
                 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0),
                 D=size,
                 K=len(direction),
-                ROWS=tile.rows,
-                COLUMNS=tile.columns,
-                num_warps=tile.warps,  # pyright: ignore[reportCallIssue]  # a launch option
-                enable_fp_fusion=FP_FUSION,  # pyright: ignore[reportCallIssue]
+                **tile.options(),
             )
     return gradient

@@ -7,7 +7,7 @@ token weights ``w [N]``::
               z_tk = <h_t, r_k>   e = z - a   penalty_t = w_t sum_k phi(e_tk)   c_tk = w_t phi'(e_tk)
     backward  m = g_y v    dh_t = s_t (m_t - n_t mean_d(m_t n_t)) + g sum_k c_tk r_k    dv = sum_t g_y[t] n_t
 
-phi "absolute" is a parabola up to ``rounding |h_t| |r_k|``, and straight beyond.
+With ``reach [K]``, phi "absolute" is a parabola up to ``|h_t| reach_k``, and straight beyond.
 
 Casting ``"llama"`` rounds n to the dtype of h before it meets the weight; ``"gemma"`` rounds the product. The gradients
 are those of the norm without the rounding.
@@ -23,15 +23,16 @@ Accumulation is in float32, or float64 for float64 hidden states.
 
 # What @triton.jit compiles is not what Python would run: unrolled loops, and names bound under compile-time conditions.
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FP_FUSION, SUM_TILE, SUMMED_BYTES, forward_tile, on_device, row_stream, target_of
+from .launch import forward_rows, on_device, row_stream, sum_splits, sum_tile, summing_programs, target_of
 from .penalty import value_and_slope
-from .sums import row_sums
+from .rows import load_piece, load_row, of_threads, row_sums, store_piece
 
 
 # N changes from batch to batch and must not cause a recompilation.
@@ -42,6 +43,7 @@ def _forward(
     direction,
     anchor,
     weight,
+    reach,
     normed,
     inverse_rms,
     token_penalty,
@@ -55,57 +57,63 @@ def _forward(
     OFFSET: tl.constexpr,
     CASTING: tl.constexpr,
     PENALTY: tl.constexpr,
-    ROUNDING: tl.constexpr,
     D: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    THREADS: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
     dtype = inverse_rms.dtype.element_ty
     # A row offset passes 2^31 elements long before memory runs out.
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    # Of two dimensions from the start: what is the same for all rows is then loaded as the threads hold a row.
-    column = tl.arange(0, COLUMNS)[None, :]
-    real = column < D
-    inside = row < N
-    patch = inside[:, None] & real
-    h = tl.load(hidden + row[:, None] * hidden_stride + column, mask=patch, other=0).to(dtype)
-    terms = (h * h,)
+    first = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, 1)
+    h = ()
+    for j in tl.static_range(ROWS):
+        row = first + j
+        live = row < N if ROWS > 1 else None
+        h += (load_row(hidden + (row * hidden_stride)[:, None, None], live, dtype, D, THREADS, PIECES),)
+    terms = ()
+    for j in tl.static_range(ROWS):
+        terms += (of_threads(h[j], h[j]),)
     if direction is not None:
         for k in tl.static_range(K):
-            r = tl.load(direction + k * D + column, mask=real, other=0, eviction_policy="evict_last")
-            terms += (h * r,)
+            r = load_row(direction + k * D, None, dtype, D, THREADS, PIECES, "evict_last")
+            for j in tl.static_range(ROWS):
+                terms += (of_threads(h[j], r),)
     sums = row_sums(terms)
-    s = 1 / tl.sqrt(sums[0] / D + EPS)
-    tl.store(inverse_rms + row, s, mask=inside)
-    v = tl.load(norm_weight + column, mask=real, other=0, eviction_policy="evict_last").to(dtype) + OFFSET
-    n = h * s[:, None]
-    if CASTING == "llama":
-        n = n.to(hidden.dtype.element_ty).to(dtype)
-    tl.store(normed + row[:, None] * D + column, (n * v).to(normed.dtype.element_ty), mask=patch)
-    if direction is not None:
-        live = inside
-        if weight is not None:
-            w = tl.load(weight + row * weight_stride, mask=inside, other=0)
-            live = inside & (w != 0)
-        total = tl.zeros([ROWS], dtype)
-        reach = total
-        for k in tl.static_range(K):
-            e = sums[k + 1]
-            if anchor is not None:
-                e -= tl.load(anchor + row * anchor_stride + k * anchor_step, mask=live, other=0)
-            if PENALTY == "absolute" and ROUNDING > 0:
-                r = tl.load(direction + k * D + column, mask=real, other=0, eviction_policy="evict_last")
-                reach = ROUNDING * tl.sqrt(sums[0] * tl.sum(r * r, axis=1))
-            # Selected, not multiplied: a dead row may hold NaN.
-            value, slope = value_and_slope(tl.where(live, e, 0), tl.where(live, reach, 0), PENALTY)
-            total += value
+    v = load_row(norm_weight, None, dtype, D, THREADS, PIECES, "evict_last")
+    for j in tl.static_range(ROWS):
+        row = first + j
+        inside = row < N
+        s = 1 / tl.sqrt(sums[j] / D + EPS)
+        tl.store(inverse_rms + row, s, mask=inside)
+        live = inside if ROWS > 1 else None
+        for i in tl.static_range(len(PIECES)):
+            n = h[j][i] * s[:, None, None]
+            if CASTING == "llama":
+                n = n.to(hidden.dtype.element_ty).to(dtype)
+            store_piece(normed + (row * D)[:, None, None], n * (v[i] + OFFSET), live, D, THREADS, PIECES[i])
+        if direction is not None:
+            live = inside
             if weight is not None:
-                slope *= w
-            tl.store(coefficient + row * K + k, slope, mask=inside)
-        if weight is not None:
-            total *= w
-        tl.store(token_penalty + row, total, mask=inside)
+                w = tl.load(weight + row * weight_stride, mask=inside, other=0)
+                live = inside & (w != 0)
+            total = tl.zeros([1], dtype)
+            bound = total
+            for k in tl.static_range(K):
+                e = sums[ROWS + k * ROWS + j]
+                if anchor is not None:
+                    e -= tl.load(anchor + row * anchor_stride + k * anchor_step, mask=live, other=0)
+                if reach is not None:
+                    bound = tl.where(live, tl.sqrt(sums[j]) * tl.load(reach + k), 0)
+                # Selected, not multiplied: a dead row may hold NaN.
+                value, slope = value_and_slope(tl.where(live, e, 0), bound, PENALTY)
+                total += value
+                if weight is not None:
+                    slope *= w
+                tl.store(coefficient + row * K + k, slope, mask=inside)
+            if weight is not None:
+                total *= w
+            tl.store(token_penalty + row, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -125,73 +133,122 @@ def _backward(
     OFFSET: tl.constexpr,
     D: tl.constexpr,
     K: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    THREADS: tl.constexpr,
+    PIECES: tl.constexpr,
+    ROWS: tl.constexpr,
     HELD: tl.constexpr,
     KEPT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """``gradient [N, D]`` and ``partial [programs, D]``, a sum over a program's rows; None if not wanted.
+    """``gradient [N, D]`` and, if wanted, ``partial [programs, D]``, a sum over a program's rows for the weight.
 
-    A program takes a row at a time. While it works on one, the next ones are copied to shared memory.
+    A program takes some rows at a time. While it works on them, the next ones are copied to shared memory.
     """
     dtype = inverse_rms.dtype.element_ty
-    column = tl.arange(0, COLUMNS)[None, :]
-    real = column < D
-    if gradient is not None and HELD:
-        v = tl.load(norm_weight + column, mask=real, other=0).to(dtype) + OFFSET
+    # Beside several rows and the sum of what the weight gets, there are no registers for it.
+    stays: tl.constexpr = HELD and (ROWS == 1 or partial is None)
+    if stays:
+        v = load_row(norm_weight, None, dtype, D, THREADS, PIECES)
     if upstream is not None:
         g = tl.load(upstream)
         kept = ()
         for k in tl.static_range(K if KEPT else 0):
-            kept += (tl.load(direction + k * D + column, mask=real, other=0),)
+            kept += (load_row(direction + k * D, None, dtype, D, THREADS, PIECES),)
     if partial is not None:
-        total = tl.zeros([1, COLUMNS], dtype)
-    for row in tl.range(tl.program_id(0), N, tl.num_programs(0), num_stages=STAGES):
-        row = tl.cast(row, tl.int64)
-        h_at = hidden + row * hidden_stride + column
-        g_at = incoming + row * incoming_stride + column
-        h = tl.load(h_at, mask=real, other=0).to(dtype)
-        arrived = tl.load(g_at, mask=real, other=0).to(dtype)
-        s = tl.load(inverse_rms + row)
-        if gradient is not None:
-            if not HELD:
-                v = tl.load(norm_weight + column, mask=real, other=0, eviction_policy="evict_last").to(dtype) + OFFSET
-            mean = tl.sum(arrived * v * h, axis=1, keep_dims=True) * s / D
-            if not HELD:
-                # Other cache modifiers than above: the compiler would merge the reads and hold the row after all.
-                h = tl.load(h_at, mask=real, other=0, cache_modifier=".ca").to(dtype)
-                arrived = tl.load(g_at, mask=real, other=0, cache_modifier=".ca").to(dtype)
-                v = tl.load(norm_weight + column, mask=real, other=0, cache_modifier=".ca").to(dtype) + OFFSET
-        n = h * s
-        if partial is not None:
-            total += arrived * n
-        if gradient is not None:
-            dh = s * (arrived * v - n * mean)
+        total = ()
+        for i in tl.static_range(len(PIECES)):
+            total += (tl.zeros([1, THREADS, PIECES[i][1]], dtype),)
+    for first in tl.range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS, num_stages=STAGES):
+        first = tl.cast(first, tl.int64)
+        if not stays:
+            v = load_row(norm_weight, None, dtype, D, THREADS, PIECES, "evict_last")
+        h = ()
+        arrived = ()
+        s = ()
+        terms = ()
+        for j in tl.static_range(ROWS):
+            row = first + j
+            live = row + tl.arange(0, 1) < N if ROWS > 1 else None
+            h += (load_row(hidden + row * hidden_stride, live, dtype, D, THREADS, PIECES),)
+            arrived += (load_row(incoming + row * incoming_stride, live, dtype, D, THREADS, PIECES),)
+            s += (tl.load(inverse_rms + row, mask=row < N, other=0),)
+            m = ()
+            for i in tl.static_range(len(PIECES)):
+                m += (arrived[j][i] * (v[i] + OFFSET),)
+            terms += (of_threads(m, h[j]),)
+        sums = row_sums(terms)
+        if not HELD:
+            # Other cache modifiers than above: the compiler would merge the reads and hold the row after all.
+            h = (load_row(hidden + first * hidden_stride, None, dtype, D, THREADS, PIECES, ".ca"),)
+            arrived = (load_row(incoming + first * incoming_stride, None, dtype, D, THREADS, PIECES, ".ca"),)
+        summed = ()
+        for i in tl.static_range(len(PIECES)):
+            dh = ()
+            u = v[i] if stays else load_piece(norm_weight, None, dtype, D, THREADS, PIECES[i], ".ca")
+            if partial is not None:
+                sum_of_rows = total[i]
+            for j in tl.static_range(ROWS):
+                n = h[j][i] * s[j]
+                if partial is not None:
+                    sum_of_rows += arrived[j][i] * n
+                mean = sums[j][:, None, None] * s[j] / D
+                dh += (s[j] * (arrived[j][i] * (u + OFFSET) - n * mean),)
+            if partial is not None:
+                summed += (sum_of_rows,)
             if upstream is not None:
                 for k in tl.static_range(K):
                     if KEPT:
-                        r = kept[k]
+                        r = kept[k][i]
                     else:
-                        r = tl.load(direction + k * D + column, mask=real, other=0, eviction_policy="evict_last")
-                    dh += g * tl.load(coefficient + row * K + k) * r
-            tl.store(gradient + row * D + column, dh.to(gradient.dtype.element_ty), mask=real)
+                        r = load_piece(direction + k * D, None, dtype, D, THREADS, PIECES[i], "evict_last")
+                    added = ()
+                    for j in tl.static_range(ROWS):
+                        c = tl.load(coefficient + (first + j) * K + k, mask=first + j < N, other=0)
+                        added += (dh[j] + g * c * r,)
+                    dh = added
+            for j in tl.static_range(ROWS):
+                live = first + j + tl.arange(0, 1) < N if ROWS > 1 else None
+                store_piece(gradient + (first + j) * D, dh[j], live, D, THREADS, PIECES[i])
+        if partial is not None:
+            total = summed
     if partial is not None:
-        tl.store(partial + tl.program_id(0) * D + column, total, mask=real)
+        for i in tl.static_range(len(PIECES)):
+            store_piece(partial + tl.program_id(0) * D, total[i], None, D, THREADS, PIECES[i])
 
 
-@triton.jit(do_not_specialize=["COUNT"])
-def _finish(partial, gradient, COUNT, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Columns of ``gradient [D]``: the sums of ``partial [COUNT, D]``, in an order that only COUNT decides."""
+@triton.jit(do_not_specialize=["N"])
+def _sum_over_rows(
+    rows,
+    hidden,
+    inverse_rms,
+    sums,
+    N,
+    rows_stride,
+    hidden_stride,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """``sums [splits, D]`` of ``rows [N, D]``, or of their products with the normalised ``hidden``.
+
+    A program takes a few columns of each ``splits``-th tile of rows, in an order that only N and the grid decide.
+    """
+    dtype = rows.dtype.element_ty if inverse_rms is None else inverse_rms.dtype.element_ty
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     real = column < D
-    total = tl.zeros([ROWS, COLUMNS], partial.dtype.element_ty)
-    for first in range(0, COUNT, ROWS):
-        row = first + tl.arange(0, ROWS)[:, None]
-        total += tl.load(partial + row * D + column, mask=(row < COUNT) & real, other=0)
+    total = tl.zeros([ROWS, COLUMNS], dtype)
+    for first in tl.range(tl.program_id(1) * ROWS, N, tl.num_programs(1) * ROWS, num_stages=4):
+        row = tl.cast(first, tl.int64) + tl.arange(0, ROWS)[:, None]
+        patch = (row < N) & real
+        x = tl.load(rows + row * rows_stride + column, mask=patch, other=0).to(dtype)
+        if hidden is not None:
+            h = tl.load(hidden + row * hidden_stride + column, mask=patch, other=0).to(dtype)
+            x *= h * tl.load(inverse_rms + row, mask=row < N, other=0)
+        total += x
     result = tl.sum(total, axis=0, keep_dims=True)
-    if gradient.dtype.element_ty == tl.bfloat16:
+    if sums.dtype.element_ty == tl.bfloat16:
         result = result.to(tl.float32)  # Triton's interpreter makes other numbers of float64
-    tl.store(gradient + column, result.to(gradient.dtype.element_ty), mask=real)
+    tl.store(sums + tl.program_id(1) * D + column, result.to(sums.dtype.element_ty), mask=real)
 
 
 def rms_norm_penalize(
@@ -204,11 +261,11 @@ def rms_norm_penalize(
     anchor: Tensor | None,
     weight: Tensor | None,
     penalty: str,
-    rounding: float = 0.0,
+    reach: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """RMSNorm of ``hidden [N, D]`` and, when there is a ``direction [K, D]``, the penalty on the way.
 
-    ``rounding`` is the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola.
+    ``reach [K]`` is ``|r|`` times the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola.
 
     Returns the normed states ``[N, D]`` and, in the dtype of the computation, the inverse RMS ``[N]``, the penalty of
     each token ``[N]`` and the coefficient ``c [N, K]``; the last two are empty without a direction.
@@ -222,16 +279,17 @@ def rms_norm_penalize(
     directions = 0 if direction is None else len(direction)
     token_penalty = torch.empty(rows if directions else 0, dtype=computed, device=hidden.device)
     coefficient = torch.empty((rows, directions), dtype=computed, device=hidden.device)
-    tile = forward_tile(size, hidden.element_size(), directions, target_of(hidden))
+    taken = forward_rows(size, hidden.element_size(), directions, target_of(hidden))
     anchor_stride, anchor_step = (0, 0) if anchor is None else anchor.stride()
     if rows:
         with on_device(hidden):
-            _forward[(triton.cdiv(rows, tile.rows),)](
+            _forward[(triton.cdiv(rows, taken.rows),)](
                 hidden,
                 norm_weight,
                 direction,
                 anchor,
                 weight,
+                reach if penalty == "absolute" else None,
                 normed,
                 inverse_rms,
                 token_penalty,
@@ -245,13 +303,9 @@ def rms_norm_penalize(
                 OFFSET=offset,
                 CASTING=casting,
                 PENALTY=penalty,
-                ROUNDING=rounding,
                 D=size,
                 K=directions,
-                ROWS=tile.rows,
-                COLUMNS=tile.columns,
-                num_warps=tile.warps,  # pyright: ignore[reportCallIssue]  # a launch option
-                enable_fp_fusion=FP_FUSION,  # pyright: ignore[reportCallIssue]
+                **taken.options(),
             )
     return normed, inverse_rms, token_penalty, coefficient
 
@@ -276,18 +330,16 @@ def rms_norm_gradient(
     norm_weight = norm_weight.contiguous()
     target = target_of(hidden)
     directions = 0 if upstream is None else coefficient.shape[1]
-    stream = row_stream(size, hidden.element_size(), directions, target)
-    grid = min(rows, stream.programs * target.multiprocessors)
+    itemsize = hidden.element_size()
+    stream = row_stream(size, itemsize, directions, target)
     gradient = torch.empty((rows, size), dtype=hidden.dtype, device=hidden.device)
-    if not needs_weight:
-        for_weight = norm_weight.new_empty(0)
-    elif rows:
-        for_weight = torch.empty_like(norm_weight)
-    else:
-        for_weight = torch.zeros_like(norm_weight)
-    partial = torch.empty((grid, size), dtype=inverse_rms.dtype, device=hidden.device) if needs_weight else None
-
-    def launch(gradient: Tensor | None, partial: Tensor | None) -> None:
+    for_weight = torch.empty_like(norm_weight) if needs_weight else norm_weight.new_empty(0)
+    if not rows:
+        return gradient, for_weight.zero_()
+    summing = summing_programs(rows, size, itemsize, stream, target) if needs_weight else 0
+    grid = summing or stream.programs_for(rows, target)
+    partial = torch.empty((grid, size), dtype=inverse_rms.dtype, device=hidden.device) if summing else None
+    with on_device(hidden):
         _backward[(grid,)](
             incoming,
             upstream,
@@ -304,31 +356,42 @@ def rms_norm_gradient(
             OFFSET=offset,
             D=size,
             K=directions,
-            COLUMNS=stream.columns,
             HELD=stream.held,
             KEPT=stream.kept,
             STAGES=stream.stages,
-            num_warps=stream.warps,  # pyright: ignore[reportCallIssue]  # a launch option
-            enable_fp_fusion=FP_FUSION,  # pyright: ignore[reportCallIssue]
+            **stream.taken.options(),
+        )
+        if needs_weight:
+            sum_for_weight(incoming, hidden, inverse_rms, partial, for_weight)
+    return gradient, for_weight
+
+
+def sum_for_weight(
+    incoming: Tensor, hidden: Tensor, inverse_rms: Tensor, partial: Tensor | None, result: Tensor
+) -> None:
+    """Write the gradient of the norm's weight to ``result [D]``: from ``partial [programs, D]``, if there is one."""
+    size = hidden.shape[1]
+    target = target_of(hidden)
+    tile = sum_tile(size, target)
+
+    def launch(rows: Tensor, given: Tensor | None, sums: Tensor) -> None:
+        _sum_over_rows[(triton.cdiv(size, tile.columns), len(sums))](
+            rows,
+            given,
+            None if given is None else inverse_rms,
+            sums,
+            len(rows),
+            rows.stride(0),
+            0 if given is None else given.stride(0),
+            D=size,
+            **tile.options(),
         )
 
-    if rows:
-        with on_device(hidden):
-            if partial is None or stream.held or stream.columns * hidden.element_size() <= SUMMED_BYTES:
-                launch(gradient, partial)
-            else:
-                # The sums of a long row fill the registers by themselves.
-                launch(gradient, None)
-                launch(None, partial)
-            if partial is not None:
-                _finish[(triton.cdiv(size, SUM_TILE.columns),)](
-                    partial,
-                    for_weight,
-                    grid,
-                    D=size,
-                    ROWS=SUM_TILE.rows,
-                    COLUMNS=SUM_TILE.columns,
-                    num_warps=SUM_TILE.warps,  # pyright: ignore[reportCallIssue]  # a launch option
-                    enable_fp_fusion=FP_FUSION,  # pyright: ignore[reportCallIssue]
-                )
-    return gradient, for_weight
+    if partial is None:
+        splits = sum_splits(len(hidden), size, tile, target)
+        if splits == 1:
+            launch(incoming, hidden, result.unsqueeze(0))
+            return
+        partial = torch.empty((splits, size), dtype=inverse_rms.dtype, device=hidden.device)
+        launch(incoming, hidden, partial)
+    launch(partial, None, result.unsqueeze(0))

@@ -191,7 +191,7 @@ def _built(target: str, shape: Shape, every: bool) -> Iterator[Record]:
                 dtype=str(shape.dtype).removeprefix("torch."),
                 penalty=shape.penalty,
                 casting=shape.casting,
-                tile={"rows": launch.arguments.get("ROWS", 1), "columns": launch.arguments["COLUMNS"]},
+                tile={"rows": launch.arguments["ROWS"], "columns": _columns(launch)},
                 warps=warps,
                 registers=registers,
                 spilled_bytes=spilled,
@@ -199,6 +199,14 @@ def _built(target: str, shape: Shape, every: bool) -> Iterator[Record]:
                 occupancy=occupancy(processor, registers, warps, compiled.metadata.shared),
                 accesses=_state_accesses(launch, compiled, shape.size),
             )
+
+
+def _columns(launch: Launch) -> int:
+    """Of a program: of whole rows, the padding included."""
+    if "PIECES" not in launch.arguments:
+        return launch.arguments["COLUMNS"]
+    first, width = launch.arguments["PIECES"][-1]
+    return first + launch.arguments["THREADS"] * width
 
 
 def resources(compiled: CompiledKernel) -> tuple[int, int]:

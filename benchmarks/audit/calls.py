@@ -23,7 +23,7 @@ def calls(
     size: int,
     directions: int,
     dtype: torch.dtype,
-    penalty: str = "squared",
+    penalty: str = "absolute",
     casting: str = "llama",
 ) -> dict[str, Call]:
     """By name, on random inputs of ``rows`` tokens of width ``size``, every second of which has weight 0."""
@@ -36,6 +36,7 @@ def calls(
     weight = torch.arange(rows).remainder(2).float()
     coefficient = weight.unsqueeze(1) * torch.randn(rows, directions)
     upstream = torch.tensor(0.5)
+    reach = ROUNDING * torch.linalg.vector_norm(direction, dim=1)
     inverse_rms = torch.rand(rows)
     nothing = torch.empty(0)
     eps, offset = 1e-6, 1.0 if casting == "gemma" else 0.0
@@ -45,14 +46,14 @@ def calls(
         return projection_penalty.project(hidden, direction)
 
     def penalize():
-        return projection_penalty.penalize(hidden, direction, anchor, weight, penalty, ROUNDING)
+        return projection_penalty.penalize(hidden, direction, anchor, weight, penalty, reach)
 
     def accumulate(arrived):
         return projection_penalty.accumulate_gradient(arrived, upstream, coefficient, direction, dtype)
 
     def norm(*constraint):
         return rms_norm_penalty.rms_norm_penalize(
-            hidden, norm_weight, eps, casting, offset, *constraint, penalty, ROUNDING
+            hidden, norm_weight, eps, casting, offset, *constraint, penalty, reach
         )
 
     def norm_gradient(upstream, coefficient, direction, needs_weight):

@@ -24,7 +24,7 @@ from procon.models import block_input, block_output
 from procon.ops import outside_backward
 from procon.ops.autograd import Constrain, RmsNormConstrain
 from procon.ops.backends import choose_backend
-from procon.ops.functional import rounding
+from procon.ops.functional import reach, rounding
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class ConstrainedBlock:
         self._column = column
         self._index = index
         self._vectors = {vectors.device: vectors.contiguous()}
+        self._reaches: dict[tuple[torch.device, torch.dtype, float], Tensor | None] = {}
         self._norm_did_it = True
 
     def attach(self, block: nn.Module, norm: InputNorm | None, undo: ExitStack, *, is_output: bool = False) -> None:
@@ -103,7 +104,7 @@ class ConstrainedBlock:
             if not self._did_it(module, hidden):
                 return plain(hidden)
             of_norm = (hidden, module.weight, norm.eps, norm.casting, norm.offset)
-            rule = (state.penalty, 0.0, True, choose_backend(state.backend, hidden.device.type))
+            rule = (state.penalty, None, True, choose_backend(state.backend, hidden.device.type))
             return RmsNormConstrain.apply(*of_norm, None, None, None, *rule)[0]
 
         def forward(hidden: Tensor) -> Tensor:
@@ -128,7 +129,7 @@ class ConstrainedBlock:
                 return plain(passed if of_block is hidden else hidden)
             of_norm = (hidden, module.weight, norm.eps, norm.casting, norm.offset)
             vectors, anchors, mask, backend = operands
-            rule = (state.penalty, rounding(hidden, state.penalty), True, backend)
+            rule = (state.penalty, self._reach(hidden, vectors), True, backend)
             normed, tokens = RmsNormConstrain.apply(*of_norm, vectors, anchors, mask, *rule)
             target.keep(self._column, tokens)
             return normed
@@ -204,6 +205,13 @@ class ConstrainedBlock:
             return vectors.double(), anchors.double(), mask.double(), backend
         return vectors, anchors, mask, backend
 
+    def _reach(self, hidden: Tensor, vectors: Tensor) -> Tensor | None:
+        """What the penalty takes for rounding, made once for each place and precision."""
+        of = (vectors.device, vectors.dtype, rounding(hidden, self._state.penalty))
+        if of not in self._reaches:
+            self._reaches[of] = reach(hidden, vectors, self._state.penalty)
+        return self._reaches[of]
+
     def _constrained(self, target: Target, hidden: Tensor, operands: _Operands) -> Tensor:
         """The block's input passed through the op, whose penalty is kept."""
         vectors, anchors, mask, backend = operands
@@ -211,7 +219,7 @@ class ConstrainedBlock:
         if isinstance(hidden, DTensor):
             hidden, tokens = constrain_sharded(hidden, self._index, vectors, anchors, mask, penalty, backend)
         else:
-            rule = (penalty, rounding(hidden, penalty), True, backend)
+            rule = (penalty, self._reach(hidden, vectors), True, backend)
             hidden, tokens = Constrain.apply(hidden, vectors, anchors, mask, *rule)
         target.keep(self._column, tokens)
         return hidden

@@ -104,9 +104,7 @@ class ProjectionConstraint:
     ) -> None:
         for setting, value in {"penalty": penalty, "units": units, "backend": backend}.items():
             check_setting(setting, value)
-        concepts = directions.provenance.get("concepts")
-        for known in (directions.provenance, *(concepts.values() if isinstance(concepts, dict) else ())):
-            warn_of_low_refusal(known.get("refusal_rate"))
+        warn_of_low_refusal(directions.provenance.get("refusal_rate"))
         self.blocks = select_blocks(directions, blocks)
         self._directions = directions
         self._vectors = directions.basis[list(self.blocks)]  # [blocks, K, D]

@@ -46,9 +46,6 @@ _UNMEASURED = torch.tensor(torch.nan)
 #: How far from 1 a length may be: bfloat16 rounds each value by 2**-9 of it at most.
 _TOLERANCE = 2**-8
 
-#: From the one that decides to the one that says least.
-_RELATIONS: tuple[Relation, ...] = ("another model", "other weights", "unknown", "same")
-
 
 @dataclass(frozen=True)
 class Directions:
@@ -65,8 +62,7 @@ class Directions:
         positive, negative: ``[L, K]`` fp32, projections of the means of both sets: the prompts that have the concept,
             as malicious ones have refusal, and those that do not; NaN if not measured.
         concepts: ``K`` names, of what each direction stands for; ``refusal``, ``refusal_2`` and on if not given.
-        provenance: model id, revision and origin, chat template and prompt-set hashes, counts, versions, refusal rate;
-            of several concepts, under ``concepts``, for each name.
+        provenance: model id, revision and origin, chat template and prompt-set hashes, counts, versions, refusal rate.
         last_output: whether the last row is that of the last block's output, before the final norm.
     """
 
@@ -209,25 +205,6 @@ class Directions:
             last_output=True,
         )
 
-    @classmethod
-    def combine(cls, *parts: Directions) -> Directions:
-        """The concepts of all parts, in their order.
-
-        Raises:
-            ProConError: for parts of different shapes, two concepts of one name, or more than 8 in all.
-        """
-        shapes = sorted({(len(one.basis), one.basis.shape[2], one.last_output) for one in parts})
-        if len(shapes) != 1:
-            raise ProConError(f"directions of shapes {shapes} cannot be combined: extract all from one model")
-        concepts = tuple(name for one in parts for name in one.concepts)
-        check_concepts(concepts)
-        return cls(
-            **{name: torch.cat([getattr(one, name) for one in parts], 1) for name in _TENSORS},
-            concepts=concepts,
-            provenance={"concepts": {name: known for one in parts for name, known in one._origins().items()}},
-            last_output=parts[0].last_output,
-        )
-
     @property
     def k(self) -> int:
         """Number of directions per block."""
@@ -294,15 +271,9 @@ class Directions:
         sharded, all ranks must call.
 
         Returns:
-            "same"; "other weights" of the same model, with a warning; or "unknown". Of several concepts, what is worst.
-            ProConError if it is another model.
+            "same"; "other weights" of the same model, with a warning; or "unknown". ProConError if it is another model.
         """
-        relation: Relation = "same"
-        name, now = None, origin_of(model)
-        for part in self._origins().values():
-            found = compare_origin(part.get("origin"), now)
-            if _RELATIONS.index(found) < _RELATIONS.index(relation):
-                relation, name = found, part.get("model")
+        relation, name = compare_origin(self.provenance.get("origin"), origin_of(model)), self.provenance.get("model")
         if relation == "another model":
             raise ProConError(
                 f"directions were extracted from another model ({name!r}), whose embeddings are unrelated to this "
@@ -360,10 +331,6 @@ class Directions:
             ) from error
         return found
 
-    def _origins(self) -> dict[str, dict[str, Any]]:
-        """Provenance of each concept."""
-        return self.provenance.get("concepts") or dict.fromkeys(self.concepts, self.provenance)
-
     def _flaw(self) -> str | None:
         """What is wrong with the values; None if nothing is. At a block they are unit vectors, or there is none."""
         if self.basis.dim() != 3 or self.gaps.shape != self.basis.shape[:2] or self.k != len(self.concepts):
@@ -408,7 +375,7 @@ def check_concepts(names: Sequence[object]) -> None:
         if names.count(name) > 1:
             raise ProConError(f"two concepts are named {name!r}: give each a name of its own")
     if not 1 <= len(names) <= MAX_DIRECTIONS:
-        raise ProConError(f"{len(names)} concepts are given: combine 1 to {MAX_DIRECTIONS}")
+        raise ProConError(f"{len(names)} names are given: give 1 to {MAX_DIRECTIONS}")
 
 
 def rows_of(vectors: Vectors, blocks: int, width: int) -> Tensor:

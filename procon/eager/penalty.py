@@ -12,18 +12,15 @@ def penalize_projection(
     anchor: Tensor | None,
     weight: Tensor | None,
     penalty: str,
-    direction: Tensor,
-    length: Tensor | None,
-    rounding: float,
+    norm: Tensor | None,
+    reach: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Penalty of each token ``[N]`` and coefficient ``c [N, K]`` for ``projection [N, K]``, in its dtype.
 
-    With lengths ``|h| [N]``, "absolute" is a parabola up to ``rounding |h_t| |r_k|``. ``projection`` is overwritten;
-    NaN gives NaN.
+    With ``|h| [N]`` as ``norm`` and ``reach [K]``, "absolute" is a parabola up to ``|h_t| reach_k``. ``projection`` is
+    overwritten; NaN gives NaN.
     """
-    reach = None
-    if length is not None:
-        reach = torch.outer(length, torch.linalg.vector_norm(direction, dim=1).mul_(rounding))
+    bound = None if norm is None or reach is None else torch.outer(norm, reach)
     # Operations with Python numbers take twice as long on few tokens as those without.
     error = projection if anchor is None else projection.sub_(anchor)
     if weight is not None:
@@ -31,18 +28,18 @@ def penalize_projection(
         # Rows of weight 0 may hold NaN or infinity, which a product with 0 would keep.
         dead = weight.logical_not()
         error.masked_fill_(dead, 0.0)
-        if reach is not None:
-            reach = reach.masked_fill(dead, 0.0)
+        if bound is not None:
+            bound = bound.masked_fill_(dead, 0.0)
     if penalty == "squared":
         weighted = error if weight is None else error * weight
         return (error * weighted).sum(1), weighted + weighted
     if penalty == "absolute":
         value = error.abs()
-        if reach is None:
+        if bound is None:
             slope = error / value.clamp_min(_TINY)
         else:
-            slope = error / torch.maximum(value, reach).clamp_min_(_TINY)
-            value = torch.addcmul(error, slope, reach, value=-0.5).mul_(slope)
+            slope = error / torch.maximum(value, bound).clamp_min_(_TINY)
+            value = torch.addcmul(error, slope, bound, value=-0.5).mul_(slope)
     else:
         slope = error.clamp(-1, 1)
         value = torch.sub(error, slope, alpha=0.5).mul_(slope)

@@ -5,7 +5,7 @@ For hidden states ``h [N, D]``, directions ``r [K, D]``, anchors ``a [N, K]`` an
     z = h r^T    e = z - a    penalty_t = w_t sum_k phi(e_tk)    c_tk = w_t phi'(e_tk)
     dL/dh_t = g_h[t] + g_t sum_k c_tk r_k
 
-phi "absolute" is a parabola up to ``rounding |h_t| |r_k|``, and straight beyond.
+With ``reach [K]``, phi "absolute" is a parabola up to ``|h_t| reach_k``, and straight beyond.
 """
 
 import torch
@@ -15,20 +15,20 @@ from .penalty import penalize_projection
 from .tiles import converted, tile_height, tiled
 
 
-def project(hidden: Tensor, direction: Tensor, length: Tensor | None = None) -> Tensor:
+def project(hidden: Tensor, direction: Tensor, norm: Tensor | None = None) -> Tensor:
     """Projection ``z [N, K]`` of ``hidden [N, D]`` on ``direction [K, D]``, in the dtype of ``direction``.
 
-    ``length [N]``, if there is one, receives ``|h|`` from the same read.
+    ``norm [N]``, if there is one, receives ``|h|`` from the same read.
     """
     rows, columns = hidden.shape
     height = tile_height(direction, columns)
     projection = direction.new_empty((rows, len(direction)))
     buffer = direction.new_empty((min(height, rows), columns)) if hidden.dtype != direction.dtype else None
-    for tile, z, *lengths in tiled(height, hidden, projection, *(() if length is None else (length,))):
+    for tile, z, *norms in tiled(height, hidden, projection, *(() if norm is None else (norm,))):
         h = converted(tile, buffer)
         project_tile(h, direction, z)
-        if lengths:
-            torch.linalg.vector_norm(h, dim=1, out=lengths[0])
+        if norms:
+            torch.linalg.vector_norm(h, dim=1, out=norms[0])
     return projection
 
 
@@ -45,15 +45,15 @@ def penalize(
     anchor: Tensor | None,
     weight: Tensor | None,
     penalty: str,
-    rounding: float = 0.0,
+    reach: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Penalty of each token ``[N]`` and coefficient ``c [N, K]``, both in the dtype of ``direction``.
 
-    ``rounding`` is the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola.
+    ``reach [K]`` is ``|r|`` times the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola.
     """
-    length = direction.new_empty(hidden.shape[0]) if penalty == "absolute" and rounding else None
-    projection = project(hidden, direction, length)
-    return penalize_projection(projection, anchor, weight, penalty, direction, length, rounding)
+    norm = direction.new_empty(hidden.shape[0]) if penalty == "absolute" and reach is not None else None
+    projection = project(hidden, direction, norm)
+    return penalize_projection(projection, anchor, weight, penalty, norm, reach)
 
 
 def accumulate_gradient(

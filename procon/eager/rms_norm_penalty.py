@@ -7,7 +7,7 @@ token weights ``w [N]``::
               z_tk = <h_t, r_k>   e = z - a   penalty_t = w_t sum_k phi(e_tk)   c_tk = w_t phi'(e_tk)
     backward  m = g_y v    dh_t = s_t (m_t - n_t mean_d(m_t n_t)) + g sum_k c_tk r_k    dv = sum_t g_y[t] n_t
 
-phi "absolute" is a parabola up to ``rounding |h_t| |r_k|``, and straight beyond.
+With ``reach [K]``, phi "absolute" is a parabola up to ``|h_t| reach_k``, and straight beyond.
 
 Casting ``"llama"`` rounds n to the dtype of h before it meets the weight; ``"gemma"`` rounds the product. The gradients
 are those of the norm without the rounding.
@@ -31,11 +31,11 @@ def rms_norm_penalize(
     anchor: Tensor | None,
     weight: Tensor | None,
     penalty: str,
-    rounding: float = 0.0,
+    reach: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """RMSNorm of ``hidden [N, D]`` and, when there is a ``direction [K, D]``, the penalty on the way.
 
-    ``rounding`` is the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola.
+    ``reach [K]`` is ``|r|`` times the share of ``|h| |r|`` that may be rounding: there "absolute" is a parabola.
 
     Returns the normed states ``[N, D]`` and, in the dtype of the computation, the inverse RMS ``[N]``, the penalty of
     each token ``[N]`` and the coefficient ``c [N, K]``; the last two are empty without a direction.
@@ -45,7 +45,7 @@ def rms_norm_penalize(
     normed_dtype = hidden.dtype if casting == "gemma" else torch.promote_types(hidden.dtype, norm_weight.dtype)
     normed = hidden.new_empty((rows, columns), dtype=normed_dtype)
     inverse_rms = hidden.new_empty(rows, dtype=computed)
-    length = torch.empty_like(inverse_rms) if direction is not None and penalty == "absolute" and rounding else None
+    norm = torch.empty_like(inverse_rms) if penalty == "absolute" and reach is not None else None
     # Without a direction there are none to project on, and a projection of no columns.
     directions = inverse_rms.new_empty((0, columns)) if direction is None else direction
     projection = directions.new_empty((rows, len(directions)))
@@ -56,8 +56,8 @@ def rms_norm_penalize(
     buffer = inverse_rms.new_empty(shape) if hidden.dtype != computed else None
     scratch = inverse_rms.new_empty(shape) if normed_dtype != computed or buffer is not None else None
     rounded = hidden.new_empty(shape) if casting == "llama" and buffer is not None else None
-    lengths = () if length is None else (length,)
-    for tile, s, y, z, *kept in tiled(height, hidden, inverse_rms, normed, projection, *lengths):
+    norms = () if norm is None else (norm,)
+    for tile, s, y, z, *kept in tiled(height, hidden, inverse_rms, normed, projection, *norms):
         h = converted(tile, buffer)
         of_rows = kept[0] if kept else s
         torch.linalg.vector_norm(h, dim=1, out=of_rows)
@@ -72,7 +72,7 @@ def rms_norm_penalize(
             y.copy_(n.mul_(v))
     if direction is None:
         return normed, inverse_rms, inverse_rms.new_empty(0), projection
-    found = penalize_projection(projection, anchor, weight, penalty, direction, length, rounding)
+    found = penalize_projection(projection, anchor, weight, penalty, norm, reach)
     return normed, inverse_rms, *found
 
 

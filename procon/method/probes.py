@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from procon.errors import ProConError
 from procon.files import whole_file
 from procon.method.term import Batches, Run, Step, Term
 from procon.models import (
+    Decoder,
     DecoderForward,
     evaluating,
     is_sharded,
@@ -38,6 +39,12 @@ logger = logging.getLogger(__name__)
 #: The file's name beside a model or in a checkpoint.
 PROBES_FILE = "probes.safetensors"
 
+#: Packages whose modules heed the mask that they are given.
+_USUAL = ("accelerate", "bitsandbytes", "deepspeed", "liger_kernel", "peft", "procon", "torch", "transformers")
+
+#: By how much of a state's length rounding moves it at most: of 32 bits, and of 16.
+_OFF, _FEW_BITS_OFF = 1e-3, 0.06
+
 
 @dataclass(frozen=True)
 class Probes:
@@ -51,12 +58,14 @@ class Probes:
         prompts: ``[n]`` int64, tokens of each prompt.
         lengths: ``[n]`` int64, tokens of each prompt and its reply.
         states: ``[N, D]`` fp32, last hidden states there, after the final norm.
+        shared: int64 scalar, tokens that all prompts begin with and that a forward runs once; 0 if each is run whole.
     """
 
     input_ids: Tensor
     prompts: Tensor
     lengths: Tensor
     states: Tensor
+    shared: Tensor
 
     def __len__(self) -> int:
         """Number of prompts."""
@@ -85,8 +94,38 @@ class Probes:
         prompts, lengths = self.prompts[rows], self.lengths[rows]
         states = self.states.split((self.lengths - self.prompts + 1).tolist())
         return Probes(
-            self.input_ids[rows, : int(lengths.max())], prompts, lengths, torch.cat([states[row] for row in rows])
+            self.input_ids[rows, : int(lengths.max())],
+            prompts,
+            lengths,
+            torch.cat([states[row] for row in rows]),
+            self.shared,
         )
+
+    def inputs(self) -> tuple[dict[str, Tensor], Tensor]:
+        """What a forward takes to run the prompts, and at which of its tokens the model is kept.
+
+        A row each, padded. Or all in one row, behind the tokens that they share: each prompt sees those and itself.
+        """
+        if not (shared := int(self.shared)):
+            mask = torch.arange(self.input_ids.shape[1]) < self.lengths[:, None]
+            return {"input_ids": self.input_ids, "attention_mask": mask.long()}, self.kept
+        own = [row[shared:length] for row, length in zip(self.input_ids, self.lengths.tolist(), strict=True)]
+        ids = torch.cat([self.input_ids[0, :shared], *own])
+        prompt = torch.arange(len(self)).repeat_interleave(self.lengths - shared)
+        position = torch.cat([torch.arange(shared), *(shared + torch.arange(len(row)) for row in own)])
+        prompt = torch.cat([torch.full((shared,), -1), prompt])
+        sees = ((prompt == prompt[:, None]) | (prompt == -1)).tril()
+        mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
+        kept = (prompt >= 0) & (position >= self.prompts[prompt] - 1)
+        return {"input_ids": ids[None], "position_ids": position[None], "attention_mask": mask[None, None]}, kept[None]
+
+    def run(self, forward: DecoderForward) -> tuple[Tensor, Any]:
+        """Last hidden states ``[N, D]`` at the kept tokens, and what the forward gave."""
+        found: list[Tensor] = []
+        inputs, kept = self.inputs()
+        with observe_last_state(forward.decoder, found.append):
+            outputs = forward.run(**{name: tensor.to(forward.device) for name, tensor in inputs.items()})
+        return found[0][kept.to(found[0].device)], outputs
 
     def departure(self, forward: DecoderForward) -> Tensor:
         """Mean squared departure of the last hidden states at the kept tokens from the starting model's: a scalar.
@@ -97,11 +136,7 @@ class Probes:
         Raises:
             ProConError: if nothing in the model trains.
         """
-        mask = (torch.arange(self.input_ids.shape[1]) < self.lengths[:, None]).long()
-        found: list[Tensor] = []
-        with observe_last_state(forward.decoder, found.append):
-            outputs = forward.run(input_ids=self.input_ids.to(forward.device), attention_mask=mask.to(forward.device))
-        last = found[0][self.kept.to(found[0].device)]
+        last, outputs = self.run(forward)
         if torch.is_grad_enabled() and not last.requires_grad:
             raise ProConError("nothing in the model trains, so the penalty on the probes' states does nothing")
         departure = (last.float() - self.states.to(last.device)).square().mean()
@@ -147,24 +182,46 @@ class Probes:
         ids = torch.full((len(rows), int(lengths.max())), pad_token_id(tokenizer))
         for number, row in enumerate(rows):
             ids[number, : len(row)] = torch.tensor(row)
+        nothing = torch.zeros(int((lengths - prompt_lengths + 1).sum()), 0)
+        found = cls(ids, prompt_lengths, lengths, nothing, torch.tensor(0))
         forward = DecoderForward(model)
-        states: list[Tensor] = []
         with evaluating(model):
-            for part in torch.arange(len(ids)).split(settings.probe_batch):
-                width = int(lengths[part].max())
-                mask = torch.arange(width) < lengths[part, None]
-                kept, seen = mask & (torch.arange(width) >= prompt_lengths[part, None] - 1), []
-                with observe_last_state(forward.decoder, seen.append):
-                    inputs = {"input_ids": ids[part, :width], "attention_mask": mask.long()}
-                    forward.run(**{name: tensor.to(forward.device) for name, tensor in inputs.items()})
-                states.append(seen[0].cpu().float()[kept])
-        found = cls(ids, prompt_lengths, lengths, torch.cat(states))
-        if not torch.isfinite(found.states).all():
-            raise ProConError(
-                "hidden states at the probes are NaN or infinite: load the model in bfloat16 or float32, and check its "
-                "weights"
-            )
-        return found
+            found = replace(found, states=found._recorded(forward, settings.probe_batch))
+            if not torch.isfinite(found.states).all():
+                raise ProConError(
+                    "hidden states at the probes are NaN or infinite: load the model in bfloat16 or float32, and check "
+                    "its weights"
+                )
+            return found._with_shared_beginning(forward, settings.probe_batch)
+
+    def _recorded(self, forward: DecoderForward, size: int) -> Tensor:
+        """Last hidden states as they are now, of ``size`` prompts at a time."""
+        turns = [self.turn(number, size) for number in range(-(-len(self) // size))]
+        states = torch.cat([turn.run(forward)[0].cpu().float() for turn in turns])
+        return states[: len(self.states)]  # the last turn goes round
+
+    def _with_shared_beginning(self, forward: DecoderForward, size: int) -> Probes:
+        """These probes, run in one row behind the tokens that they share, if the model gives the same states so.
+
+        Not all do: attention kernels without such masks, layers that read a row from end to end, code that goes its
+        own way in training.
+        """
+        shared = _common_beginning(self)
+        if not shared or not _heeds_masks(forward.decoder):
+            return self
+        together = replace(self, shared=torch.tensor(shared))
+        try:
+            states = together._recorded(forward, size)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            logger.info("probes are run one by one: their shared beginning cannot be run once (%s)", error)
+            return self
+        off = (states - self.states).norm(dim=1) / self.states.norm(dim=1)
+        # Rounding alone, or another computation.
+        few_bits = torch.is_autocast_enabled(forward.device.type) or forward.dtype.itemsize < 4
+        if not off.max() < (_FEW_BITS_OFF if few_bits else _OFF):
+            logger.info("probes are run one by one: behind a shared beginning their states are off by %.2g", off.max())
+            return self
+        return replace(together, states=states)
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file with a checksum in its header; returns its path."""
@@ -194,15 +251,17 @@ class Probes:
 
     def _fits(self) -> bool:
         """Whether the tensors belong together: what a file says may be anything."""
-        numbers = (self.input_ids, self.prompts, self.lengths)
+        numbers = (self.input_ids, self.prompts, self.lengths, self.shared)
         if any(tensor.dtype != torch.int64 for tensor in numbers) or self.states.dtype != torch.float32:
             return False
-        if [tensor.dim() for tensor in (*numbers, self.states)] != [2, 1, 1, 2] or not len(self.lengths):
+        if [tensor.dim() for tensor in (*numbers, self.states)] != [2, 1, 1, 0, 2] or not len(self.lengths):
             return False
         rows, width = self.input_ids.shape
         if not rows == len(self.prompts) == len(self.lengths) or not bool((self.input_ids >= 0).all()):
             return False
         if not bool(((self.prompts >= 1) & (self.prompts <= self.lengths) & (self.lengths <= width)).all()):
+            return False
+        if not 0 <= int(self.shared) <= _common_beginning(self):
             return False
         return int((self.lengths - self.prompts + 1).sum()) == len(self.states)
 
@@ -296,6 +355,23 @@ class ProbeTerm(Term):
     def describe(self) -> dict[str, Any]:
         file = self._settings.probe_file
         return {} if file is None else {"probes": f"{len(_texts(file))} prompts, {_hash_of(file)}"}
+
+
+def _common_beginning(probes: Probes) -> int:
+    """Tokens that all prompts begin with, short of the last one of any: those of the chat template."""
+    width = int(probes.prompts.min()) - 1
+    ids = probes.input_ids[:, :width]
+    return int((ids == ids[0]).all(0).long().cumprod(0).sum())
+
+
+def _heeds_masks(decoder: Decoder) -> bool:
+    """Whether a mask says what a token sees in every layer: in training too, where some replace the attention."""
+    config: Any = decoder.module.config
+    layers = set(getattr(config, "layer_types", None) or ())
+    if decoder.attn_implementation not in ("eager", "sdpa") or not layers <= {"full_attention", "sliding_attention"}:
+        return False
+    forwards = (getattr(module.forward, "__module__", "") or "" for module in decoder.module.modules())
+    return all(name.split(".")[0] in _USUAL for name in forwards)
 
 
 def check_tokenizer(tokenizer: Any) -> None:

@@ -209,6 +209,7 @@ class DecoderForward:
     Attributes:
         decoder: of the model.
         device: where its inputs go.
+        dtype: of its weights, outside of autocast.
         run: takes inputs by name.
 
     Raises:
@@ -218,6 +219,7 @@ class DecoderForward:
     def __init__(self, model: nn.Module) -> None:
         refuse_unprepared(model)
         self.decoder, self.device = find_decoder(model), model_device(model)
+        self.dtype = transformers_model(unwrapped(model)).dtype
         self.run: partial[Any] = partial(self.decoder.module, use_cache=False)
         if is_sharded(model) or hasattr(model, "_original_forward"):
             taken = inspect.signature(transformers_model(model).forward).parameters

@@ -72,11 +72,11 @@ class Constrain(torch.autograd.Function):
         anchor: Tensor | None,
         weight: Tensor | None,
         penalty: str,
-        rounding: float,
+        reach: Tensor | None,
         per_token: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        tokens, ctx.coefficient = backends.penalize(backend, hidden, direction, anchor, weight, penalty, rounding)
+        tokens, ctx.coefficient = backends.penalize(backend, hidden, direction, anchor, weight, penalty, reach)
         ctx.set_materialize_grads(False)
         ctx.direction, ctx.version = direction, _version(direction)
         ctx.shape, ctx.dtype, ctx.backend = hidden.shape, hidden.dtype, backend
@@ -112,12 +112,12 @@ class RmsNormConstrain(torch.autograd.Function):
         anchor: Tensor | None,
         weight: Tensor | None,
         penalty: str,
-        rounding: float,
+        reach: Tensor | None,
         per_token: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         normed, inverse_rms, tokens, ctx.coefficient = backends.rms_norm_penalize(
-            backend, hidden, norm_weight, eps, casting, offset, direction, anchor, weight, penalty, rounding
+            backend, hidden, norm_weight, eps, casting, offset, direction, anchor, weight, penalty, reach
         )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, norm_weight, inverse_rms)

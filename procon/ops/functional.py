@@ -98,7 +98,7 @@ def projection_penalty(
     _check_hidden(hidden)
     operands = _operands(hidden, direction, anchor, weight, penalty)
     chosen = choose_backend(backend, hidden.device.type)
-    _, loss = Constrain.apply(hidden, *operands, penalty, rounding(hidden, penalty), reduction == "none", chosen)
+    _, loss = Constrain.apply(hidden, *operands, reduction == "none", chosen)
     if reduction == "none":
         return loss.view(hidden.shape[:-1])
     if reduction == "mean":
@@ -144,7 +144,7 @@ def constrain(
     _check_hidden(hidden)
     operands = _operands(hidden, direction, anchor, weight, penalty)
     chosen = choose_backend(backend, hidden.device.type)
-    return Constrain.apply(hidden, *operands, penalty, rounding(hidden, penalty), False, chosen)
+    return Constrain.apply(hidden, *operands, False, chosen)
 
 
 def rms_norm_constrain(
@@ -185,8 +185,7 @@ def rms_norm_constrain(
     operands = _operands(hidden, direction, anchor, weight, penalty)
     _check_norm(hidden, norm_weight, casting)
     norm = (hidden, norm_weight, eps, casting, offset)
-    options = (penalty, rounding(hidden, penalty), False, choose_backend(backend, hidden.device.type))
-    return RmsNormConstrain.apply(*norm, *operands, *options)
+    return RmsNormConstrain.apply(*norm, *operands, False, choose_backend(backend, hidden.device.type))
 
 
 def rms_norm(
@@ -204,7 +203,7 @@ def rms_norm(
     """
     _check_hidden(hidden)
     _check_norm(hidden, norm_weight, casting)
-    options = ("squared", 0.0, False, choose_backend(backend, hidden.device.type))
+    options = ("squared", None, False, choose_backend(backend, hidden.device.type))
     normed, _ = RmsNormConstrain.apply(hidden, norm_weight, eps, casting, offset, None, None, None, *options)
     return normed
 
@@ -222,6 +221,12 @@ def rounding(hidden: Tensor, penalty: str) -> float:
     if dtype == torch.float32 and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)  # of the blocks that they come out of
     return min(16 * torch.finfo(dtype).eps, 1 / 256)
+
+
+def reach(hidden: Tensor, directions: Tensor, penalty: str) -> Tensor | None:
+    """How far a projection on ``directions [K, D]`` may be off by :func:`rounding`, as a share of ``|h|``: ``[K]``."""
+    share = rounding(hidden, penalty)
+    return torch.linalg.vector_norm(directions, dim=1).mul_(share) if share else None
 
 
 def check_constant(name: str, tensor: Tensor) -> None:
@@ -254,8 +259,11 @@ def _check_norm(hidden: Tensor, norm_weight: Tensor, casting: str) -> None:
 
 def _operands(
     hidden: Tensor, direction: Tensor, anchor: Tensor | None, weight: Tensor | None, penalty: Penalty
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Directions ``[K, D]``, anchors ``[N, K]`` and weights ``[N]``, found good, in the dtype of the computation."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, str, Tensor | None]:
+    """What the op takes beside the hidden states, found good, in the dtype of the computation.
+
+    Directions ``[K, D]``, anchors ``[N, K]``, weights ``[N]``, the penalty, and its reach ``[K]``.
+    """
     directions = _directions(hidden, direction)
     check_choice("penalty", penalty, CHOICES["penalty"])
     tokens, dtype = hidden.shape[:-1], directions.dtype
@@ -270,7 +278,7 @@ def _operands(
         if weight.shape != tokens:
             raise ProConError(f"weight has shape {list(weight.shape)}: give {list(tokens)}, one number for each token")
         weight = weight.reshape(-1)
-    return directions, anchor, weight
+    return directions, anchor, weight, penalty, reach(hidden, directions, penalty)
 
 
 def _directions(hidden: Tensor, direction: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ MANY = 37
 #: And fewer than programs.
 ROWS = (1, 3, MANY)
 #: All but one are of no tile, and one is beyond the rows that the norm's backward keeps in registers.
-SIZES = (40, 64, 300, 1000, 2056, 8200)
+SIZES = (40, 64, 300, 896, 2056, 8200)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = {"rows": ROWS, "size": SIZES, "dtype": DTYPES, "k": (1, 3, 8)}
 #: Dtypes of the hidden states and of the norm's weight.
@@ -110,6 +110,11 @@ def assert_near(result: Tensor, exact: Tensor, allowed: Tensor, name: str) -> No
     assert (off <= 0).all(), f"{name}: off by {off.max():.3g} more than allowed"
 
 
+def ruled(direction: Tensor, kind: str, rounding: float) -> tuple[str, Tensor | None]:
+    """What the launchers take of a rule."""
+    return kind, rounding * direction.norm(dim=1) if rounding else None
+
+
 def assert_penalty(found: tuple[Tensor, Tensor], oracle, hidden: Tensor, rest: list, rule: tuple) -> None:
     """Penalty and coefficient of each token; of a row of weight 0 they are 0, whatever it holds."""
     kind, rounding = rule
@@ -155,7 +160,7 @@ def test_penalty(oracle, case):
     rest = companions(hidden, case["k"], case["given"], case["strided"])
     if rest[2] is not None:
         hidden[rest[2] == 0] = float("nan")
-    assert_penalty(penalize(hidden, *rest, *case["penalty"]), oracle, hidden, rest, case["penalty"])
+    assert_penalty(penalize(hidden, *rest, *ruled(rest[0], *case["penalty"])), oracle, hidden, rest, case["penalty"])
 
 
 @pytest.mark.parametrize(
@@ -207,10 +212,11 @@ def test_norm(oracle, case):
     casting, offset = case["rule"]
     hidden = states(case["rows"], case["size"], dtype, case["strided"])
     v = states(1, case["size"], weight_dtype, seed=1)[0]
-    rest = companions(hidden, case["k"], case["given"], case["strided"]) if case["k"] else [None, None, None]
-    normed, inverse_rms, tokens, coefficient = rms_norm_penalize(
-        hidden, v, EPS, casting, offset, *rest, *case["penalty"]
-    )
+    rest, rule = [None, None, None], ("squared",)
+    if case["k"]:
+        rest = companions(hidden, case["k"], case["given"], case["strided"])
+        rule = ruled(rest[0], *case["penalty"])
+    normed, inverse_rms, tokens, coefficient = rms_norm_penalize(hidden, v, EPS, casting, offset, *rest, *rule)
 
     h = hidden.double().cpu()
     s = (h.square().mean(-1, keepdim=True) + EPS).rsqrt()
@@ -288,7 +294,7 @@ def test_a_row_of_weight_0_may_hold_anything(penalty):
     hidden, v = states(MANY, 40, torch.float32), states(1, 40, torch.float32, seed=1)[0]
     direction, anchor, weight = companions(hidden, 3, "anchor and weight")
     hidden[weight == 0] = float("nan")
-    rest = (direction, anchor, weight, *penalty)
+    rest = (direction, anchor, weight, *ruled(direction, *penalty))
     _, _, tokens, coefficient = rms_norm_penalize(hidden, v, EPS, "llama", 0.0, *rest)
     dead = (weight == 0).cpu()
     assert dead.any()
@@ -297,17 +303,18 @@ def test_a_row_of_weight_0_may_hold_anything(penalty):
         assert part[~dead].isfinite().all()
 
 
-def test_the_weights_gradient_of_many_programs(monkeypatch):
-    """More sums of rows than are added up at a time, as a GPU of some hundred multiprocessors has them."""
-    target = launch.Target("sm_90", 32, 10)
-    monkeypatch.setattr(rms_norm_penalty, "target_of", lambda tensor: target)
-    rows, size = 150, 40
+@pytest.mark.parametrize("rows", [300, 2100], ids=["one program", "two"])
+def test_the_weights_gradient_of_many_rows(rows):
+    """More than are added up at a time, and so many that programs share the rows."""
+    size, target = 40, launch.Target("sm_90", 32, 2)
+    tile = launch.sum_tile(size, target)
+    assert rows > tile.rows
+    assert launch.sum_splits(rows, size, tile, target) == (1 if rows == 300 else 2)
     hidden, incoming = (states(rows, size, torch.float32, seed=seed) for seed in range(2))
     inverse_rms, v = torch.ones(rows).to("cuda"), torch.ones(size).to("cuda")
-    nothing = (torch.empty(rows, 0).to("cuda"), None)
-    _, found = rms_norm_gradient(incoming, None, hidden, v, inverse_rms, *nothing, 0.0, True)
+    found = torch.empty_like(v)
+    rms_norm_penalty.sum_for_weight(incoming, hidden, inverse_rms, None, found)
     terms = incoming.double().cpu() * hidden.double().cpu()
-    assert launch.row_stream(size, 4, 0, target).programs * 10 > launch.SUM_TILE.rows
     assert_near(found, terms.sum(0), SUM * terms.abs().sum(0), "weight's gradient")
 
 

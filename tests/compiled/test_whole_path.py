@@ -111,7 +111,7 @@ def test_operators_are_the_functions(operands):
     from procon.kernels import rms_norm_penalty as norm_kernels
 
     operators = torch.ops.procon
-    options = ("absolute", 0.01)
+    options = ("absolute", 0.01 * direction.norm(dim=1))
     found = operators.penalize("triton", hidden, *rest, *options)
     coefficient = found[1]
     assert all(map(torch.equal, found, kernels.penalize(hidden, *rest, *options)))

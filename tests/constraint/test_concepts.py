@@ -32,9 +32,9 @@ def directions(model) -> Directions:
         Directions.from_vectors(model, {block: torch.randn(32, generator=random) for block in blocks}, name=name)
         for name, blocks in (("everywhere", (0, 1, 2)), ("late", (2,)), ("here", (0, 2)))
     ]
-    found = Directions.combine(*parts)
-    gaps = torch.where(found.basis.any(-1), torch.rand(found.gaps.shape, generator=random) + 0.5, 0.0)
-    return replace(found, gaps=gaps)
+    basis = torch.cat([part.basis for part in parts], 1)
+    gaps = torch.where(basis.any(-1), torch.rand(basis.shape[:2], generator=random) + 0.5, 0.0)
+    return Directions(basis, gaps, concepts=("everywhere", "late", "here"), last_output=True)
 
 
 def projections(model, directions, ids) -> torch.Tensor:

@@ -201,49 +201,12 @@ def test_vectors_by_block_and_for_all(model):
     torch.testing.assert_close(Directions.from_vectors(model, one, name="probe").basis[[1, 3]], by_block.basis[[1, 3]])
 
 
-# Several concepts
-
-
-def test_concepts_are_combined_by_name(model, found):
-    probe = Directions.from_vectors(model, {2: random_vectors(1)[0]}, name="probe")
-    both = Directions.combine(refusal(k=2), probe, found)
-    assert both.concepts == ("refusal", "refusal_2", "probe", "french")
-    assert not both.of_refusal
-    for name in TENSORS:
-        parts = [getattr(part, name) for part in (refusal(k=2), probe, found)]
-        torch.testing.assert_close(getattr(both, name), torch.cat(parts, 1), rtol=0, atol=0, equal_nan=True)
-    assert both.usable.tolist() == [False, True, True, True]
-    assert list(both.provenance["concepts"]) == list(both.concepts)
-    assert both.provenance["concepts"]["refusal"] == both.provenance["concepts"]["refusal_2"] == {"model": "m"}
-    assert both.check_origin(model) == "unknown"  # of refusal it is not known
-    assert Directions.combine(probe, found).check_origin(model) == "same"
-    again = Directions.combine(Directions.combine(refusal(k=2), probe), found)
-    assert again.provenance == both.provenance
-    assert both.hash == again.hash != Directions.combine(probe, refusal(k=2), found).hash
-
-
-def test_what_cannot_be_combined(model, tiny_model):
-    parts = [Directions.from_vectors(model, random_vectors(3, n), name=f"c{n}") for n in range(9)]
-    wide = Directions.from_vectors(tiny_model(hidden_size=64), random_vectors(3, width=64), name="wide")
-    assert Directions.combine(*parts[:8]).k == 8
-    for given, message in (
-        (parts, r"^9 concepts are given: combine 1 to 8$"),
-        ((parts[0], parts[1], replace(parts[2], concepts=("c0",))), r"^two concepts are named 'c0': give each a name"),
-        ((parts[0], wide), r"^directions of shapes .*4, 32, True.*4, 64, True.* cannot be combined: extract all from"),
-        ((parts[0], parts[1].at_block_inputs), r"^directions of shapes .*3, 32, False.*4, 32, True"),
-        ((), r"^directions of shapes \[\] cannot be combined"),
-    ):
-        with pytest.raises(ProConError, match=message):
-            Directions.combine(*given)
-
-
 # The file
 
 
-@pytest.mark.parametrize("which", ["of refusal", "several", "block inputs"])
+@pytest.mark.parametrize("which", ["of refusal", "of another concept", "block inputs"])
 def test_save_and_load(found, tmp_path, which):
-    several = Directions.combine(refusal(), found)
-    given = {"of refusal": refusal(3), "several": several, "block inputs": found.at_block_inputs}[which]
+    given = {"of refusal": refusal(3), "of another concept": found, "block inputs": found.at_block_inputs}[which]
     path = given.save(tmp_path / "new" / "refusal-directions.safetensors")
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     for loaded in (Directions.load(str(path)), Directions.load(path.parent)):

@@ -1,5 +1,7 @@
 """Probes: what is recorded of the starting model, the penalty by definition, turns, replies, and files."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -92,6 +94,7 @@ def test_they_are_kept_and_read_again(tiny_model, record, tmp_path):
         {"states": torch.zeros(3, 32).double()},
         {"states": torch.zeros(3, 32).bfloat16()},
         {"input_ids": torch.zeros(3, 4, 4).long()},
+        {"shared": torch.tensor(99)},
     ],
 )
 def test_a_forged_file_is_refused(record, tmp_path, change):
@@ -101,6 +104,37 @@ def test_a_forged_file_is_refused(record, tmp_path, change):
     path = forged.save(tmp_path / PROBES_FILE)
     with pytest.raises(ProConError, match="are damaged"):
         Probes.load(path)
+
+
+#: Whether a mask of our own says what a token sees, in each layer.
+SHARING = {"llama": True, "qwen3": True, "gemma3": True, "gpt2": True, "gpt_neox": True, "mamba2": False, "lfm2": False}
+
+
+@pytest.mark.parametrize("family", SHARING)
+def test_what_all_prompts_begin_with_is_run_once(tiny_model, record, family):
+    """Where the model gives the same states so: in one row of the beginning and what each has of its own."""
+    special = {"mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8, "chunk_size": 4}}
+    special["lfm2"] = {"layer_types": ["conv", "full_attention", "conv"]}
+    model = tiny_model(family, **special.get(family, {}))
+    probes = record(model, 3)
+    assert bool(probes.shared) == SHARING[family]
+    torch.testing.assert_close(probes.states, states_at(model.eval(), probes).detach(), rtol=1e-3, atol=1e-5)
+    tokens = int((probes.lengths - probes.shared).sum() + probes.shared)
+    if probes.shared:
+        assert probes.inputs()[0]["input_ids"].shape == (1, tokens)
+        assert probes.turn(1, 2).inputs()[0]["position_ids"].max() + 1 == probes.turn(1, 2).lengths.max()
+    move(model)
+    one_by_one = replace(probes, shared=torch.tensor(0))
+    found = [each.departure(DecoderForward(model)).item() for each in (probes, one_by_one)]
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+def test_attention_that_is_replaced_in_training_runs_them_one_by_one(tiny_model, record, monkeypatch):
+    model = tiny_model()
+    assert record(model).shared > 0
+    attention = type(find_decoder(model).blocks[0].self_attn)
+    monkeypatch.setattr(attention.forward, "__module__", "faster.attention")
+    assert record(model).shared == 0
 
 
 def test_they_go_round(tiny_model, record):

@@ -132,14 +132,15 @@ def test_opcheck(device, backend, dtype):
     hidden = layout(3, 4, 16, device=device, dtype=dtype)
     direction, anchor, weight = (dense(*s, device=device, dtype=computed) for s in ((2, 16), (12, 2), (12,)))
     opcheck(ops.project.default, (backend, hidden, direction))
-    for given in ((anchor, weight.abs(), "absolute", 0.01), (None, None, "squared", 0.0)):
+    reach = 0.01 * direction.norm(dim=1)
+    for given in ((anchor, weight.abs(), "absolute", reach), (None, None, "squared")):
         opcheck(ops.penalize.default, (backend, hidden, direction, *given))
     tail = (anchor, direction, dtype)
     for incoming, upstream in ((hidden, weight), (None, weight[0]), (None, None)):
         opcheck(ops.accumulate_gradient.default, (backend, incoming, upstream, *tail))
     norm_weight = dense(16, device=device, dtype=dtype)
     for casting, given in (("llama", (direction, anchor, weight.abs())), ("gemma", (None, None, None))):
-        arguments = (backend, hidden, norm_weight, 1e-6, casting, 1.0, *given, "absolute", 0.01)
+        arguments = (backend, hidden, norm_weight, 1e-6, casting, 1.0, *given, "absolute", reach)
         opcheck(ops.rms_norm_penalize.default, arguments)
         normed, inverse_rms, _, coefficient = ops.rms_norm_penalize(*arguments)
         for upstream, needs_weight in ((weight[0], True), (None, False)):

@@ -121,7 +121,7 @@ def test_nan_in_a_live_row_is_seen(backend, device, penalty, rounding):
     hidden, direction, anchor, weight = inputs(12, 64, 2, torch.float32, device)
     weight[3] = 0.5
     hidden[3] = float("nan")
-    tokens, coefficient = backend.penalize(hidden, direction, anchor, weight, penalty, rounding)
+    tokens, coefficient = backend.penalize(hidden, direction, anchor, weight, penalty, rounding * direction.norm(dim=1))
     assert tokens[3].isnan()
     assert coefficient[3].isnan().all()
     assert tokens.isnan().sum() == 1

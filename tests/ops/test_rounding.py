@@ -44,11 +44,12 @@ def test_it_is_a_parabola_up_to_the_rounding_and_straight_beyond(backend, dtype,
         hidden[weight == 0] = torch.nan
     rest = (direction, anchor, weight if weighted else None, "absolute")
     penalize, norm_penalize = functions(backend)
+    reach = ROUNDING * direction.norm(dim=1)
     if norm:
         ones = torch.ones(hidden.shape[1], device=device)
-        _, _, tokens, coefficient = norm_penalize(hidden, ones, 1e-6, "llama", 0.0, *rest, ROUNDING)
+        _, _, tokens, coefficient = norm_penalize(hidden, ones, 1e-6, "llama", 0.0, *rest, reach)
     else:
-        tokens, coefficient = penalize(hidden, *rest, ROUNDING)
+        tokens, coefficient = penalize(hidden, *rest, reach)
     expected = oracle(hidden, *rest, ROUNDING)
     slopes = expected.coefficient.abs() / (weight.cpu()[:, None] if weighted else 1)
     assert 0.2 < (slopes < 0.999).float().mean() < 0.7  # both kinds are there
@@ -59,7 +60,7 @@ def test_it_is_a_parabola_up_to_the_rounding_and_straight_beyond(backend, dtype,
 def test_nothing_at_all_has_no_slope(backend, device):
     penalize, _ = functions(backend)
     nothing = torch.zeros(3, 8, device=device)
-    tokens, coefficient = penalize(nothing, torch.zeros(1, 8, device=device), None, None, "absolute", ROUNDING)
+    tokens, coefficient = penalize(nothing, nothing[:1], None, None, "absolute", nothing[0, :1])
     assert not tokens.any()
     assert not coefficient.any()
 

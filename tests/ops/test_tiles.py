@@ -33,7 +33,7 @@ def inputs(dtype: torch.dtype, rows: int = 10, size: int = 24, k: int = 3) -> di
 def every_function(given: dict[str, Tensor], casting: str) -> dict[str, Tensor]:
     hidden, incoming, norm_weight = given["hidden"], given["incoming"], given["norm_weight"]
     direction, coefficient, upstream = given["direction"], given["coefficient"], given["upstream"]
-    options = direction, given["anchor"], given["weight"], "absolute", 0.05
+    options = direction, given["anchor"], given["weight"], "absolute", 0.05 * direction.norm(dim=1)
     names = "normed", "inverse rms", "norm's tokens", "norm's coefficient"
     found = dict(
         zip(names, rms_norm_penalty.rms_norm_penalize(hidden, norm_weight, 1e-5, casting, 0.5, *options), strict=True)

@@ -28,7 +28,7 @@ BROUGHT_ALONG = {"huggingface_hub": "transformers", "pyarrow": "datasets", "typi
 #: DeepSpeed only for a model that it holds.
 BY_THEMSELVES = {
     *(("triton", f"{kernel}_penalty.py") for kernel in ("projection", "rms_norm")),
-    *(("triton", file) for file in ("launch.py", "penalty.py", "sums.py")),
+    *(("triton", file) for file in ("launch.py", "penalty.py", "rows.py")),
     *(("triton", "backends.py"), ("axolotl", "axolotl_trainer.py"), ("deepspeed", "weights.py")),
 }
 

@@ -12,7 +12,6 @@ from transformers.integrations.neftune import activate_neftune, deactivate_neftu
 from procon import ProCon, ProConSettings
 from procon.constraint import ProjectionConstraint
 from procon.data import padding_collator
-from procon.directions import Directions
 from procon.errors import ProConError
 from procon.integrations import ConstrainedForward, ProConCallback
 from procon.models import find_decoder
@@ -207,10 +206,9 @@ def test_a_training_without_batches_says_so(make_trainer, by_callback, door, acc
 
 
 @pytest.mark.parametrize("rate", [0.47, 0.5, None, "high"])
-@pytest.mark.parametrize("of", ["refusal", "concepts"])
-def test_directions_of_a_model_that_rarely_refuses_are_told_of(random_directions, tiny_model, recwarn, rate, of):
+def test_directions_of_a_model_that_rarely_refuses_are_told_of(random_directions, tiny_model, recwarn, rate):
     found = replace(random_directions(tiny_model()), provenance={"refusal_rate": rate})
-    ProjectionConstraint(found if of == "refusal" else Directions.combine(found))
+    ProjectionConstraint(found)
     told = [str(warning.message) for warning in recwarn if "of malicious prompts" in str(warning.message)]
     assert [text[:44] for text in told] == ["the model refuses 47% of malicious prompts: " for _ in told]
     assert len(told) == (rate == 0.47)

@@ -227,11 +227,9 @@ def test_a_template_with_nothing_in_it_gives_way_and_what_was_measured_stays_las
 def test_a_card_names_concepts_and_what_was_kept(tiny_model):
     model = tiny_model()
     probe = Directions.from_vectors(model, {1: torch.ones(32), "last": torch.ones(32)}, name="honesty")
-    refusal = torch.eye(4, 32)[:, None] * torch.tensor([1, 1, 1, 0])[:, None, None]
-    both = Directions.combine(Directions(refusal, refusal.any(-1).float(), last_output=True), probe)
-    text = describe({**RECORD, "best": {"step": 9, "metric": "eval_loss", "value": 0.5}}, both)
+    text = describe({**RECORD, "best": {"step": 9, "metric": "eval_loss", "value": 0.5}}, probe)
     for part in (
-        "| each block's input along directions of refusal, honesty, at response tokens; huber penalty, raw units |",
+        "| each block's input along directions of honesty, at response tokens; huber penalty, raw units |",
         "| blocks that it acted on | 2, 3 of 3, from 0 |",
         "| anchors | live (`def`) |",
         "| mean penalty, before alpha | not finite |",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from setting import BLOCKS, WIDTH, Outcome, chat_tokenizer, directions, rows, sc
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
-from procon import Directions, ProConError
+from procon import ProConError
 from procon.anchors.recording import project_sites
 from procon.data import padding_collator
 from procon.method import Probes
@@ -225,16 +224,6 @@ def quantised(**how: Any) -> Callable[[], nn.Module]:
 row("4-bit base, recorded", made(quantised(load_in_4bit=True)))
 row("4-bit base, live", made(quantised(load_in_4bit=True, bnb_4bit_quant_type="nf4"), **sources("live")))
 row("8-bit base, recorded", made(quantised(load_in_8bit=True)))
-
-# Several concepts
-
-for _anchors in ("recorded", "live"):
-
-    def _several(folder: Path, alpha: float | str, anchors: str = _anchors) -> Any:
-        both = Directions.combine(directions(), replace(directions(1), concepts=("other",)))
-        return trainer(folder, alpha, start=base(), given=both, **sources(anchors), num_train_epochs=6)
-
-    row(f"several concepts, {_anchors}", _several)
 
 # Micro-batches in evaluation mode
 

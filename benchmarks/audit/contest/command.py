@@ -24,8 +24,9 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--who", nargs="+", choices=tuple(WHO))
     parser.add_argument("--call", default="", help="only calls whose names begin so, such as 'fused backward'")
-    parser.add_argument("--target", nargs="+", choices=tuple(CARDS), help="with --size: these shapes")
+    parser.add_argument("--target", nargs="+", choices=tuple(CARDS), help="with --size and --rows: these shapes")
     parser.add_argument("--size", nargs="+", type=int, help="of the hidden states")
+    parser.add_argument("--rows", nargs="+", type=int, default=[16384], help="as above (16384)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was counted to this file")
     parser.add_argument("--commit", help="our kernels as of this commit")
     parser.add_argument("--record", choices=SIDES, help="keep all that is counted of this side, and make the page")
@@ -48,10 +49,13 @@ def main(argv: list[str]) -> None:
         parser.error("--commit is of our kernels: record 'before' or 'after' with it")
     who = SIDES[chosen.record] if chosen.record else chosen.who or (("ours",) if chosen.commit else tuple(WHO))
     if chosen.commit:
-        shapes = ["--target", *chosen.target, "--size", *map(str, chosen.size)] if chosen.target else []
+        shapes = []
+        if chosen.target:
+            numbers = ["--size", *map(str, chosen.size), "--rows", *map(str, chosen.rows)]
+            shapes = ["--target", *chosen.target, *numbers]
         records = _of_commit(chosen.commit, ["--who", *who, "--call", chosen.call, *shapes])
     else:
-        shapes = list(product(chosen.target, chosen.size)) if chosen.target else SHAPES
+        shapes = list(product(chosen.target, chosen.size, chosen.rows)) if chosen.target else SHAPES
         records = run(shapes, who, chosen.call)
         show(records)
     if chosen.json:

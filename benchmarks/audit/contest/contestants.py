@@ -13,8 +13,6 @@ from benchmarks.audit.builds import Launch, recorded
 from benchmarks.audit.calls import calls
 from benchmarks.audit.contest.pretended import pretended
 
-#: No size of the contest's, so that a vector's length says what it is for.
-ROWS = 16384
 #: Of our calls, those of the contest, without and with directions.
 PLAIN = ("norm forward", "norm backward", "norm backward, weight frozen")
 CONSTRAINED = (
@@ -24,7 +22,7 @@ CONSTRAINED = (
     "pass-through forward",
     "pass-through backward",
 )
-DIRECTIONS = (1, 8)
+DIRECTIONS = (1, 4, 8)
 
 #: Operators of PyTorch that run a kernel where launchers call them: the others allocate, look, or ask.
 _KERNELS = (
@@ -68,22 +66,22 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def ours(target: str, size: int, wanted: str) -> Iterator[Contestant]:
+def ours(target: str, size: int, rows: int, wanted: str) -> Iterator[Contestant]:
     """``wanted``: what the names of calls begin with."""
     for directions in DIRECTIONS:
         with pretended(target):
-            named = calls(ROWS, size, directions, torch.bfloat16)
+            named = calls(rows, size, directions, torch.bfloat16)
             for call in (*(PLAIN if directions == DIRECTIONS[0] else ()), *CONSTRAINED):
                 if call.startswith(wanted):
                     yield _launched("ours", call, 0 if call in PLAIN else directions, named[call].run)
 
 
-def liger(target: str, size: int, wanted: str) -> Iterator[Contestant]:
+def liger(target: str, size: int, rows: int, wanted: str) -> Iterator[Contestant]:
     """Liger's norm: the kernel of one row a program, or of 16 rows for short ones, as its launcher decides."""
     from liger_kernel.ops.rms_norm import rms_norm_backward, rms_norm_forward
 
     with pretended(target):
-        hidden, incoming = (torch.empty(ROWS, size, dtype=torch.bfloat16) for _ in range(2))
+        hidden, incoming = (torch.empty(rows, size, dtype=torch.bfloat16) for _ in range(2))
         weight = torch.empty(size, dtype=torch.bfloat16)
         saved = {}
 
@@ -110,8 +108,8 @@ def _launched(who: str, call: str, directions: int, run: Callable[[], object]) -
     return Contestant(who, call, directions, [[launch] for launch in launches], operators.names)
 
 
-def compiled(target: str, size: int, wanted: str) -> Iterator[Contestant]:
-    """What ``torch.compile`` makes of the norm, and of the norm with the penalty of each token."""
+def compiled(target: str, size: int, rows: int, wanted: str) -> Iterator[Contestant]:
+    """What ``torch.compile`` makes of the norm, and of the norm with the penalty ``|e|`` of each token."""
     from benchmarks.audit.contest.inductor import generated, traced
 
     for directions in (0, *DIRECTIONS):
@@ -123,7 +121,7 @@ def compiled(target: str, size: int, wanted: str) -> Iterator[Contestant]:
             calls = {way: call for way, call in calls.items() if call.startswith(wanted)}
             if not calls:
                 continue
-            graphs = traced(_norm_with_penalty(directions), lambda k=directions, f=frozen: _inputs(size, k, f))
+            graphs = traced(_norm_with_penalty(directions), lambda k=directions, f=frozen: _inputs(rows, size, k, f))
             for way, call in calls.items():
                 with TemporaryDirectory() as folder:
                     run = generated(graphs[way], target, Path(folder), backward=way == "backward")
@@ -140,16 +138,16 @@ def _norm_with_penalty(directions: int) -> Callable[..., tuple[Tensor, ...]]:
             return (normed,)
         # Not a product of matrices, which would be a kernel of its own.
         errors = [(h * direction[k]).sum(-1) - anchor[:, k] for k in range(directions)]
-        return normed, tokens * torch.stack([e.square() for e in errors]).sum(0)
+        return normed, tokens * torch.stack([e.abs() for e in errors]).sum(0)
 
     return run
 
 
-def _inputs(size: int, directions: int, frozen: bool) -> list[Tensor]:
+def _inputs(rows: int, size: int, directions: int, frozen: bool) -> list[Tensor]:
     return [
-        torch.empty(ROWS, size, dtype=torch.bfloat16, requires_grad=True),
+        torch.empty(rows, size, dtype=torch.bfloat16, requires_grad=True),
         torch.empty(size, dtype=torch.bfloat16, requires_grad=not frozen),
         torch.empty(directions, size),
-        torch.empty(ROWS, directions),
-        torch.empty(ROWS),
+        torch.empty(rows, directions),
+        torch.empty(rows),
     ]

@@ -25,6 +25,7 @@ class Counted:
     kernel: str
     programs: int
     warps: int
+    idle: float  # lanes of the tensor of rows that has most, in loads and stores
     rows_per_turn: float
     turns: float  # of the loop, per program
     instructions_per_row: float  # of warps
@@ -79,6 +80,7 @@ def counted(launch: Launch, target: str, rows: int, size: int) -> Counted:
         kernel=launch.function.__name__,
         programs=programs,
         warps=warps,
+        idle=_idle(program, names, launch, turns, rows, size),
         rows_per_turn=rows / times,
         turns=times / programs,
         instructions_per_row=per_row(sass, "instructions") * warps,
@@ -168,6 +170,18 @@ def _bytes_per_row(
             number = min(number, math.ceil(rows / times))  # all lanes of a row the same number
         found[names[move.argument]] += number * move.itemsize * times / rows
     return dict(found)
+
+
+def _idle(program: ttgir.Program, names: list[str], launch: Launch, turns: list[int], rows: int, size: int) -> float:
+    """The share of lanes beyond the end of a row, of the tensor ``[rows, size]`` that has most."""
+    lanes = Counter()
+    prefetched = {move.argument for move in program.moves if move.asynchronous}
+    for move in program.moves:
+        tensor = launch.arguments[names[move.argument]]
+        if tensor.shape == (rows, size) and not (move.loop is None and move.argument in prefetched):
+            lanes[move.argument, move.way] += math.prod(move.shape) * turns[_place(move)]
+    whole = rows * size
+    return max((1 - number // whole * whole / number for number in lanes.values()), default=0.0)
 
 
 def _padded(

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.audit.contest.table import cells
+from benchmarks.audit.contest.table import cells, shape_of
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "contest.md"
 #: By record, or by whom a peer's is.
@@ -24,6 +24,7 @@ SHORT = (
     "async copies in a turn",
     "bytes loaded a row",
     "registers",
+    "idle lanes",
     "blocks",
     "at best, us",
 )
@@ -43,11 +44,11 @@ def page(sides: dict[str, dict | None]) -> str:
 
 def _table(records: list[dict]) -> Iterator[str]:
     """Of the first GPU and size."""
-    shape = (records[0]["target"], records[0]["size"])
+    shape = shape_of(records[0])
     shown = {
         (record["call"], record["directions"], record["by"]): cells(record)
         for record in records
-        if (record["target"], record["size"]) == shape and (record["call"], record["directions"]) in CALLS
+        if shape_of(record) == shape and (record["call"], record["directions"]) in CALLS
     }
     by = list(dict.fromkeys(name for _, _, name in shown))
     yield f"| | {' | '.join(by)} |"

@@ -2,8 +2,12 @@
 
 from collections.abc import Callable
 
-from benchmarks.audit.contest.contestants import ROWS
 from benchmarks.audit.contest.roofline import estimate
+
+
+def shape_of(record: dict) -> tuple[str, int, int]:
+    """Architecture, hidden size and rows."""
+    return record["target"], record["size"], record["rows"]
 
 
 def main_launch(record: dict) -> dict:
@@ -13,12 +17,12 @@ def main_launch(record: dict) -> dict:
 
 def microseconds(record: dict) -> float:
     """At best, by :mod:`.roofline`, all launches."""
-    return 1e6 * sum(estimate(launch, record["target"], ROWS).total for launch in record["launches"])
+    return 1e6 * sum(estimate(launch, record["target"], record["rows"]).total for launch in record["launches"])
 
 
 def _bound(record: dict) -> str:
-    longest = max(record["launches"], key=lambda launch: estimate(launch, record["target"], ROWS).total)
-    return estimate(longest, record["target"], ROWS).bound
+    longest = max(record["launches"], key=lambda launch: estimate(launch, record["target"], record["rows"]).total)
+    return estimate(longest, record["target"], record["rows"]).bound
 
 
 def _loaded(record: dict) -> float:
@@ -29,6 +33,7 @@ def _loaded(record: dict) -> float:
 COLUMNS: dict[str, Callable[[dict], object]] = {
     "launches": lambda record: len(record["launches"]) + len(record["others"]),
     "instructions a row": lambda record: round(sum(each["instructions_per_row"] for each in record["launches"])),
+    "idle lanes": lambda record: f"{max(launch['idle'] for launch in record['launches']):.0%}",
     "rows in a turn": lambda record: main_launch(record)["rows_per_turn"],
     "barriers in a turn": lambda record: main_launch(record)["barriers_in_loop"],
     "shuffles in a turn": lambda record: main_launch(record)["shuffles_in_loop"],

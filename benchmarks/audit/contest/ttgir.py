@@ -27,14 +27,14 @@ _OPERATIONS = {
     "ceildivsi": lambda a, b: -(-a // b),
     "remsi": np.fmod,
 }
-_CAST = re.compile(r"arith\.(?:extsi|extui|trunci|index_cast) (%[\w#]+)")
-_ARITHMETIC = re.compile(rf"arith\.({'|'.join(_OPERATIONS)}) (%[\w#]+), (%[\w#]+)")
-_COMPARED = re.compile(r"arith\.cmpi (\w+), (%[\w#]+), (%[\w#]+)")
-_SELECTED = re.compile(r"arith\.select (%[\w#]+), (%[\w#]+), (%[\w#]+)")
+_CAST = re.compile(r"arith\.(?:extsi|extui|trunci|index_cast) (%[\w.#]+)")
+_ARITHMETIC = re.compile(rf"arith\.({'|'.join(_OPERATIONS)}) (%[\w.#]+), (%[\w.#]+)")
+_COMPARED = re.compile(r"arith\.cmpi (\w+), (%[\w.#]+), (%[\w.#]+)")
+_SELECTED = re.compile(r"arith\.select (%[\w.#]+), (%[\w.#]+), (%[\w.#]+)")
 _COMPARISONS = {"slt": np.less, "sle": np.less_equal, "sgt": np.greater, "sge": np.greater_equal, "eq": np.equal}
-_LOOP = re.compile(r"scf\.for (?:unsigned )?%\w+ = (%[\w#]+) to (%[\w#]+) step (%[\w#]+)")
+_LOOP = re.compile(r"scf\.for (?:unsigned )?%[\w.]+ = (%[\w.#]+) to (%[\w.#]+) step (%[\w.#]+)")
 _MOVES = re.compile(
-    r"(tt\.load|tt\.store|ttg\.async_copy_global_to_local|ttng\.async_tma_copy_\w+|tt\.descriptor_\w+) (%[\w#]+)"
+    r"(tt\.load|tt\.store|ttg\.async_copy_global_to_local|ttng\.async_tma_copy_\w+|tt\.descriptor_\w+) (%[\w.#]+)"
 )
 
 
@@ -82,7 +82,7 @@ def read(code: str, launch: Launch, arguments: list[str]) -> Program:
     """
     lines = iter(_cleaned(code))
     header = next(line for line in lines if line.startswith("tt.func"))
-    names = re.findall(r"(%\w+): ", header)
+    names = re.findall(r"(%[\w.]+): ", header)
     grid = (*launch.grid, 1, 1)[:3]
     programs = math.prod(grid)
     numbers = dict(zip("zyx", np.unravel_index(np.arange(programs), grid[::-1]), strict=True))
@@ -110,7 +110,7 @@ def read(code: str, launch: Launch, arguments: list[str]) -> Program:
             outer_turns = 1 if inside is None else found.loops[inside].turns / programs
             fixed = all(name in constants for name in match.groups())
             found.loops.append(Loop(int(turns.sum() * outer_turns), inside, fixed))
-            for carried, initial in re.findall(r"(%\w+) = (%[\w#]+)[,)]", line):
+            for carried, initial in re.findall(r"(%[\w.]+) = (%[\w.#]+)[,)]", line):
                 if initial in origin:
                     origin[carried] = origin[initial]
             around.append(len(found.loops) - 1)
@@ -122,7 +122,7 @@ def read(code: str, launch: Launch, arguments: list[str]) -> Program:
             found.moves.append(_move(match[1], origin[match[2]], line, inside))
         elif "ttg.convert_layout" in line:
             found.relayouts.append(Relayout(math.prod(_tile(line)[0]), inside))
-        if match := re.match(r"(%[\w]+)(?::\d+)? = (.*)", line):
+        if match := re.match(r"(%[\w.]+)(?::\d+)? = (.*)", line):
             _follow(match[1], match[2], values, origin, numbers, grid)
             if match[2].startswith("arith.constant"):
                 constants.add(match[1])
@@ -145,7 +145,7 @@ def _follow(
 ) -> None:
     """Notes the value of a whole number, and the argument that a pointer starts from."""
     if ("tt.ptr" in made or "tensordesc" in made) and not made.startswith("tt.load"):
-        sources = {origin[operand] for operand in re.findall(r"%[\w#]+", made) if operand in origin}
+        sources = {origin[operand] for operand in re.findall(r"%[\w.#]+", made) if operand in origin}
         if len(sources) == 1:
             (origin[name],) = sources
     elif found := re.match(r"arith\.constant (-?\d+) : (?:i32|i64|index)$", made):
