@@ -24,14 +24,13 @@ def main() -> None:
     parser.add_argument("config", type=Path, help="LLaMA-Factory's settings: a YAML file")
     parser.add_argument("--directions", type=Path, help="file from 'procon directions'; extracted if not given")
     parser.add_argument("--schedule", default="procon_s", help="alpha over training: procon_s, or phases (1@2ep,0)")
-    parser.add_argument("--units", default="raw", choices=("raw", "gap"), help="of the penalty")
     args = parser.parse_args()
 
     from llamafactory.train.tuner import run_exp
 
     from procon.integrations import ProConCallback
 
-    callback = ProConCallback(args.directions, schedule=args.schedule, units=args.units)
+    callback = ProConCallback(args.directions, schedule=args.schedule)
     run_exp(yaml.safe_load(args.config.read_text(encoding="utf-8")), callbacks=[callback])
 
 

@@ -16,7 +16,7 @@ Accumulation is in the dtype of r: float32, or float64 for float64 hidden states
 
 # What @triton.jit compiles is not what Python would run: unrolled loops, and names bound under compile-time conditions.
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
-# pyright: reportArgumentType=false, reportAssignmentType=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
 
 import torch
 import triton
@@ -146,27 +146,13 @@ def _launch_forward(
 ) -> None:
     rows, size = hidden.shape
     taken = forward_rows(size, hidden.element_size(), len(direction), target_of(hidden))
-    anchor_stride, anchor_step = (0, 0) if anchor is None else anchor.stride()
+    tensors = (hidden, direction, anchor, weight, reach if penalty == "absolute" else None)
+    strides = (*((0, 0) if anchor is None else anchor.stride()), 0 if weight is None else weight.stride(0))
+    rule = {"PENALTY": penalty, "D": size, "K": len(direction)}
     if rows:
         with on_device(hidden):
-            _forward[(triton.cdiv(rows, taken.rows),)](
-                hidden,
-                direction,
-                anchor,
-                weight,
-                reach if penalty == "absolute" else None,
-                token_penalty,
-                per_direction,
-                rows,
-                hidden.stride(0),
-                anchor_stride,
-                anchor_step,
-                0 if weight is None else weight.stride(0),
-                D=size,
-                K=len(direction),
-                PENALTY=penalty,
-                **taken.options(),
-            )
+            grid, results = (triton.cdiv(rows, taken.rows),), (token_penalty, per_direction)
+            _forward[grid](*tensors, *results, rows, hidden.stride(0), *strides, **rule, **taken.options())
 
 
 def project(hidden: Tensor, direction: Tensor) -> Tensor:
@@ -209,20 +195,12 @@ def accumulate_gradient(
     rows, size = len(coefficient), direction.shape[1]
     gradient = torch.empty((rows, size), dtype=dtype, device=direction.device)
     tile = patch_tile(size)
+    # One number for all tokens is a vector of stride 0.
+    of_upstream = 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0)
+    strides = (0 if incoming is None else incoming.stride(0), of_upstream)
     if rows:
         with on_device(direction):
-            _backward[(triton.cdiv(rows, tile.rows), triton.cdiv(size, tile.columns))](
-                incoming,
-                upstream,
-                coefficient.contiguous(),
-                direction,
-                gradient,
-                rows,
-                0 if incoming is None else incoming.stride(0),
-                # One number for all tokens is a vector of stride 0.
-                0 if upstream is None or upstream.dim() == 0 else upstream.stride(0),
-                D=size,
-                K=len(direction),
-                **tile.options(),
-            )
+            grid = (triton.cdiv(rows, tile.rows), triton.cdiv(size, tile.columns))
+            tensors = (incoming, upstream, coefficient.contiguous(), direction, gradient)
+            _backward[grid](*tensors, rows, *strides, D=size, K=len(direction), **tile.options())
     return gradient

@@ -280,33 +280,14 @@ def rms_norm_penalize(
     token_penalty = torch.empty(rows if directions else 0, dtype=computed, device=hidden.device)
     coefficient = torch.empty((rows, directions), dtype=computed, device=hidden.device)
     taken = forward_rows(size, hidden.element_size(), directions, target_of(hidden))
-    anchor_stride, anchor_step = (0, 0) if anchor is None else anchor.stride()
+    tensors = (hidden, norm_weight, direction, anchor, weight, reach if penalty == "absolute" else None)
+    results = (normed, inverse_rms, token_penalty, coefficient)
+    strides = (*((0, 0) if anchor is None else anchor.stride()), 0 if weight is None else weight.stride(0))
+    rule = {"EPS": eps, "OFFSET": offset, "CASTING": casting, "PENALTY": penalty, "D": size, "K": directions}
     if rows:
         with on_device(hidden):
-            _forward[(triton.cdiv(rows, taken.rows),)](
-                hidden,
-                norm_weight,
-                direction,
-                anchor,
-                weight,
-                reach if penalty == "absolute" else None,
-                normed,
-                inverse_rms,
-                token_penalty,
-                coefficient,
-                rows,
-                hidden.stride(0),
-                anchor_stride,
-                anchor_step,
-                0 if weight is None else weight.stride(0),
-                EPS=eps,
-                OFFSET=offset,
-                CASTING=casting,
-                PENALTY=penalty,
-                D=size,
-                K=directions,
-                **taken.options(),
-            )
+            grid = (triton.cdiv(rows, taken.rows),)
+            _forward[grid](*tensors, *results, rows, hidden.stride(0), *strides, **rule, **taken.options())
     return normed, inverse_rms, token_penalty, coefficient
 
 
@@ -339,28 +320,11 @@ def rms_norm_gradient(
     summing = summing_programs(rows, size, itemsize, stream, target) if needs_weight else 0
     grid = summing or stream.programs_for(rows, target)
     partial = torch.empty((grid, size), dtype=inverse_rms.dtype, device=hidden.device) if summing else None
+    tensors = (incoming, upstream, hidden, norm_weight, inverse_rms, coefficient, direction, gradient, partial)
+    how = {"HELD": stream.held, "KEPT": stream.kept, "STAGES": stream.stages, **stream.taken.options()}
     with on_device(hidden):
-        _backward[(grid,)](
-            incoming,
-            upstream,
-            hidden,
-            norm_weight,
-            inverse_rms,
-            coefficient,
-            direction,
-            gradient,
-            partial,
-            rows,
-            incoming.stride(0),
-            hidden.stride(0),
-            OFFSET=offset,
-            D=size,
-            K=directions,
-            HELD=stream.held,
-            KEPT=stream.kept,
-            STAGES=stream.stages,
-            **stream.taken.options(),
-        )
+        strides = (incoming.stride(0), hidden.stride(0))
+        _backward[(grid,)](*tensors, rows, *strides, OFFSET=offset, D=size, K=directions, **how)
         if needs_weight:
             sum_for_weight(incoming, hidden, inverse_rms, partial, for_weight)
     return gradient, for_weight
@@ -375,17 +339,10 @@ def sum_for_weight(
     tile = sum_tile(size, target)
 
     def launch(rows: Tensor, given: Tensor | None, sums: Tensor) -> None:
-        _sum_over_rows[(triton.cdiv(size, tile.columns), len(sums))](
-            rows,
-            given,
-            None if given is None else inverse_rms,
-            sums,
-            len(rows),
-            rows.stride(0),
-            0 if given is None else given.stride(0),
-            D=size,
-            **tile.options(),
-        )
+        grid = (triton.cdiv(size, tile.columns), len(sums))
+        strides = (rows.stride(0), 0 if given is None else given.stride(0))
+        s = None if given is None else inverse_rms
+        _sum_over_rows[grid](rows, given, s, sums, len(rows), *strides, D=size, **tile.options())
 
     if partial is None:
         splits = sum_splits(len(hidden), size, tile, target)

@@ -24,7 +24,6 @@ TokenScope = Literal["response", "prompt", "all"]
 Blocks = Literal["all", "last"] | float | Sequence[int | float | str]
 
 Penalty = Literal["squared", "absolute", "huber"]
-Units = Literal["raw", "gap"]
 Fuse = Literal["auto", "never"]
 Backend = Literal["auto", "triton", "eager"]
 AnchorSource = Literal["recorded", "live", "none"]
@@ -42,7 +41,6 @@ MAX_DIRECTIONS = 8
 CHOICES: dict[str, tuple[str, ...]] = {
     "scope": get_args(TokenScope),
     "penalty": get_args(Penalty),
-    "units": get_args(Units),
     "fuse": get_args(Fuse),
     "backend": get_args(Backend),
     "anchors": get_args(AnchorSource),
@@ -83,9 +81,6 @@ class ProConSettings:
     )
     penalty: Penalty = _setting(
         "absolute", "Penalty on a departure: squared, absolute (as the paper typesets it) or huber."
-    )
-    units: Units = _setting(
-        "raw", "Units of a departure: raw (paper), or gap, each block in units of its malicious-benign distance."
     )
     anchors: AnchorSource = _setting(
         "recorded",

@@ -47,7 +47,6 @@ WRONG = {
     "scope": ("reply", "is 'reply': choose one of response, prompt, all"),
     "blocks": (1.5, "is the fraction 1.5: give one above 0"),
     "penalty": ("l2", "is 'l2': choose one of squared, absolute, huber"),
-    "units": ("metres", "is 'metres': choose one of raw, gap"),
     "anchors": ("remembered", "is 'remembered': choose one of recorded, live, none"),
     "probe_batch": (0, "is 0: give a whole number, 1 or more"),
     "probe_every": (0, "is 0: give a whole number, 1 or more"),
@@ -75,7 +74,7 @@ def default_of(function: Callable, parameter: str) -> Any:
 
 def test_every_door_has_the_defaults():
     doors = {
-        (ProjectionConstraint, ("blocks", "penalty", "units")),
+        (ProjectionConstraint, ("blocks", "penalty")),
         (Anchors.record, ("scope",)),
         (ProConSettings, tuple(SETTINGS)),
     }

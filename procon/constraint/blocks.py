@@ -41,22 +41,6 @@ def select_among(usable: Tensor, blocks: Blocks, last: bool | None = None) -> tu
     return tuple(sorted(chosen))
 
 
-def gap_units(directions: Directions, blocks: Sequence[int]) -> Tensor:
-    """``[blocks, K]`` fp32, what a departure along each direction is divided by under ``"gap"``; 1 if there is none.
-
-    Raises:
-        ProConError: if a direction at one of the blocks has no unit, as given vectors have none without prompts.
-    """
-    gaps = directions.gaps[list(blocks)]
-    if gaps.isnan().any():
-        row, number = gaps.isnan().nonzero()[0].tolist()
-        raise ProConError(
-            f"the direction of {directions.concepts[number]!r} at block {blocks[row]} has no unit, which units 'gap' "
-            "need: make its directions with prompts beside the vectors, or take units 'raw'"
-        )
-    return gaps.masked_fill(gaps == 0, 1.0)
-
-
 def _sites(part: object, allowed: list[int], count: int, last: bool | None) -> list[int]:
     """Indices that one part of a selection names."""
     if part == "all":

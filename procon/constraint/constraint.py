@@ -13,12 +13,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from procon.chat import warn_of_low_refusal
-from procon.constraint.blocks import gap_units, select_blocks
+from procon.constraint.blocks import select_blocks
 from procon.constraint.constrained_block import ConstrainedBlock, runs_again
 from procon.constraint.copies import Arguments, Hook
 from procon.constraint.input_norm import find_norm
 from procon.constraint.proof import reaches_a_parameter, refuse_noise
-from procon.constraint.target import State, Target, divisor, on_device, sums
+from procon.constraint.target import State, Target, divisor, sums
 from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import (
@@ -32,7 +32,7 @@ from procon.models import (
     unwrapped,
 )
 from procon.ops.functional import check_constant
-from procon.settings import DEFAULTS, Backend, Blocks, Fuse, Penalty, Units, check_setting
+from procon.settings import DEFAULTS, Backend, Blocks, Fuse, Penalty, check_setting
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +79,6 @@ class ProjectionConstraint:
         directions: one direction per block, or several, of refusal or other concepts.
         blocks: ``"all"`` that have a direction (paper), a list of indices, or a fraction: the deepest share of them.
         penalty: ``"squared"``, ``"absolute"`` (as the paper typesets it) or ``"huber"``.
-        units: ``"raw"`` (paper), or ``"gap"``: in units of the distance between the malicious and the benign mean of
-            each block, which weighs blocks alike although the residual stream grows with depth. Further directions
-            are in units of the same distance as the first, and concepts in units of their own.
         backend: of :func:`procon.ops.constrain`.
 
     Attributes:
@@ -99,19 +96,14 @@ class ProjectionConstraint:
         *,
         blocks: Blocks = DEFAULTS.blocks,
         penalty: Penalty = DEFAULTS.penalty,
-        units: Units = DEFAULTS.units,
         backend: Backend = "auto",
     ) -> None:
-        for setting, value in {"penalty": penalty, "units": units, "backend": backend}.items():
+        for setting, value in {"penalty": penalty, "backend": backend}.items():
             check_setting(setting, value)
         warn_of_low_refusal(directions.provenance.get("refusal_rate"))
         self.blocks = select_blocks(directions, blocks)
         self._directions = directions
         self._vectors = directions.basis[list(self.blocks)]  # [blocks, K, D]
-        self._scales: dict[torch.device, Tensor] = {}  # of anchors, [blocks, K], by device; none if they are raw
-        if units == "gap":
-            gaps = gap_units(directions, self.blocks)
-            self._vectors, self._scales = self._vectors / gaps[:, :, None], {gaps.device: 1.0 / gaps}
         self._state = State(penalty, backend)
         #: The first moving block with which the penalty's gradient was last seen to arrive at a parameter.
         self._reached_from: int | None = None
@@ -216,7 +208,7 @@ class ProjectionConstraint:
         """Set what the next forward is constrained to.
 
         Args:
-            anchors: ``[B, T, len(blocks) * K]``, initial projections in raw units, those of a block side by side.
+            anchors: ``[B, T, len(blocks) * K]``, initial projections, those of a block side by side.
             mask: ``[B, T]``, weight of each token, 0 if it is not constrained.
 
         Raises:
@@ -235,10 +227,7 @@ class ProjectionConstraint:
         # Blocks first: read with a stride, each number would move a whole sector of memory.
         given = anchors.unflatten(-1, (len(self.blocks), -1)).movedim(-2, 0)
         by_block = torch.empty(given.shape, dtype=torch.float32, device=given.device)
-        if self._scales:
-            torch.mul(given, on_device(self._scales, given.device)[:, None, None], out=by_block)
-        else:
-            by_block.copy_(given)
+        by_block.copy_(given)
         self._set(Target(by_block, mask.float(), first_moving_block(attachment.decoder)))
 
     def rest(self) -> None:

@@ -55,9 +55,8 @@ class Directions:
 
     Attributes:
         basis: ``[L, K, D]`` fp32, unit vectors, or zeros where there is none.
-        gaps: ``[L, K]`` fp32, the unit of a departure along each direction under ``units="gap"``: the distance between
-            the means of two sets of prompts, in units of the hidden states. 0 if there is no direction, NaN if there
-            were no prompts.
+        gaps: ``[L, K]`` fp32, the unit that drift has: the distance between the means of two sets of prompts, in units
+            of the hidden states. 0 if there is no direction, NaN if there were no prompts.
         auroc: ``[L, K]`` fp32, how well the projection separates held-out prompts of both sets; NaN if not measured.
         positive, negative: ``[L, K]`` fp32, projections of the means of both sets: the prompts that have the concept,
             as malicious ones have refusal, and those that do not; NaN if not measured.
@@ -179,8 +178,6 @@ class Directions:
     @classmethod
     def from_vectors(cls, model: nn.Module, vectors: Vectors, *, name: str) -> Directions:
         """Directions along given vectors: a linear probe, a persona vector, a row of an SAE's decoder.
-
-        They have no unit, so the constraint takes them with ``units="raw"``.
 
         Args:
             model: the model whose hidden states the vectors belong to; later, another model is refused.

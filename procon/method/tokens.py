@@ -49,12 +49,10 @@ class TokenTerm(Term):
         self._collator: AnchoredCollator | None = None
 
     def use(self, directions: Directions) -> None:
-        """Work along ``directions``; ProConError if they have none at the blocks, or no units that are asked for."""
+        """Work along ``directions``; ProConError if they have none at the blocks."""
         self._directions = directions
         settings = self._settings
-        self.constraint = ProjectionConstraint(
-            directions, blocks=settings.blocks, penalty=settings.penalty, units=settings.units
-        )
+        self.constraint = ProjectionConstraint(directions, blocks=settings.blocks, penalty=settings.penalty)
 
     def attach(self, run: Run) -> None:
         self.constraint.attach(run.model, fuse=self.fuse)

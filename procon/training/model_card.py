@@ -108,7 +108,7 @@ def describe(record: dict[str, Any], directions: Directions | None) -> str:
         blocks = ", ".join(map(str, did["blocks_acted"]))
         rows |= {
             "training tokens": f"each block's input along {along}, at {record['scope']} tokens; "
-            f"{record['penalty']} penalty, {record['units']} units",
+            f"{record['penalty']} penalty",
             "blocks that it acted on": f"{blocks} of {directions.block_count}, from 0",
             "anchors": f"{record['anchors']} (`{terms['tokens']['anchors'] or terms['tokens']['starting_model']}`)",
             "directions": f"`{DIRECTIONS_FILE}` (`{record['directions']}`)",

@@ -132,7 +132,7 @@ MODELS = [
     ("llama", "auto", torch.float32, {"penalty": "squared"}),
     ("llama", "auto", torch.bfloat16, {"penalty": "squared"}),
     ("llama", "never", torch.float32, {"penalty": "huber"}),
-    ("llama", "auto", torch.float32, {"penalty": "absolute", "units": "gap"}),
+    ("llama", "auto", torch.float32, {"penalty": "absolute"}),
     ("gemma2", "auto", torch.float32, {"penalty": "huber"}),
     ("gpt2", "auto", torch.float32, {"penalty": "squared"}),
 ]

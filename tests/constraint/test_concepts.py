@@ -1,7 +1,5 @@
 """The constraint along several concepts, of which one has no direction at some blocks, by definition in float64."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -10,7 +8,6 @@ from procon.anchors import AnchoredCollator, Anchors
 from procon.constraint import ProjectionConstraint
 from procon.data import padding_collator
 from procon.directions import Directions
-from procon.errors import ProConError
 
 PENALTIES = {
     "squared": torch.square,
@@ -26,15 +23,14 @@ def model(tiny_model):
 
 @pytest.fixture
 def directions(model) -> Directions:
-    """One concept at all blocks, one at the last alone, and one at blocks 0 and 2; each with its own units."""
+    """One concept at all blocks, one at the last alone, and one at blocks 0 and 2."""
     random = torch.Generator().manual_seed(0)
     parts = [
         Directions.from_vectors(model, {block: torch.randn(32, generator=random) for block in blocks}, name=name)
         for name, blocks in (("everywhere", (0, 1, 2)), ("late", (2,)), ("here", (0, 2)))
     ]
     basis = torch.cat([part.basis for part in parts], 1)
-    gaps = torch.where(basis.any(-1), torch.rand(basis.shape[:2], generator=random) + 0.5, 0.0)
-    return Directions(basis, gaps, concepts=("everywhere", "late", "here"), last_output=True)
+    return Directions(basis, basis.any(-1).float(), concepts=("everywhere", "late", "here"), last_output=True)
 
 
 def projections(model, directions, ids) -> torch.Tensor:
@@ -44,9 +40,8 @@ def projections(model, directions, ids) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("fuse", ["auto", "never"])
-@pytest.mark.parametrize("units", ["raw", "gap"])
 @pytest.mark.parametrize("penalty", PENALTIES)
-def test_value_and_gradient_by_definition(model, directions, penalty, units, fuse):
+def test_value_and_gradient_by_definition(model, directions, penalty, fuse):
     """A vector that is not there adds nothing to the sum, and is counted in the mean over blocks all the same."""
     random = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 200, (2, 9), generator=random)
@@ -55,11 +50,10 @@ def test_value_and_gradient_by_definition(model, directions, penalty, units, fus
     there = directions.basis[:3].any(-1)
     # As recorded, an anchor of a vector of zeros is 0; and off the kinks, so that rounding decides nothing.
     anchors = (z.detach() + 0.3 + torch.rand(z.shape, generator=random).double()).float() * there
-    unit = directions.gaps[:3].double() if units == "gap" else torch.ones(3, 3).double()
     terms = []
     for concept in range(3):
         for block in there[:, concept].nonzero().flatten().tolist():
-            error = (z[..., block, concept] - anchors[..., block, concept].double()) / unit[block, concept]
+            error = z[..., block, concept] - anchors[..., block, concept].double()
             terms.append((PENALTIES[penalty](error) * mask).sum() / mask.sum())
     expected = sum(terms) / 3
     assert len(terms) == 6
@@ -67,13 +61,13 @@ def test_value_and_gradient_by_definition(model, directions, penalty, units, fus
     wanted = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.zero_grad()
 
-    with ProjectionConstraint(directions, units=units, penalty=penalty).attach(model, fuse=fuse) as constraint:
+    with ProjectionConstraint(directions, penalty=penalty).attach(model, fuse=fuse) as constraint:
         assert constraint.blocks == (0, 1, 2)
         constraint.set_target(anchors.flatten(2), mask)
         model(input_ids=ids)
         found = constraint.penalty()
         found.backward()
-    # Directions and their units are kept in fp32.
+    # Directions are kept in fp32.
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     largest = max(gradient.norm() for gradient in wanted.values())
     assert largest > 0
@@ -99,16 +93,3 @@ def test_a_model_beside_its_anchors_has_no_penalty(tiny_model, directions, sampl
         penalty.backward()
     assert 0 <= penalty.item() < 1e-5
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)
-
-
-def test_units_of_the_gap_need_a_unit(model, directions):
-    unknown = replace(directions, gaps=directions.gaps.where(directions.gaps == 0, torch.nan))
-    message = r"^the direction of 'everywhere' at block 0 has no unit, which units 'gap' need: make its"
-    with pytest.raises(ProConError, match=message):
-        ProjectionConstraint(unknown, units="gap")
-    assert ProjectionConstraint(unknown, units="raw").blocks == (0, 1, 2)
-    half = directions.gaps.clone()
-    half[2, 1] = torch.nan
-    with pytest.raises(ProConError, match="the direction of 'late' at block 2 has no unit"):
-        ProjectionConstraint(replace(directions, gaps=half), units="gap")
-    assert ProjectionConstraint(replace(directions, gaps=half), units="gap", blocks=[0, 1]).blocks == (0, 1)

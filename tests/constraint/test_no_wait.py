@@ -62,13 +62,12 @@ def step(model, constraint: ProjectionConstraint) -> dict[str, dict[str, int]]:
 
 @pytest.mark.parametrize("fuse", ["auto", "never"])
 @pytest.mark.parametrize("penalty", ["squared", "absolute"])
-@pytest.mark.parametrize("units", ["raw", "gap"])
-def test_copies_of_a_step(tiny_model, random_directions, fuse, penalty, units):
+def test_copies_of_a_step(tiny_model, random_directions, fuse, penalty):
     """One for a target, whatever the number of blocks."""
     found = {}
     for name, blocks in BLOCKS.items():
         model = tiny_model()
-        made = ProjectionConstraint(random_directions(model), blocks=blocks, penalty=penalty, units=units)
+        made = ProjectionConstraint(random_directions(model), blocks=blocks, penalty=penalty)
         with made.attach(model, fuse=fuse) as constraint:
             step(model, constraint)  # looks once whether the gradient arrives anywhere
             found[name] = step(model, constraint)
@@ -77,7 +76,7 @@ def test_copies_of_a_step(tiny_model, random_directions, fuse, penalty, units):
         # As under the constraint: without a cache, transformers looks for packed sequences, which waits once.
         model(input_ids=ids, use_cache=False).logits.square().mean()
     assert found["one"] == found["all"]
-    assert found["all"]["set_target"] == ({"copy_": 1} if units == "raw" else {})
+    assert found["all"]["set_target"] == {"copy_": 1}
     assert found["all"]["penalty"] == {}
     # transformers' norm in float32 converts nothing, so there is nothing to save.
     assert found["all"]["forward"] == plain.copies

@@ -474,7 +474,6 @@ def test_resumed_training_is_the_uninterrupted_one(tiny_model, tokenizer, sample
 
     for changed, message in (
         (callback(model, "10"), "schedule '20@2ep,5', not '10'"),
-        (callback(model, "20@2ep,5", units="gap"), "units 'raw', not 'gap'"),
         (callback(model, "20@2ep,5", anchors_dir=tmp_path / "elsewhere"), "no anchors in"),
         (ProConCallback(randomized(random_directions(model), 1), schedule="20@2ep,5", **TOKENS), "with directions"),
     ):

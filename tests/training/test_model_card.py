@@ -39,9 +39,7 @@ def names(folder: Path) -> set[str]:
 
 @KINDS
 def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, lora):
-    trainer = make_trainer(
-        base, "procon_wu:0.5@1ep", lora=lora, procon_scope="all", procon_units="gap", procon_blocks="1,2"
-    )
+    trainer = make_trainer(base, "procon_wu:0.5@1ep", lora=lora, procon_scope="all", procon_blocks="1,2")
     trainer.train()
     trainer.save_model()
     penalties = {row["step"]: row["procon/penalty"] for row in trainer.state.log_history if "procon/penalty" in row}
@@ -72,8 +70,8 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
         }
         assert record["window"] == {"penalty": 0.0, "steps": 0}
         assert (record["version"], record["directions"]) == (__version__, trainer.procon.directions.hash)
-        assert [record[name] for name in ("constrained", "schedule", "scope", "penalty", "units", "blocks")] == [
-            *(True, "procon_wu:0.5@1ep", "all", "squared", "gap", [1, 2])
+        assert [record[name] for name in ("constrained", "schedule", "scope", "penalty", "blocks")] == [
+            *(True, "procon_wu:0.5@1ep", "all", "squared", [1, 2])
         ]
         assert record["terms"] == {"tokens": {"anchors": anchors[0], "starting_model": None}, "probes": {}}
     for part in (
@@ -167,7 +165,6 @@ RECORD = {
     "schedule": "1@2ep,0.1@200steps,0",
     "scope": "response",
     "penalty": "huber",
-    "units": "raw",
     "anchors": "live",
     "directions": "abc",
     "terms": {"tokens": {"anchors": None, "starting_model": "def"}},
@@ -229,7 +226,7 @@ def test_a_card_names_concepts_and_what_was_kept(tiny_model):
     probe = Directions.from_vectors(model, {1: torch.ones(32), "last": torch.ones(32)}, name="honesty")
     text = describe({**RECORD, "best": {"step": 9, "metric": "eval_loss", "value": 0.5}}, probe)
     for part in (
-        "| each block's input along directions of honesty, at response tokens; huber penalty, raw units |",
+        "| each block's input along directions of honesty, at response tokens; huber penalty |",
         "| blocks that it acted on | 2, 3 of 3, from 0 |",
         "| anchors | live (`def`) |",
         "| mean penalty, before alpha | not finite |",

@@ -159,7 +159,6 @@ case("another alpha", build=lambda folder: trainer(folder, 49.0, start=dropping(
 case("a schedule that has ended", build=lambda folder: trainer(folder, "50@1ep,0", start=dropping(), **SAVES))
 case("another scope", build=other(procon_scope="response"))
 case("another penalty", build=other(procon_penalty="huber"))
-case("other units", build=other(procon_units="gap"))
 case("other blocks", build=other(procon_blocks="1,2"))
 
 
