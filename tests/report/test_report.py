@@ -140,9 +140,11 @@ def printed(runs, width) -> str:
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize("width", [100, 200])
-def test_table_holds_every_column_untruncated(runs, width):
-    text = printed(runs, width)
+@pytest.mark.parametrize("width", [80, 200])
+def test_table_holds_every_column_untruncated(runs, width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    print_table(runs)
+    text = capsys.readouterr().out
     for run in runs:
         row = next(line for line in text.splitlines() if str(run.evaluation.refusal_malicious) in line)
         for rate in (run.evaluation.refusal_benign, run.evaluation.degenerate, run.evaluation.task or "-"):
