@@ -44,6 +44,7 @@ def quickstart(arguments: QuickstartArguments) -> None:
         arguments.model,
         arguments.output_dir,
         arguments.seed,
+        full=arguments.full,
         control=arguments.control,
         trust_remote_code=arguments.trust_remote_code,
     )
@@ -109,8 +110,8 @@ def drift(arguments: DriftArguments) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"Mean cosine {found.mean_cosine:.3f}: 1 is no drift, and a high one is no proof that refusals are kept. Shifts "
-        "are along the first direction, in units of its gap."
+        f"Mean cosine {found.mean_cosine:.3f}: 1 is no drift, and a high one is no proof that refusals are kept. "
+        "Shifts are along the first direction, in units of its gap."
     )
 
 

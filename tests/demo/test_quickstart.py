@@ -14,13 +14,10 @@ def test_whole_quickstart_on_a_tiny_model(tiny_model, tokenizer, tmp_path, few_p
     folder, output = tmp_path / "model", tmp_path / "out"
     tiny_model().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    monkeypatch.setattr(module, "TASK_TRAIN", 16)
-    monkeypatch.setattr(module, "TASK_TEST", 4)
-    monkeypatch.setattr(module, "TASK_PROBE", 2)
-    monkeypatch.setattr(module, "PROBE_EVERY", 3)
+    monkeypatch.setattr(module, "FULL", module.Size(train=16, test=4, prompts=2, drift_pairs=2, watched=2, every=3))
     monkeypatch.setitem(module.RECIPE, "logging_steps", 1)
     with pytest.warns(UserWarning, match="refuses 0% of"):
-        runs = module.quickstart(str(folder), output, 3, control=True)
+        runs = module.quickstart(str(folder), output, 3, full=True, control=True)
     logging.getLogger("transformers").setLevel(logging.WARNING)
 
     assert [run.label for run in runs] == ["start", "plain", "ProCon", "tokens", "random"]

@@ -227,7 +227,7 @@ def test_what_is_constrained_is_said_before_the_first_step(trainer, three, tiny_
     trainer("recorded+probes", probes=three, max_steps=1, disable_tqdm=False, procon_probe_every=1).train()
     said = capsys.readouterr().err
     assert "ProCon: alpha 1\n" in said
-    assert re.search(r"inputs along the refusal direction \(.* lie [\d.]+ apart\), at all tokens; anchors recorded", said)
+    assert re.search(r"along the refusal direction \(.* lie [\d.]+ apart\), at all tokens; anchors recorded for", said)
     assert "probes: last states at 3 prompts, 8 at a time, every 1 steps" in said
     trainer("probes", probes=three, max_steps=2, disable_tqdm=False).train()
     said = capsys.readouterr().err
