@@ -221,7 +221,7 @@ class QuickstartArguments:
     output_dir: str = setting("Folder for adapters, runs and report.html.", "procon-quickstart")
     seed: int = setting("Seed of adapters and data order.", 0)
     trust_remote_code: bool = setting("Run code that comes with the model, with your rights; read it first.", False)
-    full: bool = setting("Train longer, and measure more and while training too: about ten minutes.", False)
+    full: bool = setting("Train longer, and measure more and while training too: about two minutes more.", False)
     control: bool = setting(
         "Add two runs without probes, along the refusal directions and along random ones: some four minutes more.",
         False,

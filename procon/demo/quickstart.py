@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.text import Text
@@ -116,6 +116,7 @@ def quickstart(
     check_writable(output / "report.html")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    disable_progress_bars()
     size = FULL if full else QUICK
 
     parts = 6 if control else 4
@@ -123,7 +124,7 @@ def quickstart(
     place = make_start(model, output)
     start, tokenizer = load_model(place, trust_remote_code=trust_remote_code)
 
-    with console.status(f"About {'ten' if full or control else 'four'} minutes on two cores."):
+    with console.status(f"about {4 + 2 * full + 4 * control} minutes on two idle cores"):
         console.rule(f"2/{parts}  refusal directions")
         directions = Directions.extract(start, tokenizer, progress=False)
         directions.save(output / "directions.safetensors")

@@ -49,7 +49,7 @@ def print_table(runs: Sequence[Run], console: Console | None = None) -> None:
 
 
 def _print(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
     table.add_column(heads[0], overflow="fold", min_width=8)
     for head in heads[1:]:
         table.add_column("\n".join(head.split(" ", 1)), justify="right", no_wrap=True)
