@@ -12,12 +12,9 @@ from procon.report import read_runs
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_whole_quickstart_on_a_tiny_model(full, tiny_model, tokenizer, tmp_path, few_prompts, monkeypatch, capfd):
+def test_whole_quickstart_on_a_tiny_model(full, place, few_prompts, monkeypatch, capfd):
     """In full with all that can be measured, otherwise with what one screen holds."""
-    monkeypatch.chdir(tmp_path)
     folder, output = Path("model"), Path("procon-quickstart")
-    tiny_model().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     monkeypatch.setattr(module, "QUICK", module.Size(train=16, test=4, prompts=2, drift_pairs=2))
     monkeypatch.setattr(module, "FULL", module.Size(train=16, test=4, prompts=2, drift_pairs=2, watched=2, every=3))
     monkeypatch.setitem(module.RECIPE, "logging_steps", 1)
@@ -52,16 +49,14 @@ def test_whole_quickstart_on_a_tiny_model(full, tiny_model, tokenizer, tmp_path,
         assert weights_hash(tuned.unload()) == weights_hash(load_model(folder)[0])
 
 
-def test_start_only(tiny_model, tokenizer, tmp_path, monkeypatch, capsys):
+def test_start_only(place, monkeypatch, capsys):
     """The demo model is taught to refuse; another one is taken as it is."""
-    folder, output = tmp_path / "model", tmp_path / "out"
-    tiny_model().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    folder, output = Path("model"), Path("out")
     monkeypatch.setattr(module, "fetch_demo_model", lambda: folder)
     monkeypatch.setattr(module, "teach_refusal", lambda model: model)
     assert main(["quickstart", "--start_only", "--output_dir", str(output)]) == 0
-    assert f"Starting model: {output / 'start'}" in capsys.readouterr().out.replace("\n", "").replace("  ", "")
+    assert "Starting model: out/start\n" in capsys.readouterr().out
     assert [path.name for path in output.iterdir()] == ["start"]
     load_model(output / "start")
-    assert module.make_start(str(folder), tmp_path / "other") == str(folder)
-    assert not (tmp_path / "other").exists()
+    assert module.make_start("model", "other") == "model"
+    assert not Path("other").exists()
