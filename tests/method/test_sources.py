@@ -232,7 +232,7 @@ def test_what_is_constrained_is_said_before_the_first_step(trainer, three, tiny_
     trainer("probes", probes=three, max_steps=2, disable_tqdm=False).train()
     said = capsys.readouterr().err
     assert "ProCon: alpha 1; the starting model refuses 0% of malicious prompts" in said
-    assert "8 at a time, every 2 steps" in said
+    assert re.search("8 at a time, every 2 steps\n.*; measure the result with: procon eval FOLDER", said)
 
 
 def test_probes_keep_what_plain_training_moves(trainer):
