@@ -19,6 +19,7 @@ from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.text import Text
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 
 from procon.chat import builtin_drift_pairs, builtin_prompts
@@ -41,7 +42,8 @@ TASK_SEED = 0
 class Size(NamedTuple):
     """How much is trained and measured."""
 
-    train: int  # problems, eight in a step
+    train: int  # problems
+    batch: int  # of them in a step
     test: int  # problems
     prompts: int  # malicious ones, and as many benign
     drift_pairs: int
@@ -50,13 +52,12 @@ class Size(NamedTuple):
 
 
 #: What shows the difference, and what has narrower intervals and the course of training too.
-QUICK = Size(train=240, test=40, prompts=32, drift_pairs=32)
-FULL = Size(train=320, test=64, prompts=64, drift_pairs=64, watched=16, every=20)
+QUICK = Size(train=240, batch=6, test=40, prompts=32, drift_pairs=32)
+FULL = Size(train=320, batch=8, test=64, prompts=64, drift_pairs=64, watched=16, every=20)
 
 #: The same for all runs. The constraint has its defaults, which validation prompts chose (docs/results.md).
 RECIPE = {
     "num_train_epochs": 1,
-    "per_device_train_batch_size": 8,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 5,
@@ -147,7 +148,8 @@ def quickstart(
             plan.append(("random", _TOKENS, randomized(directions, seed=1)))
         for number, (label, settings, along) in enumerate(plan, 3):
             console.rule(f"{number}/{parts}  {label} fine-tuning")
-            config = ProConConfig(output_dir=str(output / label.lower()), seed=seed, **RECIPE, **settings)
+            folder, recipe = str(output / label.lower()), RECIPE | {"per_device_train_batch_size": size.batch}
+            config = ProConConfig(output_dir=folder, seed=seed, **recipe, **settings)
             runs.append(_fine_tune(label, start, tokenizer, along, train, measured, config, console))
     report = write_html(
         runs,
@@ -195,7 +197,7 @@ class _Measured(NamedTuple):
     watched: Sequence[Problem]
     size: Size
 
-    def evaluate(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, label: str) -> Evaluation:
+    def evaluate(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, label: str) -> Evaluation:
         prompts = builtin_prompts("held_out").first(self.size.prompts)
         asked = {"prompts": prompts, "task": self.task, "label": label, "progress": False}
         return evaluate(model, tokenizer, **asked, **REPLY_TOKENS)

@@ -15,8 +15,8 @@ from procon.report import read_runs
 def test_whole_quickstart_on_a_tiny_model(full, place, few_prompts, monkeypatch, capfd):
     """In full with all that can be measured, otherwise with what one screen holds."""
     folder, output = Path("model"), Path("procon-quickstart")
-    monkeypatch.setattr(module, "QUICK", module.Size(train=16, test=4, prompts=2, drift_pairs=2))
-    monkeypatch.setattr(module, "FULL", module.Size(train=16, test=4, prompts=2, drift_pairs=2, watched=2, every=3))
+    tiny = module.Size(train=16, batch=8, test=4, prompts=2, drift_pairs=2)
+    monkeypatch.setattr(module, "FULL" if full else "QUICK", tiny._replace(watched=2, every=3) if full else tiny)
     monkeypatch.setitem(module.RECIPE, "logging_steps", 1)
     monkeypatch.setenv("COLUMNS", "80")
     capfd.readouterr()
