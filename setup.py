@@ -31,7 +31,7 @@ EXTRAS = {
     "report": REPORT,
     "cli": CLI,
     "demo": [*CLI, "gguf>=0.10"],
-    "trackers": ["tensorboard>=2.16", "wandb>=0.17"],
+    "trackers": ["tensorboard>=2.16", "trackio>=0.43", "wandb>=0.17"],
     # Not among "all": there are no wheels of it, so it is compiled where it is installed, by CUDA's compiler.
     "flash": ["flash-attn>=2.7"],
     # LLaMA-Factory takes older versions than the other trainers: what its callback and `procon directions` need, from

@@ -1,7 +1,9 @@
 """One set of defaults behind every door, and a wrong setting refused at each of them before a model is read."""
 
+import ast
 import importlib
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
@@ -33,7 +35,7 @@ from procon.settings import (
     check_setting,
     parse_blocks,
 )
-from procon.training import ProConArguments
+from procon.training import ProConArguments, config
 
 SETTINGS = [item.name for item in fields(ProConSettings)]
 
@@ -86,6 +88,9 @@ def test_every_door_has_the_defaults():
         assert made.procon_settings() == DEFAULTS
         assert {setting: getattr(made, f"procon_{setting}") for setting in SETTINGS} == vars(DEFAULTS)
     assert AlphaSchedule.parse(DEFAULTS.schedule) == AlphaSchedule.constant()
+    # And what an editor shows, which no program makes.
+    shown = re.findall(r"^        procon_(\w+): .+ = (.+)$", inspect.getsource(config), re.MULTILINE)
+    assert {name: ast.literal_eval(value) for name, value in shown} == vars(DEFAULTS)
 
 
 def test_settings_are_checked_once_and_stay(tmp_path, tiny_model, random_directions, monkeypatch):

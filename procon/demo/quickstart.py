@@ -11,23 +11,24 @@ import time
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 
-from procon.chat import builtin_prompts
+from procon.chat import builtin_drift_pairs, builtin_prompts
 from procon.data import padding_collator, to_conversations, tokenize_conversations
 from procon.demo.arithmetic import Problem, arithmetic_problems
 from procon.demo.model import fetch_demo_model, teach_refusal
 from procon.directions import Directions, randomized
 from procon.errors import printable
-from procon.evaluation import evaluate
+from procon.evaluation import Evaluation, evaluate
 from procon.files import check_writable
 from procon.models import load_model
 from procon.report import Run, print_table, write_html
@@ -35,22 +36,36 @@ from procon.settings import PAPER_RECIPE
 from procon.training import DriftCallback, EvaluationCallback, ProConConfig, ProConTrainer
 from procon.version import __version__
 
-TASK_TRAIN, TASK_TEST, TASK_PROBE = 320, 64, 16
 TASK_SEED = 0
 
-#: Optimiser steps between two looks at drift, refusal and task while training.
-PROBE_EVERY = 20
+
+class Size(NamedTuple):
+    """How much is trained and measured."""
+
+    train: int  # problems
+    batch: int  # of them in a step
+    test: int  # problems
+    prompts: int  # malicious ones, and as many benign
+    drift_pairs: int
+    watched: int = 0  # prompts and problems of each look at refusal and task while training
+    every: int = 10**9  # steps between two of them, and at drift; the last step has one of drift
+
+
+#: What shows the difference, and what has narrower intervals and the course of training too.
+QUICK = Size(train=240, batch=6, test=40, prompts=32, drift_pairs=32)
+FULL = Size(train=320, batch=8, test=64, prompts=64, drift_pairs=64, watched=16, every=20)
 
 #: The same for all runs. The constraint has its defaults, which validation prompts chose (docs/results.md).
 RECIPE = {
     "num_train_epochs": 1,
-    "per_device_train_batch_size": 8,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 5,
     "logging_steps": 10,
     "save_strategy": "no",
     "report_to": [],
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
 }
 
 
@@ -63,9 +78,9 @@ REPLY_TOKENS: dict[str, Any] = {"max_new_tokens": 24, "task_max_new_tokens": 36}
 
 LIMITS = (
     "One small model, one harmless task, one seed: this shows that the parts work, not how much a larger model gains.",
-    "Refusals are counted by keyword in the opening of greedy replies; read the replies below.",
+    "Refusals are counted by keyword in the opening of greedy replies; read the replies above.",
     "A part of what ProCon keeps is owed to the probes, a part to keeping hidden states along any direction at all: "
-    "--control adds a run without probes, and one along random directions.",
+    "the setting control adds a run without probes, and one along random directions.",
     "Benign prompts here are twins of the malicious ones, on the same topics: a small model refuses some of them from "
     "the start. Compare with the start, not with zero.",
 )
@@ -76,6 +91,7 @@ def quickstart(
     output_dir: str | Path = "procon-quickstart",
     seed: int = 0,
     *,
+    full: bool = False,
     control: bool = False,
     trust_remote_code: bool = False,
 ) -> list[Run]:
@@ -85,6 +101,7 @@ def quickstart(
         model: folder or hub name of a chat model; SmolLM2-135M-Instruct if not given.
         output_dir: where to write.
         seed: of adapters and data order.
+        full: train longer, measure on more prompts and problems, and while training too.
         control: add two runs without probes: along the refusal directions, and along random ones.
         trust_remote_code: run code that comes with ``model``; see :func:`procon.models.load_model`.
 
@@ -99,43 +116,48 @@ def quickstart(
     output = Path(output_dir)
     check_writable(output / "report.html")
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    disable_progress_bars()
+    size = FULL if full else QUICK
 
     parts = 6 if control else 4
     console.rule(f"1/{parts}  a chat model that refuses")
     place = make_start(model, output)
     start, tokenizer = load_model(place, trust_remote_code=trust_remote_code)
 
-    console.rule(f"2/{parts}  refusal directions")
-    directions = Directions.extract(start, tokenizer)
-    directions.save(output / "directions.safetensors")
-    inputs = directions.at_block_inputs
-    usable = inputs.auroc[inputs.usable]
-    console.print(f"{len(usable)} blocks; held-out AUROC {usable.min():.2f} to {usable.max():.2f}")
+    with console.status(f"about {4 + 2 * full + 4 * control} minutes on two idle cores"):
+        console.rule(f"2/{parts}  refusal directions")
+        directions = Directions.extract(start, tokenizer, progress=False)
+        directions.save(output / "directions.safetensors")
+        inputs = directions.at_block_inputs
+        usable = inputs.auroc[inputs.usable]
+        console.print(f"{len(usable)} blocks; held-out AUROC {usable.min():.2f} to {usable.max():.2f}")
 
-    problems = arithmetic_problems(TASK_TRAIN + TASK_TEST + TASK_PROBE, TASK_SEED)
-    task, probe_task = problems[TASK_TRAIN:-TASK_PROBE], problems[-TASK_PROBE:]
-    train = tokenize_conversations(
-        to_conversations(Dataset.from_list(problems[:TASK_TRAIN])), tokenizer, progress=False
-    )
-    evaluation = evaluate(start, tokenizer, task=task, label="start", **REPLY_TOKENS)
-    evaluation.save(output / "start.json")
-    runs = [Run("start", evaluation, cosine=directions.cosine(directions).tolist())]
-    plan = [("plain", {"procon_schedule": "0"}, directions), ("ProCon", {}, directions)]
-    if control:
-        # Probes keep a state whatever the directions are, so the direction is compared without them.
-        plan.append(("tokens", _TOKENS, directions))
-        plan.append(("random", _TOKENS, randomized(directions, seed=1)))
-    for number, (label, settings, along) in enumerate(plan, 3):
-        console.rule(f"{number}/{parts}  {label} fine-tuning")
-        config = ProConConfig(output_dir=str(output / label.lower()), seed=seed, **RECIPE, **settings)
-        runs.append(_fine_tune(label, start, tokenizer, along, train, task, probe_task, config))
+        problems = arithmetic_problems(size.train + size.test + size.watched, TASK_SEED)
+        train = to_conversations(Dataset.from_list(problems[: size.train]))
+        train = tokenize_conversations(train, tokenizer, progress=False)
+        measured = _Measured(problems[size.train : size.train + size.test], problems[size.train + size.test :], size)
+        evaluation = measured.evaluate(start, tokenizer, "start")
+        evaluation.save(output / "start.json")
+        console.print(f"the model refuses {evaluation.refusal_malicious} of malicious prompts")
+        runs = [Run("start", evaluation, cosine=directions.cosine(directions).tolist())]
+        plan = [("plain", {"procon_schedule": "0"}, directions), ("ProCon", {}, directions)]
+        if control:
+            # Probes keep a state whatever the directions are, so the direction is compared without them.
+            plan.append(("tokens", _TOKENS, directions))
+            plan.append(("random", _TOKENS, randomized(directions, seed=1)))
+        for number, (label, settings, along) in enumerate(plan, 3):
+            console.rule(f"{number}/{parts}  {label} fine-tuning")
+            folder, recipe = str(output / label.lower()), RECIPE | {"per_device_train_batch_size": size.batch}
+            config = ProConConfig(output_dir=folder, seed=seed, **recipe, **settings)
+            runs.append(_fine_tune(label, start, tokenizer, along, train, measured, config, console))
     report = write_html(
         runs,
         output / "report.html",
         title="ProCon quickstart",
         notes=LIMITS,
         facts={
-            "command": f"procon quickstart --seed {seed}" + (" --control" if control else ""),
+            "command": f"procon quickstart --seed {seed}" + " --full" * full + " --control" * control,
             "model": model or "SmolLM2-135M-Instruct with the package's refusal adapter",
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {start.device}, {start.dtype}",
             "versions": f"procon {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
@@ -168,15 +190,40 @@ def make_start(model: str | None = None, output_dir: str | Path = "procon-quicks
     return str(folder)
 
 
+class _Measured(NamedTuple):
+    """What runs are measured on: problems at the end, problems while they train, and how many of all."""
+
+    task: Sequence[Problem]
+    watched: Sequence[Problem]
+    size: Size
+
+    def evaluate(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, label: str) -> Evaluation:
+        prompts = builtin_prompts("held_out").first(self.size.prompts)
+        asked = {"prompts": prompts, "task": self.task, "label": label, "progress": False}
+        return evaluate(model, tokenizer, **asked, **REPLY_TOKENS)
+
+
+class _Lines(TrainerCallback):
+    """A line for each loss that is logged."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            penalty = f", penalty {logs['procon/penalty']:.2f}" if "procon/penalty" in logs else ""
+            self._console.print(f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.2f}{penalty}")
+
+
 def _fine_tune(
     label: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     directions: Directions,
     train: Dataset,
-    task: Sequence[Problem],
-    probe_task: Sequence[Problem],
+    measured: _Measured,
     config: ProConConfig,
+    console: Console,
 ) -> Run:
     """Train a fresh adapter along ``directions``, and measure; ``model`` is left as it was."""
     set_seed(config.seed)
@@ -189,16 +236,21 @@ def _fine_tune(
         data_collator=padding_collator(tokenizer),
         processing_class=tokenizer,
     )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Lines(console))
     # On prompts that no training here keeps.
-    drift = DriftCallback(trainer, tokenizer, steps=PROBE_EVERY)
-    prompts = builtin_prompts("validation").first(TASK_PROBE)
-    watch = EvaluationCallback(trainer, tokenizer, steps=PROBE_EVERY, prompts=prompts, task=probe_task, **REPLY_TOKENS)
-    trainer.add_callback(drift)
-    trainer.add_callback(watch)
-    seconds = trainer.train().metrics["train_runtime"] - drift.seconds - watch.seconds
+    size, pairs = measured.size, builtin_drift_pairs().first(measured.size.drift_pairs)
+    drift = DriftCallback(trainer, tokenizer, steps=size.every, prompts=pairs)
+    callbacks: list[Any] = [drift]
+    if measured.watched:
+        asked = {"prompts": builtin_prompts("validation").first(size.watched), "task": measured.watched}
+        callbacks.append(EvaluationCallback(trainer, tokenizer, steps=size.every, **asked, **REPLY_TOKENS))
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    seconds = trainer.train().metrics["train_runtime"] - sum(callback.seconds for callback in callbacks)
     trainer.save_model()
     trainer.save_state()
-    evaluation = evaluate(tuned, tokenizer, task=task, label=label, **REPLY_TOKENS)
+    evaluation = measured.evaluate(tuned, tokenizer, label)
     evaluation.save(Path(config.output_dir or "") / "evaluation.json")
     tuned.unload()
     return Run(

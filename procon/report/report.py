@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from html import escape
@@ -32,14 +33,15 @@ def print_table(runs: Sequence[Run], console: Console | None = None) -> None:
     """Print a row for each run, and how much its rates differ from the first run's.
 
     Args:
-        console: where to print; the standard output if not given, at least 110 columns wide if that is no terminal.
+        console: where to print; the standard output if not given, at least 110 columns wide if that is no terminal and
+            ``COLUMNS`` is not set.
 
     Raises:
         ProConError: without runs.
     """
     if console is None:
         console = Console()
-        if not console.is_terminal:
+        if not console.is_terminal and "COLUMNS" not in os.environ:
             console = Console(width=max(110, console.width))
     _print(console, [*_COMPARED, *_OTHERS], [_cells(run) for run in runs], _caption(runs))
     if len(runs) > 1:
@@ -47,7 +49,7 @@ def print_table(runs: Sequence[Run], console: Console | None = None) -> None:
 
 
 def _print(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
     table.add_column(heads[0], overflow="fold", min_width=8)
     for head in heads[1:]:
         table.add_column("\n".join(head.split(" ", 1)), justify="right", no_wrap=True)

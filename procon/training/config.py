@@ -8,13 +8,28 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from transformers import TrainingArguments
 
 from procon.chat import load_instructions
-from procon.settings import ProConSettings, check_settings
+from procon.settings import AnchorSource, Penalty, ProConSettings, TokenScope, Units, check_settings
 
 #: What the names of the settings begin with among training arguments.
 PREFIX = "procon_"
 
 if TYPE_CHECKING:
-    _Settings = object
+
+    @dataclass
+    class _Settings:  # what editors and type checkers show of what is made below
+        procon_schedule: str = "procon_s"
+        procon_scope: TokenScope = "all"
+        procon_blocks: str = "all"
+        procon_penalty: Penalty = "absolute"
+        procon_units: Units = "raw"
+        procon_anchors: AnchorSource = "recorded"
+        procon_anchors_dir: str | None = None
+        procon_probes: str = "builtin"
+        procon_probe_batch: int = 8
+        procon_probe_every: int = 2
+        procon_probe_weight: float = 15.0
+        procon_probe_reply_tokens: int = 0
+
 else:
     _types = get_type_hints(ProConSettings)
     _Settings = make_dataclass(

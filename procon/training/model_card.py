@@ -58,7 +58,11 @@ def write_section(card: Path, record: dict[str, Any], directions: Directions | N
     text = card.read_text(encoding="utf-8") if card.exists() else ""
     # PEFT begins a card with the hub's template; with nothing filled in, it says nothing of the model.
     template = ModelCard.from_template(ModelCardData()).text.strip()
-    text = text.replace(template, f"# {card.absolute().parent.name}")
+    name = card.absolute().parent.name
+    text = text.replace(template, f"# {name}")
+    # TRL's says None of a model in a folder, and of one that is not on the hub.
+    of_none = "a fine-tuned version of [None](https://huggingface.co/None)"
+    text = text.replace(of_none, "fine-tuned from a model in a folder").replace('model="None"', f'model="{name}"')
     marked = f"{_BEGIN}\n{describe(record, directions)}\n{_END}"
     text, replaced = _replaced(text, marked)
     with whole_file(card) as partial:

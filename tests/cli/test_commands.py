@@ -81,7 +81,9 @@ def test_directions_then_drift_then_eval_then_report(here, capsys):
     assert not Path("adapter/eval.json").exists()
     Path("adapter/procon.json").write_text("{}")
     assert main(["eval", "adapter", *short, *PROMPTS]) == 0
-    assert "Written: adapter/eval.json\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Mean cosine 1.000: 1 is no drift" in printed
+    assert "Written: adapter/eval.json\n" in printed
     assert Evaluation.load("adapter/eval.json").refusal_malicious.total == 2
 
     assert (

@@ -1,6 +1,7 @@
 """The quickstart: its parts on the real model, and the whole on a tiny one."""
 
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -10,52 +11,51 @@ from procon.models import load_model, weights_hash
 from procon.report import read_runs
 
 
-def test_whole_quickstart_on_a_tiny_model(tiny_model, tokenizer, tmp_path, few_prompts, monkeypatch, capsys):
-    folder, output = tmp_path / "model", tmp_path / "out"
-    tiny_model().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    monkeypatch.setattr(module, "TASK_TRAIN", 16)
-    monkeypatch.setattr(module, "TASK_TEST", 4)
-    monkeypatch.setattr(module, "TASK_PROBE", 2)
-    monkeypatch.setattr(module, "PROBE_EVERY", 3)
+@pytest.mark.parametrize("full", [False, True])
+def test_whole_quickstart_on_a_tiny_model(full, place, few_prompts, monkeypatch, capfd):
+    """In full with all that can be measured, otherwise with what one screen holds."""
+    folder, output = Path("model"), Path("procon-quickstart")
+    tiny = module.Size(train=16, batch=8, test=4, prompts=2, drift_pairs=2)
+    monkeypatch.setattr(module, "FULL" if full else "QUICK", tiny._replace(watched=2, every=3) if full else tiny)
     monkeypatch.setitem(module.RECIPE, "logging_steps", 1)
+    monkeypatch.setenv("COLUMNS", "80")
+    capfd.readouterr()
     with pytest.warns(UserWarning, match="refuses 0% of"):
-        runs = module.quickstart(str(folder), output, 3, control=True)
+        runs = module.quickstart(str(folder), output, 3, full=full, control=full)
     logging.getLogger("transformers").setLevel(logging.WARNING)
 
-    assert [run.label for run in runs] == ["start", "plain", "ProCon", "tokens", "random"]
+    labels = ["start", "plain", "ProCon", *["tokens", "random"] * full]
+    assert [run.label for run in runs] == labels
     assert runs[0].mean_cosine == pytest.approx(1)
     alphas = [{row["procon/alpha"] for row in run.history if "procon/alpha" in row} for run in runs[1:]]
     assert max(alphas[1], default=0) > 0
     assert max(alphas[0], default=0) == 0
-    for name in ("directions.safetensors", "report.html"):
-        assert (output / name).is_file(), name
-    for name in ("plain", "procon", "tokens", "random"):
-        assert (output / name / "adapter_model.safetensors").is_file()
+    assert ("procon/task" in {name for row in runs[1].history for name in row}) == full
+    assert {"directions.safetensors", "report.html"} <= {path.name for path in output.iterdir()}
     paths = [output / name for name in ("start.json", "plain", "procon", "tokens", "random")]
-    for path, run, label in zip(paths, runs, ("start", "plain", "procon", "tokens", "random"), strict=True):
+    for path, run in zip(paths, runs, strict=False):
         (read,) = read_runs([path])
-        assert (read.label, read.evaluation) == (label, run.evaluation)
-        assert read.mean_cosine == (None if label == "start" else pytest.approx(run.mean_cosine))
-    printed = capsys.readouterr().out
-    for heading in ("malicious", "accuracy", "cosine", "per step"):
+        assert (read.label, read.evaluation) == (run.label.lower(), run.evaluation)
+        assert read.mean_cosine == (None if run.label == "start" else pytest.approx(run.mean_cosine))
+    printed = "".join(capfd.readouterr())
+    for heading in ("malicious", "accuracy", "cosine", "per step", "step 2 of 2: loss "):
         assert heading in printed
+    assert not [sign for sign in ("{'", "it/s", "%|") if sign in printed]
+    assert full or len(printed.splitlines()) <= 38
     # An adapter names its base, and both runs began from the same weights.
     for name in ("plain", "procon"):
         tuned, _ = load_model(output / name)
         assert weights_hash(tuned.unload()) == weights_hash(load_model(folder)[0])
 
 
-def test_start_only(tiny_model, tokenizer, tmp_path, monkeypatch, capsys):
+def test_start_only(place, monkeypatch, capsys):
     """The demo model is taught to refuse; another one is taken as it is."""
-    folder, output = tmp_path / "model", tmp_path / "out"
-    tiny_model().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    folder, output = Path("model"), Path("out")
     monkeypatch.setattr(module, "fetch_demo_model", lambda: folder)
     monkeypatch.setattr(module, "teach_refusal", lambda model: model)
     assert main(["quickstart", "--start_only", "--output_dir", str(output)]) == 0
-    assert f"Starting model: {output / 'start'}" in capsys.readouterr().out.replace("\n", "").replace("  ", "")
+    assert "Starting model: out/start\n" in capsys.readouterr().out
     assert [path.name for path in output.iterdir()] == ["start"]
     load_model(output / "start")
-    assert module.make_start(str(folder), tmp_path / "other") == str(folder)
-    assert not (tmp_path / "other").exists()
+    assert module.make_start("model", "other") == "model"
+    assert not Path("other").exists()

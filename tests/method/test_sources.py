@@ -1,6 +1,7 @@
 """Where anchors come from: live ones train as recorded ones do, probes hold their prompts, and sources combine."""
 
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -226,12 +227,12 @@ def test_what_is_constrained_is_said_before_the_first_step(trainer, three, tiny_
     trainer("recorded+probes", probes=three, max_steps=1, disable_tqdm=False, procon_probe_every=1).train()
     said = capsys.readouterr().err
     assert "ProCon: alpha 1\n" in said
-    assert "blocks' inputs along the refusal direction, at all tokens; anchors recorded for" in said
+    assert re.search(r"along the refusal direction \(.* lie [\d.]+ apart\), at all tokens; anchors recorded for", said)
     assert "probes: last states at 3 prompts, 8 at a time, every 1 steps" in said
     trainer("probes", probes=three, max_steps=2, disable_tqdm=False).train()
     said = capsys.readouterr().err
     assert "ProCon: alpha 1; the starting model refuses 0% of malicious prompts" in said
-    assert "8 at a time, every 2 steps" in said
+    assert re.search("8 at a time, every 2 steps\n.*; measure the result with: procon eval FOLDER", said)
 
 
 def test_probes_keep_what_plain_training_moves(trainer):

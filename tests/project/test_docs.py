@@ -5,7 +5,6 @@ tiny chat model and its tokenizer), ``data_file`` (JSON lines) and ``output_dir`
 """
 
 import ast
-import json
 import re
 import shlex
 import sys
@@ -93,18 +92,11 @@ def tokenizer(tokenizer):
 
 
 @pytest.fixture
-def names(tiny_model, tokenizer, tmp_path, few_prompts, monkeypatch) -> dict:
+def names(place, few_prompts, monkeypatch) -> dict:
     """What a page's blocks may take for granted."""
-    tiny_model().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    rows = [{"prompt": f"count to {n}", "completion": " ".join(map(str, range(n)))} for n in range(1, 17)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.chdir(tmp_path)
     module = ModuleType("page")  # a real one, so that classes of a page can be pickled into a checkpoint
     monkeypatch.setitem(sys.modules, "page", module)
-    module.model_name = str(tmp_path / "model")
-    module.data_file = str(tmp_path / "data.jsonl")
-    module.output_dir = str(tmp_path / "out")
+    vars(module).update(model_name=str(place / "model"), data_file="data.jsonl", output_dir=str(place / "out"))
     return vars(module)
 
 

@@ -57,6 +57,31 @@ def test_no_link_is_dead_and_nothing_comes_from_elsewhere(site):
             assert "\\" not in formula, f"{page} has a formula with TeX left in it: {formula}"
 
 
+SEARCHES = {
+    "poison": "choose/",
+    "task suffers": "choose/",
+    "ZeRO-3": "how-to/loading/",
+    "reasoning": "how-to/data/",
+    "cost": "cost/",
+    "short samples": "choose/",
+    "GGUF": "how-to/saving/",
+    "trackio": "how-to/saving/",
+}
+
+
+def test_search_has_the_right_page_among_the_first_three(site, tab):
+    tab.route("http://site/**", lambda route: route.fulfill(path=site / route.request.url.partition("site/")[2]))
+    found = {}
+    for words in SEARCHES:
+        tab.goto("http://site/index.html")
+        tab.fill(".md-search__input", words)
+        tab.press(".md-search__input", "Shift")  # the field listens to keys
+        tab.wait_for_selector(".md-search-result__item")
+        first = tab.locator(".md-search-result__item > a:first-child").evaluate_all("all => all.map(a => a.href)")
+        found[words] = [link.removeprefix("http://site/").partition("/?")[0] for link in first[:3]]
+    assert {words: page for words, page in SEARCHES.items() if page not in found[words]} == {}, found
+
+
 def test_every_page_can_be_read(site, tab, tmp_path):
     shown = [*made.pages(site), made.write_report(tmp_path)]
     faults = {str(page): found for page in shown if (found := looks.faults(tab, page))}

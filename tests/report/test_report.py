@@ -1,6 +1,5 @@
 """Runs from files and folders, the terminal's tables, the data on the plots, and the HTML page."""
 
-import io
 import json
 import math
 import os
@@ -10,7 +9,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from procon.cli import main
 from procon.errors import ProConError
@@ -43,18 +41,18 @@ def make_evaluation(label: str, hits: int, task: Rate | None) -> Evaluation:
 
 
 @pytest.fixture
-def runs() -> list[Run]:
-    plain, procon = (make_evaluation(*one) for one in (("plain", 31, Rate(55, 100)), ("procon", 56, Rate(58, 100))))
-    return [
-        Run("before", make_evaluation("before", 63, None)),
-        Run("plain [bold]IFT[/bold]", plain, [math.nan, 0.9, -0.5], 1.2, []),
-        Run("ProCon & <co> $x$", procon, [math.nan, 1.0, 0.98], 1.34, HISTORY),
-    ]
+def bare() -> Run:
+    return Run("before", make_evaluation("before", 63, None))
 
 
 @pytest.fixture
-def bare() -> Run:
-    return Run("before", make_evaluation("before", 63, None))
+def runs(bare) -> list[Run]:
+    plain, procon = (make_evaluation(*one) for one in (("plain", 31, Rate(55, 100)), ("procon", 56, Rate(58, 100))))
+    return [
+        bare,
+        Run("plain [bold]IFT[/bold]", plain, [math.nan, 0.9, -0.5], 1.2, []),
+        Run("ProCon & <co> $x$", procon, [math.nan, 1.0, 0.98], 1.34, HISTORY),
+    ]
 
 
 # Runs
@@ -134,15 +132,11 @@ def test_what_is_no_run(content, message, tmp_path, monkeypatch):
 # Tables
 
 
-def printed(runs, width) -> str:
-    console = Console(file=io.StringIO(), width=width)
-    print_table(runs, console)
-    return console.file.getvalue()
-
-
-@pytest.mark.parametrize("width", [100, 200])
-def test_table_holds_every_column_untruncated(runs, width):
-    text = printed(runs, width)
+@pytest.mark.parametrize("width", [80, 200])
+def test_table_holds_every_column_untruncated(runs, width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    print_table(runs)
+    text = capsys.readouterr().out
     for run in runs:
         row = next(line for line in text.splitlines() if str(run.evaluation.refusal_malicious) in line)
         for rate in (run.evaluation.refusal_benign, run.evaluation.degenerate, run.evaluation.task or "-"):
@@ -156,13 +150,14 @@ def test_table_holds_every_column_untruncated(runs, width):
     assert max(map(len, text.splitlines())) <= width
 
 
-def test_differences_from_the_first_run(runs):
-    other = replace(runs[2], evaluation=replace(runs[2].evaluation, judge="guard"))
-    text = " ".join(printed([runs[1], runs[2], other], 200).split())
+def test_differences_from_the_first_run(runs, capsys):
+    print_table(runs[:1])
+    assert "In points" not in capsys.readouterr().out
+    print_table([*runs[1:], replace(runs[2], evaluation=replace(runs[2].evaluation, judge="guard"))])
+    text = " ".join(capsys.readouterr().out.split())
     # All of eight pairs agree: Wilson's interval of no hit among eight, on both sides.
     assert "ProCon & <co> $x$ +0 +0 +0 -32 to +32" in text
     assert "Not measured alike (judge), so without an interval: refusal of malicious of ProCon" in text
-    assert "In points" not in printed(runs[:1], 200)
 
 
 def test_no_runs(tmp_path):
