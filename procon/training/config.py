@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from transformers import TrainingArguments
 
 from procon.chat import load_instructions
-from procon.settings import AnchorSource, Penalty, ProConSettings, TokenScope, Units, check_settings
+from procon.settings import AnchorSource, Penalty, ProConSettings, TokenScope, check_settings
 
 #: What the names of the settings begin with among training arguments.
 PREFIX = "procon_"
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
         procon_scope: TokenScope = "all"
         procon_blocks: str = "all"
         procon_penalty: Penalty = "absolute"
-        procon_units: Units = "raw"
         procon_anchors: AnchorSource = "recorded"
         procon_anchors_dir: str | None = None
         procon_probes: str = "builtin"
