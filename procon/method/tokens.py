@@ -145,7 +145,7 @@ class TokenTerm(Term):
         directions, blocks, scope = self._directions, len(self.constraint.blocks), self._settings.scope
         along = f"directions of {', '.join(directions.concepts)}"
         if directions.of_refusal:
-            apart = directions.gaps[list(self.constraint.blocks), 0].mean() if self._settings.units == "raw" else 1.0
+            apart = directions.gaps[list(self.constraint.blocks), 0].mean()
             along = f"the refusal direction (malicious and benign prompts lie {apart:.3g} apart)"
         source = f"recorded for {len(self.anchors):,} sequences in {self.anchors.path}" if self.anchors else "live"
         return f"{blocks} blocks' inputs along {along}, at {scope} tokens; anchors {source}"
