@@ -62,14 +62,14 @@ def time_steps(names: Sequence[str], length: int, packed: bool, training: str, r
         return interleave(turns, timed, rounds=rounds, warmup=2)
 
 
-def paper(probe_tokens: int = 38) -> None:
+def paper(probe_tokens: int = 190) -> None:
     """FLOPs of a step over the plain one's; and bytes that the token term adds to those of a block's norm."""
     print("FLOPs of the default's step over the plain one's")
     for name, (blocks, width, mlp, key, words) in PAPER.items():
         body = blocks * (2 * width * width + 2 * width * key + 3 * width * mlp)
         head = width * words  # multiplied whether tied or not
         for length in LENGTHS:
-            probes = probe_tokens * ProConSettings.probe_batch / ProConSettings.probe_every
+            probes = probe_tokens / ProConSettings.probe_every
             ratio = 1 + probes / (ROWS * length) * body / (body + head)
             print(f"  {name:4} {ROWS} x {length:3}: {ratio:.3f}; anchors {4 * blocks} bytes a token")
 

@@ -17,9 +17,15 @@ from benchmarks.audit.contest.roofline import estimate
 from benchmarks.audit.contest.table import COLUMNS, cells, shape_of
 
 #: Architecture, hidden size and rows: many as in training, and few as probes have.
-SHAPES = tuple(product(("sm_90", "sm_80", "sm_100"), (4096, 576, 2560, 5120, 8192), (16384, 320)))
-#: Of others, many rows alone.
-PEERS = tuple(shape for shape in SHAPES if shape[2] == 16384)
+SHAPES = (
+    *product(("sm_90",), (4096, 576, 2560, 5120, 8192), (16384, 320)),
+    *product(("sm_80", "sm_100"), (4096,), (16384,)),
+)
+#: Of others.
+PEERS = (
+    *((target, 4096, 16384) for target in ("sm_90", "sm_80", "sm_100")),
+    *product(("sm_90",), (576, 8192), (16384,)),
+)
 WHO: dict[str, Callable[[str, int, int, str], Iterator[contestants.Contestant]]] = {
     "ours": contestants.ours,
     "liger": contestants.liger,

@@ -25,6 +25,12 @@ def _bound(record: dict) -> str:
     return estimate(longest, record["target"], record["rows"]).bound
 
 
+def _idle(record: dict) -> str:
+    """Of the launch that has most; not known of all kernels."""
+    shares = [launch["idle"] for launch in record["launches"]]
+    return "" if None in shares else f"{max(shares):.0%}"
+
+
 def _loaded(record: dict) -> float:
     return sum(number for launch in record["launches"] for number in launch["loaded_bytes_per_row"].values())
 
@@ -33,7 +39,7 @@ def _loaded(record: dict) -> float:
 COLUMNS: dict[str, Callable[[dict], object]] = {
     "launches": lambda record: len(record["launches"]) + len(record["others"]),
     "instructions a row": lambda record: round(sum(each["instructions_per_row"] for each in record["launches"])),
-    "idle lanes": lambda record: f"{max(launch['idle'] for launch in record['launches']):.0%}",
+    "idle lanes": _idle,
     "rows in a turn": lambda record: main_launch(record)["rows_per_turn"],
     "barriers in a turn": lambda record: main_launch(record)["barriers_in_loop"],
     "shuffles in a turn": lambda record: main_launch(record)["shuffles_in_loop"],
