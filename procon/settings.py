@@ -243,16 +243,15 @@ def backend_variable() -> str:
 
 def check_blocks(value: object, name: str = "blocks") -> None:
     """Raise ProConError unless ``value`` is a :data:`Blocks`; whether a model has them shows later."""
+    parts = [*value] if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray) else [None]
     if isinstance(value, float):
         if not 0 < value <= 1:
             raise ProConError(f"{name} is the fraction {value:g}: give one above 0 and at most 1")
-        return
-    if isinstance(value, str) and value == "all":
-        return
-    indices = isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
-    if indices and not value:
+    elif not parts:
         raise ProConError(f"{name} is empty: give at least one block")
-    if not indices or not all(isinstance(part, Integral) and not isinstance(part, bool) for part in value):
+    elif not (isinstance(value, str) and value == "all") and not all(
+        isinstance(part, Integral) and not isinstance(part, bool) for part in parts
+    ):
         raise ProConError(f"{name} is {value!r}: give 'all', a fraction such as 0.5, or indices such as 8,9,10")
 
 
@@ -263,7 +262,7 @@ def parse_blocks(text: str, name: str = "blocks") -> Blocks:
         ProConError: for anything else.
     """
     blocks: Any = text.strip()
-    with suppress(ValueError):  # of a text that is no number, or all
+    with suppress(ValueError):  # no numbers: 'all', or a text that is refused
         blocks = float(blocks) if "." in blocks else [int(part) for part in blocks.split(",")]
     check_blocks(blocks, name)
     return blocks

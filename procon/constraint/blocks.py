@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from procon.directions import Directions
 from procon.errors import ProConError
@@ -19,10 +20,10 @@ def select_blocks(directions: Directions, blocks: Blocks) -> tuple[int, ...]:
     count, usable = directions.block_count, directions.usable.nonzero().flatten().tolist()
     if isinstance(blocks, str):
         chosen = usable
-    elif isinstance(blocks, float):
-        chosen = [block for block in usable if block >= count - math.ceil(blocks * count)]
-    else:
+    elif isinstance(blocks, Sequence):
         chosen = sorted({int(block) + (count if block < 0 else 0) for block in blocks})
+    else:
+        chosen = [block for block in usable if block >= count - math.ceil(blocks * count)]
     for block in chosen:
         if not 0 <= block < count:
             raise ProConError(f"blocks names block {block}, but the model has {count}: give indices below {count}")
