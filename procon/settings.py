@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
@@ -19,17 +20,13 @@ from procon.schedule import AlphaSchedule
 
 TokenScope = Literal["response", "prompt", "all"]
 
-#: Which blocks: all, the deepest share of them, or indices. The word "last" names the output of the last block, on its
-#: own or in a list: ``["all", "last"]``, ``[0.5, "last"]``, ``[8, 9, "last"]``. Of L blocks, its index is L.
-Blocks = Literal["all", "last"] | float | Sequence[int | float | str]
+#: Which blocks: all, the deepest share of them, or indices, from the end if they are negative.
+Blocks = Literal["all"] | float | Sequence[int]
 
 Penalty = Literal["squared", "absolute", "huber"]
 Fuse = Literal["auto", "never"]
 Backend = Literal["auto", "triton", "eager"]
 AnchorSource = Literal["recorded", "live", "none"]
-
-#: The word for the output of the last block, among blocks.
-LAST = "last"
 
 #: The environment variable that says which backend ``"auto"`` means.
 BACKEND_VARIABLE = "PROCON_BACKEND"
@@ -77,7 +74,7 @@ class ProConSettings:
     blocks: Blocks = _setting(
         "all",
         "Blocks whose inputs are constrained: all that have a direction (paper), the deepest share such as 0.5, or "
-        "indices such as 8,9,10; and last, the output of the last block, alone or beside them: all,last.",
+        "indices such as 8,9,10.",
     )
     penalty: Penalty = _setting(
         "absolute", "Penalty on a departure: squared, absolute (as the paper typesets it) or huber."
@@ -246,35 +243,27 @@ def backend_variable() -> str:
 
 def check_blocks(value: object, name: str = "blocks") -> None:
     """Raise ProConError unless ``value`` is a :data:`Blocks`; whether a model has them shows later."""
-    if isinstance(value, str | float):
-        parts = [value]
-    else:
-        parts = [*value] if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray) else [None]
-    if not parts:
+    parts = [*value] if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray) else [None]
+    if isinstance(value, float):
+        if not 0 < value <= 1:
+            raise ProConError(f"{name} is the fraction {value:g}: give one above 0 and at most 1")
+    elif not parts:
         raise ProConError(f"{name} is empty: give at least one block")
-    others = [part for part in parts if not (isinstance(part, str) and part == LAST)]
-    if len(others) == 1 and isinstance(others[0], float):
-        if not 0 < others[0] <= 1:
-            raise ProConError(f"{name} is the fraction {others[0]:g}: give one above 0 and at most 1")
-    elif others != ["all"] and not all(isinstance(part, Integral) and not isinstance(part, bool) for part in others):
-        raise ProConError(
-            f"{name} is {value!r}: give 'all', a fraction such as 0.5, or indices such as 8,9,10; and 'last' for the "
-            "output of the last block"
-        )
+    elif not (isinstance(value, str) and value == "all") and not all(
+        isinstance(part, Integral) and not isinstance(part, bool) for part in parts
+    ):
+        raise ProConError(f"{name} is {value!r}: give 'all', a fraction such as 0.5, or indices such as 8,9,10")
 
 
 def parse_blocks(text: str, name: str = "blocks") -> Blocks:
-    """Blocks from a text: ``all``, a share such as ``0.5``, or indices ``8,9,10``; or ``last``, or ``all,last``.
+    """Blocks from a text: ``all``, a share such as ``0.5``, or indices ``8,9,10``.
 
     Raises:
         ProConError: for anything else.
     """
-    parts: list[Any] = [part.strip() for part in text.split(",")]
-    try:
-        parts = [part if part in ("all", LAST) else float(part) if "." in part else int(part) for part in parts]
-    except ValueError:
-        parts = [text]  # which is none
-    blocks = parts[0] if len(parts) == 1 and not isinstance(parts[0], int) else parts
+    blocks: Any = text.strip()
+    with suppress(ValueError):  # no numbers: 'all', or a text that is refused
+        blocks = float(blocks) if "." in blocks else [int(part) for part in blocks.split(",")]
     check_blocks(blocks, name)
     return blocks
 

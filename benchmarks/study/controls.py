@@ -25,19 +25,15 @@ def randomized_within(directions: Directions, hidden_states: Tensor, seed: int) 
     variance, as the massive ones do at a sequence's first token, draws lean to those, and to each other.
 
     Args:
-        hidden_states: ``[n, L, D]`` of any floating dtype, inputs of each block at n tokens, n above K. The control has
-            no row for the last block's output if they have none.
+        hidden_states: ``[n, L, D]`` of any floating dtype, inputs of each block at n tokens, n above K.
 
     Raises:
         ProConError: if they do not fit, are not finite, or do not vary at a block that has a direction.
     """
-    if hidden_states.dim() == 3 and hidden_states.shape[1] == directions.block_count:
-        directions = directions.at_block_inputs
     rows, k, width = directions.basis.shape
     if hidden_states.dim() != 3 or hidden_states.shape[1:] != (rows, width) or len(hidden_states) <= k:
         raise ProConError(
-            f"hidden_states have shape {tuple(hidden_states.shape)}: give [n, {directions.block_count}, {width}] with "
-            f"n above {k}"
+            f"hidden_states have shape {tuple(hidden_states.shape)}: give [n, {rows}, {width}] with n above {k}"
         )
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(k, len(hidden_states), generator=generator, dtype=torch.float64)
@@ -65,7 +61,7 @@ def shuffled(directions: Directions, seed: int) -> Directions:
     Raises:
         ProConError: if fewer than two blocks have a direction.
     """
-    usable = directions.at_block_inputs.usable.nonzero().flatten()
+    usable = directions.usable.nonzero().flatten()
     if len(usable) < 2:
         raise ProConError("only one block has a direction, so blocks cannot be shuffled: use randomized()")
     generator = torch.Generator().manual_seed(seed)
@@ -73,8 +69,6 @@ def shuffled(directions: Directions, seed: int) -> Directions:
     while (order == usable).any():  # until none keeps its own: e = 2.7 draws on average
         order = usable[torch.randperm(len(usable), generator=generator)]
     source = torch.arange(len(directions.gaps)).index_copy(0, usable, order)
-    if directions.last_output and directions.usable[-1]:
-        source[-1] = usable[torch.randint(len(usable), (), generator=generator)]
     # Of several directions per block, one may be missing at either block.
     there = (directions.gaps != 0) & (directions.gaps[source] != 0)
     return replace(

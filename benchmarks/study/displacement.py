@@ -23,9 +23,8 @@ def last_token_states(
     decoder = find_decoder(model)
     states = torch.empty(len(prompts), len(decoder.blocks), decoder.hidden_size)
 
-    def consume(rows: list[int], site: int, hidden: Tensor) -> None:
-        if site < len(decoder.blocks):
-            states[rows, site] = hidden.float().cpu()
+    def consume(rows: list[int], block: int, hidden: Tensor) -> None:
+        states[rows, block] = hidden.float().cpu()
 
     each_last_token(model, tokenizer, prompts, consume, batch_size, "hidden states", False)
     return states

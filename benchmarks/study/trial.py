@@ -215,7 +215,7 @@ def measure(start: Start, model: PreTrainedModel, job: Job, split: Split, size: 
             reply["complied"] = complies(reply["reply"])
     states = start.probe_states(model)
     drift = compare_means(start.reference, contrast_means(states))
-    displacement = measure_displacement(start.states, states, start.directions.at_block_inputs)
+    displacement = measure_displacement(start.states, states, start.directions)
     return {
         "split": split,
         "hidden_size": states.shape[-1],

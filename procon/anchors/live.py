@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from procon.anchors.recording import checked_blocks, project_sites
+from procon.anchors.recording import checked_blocks, project_block_inputs
 from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import (
@@ -40,7 +40,7 @@ class LiveAnchors:
         model: a transformers causal LM about to be trained, also within PEFT or DDP; under FSDP2 or ZeRO-3 with a
             fresh adapter.
         directions: of this model.
-        blocks: indices of the blocks, as of the constraint; all block inputs that have a direction if not given.
+        blocks: indices of the blocks, as of the constraint; all that have a direction if not given.
         adapters_off: of :class:`procon.models.StartingModel`.
         reference: the starting model as a module of its own, which the trainer has anyway.
 
@@ -100,4 +100,4 @@ class LiveAnchors:
         """What ``run`` gives, which runs the starting model for the trainer, and the anchors of its first ``rows``."""
         device = model_device(self._model)
         self._basis = self._basis.to(device)
-        return project_sites(run, self._decoder, self._basis, self.blocks, rows=rows, device=device)
+        return project_block_inputs(run, self._decoder, self._basis, self.blocks, rows=rows, device=device)

@@ -18,8 +18,6 @@ from procon.models import (
     find_decoder,
     is_sharded,
     observe_block_inputs,
-    observe_sites,
-    site_name,
 )
 from procon.ops import project
 from procon.ranks import gather
@@ -42,7 +40,7 @@ _WATCHED = 8
 
 
 def checked_blocks(model: nn.Module, directions: Directions, blocks: Sequence[int] | None) -> tuple[int, ...]:
-    """``blocks`` as they are, or all block inputs that have a direction. If weights are sharded, all ranks must call.
+    """``blocks`` as they are, or all that have a direction. If weights are sharded, all ranks must call.
 
     Raises:
         ProConError: if the directions do not fit the model, or are of another one.
@@ -50,43 +48,43 @@ def checked_blocks(model: nn.Module, directions: Directions, blocks: Sequence[in
     directions.check_fits(find_decoder(model))
     directions.check_origin(model)
     if blocks is None:
-        blocks = directions.at_block_inputs.usable.nonzero().flatten().tolist()
+        blocks = directions.usable.nonzero().flatten().tolist()
     return tuple(map(int, blocks))
 
 
-def project_sites(
+def project_block_inputs(
     run: Callable[[], _Result],
     decoder: Decoder,
     basis: Tensor,
-    sites: Sequence[int],
+    blocks: Sequence[int],
     *,
     rows: int,
     device: torch.device | str,
 ) -> tuple[_Result, Tensor]:
-    """What ``run()`` gives, and the projections ``[rows, T, len(sites) * K]`` fp32 of the sequences that it runs.
+    """What ``run()`` gives, and the projections ``[rows, T, len(blocks) * K]`` fp32 of the sequences that it runs.
 
     Args:
         run: makes one forward of ``decoder``, or several, each on some of the rows; what comes after them is left out.
-        basis: ``[L, K, D]`` unit directions of all sites.
-        sites: indices of blocks, whose inputs they are; ``len(decoder.blocks)`` is the last one's output.
+        basis: ``[L, K, D]`` unit directions of all blocks.
+        blocks: indices of the blocks whose inputs are projected.
         device: where the projections go.
 
     Raises:
-        ProConError: if a site is not passed, or not by all rows.
+        ProConError: if a block does not run, or not on all rows.
     """
-    found: dict[int, list[Tensor]] = {site: [] for site in sites}
+    found: dict[int, list[Tensor]] = {block: [] for block in blocks}
 
-    def observe(site: int, hidden: Tensor) -> None:
-        taken = found.get(site)
+    def observe(block: int, hidden: Tensor) -> None:
+        taken = found.get(block)
         if taken is not None and sum(map(len, taken)) < rows:
-            taken.append(project(hidden, basis[site].to(hidden.device)).to(device, torch.float32))
+            taken.append(project(hidden, basis[block].to(hidden.device)).to(device, torch.float32))
 
-    with observe_sites(decoder, observe):
+    with observe_block_inputs(decoder, observe):
         result = run()
-    for site, taken in found.items():
+    for block, taken in found.items():
         if sum(map(len, taken)) != rows:
             raise ProConError(
-                f"block {site} ran on {sum(map(len, taken))} of {rows} sequences, so they have no anchors: constrain "
+                f"block {block} ran on {sum(map(len, taken))} of {rows} sequences, so they have no anchors: constrain "
                 "only blocks that run"
             )
     z = torch.stack([taken[0] if len(taken) == 1 else torch.cat(taken) for taken in found.values()], -2)
@@ -109,8 +107,8 @@ def record_projections(
 
     Args:
         model: in eval mode, gradients disabled; not wrapped for data parallelism.
-        directions: ``[L, K, D]`` unit directions of all blocks; ``[L + 1, K, D]`` with the output of the last block.
-        blocks: indices of blocks, whose inputs are projected; ``L`` for the output of the last block.
+        directions: ``[L, K, D]`` unit directions of all blocks.
+        blocks: indices of the blocks whose inputs are projected.
 
     Raises:
         ProConError: on projections that are not finite, inputs that a text decoder does not take, or a decoder that
@@ -144,10 +142,10 @@ def record_projections(
             continue
         inputs = decoder_inputs(batch if batch and new else ONE_TOKEN, device)
         rows = len(inputs["input_ids"])
-        _, z = project_sites(partial(forward.run, **inputs), decoder, unit, blocks, rows=rows, device="cpu")
+        _, z = project_block_inputs(partial(forward.run, **inputs), decoder, unit, blocks, rows=rows, device="cpu")
         for key, sequence in new.items():
             z_of_tokens = z[sequence.row, sequence.span][torch.from_numpy(sequence.in_scope(scope))]
-            _check_finite(z_of_tokens, blocks, sequence, len(decoder.blocks))
+            _check_finite(z_of_tokens, blocks, sequence)
             yield key, z_of_tokens.numpy()
 
 
@@ -195,11 +193,11 @@ def check_packing(
         )
 
 
-def _check_finite(z: Tensor, blocks: Sequence[int], sequence: TokenSequence, count: int) -> None:
+def _check_finite(z: Tensor, blocks: Sequence[int], sequence: TokenSequence) -> None:
     bad = ~torch.isfinite(z).unflatten(-1, (len(blocks), -1)).all(-1).all(0)
     if bad.any():
-        where = site_name(blocks[int(bad.nonzero()[0])], count)
         raise ProConError(
-            f"hidden states {where} are NaN or infinite on the sample of {len(sequence.input_ids)} tokens starting "
-            f"{sequence.input_ids[:24].tolist()}: load the model in bfloat16 or float32, and check its weights"
+            f"hidden states entering block {blocks[int(bad.nonzero()[0])]} are NaN or infinite on the sample of "
+            f"{len(sequence.input_ids)} tokens starting {sequence.input_ids[:24].tolist()}: load the model in bfloat16 "
+            "or float32, and check its weights"
         )

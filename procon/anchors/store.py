@@ -136,8 +136,7 @@ class Anchors:
             dataloader: batches with ``input_ids``, ``labels`` and what else the decoder needs. Under several ranks,
                 each passes its own share, of any length; ranks that compute one batch together pass the same.
             path: a folder.
-            blocks: indices of the blocks to record, ``L`` for the output of the last of L blocks; all block inputs
-                that have a direction if not given.
+            blocks: indices of the blocks to record; all that have a direction if not given.
             scope: which tokens of a sequence; a constraint acts on those that were recorded.
             state: the :func:`fingerprint`, if it is known: it takes a pass over all weights.
 

@@ -76,13 +76,12 @@ def directions(arguments: DirectionsArguments) -> None:
 def _table(found: Directions) -> Table:
     """A row for each block and direction there, and for blocks without any."""
     table = Table("block", "direction", "gap", "held-out AUROC", box=box.SIMPLE_HEAD)
-    for site, (gaps, quality) in enumerate(zip(found.gaps.tolist(), found.auroc.tolist(), strict=True)):
-        block = str(site) if site < found.block_count else "last output"
+    for block, (gaps, quality) in enumerate(zip(found.gaps.tolist(), found.auroc.tolist(), strict=True)):
         if not any(gaps):
-            table.add_row(block, "no direction", "-", "-")
+            table.add_row(str(block), "no direction", "-", "-")
         for name, gap, one in zip(found.concepts, gaps, quality, strict=True):
             if gap:
-                table.add_row(block, name, f"{gap:.3g}", f"{one:.2f}")
+                table.add_row(str(block), name, f"{gap:.3g}", f"{one:.2f}")
     return table
 
 

@@ -1,4 +1,4 @@
-"""The projection constraint on a model's block inputs and last block's output, in any loop.
+"""The projection constraint on a model's block inputs, in any loop.
 
 In: directions, a model to attach to, anchors and a mask for each forward.
 Out: the penalty, whose gradient goes into the hidden states.
@@ -9,13 +9,12 @@ from procon.errors import require_extra
 
 __extra__ = require_extra("train", __name__)
 
-from procon.constraint.blocks import select_among, select_blocks
+from procon.constraint.blocks import select_blocks
 from procon.constraint.constraint import ProjectionConstraint
 from procon.constraint.target import constrained_tokens
 
 __all__ = [
     "ProjectionConstraint",
     "constrained_tokens",
-    "select_among",
     "select_blocks",
 ]

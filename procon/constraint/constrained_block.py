@@ -1,4 +1,4 @@
-"""Where a block's input, or the last one's output, meets the op: within the norm that reads it, or on the way there."""
+"""Where a block's input meets the op: within the norm that reads it, or on the way there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from procon.constraint.proof import is_the_same
 from procon.constraint.sharded_input import constrain_sharded
 from procon.constraint.target import State, Target, on_device, typical_departure
 from procon.errors import ProConError
-from procon.models import block_input, block_output
+from procon.models import block_input
 from procon.ops import outside_backward
 from procon.ops.autograd import Constrain, RmsNormConstrain
 from procon.ops.backends import choose_backend
@@ -36,7 +36,7 @@ _Operands = tuple[Tensor, Tensor, Tensor, str]
 
 
 class ConstrainedBlock:
-    """One constrained block of a model; with the index after the last one, the last one's output.
+    """One constrained block of a model.
 
     A checkpointed block runs again within backward, when its target may be released, or be the next forward's already.
     The gradient does not depend on it: the op keeps what its backward needs of the target from the forward that made
@@ -52,29 +52,21 @@ class ConstrainedBlock:
         self._reaches: dict[tuple[torch.device, torch.dtype, float], Tensor | None] = {}
         self._norm_did_it = True
 
-    def attach(self, block: nn.Module, norm: InputNorm | None, undo: ExitStack, *, is_output: bool = False) -> None:
+    def attach(self, block: nn.Module, norm: InputNorm | None, undo: ExitStack) -> None:
         """Put the op into ``norm``, or on the way if there is none; closing ``undo`` takes it out again.
 
         Args:
-            block: the block whose input is constrained, or whose output.
+            block: the block whose input is constrained.
             norm: the RMSNorm that reads it and can do the work.
         """
         meet = _unseen(partial(self._through, block)) if norm is None else self._note
-
-        def on_output(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-            if (hidden := meet(block_output(output))) is None:
-                return None
-            return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
         def on_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
             if (hidden := meet(block_input(args, kwargs))) is None:
                 return None
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
-        if is_output:
-            undo.callback(block.register_forward_hook(Hook(on_output)).remove)
-        else:
-            undo.callback(block.register_forward_pre_hook(Hook(on_input), with_kwargs=True).remove)
+        undo.callback(block.register_forward_pre_hook(Hook(on_input), with_kwargs=True).remove)
         if norm is not None:
             norm.module.forward = ModuleForward(norm.module, _unseen(self._within(norm)))
             undo.callback(delattr, norm.module, "forward")

@@ -87,7 +87,7 @@ class ProjectionConstraint:
         enabled: True; set to False, the model's own code runs, at plain speed (alpha 0).
 
     Raises:
-        ProConError: for a wrong setting, blocks that have no direction, or ``"gap"`` for vectors without a unit.
+        ProConError: for a wrong setting, or blocks that have no direction.
     """
 
     def __init__(
@@ -161,10 +161,9 @@ class ProjectionConstraint:
             hook = Hook(self._before_decoder)
             undo.callback(decoder.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             for column, index in enumerate(self.blocks):
-                is_output = index == len(decoder.blocks)
                 norm = find_norm(decoder, index) if fuses else None
                 block = ConstrainedBlock(self._state, column, index, self._vectors[column])
-                block.attach(decoder.blocks[-1 if is_output else index], norm, undo, is_output=is_output)
+                block.attach(decoder.blocks[index], norm, undo)
                 if norm is not None:
                     fused.append(index)
             layer = adapter_layer(decoder)

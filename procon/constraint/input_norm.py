@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from procon.models import Decoder, final_norms
+from procon.models import Decoder
 from procon.ops import rms_norm
 
 #: Share of bfloat16 results that must be bitwise a rule's. Another rule rounds many of them otherwise; the same rule in
@@ -33,18 +33,16 @@ class InputNorm:
 
 
 def find_norm(decoder: Decoder, index: int) -> InputNorm | None:
-    """The RMSNorm that reads the input of block ``index``; with the index after the last one, the last one's output.
+    """The RMSNorm that reads the input of block ``index``.
 
     None if there is none, or the block computes anything with its input before it calls the norm. Nothing is computed
-    with the model's weights, so they may be on any device, sharded or without storage. That a final norm reads the last
-    block's output shows as it runs.
+    with the model's weights, so they may be on any device, sharded or without storage.
     """
-    is_output = index == len(decoder.blocks)
-    block, size = decoder.blocks[-1 if is_output else index], decoder.hidden_size
-    norms = [m for m in (final_norms(decoder) if is_output else block.modules()) if _looks_like_rms_norm(m, size)]
+    block, size = decoder.blocks[index], decoder.hidden_size
+    norms = [module for module in block.modules() if _looks_like_rms_norm(module, size)]
     if not norms:
         return None
-    module = norms[0] if is_output else _first_called(block, norms, size)
+    module = _first_called(block, norms, size)
     return None if module is None else _with_rule(module, size)
 
 

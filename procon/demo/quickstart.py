@@ -129,8 +129,7 @@ def quickstart(
         console.rule(f"2/{parts}  refusal directions")
         directions = Directions.extract(start, tokenizer, progress=False)
         directions.save(output / "directions.safetensors")
-        inputs = directions.at_block_inputs
-        usable = inputs.auroc[inputs.usable]
+        usable = directions.auroc[directions.usable]
         console.print(f"{len(usable)} blocks; held-out AUROC {usable.min():.2f} to {usable.max():.2f}")
 
         problems = arithmetic_problems(size.train + size.test + size.watched, TASK_SEED)

@@ -19,13 +19,9 @@ def randomized(directions: Directions, seed: int) -> Directions:
     """
     generator = torch.Generator().manual_seed(seed)
     blocks, width = directions.block_count, directions.basis.shape[2]
-    # The last block's output is drawn after the block inputs, so that theirs are the same with it and without it.
-    sites = [blocks, 1] if directions.last_output else [blocks]
-    draws = [
-        torch.cat([torch.randn(rows, count, width, generator=generator) for count in (1, directions.k - 1)], 1)
-        for rows in sites
-    ]
-    return along(directions, torch.cat(draws), {"random_seed": seed})
+    # The first of several are drawn first, so that they are what one direction per block would be.
+    draws = [torch.randn(blocks, count, width, generator=generator) for count in (1, directions.k - 1)]
+    return along(directions, torch.cat(draws, 1), {"random_seed": seed})
 
 
 def along(directions: Directions, vectors: Tensor, provenance: dict[str, Any]) -> Directions:

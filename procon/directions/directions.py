@@ -31,13 +31,13 @@ from procon.directions.extraction import (
 from procon.errors import ProConError
 from procon.files import write_bytes
 from procon.models import Decoder, Relation, compare_origin, find_decoder, origin_of, refuse_unprepared
-from procon.settings import LAST, MAX_DIRECTIONS, ChatSettings
+from procon.settings import MAX_DIRECTIONS, ChatSettings
 
 #: The file's name if it stands beside a model or an adapter.
 DIRECTIONS_FILE = "refusal-directions.safetensors"
 
 #: Vectors by the block, or a row for each.
-Vectors = Tensor | Mapping[int | str, Tensor]
+Vectors = Tensor | Mapping[int, Tensor]
 
 _REFUSAL = "refusal"
 _TENSORS = ("basis", "gaps", "auroc", "positive", "negative")
@@ -49,7 +49,7 @@ _TOLERANCE = 2**-8
 
 @dataclass(frozen=True)
 class Directions:
-    """``K`` unit directions for each of ``L`` rows: the inputs of the blocks, and the output of the last one.
+    """``K`` unit directions for the input of each of ``L`` blocks.
 
     They are refusal directions, or those of other concepts, which need not be at right angles to each other.
 
@@ -62,7 +62,6 @@ class Directions:
             as malicious ones have refusal, and those that do not; NaN if not measured.
         concepts: ``K`` names, of what each direction stands for; ``refusal``, ``refusal_2`` and on if not given.
         provenance: model id, revision and origin, chat template and prompt-set hashes, counts, versions, refusal rate.
-        last_output: whether the last row is that of the last block's output, before the final norm.
     """
 
     basis: Tensor
@@ -72,7 +71,6 @@ class Directions:
     negative: Tensor = _UNMEASURED
     concepts: tuple[str, ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
-    last_output: bool = False
 
     def __post_init__(self) -> None:
         for name in _TENSORS[2:]:
@@ -172,7 +170,6 @@ class Directions:
             positive=(basis * means.malicious[:, None]).sum(-1).float(),
             negative=(basis * means.benign[:, None]).sum(-1).float(),
             concepts=numbered(name, k),
-            last_output=means.last_output,
         )
 
     @classmethod
@@ -181,9 +178,8 @@ class Directions:
 
         Args:
             model: the model whose hidden states the vectors belong to; later, another model is refused.
-            vectors: ``{block: vector [D]}`` for some blocks, or a tensor ``[L, D]`` for all; zeros are left out. A
-                vector stands for the input of its block; that of ``"last"``, or of block L, for the output of the last
-                block. Of any length: the constraint takes unit vectors.
+            vectors: ``{block: vector [D]}`` for the inputs of some blocks, or a tensor ``[L, D]`` for all; zeros are
+                left out. Of any length: the constraint takes unit vectors.
             name: of the concept, at most 40 letters, digits, ``_``, ``-`` and ``.``.
 
         Raises:
@@ -199,7 +195,6 @@ class Directions:
             torch.where(length > 0, torch.nan, 0.0),
             concepts=(name,),
             provenance={**provenance_of(model), "given": True},
-            last_output=True,
         )
 
     @property
@@ -210,11 +205,11 @@ class Directions:
     @property
     def block_count(self) -> int:
         """Number of blocks of the model."""
-        return len(self.basis) - self.last_output
+        return len(self.basis)
 
     @property
     def usable(self) -> Tensor:
-        """``[L]`` bool: rows that have a direction."""
+        """``[L]`` bool: blocks that have a direction."""
         return (self.gaps != 0).any(-1)
 
     @property
@@ -228,26 +223,19 @@ class Directions:
         data = self.basis.numpy().tobytes() + self.gaps.numpy().tobytes()
         return hashlib.sha256(data).hexdigest()[:16]
 
-    @property
-    def at_block_inputs(self) -> Directions:
-        """These without the row of the last block's output."""
-        if not self.last_output:
-            return self
-        return replace(self, **{name: getattr(self, name)[:-1] for name in _TENSORS}, last_output=False)
-
     def cosine(self, other: Directions) -> Tensor:
-        """Signed cosine to ``other`` (section III-B) at block inputs, of the first directions if there are several.
+        """Signed cosine to ``other`` (section III-B), of the first directions if there are several.
 
         Returns:
-            ``[block_count]`` fp32, NaN where either has no direction.
+            ``[L]`` fp32, NaN where either has no direction.
         """
-        one, two = (found.at_block_inputs.basis[:, 0] for found in (self, other))
+        one, two = self.basis[:, 0], other.basis[:, 0]
         if one.shape != two.shape:
             raise ProConError(
                 f"directions of shape {tuple(one.shape)} and {tuple(two.shape)} cannot be compared: extract both from "
                 "the same architecture"
             )
-        there = (self.gaps != 0)[: len(one), 0] & (other.gaps != 0)[: len(one), 0]
+        there = (self.gaps[:, 0] != 0) & (other.gaps[:, 0] != 0)
         return torch.where(there, (one.double() * two.double()).sum(-1).float(), torch.nan)
 
     def check_fits(self, decoder: Decoder) -> None:
@@ -291,7 +279,7 @@ class Directions:
         """
         # Copies, as safetensors refuses tensors that share memory.
         tensors = {name: getattr(self, name).clone(memory_format=torch.contiguous_format) for name in _TENSORS}
-        about = {"concepts": self.concepts, "provenance": self.provenance, "last_output": self.last_output}
+        about = {"concepts": self.concepts, "provenance": self.provenance}
         # One entry, since safetensors puts several in an order that chance gives.
         text = json.dumps(about | {"checksum": _checksum(tensors, about)})
         return write_bytes(save(tensors, {"procon": text}), path)
@@ -314,7 +302,7 @@ class Directions:
                 tensors = {name: file.get_tensor(name).clone() for name in _TENSORS}
             if about.pop("checksum") != _checksum(tensors, about):
                 raise ValueError("its checksum differs")
-            if not isinstance(about["provenance"], dict) or not isinstance(about["last_output"], bool):
+            if not isinstance(about["provenance"], dict):
                 raise TypeError("it holds other values")
             about["concepts"] = tuple(about["concepts"])
             check_concepts(about["concepts"])
@@ -376,18 +364,17 @@ def check_concepts(names: Sequence[object]) -> None:
 
 
 def rows_of(vectors: Vectors, blocks: int, width: int) -> Tensor:
-    """``[blocks + 1, width]`` fp64, zeros where no vector is given; ProConError for what does not fit such a model."""
+    """``[blocks, width]`` fp64, zeros where no vector is given; ProConError for what does not fit such a model."""
     given: dict[Any, Tensor] = dict(enumerate(vectors) if isinstance(vectors, Tensor) else vectors)
-    rows = torch.zeros(blocks + 1, width, dtype=torch.float64)
-    for site, vector in given.items():
-        number = blocks if site == LAST else site
+    rows = torch.zeros(blocks, width, dtype=torch.float64)
+    for block, vector in given.items():
         vector = torch.as_tensor(vector).detach().cpu().double()
-        if number not in range(blocks + 1) or vector.shape != (width,) or not torch.isfinite(vector).all():
+        if block not in range(blocks) or vector.shape != (width,) or not torch.isfinite(vector).all():
             raise ProConError(
-                f"the vector of block {site!r:.40} has shape {tuple(vector.shape)} or is not finite, and the model has "
-                f"{blocks} blocks of width {width}: give finite ones for indices below {blocks}, or 'last'"
+                f"the vector of block {block!r:.40} has shape {tuple(vector.shape)} or is not finite, and the model "
+                f"has {blocks} blocks of width {width}: give finite ones for indices below {blocks}"
             )
-        rows[number] = vector
+        rows[block] = vector
     if not rows.any() or (isinstance(vectors, Tensor) and len(given) < blocks):
         raise ProConError(f"too few vectors are given, or zeros alone: name blocks, or give {blocks} rows")
     return rows

@@ -21,9 +21,8 @@ from procon.models import (
     find_decoder,
     in_batches,
     model_device,
-    observe_sites,
+    observe_block_inputs,
     origin_of,
-    site_name,
     transformers_model,
 )
 from procon.settings import ChatSettings
@@ -39,18 +38,16 @@ class ContrastMeans:
     """Means over each side's prompts of the block inputs at the last prompt token, fp64 on the CPU.
 
     Attributes:
-        malicious, benign: ``[L, D]``; ``[L + 1, D]`` with the output of the last block.
-        scale: ``[L]`` or ``[L + 1]``, the larger of the two sides' mean norms.
-        differences: ``[C, L, D]`` or ``[C, L + 1, D]``, malicious minus benign mean of each category, in alphabetical
-            order; None if they were not asked for.
-        last_output: whether the last row is that of the last block's output.
+        malicious, benign: ``[L, D]``.
+        scale: ``[L]``, the larger of the two sides' mean norms.
+        differences: ``[C, L, D]``, malicious minus benign mean of each category, in alphabetical order; None if they
+            were not asked for.
     """
 
     malicious: Tensor
     benign: Tensor
     scale: Tensor
     differences: Tensor | None = None
-    last_output: bool = False
 
     @classmethod
     def measure(
@@ -64,7 +61,7 @@ class ContrastMeans:
         batch_size: int = 32,
         progress: bool = True,
     ) -> ContrastMeans:
-        """Run the prompts through ``model``, and measure its ``L + 1`` sites; ``by_category`` the differences too.
+        """Run the prompts through ``model``, and measure its block inputs; ``by_category`` the differences too.
 
         Raises:
             ProConError: on hidden states that are not finite, or a tokenizer without chat template.
@@ -75,7 +72,7 @@ class ContrastMeans:
             for number, side in enumerate((prompts.malicious, prompts.benign), 1)
         )
         differences = first - second if by_category else None
-        return cls(malicious, benign, torch.maximum(one, other), differences, last_output=True)
+        return cls(malicious, benign, torch.maximum(one, other), differences)
 
     def contrast(self) -> tuple[Tensor, Tensor]:
         """Difference in means as a unit vector, ``[L, D]``, and its length, ``[L]``; both 0 where it is rounding."""
@@ -95,25 +92,27 @@ def _mean_last_token(
     progress: bool,
     chat: ChatSettings | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Over prompts, fp64 on the CPU: mean ``[L + 1, D]``, mean norm ``[L + 1]``, and categories' means."""
+    """Over prompts, fp64 on the CPU: mean ``[L, D]``, mean norm ``[L]``, and categories' means."""
     decoder = find_decoder(model)
     blocks = len(decoder.blocks)
-    total = torch.zeros(blocks + 1, decoder.hidden_size, dtype=torch.float64)
-    norms = torch.zeros(blocks + 1, dtype=torch.float64)
+    total = torch.zeros(blocks, decoder.hidden_size, dtype=torch.float64)
+    norms = torch.zeros(blocks, dtype=torch.float64)
     names, category = np.unique(categories, return_inverse=True)
     by_category = torch.zeros(len(names), *total.shape, dtype=torch.float64)
 
-    def consume(rows: list[int], site: int, hidden: Tensor) -> None:
+    def consume(rows: list[int], block: int, hidden: Tensor) -> None:
         hidden = hidden.cpu().double()
-        total[site] += hidden.sum(0)
-        norms[site] += hidden.norm(dim=-1).sum()
+        total[block] += hidden.sum(0)
+        norms[block] += hidden.norm(dim=-1).sum()
         if len(names):
-            by_category[:, site].index_add_(0, torch.from_numpy(category[rows]), hidden)
+            by_category[:, block].index_add_(0, torch.from_numpy(category[rows]), hidden)
 
     each_last_token(model, tokenizer, prompts, consume, batch_size, description, progress, chat)
     if not torch.isfinite(total).all():
-        where = site_name(int((~torch.isfinite(total)).any(-1).nonzero()[0]), blocks)
-        raise ProConError(f"hidden states {where} are NaN or infinite: load the model in bfloat16 or float32")
+        bad = int((~torch.isfinite(total)).any(-1).nonzero()[0])
+        raise ProConError(
+            f"hidden states entering block {bad} are NaN or infinite: load the model in bfloat16 or float32"
+        )
     counts = torch.from_numpy(np.bincount(category, minlength=len(names)))
     return total / len(prompts), norms / len(prompts), by_category / counts[:, None, None]
 
@@ -128,10 +127,9 @@ def each_last_token(
     progress: bool,
     chat: ChatSettings | None = None,
 ) -> None:
-    """Call ``consume(rows, site, hidden [len(rows), D])`` for every batch of prompts and every site.
+    """Call ``consume(rows, block, hidden [len(rows), D])`` for every batch of prompts and the input of every block.
 
-    Sites are the inputs of the ``L`` blocks, and ``L``, the output of the last one. A batch that does not fit in memory
-    is run again in smaller ones.
+    A batch that does not fit in memory is run again in smaller ones.
     """
     forward = DecoderForward(model)
     ids = [render(tokenizer, user_turn(prompt), generation_prompt=True, chat=chat) for prompt in prompts]
@@ -146,11 +144,11 @@ def each_last_token(
         mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
         last = (torch.arange(len(rows)), lengths - 1)
         states: dict[int, Tensor] = {}
-        with observe_sites(forward.decoder, lambda site, hidden: states.update({site: hidden[last]})):
+        with observe_block_inputs(forward.decoder, lambda block, hidden: states.update({block: hidden[last]})):
             forward.run(input_ids=batch.to(forward.device), attention_mask=mask.to(forward.device))
         # Once all of it is there, as a batch that does not fit is run again.
-        for site, hidden in states.items():
-            consume(list(rows), site, hidden)
+        for block, hidden in states.items():
+            consume(list(rows), block, hidden)
         bar.update(len(rows))
 
     with evaluating(model), tqdm(total=len(ids), desc=description, unit="prompt", disable=not progress) as bar:
@@ -167,16 +165,12 @@ def project_last_token(
     batch_size: int = 32,
     progress: bool = True,
 ) -> Tensor:
-    """Projection of each prompt's last token on all directions of ``basis [L, K, D]``: ``[len(prompts), L, K]`` fp32.
-
-    Rows are the inputs of the blocks; one row more is that of the last block's output.
-    """
+    """Projections of each prompt's last token on ``basis [L, K, D]``: ``[len(prompts), L, K]`` fp32."""
     z = torch.empty(len(prompts), *basis.shape[:2])
     unit = basis.to(model_device(model))
 
-    def consume(rows: list[int], site: int, hidden: Tensor) -> None:
-        if site < len(unit):
-            z[rows, site] = (hidden.float() @ unit[site].to(hidden.device).mT).cpu()
+    def consume(rows: list[int], block: int, hidden: Tensor) -> None:
+        z[rows, block] = (hidden.float() @ unit[block].to(hidden.device).mT).cpu()
 
     each_last_token(model, tokenizer, prompts, consume, batch_size, "projections", progress, chat)
     return z

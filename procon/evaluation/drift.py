@@ -62,10 +62,9 @@ def measure_drift(
 def compare_means(reference: Directions, means: ContrastMeans) -> Drift:
     """Drift from ``reference`` to ``means`` of the same prompts."""
     cosine = reference.cosine(Directions.from_means(means))
-    reference = reference.at_block_inputs
 
     def shift(mean: Tensor, at_start: Tensor) -> Tensor:
-        z = (mean[: reference.block_count] * reference.basis[:, 0].double()).sum(-1).float()
+        z = (mean * reference.basis[:, 0].double()).sum(-1).float()
         return torch.where(reference.usable, (z - at_start[:, 0]) / reference.gaps[:, 0], torch.nan)
 
     return Drift(

@@ -1,8 +1,8 @@
 """What is known of transformers' models: where their blocks are, how they run, which weights they have and had.
 
 In: a causal LM, bare or wrapped, or its name.
-Out: its decoder, block inputs and last block's output, its attention, the model as it was when training started; hashes
-of weights and configuration, and the origin by which two models are compared.
+Out: its decoder, block inputs, its attention, the model as it was when training started; hashes of weights and
+configuration, and the origin by which two models are compared.
 May import: the leaves. It knows no directions and no anchors.
 """
 
@@ -17,17 +17,13 @@ from procon.models.decoder import (
     active_adapters,
     adapter_layer,
     block_input,
-    block_output,
-    final_norms,
     find_decoder,
     first_moving_block,
     is_sharded,
     model_device,
     observe_block_inputs,
     observe_last_state,
-    observe_sites,
     refuse_unprepared,
-    site_name,
     token_embedding,
     transformers_model,
     unwrapped,
@@ -46,13 +42,11 @@ __all__ = [
     "adapter_layer",
     "best_attention",
     "block_input",
-    "block_output",
     "check_name",
     "compare_origin",
     "configuration_hash",
     "default_dtype",
     "evaluating",
-    "final_norms",
     "find_decoder",
     "first_batch_size",
     "first_moving_block",
@@ -64,10 +58,8 @@ __all__ = [
     "model_device",
     "observe_block_inputs",
     "observe_last_state",
-    "observe_sites",
     "origin_of",
     "refuse_unprepared",
-    "site_name",
     "spread",
     "token_embedding",
     "transformers_model",

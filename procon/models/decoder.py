@@ -98,26 +98,17 @@ def block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def block_output(output: Any) -> Tensor:
-    """The residual stream ``[..., D]`` of what a decoder block returned: a tensor, or a tuple that begins with it."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def final_norms(decoder: Decoder) -> list[nn.Module]:
-    """What stands after the blocks and looks like a norm of the last one's output: one module, or none."""
-    children = list(decoder.module.children())
-    after = children[children.index(decoder.blocks) + 1 :]
-    return [child for child in after if {p.shape for p in child.parameters()} == {(decoder.hidden_size,)}]
-
-
 def first_moving_block(decoder: Decoder) -> int:
     """Index of the first block whose input training can move: something that feeds it has a gradient; ``L`` if none.
 
     A hidden state that requires a gradient does not say so: with checkpointing, PEFT asks for that of the embeddings'.
     What else the decoder holds counts as feeding the first block, except a norm of the last block's output.
     """
-    final = final_norms(decoder)
-    feeding = [child for child in decoder.module.children() if child is not decoder.blocks and child not in final]
+    width = (decoder.hidden_size,)
+    children = list(decoder.module.children())
+    place = children.index(decoder.blocks)
+    after = [child for child in children[place + 1 :] if {p.shape for p in child.parameters()} != {width}]
+    feeding = [*children[:place], *after]
     for index, part in enumerate([nn.ModuleList(feeding), *decoder.blocks]):
         for parameter in part.parameters():
             if parameter.requires_grad:
@@ -146,7 +137,11 @@ def observe_block_inputs(decoder: Decoder, observe: Callable[[int, Tensor], None
 
     def pre_forward(index: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = block_input(args, kwargs)
-        _check_stream(hidden, decoder, f"block {index} reads")
+        if hidden.dim() != 3 or hidden.shape[-1] != decoder.hidden_size:
+            raise ProConError(
+                f"block {index} reads hidden states of shape {tuple(hidden.shape)}, not [batch, tokens, "
+                f"{decoder.hidden_size}]: decoders with several residual streams are not supported"
+            )
         if index in seen:
             raise ProConError(f"block {index} runs twice in one forward: looped decoders are not supported")
         seen.add(index)
@@ -160,39 +155,10 @@ def observe_block_inputs(decoder: Decoder, observe: Callable[[int, Tensor], None
 
 
 @contextmanager
-def observe_sites(decoder: Decoder, observe: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """As :func:`observe_block_inputs`, and call ``observe(L, hidden_states)`` on the output of the last block.
-
-    That is the residual stream before the final norm: site ``L`` of the ``L + 1`` sites of a decoder.
-    """
-
-    def post_forward(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        hidden = block_output(output)
-        _check_stream(hidden, decoder, "the last block returns")
-        observe(len(decoder.blocks), hidden)
-
-    with observe_block_inputs(decoder, observe), decoder.blocks[-1].register_forward_hook(post_forward):
-        yield
-
-
-@contextmanager
 def observe_last_state(decoder: Decoder, observe: Callable[[Tensor], None]) -> Iterator[None]:
     """Within the context, call ``observe(hidden_states)`` on what each forward of the decoder gives to the LM head."""
     with decoder.module.register_forward_hook(lambda _module, _args, output: observe(output[0])):
         yield
-
-
-def _check_stream(hidden: Tensor, decoder: Decoder, what: str) -> None:
-    if hidden.dim() != 3 or hidden.shape[-1] != decoder.hidden_size:
-        raise ProConError(
-            f"{what} hidden states of shape {tuple(hidden.shape)}, not [batch, tokens, {decoder.hidden_size}]: "
-            "decoders with several residual streams are not supported"
-        )
-
-
-def site_name(site: int, blocks: int) -> str:
-    """How an error names hidden states at a site of a decoder of so many blocks, after "hidden states"."""
-    return f"entering block {site}" if site < blocks else "leaving the last block"
 
 
 def is_sharded(model: nn.Module) -> bool:

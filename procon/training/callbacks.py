@@ -120,7 +120,7 @@ class DriftCallback(MeasuringCallback):
         self._reference = replace(Directions.from_means(means), provenance=asked)
         if args.should_save:
             self._reference.save(path)
-        none = torch.where(self._reference.at_block_inputs.usable, 0.0, torch.nan)
+        none = torch.where(self._reference.usable, 0.0, torch.nan)
         self.drift = Drift(cosine=none + 1, malicious_shift=none, benign_shift=none)
         self.seconds += time.monotonic() - began
         self._log(_summary(self.drift), control)

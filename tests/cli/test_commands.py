@@ -62,7 +62,7 @@ def test_directions_then_drift_then_eval_then_report(here, capsys):
     assert "refuses 0% of malicious prompts" in printed.out
     assert "Written: new/d.safetensors\n" in printed.out
     assert "warning: the model refuses 0% of malicious prompts" in printed.err
-    assert Directions.load("new/d.safetensors").usable.tolist() == [False, True, True, True]
+    assert Directions.load("new/d.safetensors").usable.tolist() == [False, True, True]
 
     # A new adapter changes nothing; its folder has no tokenizer of its own.
     assert main(["drift", "model", "adapter", "--output", "new/drift.json", *PROMPTS]) == 0

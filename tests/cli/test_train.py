@@ -67,7 +67,7 @@ def test_directions_are_extracted_where_none_are_given(here, capsys):
     assert main([*argv, "--use_cpu", "--drift_steps", "1"]) == 0
     assert "warning: the model refuses 0% of malicious prompts" in capsys.readouterr().err
     found = Directions.load("out")
-    assert found.usable.tolist() == [False, True, True, True]
+    assert found.usable.tolist() == [False, True, True]
     start = Directions.extract(*load_model("model", dtype=torch.float32), check_refusal=False, progress=False)
     assert found.cosine(start)[1:].tolist() == pytest.approx([1, 1], abs=1e-4)  # of the model before training
     assert any("procon/drift_cos" in row for row in logs())

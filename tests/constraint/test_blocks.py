@@ -1,16 +1,20 @@
 """Which blocks a setting selects, and what it may not say."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from procon.constraint.blocks import select_among, select_blocks
+from procon.constraint.blocks import select_blocks
 from procon.directions import Directions
 from procon.errors import ProConError
 
+
+def at(usable: list[bool]) -> Directions:
+    gaps = torch.tensor(usable).float()[:, None]
+    return Directions(torch.eye(len(usable), 8)[:, None] * gaps[..., None], gaps)
+
+
 #: Block 0 and block 3 have no direction.
-USABLE = torch.tensor([False, True, True, False, True, True])
+DIRECTIONS = at([False, True, True, False, True, True])
 
 
 @pytest.mark.parametrize(
@@ -29,43 +33,7 @@ USABLE = torch.tensor([False, True, True, False, True, True])
     ],
 )
 def test_selected(blocks, expected):
-    assert select_among(USABLE, blocks) == expected
-    assert select_among(USABLE, blocks, last=True) == expected  # block inputs: the last output is asked for by name
-
-
-@pytest.mark.parametrize(
-    ("blocks", "expected"),
-    [
-        ("last", (6,)),
-        (["last"], (6,)),
-        (("all", "last"), (1, 2, 4, 5, 6)),
-        (["last", 0.5], (4, 5, 6)),
-        ([4, "last", 1], (1, 4, 6)),
-        ([6], (6,)),
-        ([-1, 6, "last"], (5, 6)),
-    ],
-)
-def test_the_output_of_the_last_block(blocks, expected):
-    assert select_among(USABLE, blocks, last=True) == expected
-    with pytest.raises(ProConError, match=r"^blocks names the output of the last block, which has no direction: extr"):
-        select_among(USABLE, blocks, last=False)
-    with pytest.raises(ProConError, match=r"^blocks names "):
-        select_among(USABLE, blocks)
-
-
-def test_blocks_of_directions_with_and_without_the_last_output():
-    gap = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    found = Directions((torch.eye(4, 8) * (gap > 0)[:, None])[:, None], gap[:, None], last_output=True)
-    assert select_blocks(found, "all") == (1, 2)
-    assert select_blocks(found, ["all", "last"]) == (1, 2, 3)
-    assert select_blocks(found, "last") == select_blocks(found, [3]) == (3,)
-    assert select_blocks(replace(found, last_output=False), "all") == (1, 2, 3)
-    with pytest.raises(ProConError, match=r"^blocks names the output of the last block, which has no direction"):
-        select_blocks(found.at_block_inputs, "last")
-    with pytest.raises(ProConError, match=r"^blocks names block 3, but the model has 3: give indices below 3"):
-        select_blocks(found.at_block_inputs, [3])
-    with pytest.raises(ProConError, match=r"^blocks names block 4, but the model has 3"):
-        select_blocks(found, [4])
+    assert select_blocks(DIRECTIONS, blocks) == expected
 
 
 @pytest.mark.parametrize(
@@ -81,7 +49,7 @@ def test_blocks_of_directions_with_and_without_the_last_output():
 )
 def test_blocks_that_are_not_there(blocks, message):
     with pytest.raises(ProConError, match=f"^{message}"):
-        select_among(USABLE, blocks)
+        select_blocks(DIRECTIONS, blocks)
 
 
 @pytest.mark.parametrize(
@@ -89,4 +57,4 @@ def test_blocks_that_are_not_there(blocks, message):
 )
 def test_nothing_selected(usable, blocks):
     with pytest.raises(ProConError, match=r"^no block is selected: give at least one block that has a direction"):
-        select_among(torch.tensor(usable), blocks)
+        select_blocks(at(usable), blocks)

@@ -206,7 +206,7 @@ def test_blocks_that_text_does_not_pass(tokenizer, batch, tmp_path):
     config = CONFIG_MAPPING["mllama"](text_config=text, vision_config=eye, image_token_index=250)
     model = AutoModelForImageTextToText.from_config(config)
     directions = extract(model, tokenizer)
-    assert directions.usable.tolist() == [False, True, False, True, True]
+    assert directions.usable.tolist() == [False, True, False, True]
     anchors = Anchors.record(model, [batch], directions, tmp_path, progress=False, scope="response").annotate(batch)
     constraint = ProjectionConstraint(directions, penalty="squared")
     assert constraint.blocks == (1, 3)

@@ -46,7 +46,7 @@ def refusal(k: int = 1) -> Directions:
     """Of four rows, the first without a direction."""
     gaps = torch.tensor([0.0, 1.5, 2.0, 1.0])[:, None].expand(4, k)
     basis = torch.linalg.qr(random_vectors(4 * 32).view(4, 32, 32)).Q[:, :k] * (gaps > 0)[..., None]
-    return Directions(basis, gaps, gaps / 4, gaps + 1, gaps + 2, provenance={"model": "m"}, last_output=True)
+    return Directions(basis, gaps, gaps / 4, gaps + 1, gaps + 2, provenance={"model": "m"})
 
 
 def test_directions_without_names_are_of_refusal():
@@ -66,7 +66,6 @@ def test_cosine_is_signed_and_nan_without_a_direction(found):
     torch.testing.assert_close(
         found.cosine(replace(found, basis=-found.basis))[1:], -torch.ones(2), rtol=0, atol=2**-22
     )
-    torch.testing.assert_close(found.at_block_inputs.cosine(found), found.cosine(found), equal_nan=True)
     with pytest.raises(ProConError, match=r"shape \(3, 32\) and \(3, 16\) cannot be compared"):
         found.cosine(replace(found, basis=found.basis[..., :16]))
 
@@ -77,34 +76,28 @@ def test_cosine_is_signed_and_nan_without_a_direction(found):
 def test_directions_fit_their_model_only(found, tiny_model):
     decoder = find_decoder(tiny_model())
     found.check_fits(decoder)
-    found.at_block_inputs.check_fits(decoder)
     replace(found, basis=found.basis.bfloat16().float()).check_fits(decoder)
     for settings, size in (({"num_hidden_layers": 2}, "2 blocks of width 32"), ({"hidden_size": 64}, "of width 64")):
         with pytest.raises(ProConError, match=f"for 3 blocks of width 32, but the model has .*{size}"):
             found.check_fits(find_decoder(tiny_model(**settings)))
-    # A row too many is not taken for the last block's output.
-    with pytest.raises(ProConError, match="directions are for 4 blocks of width 32, but the model has 3 blocks"):
-        replace(found, last_output=False).check_fits(decoder)
-    with pytest.raises(ProConError, match="directions are for 2 blocks of width 32, but the model has 3 blocks"):
-        replace(found.at_block_inputs, last_output=True).check_fits(decoder)
 
 
 BAD_VALUES = [
-    ({"basis": torch.zeros(4, 1, 32)}, "no unit vector beside a gap, or a vector beside none, for block 1"),
-    ({"basis": 1000 * torch.eye(4, 32)[:, None]}, "no unit vector beside a gap, or a vector beside none, for block 0"),
-    ({"basis": torch.full((4, 1, 32), torch.nan)}, "NaN, infinite or negative values"),
-    ({"gaps": torch.tensor([[0.0], [torch.inf], [1.0], [1.0]])}, "NaN, infinite or negative values"),
-    ({"gaps": torch.tensor([[0.0], [-1.0], [1.0], [1.0]])}, "NaN, infinite or negative values"),
-    ({"gaps": torch.zeros(4, 1)}, "no direction for any block"),
-    ({"concepts": ("a", "b")}, r"tensors of shape \(4, 1, 32\) and \(4, 1\) for 2 concepts, not \[L, K, D\] and \[L"),
-    ({"basis": torch.zeros(3, 1, 32)}, r"tensors of shape \(3, 1, 32\) and \(4, 1\) for 1 concepts"),
+    ({"basis": torch.zeros(3, 1, 32)}, "no unit vector beside a gap, or a vector beside none, for block 1"),
+    ({"basis": 1000 * torch.eye(3, 32)[:, None]}, "no unit vector beside a gap, or a vector beside none, for block 0"),
+    ({"basis": torch.full((3, 1, 32), torch.nan)}, "NaN, infinite or negative values"),
+    ({"gaps": torch.tensor([[0.0], [torch.inf], [1.0]])}, "NaN, infinite or negative values"),
+    ({"gaps": torch.tensor([[0.0], [-1.0], [1.0]])}, "NaN, infinite or negative values"),
+    ({"gaps": torch.zeros(3, 1)}, "no direction for any block"),
+    ({"concepts": ("a", "b")}, r"tensors of shape \(3, 1, 32\) and \(3, 1\) for 2 concepts, not \[L, K, D\] and \[L"),
+    ({"basis": torch.zeros(2, 1, 32)}, r"tensors of shape \(2, 1, 32\) and \(3, 1\) for 1 concepts"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), BAD_VALUES)
 def test_directions_that_cannot_act_neither_fit_nor_load(found, tiny_model, tmp_path, change, message):
     bad = replace(found, **change)
-    if len(bad.basis) == 4:
+    if len(bad.basis) == 3:
         with pytest.raises(ProConError, match=f"^directions hold {message}.*: extract them again"):
             bad.check_fits(find_decoder(tiny_model()))
     path = bad.save(tmp_path / "d.safetensors")
@@ -153,22 +146,22 @@ def test_directions_of_another_model_of_the_same_shape_are_refused(found, tiny_m
 
 
 def test_given_vectors_are_unit_vectors(model):
-    given = {1: 3 * random_vectors(1)[0].double(), "last": random_vectors(1, 1)[0].bfloat16()}
+    given = {0: 3 * random_vectors(1)[0].double(), 2: random_vectors(1, 1)[0].bfloat16()}
     found = Directions.from_vectors(model, given, name="probe")
-    assert found.usable.tolist() == [False, True, False, True]
-    for row, vector in ((1, given[1]), (3, given["last"].double())):
-        torch.testing.assert_close(found.basis[row, 0].double(), vector / vector.norm(), rtol=0, atol=2**-24)
-    assert found.gaps[[1, 3]].isnan().all()  # no unit without prompts
-    assert found.gaps[[0, 2]].tolist() == [[0], [0]]
+    assert found.usable.tolist() == [True, False, True]
+    for block, vector in given.items():
+        unit = vector.double() / vector.double().norm()
+        torch.testing.assert_close(found.basis[block, 0].double(), unit, rtol=0, atol=2**-24)
+    assert found.gaps[[0, 2]].isnan().all()  # no unit without prompts
+    assert found.gaps[1].tolist() == [0]
     found.check_fits(find_decoder(model))
 
 
-@pytest.mark.parametrize("rows", [3, 4])
-def test_a_matrix_of_vectors_is_one_for_each_block(model, rows):
-    matrix = random_vectors(rows)
+def test_a_matrix_of_vectors_is_one_for_each_block(model):
+    matrix = random_vectors(3)
     matrix[1] = 0
     found = Directions.from_vectors(model, matrix, name="sae")
-    assert found.usable.tolist() == [True, False, True, rows == 4]
+    assert found.usable.tolist() == [True, False, True]
     torch.testing.assert_close(found.basis[0, 0], matrix[0] / matrix[0].norm())
 
 
@@ -176,12 +169,12 @@ def test_a_matrix_of_vectors_is_one_for_each_block(model, rows):
     ("vectors", "name", "message"),
     [
         (torch.ones(3, 16), "probe", r"the vector of block 0 has shape \(16,\) or is not finite, and the model has 3"),
-        ({"last": torch.ones(1, 32)}, "probe", r"the vector of block 'last' has shape \(1, 32\)"),
+        ({1: torch.ones(1, 32)}, "probe", r"the vector of block 1 has shape \(1, 32\)"),
         ({1: torch.full((32,), torch.nan)}, "probe", "the vector of block 1 has shape .* or is not finite"),
-        ({9: torch.ones(32)}, "probe", "the vector of block 9 has .* 3 blocks of width 32: give .* indices below 3"),
+        ({3: torch.ones(32)}, "probe", "the vector of block 3 has .* 3 blocks of width 32: give .* indices below 3"),
         ({-1: torch.ones(32)}, "probe", "the vector of block -1 has"),
-        ({"first": torch.ones(32)}, "probe", "the vector of block 'first' has"),
-        (torch.ones(5, 32), "probe", "the vector of block 4 has"),
+        ({"last": torch.ones(32)}, "probe", "the vector of block 'last' has"),
+        (torch.ones(4, 32), "probe", "the vector of block 3 has"),
         (torch.ones(2, 32), "probe", "too few vectors are given, or zeros alone: name blocks, or give 3 rows"),
         (torch.zeros(3, 32), "probe", "too few vectors are given, or zeros alone"),
         ({}, "probe", "too few vectors are given, or zeros alone"),
@@ -195,24 +188,24 @@ def test_given_vectors_that_cannot_be_directions(model, vectors, name, message):
 
 
 def test_vectors_by_block_and_for_all(model):
-    one = random_vectors(4)
-    by_block = Directions.from_vectors(model, {1: one[1], "last": one[3]}, name="probe")
-    assert by_block.usable.tolist() == [False, True, False, True]
-    torch.testing.assert_close(Directions.from_vectors(model, one, name="probe").basis[[1, 3]], by_block.basis[[1, 3]])
+    one = random_vectors(3)
+    by_block = Directions.from_vectors(model, {1: one[1], 2: one[2]}, name="probe")
+    assert by_block.usable.tolist() == [False, True, True]
+    torch.testing.assert_close(Directions.from_vectors(model, one, name="probe").basis[1:], by_block.basis[1:])
 
 
 # The file
 
 
-@pytest.mark.parametrize("which", ["of refusal", "of another concept", "block inputs"])
+@pytest.mark.parametrize("which", ["of refusal", "of another concept"])
 def test_save_and_load(found, tmp_path, which):
-    given = {"of refusal": refusal(3), "of another concept": found, "block inputs": found.at_block_inputs}[which]
+    given = {"of refusal": refusal(3), "of another concept": found}[which]
     path = given.save(tmp_path / "new" / "refusal-directions.safetensors")
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     for loaded in (Directions.load(str(path)), Directions.load(path.parent)):
         for name in TENSORS:
             torch.testing.assert_close(getattr(loaded, name), getattr(given, name), rtol=0, atol=0, equal_nan=True)
-        for name in ("concepts", "provenance", "last_output", "hash"):
+        for name in ("concepts", "provenance", "hash"):
             assert getattr(loaded, name) == getattr(given, name)
 
 
@@ -251,8 +244,7 @@ def test_any_change_to_the_file_is_found(found, tmp_path):
         ({}, {"concepts": 9 * ["french"]}, "two concepts are named"),
         ({}, {"concepts": []}, ""),
         ({}, {"provenance": None}, "it holds other values"),
-        ({}, {"last_output": 1}, "it holds other values"),
-        ({}, {"more": 1}, "unexpected keyword argument 'more'"),
+        ({}, {"last_output": True}, "unexpected keyword argument 'last_output'"),
         ({"auroc": torch.zeros(3)}, {}, ""),
         ({"basis": torch.tensor(1.0)}, {}, ""),
     ],
@@ -261,7 +253,7 @@ def test_another_file(found, tmp_path, tensors, about, message):
     """With a checksum that is right."""
     path = found.save(tmp_path / "d.safetensors")
     made = {name: tensor for name, tensor in (load_file(path) | tensors).items() if tensor is not None}
-    kept = {"concepts": ["french"], "provenance": {}, "last_output": True} | about
+    kept = {"concepts": ["french"], "provenance": {}} | about
     save_file(made, path, {"procon": json.dumps(kept | {"checksum": module._checksum(made, kept)})})
     with pytest.raises(ProConError, match=f"d.safetensors' is damaged or not one of ProCon's .*{message}"):
         Directions.load(path)

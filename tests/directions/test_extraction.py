@@ -11,7 +11,7 @@ from procon.directions import ContrastMeans, Directions, auroc, project_last_tok
 from procon.directions import directions as module
 from procon.directions.extraction import DEAD_GAP, further_directions, hold_out
 from procon.errors import ProConError
-from procon.models import find_decoder, origin_of
+from procon.models import origin_of
 
 #: Unequal lengths and unequal sides, so that padding or a wrong divisor shows.
 PROMPTS = ContrastPrompts(
@@ -31,17 +31,13 @@ ROPE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt_ne
 
 
 def by_definition(model, tokenizer, prompts) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[prompts, L + 1, D]``: what enters each block, and leaves the last, at the last prompt token of each prompt."""
-    rows, left = [], []
-    hook = find_decoder(model).blocks[-1].register_forward_hook(lambda _module, _args, output: left.append(output))
+    """``[prompts, L, D]``: what enters each block at the last prompt token of each prompt."""
+    rows = []
     for prompt in prompts:
         ids = torch.tensor([render(tokenizer, user_turn(prompt), generation_prompt=True)])
         with torch.no_grad():
             states = model(input_ids=ids, output_hidden_states=True).hidden_states
-        # The last of them has passed the final norm.
-        states = [*states[:-1], left[-1] if isinstance(left[-1], torch.Tensor) else left[-1][0]]
-        rows.append(torch.stack([state[0, -1] for state in states]))
-    hook.remove()
+        rows.append(torch.stack([state[0, -1] for state in states[:-1]]))  # the last is the final norm's output
     return torch.stack(rows)
 
 
@@ -64,8 +60,7 @@ def test_difference_in_means_by_definition(tiny_model, tokenizer, family):
     gap = difference.norm(dim=-1)
     first = 0 if family == "gpt2" else 1
     directions = Directions.from_means(found)
-    assert directions.usable.tolist() == [site >= first for site in range(4)]
-    assert directions.last_output
+    assert directions.usable.tolist() == [block >= first for block in range(3)]
     assert directions.block_count == 3
     assert directions.basis.dtype == directions.gaps.dtype == torch.float32
     unit = difference[first:] / gap[first:, None]
@@ -82,11 +77,11 @@ def test_difference_in_means_by_definition(tiny_model, tokenizer, family):
 def test_the_first_block_of_a_model_without_learned_positions_has_no_direction(tiny_model, tokenizer, family):
     """Its input at the last prompt token is one embedding, the same for every prompt."""
     found = extract(tiny_model(family), tokenizer)
-    assert found.usable.tolist() == [False, True, True, True]
+    assert found.usable.tolist() == [False, True, True]
     assert found.gaps[0] == 0
     assert found.basis[0].count_nonzero() == 0
     assert found.auroc[0].isnan()
-    torch.testing.assert_close(found.basis[1:, 0].norm(dim=-1), torch.ones(3), rtol=2**-22, atol=0)
+    torch.testing.assert_close(found.basis[1:, 0].norm(dim=-1), torch.ones(2), rtol=2**-22, atol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
@@ -244,7 +239,7 @@ def test_extracted_from_the_categories_of_the_prompts(tiny_model, tokenizer, fam
     size = means.scale.max().item()
     torch.testing.assert_close(means.differences, differences, rtol=0, atol=1e-12 * size)
     usable = found.usable.nonzero().flatten().tolist()
-    assert usable == ([1, 2, 3] if family == "llama" else [0, 1, 2, 3])
+    assert usable == ([1, 2] if family == "llama" else [0, 1, 2])
     for block in usable:
         first = pairs.mean(0)[block] / pairs.mean(0)[block].norm()
         torch.testing.assert_close(found.basis[block, 0].double(), first, rtol=0, atol=2**-24)
@@ -265,7 +260,7 @@ def test_one_of_several_is_the_one(tiny_model, tokenizer):
     for name in ("basis", "gaps", "positive", "negative"):
         assert torch.equal(getattr(alone, name), getattr(three, name)[:, :1])
     torch.testing.assert_close(alone.auroc, three.auroc[:, :1], equal_nan=True)
-    assert torch.equal(three.gaps[1:], alone.gaps[1:].expand(3, 3))
+    assert torch.equal(three.gaps[1:], alone.gaps[1:].expand(2, 3))
     # The first block of this family has no direction.
     assert three.basis[0].count_nonzero() == 0
     assert torch.equal(three.cosine(alone).isnan(), torch.tensor([True, False, False]))

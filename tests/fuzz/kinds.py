@@ -80,7 +80,7 @@ def take_schedule(source: str) -> None:
 
 #: What settings may have: defaults, words, and others.
 GOOD = {field.name: (field.default,) for field in (*fields(ProConSettings), *fields(ChatSettings))} | CHOICES
-GOOD |= {"blocks": (0.5, [1, 2], "1,2", "all,last"), "columns": (None, "prompt=q,response=a", "text=t")}
+GOOD |= {"blocks": (0.5, [1, 2], "1,2", "-1"), "columns": (None, "prompt=q,response=a", "text=t")}
 GOOD |= {"chat_template_kwargs": ({}, {"enable_thinking": False}), "thinking_markers": ((), ["<a>", "</a>"])}
 ODD = (b"all", {1}, object(), len, 1j, (1, 2), range(3), [True], [[1]], Path("x"), [None])
 

@@ -347,18 +347,18 @@ def test_bad_input(trainer, tokenizer, tiny_model, random_directions, tmp_path):
 
 @pytest.fixture
 def probe(tiny_model) -> Directions:
-    """A vector at one block and at the last output, without a unit."""
-    vectors = {1: torch.ones(32), "last": torch.arange(32.0)}
+    """Vectors at two of three blocks, without a unit."""
+    vectors = {1: torch.ones(32), 2: torch.arange(32.0)}
     return Directions.from_vectors(tiny_model(), vectors, name="honesty")
 
 
 @pytest.mark.parametrize("source", ["recorded", "live"])
 def test_given_vectors_are_trained_along(trainer, probe, source):
-    run = trainer(source, given=False, max_steps=2, procon_blocks="all,last")
+    run = trainer(source, given=False, max_steps=2)
     run.procon.use(probe)
     run.train()
-    assert run.procon.constraint.blocks == (1, 3)
-    assert run.procon.evidence.did(2)["blocks_acted"] == [1, 3]
+    assert run.procon.constraint.blocks == (1, 2)
+    assert run.procon.evidence.did(2)["blocks_acted"] == [1, 2]
 
 
 def test_a_processor_asks_by_its_tokenizer(trainer, tokenizer):

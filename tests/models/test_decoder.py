@@ -22,7 +22,6 @@ from procon.models import (
     find_decoder,
     first_moving_block,
     observe_block_inputs,
-    observe_sites,
     weights_hash,
 )
 
@@ -58,31 +57,12 @@ def test_blocks_of_every_family_in_every_wrapper(tiny_model, family, wrapper):
     assert torch.equal(seen[0], states[0])  # nothing is watched any more
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_sites_are_the_block_inputs_and_the_output_of_the_last_block(tiny_model, family):
-    model = tiny_model(family).eval()
-    decoder = find_decoder(model)
-    ids = torch.randint(3, 200, (2, 5), generator=torch.Generator().manual_seed(0))
-    inputs, sites, normed = {}, {}, {}
-    final = next(m for name, m in decoder.module.named_children() if name in ("norm", "ln_f", "final_layer_norm"))
-    hook = final.register_forward_pre_hook(lambda _module, args: normed.update(read=args[0]))
-    with torch.no_grad(), observe_block_inputs(decoder, inputs.__setitem__):
-        model(input_ids=ids)
-    with torch.no_grad(), observe_sites(decoder, sites.__setitem__):
-        model(input_ids=ids)
-    hook.remove()
-    assert list(sites) == [0, 1, 2, 3]
-    assert all(torch.equal(sites[block], hidden) for block, hidden in inputs.items())
-    assert torch.equal(sites[3], normed["read"])  # before the final norm
-    assert not any(block._forward_hooks or block._forward_pre_hooks for block in decoder.blocks)
-
-
-def test_a_last_block_of_several_streams_is_refused(tiny_model):
+def test_a_block_of_several_streams_is_refused(tiny_model):
     model = tiny_model()
     decoder = find_decoder(model)
-    decoder.blocks[-1].register_forward_hook(lambda _module, _args, output: output.repeat(1, 1, 2))
-    message = r"^the last block returns hidden states of shape \(1, 2, 64\), not \[batch, tokens, 32\]"
-    with torch.no_grad(), observe_sites(decoder, lambda *_: None), pytest.raises(ProConError, match=message):
+    decoder.blocks[1].register_forward_hook(lambda _module, _args, output: output.repeat(1, 1, 2))
+    message = r"^block 2 reads hidden states of shape \(1, 2, 64\), not \[batch, tokens, 32\]"
+    with torch.no_grad(), observe_block_inputs(decoder, lambda *_: None), pytest.raises(ProConError, match=message):
         model(input_ids=torch.tensor([[5, 6]]))
 
 

@@ -224,7 +224,7 @@ def test_a_template_with_nothing_in_it_gives_way_and_what_was_measured_stays_las
 
 def test_a_card_names_concepts_and_what_was_kept(tiny_model):
     model = tiny_model()
-    probe = Directions.from_vectors(model, {1: torch.ones(32), "last": torch.ones(32)}, name="honesty")
+    probe = Directions.from_vectors(model, {1: torch.ones(32), 2: torch.ones(32)}, name="honesty")
     text = describe({**RECORD, "best": {"step": 9, "metric": "eval_loss", "value": 0.5}}, probe)
     for part in (
         "| each block's input along directions of honesty, at response tokens; huber penalty |",

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from procon import ProConError
-from procon.anchors.recording import project_sites
+from procon.anchors.recording import project_block_inputs
 from procon.data import padding_collator
 from procon.method import Probes
 from procon.models import evaluating, find_decoder
@@ -54,7 +54,7 @@ def projections(module: nn.Module) -> Tensor:
     decoder, basis = find_decoder(module), directions().basis
     run = partial(decoder.module, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     with evaluating(module), torch.no_grad():
-        found = project_sites(run, decoder, basis, tuple(range(BLOCKS)), rows=4, device="cpu")[1]
+        found = project_block_inputs(run, decoder, basis, tuple(range(BLOCKS)), rows=4, device="cpu")[1]
     return found[batch["attention_mask"] > 0]
 
 
