@@ -108,7 +108,7 @@ def measure(kernel: str, size: int) -> Found:
     def with_choice(choice: Choice) -> Callable[[], None]:
         def run() -> None:
             launch.TABLE[kernel][target.architecture] = {columns: choice}
-            launch.forget()
+            _forget()
             call()
 
         return run
@@ -132,8 +132,16 @@ def measure(kernel: str, size: int) -> Found:
             launch.TABLE[kernel].pop(target.architecture, None)
         else:
             launch.TABLE[kernel][target.architecture] = entries
-        launch.forget()
+        _forget()
     return found(kernel, size, columns, choices, samples)
+
+
+def _forget() -> None:
+    """The choices made so far, which a change of the table does not reach by itself."""
+    from procon.kernels import launch
+
+    for choice in (launch.whole_rows, launch.forward_rows, launch.row_stream):
+        choice.cache_clear()
 
 
 def found(kernel: str, size: int, columns: int, choices: Mapping[str, Choice], samples: Samples) -> Found:

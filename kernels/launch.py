@@ -161,11 +161,7 @@ def rows_of(rows: int, threads: int, size: int, itemsize: int, target: Target) -
 
 @cache
 def whole_rows(kernel: str, size: int, itemsize: int, target: Target) -> Rows:
-    """Rows of ``size`` elements of ``itemsize`` bytes, for a reduction along D.
-
-    Of the threads that the table has, or half as many and so on: most that leave little padding, and no piece too
-    narrow to be copied ahead.
-    """
+    """Rows for a reduction along D: by the threads listed, or by as many halves as pad little and leave wide pieces."""
     entries = TABLE[kernel].get(target.architecture, TABLE[kernel][target.family])
     rows, most = entries[next((length for length in entries if length >= size), max(entries))]
     most = min(1024, most * itemsize // 2)
@@ -186,12 +182,6 @@ def forward_rows(size: int, itemsize: int, directions: int, target: Target) -> R
         while taken.threads < 512 and MANY_ROWS * taken.per_thread > _MANY_NUMBERS:
             taken = rows_of(MANY_ROWS, 2 * taken.threads, size, itemsize, target)
     return taken
-
-
-def forget() -> None:
-    """The choices made so far, which a change of ``TABLE`` does not reach by itself."""
-    for choice in (whole_rows, forward_rows, row_stream):
-        choice.cache_clear()
 
 
 class Stream(NamedTuple):
@@ -227,7 +217,8 @@ def row_stream(size: int, itemsize: int, directions: int, target: Target) -> Str
         fits = next((each for each in choices if each.per_thread * numbers <= _NUMBERS), None)
         taken, kept = fits or choices[0], directions > 0 and fits is not None
     # Directions that do not stay would be copied ahead too, for which there is no room.
-    streams = held and (kept or not directions) and _copies_ahead(target)
+    copies = target.family == "cuda" and int(target.architecture.removeprefix("sm_")) >= 80
+    streams = held and (kept or not directions) and copies
     ahead = min(2, _BYTES_AHEAD // (2 * taken.columns * itemsize)) if streams else 0
     if held and directions >= MANY_DIRECTIONS and not kept:
         # They are read for several rows together, if there is room for these.
@@ -237,10 +228,9 @@ def row_stream(size: int, itemsize: int, directions: int, target: Target) -> Str
 
 
 def summing_programs(rows: int, size: int, itemsize: int, stream: Stream, target: Target) -> int:
-    """How many programs of RMSNorm backward add up the weight's gradient on their way; 0 if another launch does.
+    """How many programs of RMSNorm backward add up the weight's gradient on their way, or few, if sums are many bytes.
 
-    Fewer than fill the GPU, if their sums would be many bytes. None, if they still were and the other launch reads the
-    tensors again from the GPU's cache; nor if there are no registers for a row's sum.
+    0 if another launch does: for long rows, and where it finds the tensors in the GPU's cache and saves bytes.
     """
     moved = 3 * rows * size * itemsize  # two tensors in, and one out
     most = int(_SUMS_SHARE * moved / (size * _BYTES_OF_SUMS))
@@ -248,11 +238,6 @@ def summing_programs(rows: int, size: int, itemsize: int, stream: Stream, target
     wanted = min(stream.programs_for(rows, target), each * target.multiprocessors)
     cached = 2 * rows * size * itemsize <= _CACHED_BYTES
     return wanted if size * itemsize <= SUMMED_BYTES and (wanted <= most or not cached) else 0
-
-
-def _copies_ahead(target: Target) -> bool:
-    """Whether it copies from global to shared memory while it computes."""
-    return target.family == "cuda" and int(target.architecture.removeprefix("sm_")) >= 80
 
 
 def patch_tile(size: int) -> Tile:
@@ -269,10 +254,8 @@ def sum_tile(size: int, target: Target) -> Tile:
 
 
 def sum_splits(rows: int, size: int, tile: Tile, target: Target) -> int:
-    """How many programs share the rows of some columns, so that four of them are on a multiprocessor."""
-    wanted = 4 * target.multiprocessors // triton.cdiv(size, tile.columns)
-    # Each has four tiles to go through, or their sums would be no small part of what is moved.
-    return max(1, min(wanted, rows // (4 * tile.rows)))
+    """How many programs share the rows of some columns: four on a multiprocessor, each with four tiles or more."""
+    return max(1, min(4 * target.multiprocessors // triton.cdiv(size, tile.columns), rows // (4 * tile.rows)))
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager:

@@ -1,8 +1,7 @@
 """Rows as the kernels hold them: cut into pieces, of which each thread has a few neighbours, and added up together.
 
-Triton's tiles are powers of two and the widths of models are not. A row of 3584 is a piece of 2048, one of 1024 and one
-of 512: in 256 threads, 8, 4 and 2 numbers each. No lane is idle, and a thread has the same columns of the hidden
-states, the norm's weight and the directions, whatever their dtypes. :func:`procon.kernels.launch.cut` makes the pieces.
+A row of 3584 is a piece of 2048, one of 1024 and one of 512: in 256 threads, 8, 4 and 2 numbers each. No lane is idle,
+and a thread has the same columns of all that it loads. :func:`procon.kernels.launch.cut` makes the pieces.
 """
 
 # What @triton.jit compiles is not what Python would run: unrolled loops, and numbers known when it compiles.
@@ -32,10 +31,7 @@ def _there(live, column, D: tl.constexpr):
 def load_piece(
     at, live, dtype: tl.constexpr, D: tl.constexpr, THREADS: tl.constexpr, PIECE: tl.constexpr, HOW: tl.constexpr
 ):
-    """A piece of a row of ``D`` at pointer ``at``, in ``dtype``. ``HOW``: "", "evict_last" or ".ca".
-
-    ``live``, of shape [1], says whether there is a row to read, and is None if there always is. A dead row is all 0.
-    """
+    """A piece of a row at pointer ``at``, or 0; ``live [1]`` is None if all rows are there. ``HOW`` it is cached."""
     column = _columns(THREADS, PIECE)
     eviction: tl.constexpr = "evict_last" if HOW == "evict_last" else ""
     cache: tl.constexpr = HOW if HOW == ".ca" else ""

@@ -302,7 +302,7 @@ class Directions:
                 tensors = {name: file.get_tensor(name).clone() for name in _TENSORS}
             if about.pop("checksum") != _checksum(tensors, about):
                 raise ValueError("its checksum differs")
-            if not isinstance(about["provenance"], dict):
+            if not isinstance(about["provenance"], dict) or not about["concepts"]:
                 raise TypeError("it holds other values")
             about["concepts"] = tuple(about["concepts"])
             check_concepts(about["concepts"])
@@ -353,14 +353,10 @@ def _checksum(tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
 
 
 def check_concepts(names: Sequence[object]) -> None:
-    """Raise ProConError unless there are at most 8 different names, which can stand in logs, files and tables."""
+    """Raise ProConError for a name that cannot stand in logs, files and tables."""
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,40}", name):
             raise ProConError(f"the name of a concept is {name!r:.80}: give 1 to 40 letters, digits, '_', '-' and '.'")
-        if names.count(name) > 1:
-            raise ProConError(f"two concepts are named {name!r}: give each a name of its own")
-    if not 1 <= len(names) <= MAX_DIRECTIONS:
-        raise ProConError(f"{len(names)} names are given: give 1 to {MAX_DIRECTIONS}")
 
 
 def rows_of(vectors: Vectors, blocks: int, width: int) -> Tensor:

@@ -241,7 +241,7 @@ def test_any_change_to_the_file_is_found(found, tmp_path):
     [
         ({"gaps": None}, {}, "gaps"),
         ({}, {"concepts": ["fr ench"]}, "the name of a concept is 'fr ench'"),
-        ({}, {"concepts": 9 * ["french"]}, "two concepts are named"),
+        ({}, {"concepts": 9 * ["french"]}, "for 9 concepts"),
         ({}, {"concepts": []}, ""),
         ({}, {"provenance": None}, "it holds other values"),
         ({}, {"last_output": True}, "unexpected keyword argument 'last_output'"),
