@@ -54,10 +54,12 @@ def test_builds(target, tmp_path):
     # What a block can have on the GPU that has the least (sm_86, sm_89, sm_120).
     assert [r for r in records if r["shared_bytes"] > 99 * 1024] == []
 
-    # All traffic in hidden states and gradients moves 16 bytes per thread: 8 bfloat16 or 4 float32 numbers.
+    # All traffic in hidden states and gradients moves 16 bytes per thread: 8 bfloat16 or 4 float32 numbers; but for the
+    # last piece of a row that is no power of two.
     seen = defaultdict(set)
     for record in records:
-        assert {access["narrowest_bytes"] for access in record["accesses"]} <= {16}, record
+        narrowest = {access["narrowest_bytes"] for access in record["accesses"]}
+        assert narrowest <= ({2, 4, 8, 16} if record["size"] == 576 else {16}), record
         # A call of several launches shares its accesses among them.
         call = tuple(record[key] for key in ("call", "size", "directions", "dtype", "penalty"))
         seen[call] |= {(access["tensor"], access["way"]) for access in record["accesses"]}
