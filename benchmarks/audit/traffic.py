@@ -24,6 +24,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 from benchmarks.audit.calls import calls
+from procon.kernels import launch as table
 
 DTYPES = (torch.bfloat16, torch.float32)
 #: D, K and dtype. The longest rows are those that the norm's backward does not keep in registers.
@@ -105,7 +106,9 @@ def counted() -> Iterator[list[Access]]:
 
     replacements = {"create_masked_load": masked_load, "create_masked_store": masked_store}
     replacements |= {name: atomic for name in dir(InterpreterBuilder) if name.startswith("create_atomic")}
-    with patch.multiple(InterpreterBuilder, **replacements), patch.object(InterpretedFunction, "run", run):
+    # As with many rows, whose weight's gradient is added up on the way.
+    many_rows = patch.object(table, "_CACHED_BYTES", 0)
+    with many_rows, patch.multiple(InterpreterBuilder, **replacements), patch.object(InterpretedFunction, "run", run):
         yield accesses
 
 

@@ -198,8 +198,10 @@ class ConstrainedBlock:
         return vectors, anchors, mask, backend
 
     def _reach(self, hidden: Tensor, vectors: Tensor) -> Tensor | None:
-        """What the penalty takes for rounding, made once for each place and precision."""
+        """What the penalty takes for rounding: made once for each place and precision, but within a compiled graph."""
         of = (vectors.device, vectors.dtype, rounding(hidden, self._state.penalty))
+        if torch.compiler.is_compiling():
+            return reach(hidden, vectors, self._state.penalty)
         if of not in self._reaches:
             self._reaches[of] = reach(hidden, vectors, self._state.penalty)
         return self._reaches[of]
