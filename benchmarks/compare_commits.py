@@ -45,7 +45,7 @@ def workload(folder: str, shape: str = "SmolLM2-135M") -> dict[str, Callable[[],
     optimizer = make_optimizer(model.parameters())
     anchors = Anchors.record(model, [batch], directions, folder, progress=False)
     on_cpu = {name: value.cpu() for name, value in batch.items()}
-    constraint = ProjectionConstraint(directions, units="raw").attach(model)
+    constraint = ProjectionConstraint(directions).attach(model)
     target = anchors.annotate(dict(on_cpu))
 
     def step() -> None:

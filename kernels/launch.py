@@ -92,9 +92,8 @@ TABLE: dict[str, dict[str, dict[int, tuple[int, int]]]] = {
     },
 }
 
-#: Of rows up to so many columns a program of the forward takes :data:`MANY_ROWS`, from so many directions on: it reads
-#: the directions as much more rarely. RMSNorm backward holds them in registers between its two uses; a longer one is
-#: read again from cache.
+#: Up to so many columns, RMSNorm backward holds a row in registers between its two uses; and from so many directions
+#: on, a program of the forward takes several rows, to read the directions as much more rarely.
 HELD_COLUMNS = 8192
 MANY_DIRECTIONS = 4
 MANY_ROWS = 4
@@ -248,7 +247,7 @@ def patch_tile(size: int) -> Tile:
 
 
 def sum_tile(size: int, target: Target) -> Tile:
-    """Of sums over rows: so few columns that all multiprocessors share the work."""
+    # So few columns that all multiprocessors share the work of a sum over rows.
     columns = next((count for count in (64, 32) if size >= count * target.multiprocessors), 16)
     return Tile(64, columns, columns // 8)
 

@@ -140,10 +140,7 @@ def _backward(
     KEPT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """``gradient [N, D]`` and, if wanted, ``partial [programs, D]``, a sum over a program's rows for the weight.
-
-    A program takes some rows at a time. While it works on them, the next ones are copied to shared memory.
-    """
+    """``gradient [N, D]`` and, if wanted, ``partial [programs, D]``, a sum over a program's rows for the weight."""
     dtype = inverse_rms.dtype.element_ty
     # Beside several rows and the sum of what the weight gets, there are no registers for it.
     stays: tl.constexpr = HELD and (ROWS == 1 or partial is None)
