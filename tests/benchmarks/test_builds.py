@@ -50,8 +50,8 @@ def test_builds(target, tmp_path):
 
     spilled = {(r["call"], r["size"], r["spilled_bytes"]) for r in records if r["spilled_bytes"]}
     assert spilled <= {("fused backward", 16384, 8), ("fused backward", 16384, 16)}  # rows of no usual model
-    # Half of what a thread can have: room for other compilers.
-    assert [r for r in records if r["registers"] > 128] == []
+    # Two thirds of what a thread can have: room for other compilers.
+    assert [r for r in records if r["registers"] > 168] == []
     # What a block can have on the GPU that has the least (sm_86, sm_89, sm_120).
     assert [r for r in records if r["shared_bytes"] > 99 * 1024] == []
 
@@ -63,5 +63,6 @@ def test_builds(target, tmp_path):
         assert narrowest <= ({2, 4, 8, 16} if record["size"] == 576 else {16}), record
         # A call of several launches shares its accesses among them.
         call = tuple(record[key] for key in ("call", "size", "directions", "dtype", "penalty"))
-        seen[call] |= {(access["tensor"], access["way"]) for access in record["accesses"]}
+        # What arrives is what the launch that sums over rows calls rows.
+        seen[call] |= {({"rows": "incoming"}.get(a["tensor"], a["tensor"]), a["way"]) for a in record["accesses"]}
     assert seen == {call: ACCESSES[call[0]] for call in seen}
