@@ -61,7 +61,7 @@ def _forward(
         if weight is not None:
             w = tl.load(weight + row * weight_stride, mask=row < N, other=0)
             live = (row < N) & (w != 0)
-        h += (load_row(hidden + (row * hidden_stride)[:, None, None], live, dtype, D, THREADS, PIECES),)
+        h += (load_row(hidden + (row * hidden_stride)[:, None, None], live, dtype, D, THREADS, PIECES, ""),)
     terms = ()
     if reach is not None:
         for j in tl.static_range(ROWS):

@@ -13,10 +13,7 @@ Casting ``"llama"`` rounds n to the dtype of h before it meets the weight; ``"ge
 are those of the norm without the rounding.
 
 Bytes moved, with U = N * D * itemsize: forward 2U + 4N, backward 3U + 4N, as without the constraint, which adds
-4N(2K + 2) bytes forward and 4NK backward: 20 bytes per row for one direction. In the forward r and v stay in cache; all
-sums of a row, of squares and of projections, cross the threads together. The backward streams: as many programs as fill
-the GPU take one row after the other, which is copied to shared memory while the rows before it are worked on, and keep
-v, r and the sum for the weight's gradient in registers. Those float32 sums are then added up in a fixed order.
+4N(2K + 2) bytes forward and 4NK backward. The backward streams: rows are copied ahead while others are worked on.
 
 Accumulation is in float32, or float64 for float64 hidden states.
 """
@@ -70,7 +67,7 @@ def _forward(
     for j in tl.static_range(ROWS):
         row = first + j
         live = row < N if ROWS > 1 else None
-        h += (load_row(hidden + (row * hidden_stride)[:, None, None], live, dtype, D, THREADS, PIECES),)
+        h += (load_row(hidden + (row * hidden_stride)[:, None, None], live, dtype, D, THREADS, PIECES, ""),)
     terms = ()
     for j in tl.static_range(ROWS):
         terms += (of_threads(h[j], h[j]),)
@@ -91,7 +88,9 @@ def _forward(
             n = h[j][i] * s[:, None, None]
             if CASTING == "llama":
                 n = n.to(hidden.dtype.element_ty).to(dtype)
-            store_piece(normed + (row * D)[:, None, None], n * (v[i] + OFFSET), live, D, THREADS, PIECES[i])
+            store_piece(
+                normed + (row * D)[:, None, None], n * (v[i] + OFFSET), live, D, THREADS, PIECES[i][0], PIECES[i][1]
+            )
         if direction is not None:
             live = inside
             if weight is not None:
@@ -116,7 +115,7 @@ def _forward(
             tl.store(token_penalty + row, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "TURNS"])
 def _backward(
     incoming,
     upstream,
@@ -128,6 +127,7 @@ def _backward(
     gradient,
     partial,
     N,
+    TURNS,
     incoming_stride,
     hidden_stride,
     OFFSET: tl.constexpr,
@@ -145,18 +145,18 @@ def _backward(
     # Beside several rows and the sum of what the weight gets, there are no registers for it.
     stays: tl.constexpr = HELD and (ROWS == 1 or partial is None)
     if stays:
-        v = load_row(norm_weight, None, dtype, D, THREADS, PIECES)
+        v = load_row(norm_weight, None, dtype, D, THREADS, PIECES, "")
     if upstream is not None:
         g = tl.load(upstream)
         kept = ()
         for k in tl.static_range(K if KEPT else 0):
-            kept += (load_row(direction + k * D, None, dtype, D, THREADS, PIECES),)
+            kept += (load_row(direction + k * D, None, dtype, D, THREADS, PIECES, ""),)
     if partial is not None:
         total = ()
         for i in tl.static_range(len(PIECES)):
             total += (tl.zeros([1, THREADS, PIECES[i][1]], dtype),)
-    for first in tl.range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS, num_stages=STAGES):
-        first = tl.cast(first, tl.int64)
+    for turn in tl.range(tl.program_id(0), TURNS, tl.num_programs(0), num_stages=STAGES):
+        first = tl.cast(turn, tl.int64) * ROWS
         if not stays:
             v = load_row(norm_weight, None, dtype, D, THREADS, PIECES, "evict_last")
         h = ()
@@ -166,8 +166,8 @@ def _backward(
         for j in tl.static_range(ROWS):
             row = first + j
             live = row + tl.arange(0, 1) < N if ROWS > 1 else None
-            h += (load_row(hidden + row * hidden_stride, live, dtype, D, THREADS, PIECES),)
-            arrived += (load_row(incoming + row * incoming_stride, live, dtype, D, THREADS, PIECES),)
+            h += (load_row(hidden + row * hidden_stride, live, dtype, D, THREADS, PIECES, ""),)
+            arrived += (load_row(incoming + row * incoming_stride, live, dtype, D, THREADS, PIECES, ""),)
             s += (tl.load(inverse_rms + row, mask=row < N, other=0),)
             m = ()
             for i in tl.static_range(len(PIECES)):
@@ -181,7 +181,7 @@ def _backward(
         summed = ()
         for i in tl.static_range(len(PIECES)):
             dh = ()
-            u = v[i] if stays else load_piece(norm_weight, None, dtype, D, THREADS, PIECES[i], ".ca")
+            u = v[i] if stays else load_piece(norm_weight, None, dtype, D, THREADS, PIECES[i][0], PIECES[i][1], ".ca")
             if partial is not None:
                 sum_of_rows = total[i]
             for j in tl.static_range(ROWS):
@@ -197,7 +197,9 @@ def _backward(
                     if KEPT:
                         r = kept[k][i]
                     else:
-                        r = load_piece(direction + k * D, None, dtype, D, THREADS, PIECES[i], "evict_last")
+                        r = load_piece(
+                            direction + k * D, None, dtype, D, THREADS, PIECES[i][0], PIECES[i][1], "evict_last"
+                        )
                     added = ()
                     for j in tl.static_range(ROWS):
                         c = tl.load(coefficient + (first + j) * K + k, mask=first + j < N, other=0)
@@ -205,21 +207,22 @@ def _backward(
                     dh = added
             for j in tl.static_range(ROWS):
                 live = first + j + tl.arange(0, 1) < N if ROWS > 1 else None
-                store_piece(gradient + (first + j) * D, dh[j], live, D, THREADS, PIECES[i])
+                store_piece(gradient + (first + j) * D, dh[j], live, D, THREADS, PIECES[i][0], PIECES[i][1])
         if partial is not None:
             total = summed
     if partial is not None:
         for i in tl.static_range(len(PIECES)):
-            store_piece(partial + tl.program_id(0) * D, total[i], None, D, THREADS, PIECES[i])
+            store_piece(partial + tl.program_id(0) * D, total[i], None, D, THREADS, PIECES[i][0], PIECES[i][1])
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "TURNS"])
 def _sum_over_rows(
     rows,
     hidden,
     inverse_rms,
     sums,
     N,
+    TURNS,
     rows_stride,
     hidden_stride,
     D: tl.constexpr,
@@ -234,8 +237,8 @@ def _sum_over_rows(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     real = column < D
     total = tl.zeros([ROWS, COLUMNS], dtype)
-    for first in tl.range(tl.program_id(1) * ROWS, N, tl.num_programs(1) * ROWS, num_stages=4):
-        row = tl.cast(first, tl.int64) + tl.arange(0, ROWS)[:, None]
+    for turn in tl.range(tl.program_id(1), TURNS, tl.num_programs(1), num_stages=4):
+        row = tl.cast(turn, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
         patch = (row < N) & real
         x = tl.load(rows + row * rows_stride + column, mask=patch, other=0).to(dtype)
         if hidden is not None:
@@ -320,7 +323,7 @@ def rms_norm_gradient(
     tensors = (incoming, upstream, hidden, norm_weight, inverse_rms, coefficient, direction, gradient, partial)
     how = {"HELD": stream.held, "KEPT": stream.kept, "STAGES": stream.stages, **stream.taken.options()}
     with on_device(hidden):
-        strides = (incoming.stride(0), hidden.stride(0))
+        strides = (triton.cdiv(rows, stream.taken.rows), incoming.stride(0), hidden.stride(0))
         _backward[(grid,)](*tensors, rows, *strides, OFFSET=offset, D=size, K=directions, **how)
         if needs_weight:
             sum_for_weight(incoming, hidden, inverse_rms, partial, for_weight)
@@ -337,7 +340,7 @@ def sum_for_weight(
 
     def launch(rows: Tensor, given: Tensor | None, sums: Tensor) -> None:
         grid = (triton.cdiv(size, tile.columns), len(sums))
-        strides = (rows.stride(0), 0 if given is None else given.stride(0))
+        strides = (triton.cdiv(len(rows), tile.rows), rows.stride(0), 0 if given is None else given.stride(0))
         s = None if given is None else inverse_rms
         _sum_over_rows[grid](rows, given, s, sums, len(rows), *strides, D=size, **tile.options())
 

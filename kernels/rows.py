@@ -16,9 +16,9 @@ _INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit
-def _columns(THREADS: tl.constexpr, PIECE: tl.constexpr):
+def _columns(THREADS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
     """Of a piece ``(first column, neighbours of a thread)``."""
-    return PIECE[0] + tl.arange(0, THREADS)[None, :, None] * PIECE[1] + tl.arange(0, PIECE[1])[None, None, :]
+    return FIRST + tl.arange(0, THREADS)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
 
 
 @triton.jit
@@ -29,13 +29,20 @@ def _there(live, column, D: tl.constexpr):
 
 @triton.jit
 def load_piece(
-    at, live, dtype: tl.constexpr, D: tl.constexpr, THREADS: tl.constexpr, PIECE: tl.constexpr, HOW: tl.constexpr
+    at,
+    live,
+    dtype: tl.constexpr,
+    D: tl.constexpr,
+    THREADS: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HOW: tl.constexpr,
 ):
     """A piece of a row at pointer ``at``, or 0; ``live [1]`` is None if all rows are there. ``HOW`` it is cached."""
-    column = _columns(THREADS, PIECE)
+    column = _columns(THREADS, FIRST, WIDTH)
     eviction: tl.constexpr = "evict_last" if HOW == "evict_last" else ""
     cache: tl.constexpr = HOW if HOW == ".ca" else ""
-    if live is None and PIECE[0] + THREADS * PIECE[1] <= D:
+    if live is None and FIRST + THREADS * WIDTH <= D:
         x = tl.load(at + column, eviction_policy=eviction, cache_modifier=cache)
     else:
         # Loads with a mask select: whatever a dead row holds, it counts as 0.
@@ -46,21 +53,21 @@ def load_piece(
 
 @triton.jit
 def load_row(
-    at, live, dtype: tl.constexpr, D: tl.constexpr, THREADS: tl.constexpr, PIECES: tl.constexpr, HOW: tl.constexpr = ""
+    at, live, dtype: tl.constexpr, D: tl.constexpr, THREADS: tl.constexpr, PIECES: tl.constexpr, HOW: tl.constexpr
 ):
     """All pieces of a row."""
     found = ()
     for i in tl.static_range(len(PIECES)):
-        found += (load_piece(at, live, dtype, D, THREADS, PIECES[i], HOW),)
+        found += (load_piece(at, live, dtype, D, THREADS, PIECES[i][0], PIECES[i][1], HOW),)
     return found
 
 
 @triton.jit
-def store_piece(at, value, live, D: tl.constexpr, THREADS: tl.constexpr, PIECE: tl.constexpr):
+def store_piece(at, value, live, D: tl.constexpr, THREADS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
     """Write ``value``, rounded, where the row at pointer ``at`` has this piece."""
-    column = _columns(THREADS, PIECE)
+    column = _columns(THREADS, FIRST, WIDTH)
     value = value.to(at.dtype.element_ty)
-    if live is None and PIECE[0] + THREADS * PIECE[1] <= D:
+    if live is None and FIRST + THREADS * WIDTH <= D:
         tl.store(at + column, value)
     else:
         tl.store(at + column, value, mask=_there(live, column, D))
