@@ -55,12 +55,13 @@ def _forward(
     # A row offset passes 2^31 elements long before memory runs out.
     first = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, 1)
     h = ()
+    weights = ()
     for j in tl.static_range(ROWS):
         row = first + j
         live = row < N if ROWS > 1 else None
         if weight is not None:
-            w = tl.load(weight + row * weight_stride, mask=row < N, other=0)
-            live = (row < N) & (w != 0)
+            weights += (tl.load(weight + row * weight_stride, mask=row < N, other=0),)
+            live = (row < N) & (weights[j] != 0)
         h += (load_row(hidden + (row * hidden_stride)[:, None, None], live, dtype, D, THREADS, PIECES, ""),)
     terms = ()
     if reach is not None:
@@ -77,7 +78,7 @@ def _forward(
         inside = row < N
         live = inside
         if weight is not None:
-            w = tl.load(weight + row * weight_stride, mask=inside, other=0)
+            w = weights[j]
             live = inside & (w != 0)
         total = tl.zeros([1], dtype)
         bound = total

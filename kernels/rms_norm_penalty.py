@@ -162,6 +162,7 @@ def _backward(
         h = ()
         arrived = ()
         s = ()
+        factors = ()  # of the directions, by row
         terms = ()
         for j in tl.static_range(ROWS):
             row = first + j
@@ -173,6 +174,11 @@ def _backward(
             for i in tl.static_range(len(PIECES)):
                 m += (arrived[j][i] * (v[i] + OFFSET),)
             terms += (of_threads(m, h[j]),)
+            of_row = ()
+            if upstream is not None:
+                for k in tl.static_range(K):
+                    of_row += (g * tl.load(coefficient + row * K + k, mask=row < N, other=0),)
+            factors += (of_row,)
         sums = row_sums(terms)
         if not HELD:
             # Other cache modifiers than above: the compiler would merge the reads and hold the row after all.
@@ -202,8 +208,7 @@ def _backward(
                         )
                     added = ()
                     for j in tl.static_range(ROWS):
-                        c = tl.load(coefficient + (first + j) * K + k, mask=first + j < N, other=0)
-                        added += (dh[j] + g * c * r,)
+                        added += (dh[j] + factors[j][k] * r,)
                     dh = added
             for j in tl.static_range(ROWS):
                 live = first + j + tl.arange(0, 1) < N if ROWS > 1 else None
