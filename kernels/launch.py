@@ -1,7 +1,7 @@
 """How much of an ``[N, D]`` tensor a program takes, by D and architecture, and the device that a launch goes to.
 
 A table takes the place of run-time autotuning: no batch pays for a search, and two runs make the same choice. Its
-entries were chosen from ahead-of-time builds: no spills, and every access of hidden states is 16 bytes wide per thread.
+entries were chosen from ahead-of-time builds, for few spills and wide accesses.
 ``python -m benchmarks.tune`` measures them on a GPU and prints an entry to put here.
 """
 
@@ -227,9 +227,9 @@ def row_stream(size: int, itemsize: int, directions: int, target: Target) -> Str
 
 
 def summing_programs(rows: int, size: int, itemsize: int, stream: Stream, target: Target) -> int:
-    """How many programs of RMSNorm backward add up the weight's gradient on their way, or few, if sums are many bytes.
+    """How many programs of RMSNorm backward run, if they add up the weight's gradient too: few, if sums are many bytes.
 
-    0 if another launch does: for long rows, and where it finds the tensors in the GPU's cache and saves bytes.
+    0 if another launch adds it up: for long rows, and where it finds the tensors in the GPU's cache and saves bytes.
     """
     moved = 3 * rows * size * itemsize  # two tensors in, and one out
     most = int(_SUMS_SHARE * moved / (size * _BYTES_OF_SUMS))
