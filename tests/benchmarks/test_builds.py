@@ -49,9 +49,9 @@ def test_builds(target, tmp_path):
     assert {"bfloat16", "float16", "float32"} == {r["dtype"] for r in records}
 
     spilled = {(r["call"], r["size"], r["spilled_bytes"]) for r in records if r["spilled_bytes"]}
-    assert spilled <= {("fused backward", 16384, 8), ("fused backward", 16384, 16)}  # rows of no usual model
-    # Two thirds of what a thread can have: room for other compilers.
-    assert [r for r in records if r["registers"] > 168] == []
+    assert spilled <= {("fused backward", 16384, 16)}  # rows of no usual model
+    # Half of what a thread can have, and two more in one call: room for other compilers.
+    assert [r for r in records if r["registers"] > 130] == []
     # What a block can have on the GPU that has the least (sm_86, sm_89, sm_120).
     assert [r for r in records if r["shared_bytes"] > 99 * 1024] == []
 
