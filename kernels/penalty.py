@@ -1,4 +1,7 @@
-"""phi(e) and its slope, as every kernel computes them in registers."""
+"""phi(e) and its slope, and a row's penalty along all directions, as every forward computes them in registers."""
+
+# What @triton.jit compiles is not what Python would run: names bound under compile-time conditions.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
@@ -21,3 +24,44 @@ def value_and_slope(e, bound, PENALTY: tl.constexpr):
         slope = tl.clamp(e, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
         value = slope * (e - 0.5 * slope)
     return value, slope
+
+
+@triton.jit
+def penalize_row(
+    projections,
+    square,
+    w,
+    row,
+    N,
+    anchor,
+    anchor_stride,
+    anchor_step,
+    reach,
+    token_penalty,
+    coefficient,
+    K: tl.constexpr,
+    PENALTY: tl.constexpr,
+):
+    """Write the penalty of a row and its coefficients ``[K]``.
+
+    ``projections`` are a tuple of ``[1]``, ``square [1]`` is ``|h|^2``, and ``w [1]`` the row's weight, or None.
+    """
+    inside = row < N
+    live = inside if w is None else inside & (w != 0)
+    total = tl.zeros([1], projections[0].dtype)
+    bound = total
+    for k in tl.static_range(K):
+        e = projections[k]
+        if anchor is not None:
+            e -= tl.load(anchor + row * anchor_stride + k * anchor_step, mask=live, other=0)
+        if reach is not None:
+            bound = tl.where(live, tl.sqrt(square) * tl.load(reach + k), 0)
+        # Selected, not multiplied: a dead row may hold NaN.
+        value, slope = value_and_slope(tl.where(live, e, 0), bound, PENALTY)
+        total += value
+        if w is not None:
+            slope *= w
+        tl.store(coefficient + row * K + k, slope, mask=inside)
+    if w is not None:
+        total *= w
+    tl.store(token_penalty + row, total, mask=inside)

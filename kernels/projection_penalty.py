@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import forward_rows, on_device, patch_tile, target_of
-from .penalty import value_and_slope
+from .penalty import penalize_row
 from .rows import load_row, of_threads, row_sums
 
 
@@ -75,31 +75,29 @@ def _forward(
     before: tl.constexpr = ROWS if reach is not None else 0
     for j in tl.static_range(ROWS):
         row = first + j
-        inside = row < N
-        live = inside
-        if weight is not None:
-            w = weights[j]
-            live = inside & (w != 0)
-        total = tl.zeros([1], dtype)
-        bound = total
+        z = ()
         for k in tl.static_range(K):
-            z = sums[before + k * ROWS + j]
-            if PENALTY is None:
-                result = z
-            else:
-                if anchor is not None:
-                    z -= tl.load(anchor + row * anchor_stride + k * anchor_step, mask=live, other=0)
-                if reach is not None:
-                    bound = tl.sqrt(sums[j]) * tl.load(reach + k)
-                value, result = value_and_slope(z, bound, PENALTY)
-                total += value
-                if weight is not None:
-                    result *= w
-            tl.store(per_direction + row * K + k, result, mask=inside)
-        if PENALTY is not None:
-            if weight is not None:
-                total *= w
-            tl.store(token_penalty + row, total, mask=inside)
+            z += (sums[before + k * ROWS + j],)
+        if PENALTY is None:
+            for k in tl.static_range(K):
+                tl.store(per_direction + row * K + k, z[k], mask=row < N)
+        else:
+            w = weights[j] if weight is not None else None
+            penalize_row(
+                z,
+                sums[j],
+                w,
+                row,
+                N,
+                anchor,
+                anchor_stride,
+                anchor_step,
+                reach,
+                token_penalty,
+                per_direction,
+                K,
+                PENALTY,
+            )
 
 
 @triton.jit(do_not_specialize=["N"])

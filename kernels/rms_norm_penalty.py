@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import forward_rows, on_device, row_stream, sum_splits, sum_tile, summing_programs, target_of
-from .penalty import value_and_slope
+from .penalty import penalize_row
 from .rows import load_piece, load_row, of_threads, row_sums, store_piece
 
 
@@ -92,27 +92,13 @@ def _forward(
                 normed + (row * D)[:, None, None], n * (v[i] + OFFSET), live, D, THREADS, PIECES[i][0], PIECES[i][1]
             )
         if direction is not None:
-            live = inside
-            if weight is not None:
-                w = tl.load(weight + row * weight_stride, mask=inside, other=0)
-                live = inside & (w != 0)
-            total = tl.zeros([1], dtype)
-            bound = total
+            z = ()
             for k in tl.static_range(K):
-                e = sums[ROWS + k * ROWS + j]
-                if anchor is not None:
-                    e -= tl.load(anchor + row * anchor_stride + k * anchor_step, mask=live, other=0)
-                if reach is not None:
-                    bound = tl.where(live, tl.sqrt(sums[j]) * tl.load(reach + k), 0)
-                # Selected, not multiplied: a dead row may hold NaN.
-                value, slope = value_and_slope(tl.where(live, e, 0), bound, PENALTY)
-                total += value
-                if weight is not None:
-                    slope *= w
-                tl.store(coefficient + row * K + k, slope, mask=inside)
-            if weight is not None:
-                total *= w
-            tl.store(token_penalty + row, total, mask=inside)
+                z += (sums[ROWS + k * ROWS + j],)
+            w = tl.load(weight + row * weight_stride, mask=inside, other=0) if weight is not None else None
+            penalize_row(
+                z, sums[j], w, row, N, anchor, anchor_stride, anchor_step, reach, token_penalty, coefficient, K, PENALTY
+            )
 
 
 @triton.jit(do_not_specialize=["N", "TURNS"])

@@ -111,7 +111,7 @@ def _add_served(replies: Iterable[dict], turn: str | None) -> None:
 def _planned(run: dict, cell: Cell, budget: Budget) -> dict:
     planned = json.loads(json.dumps(asdict(budget.method(cell.method))))
     for key, value in run["method"].items():
-        if key != "label" and value != planned[key]:
+        if key not in {"label", "retired"} and value != planned[key]:
             raise ProConError(
                 f"run {cell} was made with {key} {value!r}, but the plan has {planned[key]!r}: make it again"
             )
