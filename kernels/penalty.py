@@ -16,13 +16,10 @@ def value_and_slope(e, bound, PENALTY: tl.constexpr):
     if PENALTY == "squared":
         value = e * e
         slope = 2 * e
-    elif PENALTY == "absolute":
+    else:
         # The smallest normal number keeps 0 / 0 away.
         slope = e / tl.maximum(tl.maximum(tl.abs(e), bound), 1.1754943508222875e-38)
         value = slope * (e - 0.5 * slope * bound)
-    else:
-        slope = tl.clamp(e, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
-        value = slope * (e - 0.5 * slope)
     return value, slope
 
 

@@ -23,7 +23,7 @@ TokenScope = Literal["response", "prompt", "all"]
 #: Which blocks: all, the deepest share of them, or indices, from the end if they are negative.
 Blocks = Literal["all"] | float | Sequence[int]
 
-Penalty = Literal["squared", "absolute", "huber"]
+Penalty = Literal["squared", "absolute"]
 Fuse = Literal["auto", "never"]
 Backend = Literal["auto", "triton", "eager"]
 AnchorSource = Literal["recorded", "live", "none"]
@@ -76,9 +76,7 @@ class ProConSettings:
         "Blocks whose inputs are constrained: all that have a direction (paper), the deepest share such as 0.5, or "
         "indices such as 8,9,10.",
     )
-    penalty: Penalty = _setting(
-        "absolute", "Penalty on a departure: squared, absolute (as the paper typesets it) or huber."
-    )
+    penalty: Penalty = _setting("absolute", "Penalty on a departure: squared, or absolute (as the paper typesets it).")
     anchors: AnchorSource = _setting(
         "recorded",
         "Anchors of the training tokens: recorded before training (paper); live, from a forward of the starting model "

@@ -155,7 +155,6 @@ def oracle() -> Callable[..., Expected]:
         phi = {
             "squared": e.square(),
             "absolute": torch.where(e.abs() < reach, e.square() / (2 * reach).clamp(min=1e-300), e.abs() - reach / 2),
-            "huber": torch.where(e.abs() <= 1, e.square() / 2, e.abs() - 0.5),
         }[penalty]
         tokens = w[live] * phi.sum(-1)
         tokens.sum().backward()

@@ -48,7 +48,7 @@ WRONG = {
     "schedule": ("strong", "is not understood"),
     "scope": ("reply", "is 'reply': choose one of response, prompt, all"),
     "blocks": (1.5, "is the fraction 1.5: give one above 0"),
-    "penalty": ("l2", "is 'l2': choose one of squared, absolute, huber"),
+    "penalty": ("l2", "is 'l2': choose one of squared, absolute"),
     "anchors": ("remembered", "is 'remembered': choose one of recorded, live, none"),
     "probe_batch": (0, "is 0: give a whole number, 1 or more"),
     "probe_every": (0, "is 0: give a whole number, 1 or more"),
@@ -103,7 +103,7 @@ def test_settings_are_checked_once_and_stay(tmp_path, tiny_model, random_directi
     model = tiny_model()
     args = ProConConfig(str(tmp_path / "out"), report_to=[], procon_probes="none")
     trainer = ProConTrainer(model, args, directions=random_directions(model))
-    args.procon_penalty = "huber"  # too late to count
+    args.procon_penalty = "squared"  # too late to count
     assert trainer.procon.settings.penalty == "absolute"
 
 

@@ -54,7 +54,7 @@ SHAPES = (
     *(Shape(size, directions=8, penalty="absolute") for size in (8192, 16384)),
     Shape(20480, penalty="absolute"),
     Shape(576, dtype=torch.float16, penalty="absolute"),
-    Shape(3584, penalty="huber", casting="gemma"),
+    Shape(3584, penalty="squared", casting="gemma"),
 )
 
 #: Widths that models have, up to twice that of the widest.

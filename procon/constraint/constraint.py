@@ -78,7 +78,7 @@ class ProjectionConstraint:
     Args:
         directions: one direction per block, or several, of refusal or other concepts.
         blocks: ``"all"`` that have a direction (paper), a list of indices, or a fraction: the deepest share of them.
-        penalty: ``"squared"``, ``"absolute"`` (as the paper typesets it) or ``"huber"``.
+        penalty: ``"squared"`` or ``"absolute"`` (as the paper typesets it).
         backend: of :func:`procon.ops.constrain`.
 
     Attributes:

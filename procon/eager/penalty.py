@@ -33,16 +33,12 @@ def penalize_projection(
     if penalty == "squared":
         weighted = error if weight is None else error * weight
         return (error * weighted).sum(1), weighted + weighted
-    if penalty == "absolute":
-        value = error.abs()
-        if bound is None:
-            slope = error / value.clamp_min(_TINY)
-        else:
-            slope = error / torch.maximum(value, bound).clamp_min_(_TINY)
-            value = torch.addcmul(error, slope, bound, value=-0.5).mul_(slope)
+    value = error.abs()
+    if bound is None:
+        slope = error / value.clamp_min(_TINY)
     else:
-        slope = error.clamp(-1, 1)
-        value = torch.sub(error, slope, alpha=0.5).mul_(slope)
+        slope = error / torch.maximum(value, bound).clamp_min_(_TINY)
+        value = torch.addcmul(error, slope, bound, value=-0.5).mul_(slope)
     if weight is not None:
         value, slope = value.mul_(weight), slope.mul_(weight)
     return value.sum(1), slope

@@ -6,16 +6,15 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from procon.anchors import LiveAnchors
 from procon.directions import Directions
-from procon.ranks import on_main
+from procon.ranks import are_ranks, on_main
 from procon.settings import ChatSettings
 
 #: Makes a loader that runs through the training set once.
@@ -59,7 +58,7 @@ class Run:
     @property
     def groups(self) -> int:
         """How many ranks, or groups of them, have a batch of their own."""
-        return dist.get_world_size() if dist.is_initialized() else 1
+        return dist.get_world_size() if are_ranks() else 1
 
     @property
     def device(self) -> torch.device:
@@ -72,7 +71,9 @@ class Run:
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of a scalar over the ranks."""
-        return cast("Tensor", reduce(tensor, "sum")) if dist.is_initialized() else tensor
+        if are_ranks():  # not by Accelerate, which may have been set up for one process before the ranks were
+            dist.all_reduce(tensor := tensor.clone())
+        return tensor
 
     def once(self, call: Callable[[], Any], *, all_call: bool = False) -> Any:
         """What ``call`` gives on the main rank, on every rank; ``all_call`` if sharded weights need all of them."""

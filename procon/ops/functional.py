@@ -6,10 +6,10 @@ With hidden states ``h_t``, directions ``r_k``, anchors ``a_tk`` and token weigh
 
     z_tk = <h_t, r_k>        penalty = sum_t w_t sum_k phi(z_tk - a_tk)
 
-``phi`` is ``"squared"`` (``e^2``), ``"absolute"`` (``|e|``, the paper's norm of a scalar) or ``"huber"`` (``e^2 / 2``
-up to 1, ``|e| - 1/2`` beyond). Up to ``d = rounding |h_t| |r_k|`` "absolute" is ``e^2 / 2d``, and ``|e| - d/2`` beyond:
-the sign of a departure that may be rounding is noise, and would push at full strength. ``rounding`` is 16 units in the
-last place of the dtype of ``hidden``, or of autocast's if that is on, and at most 1/256.
+``phi`` is ``"squared"`` (``e^2``) or ``"absolute"`` (``|e|``, the paper's norm of a scalar). Up to
+``d = rounding |h_t| |r_k|`` "absolute" is ``e^2 / 2d``, and ``|e| - d/2`` beyond: the sign of a departure that may be
+rounding is noise, and would push at full strength. ``rounding`` is 16 units in the last place of the dtype of
+``hidden``, or of autocast's if that is on, and at most 1/256.
 
 Shapes: ``hidden [..., D]``; ``direction [D]`` or ``[K, D]`` with K at most 8; ``anchor [...]``, or ``[..., K]`` when
 the directions are ``[K, D]``; ``weight [...]``, numbers at least 0 or booleans (values are not checked: that would wait
@@ -83,7 +83,7 @@ def projection_penalty(
         direction: ``[D]`` or ``[K, D]``.
         anchor: ``[...]``, or ``[..., K]`` for ``[K, D]``.
         weight: ``[...]``, at least 0.
-        penalty: ``"squared"``, ``"absolute"`` or ``"huber"``.
+        penalty: ``"squared"`` or ``"absolute"``.
         reduction: ``"sum"``; ``"mean"``, the sum divided by the sum of the weights (by the number of tokens without
             weights), which is 0 when there is no token or every weight is 0; ``"none"``, the penalty of each token.
         backend: ``"auto"``, ``"triton"`` or ``"eager"``.
@@ -132,7 +132,7 @@ def constrain(
         direction: ``[D]`` or ``[K, D]``.
         anchor: ``[...]``, or ``[..., K]`` for ``[K, D]``.
         weight: ``[...]``, at least 0.
-        penalty: ``"squared"``, ``"absolute"`` or ``"huber"``.
+        penalty: ``"squared"`` or ``"absolute"``.
         backend: ``"auto"``, ``"triton"`` or ``"eager"``.
 
     Returns:

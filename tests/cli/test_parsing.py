@@ -107,7 +107,7 @@ def test_help_shows_defaults_and_choices(capsys):
     words = " ".join(capsys.readouterr().out.split())
     assert re.search(r"--model VALUE [^-]*\(required\)", words)
     assert "--method {lora,full}" in words
-    assert "--procon_penalty {squared,absolute,huber}" in words
+    assert "--procon_penalty {squared,absolute}" in words
     assert "(default: 0.0002)" in words
     assert "--adam_beta1" not in words
 

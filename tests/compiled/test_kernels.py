@@ -38,7 +38,7 @@ NORM_DTYPES = (*((dtype, dtype) for dtype in DTYPES), (torch.bfloat16, torch.flo
 #: Casting and offset.
 RULES = (("llama", 0.0), ("gemma", 1.0), ("gemma", 0.0))
 #: Kind, and the share of ``|h| |r|`` that may be rounding.
-PENALTIES = (("squared", 0.0), ("absolute", 0.0), ("absolute", 0.01), ("huber", 0.0))
+PENALTIES = (("squared", 0.0), ("absolute", 0.0), ("absolute", 0.01))
 #: What is given beside the directions.
 COMPANIONS = ("anchor and weight", "anchor", "weight", "neither")
 
@@ -130,10 +130,10 @@ def assert_penalty(found: tuple[Tensor, Tensor], oracle, hidden: Tensor, rest: l
     h, r = hidden.double().cpu()[live], direction.double().cpu()
     # How much the slope moves with e, which is off by the sum and one more rounding.
     reach = rounding * h.norm(dim=1)[:, None] * r.norm(dim=1)
-    steepest = {"squared": 2.0, "huber": 1.0, "absolute": 1 / reach if rounding else 0.0}[kind]
+    steepest = {"squared": 2.0, "absolute": 1 / reach if rounding else 0.0}[kind]
     off = SUM * (scale + e.abs())
     assert_near(coefficient, slope, w * steepest * off + SUM * slope.abs(), "coefficient")
-    # Three times: what "absolute" and "huber" take away is a third of what is left, or less.
+    # Three times: what "absolute" takes away is a third of what is left, or less.
     slack = (slope.abs() * off + w * steepest * off**2).sum(1) + 3 * SUM * exact
     assert_near(tokens, exact, slack, "penalty")
 

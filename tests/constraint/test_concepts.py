@@ -9,11 +9,7 @@ from procon.constraint import ProjectionConstraint
 from procon.data import padding_collator
 from procon.directions import Directions
 
-PENALTIES = {
-    "squared": torch.square,
-    "huber": lambda e: torch.where(e.abs() <= 1, e.square() / 2, e.abs() - 0.5),
-    "absolute": torch.abs,
-}
+PENALTIES = {"squared": torch.square, "absolute": torch.abs}
 
 
 @pytest.fixture

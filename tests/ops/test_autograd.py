@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from procon.errors import ProConError
 from procon.ops import constrain, project, projection_penalty, rms_norm_constrain
 
-PENALTIES = ("squared", "absolute", "huber")
+PENALTIES = ("squared", "absolute")
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 

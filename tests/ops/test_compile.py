@@ -33,7 +33,7 @@ def every_usage(hidden, direction, anchor, weight, backend):
     hidden, normed = rms_norm_constrain(hidden, norm_weight, 1e-6, direction, anchor, weight, backend=backend)
     hidden, first = constrain(hidden, direction, anchor, weight, backend=backend)
     passed, _ = constrain(hidden.tanh(), direction, anchor, weight, penalty="absolute", backend=backend)
-    _, alone = constrain(hidden, direction[0], None, weight, penalty="huber", backend=backend)
+    _, alone = constrain(hidden, direction[0], None, weight, penalty="absolute", backend=backend)
     mean = projection_penalty(passed, direction, anchor, weight > 0.5, reduction="mean", backend=backend)
     tokens = projection_penalty(passed, direction[1], reduction="none", backend=backend)
     apart = project(hidden, direction, backend=backend).sin().sum()

@@ -147,7 +147,7 @@ BAD = {
     "weight a number": (lambda: constrain(HIDDEN, ONE, None, 1.0), "weight is a float: give a dense torch.Tensor"),
     "unknown penalty": (
         lambda: constrain(HIDDEN, ONE, penalty="l2"),
-        "penalty is 'l2': choose one of squared, absolute, huber",
+        "penalty is 'l2': choose one of squared, absolute",
     ),
     "unknown reduction": (
         lambda: projection_penalty(HIDDEN, ONE, reduction="avg"),

@@ -122,7 +122,7 @@ def test_outputs_and_gradients(backend, device, dtypes, rule, size, k):
         assert (found[0] == eager[0]).float().mean() > 0.99
 
 
-@pytest.mark.parametrize("penalty", ["squared", "absolute", "huber"])
+@pytest.mark.parametrize("penalty", ["squared", "absolute"])
 @pytest.mark.parametrize(("with_anchor", "with_weight"), [(True, True), (True, False), (False, True), (False, False)])
 def test_penalty_is_the_one_of_constrain(backend, device, penalty, with_anchor, with_weight):
     given = inputs(11, 576, 2, (torch.bfloat16,) * 2, device)
@@ -300,7 +300,7 @@ def test_gradcheck(backend, device, casting, offset):
 
     def run(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         rest = given["direction"], given["anchor"], given["weight"]
-        return rms_norm_constrain(x, v, EPS, *rest, casting=casting, offset=offset, penalty="huber", backend=backend)
+        return rms_norm_constrain(x, v, EPS, *rest, casting=casting, offset=offset, penalty="squared", backend=backend)
 
     assert torch.autograd.gradcheck(run, (hidden, norm_weight))
     assert torch.autograd.gradcheck(

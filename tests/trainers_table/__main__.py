@@ -42,6 +42,7 @@ SHORT = (
     "Trainer:2 ranks FSDP2",
     "DPO:2 ranks DDP",
     "GRPO:2 ranks DDP",
+    "bare loop:2 ranks DDP",
 )
 
 

@@ -165,7 +165,7 @@ RECORD = {
     "version": "1",
     "schedule": "1@2ep,0.1@200steps,0",
     "scope": "response",
-    "penalty": "huber",
+    "penalty": "squared",
     "anchors": "live",
     "directions": "abc",
     "terms": {"tokens": {"anchors": None, "starting_model": "def"}},
@@ -227,7 +227,7 @@ def test_a_card_names_concepts_and_what_was_kept(tiny_model):
     probe = Directions.from_vectors(model, {1: torch.ones(32), 2: torch.ones(32)}, name="honesty")
     text = describe({**RECORD, "best": {"step": 9, "metric": "eval_loss", "value": 0.5}}, probe)
     for part in (
-        "| each block's input along directions of honesty, at response tokens; huber penalty |",
+        "| each block's input along directions of honesty, at response tokens; squared penalty |",
         "| blocks that it acted on | 2, 3 of 3, from 0 |",
         "| anchors | live (`def`) |",
         "| mean penalty, before alpha | not finite |",

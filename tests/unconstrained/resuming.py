@@ -158,7 +158,7 @@ case("schedule 0", build=lambda folder: trainer(folder, "0", start=dropping(), *
 case("another alpha", build=lambda folder: trainer(folder, 49.0, start=dropping(), **SAVES))
 case("a schedule that has ended", build=lambda folder: trainer(folder, "50@1ep,0", start=dropping(), **SAVES))
 case("another scope", build=other(procon_scope="response"))
-case("another penalty", build=other(procon_penalty="huber"))
+case("another penalty", build=other(procon_penalty="absolute"))
 case("other blocks", build=other(procon_blocks="1,2"))
 
 
