@@ -1,6 +1,5 @@
 """phi(e) and its slope, and a row's penalty along all directions, as every forward computes them in registers."""
 
-# What @triton.jit compiles is not what Python would run: names bound under compile-time conditions.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 
 import triton
@@ -39,10 +38,7 @@ def penalize_row(
     K: tl.constexpr,
     PENALTY: tl.constexpr,
 ):
-    """Write the penalty of a row and its coefficients ``[K]``.
-
-    ``projections`` are a tuple of ``[1]``, ``square [1]`` is ``|h|^2``, and ``w [1]`` the row's weight, or None.
-    """
+    """Write a row's penalty and coefficients, of K projections, ``|h|^2`` and its weight or None; each is ``[1]``."""
     inside = row < N
     live = inside if w is None else inside & (w != 0)
     total = tl.zeros([1], projections[0].dtype)

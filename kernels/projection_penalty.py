@@ -37,7 +37,7 @@ def _forward(
     weight,
     reach,
     token_penalty,
-    per_direction,
+    results,
     N,
     hidden_stride,
     anchor_stride,
@@ -50,7 +50,7 @@ def _forward(
     THREADS: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """``per_direction [N, K]`` receives the coefficient, or the projection when PENALTY is None."""
+    """``results [N, K]`` receive the coefficient, or the projection when PENALTY is None."""
     dtype = direction.dtype.element_ty
     # A row offset passes 2^31 elements long before memory runs out.
     first = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, 1)
@@ -80,23 +80,11 @@ def _forward(
             z += (sums[before + k * ROWS + j],)
         if PENALTY is None:
             for k in tl.static_range(K):
-                tl.store(per_direction + row * K + k, z[k], mask=row < N)
+                tl.store(results + row * K + k, z[k], mask=row < N)
         else:
             w = weights[j] if weight is not None else None
             penalize_row(
-                z,
-                sums[j],
-                w,
-                row,
-                N,
-                anchor,
-                anchor_stride,
-                anchor_step,
-                reach,
-                token_penalty,
-                per_direction,
-                K,
-                PENALTY,
+                z, sums[j], w, row, N, anchor, anchor_stride, anchor_step, reach, token_penalty, results, K, PENALTY
             )
 
 

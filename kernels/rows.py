@@ -22,12 +22,6 @@ def _columns(THREADS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _there(live, column, D: tl.constexpr):
-    """Which columns of a row are there."""
-    return column < D if live is None else live[:, None, None] & (column < D)
-
-
-@triton.jit
 def load_piece(
     at,
     live,
@@ -46,7 +40,7 @@ def load_piece(
         x = tl.load(at + column, eviction_policy=eviction, cache_modifier=cache)
     else:
         # Loads with a mask select: whatever a dead row holds, it counts as 0.
-        there = _there(live, column, D)
+        there = column < D if live is None else live[:, None, None] & (column < D)
         x = tl.load(at + column, mask=there, other=0, eviction_policy=eviction, cache_modifier=cache)
     return x.to(dtype)
 
@@ -70,7 +64,7 @@ def store_piece(at, value, live, D: tl.constexpr, THREADS: tl.constexpr, FIRST: 
     if live is None and FIRST + THREADS * WIDTH <= D:
         tl.store(at + column, value)
     else:
-        tl.store(at + column, value, mask=_there(live, column, D))
+        tl.store(at + column, value, mask=column < D if live is None else live[:, None, None] & (column < D))
 
 
 @triton.jit

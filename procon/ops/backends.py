@@ -127,27 +127,13 @@ def _fake_penalize(_: str, hidden: Tensor, direction: Tensor, *rest: Any) -> tup
     return direction.new_empty((rows,)), direction.new_empty((rows, len(direction)))
 
 
-def _fake_gradient(
-    _: str,
-    incoming: Tensor | None,
-    upstream: Tensor | None,
-    coefficient: Tensor,
-    direction: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
+def _fake_gradient(_: str, *arguments: Any) -> Tensor:
+    coefficient, direction, dtype = arguments[2:]
     return direction.new_empty((coefficient.shape[0], direction.shape[1]), dtype=dtype)
 
 
-def _fake_norm(
-    _: str,
-    hidden: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    casting: str,
-    offset: float,
-    direction: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
+def _fake_norm(_: str, hidden: Tensor, norm_weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    casting, direction = rest[1], rest[3]
     computed = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     dtype = hidden.dtype if casting == "gemma" else torch.promote_types(hidden.dtype, norm_weight.dtype)
     rows = _count(hidden)

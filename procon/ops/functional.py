@@ -79,14 +79,9 @@ def projection_penalty(
     autograd then has to add to the one of the model.
 
     Args:
-        hidden: ``[..., D]``.
-        direction: ``[D]`` or ``[K, D]``.
-        anchor: ``[...]``, or ``[..., K]`` for ``[K, D]``.
-        weight: ``[...]``, at least 0.
-        penalty: ``"squared"`` or ``"absolute"``.
+        hidden, direction, anchor, weight, penalty, backend: as for :func:`constrain`.
         reduction: ``"sum"``; ``"mean"``, the sum divided by the sum of the weights (by the number of tokens without
             weights), which is 0 when there is no token or every weight is 0; ``"none"``, the penalty of each token.
-        backend: ``"auto"``, ``"triton"`` or ``"eager"``.
 
     Returns:
         A scalar, or ``[...]`` for ``"none"``.
