@@ -68,6 +68,7 @@ EXTRAS["test"] = [
     *together("all", "docs", "study", "lint"),
     "bitsandbytes>=0.50.2",
     "deepspeed>=0.19",
+    "kernels>=0.16.2",
     "lightning>=2.6",
     "liger-kernel>=0.8",
     "playwright>=1.50",

@@ -66,15 +66,18 @@ def _require_triton(device: str) -> None:
             )
 
 
-_library = torch.library.Library("procon", "DEF")
+#: ``procon``, or what the package for the hub of kernels is called (``python -m benchmarks.hub``).
+_PACKAGE = __name__.partition(".")[0]
+
+_library = torch.library.Library(_PACKAGE, "DEF")
 
 
 def _define(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Register ``procon::<name>``; the result calls the operator only while compiling."""
     _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"procon::{name}", fake, lib=_library)
-    operator = getattr(torch.ops.procon, name).default
+    torch.library.register_fake(f"{_PACKAGE}::{name}", fake, lib=_library)
+    operator = getattr(getattr(torch.ops, _PACKAGE), name).default
 
     def call(*arguments: Any) -> Any:
         return operator(*arguments) if torch.compiler.is_compiling() else implementation(*arguments)
@@ -103,7 +106,7 @@ def _of_both(function: Callable[..., Any], rows: tuple[int, ...], fake: Callable
 @cache
 def _file(backend: str, name: str) -> ModuleType:
     """Imported on first use: the kernels bring Triton along, which may be missing if they are never called."""
-    return import_module(f"procon.{'kernels' if backend == 'triton' else 'eager'}.{name}")
+    return import_module(f"{_PACKAGE}.{'kernels' if backend == 'triton' else 'eager'}.{name}")
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:

@@ -1,11 +1,13 @@
 """The constraint on a model: right value and gradient in every mode, and never silently absent."""
 
+import json
 from functools import partial
-from types import MethodType
 
 import pytest
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.utils import is_kernels_available
 
 from procon.constraint import ProjectionConstraint, constrained_tokens
 from procon.constraint.input_norm import find_norm
@@ -162,28 +164,72 @@ def test_a_norm_that_someone_else_has_patched_is_left_alone(tiny_model):
         assert constraint.fused == (0, 2)
 
 
-def kernelize(model, *_: object) -> None:
-    """What the package kernels does to a model: other forwards, bound to the modules."""
-    for block in find_decoder(model).blocks:
-        norm = block.input_layernorm
-        norm.forward = MethodType(lambda self, hidden: type(self).forward(self, hidden), norm)
+#: A package for the hub of kernels, with a layer that computes what transformers' own one does.
+NORM = """import torch
+
+class layers:
+    class RMSNorm(torch.nn.Module):
+        def forward(self, hidden_states):
+            hidden = hidden_states.float()
+            normed = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + self.variance_epsilon)
+            return self.weight * normed.to(hidden_states.dtype)
+"""
 
 
-def test_beside_hub_kernels(tiny_model):
-    """They go into the norms once the model trains; and if that shows too late, the constraint says so."""
+@pytest.fixture(params=["at once", "with the mode"])
+def kernelize(request, tmp_path, monkeypatch):
+    """Puts that layer in the place of each RMSNorm, as the package does, or whenever the mode changes, as transformers.
+
+    The second model was loaded where there is no layer for it, and then moved.
+    """
+    kernels = pytest.importorskip("kernels")
+    folder = tmp_path / "build" / "torch-universal"
+    folder.mkdir(parents=True)
+    about = {"name": "norm", "id": "_norm", "version": 1, "license": "Apache-2.0", "python-depends": []}
+    (folder / "metadata.json").write_text(json.dumps(about | {"backend": {"type": "cpu"}}))
+    (folder / "__init__.py").write_text(NORM)
+    monkeypatch.setattr(LlamaRMSNorm, "kernel_layer_name", "RMSNorm", raising=False)
+
+    def put(model, *_: object) -> None:
+        mode = kernels.Mode.TRAINING if model.training else kernels.Mode.INFERENCE
+        kernels.kernelize(model, mode=mode, device="cpu")
+
+    def put_with_the_mode(model) -> None:
+        if not is_kernels_available():  # in a version that this transformers takes
+            model._use_kernels, model.set_use_kernels = True, partial(put, model)
+        with kernels.use_kernel_mapping({}, inherit_mapping=False):
+            model.set_use_kernels(True)
+
+    repository = kernels.LocalLayerRepository(tmp_path, layer_name="RMSNorm")
+    with kernels.use_kernel_mapping({"RMSNorm": {"cpu": repository}}, inherit_mapping=False):
+        yield put if request.param == "at once" else put_with_the_mode
+
+
+def test_kernelize_before_the_constraint(tiny_model, kernelize):
+    """The layers of the hub stay, also when the model changes between training and evaluation."""
+    batch, anchors, mask = random_batch(3)
+    model = tiny_model()
+    expected = by_definition(model.train(), random_directions(model), batch, anchors, mask)
+    kernelize(model.eval())
+    with ProjectionConstraint(random_directions(model), penalty="squared").attach(model) as constraint:
+        assert constraint.fused == ()
+        found = constrained_by(constraint, model.train(), batch, anchors, mask)
+        assert find_decoder(model).blocks[0].input_layernorm.forward.__func__.__module__ == "_norm"
+        assert_same(found, expected)
+
+
+@both_ways
+def test_kernelize_after_the_constraint(tiny_model, kernelize, fuse):
+    """They take the place of norms that do the constraint's work, which is then refused."""
     batch, anchors, mask = random_batch(3)
     model = tiny_model().train()
     expected = by_definition(model, random_directions(model), batch, anchors, mask)
-    model.eval()
-    model._use_kernels = True
-    model.set_use_kernels = partial(kernelize, model)  # which transformers calls as the mode changes
-    with ProjectionConstraint(random_directions(model), penalty="squared").attach(model) as constraint:
-        assert constraint.fused == ()
-        model.train()
-        assert_same(constrained_by(constraint, model, batch, anchors, mask), expected)
-    model = tiny_model().train()
-    with ProjectionConstraint(random_directions(model), penalty="squared").attach(model) as constraint:
+    with ProjectionConstraint(random_directions(model), penalty="squared").attach(model, fuse) as constraint:
         kernelize(model)
+        model.eval().train()
+        if fuse == "never":
+            assert_same(constrained_by(constraint, model, batch, anchors, mask), expected)
+            return
         with pytest.raises(ProConError, match=r"0 of 3 constrained blocks: attach the constraint .* after kernelize"):
             constrained_by(constraint, model, batch, anchors, mask)
 
