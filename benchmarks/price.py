@@ -1,6 +1,6 @@
 """What does a whole step of the default cost? ``python -m benchmarks.price``: ProConTrainer beside the plain Trainer.
 
-Real trainers take turns of as many steps as lie between two runs of the probes, on samples of 64 and of 512 tokens,
+Real trainers take turns of as many steps as hold a run of the rarest probes, on samples of 64 and of 512 tokens,
 padded and packed, with LoRA and in full: SmolLM2-135M's shape and its own chat template, float32 on a CPU. Printed is
 a step's time over the plain one's. ``--paper`` counts it for larger models.
 """
@@ -29,7 +29,8 @@ from procon.demo import fetch_demo_model
 
 SHAPE, ROWS, LENGTHS = "SmolLM2-135M", 8, (64, 512)
 #: Of the default: its terms one by one, too.
-SETTINGS = {"default": {}, "training tokens alone": {"procon_probes": "none"}}
+RARER = {"procon_probe_every": 2 * ProConSettings.probe_every, "procon_probe_weight": 2 * ProConSettings.probe_weight}
+SETTINGS = {"default": {}, "probes half as often": RARER, "training tokens alone": {"procon_probes": "none"}}
 #: Blocks, width, MLP width, key-value width and vocabulary.
 PAPER = {
     "1B": (16, 2048, 8192, 512, 128256),
@@ -40,7 +41,7 @@ PAPER = {
 
 def time_steps(names: Sequence[str], length: int, packed: bool, training: str, rounds: int, folder: str) -> Samples:
     """Seconds of turns of each contender."""
-    every = ProConSettings.probe_every
+    every = RARER["procon_probe_every"]
     tokenizer = AutoTokenizer.from_pretrained(fetch_demo_model())
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     collator = flattening_collator() if packed else padding_collator(tokenizer)
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.price", description=__doc__)
     parser.add_argument("--rounds", type=int, default=31, help="turns of each")
     parser.add_argument("--length", type=int, action="append", choices=LENGTHS, help="of samples; may be repeated")
-    parser.add_argument("--short", action="store_true", help="the default with padded samples and LoRA, alone")
+    parser.add_argument("--short", action="store_true", help="padded samples and LoRA alone, with probes")
     parser.add_argument("--paper", action="store_true", help="count it for larger models, and time nothing")
     chosen = parser.parse_args(argv)
     if chosen.paper:
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         for length, packed, training in product(chosen.length or LENGTHS, (False, True), ("lora", "full")):
             if chosen.short and (packed or training == "full"):
                 continue
-            names = ["default"] if chosen.short else list(SETTINGS)
+            names = list(SETTINGS)[:2] if chosen.short else list(SETTINGS)
             samples = time_steps(names, length, packed, training, chosen.rounds, folder)
             print(f"{ROWS} x {length} tokens, {'packed' if packed else 'padded'}, {training}")
             for name in names:
