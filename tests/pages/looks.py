@@ -25,8 +25,8 @@ _STILL = """async () => {
   await new Promise(done => requestAnimationFrame(() => setTimeout(done)));
 }"""
 
-#: Of the page's own scheme, if it has a switch. Its script answers the reader's system too, and at no time that is known:
-#: whatever it sets is set back.
+#: Of the page's own scheme, if it has a switch. Its script answers the reader's system too, at a time of its own:
+#: what it sets is set back.
 _SCHEME = """async scheme => {
   const body = document.body;
   if (body.dataset.mdColorScheme) {
