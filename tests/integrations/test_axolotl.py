@@ -19,7 +19,7 @@ from procon.training import ProConArguments
 
 # Before anything imports axolotl, which else reports to its makers.
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
-pytest.importorskip("axolotl", reason="axolotl requires older versions: .ci/run oldest has it")
+pytest.importorskip("axolotl", reason="axolotl requires versions of its own: .ci/run oldest and newest install them")
 
 from axolotl.cli.config import prepare_plugins
 from axolotl.integrations.base import BasePlugin, PluginManager
