@@ -123,7 +123,8 @@ def plot_bars(rates: dict[str, list[Estimate]]) -> Figure:
         at = [group + (place - (len(rates) - 1) / 2) * width for group in range(len(found))]
         heights = [rate.mean for rate in found]
         ends = np.concatenate([_whiskers(rate) for rate in found], 1)
-        axes.bar(at, heights, 0.9 * width, yerr=ends, label=label, color=COLOURS[place], error_kw={"elinewidth": 0.8})
+        lines = {"elinewidth": 0.8, "ecolor": INK}
+        axes.bar(at, heights, 0.9 * width, yerr=ends, label=label, color=COLOURS[place], error_kw=lines)
         for x, height, end in zip(at, heights, ends[1], strict=True):
             axes.annotate(f"{height:.0%}", (x, height + end), (0, 2), textcoords="offset points", ha="center")
     axes.set_xticks(range(3), ["malicious prompts\nrefused", "benign prompts\nrefused", "problems of the task\nsolved"])

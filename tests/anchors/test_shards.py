@@ -20,7 +20,7 @@ BLOCKS = 3
 STATE = "0123456789abcdef"
 
 #: Samples of the scale test; the figures that the bars are for belong to 100,000.
-SAMPLES = int(os.environ.get("PROCON_ANCHOR_SAMPLES", "3000"))
+SAMPLES = int(os.environ.get("PROCON_ANCHOR_SAMPLES", "6000"))
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ from procon.training import ProConArguments
 
 # Before anything imports axolotl, which else reports to its makers.
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
-pytest.importorskip("axolotl", reason="axolotl requires older versions: .ci/run oldest has it")
+pytest.importorskip("axolotl", reason="axolotl requires versions of its own: .ci/run oldest and newest install them")
 
+from axolotl.cli.config import prepare_plugins
 from axolotl.integrations.base import BasePlugin, PluginManager
 
 from procon.integrations.axolotl import AxolotlKeys, ProConPlugin
@@ -243,4 +244,4 @@ def test_a_plugin_that_cannot_be_imported_stops_axolotl(manager, monkeypatch):
     monkeypatch.delitem(sys.modules, "procon.integrations.axolotl")
     monkeypatch.setitem(sys.modules, "procon.training", None)
     with pytest.raises(ProConError, match=r"the axolotl plugin cannot be loaded: import of procon\.training halted"):
-        manager.register(PLUGIN)
+        prepare_plugins({"plugins": [PLUGIN]})

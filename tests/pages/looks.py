@@ -25,12 +25,18 @@ _STILL = """async () => {
   await new Promise(done => requestAnimationFrame(() => setTimeout(done)));
 }"""
 
-#: Of the page's own scheme, if it has a switch. Its script answers the reader's system first.
+#: Of the page's own scheme, if it has a switch. Its script answers the reader's system too, at a time of its own:
+#: what it sets is set back.
 _SCHEME = """async scheme => {
-  const answered = () => new Promise(done => requestAnimationFrame(() => setTimeout(done)));
-  await answered();
-  if (document.body.dataset.mdColorScheme) document.body.dataset.mdColorScheme = scheme;
-  await answered();
+  const body = document.body;
+  if (body.dataset.mdColorScheme) {
+    const keep = () => { if (body.dataset.mdColorScheme !== scheme) body.dataset.mdColorScheme = scheme; };
+    window.keeper?.disconnect();
+    window.keeper = new MutationObserver(keep);
+    window.keeper.observe(body, {attributeFilter: ['data-md-color-scheme']});
+    keep();
+  }
+  await new Promise(done => requestAnimationFrame(() => setTimeout(done)));
 }"""
 
 _TOO_WIDE = """width => {

@@ -17,6 +17,7 @@ import links
 import looks
 import made
 
+ROOT = Path(__file__).parents[2]
 NO_TOOLS = "the documentation's tools are not installed: pip install -e '.[docs]'"
 
 
@@ -86,6 +87,21 @@ def test_every_page_can_be_read(site, tab, tmp_path):
     shown = [*made.pages(site), made.write_report(tmp_path)]
     faults = {str(page): found for page in shown if (found := looks.faults(tab, page))}
     assert not faults, "\n".join(f"{page}: {fault}" for page, found in faults.items() for fault in found)
+
+
+def test_every_page_is_looked_at_in_both_schemes(site, tab):
+    """Whatever the page's own script sets meanwhile, which answers the reader's system at a time of its own."""
+    for page in made.pages(site):
+        looks.visit(tab, page)
+        for scheme, ground in [("dark", "rgb(30, 33, 41)"), ("light", "rgb(255, 255, 255)")]:
+            looks.show(tab, scheme)
+            assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == ground, (page, scheme)
+
+
+def test_lines_of_figures_are_seen_in_both_schemes():
+    figures = [path for path in (ROOT / "docs" / "assets").rglob("*.svg") if "prefers-color-scheme" in path.read_text()]
+    assert len(figures) > 2
+    assert [path.name for path in figures if "#000" in path.read_text()] == []
 
 
 FAULTY = {
