@@ -36,6 +36,9 @@ def pytest_load_initial_conftests() -> None:
     global _gpu
     _gpu = _open.enter_context(sanitize.session(PROPERTIES.major * 10 + PROPERTIES.minor, on_stop=_faults.append))
     torch.cuda.get_device_properties = lambda device=None: PROPERTIES
+    # A build of torch for GPUs would ask the driver.
+    torch.Tensor.pin_memory = lambda tensor, device=None: tensor
+    torch.optim.Optimizer._accelerator_graph_capture_health_check = lambda optimizer: None
     memory.Memory.load = _load
 
 

@@ -38,8 +38,9 @@ def assert_plain(twin, model) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+# Older transformers put functions of the package kernels into a model, which then cannot be pickled.
 @pytest.mark.parametrize("fuse", ["auto", "never"])
-@pytest.mark.parametrize("make", [copy.deepcopy, averaged, by_torch_save])
+@pytest.mark.parametrize("make", [copy.deepcopy, averaged, pytest.param(by_torch_save, marks=pytest.mark.newest)])
 def test_copies_are_free(tiny_model, random_directions, make, fuse):
     model = tiny_model().train()
     with ProjectionConstraint(random_directions(model)).attach(model, fuse=fuse) as constraint:
@@ -62,6 +63,7 @@ def test_copies_are_free(tiny_model, random_directions, make, fuse):
         make(twin)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("fuse", ["auto", "never"])
 def test_who_loads_a_saved_copy_needs_no_procon(tiny_model, random_directions, fuse):
     model = tiny_model()
