@@ -11,7 +11,7 @@ os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"  # before anything imports axolotl, whi
 import axolotl.utils.trainer
 import setting
 import torch
-from accelerate import ParallelismConfig
+from accelerate import ParallelismConfig, PartialState
 from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
 from axolotl.train import setup_model_and_trainer
@@ -135,6 +135,7 @@ def config(mode: Mode, folder: Path, alpha: float) -> dict:
 
 def build(mode: Mode, folder: Path, alpha: float):
     """axolotl's trainer, by what ``axolotl train`` runs: config, data, model, builder, plugins."""
+    PartialState()  # which axolotl asks, and which the start of a cell takes away
     cfg = load_cfg(DictDefault(config(mode, folder, alpha)))
     cfg.device_map = {"": "cpu"}
     if mode.batches == "padding-free":
