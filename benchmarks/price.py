@@ -28,8 +28,8 @@ from procon.data import flattening_collator, padding_collator
 from procon.demo import fetch_demo_model
 
 SHAPE, ROWS, LENGTHS = "SmolLM2-135M", 8, (64, 512)
-#: Of the default: its terms one by one, too.
 RARER = {"procon_probe_every": 2 * ProConSettings.probe_every, "procon_probe_weight": 2 * ProConSettings.probe_weight}
+#: Of the default, and of what takes less.
 SETTINGS = {"default": {}, "probes half as often": RARER, "training tokens alone": {"procon_probes": "none"}}
 #: Blocks, width, MLP width, key-value width and vocabulary.
 PAPER = {

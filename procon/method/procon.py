@@ -29,7 +29,7 @@ from procon.method.record import check_resumed, read_record, write_record
 from procon.method.term import Batches, Collator, Run, Step, Term
 from procon.method.tokens import TokenTerm
 from procon.models import is_sharded, token_embedding
-from procon.ranks import is_main
+from procon.ranks import are_ranks, is_main
 from procon.schedule import AlphaSchedule
 from procon.settings import ChatSettings, Fuse, ProConSettings, check_setting
 from procon.version import __version__
@@ -291,7 +291,7 @@ class ProCon:
         # Ranks share the batches out: a sampler of theirs has done so already, Accelerate does afterwards.
         shares = 1 if hasattr(loader.sampler, "num_replicas") else self.run.groups
         self.set_steps_per_epoch(max(1, -(-len(loader) // (shares * accumulation))))
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if are_ranks() else (0, 1)
         collate, size = loader.collate_fn, loader.batch_size or 1
         anchored = self.collator(collate)
         self.attach()

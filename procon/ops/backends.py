@@ -73,7 +73,7 @@ _library = torch.library.Library(_PACKAGE, "DEF")
 
 
 def _define(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Register ``procon::<name>``; the result calls the operator only while compiling."""
+    """Register an operator of this name; the result calls the operator only while compiling."""
     _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{_PACKAGE}::{name}", fake, lib=_library)
