@@ -17,8 +17,9 @@ from procon.directions import Directions
 from procon.errors import ProConError
 from procon.training import ProConArguments
 
-# Before anything imports axolotl, which else reports to its makers.
-os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
+# Before anything imports axolotl, which else reports to its makers, and has processes of its own for data, which import
+# everything again.
+os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "AXOLOTL_DATASET_NUM_PROC": "0"}
 pytest.importorskip("axolotl", reason="axolotl requires versions of its own: .ci/run oldest and newest install them")
 
 from axolotl.cli.config import prepare_plugins
@@ -58,7 +59,7 @@ def axolotl_train(tiny_model, tokenizer, tmp_path):
             ],
             "chat_template": "tokenizer_default",
             "dataset_prepared_path": str(tmp_path / "prepared"),
-            "dataset_num_proc": 1,
+            "dataset_num_proc": 0,
             "output_dir": str(tmp_path / "out"),
             "sequence_len": 128,
             "attn_implementation": "sdpa",

@@ -6,7 +6,9 @@ import json
 import os
 from pathlib import Path
 
-os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"  # before anything imports axolotl, which else reports to its makers
+# Before anything imports axolotl, which else reports to its makers, and has processes of its own for data, which import
+# everything again.
+os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "AXOLOTL_DATASET_NUM_PROC": "0"}
 
 import axolotl.utils.trainer
 import setting
@@ -91,7 +93,7 @@ def config(mode: Mode, folder: Path, alpha: float) -> dict:
         "gradient_checkpointing": mode.checkpointing != "off",
         "save_strategy": "no",
         "val_set_size": 0,
-        "dataset_num_proc": 1,
+        "dataset_num_proc": 0,
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": False,
         "include_tkps": False,

@@ -9,6 +9,8 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -89,6 +91,13 @@ def is_identical(row: str, mode: setting.Mode, folder: Path) -> bool:
     return moved and len(losses) == rows.LONG["max_steps"] and losses == our_losses and same
 
 
+@contextmanager
+def clean_environment() -> Iterator[None]:
+    """TrainingArguments leave settings in the environment for what comes after; beside axolotl it is replaced, too."""
+    with mock.patch.object(os, "environ", os.environ), mock.patch.dict(os.environ):
+        yield
+
+
 def start_afresh(mode: setting.Mode) -> None:
     """Set ranks up for a mode: Accelerate keeps those of the mode before.
 
@@ -132,14 +141,14 @@ def main() -> None:
         folder = shared / cell.replace(" ", "-").replace(":", "-")
         folder.mkdir(exist_ok=True)
         if (row, mode) not in made:
-            with mock.patch.dict(os.environ):  # in which TrainingArguments leave settings for what comes after
+            with clean_environment():
                 start_afresh(mode)
                 made[row, mode] = run_cell(row, mode, expected, folder)
             own = replace(mode, source=None)
             compared = chosen.compared is None or cell in chosen.compared
             if row in EXTENDED and "none" not in made[row, mode] and compared:
                 if (row, own) not in identical:
-                    with mock.patch.dict(os.environ):
+                    with clean_environment():
                         start_afresh(own)
                         identical[row, own] = is_identical(row, own, folder)
                 made[row, mode]["identical"] = identical[row, own]
