@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.study.figures import kept_drawing, scatter_drawing
-from benchmarks.study.hard_hypotheses import DEFAULT
-from benchmarks.study.hypotheses import Verdict
+from benchmarks.study.hard_hypotheses import DEFAULT, JOBS
+from benchmarks.study.hypotheses import Hypothesis, Verdict, judge
 from benchmarks.study.outcomes import (
+    ALL_REFUSALS,
     COMPLIES,
     FRESH_REFUSES_ALONE,
     OVER_REFUSAL,
+    REFUSAL,
     REFUSES_ALONE,
     TASK,
+    Measure,
     Outcomes,
     judges_agree,
 )
@@ -72,6 +75,7 @@ CLEAN = (
     Row("ProCon_s", "procon_s"),
     Row(PLAIN, "plain_x4"),
     Row(OURS, DEFAULT + LONG),
+    Row("its probes alone", "state_3_turns_128_x4"),
     Row("SBR", "sbr_10_each_x4"),
     Row("KL", "kl_0.03_x4"),
     Row("ProCon_s", "procon_s_x4"),
@@ -80,6 +84,7 @@ CLEAN = (
 LONG_POISON = (
     _of_poison(PLAIN, "plain_x4"),
     _of_poison(OURS, DEFAULT + LONG),
+    _of_poison("its probes alone", "state_3_turns_128_x4"),
     _of_poison("SBR", "sbr_10_each_x4"),
     _of_poison("SafeGrad", "safegrad_1_x4"),
     _of_poison("safety data, 100", "safe_100_x4"),
@@ -90,15 +95,24 @@ LONG_POISON = (
 
 POISON = (_of_poison(START, "start"), _of_poison(PLAIN, "plain"), _of_poison(OURS, DEFAULT), *LONG_POISON)
 
-CONTROL = (
-    Row(OURS, DEFAULT + LONG),
-    Row("ProCon, random", "tokens_state_3_turns_random_x4"),
-    Row("ProCon_s", "procon_s_x4"),
-    Row("ProCon_s, random", "procon_s_random_x4"),
-    Row("probes' projections", "probes_10_x4"),
-    Row("probes' projections, random", "probes_10_random_x4"),
-    Row("ProCon_s, alpha 0.1", "raw_0.1_refusal", budget="table"),
-    Row("the same, random", "raw_0.1_random1", budget="table"),
+
+class Added(NamedTuple):
+    """A part, the method that has it and the one that has not; in long training unless it says so."""
+
+    label: str
+    better: str
+    worse: str
+    budget: str = "hard"
+    refusals: Measure = ALL_REFUSALS
+
+
+ADDED = (
+    Added("training tokens, beside the probes", DEFAULT + LONG, "state_3_turns_128_x4"),
+    Added("probes, beside the training tokens", DEFAULT + LONG, "procon_s_x4"),
+    Added("the refusal direction, in the default", DEFAULT + LONG, "tokens_state_3_turns_random_x4"),
+    Added("the same, on training tokens alone", "procon_s_x4", "procon_s_random_x4"),
+    Added("the same, at probes that keep projections alone", "probes_10_x4", "probes_10_random_x4"),
+    Added("the same, on tokens alone, alpha 0.1, 40 steps", "raw_0.1_refusal", "raw_0.1_random1", "table", REFUSAL),
 )
 
 ADAPTIVE = (
@@ -167,13 +181,30 @@ def results_page(found: Mapping[str, Outcomes], verdicts: Mapping[str, Sequence[
                 alt="Scatter plot of long training in the table above.",
             )
         ),
-        control=table(CONTROL, "steps"),
+        added=added_table(found),
         adaptive=table(ADAPTIVE, "turns"),
         others=table(OTHERS, "seeds"),
         failed=failed_table(verdicts),
         kappa=judges_agree(found["hard"]),
         prediction=figure(prediction_drawing(predictions(found["hard"]))),
     )
+
+
+def added_table(found: Mapping[str, Outcomes]) -> str:
+    """What each part of the default adds, paired by seed and prompt."""
+    rows = []
+    for part in ADDED:
+        verdicts = [
+            judge(Hypothesis(part.label, (part.better,), (part.worse,), job), measure, found[part.budget])
+            for job in JOBS
+            for measure in (part.refusals, TASK)
+        ]
+        cells = [
+            NONE if each.difference is None else difference_cell(each.difference, each.measure) for each in verdicts
+        ]
+        rows.append([part.label, *cells])
+    headers = [f"{name}: {what}" for name in JOBS.values() for what in ("refusals", "task")]
+    return Table(["what is added", *headers], rows).markdown()
 
 
 def failed_table(verdicts: Mapping[str, Sequence[Verdict]]) -> str:

@@ -40,7 +40,7 @@ class ModelArguments:
     """How a command loads its models, and how it speaks to them."""
 
     dtype: str = setting(
-        "Of the weights; auto: bfloat16 if the machine multiplies it natively, else float32, as to train all weights.",
+        "Of the weights; auto: bfloat16 if the machine multiplies it faster, else float32, as to train all weights.",
         "auto",
         group=LOADING,
         choices=("auto", "bfloat16", "float16", "float32"),

@@ -125,7 +125,7 @@ def quickstart(
     place = make_start(model, output)
     start, tokenizer = load_model(place, trust_remote_code=trust_remote_code)
 
-    with console.status(f"about {4 + 2 * full + 4 * control} minutes on two idle cores"):
+    with console.status(f"about {6 + 5 * full + 4 * control} minutes on two cores"):
         console.rule(f"2/{parts}  refusal directions")
         directions = Directions.extract(start, tokenizer, progress=False)
         directions.save(output / "directions.safetensors")

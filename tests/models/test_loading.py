@@ -61,6 +61,21 @@ def test_the_device_is_what_is_there(monkeypatch, saved, there, rank, device, dt
         assert default_dtype() == dtype
 
 
+@pytest.mark.parametrize(
+    ("found", "dtype"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, torch.bfloat16),
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, torch.float32),
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, torch.bfloat16),
+        ({"avx512_f": True}, torch.float32),
+    ],
+)
+def test_a_cpu_has_the_dtype_that_it_multiplies_faster(monkeypatch, found, dtype):
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: None)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: found)
+    assert default_dtype() == dtype
+
+
 def test_what_cannot_be_had_is_one_line(saved, monkeypatch):
     monkeypatch.setattr("transformers.utils.quantization_config.importlib.metadata.version", lambda name: 1 / 0)
     for name, asked in (

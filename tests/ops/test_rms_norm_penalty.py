@@ -79,7 +79,7 @@ def by_definition(given: dict[str, Tensor], normed) -> tuple[Tensor, Tensor]:
     return run
 
 
-@pytest.mark.parametrize(("size", "k"), [(64, 3), (576, 1), (1000, 2), (2048, 1)])
+@pytest.mark.parametrize(("size", "k"), [(64, 3), (576, 1), (1000, 2)])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_outputs_and_gradients(backend, device, dtypes, rule, size, k):
