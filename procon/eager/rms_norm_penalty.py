@@ -49,7 +49,8 @@ def rms_norm_penalize(
     # Without a direction there are none to project on, and a projection of no columns.
     directions = inverse_rms.new_empty((0, columns)) if direction is None else direction
     projection = directions.new_empty((rows, len(directions)))
-    v = _scale(norm_weight, offset, norm_weight.dtype if casting == "llama" else computed)
+    v = norm_weight if casting == "llama" else norm_weight.to(computed)
+    v = v + offset if offset else v
 
     height = tile_height(inverse_rms, columns)
     shape = (min(height, rows), columns)
@@ -94,7 +95,8 @@ def rms_norm_gradient(
     """
     rows, columns = hidden.shape
     computed = inverse_rms.dtype
-    v = _scale(norm_weight, offset, computed)
+    v = norm_weight.to(computed)
+    v = v + offset if offset else v
     gradient = hidden.new_empty((rows, columns))
     total = inverse_rms.new_zeros(columns) if needs_weight else None
     if upstream is not None:
@@ -122,9 +124,3 @@ def rms_norm_gradient(
         if h_buffer is not None:
             target.copy_(dh)
     return gradient, norm_weight.new_empty(0) if total is None else total.to(norm_weight.dtype)
-
-
-def _scale(norm_weight: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
-    """What the normalised states are multiplied with."""
-    scale = norm_weight if norm_weight.dtype == dtype else norm_weight.to(dtype)
-    return scale + offset if offset else scale

@@ -192,36 +192,30 @@ class Probes:
                     "hidden states at the probes are NaN or infinite: load the model in bfloat16 or float32, and check "
                     "its weights"
                 )
-            return found._with_shared_beginning(forward, settings.probe_batch)
+            # In one row behind the tokens that they share, if the model gives the same states so. Attention kernels
+            # without such masks do not, nor layers that read a row from end to end.
+            together = replace(found, shared=torch.tensor(_common_beginning(found)))
+            if not together.shared or not _heeds_masks(forward.decoder):
+                return found
+            try:
+                together = replace(together, states=together._recorded(forward, settings.probe_batch))
+            except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                logger.info("probes are run one by one: their shared beginning cannot be run once (%s)", error)
+                return found
+        off = ((together.states - found.states).norm(dim=1) / found.states.norm(dim=1)).max()
+        # Rounding alone, or another computation.
+        few_bits = torch.is_autocast_enabled(forward.device.type) or forward.dtype.itemsize < 4
+        if not off < (_FEW_BITS_OFF if few_bits else _OFF):
+            logger.info("probes are run one by one: behind a shared beginning their states are off by %.2g", off)
+            return found
+        return together
 
     def _recorded(self, forward: DecoderForward, size: int) -> Tensor:
         """Last hidden states as they are now, of ``size`` prompts at a time."""
-        turns = [self.turn(number, size) for number in range(-(-len(self) // size))]
-        states = torch.cat([turn.run(forward)[0].cpu().float() for turn in turns])
-        return states[: len(self.states)]  # the last turn goes round
-
-    def _with_shared_beginning(self, forward: DecoderForward, size: int) -> Probes:
-        """These probes, run in one row behind the tokens that they share, if the model gives the same states so.
-
-        Not all do: attention kernels without such masks, layers that read a row from end to end, code that goes its
-        own way in training.
-        """
-        shared = _common_beginning(self)
-        if not shared or not _heeds_masks(forward.decoder):
-            return self
-        together = replace(self, shared=torch.tensor(shared))
-        try:
-            states = together._recorded(forward, size)
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            logger.info("probes are run one by one: their shared beginning cannot be run once (%s)", error)
-            return self
-        off = (states - self.states).norm(dim=1) / self.states.norm(dim=1)
-        # Rounding alone, or another computation.
-        few_bits = torch.is_autocast_enabled(forward.device.type) or forward.dtype.itemsize < 4
-        if not off.max() < (_FEW_BITS_OFF if few_bits else _OFF):
-            logger.info("probes are run one by one: behind a shared beginning their states are off by %.2g", off.max())
-            return self
-        return replace(together, states=states)
+        states = []
+        for number in range(-(-len(self) // size)):
+            states.append(self.turn(number, size).run(forward)[0].cpu().float())
+        return torch.cat(states)[: len(self.states)]  # the last turn goes round
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file with a checksum in its header; returns its path."""
