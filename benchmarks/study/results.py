@@ -112,7 +112,7 @@ ADDED = (
     Added("the refusal direction, in the default", DEFAULT + LONG, "tokens_state_3_turns_random_x4"),
     Added("the same, on training tokens alone", "procon_s_x4", "procon_s_random_x4"),
     Added("the same, at probes that keep projections alone", "probes_10_x4", "probes_10_random_x4"),
-    Added("the same, on tokens alone, alpha 0.1, 40 steps", "raw_0.1_refusal", "raw_0.1_random1", "table", REFUSAL),
+    Added("the same, tokens alone, alpha 0.1, 40 steps", "raw_0.1_refusal", "raw_0.1_random1", "table", REFUSAL),
 )
 
 ADAPTIVE = (
