@@ -22,7 +22,7 @@ from rich.text import Text
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 
-from procon.chat import builtin_drift_pairs, builtin_prompts, warn_of_low_refusal
+from procon.chat import builtin_drift_pairs, builtin_prompts
 from procon.data import padding_collator, to_conversations, tokenize_conversations
 from procon.demo.arithmetic import Problem, arithmetic_problems
 from procon.demo.model import fetch_demo_model, teach_refusal
@@ -127,8 +127,7 @@ def quickstart(
 
     with console.status(f"about {6 + 5 * full + 4 * control} minutes on two cores"):
         console.rule(f"2/{parts}  refusal directions")
-        # Whether the model refuses is measured below.
-        directions = Directions.extract(start, tokenizer, check_refusal=False, progress=False)
+        directions = Directions.extract(start, tokenizer, progress=False)
         directions.save(output / "directions.safetensors")
         usable = directions.auroc[directions.usable]
         console.print(f"{len(usable)} blocks; held-out AUROC {usable.min():.2f} to {usable.max():.2f}")
@@ -140,7 +139,6 @@ def quickstart(
         evaluation = measured.evaluate(start, tokenizer, "start")
         evaluation.save(output / "start.json")
         console.print(f"the model refuses {evaluation.refusal_malicious} of malicious prompts")
-        warn_of_low_refusal(evaluation.refusal_malicious.value)
         runs = [Run("start", evaluation, cosine=directions.cosine(directions).tolist())]
         plan = [("plain", {"procon_schedule": "0"}, directions), ("ProCon", {}, directions)]
         if control:

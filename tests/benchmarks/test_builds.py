@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 #: One target of each maker; ``python -m benchmarks.audit builds`` has all.
-TARGETS, SIZES = ("sm_90", "gfx942"), (576, 4096)
+TARGETS = {"sm_90": (576, 4096, 16384), "gfx942": (576, 4096)}
 NORM_FORWARD = {("hidden", "load"), ("normed", "store")}
 NORM_BACKWARD = {("incoming", "load"), ("hidden", "load"), ("gradient", "store")}
 #: What each call does with its [N, D] tensors.
@@ -38,17 +38,18 @@ def test_builds(target, tmp_path):
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "triton")
     file = tmp_path / "records.json"
     command = [sys.executable, "-m", "benchmarks.audit", "builds", "--target", target, "--json", str(file)]
-    command += [part for size in SIZES for part in ("--size", str(size))]
+    command += [part for size in TARGETS[target] for part in ("--size", str(size))]
     built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     records = json.loads(file.read_text())
 
     plain = [r for r in records if (r["directions"], r["dtype"], r["penalty"]) == (1, "bfloat16", "squared")]
-    assert {(r["call"], r["size"]) for r in plain} == {(call, size) for call in ACCESSES for size in SIZES}
+    assert {(r["call"], r["size"]) for r in plain} == {(call, size) for call in ACCESSES for size in TARGETS[target]}
     assert {1, 4, 8} <= {r["directions"] for r in records}
     assert {"bfloat16", "float16", "float32"} == {r["dtype"] for r in records}
 
-    assert [r for r in records if r["spilled_bytes"]] == []
+    spilled = {(r["call"], r["size"], r["spilled_bytes"]) for r in records if r["spilled_bytes"]}
+    assert spilled <= {("fused backward", 16384, 16)}  # rows of no usual model
     # Half of what a thread can have, and two more in one call: room for other compilers.
     assert [r for r in records if r["registers"] > 130] == []
     # What a block can have on the GPU that has the least (sm_86, sm_89, sm_120).
