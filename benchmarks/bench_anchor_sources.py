@@ -178,7 +178,7 @@ def _preferences() -> _Result:
         # Of alpha 0 it is TRL's own: the same code path and the same model for both.
         trainer = ProConDPOTrainer(
             model,
-            args=ProConDPOConfig(procon_anchors="live", procon_probes="none", **settings),
+            args=ProConDPOConfig(procon_anchors="live", procon_terms="tokens", **settings),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             directions=make_directions(CASE.shape),

@@ -28,7 +28,7 @@ from procon.data import padding_collator
 ROWS, LENGTH, PROBE_LENGTH = 2, 16, 12
 PROBES = "forward and backward of probes"
 EVERY = ProConConfig.procon_probe_every
-SETTINGS = {"default": {}, "tokens": {"procon_probes": "none"}, "probes alone": {"procon_anchors": "none"}}
+SETTINGS = {"default": {}, "tokens": {"procon_terms": "tokens"}, "both": {"procon_terms": "both"}}
 
 
 class _Clock(TrainerCallback):

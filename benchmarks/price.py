@@ -30,7 +30,12 @@ from procon.demo import fetch_demo_model
 SHAPE, ROWS, LENGTHS = "SmolLM2-135M", 8, (64, 512)
 RARER = {"procon_probe_every": 2 * ProConSettings.probe_every, "procon_probe_weight": 2 * ProConSettings.probe_weight}
 #: Of the default, and of what takes less.
-SETTINGS = {"default": {}, "probes half as often": RARER, "training tokens alone": {"procon_probes": "none"}}
+SETTINGS = {
+    "default": {},
+    "probes half as often": RARER,
+    "training tokens alone": {"procon_terms": "tokens"},
+    "both": {"procon_terms": "both"},
+}
 #: Blocks, width, MLP width, key-value width and vocabulary.
 PAPER = {
     "1B": (16, 2048, 8192, 512, 128256),
@@ -64,7 +69,7 @@ def time_steps(names: Sequence[str], length: int, packed: bool, training: str, r
 
 
 def paper(probe_tokens: int = 190) -> None:
-    """FLOPs of a step over the plain one's; and bytes that the token term adds to those of a block's norm."""
+    """FLOPs of a step over the plain one's."""
     print("FLOPs of the default's step over the plain one's")
     for name, (blocks, width, mlp, key, words) in PAPER.items():
         body = blocks * (2 * width * width + 2 * width * key + 3 * width * mlp)
@@ -72,7 +77,7 @@ def paper(probe_tokens: int = 190) -> None:
         for length in LENGTHS:
             probes = probe_tokens / ProConSettings.probe_every
             ratio = 1 + probes / (ROWS * length) * body / (body + head)
-            print(f"  {name:4} {ROWS} x {length:3}: {ratio:.3f}; anchors {4 * blocks} bytes a token")
+            print(f"  {name:4} {ROWS} x {length:3}: {ratio:.3f}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,9 +2,8 @@
 
     python examples/bare_loop.py --model MODEL --data data.jsonl --output_dir tuned
 
-The constraint has the whole default: anchors of the training tokens, and probes. Cross-entropy and penalty are both
-sums over tokens, divided by the count of the whole optimiser step. So the number of micro-batches per step changes
-neither.
+Cross-entropy and penalty are both sums over tokens, divided by the count of the whole optimiser step. So the number of
+micro-batches per step changes neither.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="chat model: a folder or hub name")
     parser.add_argument("--data", required=True, help="conversations: .json, .jsonl, .csv or .parquet")
-    parser.add_argument("--output_dir", type=Path, default="tuned", help="for anchors and the model")
+    parser.add_argument("--output_dir", type=Path, default="tuned", help="for the model, and anchors if there are any")
+    parser.add_argument("--terms", default="probes", help="what the constraint keeps: probes, tokens (paper) or both")
     parser.add_argument("--schedule", default="procon_s", help="alpha over training")
     parser.add_argument("--epochs", type=int, default=3, help="a warm-up of the schedule comes on top")
     parser.add_argument("--batch_size", type=int, default=4, help="rows of a micro-batch")
@@ -39,8 +39,8 @@ def main() -> None:
     dataset = tokenize_conversations(load_conversations(args.data), tokenizer)
     loader = DataLoader(dataset, args.batch_size, shuffle=True, collate_fn=padding_collator(tokenizer))
 
-    # Directions, anchors and probes: once, before the first step, from the model as training starts.
-    procon = ProCon(model, tokenizer, ProConSettings(schedule=args.schedule), folder=args.output_dir)
+    # What the starting model is at the probes: once, before the first step.
+    procon = ProCon(model, tokenizer, ProConSettings(args.terms, args.schedule), folder=args.output_dir)
     loader = procon.prepare(loader, accumulation=args.accumulation)
 
     steps_per_epoch = procon.steps_per_epoch

@@ -3,8 +3,7 @@
     python examples/llama_factory.py train.yaml
 
 In the file, set `use_reentrant_gc: false` (or `disable_gradient_checkpointing: true`) and `packing: false`; otherwise
-the run stops and says why. It also stops with DFT, EAFT and ASFT, which make losses of their own. Response tokens are
-constrained; the other settings have their defaults.
+the run stops and says why. It also stops with DFT, EAFT and ASFT, which make losses of their own.
 
 Tested on a CPU with LLaMA-Factory 0.9.5 and the newest versions that it takes: transformers 5.6.0, peft 0.18.1,
 accelerate 1.11.0, trl 0.24.0 (LoRA, 5 steps of 2 micro-batches). The extra `llama-factory` admits them:
@@ -22,7 +21,7 @@ import yaml
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path, help="LLaMA-Factory's settings: a YAML file")
-    parser.add_argument("--directions", type=Path, help="file from 'procon directions'; extracted if not given")
+    parser.add_argument("--terms", default="probes", help="what the constraint keeps: probes, tokens (paper) or both")
     parser.add_argument("--schedule", default="procon_s", help="alpha over training: procon_s, or phases (1@2ep,0)")
     args = parser.parse_args()
 
@@ -30,7 +29,7 @@ def main() -> None:
 
     from procon.integrations import ProConCallback
 
-    callback = ProConCallback(args.directions, schedule=args.schedule)
+    callback = ProConCallback(terms=args.terms, schedule=args.schedule)
     run_exp(yaml.safe_load(args.config.read_text(encoding="utf-8")), callbacks=[callback])
 
 

@@ -3,8 +3,7 @@
     python examples/sft.py --model MODEL --data data.jsonl --output_dir tuned --packing
 
 All of TRL's SFTConfig and the constraint's own settings (``procon_...``) are flags. TRL gets each conversation as a
-prompt and a completion, its last turn. So the loss is on the completion alone; the constraint is on all tokens, or on
-the completion with ``--procon_scope response``.
+prompt and a completion, its last turn. So the loss is on the completion alone.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
     python examples/trainer.py --model MODEL --data data.jsonl --output_dir tuned
 
-All of transformers' TrainingArguments and the constraint's own (``procon_...``) are flags. The refusal directions are
-extracted from the model as training starts and kept in the checkpoints.
+All of transformers' TrainingArguments and the constraint's own (``procon_...``) are flags.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@
 
 unsloth's gradient checkpointing runs the blocks without gradients, and the constraint would lose its own. So it is off
 here; with it, the run stops and says why. It also stops with the SFTTrainer of TRL 1.16, which makes its own loss.
-The settings have their defaults.
 
 Not tested with unsloth itself, which needs a GPU. Tested on a CPU with trl 0.24.0, transformers 5.6.0 and peft 0.18.1,
 and a stand-in for unsloth that loads the model with transformers.
@@ -19,9 +18,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="chat model: a folder or hub name")
     parser.add_argument("--data", required=True, help="conversations: .json, .jsonl, .csv or .parquet")
-    parser.add_argument("--directions", help="file from 'procon directions'; extracted if not given")
+    parser.add_argument("--terms", default="probes", help="what the constraint keeps: probes, tokens (paper) or both")
     parser.add_argument("--schedule", default="procon_s", help="alpha over training: procon_s, or phases (1@2ep,0)")
-    parser.add_argument("--output_dir", default="tuned", help="folder for anchors and the adapter")
+    parser.add_argument("--output_dir", default="tuned", help="folder for the adapter")
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     args = parser.parse_args()
@@ -56,7 +55,7 @@ def main() -> None:
         data_collator=padding_collator(tokenizer),
         processing_class=tokenizer,
         # unsloth reads its norms' weights and does not call them.
-        callbacks=[ProConCallback(args.directions, schedule=args.schedule, fuse="never")],
+        callbacks=[ProConCallback(terms=args.terms, schedule=args.schedule, fuse="never")],
     )
     trainer.train()
     trainer.save_model()

@@ -26,7 +26,8 @@ Blocks = Literal["all"] | float | Sequence[int]
 Penalty = Literal["squared", "absolute"]
 Fuse = Literal["auto", "never"]
 Backend = Literal["auto", "triton", "eager"]
-AnchorSource = Literal["recorded", "live", "none"]
+Terms = Literal["probes", "tokens", "both"]
+AnchorSource = Literal["recorded", "live"]
 
 #: The environment variable that says which backend ``"auto"`` means.
 BACKEND_VARIABLE = "PROCON_BACKEND"
@@ -38,6 +39,7 @@ MAX_DIRECTIONS = 8
 CHOICES: dict[str, tuple[str, ...]] = {
     "scope": get_args(TokenScope),
     "penalty": get_args(Penalty),
+    "terms": get_args(Terms),
     "fuse": get_args(Fuse),
     "backend": get_args(Backend),
     "anchors": get_args(AnchorSource),
@@ -45,6 +47,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 #: What each setting that is a whole number is at least.
 _LEAST = {"probe_batch": 1, "probe_every": 1, "probe_reply_tokens": 0, "thinking_tokens": 1}
+
+
+#: The settings of one term alone.
+_OF_TERM = {
+    "tokens": ("scope", "blocks", "penalty", "anchors", "anchors_dir"),
+    "probes": ("probes", "probe_batch", "probe_every", "probe_weight", "probe_reply_tokens"),
+}
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -62,8 +71,14 @@ class ProConSettings:
     Every door has these: trainers as ``procon_schedule`` and so on, axolotl's keys and the command line's flags too.
 
     Raises:
-        ProConError: for a value that a setting cannot have, or if nothing is left that constrains.
+        ProConError: for a value that a setting cannot have, or a setting of a term that is not there.
     """
+
+    terms: Terms = _setting(
+        "probes",
+        "What the loss adds: probes, fixed prompts at which the model is kept; tokens, projections of the training "
+        "tokens (paper); or both.",
+    )
 
     schedule: str = _setting(
         "procon_s",
@@ -79,20 +94,18 @@ class ProConSettings:
     penalty: Penalty = _setting("absolute", "Penalty on a departure: squared, or absolute (as the paper typesets it).")
     anchors: AnchorSource = _setting(
         "recorded",
-        "Anchors of the training tokens: recorded before training (paper); live, from a forward of the starting model "
-        "on each batch; or none.",
+        "Anchors of the training tokens: recorded before training (paper), or live, from a forward of the starting "
+        "model on each batch.",
     )
     anchors_dir: str | None = _setting(None, "Where recorded anchors are kept; OUTPUT_DIR/_anchors if not given.")
     probes: str = _setting(
         "builtin",
-        "Prompts at which the model is kept at its last hidden states (SBR): builtin, malicious ones; a file of "
-        "others, .txt or .jsonl; or none.",
+        "Prompts at which the model is kept at its last hidden states (SBR): builtin, malicious ones; or a file of "
+        "others, .txt or .jsonl.",
     )
     probe_batch: int = _setting(8, "How many of them are run at a time, in turn.")
     probe_every: int = _setting(2, "The probes are run in the last of every so many optimiser steps.")
-    probe_weight: float = _setting(
-        15.0, "Weight of the probes' penalty beside the training tokens'; alpha multiplies both."
-    )
+    probe_weight: float = _setting(15.0, "Weight of the probes' penalty; alpha multiplies all terms.")
     probe_reply_tokens: int = _setting(
         0, "How many tokens of the starting model's own reply each probe goes on with, and is kept at too; 0: none."
     )
@@ -104,14 +117,24 @@ class ProConSettings:
         object.__setattr__(self, "blocks", tuple(blocks) if isinstance(blocks, list) else blocks)
 
     @property
+    def has_tokens(self) -> bool:
+        """Whether training tokens are kept."""
+        return self.terms != "probes"
+
+    @property
     def has_probes(self) -> bool:
         """Whether probes are kept."""
-        return self.probes != "none"
+        return self.terms != "tokens"
+
+    @property
+    def needs_recording(self) -> bool:
+        """Whether one forward over the training set comes before training."""
+        return self.has_tokens and self.anchors == "recorded"
 
     @property
     def probe_file(self) -> str | None:
-        """The file of the probes; None for the built-in ones, or without any."""
-        return None if self.probes in ("builtin", "none") else self.probes
+        """The file of the probes; None for the built-in ones."""
+        return None if self.probes == "builtin" else self.probes
 
 
 #: What rendering itself sets, so that a user cannot.
@@ -175,12 +198,16 @@ def check_settings(values: Mapping[str, Any], prefix: str = "") -> None:
     for setting in fields(ProConSettings):
         check_setting(setting.name, values[setting.name], prefix + setting.name)
     backend_variable()
-    off = values["anchors"] == "none" and values["probes"] == "none"
-    if off and AlphaSchedule.parse(values["schedule"]).active:
-        raise ProConError(
-            f"{prefix}anchors and {prefix}probes are both 'none', so nothing is constrained: take one of them, or give "
-            f"{prefix}schedule '0' to train without the constraint"
-        )
+    terms = values["terms"]
+    if terms == "both" or not AlphaSchedule.parse(values["schedule"]).active:
+        return
+    ((other, names),) = ((term, names) for term, names in _OF_TERM.items() if term != terms)
+    for name in names:
+        if values[name] != getattr(ProConSettings, name):
+            raise ProConError(
+                f"{prefix}{name} is of the {other}, which {prefix}terms {terms!r} leaves out: take {prefix}terms "
+                f"{other!r} or 'both', or leave {prefix}{name} as it is by default"
+            )
 
 
 def check_setting(setting: str, value: Any, name: str | None = None) -> None:
@@ -208,7 +235,7 @@ def check_setting(setting: str, value: Any, name: str | None = None) -> None:
             raise ProConError(f"{name} is {value!r}: give a finite number above 0")
     elif setting == "probes":
         if not isinstance(value, str | os.PathLike) or not str(value).strip():
-            raise ProConError(f"{name} is {value!r}: give 'builtin', 'none', or the path of a file of prompts")
+            raise ProConError(f"{name} is {value!r}: give 'builtin', or the path of a file of prompts")
     elif setting == "anchors_dir":
         if value is not None and not isinstance(value, str | os.PathLike):
             raise ProConError(f"{name} is {value!r}: give the path of a folder")

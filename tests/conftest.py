@@ -288,13 +288,11 @@ def make_trainer(tiny_model, tokenizer, tmp_path, few_prompts) -> Callable[..., 
         }
         extra = {}
         if schedule is not None:
-            settings = {
-                "procon_scope": "response",
-                "procon_penalty": "squared",
-                **settings,
-                "procon_schedule": schedule,
-            }
-            extra["directions"] = directions(model)
+            of_tokens = {"procon_scope": "response", "procon_penalty": "squared"}
+            terms = settings.setdefault("procon_terms", "both")
+            settings = {**(of_tokens if terms != "probes" else {}), **settings, "procon_schedule": schedule}
+            if terms != "probes":
+                extra["directions"] = directions(model)
         train, evaluation = (Dataset.from_list(counting(numbers)) for numbers in (range(2, 6), range(6, 10)))
         set_seed(0)
         if base == "SFTTrainer":

@@ -64,8 +64,7 @@ def source_settings(source: str) -> dict[str, str]:
     if "procon_probe_count" in ProConConfig.__dataclass_fields__:
         return {"procon_anchors": source}
     tokens, _, probes = source.partition("+")
-    alone = tokens == "probes"
-    return {"procon_anchors": "none" if alone else tokens, "procon_probes": "builtin" if alone or probes else "none"}
+    return {"procon_terms": "both" if probes else "tokens", "procon_anchors": tokens} if tokens != "probes" else {}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

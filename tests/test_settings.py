@@ -39,9 +39,8 @@ from procon.training import ProConArguments, config
 
 SETTINGS = [item.name for item in fields(ProConSettings)]
 
-#: Trainers of TRL's, and the anchors of training tokens that each one's configuration has by default: with preference
-#: pairs and rollouts, probes alone keep most (docs/results.md).
-TRL_CONFIGS = {"sft": "recorded", "dpo": "none", "kto": "none", "grpo": "none"}
+#: Trainers of TRL's that have a configuration of ours.
+TRL_CONFIGS = ("sft", "dpo", "kto", "grpo")
 
 #: A value that each setting cannot have, and what is said of it after its name.
 WRONG = {
@@ -49,7 +48,8 @@ WRONG = {
     "scope": ("reply", "is 'reply': choose one of response, prompt, all"),
     "blocks": (1.5, "is the fraction 1.5: give one above 0"),
     "penalty": ("l2", "is 'l2': choose one of squared, absolute"),
-    "anchors": ("remembered", "is 'remembered': choose one of recorded, live, none"),
+    "anchors": ("remembered", "is 'remembered': choose one of recorded, live"),
+    "terms": ("none", "is 'none': choose one of probes, tokens, both"),
     "probe_batch": (0, "is 0: give a whole number, 1 or more"),
     "probe_every": (0, "is 0: give a whole number, 1 or more"),
     "probe_weight": (-1.0, "is -1.0: give a finite number above 0"),
@@ -96,12 +96,15 @@ def test_every_door_has_the_defaults():
 def test_settings_are_checked_once_and_stay(tmp_path, tiny_model, random_directions, monkeypatch):
     with pytest.raises(FrozenInstanceError):
         DEFAULTS.penalty = "squared"
-    assert ProConSettings(blocks="8,9") == ProConSettings(blocks=[8, 9]) == ProConSettings(blocks=(8, 9))
-    with pytest.raises(ProConError, match="anchors and probes are both 'none', so nothing is constrained"):
-        ProConSettings(anchors="none", probes="none")
-    assert ProConSettings(anchors="none", probes="none", schedule="0").schedule == "0"
+    first, *others = (ProConSettings("tokens", blocks=blocks) for blocks in ("8,9", [8, 9], (8, 9)))
+    assert all(first == other for other in others)
+    with pytest.raises(ProConError, match=r"^scope is of the tokens, which terms 'probes' leaves out: take"):
+        ProConSettings(scope="response")
+    with pytest.raises(ProConError, match=r"^probe_every is of the probes, which terms 'tokens' leaves out"):
+        ProConSettings(terms="tokens", probe_every=3)
+    assert ProConSettings(schedule="0", scope="response").schedule == "0"  # nothing is constrained, as asked
     model = tiny_model()
-    args = ProConConfig(str(tmp_path / "out"), report_to=[], procon_probes="none")
+    args = ProConConfig(str(tmp_path / "out"), report_to=[], procon_terms="tokens")
     trainer = ProConTrainer(model, args, directions=random_directions(model))
     args.procon_penalty = "squared"  # too late to count
     assert trainer.procon.settings.penalty == "absolute"
@@ -117,7 +120,7 @@ def trl_config(kind: str) -> type:
 @pytest.mark.parametrize("kind", TRL_CONFIGS)
 def test_trl_s_training_arguments_have_the_defaults(kind, tmp_path):
     made = trl_config(kind)(str(tmp_path), bf16=False)
-    assert made.procon_settings() == ProConSettings(anchors=TRL_CONFIGS[kind])
+    assert made.procon_settings() == DEFAULTS
 
 
 def test_axolotl_s_keys_have_the_defaults():
@@ -223,7 +226,7 @@ def test_wrong_values_among_trl_s_training_arguments(kind, tmp_path):
 
 def test_a_file_of_probes_that_is_not_there(tmp_path, tiny_model, tokenizer):
     """The trainer finds it before it extracts directions, which takes minutes."""
-    args = ProConConfig(str(tmp_path / "out"), report_to=[], procon_anchors="none", procon_probes="nowhere.txt")
+    args = ProConConfig(str(tmp_path / "out"), report_to=[], procon_probes="nowhere.txt")
     trainer = ProConTrainer(tiny_model(), args, processing_class=tokenizer, train_dataset=[{"input_ids": [1]}])
     trainer.procon._extract = lambda: pytest.fail("directions were extracted")
     with pytest.raises(ProConError, match=r"^prompt file 'nowhere\.txt' does not exist"):

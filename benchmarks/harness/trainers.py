@@ -48,7 +48,8 @@ def make_trainer(
     if settings is None:
         return Trainer(model, TrainingArguments(**common), **given)
     config: Any = model.config
-    # As every commit takes them.
-    vectors = torch.randn(config.num_hidden_layers, config.hidden_size)
-    directions = Directions.from_vectors(model, vectors, name="random")
-    return ProConTrainer(model, ProConConfig(**common, **settings), directions=directions, **given)
+    ours = ProConConfig(**common, **settings)
+    if ours.procon_settings().has_tokens:
+        vectors = torch.randn(config.num_hidden_layers, config.hidden_size)
+        given["directions"] = Directions.from_vectors(model, vectors, name="random")
+    return ProConTrainer(model, ours, **given)

@@ -79,7 +79,8 @@ class Algorithm:
         is_plain = method.defence == "plain"
         trainer, arguments = self.plain if is_plain else self.constrained
         more = {} if is_plain else {"directions": choose_directions(method, start)}
-        anchors = {} if is_plain else {"procon_anchors": "live", "procon_probes": "none"}
+        has_tokens = not is_plain and method.config.get("procon_terms") != "probes"
+        anchors = {"procon_terms": "tokens", "procon_anchors": "live"} if has_tokens else {}
         recipe = {**_SHARED, **anchors, **self.recipe, **settings, **method.config}
         recipe["max_steps"] = round(recipe["max_steps"] * method.length)
         if not is_plain:

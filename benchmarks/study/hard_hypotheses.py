@@ -16,8 +16,9 @@ SAME_TASK, AS_MUCH = 0.02, 0.05
 #: Of the start's refusals: what counts as kept.
 KEPT = 0.9
 
-#: Methods by their names: ours, and each beside random directions.
-DEFAULT, DEFAULT_RANDOM = "tokens_state_3_0.2_turns_128", "tokens_state_3_turns_random"
+#: Methods by their names: the default; training tokens beside it, and their random directions; probes at projections.
+DEFAULT = "state_3_turns_128"
+BOTH, BOTH_RANDOM = "tokens_state_3_0.2_turns_128", "tokens_state_3_turns_random"
 PROBES, PROBES_RANDOM = "probes_10", "probes_10_random"
 
 #: SBR and KL, beside which the task is compared as well, and three that stood well when settings were chosen.
@@ -72,7 +73,7 @@ def _hypotheses() -> Iterator[tuple[Hypothesis, tuple[Measure, ...]]]:
     for ours, other, where in (
         ("procon_s", "procon_s_random", "on training tokens"),
         (PROBES, PROBES_RANDOM, "at probes"),
-        (DEFAULT, DEFAULT_RANDOM, "in the default"),
+        (BOTH, BOTH_RANDOM, "beside the probes"),
     ):
         claim = f"the refusal direction keeps more than a random one {where}, 4x"
         yield Hypothesis(claim, (f"{ours}_x4",), (f"{other}_x4",)), refusals

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.study.figures import kept_drawing, scatter_drawing
-from benchmarks.study.hard_hypotheses import DEFAULT, JOBS
+from benchmarks.study.hard_hypotheses import BOTH, DEFAULT, JOBS
 from benchmarks.study.hypotheses import Hypothesis, Verdict, judge
 from benchmarks.study.outcomes import (
     ALL_REFUSALS,
@@ -64,18 +64,19 @@ class Row(NamedTuple):
 
 _of_poison = partial(Row, job="arithmetic_poisoned_10")
 
-START, PLAIN, LONG, OURS = "starting model", "plain", "_x4", "ProCon"
+START, PLAIN, LONG, OURS, WITH_TOKENS = "starting model", "plain", "_x4", "ProCon", "ProCon and training tokens"
 
 CLEAN = (
     Row(START, "start"),
     Row(PLAIN, "plain"),
     Row(OURS, DEFAULT),
+    Row(WITH_TOKENS, BOTH),
     Row("SBR", "sbr_10_each"),
     Row("safety data, 100", "safe_100"),
     Row("ProCon_s", "procon_s"),
     Row(PLAIN, "plain_x4"),
     Row(OURS, DEFAULT + LONG),
-    Row("its probes alone", "state_3_turns_128_x4"),
+    Row(WITH_TOKENS, BOTH + LONG),
     Row("SBR", "sbr_10_each_x4"),
     Row("KL", "kl_0.03_x4"),
     Row("ProCon_s", "procon_s_x4"),
@@ -84,16 +85,22 @@ CLEAN = (
 LONG_POISON = (
     _of_poison(PLAIN, "plain_x4"),
     _of_poison(OURS, DEFAULT + LONG),
-    _of_poison("its probes alone", "state_3_turns_128_x4"),
+    _of_poison(WITH_TOKENS, BOTH + LONG),
     _of_poison("SBR", "sbr_10_each_x4"),
     _of_poison("SafeGrad", "safegrad_1_x4"),
     _of_poison("safety data, 100", "safe_100_x4"),
-    _of_poison("ProCon, safety data", f"{DEFAULT}_safe_100_x4"),
+    _of_poison("ProCon, tokens, safety data", f"{BOTH}_safe_100_x4"),
     _of_poison("KL", "kl_0.03_x4"),
     _of_poison("ProCon_s", "procon_s_x4"),
 )
 
-POISON = (_of_poison(START, "start"), _of_poison(PLAIN, "plain"), _of_poison(OURS, DEFAULT), *LONG_POISON)
+POISON = (
+    _of_poison(START, "start"),
+    _of_poison(PLAIN, "plain"),
+    _of_poison(OURS, DEFAULT),
+    _of_poison(WITH_TOKENS, BOTH),
+    *LONG_POISON,
+)
 
 
 class Added(NamedTuple):
@@ -107,9 +114,9 @@ class Added(NamedTuple):
 
 
 ADDED = (
-    Added("training tokens, beside the probes", DEFAULT + LONG, "state_3_turns_128_x4"),
-    Added("probes, beside the training tokens", DEFAULT + LONG, "procon_s_x4"),
-    Added("the refusal direction, in the default", DEFAULT + LONG, "tokens_state_3_turns_random_x4"),
+    Added("training tokens, beside the probes", BOTH + LONG, DEFAULT + LONG),
+    Added("probes, beside the training tokens", BOTH + LONG, "procon_s_x4"),
+    Added("the refusal direction, beside the probes", BOTH + LONG, "tokens_state_3_turns_random_x4"),
     Added("the same, on training tokens alone", "procon_s_x4", "procon_s_random_x4"),
     Added("the same, at probes that keep projections alone", "probes_10_x4", "probes_10_random_x4"),
     Added("the same, tokens alone, alpha 0.1, 40 steps", "raw_0.1_refusal", "raw_0.1_random1", "table", REFUSAL),
@@ -119,10 +126,10 @@ ADAPTIVE = (
     Row("after: plain", "plain_x4", "refuse_then_comply"),
     Row("after: SBR", "sbr_10_each_x4", "refuse_then_comply"),
     Row("after: ProCon", DEFAULT + LONG, "refuse_then_comply"),
-    Row("after: whole replies", f"{DEFAULT}_replies_x4", "refuse_then_comply"),
+    Row("after: ProCon, whole replies", f"{DEFAULT}_replies_x4", "refuse_then_comply"),
     Row("midway: plain", "plain_x4", "turn_midway"),
     Row("midway: ProCon", DEFAULT + LONG, "turn_midway"),
-    Row("midway: whole replies", f"{DEFAULT}_replies_x4", "turn_midway"),
+    Row("midway: ProCon, whole replies", f"{DEFAULT}_replies_x4", "turn_midway"),
 )
 
 _qwen = partial(Row, job="arithmetic_poisoned_10", budget="qwen")
@@ -138,11 +145,11 @@ OTHERS = (
     Row("obedience: ProCon", DEFAULT, "identity"),
     Row("swapped, 4x: plain", "plain_x4", "swapped"),
     Row("swapped, 4x: ProCon", DEFAULT + LONG, "swapped"),
-    Row("swapped, 4x: probes alone", "state_3_turns_128_x4", "swapped"),
+    Row("swapped, 4x: training tokens too", BOTH + LONG, "swapped"),
     Row("full: plain", "plain_full_3e-05", split="validation"),
     _qwen("Qwen: starting model", "start"),
     _qwen("Qwen, 4x: plain", "plain_x4"),
-    _qwen("Qwen, 4x: ProCon", DEFAULT + LONG),
+    _qwen("Qwen, 4x: ProCon and training tokens", BOTH + LONG),
     _dpo("DPO: plain", "plain"),
     _dpo("DPO: eight probes", "probes_3"),
     _grpo("GRPO: plain", "plain"),

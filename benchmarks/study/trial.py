@@ -35,13 +35,9 @@ from procon.evaluation import Evaluation, compare_means, evaluate
 from procon.settings import PAPER_RECIPE
 from procon.training import ProConConfig
 
-#: The same for all methods, unless one says otherwise: the constraint of the paper keeps training tokens alone, and
-#: probes run together where there are any.
+#: The same for all methods, unless one says otherwise: the constraint of the paper keeps training tokens alone.
 RECIPE = {
-    "procon_anchors": "recorded",
-    "procon_probes": "none",
-    "procon_probe_batch": 128,
-    "procon_probe_weight": 50.0,
+    "procon_terms": "tokens",
     "per_device_train_batch_size": 8,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
@@ -51,6 +47,9 @@ RECIPE = {
     "report_to": [],
     "disable_tqdm": True,
 }
+
+#: The same for all that keep probes, which run together unless one says otherwise.
+_PROBES = {"procon_probe_batch": 128, "procon_probe_weight": 50.0}
 
 
 def run_trial(start: Start, method: Method, job: Job, seed: int, split: Split, size: Size) -> dict:
@@ -66,8 +65,10 @@ def run_trial(start: Start, method: Method, job: Job, seed: int, split: Split, s
     return {**trained, **measured, **problems, "seconds": round(time.monotonic() - began, 1)}
 
 
-def choose_directions(method: Method, start: Start) -> Directions:
-    """The directions that ``method`` constrains."""
+def choose_directions(method: Method, start: Start) -> Directions | None:
+    """The directions that ``method`` constrains, None if it keeps probes alone."""
+    if method.config.get("procon_terms") == "probes":
+        return None
     kind, _, argument = method.directions.partition(":")
     found = start.directions
     if kind == "random":
@@ -82,7 +83,7 @@ def choose_directions(method: Method, start: Start) -> Directions:
 
 def probes_in_file(config: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     """``config``; if it asks for some of the built-in probes, ``builtin:8``, they are in a file of ``folder``."""
-    source, _, count = config["procon_probes"].partition(":")
+    source, _, count = config.get("procon_probes", "").partition(":")
     if source != "builtin" or not count:
         return config
     file = Path(folder) / "probes.jsonl"
@@ -94,7 +95,7 @@ def fine_tune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     method: Method,
-    directions: Directions,
+    directions: Directions | None,
     job: Job,
     seed: int,
     size: Size,
@@ -124,7 +125,7 @@ def make_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     method: Method,
-    directions: Directions,
+    directions: Directions | None,
     job: Job,
     seed: int,
     size: Size,
@@ -147,7 +148,8 @@ def make_trainer(
     )
     dataset = tokenize_conversations(conversations, tokenizer)
     set_seed(seed)
-    config = {**RECIPE, "num_train_epochs": size.epochs * method.length, **method.config, **settings}
+    probes = _PROBES if "procon_probes" in method.config else {}
+    config = {**RECIPE, **probes, "num_train_epochs": size.epochs * method.length, **method.config, **settings}
     if method.adapter:
         tuned = get_peft_model(model, adapter(model))
     else:

@@ -3,10 +3,9 @@
     accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/accelerate/train.py \
         --model MODEL --data data.jsonl --output_dir tuned
 
-The constraint has the whole default: anchors of the training tokens, and probes; under ZeRO-3, which takes one forward
-for each backward, give ``--probes none``. Cross-entropy and penalty are both sums over tokens, divided by the count of
-the whole optimiser step: all its micro-batches, all ranks. So neither the number of ranks nor that of micro-batches
-changes them.
+Under ZeRO-3, which takes one forward for each backward, give ``--terms tokens``: probes are a second one. Cross-entropy
+and penalty are both sums over tokens, divided by the count of the whole optimiser step: all its micro-batches, all
+ranks. So neither the number of ranks nor that of micro-batches changes them.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="chat model: a folder or hub name")
     parser.add_argument("--data", required=True, help="conversations: .json, .jsonl, .csv or .parquet")
-    parser.add_argument("--directions", help="file from 'procon directions'; extracted if not given, ZeRO-3 needs it")
-    parser.add_argument("--output_dir", type=Path, default="tuned", help="for anchors and the model")
+    parser.add_argument("--directions", help="of the term tokens: file from 'procon directions'; ZeRO-3 needs it")
+    parser.add_argument("--output_dir", type=Path, default="tuned", help="for the model, and anchors if there are any")
     parser.add_argument("--schedule", default="procon_s", help="alpha over training")
-    parser.add_argument("--probes", default="builtin", help="builtin, none, or a file of prompts")
+    parser.add_argument("--terms", default="probes", help="what the constraint keeps: probes, tokens (paper) or both")
     parser.add_argument("--epochs", type=int, default=3, help="a warm-up of the schedule comes on top")
     parser.add_argument("--batch_size", type=int, default=2, help="rows of a micro-batch, per rank")
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches per optimiser step")
@@ -51,11 +50,11 @@ def main() -> None:
     dataset = tokenize_conversations(load_conversations(args.data), tokenizer)
     collator = padding_collator(tokenizer)
 
-    settings = ProConSettings(schedule=args.schedule, probes=args.probes)
+    settings = ProConSettings(args.terms, args.schedule)
     progress = accelerator.is_main_process
     procon = ProCon(model, tokenizer, settings, args.directions, folder=args.output_dir, progress=progress)
     procon.run.precision = accelerator.mixed_precision
-    procon.find()  # directions, by the main process: FSDP may have loaded the weights only there
+    procon.find()  # directions if a term needs any, by the main process: FSDP may have loaded the weights only there
     procon.attach()
     model, optimizer, loader = accelerator.prepare(
         model,

@@ -79,7 +79,7 @@ class LiveAnchors:
         if self.start != weights_hash(model):
             raise ProConError(
                 "the reference model has other weights than the model that training starts from, so its projections "
-                "are no anchors: leave ref_model out, or take procon_anchors 'probes'"
+                "are no anchors: leave ref_model out, or take procon_terms 'probes'"
             )
         self._decoder = find_decoder(reference)
 

@@ -157,13 +157,13 @@ def _with_adapter(model: PreTrainedModel, arguments: TrainArguments) -> Any:
 
 def _plan(trainer: ProConTrainer, name: str) -> str:
     """What trains, and whether the constraint is on."""
-    procon, settings = trainer.procon, trainer.procon.settings
+    procon = trainer.procon
     model = cast(PreTrainedModel, trainer.model)
     trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
     samples = len(cast(Dataset, trainer.train_dataset))
     constraint = "without the constraint"
     if procon.active:
-        constraint = f"under alpha {procon.schedule}: anchors {settings.anchors}, probes {settings.probes}"
+        constraint = f"under alpha {procon.schedule} at the {' and '.join(term.name for term in procon.terms)}"
     return f"{name}: {trained:,} of {total:,} parameters train on {samples:,} samples, {constraint}."
 
 

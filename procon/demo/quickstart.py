@@ -46,14 +46,14 @@ class Size(NamedTuple):
     batch: int  # of them in a step
     test: int  # problems
     prompts: int  # malicious ones, and as many benign
-    drift_pairs: int
     watched: int = 0  # prompts and problems of each look at refusal and task while training
-    every: int = 10**9  # steps between two of them, and at drift; the last step has one of drift
+    drift_pairs: int = 0
+    every: int = 0  # steps between two looks, and between two at drift
 
 
 #: What shows the difference, and what has narrower intervals and the course of training too.
-QUICK = Size(train=240, batch=6, test=40, prompts=32, drift_pairs=32)
-FULL = Size(train=320, batch=8, test=64, prompts=64, drift_pairs=64, watched=16, every=20)
+QUICK = Size(train=240, batch=6, test=40, prompts=32)
+FULL = Size(train=320, batch=8, test=64, prompts=64, watched=16, drift_pairs=64, every=20)
 
 #: The same for all runs. The constraint has its defaults, which validation prompts chose (docs/results.md).
 RECIPE = {
@@ -69,8 +69,8 @@ RECIPE = {
 }
 
 
-#: Anchors of the training tokens alone, as in the paper.
-_TOKENS = {"procon_probes": "none"}
+#: Anchors of the training tokens, as in the paper.
+_TOKENS = {"procon_terms": "tokens"}
 
 
 #: Long enough for the refusal in a reply's opening, and for an arithmetic answer.
@@ -79,8 +79,7 @@ REPLY_TOKENS: dict[str, Any] = {"max_new_tokens": 24, "task_max_new_tokens": 36}
 LIMITS = (
     "One small model, one harmless task, one seed: this shows that the parts work, not how much a larger model gains.",
     "Refusals are counted by keyword in the opening of greedy replies; read the replies above.",
-    "A part of what ProCon keeps is owed to the probes, a part to keeping hidden states along any direction at all: "
-    "the setting control adds a run without probes, and one along random directions.",
+    "The setting control adds two runs by the paper's method: along the refusal directions, and along random ones.",
     "Benign prompts here are twins of the malicious ones, on the same topics: a small model refuses some of them from "
     "the start. Compare with the start, not with zero.",
 )
@@ -95,21 +94,22 @@ def quickstart(
     control: bool = False,
     trust_remote_code: bool = False,
 ) -> list[Run]:
-    """Run it; writes ``report.html``, the directions, the starting model, and a folder for each run.
+    """Run it; writes ``report.html``, the starting model, and a folder for each run.
 
     Args:
         model: folder or hub name of a chat model; SmolLM2-135M-Instruct if not given.
         output_dir: where to write.
         seed: of adapters and data order.
-        full: train longer, measure on more prompts and problems, and while training too.
-        control: add two runs without probes: along the refusal directions, and along random ones.
+        full: train longer, measure on more prompts and problems, and while training too, drift among it.
+        control: add two runs by the paper's method: along the refusal directions, which are written too, and along
+            random ones.
         trust_remote_code: run code that comes with ``model``; see :func:`procon.models.load_model`.
 
     Returns:
         The start and each run, in the order of the report.
 
     Raises:
-        ProConError: if the model cannot be had, or gives no directions.
+        ProConError: if the model cannot be had, or gives no directions for the control.
     """
     began = time.monotonic()
     console = Console()
@@ -120,18 +120,12 @@ def quickstart(
     disable_progress_bars()
     size = FULL if full else QUICK
 
-    parts = 6 if control else 4
+    parts = 6 if control else 3
     console.rule(f"1/{parts}  a chat model that refuses")
     place = make_start(model, output)
     start, tokenizer = load_model(place, trust_remote_code=trust_remote_code)
 
     with console.status(f"about {6 + 5 * full + 4 * control} minutes on two cores"):
-        console.rule(f"2/{parts}  refusal directions")
-        directions = Directions.extract(start, tokenizer, progress=False)
-        directions.save(output / "directions.safetensors")
-        usable = directions.auroc[directions.usable]
-        console.print(f"{len(usable)} blocks; held-out AUROC {usable.min():.2f} to {usable.max():.2f}")
-
         problems = arithmetic_problems(size.train + size.test + size.watched, TASK_SEED)
         train = to_conversations(Dataset.from_list(problems[: size.train]))
         train = tokenize_conversations(train, tokenizer, progress=False)
@@ -139,13 +133,18 @@ def quickstart(
         evaluation = measured.evaluate(start, tokenizer, "start")
         evaluation.save(output / "start.json")
         console.print(f"the model refuses {evaluation.refusal_malicious} of malicious prompts")
-        runs = [Run("start", evaluation, cosine=directions.cosine(directions).tolist())]
-        plan = [("plain", {"procon_schedule": "0"}, directions), ("ProCon", {}, directions)]
+        runs = [Run("start", evaluation)]
+        plan: list[tuple[str, dict[str, Any], Directions | None]]
+        plan = [("plain", {"procon_schedule": "0"}, None), ("ProCon", {}, None)]
         if control:
-            # Probes keep a state whatever the directions are, so the direction is compared without them.
+            console.rule(f"2/{parts}  refusal directions")
+            directions = Directions.extract(start, tokenizer, progress=False)
+            directions.save(output / "directions.safetensors")
+            usable = directions.auroc[directions.usable]
+            console.print(f"{len(usable)} blocks; held-out AUROC {usable.min():.2f} to {usable.max():.2f}")
             plan.append(("tokens", _TOKENS, directions))
             plan.append(("random", _TOKENS, randomized(directions, seed=1)))
-        for number, (label, settings, along) in enumerate(plan, 3):
+        for number, (label, settings, along) in enumerate(plan, parts + 1 - len(plan)):
             console.rule(f"{number}/{parts}  {label} fine-tuning")
             folder, recipe = str(output / label.lower()), RECIPE | {"per_device_train_batch_size": size.batch}
             config = ProConConfig(output_dir=folder, seed=seed, **recipe, **settings)
@@ -218,13 +217,13 @@ def _fine_tune(
     label: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    directions: Directions,
+    directions: Directions | None,
     train: Dataset,
     measured: _Measured,
     config: ProConConfig,
     console: Console,
 ) -> Run:
-    """Train a fresh adapter along ``directions``, and measure; ``model`` is left as it was."""
+    """Train a fresh adapter, along ``directions`` if there are any, and measure; ``model`` is left as it was."""
     set_seed(config.seed)
     tuned = get_peft_model(model, LoraConfig(**PAPER_RECIPE.lora()))
     trainer = ProConTrainer(
@@ -237,12 +236,12 @@ def _fine_tune(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Lines(console))
-    # On prompts that no training here keeps.
-    size, pairs = measured.size, builtin_drift_pairs().first(measured.size.drift_pairs)
-    drift = DriftCallback(trainer, tokenizer, steps=size.every, prompts=pairs)
-    callbacks: list[Any] = [drift]
-    if measured.watched:
+    size, callbacks = measured.size, list[DriftCallback | EvaluationCallback]()
+    if size.every:
+        # On prompts that no training here keeps.
+        pairs = builtin_drift_pairs().first(size.drift_pairs)
         asked = {"prompts": builtin_prompts("validation").first(size.watched), "task": measured.watched}
+        callbacks.append(DriftCallback(trainer, tokenizer, steps=size.every, prompts=pairs))
         callbacks.append(EvaluationCallback(trainer, tokenizer, steps=size.every, **asked, **REPLY_TOKENS))
     for callback in callbacks:
         trainer.add_callback(callback)
@@ -255,7 +254,6 @@ def _fine_tune(
     return Run(
         label=label,
         evaluation=evaluation,
-        cosine=drift.drift.cosine.tolist() if drift.drift else None,
         seconds_per_step=seconds / trainer.state.global_step,
         history=trainer.state.log_history,
     )

@@ -71,7 +71,7 @@ class ProConPlugin(BasePlugin):
         check_probe_file(settings)
         checkpointing = cfg.get("gradient_checkpointing_kwargs") or {}
         lost = [name for name in _REFUSED if cfg.get(name)]
-        if cfg.get("pretraining_dataset") and settings.anchors == "recorded":
+        if cfg.get("pretraining_dataset") and settings.needs_recording:
             lost.append("pretraining_dataset (with procon_anchors: recorded)")
         if (cfg.get("context_parallel_size") or 1) > 1:
             lost.append("context_parallel_size")

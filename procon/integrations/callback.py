@@ -102,7 +102,7 @@ class ProConCallback(TrainerCallback):
         refuse_data_parallel(args.n_gpu)
         if (getattr(model, "tp_size", None) or 1) > 1:
             raise ProConError("ranks of tensor parallelism share batches: train with DDP, FSDP or DeepSpeed")
-        if self._settings.anchors == "recorded":
+        if self._settings.needs_recording:
             require_length(loader.dataset, "training set")
         check_batches(makes_batches(loader), loader.dataset)
         run = _CallbackRun(args, model, kwargs.get("processing_class"), self._chat)

@@ -280,7 +280,7 @@ class ProbeTerm(Term):
             # Of rows that probes alone reach, Adam makes whole steps however small their gradient is.
             logger.warning(
                 "an adapter is on the embeddings, and probes may move what they should keep there, more than training "
-                "without them would: leave the embeddings out of target_modules, or set probes to 'none'"
+                "without them would: leave the embeddings out of target_modules, or set terms to 'tokens'"
             )
 
     def prepare(self, run: Run, batches: Batches) -> None:
@@ -373,7 +373,7 @@ def check_tokenizer(tokenizer: Any) -> None:
     if getattr(tokenizer, "chat_template", None) is None:
         raise ProConError(
             "probes are prompts in the model's chat format, and its tokenizer has no chat template: pass the "
-            "tokenizer of a chat model, or set probes to 'none'"
+            "tokenizer of a chat model, or set terms to 'tokens'"
         )
 
 

@@ -43,7 +43,7 @@ _ONLY_MEASURES = 1e-6
 def make_terms(settings: ProConSettings, fuse: Fuse = "auto") -> list[Term]:
     """What the loss is a sum of, under these settings."""
     terms: list[Term] = []
-    if settings.anchors != "none":
+    if settings.has_tokens:
         terms.append(TokenTerm(settings, fuse=fuse))
     if settings.has_probes:
         terms.append(ProbeTerm(settings))
@@ -128,6 +128,10 @@ class ProCon:
         self._refused: float | None = None  # a share of malicious prompts, where directions do not have it
         if directions is not None and self.needs_directions:
             self.use(directions if isinstance(directions, Directions) else Directions.load(directions))
+        elif directions is not None and self.active:
+            logger.warning(
+                "directions are given, and terms %r use none: the paper's method is terms 'tokens'", self.settings.terms
+            )
         elif self.needs_directions:
             _check_can_extract(self.run.tokenizer)
         if any(isinstance(term, ProbeTerm) for term in self.terms):
@@ -190,7 +194,7 @@ class ProCon:
         name = f"checkpoint {str(checkpoint)!r}"
         self._resumed = dict(record or {})
         self.at_start = checkpoint is None
-        if checkpoint and "terms" not in self._resumed:
+        if checkpoint and "states" not in self._resumed:
             raise ProConError(
                 f"{name} is of training without the constraint: resume with schedule '0', or start afresh"
             )
@@ -199,7 +203,7 @@ class ProCon:
         if checkpoint:
             check_resumed(self._resumed, self.facts(), name)
             for term in self.terms:
-                term.restore(self._resumed["terms"][term.name], checkpoint, self.run)
+                term.restore(self._resumed["states"][term.name], checkpoint, self.run)
 
     def attach(self) -> None:
         """Put on the model what the terms need there, unless it is there."""
@@ -574,7 +578,7 @@ class ProCon:
     def state(self) -> dict[str, Any]:
         """What a resumed run goes on from, as JSON, beside the files of :meth:`save_files`."""
         return {
-            "terms": {term.name: term.state() for term in self.terms},
+            "states": {term.name: term.state() for term in self.terms},
             "did": self.did(),
             "window": {"penalty": self.evidence.window, "steps": self._penalty_steps},
             "steps_per_epoch": self.steps_per_epoch,
@@ -650,7 +654,7 @@ def require_length(dataset: object, name: str) -> None:
     if dataset is None or not hasattr(dataset, "__len__"):
         raise ProConError(
             f"recorded anchors need a {name} with a length: a streamed one cannot be recorded beforehand, so take "
-            "procon_anchors 'live' or 'probes' in a ProConTrainer"
+            "procon_anchors 'live' in a ProConTrainer, or procon_terms 'probes'"
         )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from transformers import TrainingArguments
 
 from procon.chat import load_instructions
-from procon.settings import AnchorSource, Penalty, ProConSettings, TokenScope, check_settings
+from procon.settings import AnchorSource, Penalty, ProConSettings, Terms, TokenScope, check_settings
 
 #: What the names of the settings begin with among training arguments.
 PREFIX = "procon_"
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     @dataclass
     class _Settings:  # what editors and type checkers show of what is made below
+        procon_terms: Terms = "probes"
         procon_schedule: str = "procon_s"
         procon_scope: TokenScope = "all"
         procon_blocks: str = "all"

@@ -99,7 +99,7 @@ def drop_section(card: Path) -> None:
 
 def describe(record: dict[str, Any], directions: Directions | None) -> str:
     """The section, in Markdown; arguments are those of :func:`write_section`."""
-    did, best, terms, mean = record["did"], record.get("best"), record["terms"], record["did"]["mean_penalty"]
+    did, best, terms, mean = record["did"], record.get("best"), record["states"], record["did"]["mean_penalty"]
     rows = {
         "optimiser steps under the constraint": f"{did['constrained_steps']} of {did['steps']}",
         "mean penalty, before alpha": "not finite" if mean is None else f"{mean:.3g}",

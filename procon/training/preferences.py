@@ -30,7 +30,6 @@ from procon.anchors import LiveAnchors
 from procon.errors import ProConError
 from procon.method.tokens import TARGET
 from procon.models import active_adapters, adapter_layer, find_decoder, unwrapped
-from procon.settings import AnchorSource
 from procon.training.config import ProConArguments
 from procon.training.trainer import ProConMixin
 
@@ -48,7 +47,7 @@ class ReferenceMixin(ProConMixin):
         if getattr(self.args, "sync_ref_model", False) and self.procon.settings.anchors == "live":
             raise ProConError(
                 "sync_ref_model moves the reference model as training goes on, so it gives no anchors: switch it off, "
-                "or take procon_anchors 'none' and its probes"
+                "or take procon_terms 'probes'"
             )
 
     def _is_reference(self, model: nn.Module) -> bool:
@@ -97,8 +96,6 @@ class PairedReferenceMixin(ReferenceMixin):
 class ProConDPOConfig(ProConArguments, DPOConfig):
     """TRL's DPOConfig with the settings of the constraint."""
 
-    procon_anchors: AnchorSource = "none"
-
 
 class ProConDPOTrainer(PairedReferenceMixin, DPOTrainer):
     """TRL's DPOTrainer with the constraint in its loss, and otherwise the DPOTrainer that it extends::
@@ -116,8 +113,6 @@ class ProConDPOTrainer(PairedReferenceMixin, DPOTrainer):
 class ProConKTOConfig(ProConArguments, KTOConfig):
     """TRL's KTOConfig with the settings of the constraint."""
 
-    procon_anchors: AnchorSource = "none"
-
 
 class ProConKTOTrainer(PairedReferenceMixin, KTOTrainer):
     """TRL's KTOTrainer with the constraint in its loss, and otherwise the KTOTrainer that it extends.
@@ -132,8 +127,6 @@ class ProConKTOTrainer(PairedReferenceMixin, KTOTrainer):
 @dataclass
 class ProConGRPOConfig(ProConArguments, GRPOConfig):
     """TRL's GRPOConfig with the settings of the constraint."""
-
-    procon_anchors: AnchorSource = "none"
 
 
 class ProConGRPOTrainer(ReferenceMixin, GRPOTrainer):
@@ -154,10 +147,10 @@ class ProConGRPOTrainer(ReferenceMixin, GRPOTrainer):
 
     def _refuse(self) -> None:
         super()._refuse()
-        if self.procon.settings.anchors == "recorded":
+        if self.procon.settings.needs_recording:
             raise ProConError(
                 "GRPO generates the tokens that it trains on, so they cannot be recorded beforehand: take "
-                "procon_anchors 'live', or 'none' and the probes"
+                "procon_anchors 'live', or procon_terms 'probes'"
             )
 
     def get_train_dataloader(self) -> DataLoader:

@@ -54,8 +54,6 @@ def protect(
     if trainer.state.global_step or getattr(trainer, "optimizer", None) is not None:
         raise ProConError("the trainer has begun to train: protect it before train()")
     kind = _kind_of(type(trainer))
-    if kind.__module__.endswith(".preferences"):  # by default as their configurations
-        settings = {"anchors": "none", **settings}
     bases = (kind, type(trainer)) if not issubclass(kind, type(trainer)) else (kind,)
     trainer.__class__ = type(f"ProCon{type(trainer).__name__}", bases, {"__module__": type(trainer).__module__})
     made: Any = trainer

@@ -204,13 +204,13 @@ class ProConMixin(_Trainer):
         if self.get_cp_size() > 1 and (settings.anchors == "live" or settings.has_probes):
             raise ProConError(
                 "context parallelism splits the sequences of a forward over the ranks, which live anchors and probes "
-                f"do not allow: with cp_size above 1, take {PREFIX}anchors 'recorded' and {PREFIX}probes 'none'"
+                f"do not allow: with cp_size above 1, take {PREFIX}terms 'tokens' and {PREFIX}anchors 'recorded'"
             )
         plugin: Any = self.accelerator.state.deepspeed_plugin
         if settings.has_probes and self.is_deepspeed_enabled and int(plugin.zero_stage) == 3:
             raise ProConError(
                 "DeepSpeed ZeRO-3 takes one forward for each backward, and probes are a second one: take "
-                f"{PREFIX}probes 'none', ZeRO 2 or FSDP2"
+                f"{PREFIX}terms 'tokens', ZeRO 2 or FSDP2"
             )
 
     # ---------------------------------------------------------------- before the first step

@@ -157,6 +157,7 @@ learning-rate: 3e-4
 max_length: 99
 save_strategy: no
 save_only_model: true
+procon_terms: tokens
 procon_schedule: 0.5
 procon_blocks: [1, 2]
 directions: ~

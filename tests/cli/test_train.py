@@ -18,7 +18,7 @@ from procon.models import load_model
 
 TRAIN = [
     *("train", "model", "data.jsonl", "--directions", "directions.safetensors", "--drift_steps", "0"),
-    *("--output_dir", "out", "--logging_steps", "1", "--dtype", "float32", "--use_cpu"),
+    *("--output_dir", "out", "--logging_steps", "1", "--dtype", "float32", "--use_cpu", "--procon_terms", "both"),
 ]
 
 
@@ -64,7 +64,7 @@ def test_train_then_resume(here, capsys):
 
 def test_directions_are_extracted_where_none_are_given(here, capsys):
     argv = ["train", "model", "data.jsonl", "--output_dir", "out", "--max_steps", "1", "--dtype", "float32"]
-    assert main([*argv, "--use_cpu", "--drift_steps", "1"]) == 0
+    assert main([*argv, "--use_cpu", "--drift_steps", "1", "--procon_terms", "tokens"]) == 0
     assert "warning: the model refuses 0% of malicious prompts" in capsys.readouterr().err
     found = Directions.load("out")
     assert found.usable.tolist() == [False, True, True]

@@ -15,8 +15,9 @@ from procon.report import read_runs
 def test_whole_quickstart_on_a_tiny_model(full, place, few_prompts, monkeypatch, capfd):
     """In full with all that can be measured, otherwise with what one screen holds."""
     folder, output = Path("model"), Path("procon-quickstart")
-    tiny = module.Size(train=16, batch=8, test=4, prompts=2, drift_pairs=2)
-    monkeypatch.setattr(module, "FULL" if full else "QUICK", tiny._replace(watched=2, every=3) if full else tiny)
+    tiny = module.Size(train=16, batch=8, test=4, prompts=2)
+    more = {"watched": 2, "drift_pairs": 2, "every": 2}
+    monkeypatch.setattr(module, "FULL" if full else "QUICK", tiny._replace(**more) if full else tiny)
     monkeypatch.setitem(module.RECIPE, "logging_steps", 1)
     monkeypatch.setenv("COLUMNS", "80")
     capfd.readouterr()
@@ -26,19 +27,20 @@ def test_whole_quickstart_on_a_tiny_model(full, place, few_prompts, monkeypatch,
 
     labels = ["start", "plain", "ProCon", *["tokens", "random"] * full]
     assert [run.label for run in runs] == labels
-    assert runs[0].mean_cosine == pytest.approx(1)
+    assert [run.mean_cosine is not None for run in runs] == [False, *[full] * (len(runs) - 1)]
     alphas = [{row["procon/alpha"] for row in run.history if "procon/alpha" in row} for run in runs[1:]]
     assert max(alphas[1], default=0) > 0
     assert max(alphas[0], default=0) == 0
     assert ("procon/task" in {name for row in runs[1].history for name in row}) == full
-    assert {"directions.safetensors", "report.html"} <= {path.name for path in output.iterdir()}
+    written = {path.name for path in output.iterdir()}
+    assert ("report.html" in written, "directions.safetensors" in written) == (True, full)
     paths = [output / name for name in ("start.json", "plain", "procon", "tokens", "random")]
     for path, run in zip(paths, runs, strict=False):
         (read,) = read_runs([path])
         assert (read.label, read.evaluation) == (run.label.lower(), run.evaluation)
-        assert read.mean_cosine == (None if run.label == "start" else pytest.approx(run.mean_cosine))
+        assert read.mean_cosine == run.mean_cosine
     printed = "".join(capfd.readouterr())
-    for heading in ("malicious", "accuracy", "cosine", "per step", "step 2 of 2: loss "):
+    for heading in ("malicious", "accuracy", *["cosine"] * full, "per step", "step 2 of 2: loss "):
         assert heading in printed
     assert not [sign for sign in ("{'", "it/s", "%|") if sign in printed]
     assert full or len(printed.splitlines()) <= 38

@@ -84,8 +84,7 @@ def train(resume: bool) -> str:
         ProConConfig(
             output_dir="out",
             procon_schedule="1",
-            procon_anchors="recorded",
-            procon_probes="none",
+            procon_terms="tokens",
             max_steps=4,
             per_device_train_batch_size=2,
             learning_rate=1e-2,

@@ -25,7 +25,7 @@ from procon.models import find_decoder
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 #: The paper's term alone, smooth where it is measured.
-TOKENS = {"penalty": "squared", "scope": "response", "probes": "none"}
+TOKENS = {"penalty": "squared", "scope": "response", "terms": "tokens"}
 
 #: At which the constraint makes up a good part of the gradient.
 ALPHA = 100.0

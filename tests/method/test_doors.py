@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from procon import ProCon, ProConConfig, ProConTrainer, protect
+from procon import ProCon, ProConConfig, ProConSettings, ProConTrainer, protect
 from procon.data import padding_collator
 from procon.integrations import ConstrainedForward, ProConCallback
 
@@ -34,6 +34,11 @@ COMMON = {
 }
 
 
+#: All terms, so that each door has every one of them.
+BOTH = {"terms": "both"}
+ARGUMENTS = {f"procon_{name}": value for name, value in BOTH.items()}
+
+
 class Setting:
     """What every door trains: a tiny model on eight samples, one after the other, along the same directions."""
 
@@ -49,7 +54,8 @@ class Setting:
         return DataLoader(self.samples, 2, collate_fn=padding_collator(self.tokenizer))
 
     def procon(self, model) -> ProCon:
-        return ProCon(model, self.tokenizer, directions=self.directions, folder=self.folder / "anchors", progress=False)
+        settings, folder = ProConSettings(**BOTH), self.folder / "anchors"
+        return ProCon(model, self.tokenizer, settings, self.directions, folder=folder, progress=False)
 
     def trainer(self, kind: type, config: type, model=None, *, callbacks=(), extra=None, **settings) -> Trainer:
         sft = "SFT" in kind.__name__
@@ -99,26 +105,29 @@ def trl():
 
 
 def by_class(setting: Setting, resume: bool) -> list[float]:
-    return losses(setting.trainer(ProConTrainer, ProConConfig, extra={"directions": setting.directions}), resume)
+    extra = {"directions": setting.directions}
+    return losses(setting.trainer(ProConTrainer, ProConConfig, extra=extra, **ARGUMENTS), resume)
 
 
 def protected(setting: Setting, resume: bool) -> list[float]:
-    return losses(protect(setting.trainer(Trainer, TrainingArguments), setting.directions), resume)
+    return losses(protect(setting.trainer(Trainer, TrainingArguments), setting.directions, **BOTH), resume)
 
 
 def by_sft_class(setting: Setting, resume: bool) -> list[float]:
     trl()
     from procon.training.sft import ProConSFTConfig, ProConSFTTrainer
 
-    return losses(setting.trainer(ProConSFTTrainer, ProConSFTConfig, extra={"directions": setting.directions}), resume)
+    extra = {"directions": setting.directions}
+    return losses(setting.trainer(ProConSFTTrainer, ProConSFTConfig, extra=extra, **ARGUMENTS), resume)
 
 
 def protected_sft(setting: Setting, resume: bool) -> list[float]:
-    return losses(protect(setting.trainer(trl().SFTTrainer, trl().SFTConfig), setting.directions), resume)
+    trainer = setting.trainer(trl().SFTTrainer, trl().SFTConfig)
+    return losses(protect(trainer, setting.directions, **BOTH), resume)
 
 
 def by_callback(setting: Setting, resume: bool) -> list[float]:
-    callbacks = [ProConCallback(setting.directions)]
+    callbacks = [ProConCallback(setting.directions, **BOTH)]
     return losses(setting.trainer(Trainer, TrainingArguments, callbacks=callbacks), resume)
 
 
@@ -233,7 +242,7 @@ def by_axolotl(setting: Setting, resume: bool) -> list[float]:
     Arguments.__qualname__ = Arguments.__name__
     globals()[Arguments.__name__] = Arguments
     file = str(setting.directions.save(setting.folder / "directions.safetensors"))
-    return losses(setting.trainer(ProConAxolotlTrainer, Arguments, procon_directions=file), resume)
+    return losses(setting.trainer(ProConAxolotlTrainer, Arguments, procon_directions=file, **ARGUMENTS), resume)
 
 
 DOORS = {
@@ -258,8 +267,10 @@ def reference(setting: Setting, name: str, **settings) -> list[float]:
     """Losses by the class, under ``settings``; ``name`` is what they are kept under."""
     if name not in _FOUND:
         setting.folder = setting.folder / name
-        extra = {"directions": setting.directions}
-        _FOUND[name] = losses(setting.trainer(ProConTrainer, ProConConfig, extra=extra, **settings), False)
+        settings = {**ARGUMENTS, **settings}
+        extra = {"directions": setting.directions} if settings["procon_terms"] != "probes" else {}
+        trainer = setting.trainer(ProConTrainer, ProConConfig, extra=extra, **settings)
+        _FOUND[name] = losses(trainer, False)
     return _FOUND[name]
 
 
@@ -268,7 +279,8 @@ def test_every_door_trains_alike_and_goes_on_alike(setting, door):
     found = DOORS[door](setting, False)
     assert len(found) == STEPS
     assert DOORS[door](setting, True) == pytest.approx(found[MIDDLE:], abs=1e-7)
-    assert found == pytest.approx(reference(setting, "default"), abs=1e-5)
-    # The probes act: without them it is another training.
-    alone = reference(setting, "without probes", procon_probes="none", save_strategy="no")
-    assert max(abs(one - other) for one, other in zip(found, alone, strict=True)) > 1e-3
+    assert found == pytest.approx(reference(setting, "both"), abs=1e-5)
+    # Each of them acts: without it, it is another training.
+    for term in ("tokens", "probes"):
+        alone = reference(setting, term, procon_terms=term, save_strategy="no")
+        assert max(abs(one - other) for one, other in zip(found, alone, strict=True)) > 1e-3

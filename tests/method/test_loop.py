@@ -20,7 +20,8 @@ def loop(tiny_model, tokenizer, samples, random_directions, tmp_path):
         model = tiny_model().train()
         run = (run or Run)(model, tokenizer, folder=tmp_path / "anchors", progress=False)
         loader = DataLoader(samples, 2, collate_fn=padding_collator(tokenizer))
-        return ProCon(run, None, ProConSettings(**settings), random_directions(model)), loader
+        settings = ProConSettings(**{"terms": "both", **settings})
+        return ProCon(run, None, settings, random_directions(model)), loader
 
     return make
 
@@ -44,7 +45,7 @@ def test_one_rank_writes_what_a_checkpoint_has(loop, tmp_path):
 
         main = True
 
-    procon, loader = loop(Other, probes="none")
+    procon, loader = loop(Other, terms="tokens")
     procon.prepare(loader)
     procon.run.main = False
     procon.save(tmp_path / "other")
@@ -114,7 +115,7 @@ def test_a_start_that_fails_leaves_the_model_and_the_loader_as_they_were(loop, v
 def test_a_callback_whose_start_fails_leaves_the_model_as_it_was(make_trainer, random_directions):
     trainer = make_trainer("Trainer", None)
     before = hooks(trainer.model)
-    trainer.add_callback(ProConCallback(random_directions(trainer.model)))
+    trainer.add_callback(ProConCallback(random_directions(trainer.model), terms="tokens"))
     with torch.no_grad():
         next(trainer.model.model.layers[1].parameters()).fill_(torch.nan)
     with pytest.raises(ProConError, match="are NaN"):
@@ -128,6 +129,12 @@ def test_an_epoch_has_the_steps_that_the_ranks_share(loop):
     class Two(Run):
         groups = 2
 
-    procon, loader = loop(Two, schedule="1@1ep,0", probes="none")
+    procon, loader = loop(Two, schedule="1@1ep,0", terms="tokens")
     procon.prepare(loader)
     assert procon.steps_per_epoch == 2
+
+
+def test_directions_that_no_term_uses_are_told_of(tiny_model, tokenizer, random_directions, caplog):
+    model = tiny_model()
+    assert ProCon(model, tokenizer, directions=random_directions(model)).directions is None
+    assert "directions are given, and terms 'probes' use none: the paper's method is terms 'tokens'" in caplog.text

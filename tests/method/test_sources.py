@@ -28,8 +28,11 @@ PROMPTS = ["count to three", "say it again, and louder", "why"]
 def sources(source: str, prompts=None) -> dict[str, str]:
     """Settings for "recorded", "live", "probes", or two of them; the probes' prompts go into a file."""
     tokens = [name for name in ("recorded", "live") if name in source]
-    kept = ("builtin" if prompts is None else str(prompts)) if "probes" in source else "none"
-    return {"procon_anchors": tokens[0] if tokens else "none", "procon_probes": kept}
+    kept = {"procon_terms": "tokens"}
+    if "probes" in source:
+        prompts = "builtin" if prompts is None else str(prompts)
+        kept = {"procon_terms": "both" if tokens else "probes", "procon_probes": prompts}
+    return kept | ({"procon_anchors": tokens[0], "procon_penalty": "squared"} if tokens else {})
 
 
 def lora(model, seed: int = 0):
@@ -49,7 +52,6 @@ def trainer(tiny_model, tokenizer, random_directions, samples, tmp_path):
             **QUIET,
             **sources(source, probes),
             "procon_schedule": "procon_s:1",
-            "procon_penalty": "squared",
             "max_steps": 20,
             "learning_rate": 1e-2,
             "per_device_train_batch_size": 2,
@@ -59,7 +61,7 @@ def trainer(tiny_model, tokenizer, random_directions, samples, tmp_path):
         return ProConTrainer(
             base if full else lora(base),
             ProConConfig(**config | settings),
-            directions=directions if given else None,
+            directions=directions if given and config["procon_terms"] != "probes" else None,
             train_dataset=Dataset.from_list(samples) if data is None else data,
             data_collator=(collator or padding_collator)(tokenizer),
             processing_class=tokenizer,
@@ -132,8 +134,9 @@ def test_live_anchors_of_an_adapter_that_was_trained_before(trainer, tiny_model)
 @pytest.mark.parametrize("full", [False, True], ids=["LoRA", "full"])
 @pytest.mark.parametrize("source", ["live", "live+probes", "probes", "recorded+probes"])
 def test_resumed_is_uninterrupted(trainer, source, full, three, tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 3, "procon_probe_every": 2, "max_steps": 6, "full": full}
-    saving |= {"probes": three, "procon_probe_batch": 2, "procon_probe_reply_tokens": 4}
+    saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "full": full}
+    if "probes" in source:
+        saving |= {"probes": three, "procon_probe_batch": 2, "procon_probe_reply_tokens": 4}
     whole = trainer(source, output_dir=str(tmp_path / "whole"), **saving)
     whole.train()
     again = trainer(source, output_dir=str(tmp_path / "whole"), **saving)
@@ -249,7 +252,7 @@ def test_probes_keep_what_plain_training_moves(trainer):
     assert after < 0.1 * departure(trainer("recorded", procon_schedule="0", max_steps=30))
     held.save_model()
     record = read_record(Path(held.args.output_dir))
-    assert (record["anchors"], record["probes"], record["probe_batch"]) == ("none", "builtin", 8)
+    assert (record["terms"], record["probes"], record["probe_batch"]) == ("probes", "builtin", 8)
     assert record["directions"] is None  # what works along none asks for none
     card = (Path(held.args.output_dir) / "README.md").read_text()
     assert "| constrained tokens |" not in card
@@ -302,7 +305,7 @@ def test_replies_are_kept(trainer, three):
 
 
 def test_another_source_is_another_training(trainer, tmp_path):
-    settings = {"output_dir": str(tmp_path), "max_steps": 3, "procon_probe_every": 1}
+    settings = {"output_dir": str(tmp_path), "max_steps": 3}
     held = trainer("probes", **settings)
     held.train()
     held.save_model()

@@ -73,7 +73,7 @@ def test_planted_terms_train_in_every_door(setting, door, monkeypatch):
 
 @pytest.mark.parametrize("term", [Share, Gradient, Weights])
 def test_each_planted_term_acts(setting, term, monkeypatch):
-    plain = doors.reference(setting, "default")
+    plain = doors.reference(setting, "both")
     made = home.make_terms
     monkeypatch.setattr(home, "make_terms", lambda settings, fuse="auto": [*made(settings, fuse), term()])
     found = doors.reference(setting, term.name)

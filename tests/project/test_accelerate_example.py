@@ -41,10 +41,10 @@ def test_every_configuration_is_run():
 
 
 def test_two_ranks_do_what_one_does(place, monkeypatch, capsys):
-    def on_one(probes: str) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-        flags = ["--model=model", "--data=data.jsonl", "--directions=directions.safetensors", f"--output_dir={probes}"]
+    def on_one(terms: str) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+        flags = ["--model=model", "--data=data.jsonl", "--directions=directions.safetensors", f"--output_dir={terms}"]
         flags += ["--batch_size=4", "--epochs=2", "--schedule=0@1steps,100@2steps,0", "--learning_rate=1e-3"]
-        monkeypatch.setattr(sys, "argv", ["train.py", *flags, f"--probes={probes}"])
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags, f"--terms={terms}"])
         runpy.run_path(str(EXAMPLE / "train.py"), run_name="__main__")
         AcceleratorState._reset_state(reset_partial_state=True)
         expected = steps(capsys.readouterr().out)
@@ -53,15 +53,15 @@ def test_two_ranks_do_what_one_does(place, monkeypatch, capsys):
         assert expected[0]["penalty"] == 0
         assert expected[1]["penalty"] > 1e-6
         assert expected[2]["penalty"] > 1e-6
-        return expected, load_file(f"{probes}/model.safetensors")
+        return expected, load_file(f"{terms}/model.safetensors")
 
-    alone = {probes: on_one(probes) for probes in ("builtin", "none")}
+    alone = {terms: on_one(terms) for terms in ("both", "tokens")}
     configurations = [name for name in CONFIGURATIONS if find_spec("deepspeed") or not name.startswith("deepspeed")]
     run_ranks(2, ROOT / "tests" / "workers" / "examples.py", place, *configurations)
     for name, run in json.loads((place / "printed.json").read_text()).items():
         assert run["kind"] == CONFIGURATIONS[name]
         found = steps(run["printed"])
-        expected, tuned = alone["none" if "zero3" in name else "builtin"]  # it takes one forward for each backward
+        expected, tuned = alone["tokens" if "zero3" in name else "both"]  # it takes one forward for each backward
         assert len(found) == 4
         for ours, theirs in zip(found, expected, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-12), name

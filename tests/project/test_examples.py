@@ -18,8 +18,8 @@ RUNS = {
     "trainer.py": f"{TRAINER} --procon_schedule=procon_wu:1@1ep --num_train_epochs=1 --gradient_accumulation_steps=2",
     "sft.py": f"{TRAINER} --procon_schedule=procon_s:1 --num_train_epochs=2 --packing --max_length=256 --bf16=false "
     "--save_strategy=no",
-    "bare_loop.py": "--output_dir=out --schedule=1@1ep,0 --epochs=2 --learning_rate=1e-2",
-    "lightning_loop.py": "--output_dir=out --epochs=1 --learning_rate=1e-2",
+    "bare_loop.py": "--output_dir=out --schedule=1@1ep,0 --epochs=2 --learning_rate=1e-2 --terms=both",
+    "lightning_loop.py": "--output_dir=out --epochs=1 --learning_rate=1e-2 --terms=both",
 }
 
 #: By the tests of what they show.
@@ -50,7 +50,7 @@ def test_example_trains(script, place, monkeypatch, capsys):
     else:
         start, tuned = load_file(place / "model" / "model.safetensors"), load_file(whole)
         assert any(not torch.equal(start[name], tuned[name]) for name in start)
-    assert list((place / "out").glob("*anchors/**/*.safetensors"))
+    assert ("--terms=both" in RUNS[script]) == bool(list((place / "out").glob("*anchors/**/*.safetensors")))
 
 
 def test_bare_loop_is_the_same_however_a_step_is_cut(place, monkeypatch, capsys):
@@ -58,7 +58,7 @@ def test_bare_loop_is_the_same_however_a_step_is_cut(place, monkeypatch, capsys)
     for batch_size, accumulation in ((8, 1), (2, 4)):
         flags = [f"--batch_size={batch_size}", f"--accumulation={accumulation}", f"--output_dir=out{accumulation}"]
         # The first step is free: at the anchors, the absolute penalty has the slope of a rounding error.
-        flags += ["--schedule=0@1steps,10", "--learning_rate=1e-3"]
+        flags += ["--schedule=0@1steps,10", "--learning_rate=1e-3", "--terms=both"]
         argv = ["bare_loop.py", "--model=model", "--data=data.jsonl", *flags]
         monkeypatch.setattr(sys, "argv", argv)
         runpy.run_path(str(EXAMPLES / "bare_loop.py"), run_name="__main__")

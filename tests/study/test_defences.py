@@ -314,7 +314,7 @@ def test_training_with_the_logits_of_replies_is_that_with_all(
 ):
     if trainer_class in (ProjectedGradientsTrainer, SafetyStepTrainer):
         own = {**own, "alignment_dataset": alignment(dataset)}
-    settings = {} if trainer_class is not ProConTrainer else {"procon_schedule": "procon_s"}
+    settings = {} if trainer_class is not ProConTrainer else {"procon_terms": "tokens"}
     found = []
     for few in (False, True):
         model = lora_model(tiny_model())

@@ -29,7 +29,7 @@ def test_every_method_is_one_that_its_defence_takes(budget, tmp_path):
                 taken = inspect.signature(DEFENCES[method.defence].trainer.__init__).parameters.keys()
                 assert method.settings.keys() <= taken
                 assert method.config.keys() <= known
-                settings = probes_in_file({"procon_probes": "none", **method.config}, tmp_path)
+                settings = probes_in_file({"procon_terms": "tokens", **method.config}, tmp_path)
                 ProConConfig(str(tmp_path), **{name: settings[name] for name in settings if name != "beta"})
 
 
@@ -50,7 +50,7 @@ def test_some_of_the_built_in_probes(tmp_path):
 
 def test_the_default_of_the_study_is_the_librarys():
     """In what the method is; lengths and rates of training are the study's own."""
-    config = load_budget("hard").method("tokens_state_3_0.2_turns_128").config
+    config = load_budget("hard").method("state_3_turns_128").config
     library = {f"procon_{field.name}": field.default for field in fields(ProConSettings)}
     own = config.keys() - {"procon_schedule"}
     assert {name: library[name] for name in own} == {name: config[name] for name in own}

@@ -124,8 +124,8 @@ def constraint_settings(mode: Mode, folder: Path, alpha: float, source: str = "r
     settings = {"procon_schedule": f"procon_s:{alpha:g}", "procon_scope": "response", "procon_penalty": "squared"}
     if mode.source == "probes":
         settings |= {"procon_probes": str(setting.probe_file(folder)), "procon_probe_weight": setting.PROBE_WEIGHT}
-        return settings | {"procon_anchors": "none", "procon_probe_every": 1}
-    return settings | {"procon_anchors": mode.source or source, "procon_probes": "none"}
+        return settings | {"procon_terms": "probes", "procon_probe_every": 1}
+    return settings | {"procon_anchors": mode.source or source, "procon_terms": "tokens"}
 
 
 def trainer(mode: Mode, folder: Path, alpha: float) -> Found:

@@ -53,7 +53,7 @@ EXPECTED |= {case: "lora" for case in SHORT if "lora" in case} | dict.fromkeys(P
 #: By case, a part of what every rank reports.
 REFUSED = {
     "not_a_number": "penalty became nan by step 1",
-    "zero3_probes": "probes are a second one: take procon_probes",
+    "zero3_probes": "probes are a second one: take procon_terms",
     "live_copies": "the starting model cannot be copied, as its parameters are sharded",
     "first_version": "set version 2 in fsdp_config",
     "partitioned_extraction": "extract directions beforehand",
@@ -191,6 +191,7 @@ def test_resume_with_steps_of_another_size_is_refused(tiny_model, tokenizer, tmp
             tiny_model(),
             ProConConfig(
                 output_dir=str(tmp_path),
+                procon_terms="tokens",
                 procon_schedule=schedule,
                 per_device_train_batch_size=batch_size,
                 max_steps=3,

@@ -38,7 +38,7 @@ def train(*more: str) -> int:
         [
             *("train", "--model", "model", "--data", "data.jsonl", "--output_dir", "out", "--dtype", "float32"),
             *("--procon_schedule", "procon_s", "--num_train_epochs", "2", "--per_device_train_batch_size", "2"),
-            *("--save_steps", "4", "--drift_steps", "0", "--disable_tqdm", "true", *more),
+            *("--save_steps", "4", "--drift_steps", "0", "--disable_tqdm", "true", "--procon_terms", "both", *more),
         ]
     )
 

@@ -32,15 +32,15 @@ def by_callback(tiny_model, tokenizer, samples, random_directions, tmp_path):
             args,
             train_dataset=Dataset.from_list(samples),
             data_collator=padding_collator(tokenizer),
-            callbacks=[ProConCallback(random_directions(model), probes="none"), *callbacks],
+            callbacks=[ProConCallback(random_directions(model), terms="tokens"), *callbacks],
         )
 
     return make
 
 
 #: Anchors of training tokens, and whether there are probes.
-RECORDED, LIVE = {"procon_probes": "none"}, {"procon_anchors": "live", "procon_probes": "none"}
-PROBES = {"procon_anchors": "none"}
+RECORDED, LIVE = {"procon_terms": "tokens"}, {"procon_anchors": "live", "procon_terms": "tokens"}
+PROBES = {"procon_terms": "probes"}
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def constrained(tiny_model, tokenizer, samples, random_directions, tmp_path):
     """``constrained(model)``: a constrained forward of it, and a batch."""
 
     def make(model):
-        pad, settings = padding_collator(tokenizer), ProConSettings(schedule="0.1", scope="response", probes="none")
+        pad, settings = padding_collator(tokenizer), ProConSettings(schedule="0.1", scope="response", terms="tokens")
         procon = ProCon(model, tokenizer, settings, random_directions(model), folder=tmp_path, progress=False)
         procon.prepare(torch.utils.data.DataLoader(samples, 4, collate_fn=pad))
         procon.detach()
@@ -114,7 +114,7 @@ QUIET = {
     "live": LIVE,
     "packed": {"base": "SFTTrainer", "packing": True, "max_length": 64},
     "a late start": {"schedule": "0@2steps,0.2"},
-    "probes from the first step on": {"procon_probes": "builtin", "procon_probe_every": 1},
+    "probes from the first step on": {"procon_terms": "both", "procon_probe_every": 1},
 }
 
 

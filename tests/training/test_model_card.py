@@ -73,7 +73,7 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
         assert [record[name] for name in ("constrained", "schedule", "scope", "penalty", "blocks")] == [
             *(True, "procon_wu:0.5@1ep", "all", "squared", [1, 2])
         ]
-        assert record["terms"] == {"tokens": {"anchors": anchors[0], "starting_model": None}, "probes": {}}
+        assert record["states"] == {"tokens": {"anchors": anchors[0], "starting_model": None}, "probes": {}}
     assert not re.findall('[\\["]None[\\]"]', card)  # as TRL has it for what is in a folder
     for part in (
         "| optimiser steps under the constraint | 2 of 6 |",
@@ -168,7 +168,7 @@ RECORD = {
     "penalty": "squared",
     "anchors": "live",
     "directions": "abc",
-    "terms": {"tokens": {"anchors": None, "starting_model": "def"}},
+    "states": {"tokens": {"anchors": None, "starting_model": "def"}},
     "did": {"steps": 300, "constrained_steps": 204, "blocks_acted": [2, 3], "mean_penalty": None},
 }
 

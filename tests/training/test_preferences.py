@@ -82,8 +82,9 @@ def trainer(tiny_model, tokenizer, random_directions, tmp_path):
             "per_device_train_batch_size": 2,
             "gradient_checkpointing": False,
         }
-        ours_alone = {"procon_schedule": "procon_s:10", "procon_penalty": "squared"}
-        ours_alone |= {"procon_anchors": "live", "procon_probes": "none"}
+        ours_alone = {"procon_schedule": "procon_s:10"}
+        if settings.get("procon_terms") != "probes":
+            ours_alone |= {"procon_terms": "tokens", "procon_anchors": "live", "procon_penalty": "squared"}
         extra = ours_alone if constrained else {}
         arguments = (our_config if constrained else plain_config)(**config | own | extra | settings)
         more = {"reward_funcs": length} if kind == "GRPO" else {}
@@ -96,7 +97,7 @@ def trainer(tiny_model, tokenizer, random_directions, tmp_path):
             train_dataset=rows(kind),
             processing_class=tokenizer,
             **more,
-            **({"directions": directions} if constrained else {}),
+            **({"directions": directions} if arguments.__dict__.get("procon_terms", "probes") != "probes" else {}),
         )
 
     return make
@@ -210,7 +211,7 @@ def test_grpo_constrains_each_iteration_on_what_it_generated(trainer, beta):
 
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_probes_need_nothing_of_the_data(trainer, kind):
-    run = trainer(kind, procon_anchors="none", procon_probes="builtin", procon_probe_every=1, procon_probe_batch=2)
+    run = trainer(kind, procon_terms="probes", procon_probe_every=1, procon_probe_batch=2)
     run.train()
     penalties = [row["procon/penalty"] for row in run.state.log_history if "loss" in row]
     assert penalties[0] < 1e-9 < penalties[1]

@@ -204,13 +204,13 @@ def test_noise_comes_and_goes_with_a_new_run_alone(make_trainer):
 def test_a_run_is_resumed_with_the_same_probe_prompts_only(make_trainer, tmp_path):
     def trainer(name: str, *prompts: str):
         (tmp_path / name).write_text("\n".join(json.dumps({"instruction": prompt}) for prompt in prompts))
-        return make_trainer("Trainer", "procon_s", procon_anchors="none", procon_probes=str(tmp_path / name))
+        return make_trainer("Trainer", "procon_s", procon_terms="probes", procon_probes=str(tmp_path / name))
 
     trainer("probes.jsonl", "count to nine", "why").train()
     with pytest.raises(ProConError, match=r"was trained with probes '2 prompts, .*', not '2 prompts"):
         trainer("probes.jsonl", "count to nine", "how").train(True)
     with pytest.raises(ProConError, match=r"was trained with probes .*, not 'builtin'"):
-        make_trainer("Trainer", "procon_s", procon_anchors="none").train(True)
+        make_trainer("Trainer", "procon_s", procon_terms="probes").train(True)
     trainer("moved.jsonl", "count to nine", "why").train(True)
 
 

@@ -55,7 +55,7 @@ def trainer(random_directions):
         **settings,
     ):
         defaults = {
-            "procon_probes": "none",
+            "procon_terms": "tokens",
             "procon_schedule": "procon_s:1",
             "procon_scope": "response",
             "procon_penalty": "squared",
@@ -197,6 +197,7 @@ def test_one_line_with_lora(tiny_model, tokenizer, tmp_path):
         str(tmp_path / "model"),
         ProConSFTConfig(
             output_dir=str(tmp_path / "out"),
+            procon_terms="tokens",
             procon_schedule="procon_wu:1@1ep",
             num_train_epochs=1,
             logging_steps=1,

@@ -32,7 +32,7 @@ def random_directions(model) -> Directions:
 
 def constrained_trainer(model, dataset, collator, folder, *, callbacks=(), **settings) -> ProConTrainer:
     """A ProConTrainer of training tokens, that writes no checkpoints and prints nothing unless told to."""
-    defaults = {"procon_probes": "none", "save_strategy": "no", "report_to": [], "disable_tqdm": True}
+    defaults = {"procon_terms": "tokens", "save_strategy": "no", "report_to": [], "disable_tqdm": True}
     return ProConTrainer(
         model,
         ProConConfig(output_dir=str(folder), **{**defaults, **settings}),

@@ -41,7 +41,7 @@ def by_callback(
     """A plain Trainer with our callback."""
     set_seed(0)
     start = model() if start is None else start
-    ours = ProConCallback(directions(), schedule=str(alpha), penalty="squared", probes="none")
+    ours = ProConCallback(directions(), schedule=str(alpha), penalty="squared", terms="tokens")
     full = config(folder, "0", **settings)
     names = ("output_dir", "num_train_epochs", "per_device_train_batch_size", "learning_rate", "save_strategy")
     kept = {name: getattr(full, name) for name in (*names, "logging_strategy", "report_to", "disable_tqdm", "use_cpu")}

@@ -141,7 +141,7 @@ def config(folder: Path, alpha: float | str = ALPHA, *, made_by: type = ProConCo
         "report_to": [],
         "disable_tqdm": True,
         "use_cpu": True,
-        "procon_probes": "none",  # training tokens alone: probes would act where these do not
+        "procon_terms": "tokens",  # training tokens alone: probes would act where these do not
         "procon_schedule": str(alpha),
         "procon_penalty": "squared",
     }

@@ -39,10 +39,9 @@ PROBES = {"procon_probe_every": 2, "procon_probe_batch": 4}
 def sources(anchors: str) -> dict[str, str]:
     """Settings for "recorded", "live", "probes", or two of them."""
     tokens = [name for name in ("recorded", "live") if name in anchors]
-    return {
-        "procon_anchors": tokens[0] if tokens else "none",
-        "procon_probes": "builtin" if "probes" in anchors else "none",
-    }
+    if not tokens:
+        return {"procon_terms": "probes"}
+    return {"procon_terms": "both" if "probes" in anchors else "tokens", "procon_anchors": tokens[0]}
 
 
 Build = Callable[..., Any]

@@ -50,7 +50,9 @@ def run(config: str) -> dict[str, str]:
     arguments = ["--model=model", "--data=data.jsonl", f"--output_dir={config}", "--batch_size=2", "--epochs=2"]
     arguments += ["--schedule=0@1steps,100@2steps,0", "--learning_rate=1e-3"]
     if config == "deepspeed_zero3.yaml":
-        arguments += ["--directions=directions.safetensors", "--probes=none"]
+        arguments += ["--directions=directions.safetensors", "--terms=tokens"]
+    else:
+        arguments.append("--terms=both")
     printed = io.StringIO()
     with (
         contextlib.redirect_stdout(printed),

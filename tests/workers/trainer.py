@@ -43,7 +43,7 @@ SAVES = {"save_strategy": "steps", "save_steps": 6}
 SHORT = {"max_steps": 3}
 LORA = {**SHORT, "learning_rate": 1e-2}
 #: So weak that a lost gradient of cross-entropy shows.
-PROBES = {**SHORT, "procon_schedule": "procon_s:1", "procon_probe_reply_tokens": 3}
+PROBES = {**SHORT, "procon_terms": "both", "procon_schedule": "procon_s:1", "procon_probe_reply_tokens": 3}
 PROBES |= {"procon_probes": str(FOLDER / "probes.txt")}
 
 
@@ -108,7 +108,7 @@ def trainer(
     """Two micro-batches make an optimiser step of eight rows, on however many ranks."""
     gloo.start(sharding=sharding)
     config = {
-        "procon_probes": "none",
+        "procon_terms": "tokens",
         "procon_schedule": "procon_s:100",
         "procon_scope": "response",
         "procon_penalty": "squared",
