@@ -2,8 +2,8 @@
 
     python examples/bare_loop.py --model MODEL --data data.jsonl --output_dir tuned
 
-Cross-entropy and penalty are both sums over tokens, divided by the count of the whole optimiser step. So the number of
-micro-batches per step changes neither.
+Cross-entropy is a sum over tokens, divided by their count in the whole optimiser step. So is the penalty on training
+tokens, if there is one. So the number of micro-batches per step changes neither.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
         --model MODEL --data data.jsonl --output_dir tuned
 
 Under ZeRO-3, which takes one forward for each backward, give ``--terms tokens``: probes are a second one. Cross-entropy
-and penalty are both sums over tokens, divided by the count of the whole optimiser step: all its micro-batches, all
-ranks. So neither the number of ranks nor that of micro-batches changes them.
+is a sum over tokens, divided by their count in the whole optimiser step: all its micro-batches, all ranks. So is the
+penalty on training tokens. So neither the number of ranks nor the number of micro-batches changes them.
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ def warn_of_low_refusal(rate: object) -> None:
     if isinstance(rate, int | float) and rate < ENOUGH_REFUSAL:
         # From here, so that Python knows it again when the constraint asks after the directions were found.
         warnings.warn(
-            f"the model refuses {rate:.0%} of malicious prompts: its directions separate topics more than refusal, and "
-            "there is little to preserve; start from a model that refuses",
+            f"the model refuses {rate:.0%} of malicious prompts, so there is little to preserve, and its directions "
+            "would separate topics more than refusal; start from a model that refuses",
             stacklevel=1,
         )

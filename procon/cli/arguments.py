@@ -151,7 +151,10 @@ class TrainArguments(ModelArguments):
     )
     flatten: bool = setting("Join each batch into one row without padding instead of padding it.", False, group=DATA)
     directions: str | None = setting(
-        "Directions file; extracted from the model at the start if not given.", None, group=MODEL, reads="file"
+        "Directions file, for the term tokens; extracted from the model at the start if not given.",
+        None,
+        group=MODEL,
+        reads="file",
     )
     resume: bool = setting("Go on from the last checkpoint in the output folder.", False, group=MODEL)
     method: str = setting("lora, or full for all weights.", "lora", group=ADAPTER, choices=("lora", "full"))
@@ -223,8 +226,7 @@ class QuickstartArguments:
     trust_remote_code: bool = setting("Run code that comes with the model, with your rights; read it first.", False)
     full: bool = setting("Train longer, and measure more and while training too: about two minutes more.", False)
     control: bool = setting(
-        "Add two runs without probes, along the refusal directions and along random ones: some four minutes more.",
-        False,
+        "Add two runs by the paper's method, along refusal directions and random ones: some four minutes more.", False
     )
     start_only: bool = setting("Make the model that both runs start from, say where it is, and stop there.", False)
 

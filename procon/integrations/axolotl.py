@@ -2,7 +2,6 @@
 
     plugins:
       - procon.integrations.axolotl.ProConPlugin
-    procon_directions: directions.safetensors   # if not given: extracted from the model as training starts
     procon_schedule: procon_s:0.1
 
 The keys are the settings of :class:`procon.training.ProConArguments`. Supervised fine-tuning, padded, packed or
@@ -40,7 +39,7 @@ class ProConAxolotlArguments(ProConArguments):
     """What the plugin adds to axolotl's training arguments."""
 
     procon_directions: str | None = field(
-        default=None, metadata={"help": "File of refusal directions; extracted as training starts if not given."}
+        default=None, metadata={"help": "File of refusal directions, for the term tokens; extracted if not given."}
     )
 
 

@@ -30,10 +30,10 @@ from procon.version import __version__
 class ProConCallback(TrainerCallback):
     """Constrains the training of any framework that builds on transformers' Trainer and takes callbacks::
 
-        run_exp(args, callbacks=[ProConCallback("refusal-directions.safetensors", schedule="1@2ep,0")])
+        run_exp(args, callbacks=[ProConCallback(schedule="0.2")])
 
-    As training begins it records anchors from the Trainer's own data and collator, and probes with its tokenizer, then
-    trains through a :class:`ConstrainedForward`; as training ends the model is as it was. A training that an error
+    As training begins it records what the terms need, with the Trainer's own data, collator and tokenizer, then trains
+    through a :class:`ConstrainedForward`; as training ends the model is as it was. A training that an error
     ended leaves the model constrained, until it trains again or :meth:`detach` is called. A resumed training keeps the
     anchors and probes of the one that it continues.
 
@@ -45,7 +45,7 @@ class ProConCallback(TrainerCallback):
 
     Args:
         directions: of the model as training starts, or the file that they were saved in; extracted with the Trainer's
-            tokenizer if not given.
+            tokenizer if not given and a term needs them.
         chat: how the model is asked.
         fuse: of :class:`procon.ProCon`.
         settings: of :class:`procon.ProConSettings`, by name.

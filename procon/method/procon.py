@@ -56,7 +56,7 @@ class ProCon:
     In a loop of one's own::
 
         procon = ProCon(model, tokenizer)
-        loader = procon.prepare(loader)  # directions, anchors and probes, from the model as it now is
+        loader = procon.prepare(loader)  # what the terms need, from the model as it now is
         for batch in loader:
             procon.begin(batch)
             loss = model(**batch).loss + procon.loss()
@@ -274,7 +274,7 @@ class ProCon:
         ]
 
     def prepare(self, loader: DataLoader, *, accumulation: int = 1, resume: str | Path | None = None) -> DataLoader:
-        """All that comes before training in a plain loop; returns ``loader``, whose batches then have anchors.
+        """All that comes before training in a plain loop; returns ``loader``, whose batches then have what terms need.
 
         Args:
             loader: of the training set, with a collator that gives ``input_ids`` and ``labels``; before Accelerate

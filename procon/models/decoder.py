@@ -198,7 +198,7 @@ def refuse_unprepared(model: nn.Module) -> None:
     if hasattr(embedding.weight, "ds_id") and not embedding._forward_pre_hooks:
         raise ProConError(
             "DeepSpeed ZeRO-3 holds this model in parts and has not prepared it, so it cannot run: prepare it first; "
-            "extract directions beforehand with 'procon directions', and pass their file"
+            "of the term tokens, extract directions beforehand with 'procon directions', and pass their file"
         )
 
 

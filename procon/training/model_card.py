@@ -21,26 +21,23 @@ _MEASURED = "Measured afterwards:"
 _SECTION = """\
 ## Refusal anchored with ProCon
 
-This model was fine-tuned with procon-llm {version}, after *Anchoring Refusal Direction: Mitigating Safety Risks in
-Tuning via Projection Constraint* ([arXiv 2509.06795](https://arxiv.org/abs/2509.06795)). Penalised were departures from
-the starting model. Nothing of ProCon is in the model, which loads and runs as any other of its kind.
+This model was fine-tuned with procon-llm {version}. Penalised were departures from the starting model, {after}.
+Nothing of ProCon is in the model, which loads and runs as any other of its kind.
 
 | | |
 |---|---|
 {rows}
 
-A model can route around one direction per block, so measure what it does: `procon eval --model FOLDER`, and
-`procon drift --start MODEL --tuned FOLDER` against the model it started from.
+A model can find ways around what is kept, so measure what it does: `procon eval --model FOLDER`, and
+`procon drift --start MODEL --tuned FOLDER` against the model it started from."""
 
-```bibtex
-@article{{du2025anchoring,
-  title   = {{Anchoring Refusal Direction: Mitigating Safety Risks in Tuning via Projection Constraint}},
-  author  = {{Du, Yanrui and Fan, Fenglei and Zhao, Sendong and Cao, Jiawei and Lin, Qika and He, Kai and Liu, Ting and
-             Qin, Bing and Feng, Mengling}},
-  journal = {{arXiv preprint arXiv:2509.06795}},
-  year    = {{2025}}
-}}
-```"""
+#: By term, where it is kept and whose idea that is.
+_AFTER = {
+    "tokens": "along its refusal directions (*Anchoring Refusal Direction*, "
+    "[arXiv 2509.06795](https://arxiv.org/abs/2509.06795))",
+    "probes": "in its last hidden states at fixed prompts (*Safety Anchor*, "
+    "[arXiv 2605.05995](https://arxiv.org/abs/2605.05995))",
+}
 
 
 def write_section(card: Path, record: dict[str, Any], directions: Directions | None) -> None:
@@ -124,7 +121,9 @@ def describe(record: dict[str, Any], directions: Directions | None) -> str:
             f"{record['probe_batch']} every {record['probe_every']} steps, with weight {record['probe_weight']:g}"
         )
     return _SECTION.format(
-        version=record["version"], rows="\n".join(f"| {name} | {value} |" for name, value in rows.items())
+        version=record["version"],
+        after=" and ".join(_AFTER[term] for term in terms if term in _AFTER),
+        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     )
 
 

@@ -120,15 +120,16 @@ class ProConMixin(_Trainer):
         class MyProConTrainer(ProConMixin, MyTrainer): ...
 
     The penalty scales as CE does: its token sum is divided by the constrained tokens of the whole optimiser step, over
-    micro-batches and ranks. If alpha is 0, hooks do nothing; a schedule that is 0 throughout records no anchors, and
+    micro-batches and ranks. If alpha is 0, hooks do nothing; a schedule that is 0 throughout records nothing, and
     the class is the one that it extends.
 
     Args:
         model, args, train_dataset, ...: as for the trainer that is extended; ``args`` has :class:`ProConArguments`
             among its classes, and the collator must give ``input_ids`` and ``labels`` with -100 on the prompt.
         directions: refusal directions of the model as training starts, or directions of other concepts, or the file
-            that they were saved in. If not given, refusal directions are extracted with the built-in prompts when
-            training starts, which needs a tokenizer as ``processing_class``, and kept in the output folder.
+            that they were saved in. If not given and a term needs them, refusal directions are extracted with the
+            built-in prompts when training starts, which needs a tokenizer as ``processing_class``, and kept in the
+            output folder.
         chat: how the model is asked as directions and probes are found: system prompt and variables of its chat
             template. A resumed run must ask in the same way.
 
@@ -182,7 +183,7 @@ class ProConMixin(_Trainer):
     ) -> None:
         """Take up the method; once, before :meth:`train`. ProConError if this trainer would lose the constraint."""
         if self.model_init is not None:
-            raise ProConError("anchors belong to one model: pass model, not model_init")
+            raise ProConError("what is kept belongs to one model: pass model, not model_init")
         run = TrainerRun(self, chat)
         self.procon, self.chat = ProCon(run, settings=settings, directions=directions), run.chat
         if self.procon.active:
@@ -220,7 +221,7 @@ class ProConMixin(_Trainer):
     ) -> TrainOutput:
         """Train, or go on from a checkpoint: one that is given, or the latest whole one for True.
 
-        Anchors are recorded first, in the state that training starts from, unless they are there already.
+        What the terms need is recorded first, in the state that training starts from, unless it is there already.
 
         Raises:
             ProConError: if another process trains in the output folder, or another training has left a model there; if

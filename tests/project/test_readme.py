@@ -31,8 +31,8 @@ def test_trainer_block(place):
     # TRL trains in bfloat16 unless told otherwise, and asks for a word of those who do so on a CPU.
     exec(BLOCKS[0].replace("SFTConfig(", "SFTConfig(use_cpu=True, "), names)
     assert names["trainer"].state.global_step == 6  # 16 rows, batches of eight, three epochs
-    assert names["trainer"].procon.evidence.constrained_steps == 6
-    assert list(Path("out", "_anchors").glob("*/*.safetensors"))
+    assert names["trainer"].procon.evidence.constrained_steps == 3  # every second one
+    assert not Path("out", "_anchors").exists()  # nothing is recorded of the data
 
 
 def test_own_loop_block(place, tiny_model, tokenizer):
@@ -43,9 +43,9 @@ def test_own_loop_block(place, tiny_model, tokenizer):
     names |= {"collator": padding_collator(tokenizer), "optimizer": torch.optim.AdamW(model.parameters())}
     exec(BLOCKS[1], names)
     assert any(not torch.equal(before[name], p) for name, p in model.named_parameters())
-    found = names["procon"].log(4)["procon/penalty"]  # the mean of four steps
+    found = names["procon"].log(4)["procon/penalty"]  # the mean of the two of four steps that run probes
     assert found > 0
-    assert names["procon"].did()["penalty_sum"] == pytest.approx(4 * found)
+    assert names["procon"].did()["penalty_sum"] == pytest.approx(2 * found)
 
 
 def test_op_block():

@@ -64,7 +64,7 @@ def states(module: nn.Module) -> Tensor:
 
 def drift(build: Build, folder: Path, alpha: float | str) -> float:
     built = build(folder, alpha)
-    of_probes = getattr(getattr(built, "args", None), "procon_anchors", None) == "none"
+    of_probes = getattr(getattr(built, "args", None), "procon_terms", None) == "probes"
     measure = states if of_probes else projections
     before = measure(built.model)
     built.train()
