@@ -110,7 +110,7 @@ class DirectionsArguments(PromptArguments):
 
 @dataclass(kw_only=True)
 class TrainArguments(ModelArguments):
-    """Fine-tune a chat model on your data under the projection constraint."""
+    """Fine-tune a chat model on your data, with its refusals kept."""
 
     model: str = setting(
         "Chat model to start from: a folder or hub name; a LoRA folder is trained further.", group=MODEL, reads="model"

@@ -121,10 +121,11 @@ def arguments(mode: Mode, folder: Path, rows: int | None = None) -> dict:
 
 def constraint_settings(mode: Mode, folder: Path, alpha: float, source: str = "recorded") -> dict[str, str | float]:
     """Those of any trainer; one source of anchors alone, ``source`` if the mode has none."""
-    settings = {"procon_schedule": f"procon_s:{alpha:g}", "procon_scope": "response", "procon_penalty": "squared"}
+    settings = {"procon_schedule": f"procon_s:{alpha:g}"}
     if mode.source == "probes":
         settings |= {"procon_probes": str(setting.probe_file(folder)), "procon_probe_weight": setting.PROBE_WEIGHT}
         return settings | {"procon_terms": "probes", "procon_probe_every": 1}
+    settings |= {"procon_scope": "response", "procon_penalty": "squared"}
     return settings | {"procon_anchors": mode.source or source, "procon_terms": "tokens"}
 
 

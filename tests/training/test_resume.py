@@ -23,6 +23,7 @@ def command(model: Path, data: Path, output: Path, *more: str) -> list[str]:
         "model": model,
         "data": data,
         "output_dir": output,
+        "procon_terms": "both",
         "procon_schedule": "procon_wu:1@1ep",
         "num_train_epochs": 2,
         "per_device_train_batch_size": 2,
@@ -98,6 +99,7 @@ trainer = Trainer(
     AutoModelForCausalLM.from_pretrained(source),
     ProConSFTConfig(
         output_dir=output,
+        procon_terms="both",
         procon_schedule="procon_wu:1@1ep",
         num_train_epochs=1,
         per_device_train_batch_size=1,
