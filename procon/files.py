@@ -22,9 +22,6 @@ from procon.errors import ProConError
 
 T = TypeVar("T")
 
-#: Characters of one text that a file of prompts or conversations may have.
-MAX_TEXT = 1_000_000
-
 #: What Python raises if content is not the one that was expected.
 NO_SUCH_CONTENT = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 

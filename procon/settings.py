@@ -127,11 +127,6 @@ class ProConSettings:
         return self.terms != "tokens"
 
     @property
-    def needs_recording(self) -> bool:
-        """Whether one forward over the training set comes before training."""
-        return self.has_tokens and self.anchors == "recorded"
-
-    @property
     def probe_file(self) -> str | None:
         """The file of the probes; None for the built-in ones."""
         return None if self.probes == "builtin" else self.probes

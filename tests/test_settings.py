@@ -28,13 +28,7 @@ from procon.cli import main
 from procon.cli.arguments import TrainArguments
 from procon.cli.parsing import parse
 from procon.integrations import ProConCallback
-from procon.settings import (
-    CHOICES,
-    DEFAULTS,
-    PAPER_RECIPE,
-    check_setting,
-    parse_blocks,
-)
+from procon.settings import CHOICES, DEFAULTS, PAPER_RECIPE, check_setting, parse_blocks
 from procon.training import ProConArguments, config
 
 SETTINGS = [item.name for item in fields(ProConSettings)]
@@ -171,10 +165,7 @@ def test_wrong_values_of_the_right_type(setting):
 @pytest.mark.parametrize(
     ("setting", "values"),
     [
-        (
-            "blocks",
-            ("some", "last", [], [True], 1, 0.0, {1}, ["all"], ["all", 3], [[1]], [0.5], b"all"),
-        ),
+        ("blocks", ("some", "last", [], [True], 1, 0.0, {1}, ["all"], ["all", 3], [[1]], [0.5], b"all")),
         ("probe_batch", (-1, 1.5, True, "8", None)),
         ("probe_weight", (0, float("nan"), float("inf"), 10**400, True, "1", None)),
         ("probes", (7, "", ["file"])),
@@ -203,9 +194,7 @@ def test_every_door_refuses_a_wrong_value_before_it_reads_a_model(tmp_path, monk
             lambda: ProConTrainer(tiny_model(), late, directions=found),
         ],
         "scope": [lambda: Anchors.record(nothing, nothing, nothing, "nowhere", scope="l2")],
-        "backend": [
-            lambda: ProjectionConstraint(found, backend="l2"),
-        ],
+        "backend": [lambda: ProjectionConstraint(found, backend="l2")],
         "fuse": [
             lambda: ProjectionConstraint(found).attach(tiny_model(), fuse="l2"),
             lambda: ProConCallback(fuse="l2"),
@@ -292,8 +281,7 @@ def test_blocks_from_what_is_no_text(value):
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "half", "0.5,1", "1.5", "0.0", "8;9", "[8]", "8,", "all,8", "all,0.5", "last", "all,last"],
+    "text", ["", "half", "0.5,1", "1.5", "0.0", "8;9", "[8]", "8,", "all,8", "all,0.5", "last", "all,last"]
 )
 def test_texts_that_are_no_blocks(text):
     with pytest.raises(ProConError, match=r"^procon_blocks is"):

@@ -13,15 +13,7 @@ from torch import Tensor, nn
 from procon.anchors.recording import checked_blocks, project_block_inputs
 from procon.directions import Directions
 from procon.errors import ProConError
-from procon.models import (
-    DecoderForward,
-    StartingModel,
-    evaluating,
-    find_decoder,
-    model_device,
-    unwrapped,
-    weights_hash,
-)
+from procon.models import DecoderForward, StartingModel, evaluating, find_decoder, model_device, unwrapped, weights_hash
 from procon.sequences import decoder_inputs
 
 _Result = TypeVar("_Result")

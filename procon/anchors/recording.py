@@ -12,13 +12,7 @@ from torch import Tensor, nn
 
 from procon.directions import Directions
 from procon.errors import ProConError
-from procon.models import (
-    Decoder,
-    DecoderForward,
-    find_decoder,
-    is_sharded,
-    observe_block_inputs,
-)
+from procon.models import Decoder, DecoderForward, find_decoder, is_sharded, observe_block_inputs
 from procon.ops import project
 from procon.ranks import gather
 from procon.sequences import TokenSequence, decoder_inputs, split_batch

@@ -13,8 +13,4 @@ from procon.constraint.blocks import select_blocks
 from procon.constraint.constraint import ProjectionConstraint
 from procon.constraint.target import constrained_tokens
 
-__all__ = [
-    "ProjectionConstraint",
-    "constrained_tokens",
-    "select_blocks",
-]
+__all__ = ["ProjectionConstraint", "constrained_tokens", "select_blocks"]

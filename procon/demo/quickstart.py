@@ -69,17 +69,12 @@ RECIPE = {
 }
 
 
-#: Anchors of the training tokens, as in the paper.
-_TOKENS = {"procon_terms": "tokens"}
-
-
 #: Long enough for the refusal in a reply's opening, and for an arithmetic answer.
 REPLY_TOKENS: dict[str, Any] = {"max_new_tokens": 24, "task_max_new_tokens": 36}
 
 LIMITS = (
     "One small model, one harmless task, one seed: this shows that the parts work, not how much a larger model gains.",
     "Refusals are counted by keyword in the opening of greedy replies; read the replies above.",
-    "The setting control adds two runs by the paper's method: along the refusal directions, and along random ones.",
     "Benign prompts here are twins of the malicious ones, on the same topics: a small model refuses some of them from "
     "the start. Compare with the start, not with zero.",
 )
@@ -142,8 +137,8 @@ def quickstart(
             directions.save(output / "directions.safetensors")
             usable = directions.auroc[directions.usable]
             console.print(f"{len(usable)} blocks; held-out AUROC {usable.min():.2f} to {usable.max():.2f}")
-            plan.append(("tokens", _TOKENS, directions))
-            plan.append(("random", _TOKENS, randomized(directions, seed=1)))
+            for name, along in {"tokens": directions, "random": randomized(directions, seed=1)}.items():
+                plan.append((name, {"procon_terms": "tokens"}, along))
         for number, (label, settings, along) in enumerate(plan, parts + 1 - len(plan)):
             console.rule(f"{number}/{parts}  {label} fine-tuning")
             folder, recipe = str(output / label.lower()), RECIPE | {"per_device_train_batch_size": size.batch}

@@ -70,7 +70,7 @@ class ProConPlugin(BasePlugin):
         check_probe_file(settings)
         checkpointing = cfg.get("gradient_checkpointing_kwargs") or {}
         lost = [name for name in _REFUSED if cfg.get(name)]
-        if cfg.get("pretraining_dataset") and settings.needs_recording:
+        if cfg.get("pretraining_dataset") and settings.has_tokens and settings.anchors == "recorded":
             lost.append("pretraining_dataset (with procon_anchors: recorded)")
         if (cfg.get("context_parallel_size") or 1) > 1:
             lost.append("context_parallel_size")

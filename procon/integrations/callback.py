@@ -44,8 +44,7 @@ class ProConCallback(TrainerCallback):
     and to the callbacks that come after this one, which those of ``report_to`` do not.
 
     Args:
-        directions: of the model as training starts, or the file that they were saved in; extracted with the Trainer's
-            tokenizer if not given and a term needs them.
+        directions: of the model as training starts, or their file; where a term needs them, extracted if not given.
         chat: how the model is asked.
         fuse: of :class:`procon.ProCon`.
         settings: of :class:`procon.ProConSettings`, by name.
@@ -102,7 +101,7 @@ class ProConCallback(TrainerCallback):
         refuse_data_parallel(args.n_gpu)
         if (getattr(model, "tp_size", None) or 1) > 1:
             raise ProConError("ranks of tensor parallelism share batches: train with DDP, FSDP or DeepSpeed")
-        if self._settings.needs_recording:
+        if self._settings.has_tokens and self._settings.anchors == "recorded":
             require_length(loader.dataset, "training set")
         check_batches(makes_batches(loader), loader.dataset)
         run = _CallbackRun(args, model, kwargs.get("processing_class"), self._chat)
@@ -117,7 +116,7 @@ class ProConCallback(TrainerCallback):
             procon.find(folder, on_main(lambda: read_record(folder)))
         elif not again:
             procon.find()
-        procon.set_steps_per_epoch(max(1, -(-len(loader) // args.gradient_accumulation_steps)))
+        procon.set_steps_per_epoch(procon.steps_in(loader, args.gradient_accumulation_steps))
         procon.accumulation = args.gradient_accumulation_steps
         procon.check_acts(state.max_steps)
         procon.attach()

@@ -294,7 +294,7 @@ class ProCon:
         self.find(folder, record)
         # Ranks share the batches out: a sampler of theirs has done so already, Accelerate does afterwards.
         shares = 1 if hasattr(loader.sampler, "num_replicas") else self.run.groups
-        self.set_steps_per_epoch(max(1, -(-len(loader) // (shares * accumulation))))
+        self.set_steps_per_epoch(self.steps_in(loader, shares * accumulation))
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if are_ranks() else (0, 1)
         collate, size = loader.collate_fn, loader.batch_size or 1
         anchored = self.collator(collate)
@@ -317,6 +317,16 @@ class ProCon:
             write_record(Path(folder), record)
 
         self.run.once(write)
+
+    def steps_in(self, loader: DataLoader, batches: int) -> int:
+        """Optimiser steps of ``batches`` batches in an epoch; 1 of a stream, whose schedule cannot count in epochs."""
+        if has_length(loader):
+            return max(1, -(-len(loader) // batches))
+        if any(phase.length is not None and phase.unit == "ep" for phase in self.schedule.phases):
+            raise ProConError(
+                f"schedule '{self.schedule}' counts in epochs, which a stream does not have: give steps (1@200steps,0)"
+            )
+        return 1
 
     def set_steps_per_epoch(self, number: int) -> None:
         """How many optimiser steps an epoch has, by which the schedule counts.

@@ -53,8 +53,8 @@ class ProConArguments(_Settings):
         @dataclass
         class MyConfig(ProConArguments, MyTrainingArguments): ...
 
-    They are those of :class:`procon.settings.ProConSettings`, with their defaults, and names that begin with
-    ``procon_``. ``procon_blocks`` is a text, as command lines give it. The trainer reads them once, as it is made.
+    Those of :class:`procon.settings.ProConSettings`, with names that begin with ``procon_``. ``procon_blocks`` is a
+    text, as command lines give it. The trainer reads them once, as it is made.
 
     Raises:
         ProConError: for a value that a setting cannot have.

@@ -33,10 +33,8 @@ A model can find ways around what is kept, so measure what it does: `procon eval
 
 #: By term, where it is kept and whose idea that is.
 _AFTER = {
-    "tokens": "along its refusal directions (*Anchoring Refusal Direction*, "
-    "[arXiv 2509.06795](https://arxiv.org/abs/2509.06795))",
-    "probes": "in its last hidden states at fixed prompts (*Safety Anchor*, "
-    "[arXiv 2605.05995](https://arxiv.org/abs/2605.05995))",
+    "tokens": "along its refusal directions ([arXiv 2509.06795](https://arxiv.org/abs/2509.06795))",
+    "probes": "in its last hidden states at fixed prompts ([arXiv 2605.05995](https://arxiv.org/abs/2605.05995))",
 }
 
 

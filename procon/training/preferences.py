@@ -147,7 +147,7 @@ class ProConGRPOTrainer(ReferenceMixin, GRPOTrainer):
 
     def _refuse(self) -> None:
         super()._refuse()
-        if self.procon.settings.needs_recording:
+        if self.procon.tokens is not None and self.procon.settings.anchors == "recorded":
             raise ProConError(
                 "GRPO generates the tokens that it trains on, so they cannot be recorded beforehand: take "
                 "procon_anchors 'live', or procon_terms 'probes'"

@@ -40,8 +40,7 @@ def protect(
     Args:
         trainer: of transformers, or TRL's SFTTrainer, DPOTrainer, KTOTrainer or GRPOTrainer, or a class of one's own
             that extends one of them; before :meth:`train`.
-        directions: refusal directions of the model, or their file; extracted as training starts if not given and a
-            term needs them.
+        directions: refusal directions of the model, or their file; where a term needs them, extracted if not given.
         chat: how the model is asked as directions and probes are found.
         settings: of :class:`procon.ProConSettings`, by name, such as ``schedule="procon_s:0.1"``.
 

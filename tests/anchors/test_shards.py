@@ -297,6 +297,7 @@ SCALE = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of resident memory are read from /proc")
 def test_memory_and_time_of_many_samples(tmp_path, capsys):
     """100,000 samples of 200 tokens by 32 blocks take at most 500 MB, and a lookup 1 ms; fewer samples, less memory.

@@ -72,7 +72,7 @@ def test_value_and_gradient_by_definition(model, directions, penalty, fuse):
             assert (parameter.grad - wanted[name]).norm() <= 1e-5 * wanted[name].norm() + 1e-7 * largest, name
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.slow)])
 def test_a_model_beside_its_anchors_has_no_penalty(tiny_model, directions, samples, tokenizer, tmp_path, backend):
     model = tiny_model().eval()
     collator = padding_collator(tokenizer)

@@ -11,7 +11,7 @@ from procon.models import load_model, weights_hash
 from procon.report import read_runs
 
 
-@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_whole_quickstart_on_a_tiny_model(full, place, few_prompts, monkeypatch, capfd):
     """In full with all that can be measured, otherwise with what one screen holds."""
     folder, output = Path("model"), Path("procon-quickstart")

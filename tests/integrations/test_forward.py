@@ -257,6 +257,7 @@ def test_lora_and_every_forward_that_does_not_train(tiny_model, samples, batch, 
     assert_as_it_was(model.get_base_model())
 
 
+@pytest.mark.slow
 def test_compiled_model(tiny_model, batch, prepared):
     model = tiny_model()
     procon = prepared(model)
@@ -310,10 +311,7 @@ def test_forward_that_would_lose_the_constraint_is_refused(tiny_model, batch, pr
     model = tiny_model().train()
     procon = prepared(model)
     change(batch)
-    with (
-        pytest.raises(ProConError, match=message),
-        ConstrainedForward(procon),
-    ):
+    with pytest.raises(ProConError, match=message), ConstrainedForward(procon):
         model(**batch)
     assert_as_it_was(model)
 

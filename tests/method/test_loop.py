@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from procon import ProCon, ProConError, ProConSettings
 from procon.data import padding_collator
@@ -138,3 +138,22 @@ def test_directions_that_no_term_uses_are_told_of(tiny_model, tokenizer, random_
     model = tiny_model()
     assert ProCon(model, tokenizer, directions=random_directions(model)).directions is None
     assert "directions are given, and terms 'probes' use none: the paper's method is terms 'tokens'" in caplog.text
+
+
+def test_a_stream_needs_no_length(tiny_model, tokenizer, samples):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(samples)
+
+    model = tiny_model().train()
+    loader = DataLoader(Stream(), 2, collate_fn=padding_collator(tokenizer))
+    with pytest.raises(ProConError, match=r"^schedule '1@1ep,0' counts in epochs, which a stream does not have"):
+        ProCon(model, tokenizer, ProConSettings(schedule="1@1ep,0"), progress=False).prepare(loader)
+    procon = ProCon(model, tokenizer, progress=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for batch in procon.prepare(loader):
+        step(procon, batch, optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+    procon.close()
+    assert procon.evidence.constrained_steps == 2  # of four

@@ -173,6 +173,7 @@ def test_two_runs_are_bitwise_equal(backend, device):
     assert all(map(torch.equal, run(), run()))
 
 
+@pytest.mark.slow
 def test_more_rows_than_one_tile(backend, oracle, device):
     # More float32 bytes than a tile of the PyTorch path, more rows than a program of the kernels.
     hidden, direction, _, _ = inputs(601, 576, 1, torch.bfloat16, device)

@@ -40,6 +40,7 @@ def test_every_configuration_is_run():
     assert sorted(CONFIGURATIONS) == sorted(path.name for path in EXAMPLE.glob("*.yaml"))
 
 
+@pytest.mark.slow
 def test_two_ranks_do_what_one_does(place, monkeypatch, capsys):
     def on_one(terms: str) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
         flags = ["--model=model", "--data=data.jsonl", "--directions=directions.safetensors", f"--output_dir={terms}"]

@@ -70,6 +70,7 @@ SEARCHES = {
 }
 
 
+@pytest.mark.slow
 def test_search_has_the_right_page_among_the_first_three(site, tab):
     tab.route("http://site/**", lambda route: route.fulfill(path=site / route.request.url.partition("site/")[2]))
     found = {}
@@ -83,12 +84,14 @@ def test_search_has_the_right_page_among_the_first_three(site, tab):
     assert {words: page for words, page in SEARCHES.items() if page not in found[words]} == {}, found
 
 
+@pytest.mark.slow
 def test_every_page_can_be_read(site, tab, tmp_path):
     shown = [*made.pages(site), made.write_report(tmp_path)]
     faults = {str(page): found for page in shown if (found := looks.faults(tab, page))}
     assert not faults, "\n".join(f"{page}: {fault}" for page, found in faults.items() for fault in found)
 
 
+@pytest.mark.slow
 def test_every_page_is_looked_at_in_both_schemes(site, tab):
     """Whatever the page's own script sets meanwhile, which answers the reader's system at a time of its own."""
     for page in made.pages(site):

@@ -332,6 +332,7 @@ def test_training_with_the_logits_of_replies_is_that_with_all(
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one_process(tiny_model, tokenizer, tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
