@@ -97,9 +97,12 @@ def logged(checkpoint: Path, name: str) -> list[float]:
     return [row[name] for row in history if name in row]
 
 
+WARM_UP = {"procon_terms": "both", "procon_schedule": "procon_wu:1@1ep", "save_steps": 2}
+
+
 @pytest.mark.slow
 def test_warm_up_is_added_and_resumed(axolotl_train, tiny_model, tmp_path):
-    result = axolotl_train(procon_schedule="procon_wu:1@1ep", save_steps=2)
+    result = axolotl_train(**WARM_UP)
     assert result.returncode == 0, result.stderr[-4000:]
     out = tmp_path / "out"
     # Four steps per epoch: one epoch of warm-up, and the one that was asked for.
@@ -116,7 +119,7 @@ def test_warm_up_is_added_and_resumed(axolotl_train, tiny_model, tmp_path):
     other = tiny_model()
     torch.nn.init.normal_(other.get_output_embeddings().weight)
     other.save_pretrained(tmp_path / "model")
-    again = axolotl_train(procon_schedule="procon_wu:1@1ep", save_steps=2, resume_from_checkpoint="out/checkpoint-2")
+    again = axolotl_train(**WARM_UP, resume_from_checkpoint="out/checkpoint-2")
     assert again.returncode == 0, again.stderr[-4000:]
     resumed = load_file(out / "model.safetensors")
     assert weights.keys() == resumed.keys()
@@ -128,6 +131,7 @@ def test_packed_samples_of_an_adapter(axolotl_train, tiny_model, tmp_path, rando
     random_directions(tiny_model()).save(tmp_path / "directions.safetensors")
     result = axolotl_train(
         procon_directions=str(tmp_path / "directions.safetensors"),
+        procon_terms="tokens",
         procon_schedule=0.5,
         # Of the padding, which axolotl numbers like one more sample, no token is constrained.
         procon_scope="all",
@@ -160,10 +164,10 @@ def register(**keys) -> dict:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"procon_shcedule": 0.1}, "there is no key procon_shcedule: the keys are procon_schedule, "),
+        ({"procon_shcedule": 0.1}, "there is no key procon_shcedule: the keys are procon_terms, procon_schedule, "),
         ({"procon_scope": "answer"}, "procon_scope is 'answer': choose one of"),
         ({"rl": "dpo", "trainer_cls": "mine.Trainer"}, "rl, trainer_cls: under this the constraint could not act"),
-        ({"pretraining_dataset": "data"}, "pretraining_dataset"),
+        ({"pretraining_dataset": "data", "procon_terms": "tokens"}, "pretraining_dataset"),
         ({"context_parallel_size": 2}, "context_parallel_size"),
         # Before the model is loaded, which takes minutes.
         ({"procon_probes": "nowhere.txt"}, "prompt file 'nowhere.txt' does not exist"),
@@ -199,8 +203,9 @@ def test_packing_without_separate_samples_is_refused():
 
 
 def test_settings_become_training_arguments():
-    given = {"procon_schedule": 0.2, "procon_blocks": [8, 9], "procon_directions": "directions.safetensors"}
+    given = {"procon_terms": "tokens", "procon_schedule": 0.2, "procon_blocks": [8, 9], "procon_directions": "directions.safetensors"}
     assert ProConPlugin().get_training_args({"plugins": [PLUGIN], **given}) == {
+        "procon_terms": "tokens",
         "procon_schedule": "0.2",
         "procon_blocks": "8,9",
         "procon_directions": "directions.safetensors",
