@@ -143,8 +143,9 @@ def config(folder: Path, alpha: float | str = ALPHA, *, made_by: type = ProConCo
         "use_cpu": True,
         "procon_terms": "tokens",  # training tokens alone: probes would act where these do not
         "procon_schedule": str(alpha),
-        "procon_penalty": "squared",
     }
+    if settings.get("procon_terms") != "probes":
+        defaults["procon_penalty"] = "squared"
     return made_by(**{**defaults, **settings})
 
 
