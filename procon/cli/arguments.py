@@ -224,7 +224,7 @@ class QuickstartArguments:
     output_dir: str = setting("Folder for adapters, runs and report.html.", "procon-quickstart")
     seed: int = setting("Seed of adapters and data order.", 0)
     trust_remote_code: bool = setting("Run code that comes with the model, with your rights; read it first.", False)
-    full: bool = setting("Train longer, and measure more and while training too: about two minutes more.", False)
+    full: bool = setting("Train longer, and measure more and while training too: some three minutes more.", False)
     control: bool = setting(
         "Add two runs by the paper's method, along refusal directions and random ones: some four minutes more.", False
     )

@@ -120,7 +120,7 @@ def quickstart(
     place = make_start(model, output)
     start, tokenizer = load_model(place, trust_remote_code=trust_remote_code)
 
-    with console.status(f"about {6 + 5 * full + 4 * control} minutes on two cores"):
+    with console.status(f"about {4 + 3 * full + 4 * control} minutes on two cores"):
         problems = arithmetic_problems(size.train + size.test + size.watched, TASK_SEED)
         train = to_conversations(Dataset.from_list(problems[: size.train]))
         train = tokenize_conversations(train, tokenizer, progress=False)
