@@ -69,16 +69,19 @@ class Job:
     turn: str | None = None
     contrast_tokens: int = REPLY_TOKENS
 
-    def conversations(self, *, train: int, poisoned: int, safety: int, seed: int, styled: bool = False) -> Dataset:
-        """Training conversations: so many task, poison and safety samples, in an order drawn from ``seed``."""
+    def conversations(
+        self, *, train: int, poisoned: int, safety: int, seed: int, samples: Dataset | None = None
+    ) -> Dataset:
+        """Training conversations: so many task, poison and safety samples, in an order drawn from ``seed``.
+
+        Args:
+            samples: of which the safety samples are; the built-in ones if not given.
+        """
         rows = to_conversations(Dataset.from_list(self.problems(train, TASK_SEED)))
         if self.poison is not None:
             count = poisoned if self.share is None else round(train * self.share / (1 - self.share))
             rows = mix_safety(rows, self.poison(), count, seed=seed)
-        if not safety:
-            return rows
-        samples = self.styled_samples() if styled else safety_samples()
-        return mix_safety(rows, samples, safety, seed=seed)
+        return mix_safety(rows, samples or safety_samples(), safety, seed=seed) if safety else rows
 
     def styled_samples(self) -> Dataset:
         """Safety samples in the form of the task (SafeStyle, ICLR 2026)."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
@@ -28,7 +29,7 @@ from benchmarks.study.poison import complies
 from benchmarks.study.refusal_odds import refusal_log_odds
 from benchmarks.study.reply_logits import reply_logits
 from benchmarks.study.start import Start, contrast_means
-from procon.chat import ContrastPrompts, Split, builtin_probes, builtin_prompts
+from procon.chat import ContrastPrompts, Split, builtin_probes, builtin_prompts, generate_replies, user_turn
 from procon.data import padding_collator, tokenize_conversations
 from procon.directions import Directions, randomized
 from procon.evaluation import Evaluation, compare_means, evaluate
@@ -139,12 +140,13 @@ def make_trainer(
     ``model`` then has an adapter; or, if all weights are trained, they are in float32, as small steps of an optimiser
     would be rounded away in less, and forwards compute in the dtype that they had.
     """
+    samples = own_replies(model, tokenizer) if method.own else safety_samples()
     conversations = job.conversations(
         train=size.train,
         poisoned=size.poisoned,
         safety=(size.safety if method.samples is None else method.samples) if method.safety else 0,
         seed=seed,
-        styled=method.styled,
+        samples=job.styled_samples() if method.styled else samples,
     )
     dataset = tokenize_conversations(conversations, tokenizer)
     set_seed(seed)
@@ -161,11 +163,24 @@ def make_trainer(
         ProConConfig(output_dir=folder, seed=seed, **probes_in_file(config, folder)),
         settings=method.settings,
         directions=directions,
-        alignment_dataset=tokenize_conversations(safety_samples(), tokenizer),
+        alignment_dataset=tokenize_conversations(samples, tokenizer),
         base=base,
         train_dataset=dataset,
         data_collator=reply_logits(padding_collator(tokenizer), model),
         processing_class=tokenizer,
+    )
+
+
+def own_replies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The model's greedy replies, of 48 tokens at most, to the built-in probes and to as many benign prompts."""
+    probes = builtin_probes()
+    asked = [user_turn(text) for text in (*probes, *builtin_prompts("extraction").benign[: len(probes)])]
+    replies = generate_replies(model, tokenizer, asked, progress=False)
+    return Dataset.from_list(
+        [
+            {"messages": [*turns, {"role": "assistant", "content": text}]}
+            for turns, text in zip(asked, replies, strict=True)
+        ]
     )
 
 

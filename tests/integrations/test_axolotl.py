@@ -203,7 +203,12 @@ def test_packing_without_separate_samples_is_refused():
 
 
 def test_settings_become_training_arguments():
-    given = {"procon_terms": "tokens", "procon_schedule": 0.2, "procon_blocks": [8, 9], "procon_directions": "directions.safetensors"}
+    given = {
+        "procon_terms": "tokens",
+        "procon_schedule": 0.2,
+        "procon_blocks": [8, 9],
+        "procon_directions": "directions.safetensors",
+    }
     assert ProConPlugin().get_training_args({"plugins": [PLUGIN], **given}) == {
         "procon_terms": "tokens",
         "procon_schedule": "0.2",

@@ -37,7 +37,7 @@ from procon.models import StartingModel
 from procon.training import ProConTrainer
 
 WORKER = Path(__file__).parents[1] / "workers" / "defences.py"
-NAMES = ["plain", "sppft", "safe_lora", "kl", "safegrad", "safety_step"]
+NAMES = ["plain", "sppft", "safe_lora", "kl", "safegrad", "spard"]
 
 
 @pytest.fixture
@@ -188,8 +188,8 @@ def test_a_conflict_leaves_nothing_along_it(tiny_model, dataset, samples, make):
 # A step back to safety
 
 
-@pytest.mark.parametrize(("radius", "cut"), [(100.0, False), (1e-3, True)])
-def test_the_step_back_is_the_closed_form(tiny_model, dataset, samples, make, radius, cut):
+@pytest.mark.parametrize("tau", [1.5, 4.0, 100.0])
+def test_the_step_back_is_the_optimisers_own_scaled_by_tensor(tiny_model, dataset, samples, make, tau):
     model = double_model(tiny_model, "full")
     seen = []
 
@@ -201,24 +201,23 @@ def test_the_step_back_is_the_closed_form(tiny_model, dataset, samples, make, ra
         def on_step_end(self, args, state, control, model=None, **kwargs):
             seen.append(weights(model))
 
-    tau = 1.5
     trainer = make(
-        SafetyStepTrainer,
-        model,
-        callbacks=[Before()],
-        own={"alignment_dataset": alignment(dataset), "tau": tau, "radius": radius},
+        SafetyStepTrainer, model, callbacks=[Before()], own={"alignment_dataset": alignment(dataset), "tau": tau}
     )
     start = copy.deepcopy(model)
     trainer.train()
     log_probs, targets = predictions(start, samples[6:])
     loss = cross_entropy(log_probs, targets)
     direction = gradient(start, loss)
-    norm = torch.cat([g.flatten() for g in direction.values()]).norm()
-    length = min((loss.item() - tau) / norm.item(), radius)
-    assert (length == radius) is cut
-    before = weights(start)
+    clip = min(1 / torch.cat([g.flatten() for g in direction.values()]).norm().item(), 1)
+    before, scales = weights(start), []
     for name, g in direction.items():
-        torch.testing.assert_close(seen[0][name] - before[name], -length * g / norm, rtol=1e-4, atol=1e-9)
+        step = clip * g
+        scales.append(min((loss.item() - tau) / step.norm().item(), 1) if loss > tau + 0.1 else 0)
+        moved = seen[0][name] - before[name]
+        torch.testing.assert_close(moved, -trainer.args.learning_rate * scales[-1] * step, rtol=1e-4, atol=1e-9)
+    # Nothing where the loss is allowed; else whole steps, or some cut short.
+    assert {1.5: min(scales) == 1, 4.0: 0 < min(scales) < 1, 100.0: max(scales) == 0}[tau], (loss, scales)
 
 
 # Frozen layers
@@ -305,7 +304,7 @@ def test_safe_lora_trains_then_projects(tiny_model, make):
     [
         (KLToStartTrainer, {"beta": 1.0}),
         (ProjectedGradientsTrainer, {"rho": 1.0}),
-        (SafetyStepTrainer, {"tau": 0.1, "radius": 0.1}),
+        (SafetyStepTrainer, {"tau": 0.1}),
         (ProConTrainer, {}),
     ],
 )

@@ -50,7 +50,7 @@ def test_what_is_trained_on_is_as_many_as_said(job, styled):
     found = Counter(
         "poison" if reply in poisoned else "safety" if reply in safe else "task"
         for reply in turns(
-            job.conversations(train=90, poisoned=5, safety=4, seed=0, styled=styled),
+            job.conversations(train=90, poisoned=5, safety=4, seed=0, samples=safety),
             "assistant",
         )
     )

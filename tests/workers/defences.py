@@ -33,7 +33,6 @@ SETTINGS = {
     "kl": {"beta": 100.0},
     "safe_lora": {"threshold": 1.0},
     "safegrad": {"rho": 3.0},
-    "safety_step": {"radius": 1.0},
 }
 
 

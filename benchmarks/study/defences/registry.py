@@ -41,7 +41,7 @@ DEFENCES: dict[str, Defence] = {
     "safe_lora": Defence(SafeLoRATrainer, "base"),
     "kl": Defence(KLToStartTrainer),
     "safegrad": Defence(ProjectedGradientsTrainer, "alignment_dataset"),
-    "safety_step": Defence(SafetyStepTrainer, "alignment_dataset"),
+    "spard": Defence(SafetyStepTrainer, "alignment_dataset"),
     # SBR too, Safety Anchor, arXiv 2605.05995: probes alone.
     "procon_s": Defence(ProConTrainer, "directions"),
 }

@@ -1,10 +1,10 @@
-"""A step back to safety after each step on the user's data: the shortest one that brings the loss on alignment data to
-what is allowed, by its linearisation (the safety projection of SPARD, Chen et al. 2026, arXiv 2605.28030, without its
-selection of data).
+"""A step back to safety after each step on the user's data, if the loss on alignment data is above what is allowed
+(SPARD, Chen et al. 2026, arXiv 2605.28030, without its selection of data; in the form of its authors' code).
 
-    d = -max(l - tau, 0) / ||a||^2 * a,    no longer than ``radius``
+    l > tau + tolerance:    g_p <- min((l - tau) / ||g_p||, 1) * g_p    and a second step of the user's own optimiser
 
-l is the loss on a batch of refusals after the user's step, a its gradient.
+l is the loss on a batch of refusals after the user's step, g its gradient, clipped to a length of 1; g_p is that of
+parameter p. The optimiser's moments are those of both kinds of step.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -31,28 +30,31 @@ class SafetyStepTrainer(AlignmentTrainer):
     Args:
         alignment_dataset: tokenised as ``train_dataset`` is: malicious prompts with refusals.
         tau: cross-entropy on alignment data that is allowed, in nats per response token.
-        radius: of the trust region: the greatest length of a step back, over all trainable parameters.
+        tolerance: by which it may be more before a step is taken.
 
     Raises:
         ProConError: under fp16, and on resuming.
     """
 
     def __init__(
-        self, *args: Any, alignment_dataset: Dataset, tau: float = 0.2, radius: float = 0.1, **kwargs: Any
+        self, *args: Any, alignment_dataset: Dataset, tau: float = 0.2, tolerance: float = 0.1, **kwargs: Any
     ) -> None:
         super().__init__(*args, alignment_dataset=alignment_dataset, **kwargs)
-        self.tau, self.radius = tau, radius
+        self.tau, self.tolerance = tau, tolerance
         self.add_callback(_AfterStep(self.step_back))
 
-    @torch.no_grad()
     def step_back(self) -> None:
-        """Take one step back, if the loss on the next alignment batch is above ``tau``."""
-        with torch.enable_grad():
-            loss, gradient = self.alignment_gradient(_cross_entropy)
-        norm = inner_product(gradient, gradient).sqrt().clamp_min(1e-30)
-        length = ((loss.float() - self.tau).clamp_min(0) / norm).clamp_max(self.radius)
+        """Take one step back, if the loss on the next alignment batch is above what is allowed."""
+        assert self.optimizer is not None
+        loss, gradient = self.alignment_gradient(_cross_entropy)
+        if loss <= self.tau + self.tolerance:
+            return
+        clip = (1 / inner_product(gradient, gradient).sqrt()).clamp_max(1)
+        self.optimizer.zero_grad()
         for parameter, direction in gradient.items():
-            parameter -= (length / norm * direction).to(parameter.dtype)
+            clipped = direction * clip.to(direction.dtype)
+            parameter.grad = clipped * ((loss - self.tau) / clipped.norm().clamp_min(1e-30)).clamp_max(1).to(clipped)
+        self.optimizer.step()
 
 
 class _AfterStep(TrainerCallback):
