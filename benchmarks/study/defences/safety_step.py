@@ -45,16 +45,16 @@ class SafetyStepTrainer(AlignmentTrainer):
 
     def step_back(self) -> None:
         """Take one step back, if the loss on the next alignment batch is above what is allowed."""
-        assert self.optimizer is not None
+        optimizer: Any = self.optimizer
         loss, gradient = self.alignment_gradient(_cross_entropy)
         if loss <= self.tau + self.tolerance:
             return
         clip = (1 / inner_product(gradient, gradient).sqrt()).clamp_max(1)
-        self.optimizer.zero_grad()
+        optimizer.zero_grad()
         for parameter, direction in gradient.items():
             clipped = direction * clip.to(direction.dtype)
             parameter.grad = clipped * ((loss - self.tau) / clipped.norm().clamp_min(1e-30)).clamp_max(1).to(clipped)
-        self.optimizer.step()
+        optimizer.step()
 
 
 class _AfterStep(TrainerCallback):
