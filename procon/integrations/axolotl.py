@@ -55,7 +55,7 @@ class ProConPlugin(BasePlugin):
     """Has axolotl train by :class:`procon.integrations.axolotl_trainer.ProConAxolotlTrainer`.
 
     If ``procon_schedule`` is 0 throughout, it changes nothing. Gradient checkpointing that the file asks for is made
-    the non-reentrant kind: under axolotl's own choice the constraint would lose its gradient. What would lose the
+    the non-reentrant kind: under axolotl's own choice training tokens would lose their gradient. What would lose the
     constraint ends in a ProConError.
     """
 
@@ -74,12 +74,12 @@ class ProConPlugin(BasePlugin):
             lost.append("pretraining_dataset (with procon_anchors: recorded)")
         if (cfg.get("context_parallel_size") or 1) > 1:
             lost.append("context_parallel_size")
-        if cfg.get("gradient_checkpointing") and checkpointing.get("use_reentrant"):
+        if cfg.get("gradient_checkpointing") and checkpointing.get("use_reentrant") and settings.has_tokens:
             lost.append("use_reentrant: true")
         if lost:
             raise ProConError(f"{', '.join(lost)}: under this the constraint could not act: remove it")
         if cfg.get("gradient_checkpointing"):
-            cfg["gradient_checkpointing_kwargs"] = {**checkpointing, "use_reentrant": False}
+            cfg["gradient_checkpointing_kwargs"] = {"use_reentrant": False, **checkpointing}
 
     def get_input_args(self) -> str:
         return f"{__name__}.{AxolotlKeys.__name__}"

@@ -37,8 +37,8 @@ class ConstrainedForward:
         with ConstrainedForward(procon):
             trainer.train()
 
-    A training forward is one in training mode with gradients enabled. It needs ``input_ids`` and ``labels``, whose
-    tokens are looked up on the CPU. Its loss must go through backward before the next one.
+    A training forward is one in training mode with gradients enabled. It needs ``input_ids`` and ``labels``; under a
+    term of training tokens, these are looked up on the CPU. Its loss must go through backward before the next one.
 
     The penalty scales as the model's own loss does. If the trainer hands over ``num_items_in_batch``, the count of
     target tokens over the optimiser step, each micro-batch counts by its share of them; else it is the mean over the
@@ -119,7 +119,10 @@ class ConstrainedForward:
             if exception is None:
                 self.check()
                 if self.procon.alpha > 0 and not self.backwards:
-                    raise ProConError("no training forward of the constrained model ran: train that model")
+                    raise ProConError(
+                        "no training forward of the constrained model had a penalty: train that model, and for more "
+                        "steps than probe_every"
+                    )
         finally:
             self.detach()
 
@@ -169,14 +172,15 @@ class ConstrainedForward:
                 "and the constraint would be lost (by label smoothing, a compute_loss_func, log-probabilities of TRL, "
                 f"or sequence parallelism): {REMEDY}"
             )
-        device, batch = given["input_ids"].device, _on_cpu(given)
+        device, keys = given["input_ids"].device, self.procon.batch_keys
+        batch = _on_cpu(given) if keys else {"labels": given["labels"]}
         found = self._annotate(batch)
-        added = {name: found[name].to(device, non_blocking=True) for name in self.procon.batch_keys if name in found}
+        added = {name: found[name].to(device, non_blocking=True) for name in keys if name in found}
         self.procon.begin({**{name: given[name] for name in batch}, **added})
         tokens = given.get("num_items_in_batch")
         if tokens is None:
             return None
-        own = (batch["labels"][..., 1:] != IGNORE_INDEX).sum()
+        own = (batch["labels"][..., 1:] != IGNORE_INDEX).sum().cpu()
         return own / torch.as_tensor(tokens, device="cpu").clamp_min(1)
 
     @torch.compiler.disable()

@@ -202,5 +202,5 @@ class Evidence:
         if reached and trained & own and not reached & trained:
             raise ProConError(
                 f"the penalty reaches {len(reached)} parameters, and the optimiser trains none of them, so the "
-                "constraint cannot act: give the optimiser the parameters below a constrained block"
+                "constraint cannot act: give the optimiser the parameters that it reaches"
             )

@@ -138,7 +138,7 @@ class Probes:
         """
         last, outputs = self.run(forward)
         if torch.is_grad_enabled() and not last.requires_grad:
-            raise ProConError("nothing in the model trains, so the penalty on the probes' states does nothing")
+            raise ProConError("nothing below the last hidden state trains, so the penalty on it does nothing")
         departure = (last.float() - self.states.to(last.device)).square().mean()
         # FSDP2 gathers what its root holds once backward comes to what the root gave: none of it has to come there.
         unused = getattr(outputs, "logits", None)
@@ -306,14 +306,8 @@ class ProbeTerm(Term):
         """
         return (step.number + 1) % self._settings.probe_every == 0
 
-    def idle(self, steps: int) -> str | None:
-        every = self._settings.probe_every
-        if steps >= every:
-            return None
-        return (
-            f"probe_every is {every}, more than all steps of training, {steps}, so the probes never run: give a "
-            "smaller number"
-        )
+    def idle(self) -> str:
+        return f"probe_every is {self._settings.probe_every}, so give a smaller number, or train longer"
 
     def share(self, step: Step, run: Run) -> Tensor | None:
         if self.name in step.done:  # once in an optimiser step
@@ -369,11 +363,11 @@ def _heeds_masks(decoder: Decoder) -> bool:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Raise ProConError if the tokenizer has no chat template to ask probes with."""
+    """Raise ProConError if the tokenizer has no chat template to ask probes with, or to extract directions."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise ProConError(
-            "probes are prompts in the model's chat format, and its tokenizer has no chat template: pass the "
-            "tokenizer of a chat model, or set terms to 'tokens'"
+            "probes and directions take prompts in the model's chat format, and its tokenizer has no chat template: "
+            "pass the tokenizer of a chat model, or set terms to 'tokens' and give directions"
         )
 
 

@@ -118,7 +118,7 @@ class ProCon:
         self.tokens: TokenTerm | None = self.term(TokenTerm)
         self.batch_keys: tuple[str, ...] = ()
         self._paused = self._attached = False
-        self._begun = 0
+        self._begun, self._most = 0, 1
         self._after: RemovableHandle | None = None  # of an optimiser step that has ended, and is not yet taken
         self.at_start = True
         self._penalty_sum: Tensor | None = None
@@ -126,15 +126,16 @@ class ProCon:
         self._carried = 0.0  # the penalty of a window that a checkpoint has cut
         self._resumed: dict[str, Any] = {}
         self._refused: float | None = None  # a share of malicious prompts, where directions do not have it
+        if directions is not None and not isinstance(directions, Directions):
+            directions = Directions.load(directions)
+        self._given = directions
         if directions is not None and self.needs_directions:
-            self.use(directions if isinstance(directions, Directions) else Directions.load(directions))
+            self.use(directions)
         elif directions is not None and self.active:
             logger.warning(
                 "directions are given, and terms %r use none: the paper's method is terms 'tokens'", self.settings.terms
             )
-        elif self.needs_directions:
-            _check_can_extract(self.run.tokenizer)
-        if any(isinstance(term, ProbeTerm) for term in self.terms):
+        if (self.needs_directions and directions is None) or self.term(ProbeTerm) is not None:
             check_tokenizer(self.run.tokenizer)
 
     # ---------------------------------------------------------------- what it is
@@ -198,8 +199,11 @@ class ProCon:
             raise ProConError(
                 f"{name} is of training without the constraint: resume with schedule '0', or start afresh"
             )
-        if self.directions is None and self.needs_directions:
-            self.use(Directions.load(checkpoint / DIRECTIONS_FILE) if checkpoint else self._extract())
+        if checkpoint:  # first, as other terms keep other files
+            check_resumed(self._resumed, {"terms": self.settings.terms}, name)
+        if self.directions is None and self.needs_directions:  # of a term that was added
+            kept = Directions.load(checkpoint / DIRECTIONS_FILE) if checkpoint else None
+            self.use(self._given or kept or self._extract())
         if checkpoint:
             check_resumed(self._resumed, self.facts(), name)
             for term in self.terms:
@@ -247,8 +251,8 @@ class ProCon:
         self._carried = float(window.get("penalty", 0.0))
         self._penalty_steps = int(window.get("steps", 0))
         try:
-            if self.active and not self.needs_directions and self.at_start:
-                # Elsewhere asked as directions are found: what is kept is what is there.
+            if self.active and not self.needs_directions and self.at_start and self.settings.probe_file is None:
+                # Elsewhere asked as directions are found, or prompts given: what is kept is what is there.
                 prompts = builtin_prompts("extraction").malicious
                 asked = {"chat": self.run.chat, "progress": self.run.progress}
                 model = self.run.model
@@ -360,7 +364,11 @@ class ProCon:
                 f"({per_epoch} in an epoch), so nothing would be constrained: begin the constraint earlier, train "
                 "longer, or give schedule '0' to train without it"
             )
-        idle = [said for term in self.terms if (said := term.idle(constrained))]
+        idle = [
+            f"in none of the {constrained} steps under the constraint, of {steps}, would {term.name} act: {term.idle()}"
+            for term in self.terms
+            if not any(self.alpha_at(number) > 0 and term.acts(Step(number)) for number in range(steps))
+        ]
         if len(idle) == len(self.terms):
             raise ProConError(idle[0])
         for said in idle:
@@ -410,6 +418,7 @@ class ProCon:
             if self.tokens is not None and tokens is None:
                 tokens = constrained_tokens(batches, self.run.total, device=self.run.device)
         self._forget_after()
+        self._most = self.accumulation if batches is None else len(batches)
         self.step = Step(number, self.alpha_at(number), tokens, parts or self.accumulation * self.run.groups)
         self._begun = 0
         self.evidence.begin_step()
@@ -487,7 +496,15 @@ class ProCon:
 
         The loss is a mean over a micro-batch, divided by their number; or, after :meth:`begin_step` with all
         micro-batches of the step, a sum over tokens that is divided by their number in the whole step.
+
+        Raises:
+            ProConError: if the step has more micro-batches than it should have: it was not ended.
         """
+        if self._begun > self._most:
+            raise ProConError(
+                f"an optimiser step of {self._most} micro-batches has begun another one, as none was ended: call "
+                "end(optimizer) before each optimizer.step(), and give prepare the accumulation"
+            )
         found = self.added(1.0 if self.step.tokens is not None else self.step.parts)
         return 0.0 if found is None else found
 
@@ -627,14 +644,6 @@ def check_batches(made: bool, dataset: Any) -> None:
         raise ProConError(
             f"no batch was made of {rows}the training set: with dataloader_drop_last or sample packing, fewer (packed) "
             "rows than per_device_train_batch_size (axolotl: micro_batch_size) make none, so lower it or give more data"
-        )
-
-
-def _check_can_extract(tokenizer: Any) -> None:
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ProConError(
-            "no refusal directions given, and the tokenizer has no chat template to extract them with: pass the "
-            "tokenizer of a chat model, or extract them with Directions.extract(model, tokenizer)"
         )
 
 

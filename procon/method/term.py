@@ -163,9 +163,9 @@ class Term:
         """Whether this optimiser step has a share of it."""
         return True
 
-    def idle(self, steps: int) -> str | None:
-        """Why none of ``steps`` steps under the constraint would have a share of it, and what to change; else None."""
-        return None
+    def idle(self) -> str:
+        """What to change if none of a training's steps would have a share of it."""
+        return "train longer"
 
     def share(self, step: Step, run: Run) -> Tensor | None:
         """After the forward: this micro-batch's share of the term, before alpha; shares of a step add up to its mean.

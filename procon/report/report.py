@@ -165,7 +165,7 @@ def _figures(runs: Sequence[Run]) -> list[str]:
         caption = "The refusal direction, extracted again after training, beside the initial one: 1 is no drift."
         found.append(_figure("blocks", partial(plot_drift_by_block, runs), f"Cosine by block. {cosines}.", caption))
     for name, names, caption in (
-        ("losses", LOSSES, "The loss as logged, and how far the constrained tokens have moved along the directions."),
+        ("losses", LOSSES, "The loss as logged, and how far what is kept has moved."),
         ("measures", MEASURES, "Measured in training on fewer prompts than the table, so it is rougher."),
     ):
         if keys := logged(runs, names):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.liger import apply_liger_kernel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, has_length, rotate_checkpoints
 
 from procon.anchors import LiveAnchors
 from procon.chat import describe_chat
@@ -125,7 +125,7 @@ class ProConMixin(_Trainer):
 
     Args:
         model, args, train_dataset, ...: as for the trainer that is extended; ``args`` has :class:`ProConArguments`
-            among its classes, and the collator must give ``input_ids`` and ``labels`` with -100 on the prompt.
+            among its classes. For training tokens, the collator gives ``input_ids`` and ``labels``, -100 on the prompt.
         directions: refusal directions of the model as training starts, or directions of other concepts, or the file
             that they were saved in. If not given and a term needs them, refusal directions are extracted with the
             built-in prompts when training starts, which needs a tokenizer as ``processing_class``, and kept in the
@@ -307,6 +307,8 @@ class ProConMixin(_Trainer):
             super().set_initial_training_values(args, dataloader)
         )
         procon = self.procon
+        if procon.active and not has_length(dataloader):
+            procon.steps_in(dataloader, 1)  # refuses epochs, which a stream has none of
         procon.set_steps_per_epoch(per_epoch)
         extra = procon.schedule.extra_steps(per_epoch)
         if extra:

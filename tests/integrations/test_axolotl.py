@@ -28,6 +28,7 @@ from axolotl.integrations.base import BasePlugin, PluginManager
 from procon.integrations.axolotl import AxolotlKeys, ProConPlugin
 
 PLUGIN = "procon.integrations.axolotl.ProConPlugin"
+REENTRANT = {"use_reentrant": True}
 
 
 @pytest.fixture
@@ -172,7 +173,7 @@ def register(**keys) -> dict:
         # Before the model is loaded, which takes minutes.
         ({"procon_probes": "nowhere.txt"}, "prompt file 'nowhere.txt' does not exist"),
         (
-            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            {"procon_terms": "tokens", "gradient_checkpointing": True, "gradient_checkpointing_kwargs": REENTRANT},
             "use_reentrant: true",
         ),
     ],
@@ -185,6 +186,9 @@ def test_refused(keys, message):
 def test_checkpointing_is_made_non_reentrant():
     assert "gradient_checkpointing_kwargs" not in register()
     assert register(gradient_checkpointing=True)["gradient_checkpointing_kwargs"] == {"use_reentrant": False}
+    # Probes have a forward of their own, which keeps its gradients.
+    keys = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": REENTRANT}
+    assert register(**keys)["gradient_checkpointing_kwargs"] == REENTRANT
 
 
 def test_alpha_zero_changes_nothing():

@@ -339,9 +339,29 @@ def test_a_copy_of_a_constrained_model_is_free_of_it(tiny_model, batch, prepared
         assert model.lm_head.weight.grad is None
         model(**batch).loss.backward()
         assert forward.backwards == 1
-    lost = pytest.raises(ProConError, match="no training forward of the constrained model ran")
+    lost = pytest.raises(ProConError, match="no training forward of the constrained model had a")
     with lost, ConstrainedForward(procon):
         copied(**batch).loss.backward()
+
+
+def test_probes_look_at_nothing_of_the_batch(tiny_model, tokenizer, samples, tmp_path):
+    def with_a_mask_of_pairs(rows):
+        batch = padding_collator(tokenizer)(rows)
+        mask = batch["attention_mask"].bool()
+        sees = (mask[:, None, :] & torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool).tril())[:, None]
+        return {**batch, "attention_mask": torch.zeros(sees.shape).masked_fill(~sees, -1e9)}
+
+    procon = ProConCallback()
+    trainer = Trainer(
+        tiny_model(),
+        arguments(tmp_path, max_steps=4),
+        train_dataset=Dataset.from_list(samples),
+        data_collator=with_a_mask_of_pairs,
+        processing_class=tokenizer,
+        callbacks=[procon],
+    )
+    trainer.train()
+    assert procon.procon.evidence.constrained_steps == 2
 
 
 def test_loss_that_is_not_used_is_noticed(tiny_model, batch, prepared):
@@ -356,7 +376,7 @@ def test_loss_that_is_not_used_is_noticed(tiny_model, batch, prepared):
     with lost, ConstrainedForward(procon):
         outputs = model(**batch)
         (0 * outputs.loss + outputs.logits.square().mean()).backward()
-    lost = pytest.raises(ProConError, match="no training forward of the constrained model ran")
+    lost = pytest.raises(ProConError, match="no training forward of the constrained model had a")
     with lost, ConstrainedForward(procon), torch.no_grad():
         model(**batch)
     assert_as_it_was(model)

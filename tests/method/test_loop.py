@@ -10,6 +10,7 @@ from procon import ProCon, ProConError, ProConSettings
 from procon.data import padding_collator
 from procon.integrations import ProConCallback
 from procon.method import Run, Term
+from procon.method.tokens import TokenTerm
 
 
 @pytest.fixture
@@ -138,6 +139,56 @@ def test_directions_that_no_term_uses_are_told_of(tiny_model, tokenizer, random_
     model = tiny_model()
     assert ProCon(model, tokenizer, directions=random_directions(model)).directions is None
     assert "directions are given, and terms 'probes' use none: the paper's method is terms 'tokens'" in caplog.text
+    with pytest.raises(ProConError, match="nowhere"):
+        ProCon(model, tokenizer, directions="nowhere.safetensors")
+    # Until a term is added that does.
+    procon = ProCon(model, tokenizer, directions=random_directions(model))
+    procon.terms.append(TokenTerm(ProConSettings(terms="tokens")))
+    procon.find()
+    assert procon.directions is not None
+    assert procon.directions.hash == random_directions(model).hash
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_loop_that_does_not_end_its_steps_is_stopped(loop, accumulation):
+    procon, loader = loop(terms="probes")
+    batches = iter(procon.prepare(loader, accumulation=accumulation))
+    for _ in range(accumulation):
+        procon.begin(next(batches))
+        assert procon.loss() == 0  # the probes begin with the second step
+    procon.begin(next(batches))
+    with pytest.raises(ProConError, match=f"^an optimiser step of {accumulation} micro-batches has begun another one"):
+        procon.loss()
+
+
+@pytest.mark.parametrize(("schedule", "acts"), [("0@3steps,1@1steps,0", True), ("1@1steps,0@1steps,1@1steps,0", False)])
+def test_probes_act_in_their_own_steps(loop, schedule, acts):
+    procon, _ = loop(terms="probes", schedule=schedule)
+    if acts:
+        procon.check_acts(8)
+        return
+    with pytest.raises(
+        ProConError, match=r"^in none of the 2 steps under the constraint, of 8, would probes act: probe_e"
+    ):
+        procon.check_acts(8)
+
+
+def test_prompts_of_ones_own_are_not_asked_for_refusals(loop, tmp_path, recwarn):
+    file = tmp_path / "honest.txt"
+    file.write_text("What do you not know?\n")
+    procon, loader = loop(terms="probes", probes=str(file))
+    procon.prepare(loader)
+    assert "refuses" not in procon.summary()[0] + "".join(str(found.message) for found in recwarn)
+
+
+def test_another_term_is_named_when_a_checkpoint_is_resumed(loop, tmp_path):
+    procon, loader = loop(terms="probes")
+    procon.prepare(loader)
+    procon.save(tmp_path / "saved")
+    other, loader = loop(terms="both")
+    other.directions = None
+    with pytest.raises(ProConError, match="was trained with terms 'probes', not 'both'"):
+        other.prepare(loader, resume=tmp_path / "saved")
 
 
 def test_a_stream_needs_no_length(tiny_model, tokenizer, samples):

@@ -63,7 +63,7 @@ def test_the_penalty_and_its_gradient_are_those_by_definition(tiny_model, record
 def test_a_model_that_does_not_train_is_refused(tiny_model, record):
     model = tiny_model()
     probes = record(model)
-    with pytest.raises(ProConError, match="nothing in the model trains"):
+    with pytest.raises(ProConError, match="nothing below the last hidden state trains"):
         probes.departure(DecoderForward(model.requires_grad_(False)))
     with torch.no_grad():
         assert probes.departure(DecoderForward(model)) < 1e-12

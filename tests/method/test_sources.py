@@ -172,6 +172,8 @@ def test_a_stream_trains_with_live_anchors_and_with_probes(trainer, samples):
         run = trainer(source, data=IterableDataset.from_generator(rows), max_steps=3)
         run.train()
         assert run.procon.evidence.constrained_steps == (3 if source == "live" else 1)
+        with pytest.raises(ProConError, match="'1@1ep,0' counts in epochs, which a stream does not have"):
+            trainer(source, data=run.train_dataset, max_steps=3, procon_schedule="1@1ep,0").train()
     with pytest.raises(
         ProConError, match="a streamed one cannot be recorded beforehand, so take procon_anchors 'live'"
     ):
@@ -211,7 +213,7 @@ def test_probes_alone_leave_the_training_batch_free(trainer):
         torch.testing.assert_close(losses(held), expected, rtol=1e-5, atol=0)
         assert held.procon.evidence.constrained_steps == 1
     with pytest.raises(
-        ProConError, match=r"^probe_every is 5, more than all steps of training, 4, so the probes never"
+        ProConError, match=r"^in none of the 4 steps under .* would probes act: probe_every is 5, so give"
     ):
         trainer("probes", max_steps=4, procon_probe_every=5).train()
 
@@ -223,7 +225,7 @@ def test_probes_begin_once_the_model_has_moved(trainer, caplog):
     assert penalties[0] < 1e-10 < 1e-4 < penalties[1]
     with caplog.at_level("WARNING"):
         trainer("recorded+probes", max_steps=1).train()
-    assert "probe_every is 2, more than all steps of training, 1, so the probes never run" in caplog.text
+    assert "of 1, would probes act: probe_every is 2" in caplog.text
 
 
 def test_what_is_constrained_is_said_before_the_first_step(trainer, three, tiny_model, tokenizer, capsys):
@@ -232,7 +234,7 @@ def test_what_is_constrained_is_said_before_the_first_step(trainer, three, tiny_
     assert "ProCon: alpha 1\n" in said
     assert re.search(r"along the refusal direction \(.* lie [\d.]+ apart\), at all tokens; anchors recorded for", said)
     assert "probes: last states at 3 prompts, 8 at a time, every 1 steps" in said
-    trainer("probes", probes=three, max_steps=2, disable_tqdm=False).train()
+    trainer("probes", max_steps=2, disable_tqdm=False).train()
     said = capsys.readouterr().err
     assert "ProCon: alpha 1; the starting model refuses 0% of malicious prompts" in said
     assert re.search("8 at a time, every 2 steps\n.*; measure the result with: procon eval FOLDER", said)

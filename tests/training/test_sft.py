@@ -220,7 +220,9 @@ def test_one_line_with_lora(tiny_model, tokenizer, tmp_path):
 def test_nothing_to_extract_directions_with(trainer, tiny_model, tokenizer, tmp_path):
     tokenizer.chat_template = None
     rows = Dataset.from_list([{"text": "one two three"}])
-    with pytest.raises(ProConError, match="no refusal directions given, and the tokenizer has no chat template"):
+    with pytest.raises(
+        ProConError, match=r"probes and directions take prompts in .* and its tokenizer has no chat template"
+    ):
         trainer(tiny_model(), tokenizer, tmp_path, rows, directions=None)
 
 
