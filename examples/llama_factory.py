@@ -2,8 +2,8 @@
 
     python examples/llama_factory.py train.yaml
 
-In the file, set `use_reentrant_gc: false` (or `disable_gradient_checkpointing: true`) and `packing: false`; otherwise
-the run stops and says why. It also stops with DFT, EAFT and ASFT, which make losses of their own.
+With training tokens, set `use_reentrant_gc: false` (or `disable_gradient_checkpointing: true`) and `packing: false` in
+the file; otherwise the run stops and says why. It also stops with DFT, EAFT and ASFT, which make losses of their own.
 
 Tested on a CPU with LLaMA-Factory 0.9.5 and the newest versions that it takes: transformers 5.6.0, peft 0.18.1,
 accelerate 1.11.0, trl 0.24.0 (LoRA, 5 steps of 2 micro-batches). The extra `llama-factory` admits them:

@@ -2,8 +2,8 @@
 
     python examples/unsloth.py --model MODEL --data data.jsonl
 
-unsloth's gradient checkpointing runs the blocks without gradients, and the constraint would lose its own. So it is off
-here; with it, the run stops and says why. It also stops with the SFTTrainer of TRL 1.16, which makes its own loss.
+unsloth's gradient checkpointing runs the blocks without gradients, and training tokens would lose theirs. So it is off
+here; with it and them, the run stops and says why. It also stops with TRL 1.16's SFTTrainer, which makes its own loss.
 
 Not tested with unsloth itself, which needs a GPU. Tested on a CPU with trl 0.24.0, transformers 5.6.0 and peft 0.18.1,
 and a stand-in for unsloth that loads the model with transformers.

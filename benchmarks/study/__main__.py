@@ -40,9 +40,6 @@ class StudyArguments:
             "Qwen2.5-Coder-0.5B-Instruct as published; if not given, what the budget says."
         },
     )
-    base: str | None = field(
-        default=None, metadata={"help": "The model before its safety training, which SafeLoRA needs; see the docs."}
-    )
     runs: str | None = field(
         default=None, metadata={"help": "File of the runs; benchmarks/study/runs/BUDGET.jsonl.xz."}
     )
@@ -84,7 +81,6 @@ def run_study(arguments: StudyArguments) -> None:
         arguments.model or budget.model,
         extraction=budget.size.extraction,
         pairs=budget.size.pairs,
-        base=arguments.base,
         work=Path(arguments.work),
         loading=budget.loading,
     )

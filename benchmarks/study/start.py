@@ -32,7 +32,6 @@ class Start:
         prompts: contrast prompts that the directions come from.
         states: block inputs at the last token of the probe prompts, malicious ones first: ``[2 n, L, D]``.
         tokens: by which the model opens refusals.
-        base: the model before its safety training, or its folder or hub name, if known.
         weights: hash of the model's weights.
         loading: of the model, in whose dtype it is trained and measured; arguments of ``load_model``.
     """
@@ -45,7 +44,6 @@ class Start:
     states: Tensor
     tokens: list[int]
     weights: str
-    base: str | Path | None = None
     loading: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -55,7 +53,6 @@ class Start:
         *,
         extraction: int,
         pairs: int,
-        base: str | Path | None = None,
         loading: Mapping[str, Any] | None = None,
     ) -> Start:
         """Load the model, a folder or hub name, and measure it.
@@ -86,7 +83,6 @@ class Start:
             states=states,
             tokens=refusal_tokens(model, tokenizer, prompts.first(pairs)),
             weights=weights_hash(model),
-            base=base,
             loading=loading,
         )
 
@@ -130,15 +126,13 @@ def open_start(
     *,
     extraction: int,
     pairs: int,
-    base: str | None,
     work: Path,
     loading: Mapping[str, Any] | None = None,
 ) -> Start:
     """As :meth:`Start.open`, by a name in the study too: ``smollm2``, which is written to ``work``, or ``qwen``."""
     folder: str | Path = model
-    before: str | Path | None = base
     if model == "smollm2":
-        folder, before = demo_start(work), base or fetch_demo_model()
+        folder = demo_start(work)
     elif model == "qwen":
         folder = fetch_qwen()
-    return Start.open(folder, extraction=extraction, pairs=pairs, base=before, loading=loading)
+    return Start.open(folder, extraction=extraction, pairs=pairs, loading=loading)

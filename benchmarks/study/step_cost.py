@@ -52,7 +52,6 @@ def _measure(arguments: CostArguments) -> None:
         budget.model,
         extraction=budget.size.extraction,
         pairs=budget.size.pairs,
-        base=None,
         work=Path(arguments.work),
         loading=budget.loading,
     )
@@ -77,7 +76,6 @@ def time_steps(start: Start, methods: Sequence[Method], size: Size, rounds: int)
                 seed=0,
                 size=size,
                 folder=folder,
-                base=start.base,
                 max_steps=STEPS * (rounds + 10),
             )
             turns[method.name] = stack.enter_context(Turns(trainer, STEPS))

@@ -60,7 +60,7 @@ def run_trial(start: Start, method: Method, job: Job, seed: int, split: Split, s
     trained: dict = {"train_seconds": 0.0}
     if method.length:
         directions = choose_directions(method, start)
-        trained = fine_tune(model, start.tokenizer, method, directions, job, seed, size, base=start.base)
+        trained = fine_tune(model, start.tokenizer, method, directions, job, seed, size)
     measured = measure(start, model, job, split, size)
     problems = {"problems": size.problems_hash(job, split)}
     return {**trained, **measured, **problems, "seconds": round(time.monotonic() - began, 1)}
@@ -100,13 +100,11 @@ def fine_tune(
     job: Job,
     seed: int,
     size: Size,
-    *,
-    base: str | Path | None = None,
 ) -> dict:
     """Train ``model`` itself by the recipe that all methods share; returns what it took."""
     dtype = model.dtype
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(model, tokenizer, method, directions, job, seed, size, folder, base=base)
+        trainer = make_trainer(model, tokenizer, method, directions, job, seed, size, folder)
         with peak_memory() as peak:
             began = time.monotonic()
             trainer.train()
@@ -131,8 +129,6 @@ def make_trainer(
     seed: int,
     size: Size,
     folder: str,
-    *,
-    base: str | Path | None = None,
     **settings: Any,
 ) -> Trainer:
     """The trainer of a method, by the recipe, except for ``settings``.
@@ -164,7 +160,6 @@ def make_trainer(
         settings=method.settings,
         directions=directions,
         alignment_dataset=tokenize_conversations(samples, tokenizer),
-        base=base,
         train_dataset=dataset,
         data_collator=reply_logits(padding_collator(tokenizer), model),
         processing_class=tokenizer,

@@ -18,17 +18,13 @@ from first_step import (
     perturb,
 )
 from forked import run_python, run_ranks
-from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy, kl_div
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from benchmarks.study.defences import (
-    FrozenLayersTrainer,
     KLToStartTrainer,
     ProjectedGradientsTrainer,
-    SafeLoRATrainer,
     SafetyStepTrainer,
-    project_update,
 )
 from benchmarks.study.reply_logits import reply_logits
 from procon.data import padding_collator
@@ -37,7 +33,7 @@ from procon.models import StartingModel
 from procon.training import ProConTrainer
 
 WORKER = Path(__file__).parents[1] / "workers" / "defences.py"
-NAMES = ["plain", "sppft", "safe_lora", "kl", "safegrad", "spard"]
+NAMES = ["plain", "kl", "safegrad", "spard"]
 
 
 @pytest.fixture
@@ -222,82 +218,6 @@ def test_the_step_back_is_the_optimisers_own_scaled_by_tensor(tiny_model, datase
         torch.testing.assert_close(moved, -trainer.args.learning_rate * scales[-1] * step, rtol=1e-4, atol=1e-9)
     # Nothing where the loss is allowed; else whole steps, or some cut short.
     assert {1.5: min(scales) == 1, 5.4: 0 < min(scales) < 1, 100.0: max(scales) == 0}[tau], (loss, scales)
-
-
-# Frozen layers
-
-
-@pytest.mark.parametrize(("blocks", "frozen"), [((0.3, 0.7), {1}), ((0.0, 0.5), {0, 1})])
-def test_frozen_layers_do_not_train(tiny_model, make, blocks, frozen):
-    model = tiny_model()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    make(FrozenLayersTrainer, model, own={"blocks": blocks}, max_steps=2, learning_rate=1e-2).train()
-    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert changed == {n for n in before if not any(f"layers.{block}." in n for block in frozen)}
-
-
-# SafeLoRA
-
-
-def aligned_and_base(tiny_model, family="llama"):
-    """An aligned model, one to train on it, and the base that it was made from by a step of low rank."""
-    aligned, base = tiny_model(family), tiny_model(family)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for module in base.modules():
-            weight = getattr(module, "weight", None)
-            if weight is not None and weight.dim() == 2:
-                rows, columns = weight.shape
-                weight += 0.1 * torch.randn(rows, 3, generator=generator) @ torch.randn(3, columns, generator=generator)
-    return aligned, base
-
-
-@pytest.mark.parametrize(("family", "targets"), [("llama", ["q_proj", "down_proj"]), ("gpt2", ["c_attn", "c_proj"])])
-def test_safe_lora_projects_by_definition(tiny_model, family, targets):
-    aligned, base = aligned_and_base(tiny_model, family)
-    torch.manual_seed(3)
-    model = get_peft_model(copy.deepcopy(aligned), LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
-    perturb(model, seed=4)
-    before = copy.deepcopy(model)
-    cosines = project_update(model, aligned, base, threshold=0.3)
-
-    projected = 0
-    transposed = family == "gpt2"
-    layers = [n.removesuffix(".lora_A.default") for n, _ in model.named_modules() if n.endswith(".lora_A.default")]
-    assert len(layers) == len(cosines)
-    for name in layers:
-        short = name.removeprefix("base_model.model.")
-        w, w0 = (m.get_submodule(short).weight.detach().double() for m in (aligned, base))
-        v = (w - w0).T if transposed else w - w0
-        c = v @ v.T / v.norm()
-        b, a = (before.get_submodule(f"{name}.lora_{x}.default").weight.detach().double() for x in "BA")
-        update = b @ a
-        cosine = ((c @ update) * update).sum() / ((c @ update).norm() * update.norm())
-        assert cosines[short] == pytest.approx(cosine.item(), abs=1e-5)
-        expected = c @ b if cosine <= 0.3 else b
-        projected += int(cosine <= 0.3)
-        found = model.get_submodule(f"{name}.lora_B.default").weight.detach().double()
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
-        assert torch.equal(model.get_submodule(f"{name}.lora_A.default").weight.double(), a)
-    assert 0 < projected < len(layers), sorted(cosines.values())
-
-
-def test_safe_lora_trains_then_projects(tiny_model, make):
-    aligned, base = aligned_and_base(tiny_model)
-
-    def train(trainer_class, **own):
-        trainer = make(trainer_class, lora_model(copy.deepcopy(aligned)), own=own, max_steps=2, learning_rate=1e-2)
-        trainer.train()
-        return trainer
-
-    plain = train(Trainer).model
-    safe = train(SafeLoRATrainer, base=base, threshold=1.0)
-    expected = project_update(plain, aligned, base, threshold=1.0)
-    assert safe.cosines == pytest.approx(expected, abs=1e-5)
-    for ours, theirs in zip(safe.model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs)
-    with pytest.raises(ProConError, match="q_proj is the same in the base and the aligned model"):
-        project_update(plain, aligned, aligned)
 
 
 # All

@@ -3,7 +3,6 @@
 FOLDER holds a ``model``. All data are in every optimiser step, so that no order of theirs matters.
 """
 
-import copy
 import importlib.util
 import os
 import sys
@@ -31,7 +30,6 @@ FOLDER = Path(sys.argv[1])
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 SETTINGS = {
     "kl": {"beta": 100.0},
-    "safe_lora": {"threshold": 1.0},
     "safegrad": {"rho": 3.0},
 }
 
@@ -43,21 +41,11 @@ def rows(seed: int) -> Dataset:
     return Dataset.from_list([{"input_ids": row, "labels": [-100] * (len(row) - 3) + row[-3:]} for row in ids])
 
 
-def shifted(model: torch.nn.Module) -> torch.nn.Module:
-    generator = torch.Generator().manual_seed(1)
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    return model
-
-
 def trained(name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The trainable parameters before and after three steps, in float64."""
     gloo.start(sharding=False)
     model = AutoModelForCausalLM.from_pretrained(FOLDER / "model").double()
     unit = torch.nn.functional.normalize(torch.randn(3, 32, generator=torch.Generator().manual_seed(0)), dim=1)
-    base = shifted(model)
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "model")
     torch.manual_seed(0)
     model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).double()
@@ -82,7 +70,6 @@ def trained(name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         settings=SETTINGS.get(name),
         directions=Directions(unit[:, None], torch.ones(3, 1)),
         alignment_dataset=rows(2),
-        base=base,
         train_dataset=rows(1),
         data_collator=padding_collator(tokenizer),
         processing_class=tokenizer,

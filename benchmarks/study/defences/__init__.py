@@ -1,19 +1,14 @@
 """Other defences than ProCon, each a Trainer in a file of its own, and all of them by name in one registry."""
 
-from benchmarks.study.defences.frozen_layers import FrozenLayersTrainer
 from benchmarks.study.defences.kl_to_start import KLToStartTrainer
 from benchmarks.study.defences.projected_gradients import ProjectedGradientsTrainer
 from benchmarks.study.defences.registry import DEFENCES, build_trainer
-from benchmarks.study.defences.safe_lora import SafeLoRATrainer, project_update
 from benchmarks.study.defences.safety_step import SafetyStepTrainer
 
 __all__ = [
     "DEFENCES",
-    "FrozenLayersTrainer",
     "KLToStartTrainer",
     "ProjectedGradientsTrainer",
-    "SafeLoRATrainer",
     "SafetyStepTrainer",
     "build_trainer",
-    "project_update",
 ]

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 
-from benchmarks.study.defences.frozen_layers import FrozenLayersTrainer
 from benchmarks.study.defences.kl_to_start import KLToStartTrainer
 from benchmarks.study.defences.projected_gradients import ProjectedGradientsTrainer
-from benchmarks.study.defences.safe_lora import SafeLoRATrainer
 from benchmarks.study.defences.safety_step import SafetyStepTrainer
 from procon.directions import Directions
 from procon.training import ProConConfig, ProConTrainer
@@ -26,7 +23,7 @@ class Defence:
 
     Attributes:
         trainer: the class that trains.
-        needs: what else it takes: ``"directions"``, ``"alignment_dataset"`` or ``"base"``; empty if nothing.
+        needs: what else it takes: ``"directions"`` or ``"alignment_dataset"``; empty if nothing.
     """
 
     trainer: type[Trainer] = Trainer
@@ -37,8 +34,6 @@ class Defence:
 DEFENCES: dict[str, Defence] = {
     "plain": Defence(),
     "safe": Defence(),  # Bianchi et al. 2024, Safety-Tuned LLaMAs, arXiv 2309.07875: samples alone
-    "sppft": Defence(FrozenLayersTrainer),
-    "safe_lora": Defence(SafeLoRATrainer, "base"),
     "kl": Defence(KLToStartTrainer),
     "safegrad": Defence(ProjectedGradientsTrainer, "alignment_dataset"),
     "spard": Defence(SafetyStepTrainer, "alignment_dataset"),
@@ -55,7 +50,6 @@ def build_trainer(
     settings: Mapping[str, Any] | None = None,
     directions: Directions | None = None,
     alignment_dataset: Dataset | None = None,
-    base: PreTrainedModel | str | Path | None = None,
     **trainer_arguments: Any,
 ) -> Trainer:
     """The trainer of defence ``name``, which takes of the rest what it needs and leaves what it does not.
@@ -65,11 +59,10 @@ def build_trainer(
         settings: the defence's own, in place of their defaults.
         directions: refusal directions of the model as training starts.
         alignment_dataset: tokenised, malicious prompts with refusals.
-        base: the model before alignment, or its folder or hub name.
         trainer_arguments: ``train_dataset``, ``data_collator`` and others, as for the Trainer.
     """
     defence = DEFENCES[name]
-    given = {"directions": directions, "alignment_dataset": alignment_dataset, "base": base}
+    given = {"directions": directions, "alignment_dataset": alignment_dataset}
     needed = {defence.needs: given[defence.needs]} if defence.needs else {}
     trainer: Any = defence.trainer
     return trainer(model, args, **needed, **(settings or {}), **trainer_arguments)
