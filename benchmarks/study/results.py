@@ -177,9 +177,9 @@ def results_page(found: Mapping[str, Outcomes], verdicts: Mapping[str, Sequence[
         ]
         return Table(["method", *RATES, *others], cells).markdown()
 
-    kept = {"starting model": CLEAN[0], "plain fine-tuning": CLEAN[6], "ProCon": CLEAN[7]}
+    kept = {START: "start", "plain fine-tuning": "plain_x4", OURS: DEFAULT + LONG}
     return TEXT.read_text(encoding="utf-8").format(
-        kept=figure(kept_drawing({label: runs(row) for label, row in kept.items()})),
+        kept=figure(kept_drawing({label: runs(Row(label, method)) for label, method in kept.items()})),
         clean=table(CLEAN, "steps"),
         poison=table(POISON, "steps"),
         front=figure(
