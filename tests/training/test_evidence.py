@@ -210,5 +210,5 @@ def test_directions_of_a_model_that_rarely_refuses_are_told_of(random_directions
     found = replace(random_directions(tiny_model()), provenance={"refusal_rate": rate})
     ProjectionConstraint(found)
     told = [str(warning.message) for warning in recwarn if "of malicious prompts" in str(warning.message)]
-    assert [text[:44] for text in told] == ["the model refuses 47% of malicious prompts: " for _ in told]
+    assert [text[:44] for text in told] == ["the model refuses 47% of malicious prompts, " for _ in told]
     assert len(told) == (rate == 0.47)
