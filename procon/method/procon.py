@@ -413,12 +413,12 @@ class ProCon:
             tokens: their number, if known.
             parts: without either, how many means over a micro-batch make up the step, over all ranks.
         """
+        self._most = sys.maxsize if tokens is not None or parts is not None else self.accumulation
         if batches is not None:
-            parts = 1
+            parts, self._most = 1, len(batches)
             if self.tokens is not None and tokens is None:
                 tokens = constrained_tokens(batches, self.run.total, device=self.run.device)
         self._forget_after()
-        self._most = self.accumulation if batches is None else len(batches)
         self.step = Step(number, self.alpha_at(number), tokens, parts or self.accumulation * self.run.groups)
         self._begun = 0
         self.evidence.begin_step()
