@@ -70,8 +70,6 @@ CLEAN = (
     Row(START, "start"),
     Row(PLAIN, "plain"),
     Row(OURS, DEFAULT),
-    Row(WITH_TOKENS, BOTH),
-    Row("SBR", "sbr_10_each"),
     Row("safety data, 100", "safe_100"),
     Row("ProCon_s", "procon_s"),
     Row(PLAIN, "plain_x4"),
@@ -90,7 +88,6 @@ LONG_POISON = (
     _of_poison("SafeGrad", "safegrad_1_x4"),
     _of_poison("safety data, 100", "safe_100_x4"),
     _of_poison("ProCon, tokens, safety data", f"{BOTH}_safe_100_x4"),
-    _of_poison("KL", "kl_0.03_x4"),
     _of_poison("ProCon_s", "procon_s_x4"),
 )
 
@@ -98,7 +95,6 @@ POISON = (
     _of_poison(START, "start"),
     _of_poison(PLAIN, "plain"),
     _of_poison(OURS, DEFAULT),
-    _of_poison(WITH_TOKENS, BOTH),
     *LONG_POISON,
 )
 
@@ -146,19 +142,14 @@ OTHERS = (
     Row("swapped, 4x: plain", "plain_x4", "swapped"),
     Row("swapped, 4x: ProCon", DEFAULT + LONG, "swapped"),
     Row("swapped, 4x: training tokens too", BOTH + LONG, "swapped"),
-    Row("full: plain", "plain_full_3e-05", split="validation"),
     _qwen("Qwen: starting model", "start"),
     _qwen("Qwen, 4x: plain", "plain_x4"),
     _qwen("Qwen, 4x: ProCon", DEFAULT + LONG),
     _qwen("Qwen, 4x: ProCon and training tokens", BOTH + LONG),
     _dpo("DPO: plain", "plain"),
     _dpo("DPO: eight probes", "probes_3"),
-    _dpo("DPO: ProCon", "probes_3_turns_128"),
     _grpo("GRPO: plain", "plain"),
-    _grpo("GRPO: eight probes", "probes_3"),
     _grpo("GRPO: ProCon", "probes_3_turns_128"),
-    _grpo("GRPO, 4x: plain", "plain_x4"),
-    _grpo("GRPO, 4x: eight probes", "probes_3_x4"),
 )
 
 
