@@ -147,7 +147,7 @@ OTHERS = (
     _qwen("Qwen, 4x: ProCon", DEFAULT + LONG),
     _qwen("Qwen, 4x: ProCon and training tokens", BOTH + LONG),
     _dpo("DPO: plain", "plain"),
-    _dpo("DPO: eight probes", "probes_3"),
+    _dpo("DPO: ProCon", "probes_3_turns_128"),
     _grpo("GRPO: plain", "plain"),
     _grpo("GRPO: ProCon", "probes_3_turns_128"),
 )
