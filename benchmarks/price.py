@@ -2,8 +2,7 @@
 
 Real trainers take turns of as many steps as hold a run of the rarest probes, on samples of 64 and of 512 tokens,
 padded and packed, with LoRA and in full: SmolLM2-135M's shape and its own chat template, float32 on a CPU. Printed is
-a step's time over the plain one's. ``--memory`` counts the bytes alive at its peak instead, ``--paper`` the FLOPs of
-larger models.
+a step's time over the plain one's. ``--paper`` counts the FLOPs of larger models instead.
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer
 
-from benchmarks.audit.live_bytes import LiveBytes
 from benchmarks.harness.interleaved import Samples, interleave
 from benchmarks.harness.shapes import make_batch, make_model
 from benchmarks.harness.timers import wall_time
@@ -70,33 +68,6 @@ def time_steps(names: Sequence[str], length: int, packed: bool, training: str, r
         return interleave(turns, timed, rounds=rounds, warmup=2)
 
 
-class _Counted(TrainerCallback):
-    """Counts the live bytes of the fourth step, which has probes."""
-
-    def __init__(self) -> None:
-        self.counter = LiveBytes()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 3:
-            self.counter.__enter__()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 3:
-            self.counter.__exit__(None, None, None)
-
-
-def live_bytes(name: str, length: int, folder: str) -> int:
-    """Bytes alive at the peak of a step, of what is made within it."""
-    tokenizer = AutoTokenizer.from_pretrained(fetch_demo_model())
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model, counted = make_model(SHAPE, torch.float32, "lora"), _Counted()
-    batch, collator = make_batch(SHAPE, ROWS, length, packed=False), padding_collator(tokenizer)
-    trainer = make_trainer(SETTINGS.get(name), model, batch, tokenizer, collator, folder, max_steps=4)
-    trainer.add_callback(counted)
-    trainer.train()
-    return counted.counter.peak
-
-
 def paper(probe_tokens: int = 190) -> None:
     """FLOPs of a step over the plain one's."""
     print("FLOPs of the default's step over the plain one's")
@@ -115,18 +86,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=31, help="turns of each")
     parser.add_argument("--length", type=int, action="append", choices=LENGTHS, help="of samples; may be repeated")
     parser.add_argument("--short", action="store_true", help="padded samples and LoRA alone, with probes")
-    parser.add_argument("--memory", action="store_true", help="count live bytes under LoRA, and time nothing")
     parser.add_argument("--paper", action="store_true", help="count FLOPs of larger models, and time nothing")
     chosen = parser.parse_args(argv)
     if chosen.paper:
         paper()
         return
     with tempfile.TemporaryDirectory() as folder:
-        if chosen.memory:
-            for length in chosen.length or LENGTHS:
-                plain, ours = (live_bytes(name, length, folder) / 2**20 for name in ("plain", "default"))
-                print(f"{ROWS} x {length} tokens: {plain:.0f} MiB plain, {ours:.0f} by default, {ours / plain:.3f}")
-            return
         for length, packed, training in product(chosen.length or LENGTHS, (False, True), ("lora", "full")):
             if chosen.short and (packed or training == "full"):
                 continue

@@ -201,9 +201,11 @@ class ProCon:
             )
         if checkpoint:  # first, as other terms keep other files
             check_resumed(self._resumed, {"terms": self.settings.terms}, name)
-        if self.directions is None and self.needs_directions:  # of a term that was added
-            kept = Directions.load(checkpoint / DIRECTIONS_FILE) if checkpoint else None
-            self.use(self._given or kept or self._extract())
+        if self.directions is None and self.needs_directions:
+            found = self._given  # before a term was added that needs them
+            if found is None:
+                found = Directions.load(checkpoint / DIRECTIONS_FILE) if checkpoint else self._extract()
+            self.use(found)
         if checkpoint:
             check_resumed(self._resumed, self.facts(), name)
             for term in self.terms:

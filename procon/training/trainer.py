@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.liger import apply_liger_kernel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, has_length, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from procon.anchors import LiveAnchors
 from procon.chat import describe_chat
@@ -307,8 +307,6 @@ class ProConMixin(_Trainer):
             super().set_initial_training_values(args, dataloader)
         )
         procon = self.procon
-        if procon.active and not has_length(dataloader):
-            procon.steps_in(dataloader, 1)  # refuses epochs, which a stream has none of
         procon.set_steps_per_epoch(per_epoch)
         extra = procon.schedule.extra_steps(per_epoch)
         if extra:
@@ -316,6 +314,7 @@ class ProConMixin(_Trainer):
             max_steps += extra
             epochs = -(-max_steps // per_epoch)
         if procon.active:
+            procon.steps_in(dataloader, 1)  # refuses epochs of a stream
             check_batches(makes_batches(dataloader), self.train_dataset)
             procon.check_acts(max_steps)
         return epochs, per_epoch, examples, samples, batch_size, steps_in_epoch, max_steps
