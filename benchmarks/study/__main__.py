@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class StudyArguments:
     runs: str | None = field(
         default=None, metadata={"help": "File of the runs; benchmarks/study/runs/BUDGET.jsonl.xz."}
     )
-    work: str = field(default="procon-study", metadata={"help": "Folder for the start model and for checkpoints."})
+    work: str = field(default="procon-study", metadata={"help": "Folder for the start model and for trained adapters."})
     only: str = field(
         default="", metadata={"help": "Make only runs whose name this regular expression finds: ^arithmetic/procon"}
     )
@@ -84,7 +85,7 @@ def run_study(arguments: StudyArguments) -> None:
         work=Path(arguments.work),
         loading=budget.loading,
     )
-    trial = _trial(arguments.budget)
+    trial = _trial(arguments.budget, Path(arguments.work))
     failed = _make(missing, lambda cell: trial(start, budget, cell), path, console)
     if failed:
         raise ProConError(
@@ -92,18 +93,19 @@ def run_study(arguments: StudyArguments) -> None:
         )
 
 
-def _trial(budget: str) -> Callable[[Start, Budget, Cell], dict[str, Any]]:
+def _trial(budget: str, work: Path) -> Callable[[Start, Budget, Cell], dict[str, Any]]:
     if budget == "preferences":
         from benchmarks.preferences.trial import run_trial as run_preferences
 
         return run_preferences
-    return make_run
+    return partial(make_run, adapters=work / "adapters" / budget)
 
 
-def make_run(start: Start, budget: Budget, cell: Cell) -> dict[str, Any]:
-    """The run of a cell, with what it was made by and on."""
+def make_run(start: Start, budget: Budget, cell: Cell, adapters: Path | None = None) -> dict[str, Any]:
+    """The run of a cell, with what it was made by and on; what was trained is kept in a folder of ``adapters``."""
     method = budget.method(cell.method)
-    measured = run_trial(start, method, find_job(cell.job), cell.seed, cell.split, budget.size)
+    kept = adapters and adapters / str(cell)
+    measured = run_trial(start, method, find_job(cell.job), cell.seed, cell.split, budget.size, kept)
     return {"job": cell.job, "method": asdict(method), "seed": cell.seed, "made": provenance(), **measured}
 
 

@@ -129,10 +129,12 @@ def open_start(
     work: Path,
     loading: Mapping[str, Any] | None = None,
 ) -> Start:
-    """As :meth:`Start.open`, by a name in the study too: ``smollm2``, which is written to ``work``, or ``qwen``."""
-    folder: str | Path = model
+    """As :meth:`Start.open`, by a name in the study too."""
+    return Start.open(start_folder(model, work), extraction=extraction, pairs=pairs, loading=loading)
+
+
+def start_folder(model: str, work: Path) -> str | Path:
+    """Where a model is that may have a name in the study: ``smollm2``, which is written to ``work``, or ``qwen``."""
     if model == "smollm2":
-        folder = demo_start(work)
-    elif model == "qwen":
-        folder = fetch_qwen()
-    return Start.open(folder, extraction=extraction, pairs=pairs, loading=loading)
+        return demo_start(work)
+    return fetch_qwen() if model == "qwen" else model

@@ -53,14 +53,19 @@ RECIPE = {
 _PROBES = {"procon_probe_batch": 128, "procon_probe_weight": 50.0}
 
 
-def run_trial(start: Start, method: Method, job: Job, seed: int, split: Split, size: Size) -> dict:
-    """Train, and measure on the contrast prompts of ``split``; returns what a run says of it."""
+def run_trial(
+    start: Start, method: Method, job: Job, seed: int, split: Split, size: Size, kept: Path | None = None
+) -> dict:
+    """Train, and measure on the contrast prompts of ``split``; returns what a run says of it.
+
+    ``kept`` is the folder that an adapter is saved to.
+    """
     began = time.monotonic()
     model = start.model()
     trained: dict = {"train_seconds": 0.0}
     if method.length:
         directions = choose_directions(method, start)
-        trained = fine_tune(model, start.tokenizer, method, directions, job, seed, size)
+        trained = fine_tune(model, start.tokenizer, method, directions, job, seed, size, kept)
     measured = measure(start, model, job, split, size)
     problems = {"problems": size.problems_hash(job, split)}
     return {**trained, **measured, **problems, "seconds": round(time.monotonic() - began, 1)}
@@ -100,8 +105,12 @@ def fine_tune(
     job: Job,
     seed: int,
     size: Size,
+    kept: Path | None = None,
 ) -> dict:
-    """Train ``model`` itself by the recipe that all methods share; returns what it took."""
+    """Train ``model`` itself by the recipe that all methods share; returns what it took.
+
+    ``kept`` is the folder that an adapter is saved to.
+    """
     dtype = model.dtype
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(model, tokenizer, method, directions, job, seed, size, folder)
@@ -111,6 +120,8 @@ def fine_tune(
             seconds, peak_mb = time.monotonic() - began, peak()
     if not method.adapter:
         model.to(dtype)
+    elif kept:
+        trainer.model.save_pretrained(kept)
     return {
         "samples": len(trainer.train_dataset),
         "steps": trainer.state.global_step,

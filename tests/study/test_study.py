@@ -32,6 +32,8 @@ def test_smoke_shows_the_effect(tmp_path, monkeypatch, capsys):
     assert main(arguments) == 0
     runs = runs_of(tmp_path / "runs.jsonl.xz")
     assert set(runs) == {"start", "plain", "procon_s"}
+    kept = tmp_path / "adapters" / "smoke" / "arithmetic"
+    assert {file.parent.parent.name for file in kept.rglob("adapter_model.safetensors")} == {"plain", "procon_s"}
     start, plain, procon = (runs[name] for name in ("start", "plain", "procon_s"))
 
     # Of 6 prompts each; the study's own runs, with more of everything, lie far beyond these bounds.
@@ -69,7 +71,7 @@ def test_a_model_that_refuses_nothing_is_no_start(tiny_model, tokenizer, tmp_pat
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     asked, file = {}, tmp_path / "runs.jsonl.xz"
 
-    def trial(start, method, job, seed, split, size):
+    def trial(start, method, job, seed, split, size, kept):
         if method.name == "plain":
             raise ValueError("it diverged")
         kinds = {"malicious": "refused", "benign": "refused", "task": "correct"}
