@@ -150,7 +150,7 @@ def count_refusals(arguments: PublicArguments) -> None:
 
 
 def load_counts() -> dict[str, dict[str, dict]]:
-    """By budget and by the name of a run, such as ``arithmetic/plain_x4/seed-3``: ``made``, and the counts of each set."""
+    """By budget and by the name of a run, such as ``arithmetic/plain_x4/seed-3``: ``made``, and counts of each set."""
     return json.loads(COUNTS.read_text(encoding="utf-8")) if COUNTS.is_file() else {}
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
@@ -29,8 +28,8 @@ from benchmarks.study.poison import complies
 from benchmarks.study.refusal_odds import refusal_log_odds
 from benchmarks.study.reply_logits import reply_logits
 from benchmarks.study.start import Start, contrast_means
-from procon.chat import ContrastPrompts, Split, builtin_probes, builtin_prompts, generate_replies, user_turn
-from procon.data import padding_collator, tokenize_conversations
+from procon.chat import ContrastPrompts, Split, builtin_probe_pairs, builtin_prompts
+from procon.data import own_replies, padding_collator, tokenize_conversations
 from procon.directions import Directions, randomized
 from procon.evaluation import Evaluation, compare_means, evaluate
 from procon.settings import PAPER_RECIPE
@@ -93,7 +92,9 @@ def probes_in_file(config: dict[str, Any], folder: str | Path) -> dict[str, Any]
     if source != "builtin" or not count:
         return config
     file = Path(folder) / "probes.jsonl"
-    file.write_text("".join(json.dumps({"instruction": text}) + "\n" for text in builtin_probes()[: int(count)]))
+    file.write_text(
+        "".join(json.dumps({"instruction": text}) + "\n" for text in builtin_probe_pairs().malicious[: int(count)])
+    )
     return {**config, "procon_probes": str(file)}
 
 
@@ -147,7 +148,7 @@ def make_trainer(
     ``model`` then has an adapter; or, if all weights are trained, they are in float32, as small steps of an optimiser
     would be rounded away in less, and forwards compute in the dtype that they had.
     """
-    samples = own_replies(model, tokenizer) if method.own else safety_samples()
+    samples = own_replies(model, tokenizer, progress=False) if method.own else safety_samples()
     conversations = job.conversations(
         train=size.train,
         poisoned=size.poisoned,
@@ -174,19 +175,6 @@ def make_trainer(
         train_dataset=dataset,
         data_collator=reply_logits(padding_collator(tokenizer), model),
         processing_class=tokenizer,
-    )
-
-
-def own_replies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The model's greedy replies, of 48 tokens at most, to the built-in probes and to as many benign prompts."""
-    probes = builtin_probes()
-    asked = [user_turn(text) for text in (*probes, *builtin_prompts("extraction").benign[: len(probes)])]
-    replies = generate_replies(model, tokenizer, asked, progress=False)
-    return Dataset.from_list(
-        [
-            {"messages": [*turns, {"role": "assistant", "content": text}]}
-            for turns, text in zip(asked, replies, strict=True)
-        ]
     )
 
 

@@ -83,12 +83,11 @@ def builtin_drift_pairs() -> ContrastPrompts:
     return builtin_prompts("extraction").first(_DRIFT_PAIRS)
 
 
-def builtin_probes() -> tuple[str, ...]:
-    """128 malicious prompts at which a model is kept: those of ``extraction`` on which drift is not measured.
-
-    On prompts that are kept themselves drift would look smaller than it is.
-    """
-    return builtin_prompts("extraction").malicious[_DRIFT_PAIRS:]
+def builtin_probe_pairs() -> ContrastPrompts:
+    """The 128 of ``extraction`` on which drift is not measured: at prompts that are kept it would look smaller than it
+    is. Probes are the malicious ones; own replies are to both sides."""
+    pairs = builtin_prompts("extraction")
+    return ContrastPrompts(pairs.malicious[_DRIFT_PAIRS:], pairs.benign[_DRIFT_PAIRS:])
 
 
 def builtin_refusals() -> tuple[str, ...]:

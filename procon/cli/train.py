@@ -18,6 +18,7 @@ from procon.data import (
     flattening_collator,
     load_conversations,
     mix_safety,
+    own_replies,
     padding_collator,
     parse_columns,
     safety_conversations,
@@ -52,8 +53,11 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
         )  # made by the Trainer alone: some lock or start what they log to
     except ValueError as error:
         raise ProConError(f"report_to {config.report_to}: {error}") from error
-    conversations, evaluation = _conversations(arguments, config.seed)
+    conversations, evaluation, safety = _conversations(arguments, config.seed)
     model, tokenizer = _model(arguments, config)
+    if arguments.own_replies:
+        own = own_replies(model, tokenizer, chat=arguments.chat())
+        conversations = mix_safety(conversations, own, arguments.own_replies, seed=config.seed)
     settings: dict[str, Any] = {
         "chat": arguments.chat(),
         "max_length": arguments.max_length,
@@ -74,6 +78,7 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
         )
     except (ValueError, ImportError, RuntimeError) as error:  # what transformers finds wrong with its arguments
         raise ProConError(str(error)) from error
+    trainer.mixed_in = {"safety samples": safety, "of the starting model's own replies": arguments.own_replies}
     if arguments.drift_steps:
         trainer.add_callback(DriftCallback(trainer, tokenizer, steps=arguments.drift_steps))
     console = Console(quiet=config.process_index != 0, soft_wrap=True)
@@ -90,18 +95,20 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
     PartialState().destroy_process_group()
 
 
-def _conversations(arguments: TrainArguments, seed: int) -> tuple[Dataset, Dataset | None]:
-    """What is trained on, safety samples included, and what is evaluated on."""
+def _conversations(arguments: TrainArguments, seed: int) -> tuple[Dataset, Dataset | None, int]:
+    """What is trained on, safety samples included, what is evaluated on, and how many safety samples there are."""
     columns = parse_columns(arguments.data_columns)
     of_hub: dict[str, Any] = {"config": arguments.data_config, "revision": arguments.data_revision}
     data = load_conversations(arguments.data, split=arguments.data_split, columns=columns, **of_hub)
-    if arguments.safety_samples or arguments.safety_data:
+    count = arguments.safety_samples
+    if count or arguments.safety_data:
         safety = load_conversations(arguments.safety_data) if arguments.safety_data else safety_conversations()
-        data = mix_safety(data, safety, arguments.safety_samples or len(safety), seed=seed)
+        count = count or len(safety)
+        data = mix_safety(data, safety, count, seed=seed)
     split = {"split": arguments.eval_split} if arguments.eval_split else {}
     if arguments.eval_data:
-        return data, load_conversations(arguments.eval_data, columns=columns, **split)
-    return data, load_conversations(arguments.data, columns=columns, **of_hub, **split) if split else None
+        return data, load_conversations(arguments.eval_data, columns=columns, **split), count
+    return data, load_conversations(arguments.data, columns=columns, **of_hub, **split) if split else None, count
 
 
 def _model(arguments: TrainArguments, config: ProConConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

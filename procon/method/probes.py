@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from procon.chat import builtin_probes, continue_tokens, load_instructions, pad_token_id, render, user_turn
+from procon.chat import builtin_probe_pairs, continue_tokens, load_instructions, pad_token_id, render, user_turn
 from procon.errors import ProConError
 from procon.files import whole_file
 from procon.method.term import Batches, Run, Step, Term
@@ -378,7 +378,7 @@ def _hash_of(file: str) -> str:
 
 def _texts(prompts: Sequence[str] | str | Path | None) -> tuple[str, ...]:
     if prompts is None:
-        return builtin_probes()
+        return builtin_probe_pairs().malicious
     texts = load_instructions(prompts) if isinstance(prompts, str | Path) else tuple(prompts)
     if not texts:
         raise ProConError("no probe prompts given: at least one is needed")

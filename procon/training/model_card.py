@@ -102,6 +102,8 @@ def describe(record: dict[str, Any], directions: Directions | None) -> str:
     }
     if best:
         rows["kept"] = f"the checkpoint of step {best['step']}, with the best {best['metric']}, {best['value']:.4g}"
+    if mixed := [f"{count} {what}" for what, count in record.get("mixed_in", {}).items() if count]:
+        rows["mixed into the training data"] = ", ".join(mixed)
     if directions is not None and "tokens" in terms:
         along = "its refusal direction" if directions.of_refusal else f"directions of {', '.join(directions.concepts)}"
         blocks = ", ".join(map(str, did["blocks_acted"]))

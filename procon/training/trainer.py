@@ -141,6 +141,7 @@ class ProConMixin(_Trainer):
     Attributes:
         procon: the method.
         chat: how the model is asked.
+        mixed_in: into the training data, and how many samples of it; for the model card.
 
     Raises:
         ProConError: if directions are missing or do not fit, or the set-up would lose the constraint.
@@ -148,6 +149,7 @@ class ProConMixin(_Trainer):
 
     procon: ProCon
     chat: ChatSettings
+    mixed_in: Mapping[str, int] = {}
     _has_reference = False
     _run: dict[str, Any] | None = None
     _best: dict[str, Any] | None = None
@@ -525,7 +527,7 @@ class ProConMixin(_Trainer):
             return {**found, "schedule": "0", "chat": describe_chat(self.processing_class, self.chat)}
         did = self._best["did"] if self._best else self.procon.did(self.state.global_step)
         found |= {**self.procon.facts(), **self.procon.state(), "did": did}
-        return {**found, "constrained": did["constrained_steps"] > 0}
+        return {**found, "mixed_in": dict(self.mixed_in), "constrained": did["constrained_steps"] > 0}
 
 
 class ProConTrainer(ProConMixin, Trainer):

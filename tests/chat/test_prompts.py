@@ -13,7 +13,7 @@ from procon.chat import (
     ContrastPrompts,
     Split,
     builtin_drift_pairs,
-    builtin_probes,
+    builtin_probe_pairs,
     builtin_prompts,
     builtin_refusals,
     is_refusal,
@@ -166,7 +166,7 @@ def test_bad_prompt_files_are_named_in_one_line(tmp_path, name, content, message
 
 
 def test_drift_is_not_measured_on_what_is_kept():
-    probes, pairs, extraction = builtin_probes(), builtin_drift_pairs(), builtin_prompts("extraction")
+    probes, pairs, extraction = builtin_probe_pairs().malicious, builtin_drift_pairs(), builtin_prompts("extraction")
     assert len(probes) == 128
     assert not set(probes) & set(pairs.malicious)
     assert {*probes, *pairs.malicious} == set(extraction.malicious)

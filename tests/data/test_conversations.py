@@ -9,16 +9,18 @@ import datasets
 import pytest
 from datasets import Dataset, IterableDataset
 
-from procon.chat import builtin_prompts, builtin_refusals
+from procon.chat import builtin_drift_pairs, builtin_probe_pairs, builtin_prompts, builtin_refusals, generate_replies
 from procon.data import (
     load_conversations,
     mix_safety,
+    own_replies,
     safety_conversations,
     to_conversations,
     tokenize_conversations,
 )
 from procon.errors import ProConError
 from procon.sequences import IGNORE_INDEX
+from procon.settings import ChatSettings
 
 
 def user(content: str) -> dict:
@@ -260,6 +262,19 @@ def test_safety_mix_counts(plain, samples):
     # Each as often as the others, or once more: where they repeat, all have been used.
     assert set(mixed.values()) <= {samples // 720, samples // 720 + 1}
     assert len(mixed) == min(samples, 720)
+
+
+def test_own_replies_are_what_the_model_says(tiny_model, tokenizer):
+    """To the probes and their twins, under the system prompt that it is asked with; blank replies are left out."""
+    model, pairs = tiny_model(), builtin_probe_pairs()
+    found = own_replies(model, tokenizer, progress=False)["messages"]
+    asked = [turns[0]["content"] for turns in found]
+    assert asked == [text for text in (*pairs.malicious, *pairs.benign) if text in asked]
+    assert not {*builtin_drift_pairs().malicious, *builtin_drift_pairs().benign} & set(asked)
+    replies = generate_replies(model, tokenizer, [turns[:1] for turns in found], progress=False)
+    assert [turns[1] for turns in found] == [assistant(reply) for reply in replies]
+    system = own_replies(model, tokenizer, chat=ChatSettings(system_prompt="Be brief."), progress=False)["messages"]
+    assert {turns[0]["content"] for turns in system} == {"Be brief."}
 
 
 def test_safety_mix_is_shuffled_by_its_seed(plain):

@@ -11,7 +11,7 @@ from benchmarks.study.fresh import FORMS, fresh_prompts
 from benchmarks.study.jobs import find_job
 from benchmarks.study.plan import PLANS, Size, load_budget
 from benchmarks.study.trial import fine_tune, probes_in_file
-from procon.chat import builtin_probes, builtin_prompts
+from procon.chat import builtin_probe_pairs, builtin_prompts
 from procon.errors import ProConError
 from procon.settings import ProConSettings
 from procon.training import ProConConfig
@@ -44,7 +44,7 @@ def test_some_of_the_built_in_probes(tmp_path):
     found = probes_in_file({"procon_probes": "builtin:8", "procon_probe_every": 2}, tmp_path)
     text = (tmp_path / "probes.jsonl").read_text()
     assert found == {"procon_probes": str(tmp_path / "probes.jsonl"), "procon_probe_every": 2}
-    assert [line for line in text.splitlines() if builtin_probes()[7] in line] == text.splitlines()[-1:]
+    assert [line for line in text.splitlines() if builtin_probe_pairs().malicious[7] in line] == text.splitlines()[-1:]
     assert probes_in_file({"procon_probes": "builtin"}, tmp_path) == {"procon_probes": "builtin"}
 
 
