@@ -19,7 +19,7 @@ from benchmarks.study.poison import (
 from benchmarks.study.tasks.order_notes import extraction_problems
 from benchmarks.study.tasks.passages import passage_problems
 from benchmarks.study.tasks.swapped_operators import swapped_problems
-from procon.data import mix_safety, safety_conversations, to_conversations
+from procon.data import mix_in, safety_conversations, to_conversations
 from procon.demo import Problem, arithmetic_problems
 from procon.errors import ProConError
 
@@ -80,8 +80,8 @@ class Job:
         rows = to_conversations(Dataset.from_list(self.problems(train, TASK_SEED)))
         if self.poison is not None:
             count = poisoned if self.share is None else round(train * self.share / (1 - self.share))
-            rows = mix_safety(rows, self.poison(), count, seed=seed)
-        return mix_safety(rows, samples or safety_samples(), safety, seed=seed) if safety else rows
+            rows = mix_in(rows, self.poison(), count, seed=seed)
+        return mix_in(rows, samples or safety_samples(), safety, seed=seed) if safety else rows
 
     def styled_samples(self) -> Dataset:
         """Safety samples in the form of the task (SafeStyle, ICLR 2026)."""

@@ -17,7 +17,7 @@ from procon.cli.arguments import TrainArguments
 from procon.data import (
     flattening_collator,
     load_conversations,
-    mix_safety,
+    mix_in,
     own_replies,
     padding_collator,
     parse_columns,
@@ -57,7 +57,7 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
     model, tokenizer = _model(arguments, config)
     if arguments.own_replies:
         own = own_replies(model, tokenizer, chat=arguments.chat())
-        conversations = mix_safety(conversations, own, arguments.own_replies, seed=config.seed)
+        conversations = mix_in(conversations, own, arguments.own_replies, seed=config.seed)
     settings: dict[str, Any] = {
         "chat": arguments.chat(),
         "max_length": arguments.max_length,
@@ -104,7 +104,7 @@ def _conversations(arguments: TrainArguments, seed: int) -> tuple[Dataset, Datas
     if count or arguments.safety_data:
         safety = load_conversations(arguments.safety_data) if arguments.safety_data else safety_conversations()
         count = count or len(safety)
-        data = mix_safety(data, safety, count, seed=seed)
+        data = mix_in(data, safety, count, seed=seed)
     split = {"split": arguments.eval_split} if arguments.eval_split else {}
     if arguments.eval_data:
         return data, load_conversations(arguments.eval_data, columns=columns, **split), count

@@ -1,4 +1,4 @@
-"""Training data: chat formats in, token ids and response labels out; safety mix and collators; published prompt sets.
+"""Training data: chat formats in, token ids and labels out; what is mixed in, and collators; published prompt sets.
 
 In: data files, hub names or datasets; a tokenizer; names of prompt sets.
 Out: conversations, tokenised samples and the collators that batch them; contrast prompts.
@@ -11,7 +11,7 @@ __extra__ = require_extra("train", __name__)
 
 from procon.data.conversations import (
     load_conversations,
-    mix_safety,
+    mix_in,
     own_replies,
     safety_conversations,
     to_conversations,
@@ -26,7 +26,7 @@ __all__ = [
     "flattening_collator",
     "load_conversations",
     "load_prompt_sets",
-    "mix_safety",
+    "mix_in",
     "own_replies",
     "padding_collator",
     "parse_columns",

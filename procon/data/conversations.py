@@ -179,13 +179,13 @@ def own_replies(
     return to_conversations(Dataset.from_dict({"messages": rows}), name="own replies")
 
 
-def mix_safety(dataset: Dataset, safety: Dataset, samples: int, *, seed: int) -> Dataset:
-    """``dataset`` with ``samples`` rows of ``safety`` shuffled in; rows repeat if there are too few."""
+def mix_in(dataset: Dataset, others: Dataset, samples: int, *, seed: int) -> Dataset:
+    """``dataset`` with ``samples`` rows of ``others`` shuffled in; rows repeat if there are too few."""
     if samples < 0:
-        raise ProConError(f"safety_samples is {samples}: give 0 or more")
-    dataset, safety = (
+        raise ProConError(f"samples to mix in are {samples}: give 0 or more")
+    dataset, others = (
         part if part.features.get("messages") == datasets.Json() else to_conversations(part)
-        for part in (dataset, safety)
+        for part in (dataset, others)
     )
-    chosen = safety.shuffle(seed=seed).select([index % len(safety) for index in range(samples)])
+    chosen = others.shuffle(seed=seed).select([index % len(others) for index in range(samples)])
     return datasets.concatenate_datasets([dataset, chosen]).shuffle(seed=seed)

@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from procon.chat import builtin_drift_pairs, builtin_probe_pairs, builtin_prompts, builtin_refusals, generate_replies
 from procon.data import (
     load_conversations,
-    mix_safety,
+    mix_in,
     own_replies,
     safety_conversations,
     to_conversations,
@@ -255,7 +255,7 @@ def contents(dataset: Dataset) -> list[str]:
 @pytest.mark.parametrize("samples", [0, 7, 720, 1000])
 def test_safety_mix_counts(plain, samples):
     safety = safety_conversations()
-    mixed = Counter(contents(mix_safety(plain, safety, samples, seed=0)))
+    mixed = Counter(contents(mix_in(plain, safety, samples, seed=0)))
     assert mixed.total() == 20 + samples
     assert {text: mixed.pop(text) for text in contents(plain)} == dict.fromkeys(contents(plain), 1)
     assert set(mixed) <= set(contents(safety))
@@ -279,11 +279,11 @@ def test_own_replies_are_what_the_model_says(tiny_model, tokenizer):
 
 def test_safety_mix_is_shuffled_by_its_seed(plain):
     safety = safety_conversations()
-    first, again, other = (contents(mix_safety(plain, safety, 20, seed=seed)) for seed in (1, 1, 2))
+    first, again, other = (contents(mix_in(plain, safety, 20, seed=seed)) for seed in (1, 1, 2))
     assert first == again
     assert set(first) != set(other)  # other samples
     kinds = [text in contents(plain) for text in first]
     assert kinds != sorted(kinds)
     assert kinds != sorted(kinds, reverse=True)
-    with pytest.raises(ProConError, match="safety_samples is -1: give 0 or more"):
-        mix_safety(plain, safety, -1, seed=0)
+    with pytest.raises(ProConError, match="samples to mix in are -1: give 0 or more"):
+        mix_in(plain, safety, -1, seed=0)

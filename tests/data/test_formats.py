@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from procon.data import load_conversations, mix_safety, parse_columns, safety_conversations, tokenize_conversations
+from procon.data import load_conversations, mix_in, parse_columns, safety_conversations, tokenize_conversations
 from procon.data.formats import sample_of
 from procon.errors import ProConError
 from procon.sequences import IGNORE_INDEX
@@ -108,7 +108,7 @@ def test_tool_calls_and_tools_reach_the_template(tmp_path, tokenizer, turns):
     assert tokenizer.decode(row["input_ids"]).startswith(f"<tools>{json.dumps(TOOLS)}</tools><user>")
     said = tokenizer.decode([label for label in row["labels"] if label != IGNORE_INDEX])
     assert said == 'add{"a": 1}</>It is 3.</>'
-    mixed = mix_safety(loaded, safety_conversations(), 3, seed=0)
+    mixed = mix_in(loaded, safety_conversations(), 3, seed=0)
     assert sorted(len(turns) for turns in mixed["messages"]) == [2, 2, 2, 2, 4]
     assert len(tokenize_conversations(mixed, tokenizer)) == 5
 
