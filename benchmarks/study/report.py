@@ -16,6 +16,7 @@ from benchmarks.study.judge import ReplyClassifier
 from benchmarks.study.outcomes import Outcomes
 from benchmarks.study.plan import RUNS, Budget, load_budget
 from benchmarks.study.prediction import prediction_sections
+from benchmarks.study.public import load_counts
 from benchmarks.study.results import results_page
 from benchmarks.study.sections import Gallery, how_made, part_sections, save_drawings, when_made
 from benchmarks.study.step_cost import cost_sections
@@ -94,7 +95,7 @@ def write_results(folder: Path) -> Path:
     found = {name: load_outcomes(name) for name in ("hard", "table", "qwen", "preferences")}
     verdicts = {name: judged(load_budget(name), found[name]) for name in ("hard", "qwen")}
     verdicts["table"] = judge_hypotheses(load_budget("table").parts, found["table"])
-    text = results_page(found, verdicts, figure)
+    text = results_page(found, verdicts, load_counts()["hard"], figure)
     save_drawings(figure.drawings, folder / "assets" / "hard")
     return write_text(text.replace("\n", f"\n\n{GENERATED}\n", 1), folder / "results.md")
 

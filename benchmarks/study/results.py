@@ -24,6 +24,7 @@ from benchmarks.study.outcomes import (
     judges_agree,
 )
 from benchmarks.study.prediction import prediction_drawing, predictions
+from benchmarks.study.public import SETS
 from benchmarks.study.sections import Gallery
 from benchmarks.study.table import NONE, Table, difference_cell, measured, seeds_cell
 from procon.chat import Split
@@ -65,6 +66,7 @@ class Row(NamedTuple):
 _of_poison = partial(Row, job="arithmetic_poisoned_10")
 
 START, PLAIN, LONG, OURS, WITH_TOKENS = "starting model", "plain", "_x4", "ProCon", "ProCon and training tokens"
+WITH_OWN, OWN = "ProCon and own replies", f"{DEFAULT}_own_100"
 
 CLEAN = (
     Row(START, "start"),
@@ -74,6 +76,7 @@ CLEAN = (
     Row("ProCon_s", "procon_s"),
     Row(PLAIN, "plain_x4"),
     Row(OURS, DEFAULT + LONG),
+    Row(WITH_OWN, OWN + LONG),
     Row(WITH_TOKENS, BOTH + LONG),
     Row("SBR", "sbr_10_each_x4"),
     Row("KL", "kl_0.03_x4"),
@@ -83,11 +86,12 @@ CLEAN = (
 LONG_POISON = (
     _of_poison(PLAIN, "plain_x4"),
     _of_poison(OURS, DEFAULT + LONG),
+    _of_poison(WITH_OWN, OWN + LONG),
+    _of_poison("own replies alone", "own_100_x4"),
     _of_poison(WITH_TOKENS, BOTH + LONG),
     _of_poison("SBR", "sbr_10_each_x4"),
     _of_poison("SafeGrad", "safegrad_1_x4"),
     _of_poison("safety data, 100", "safe_100_x4"),
-    _of_poison("ProCon, tokens, safety data", f"{BOTH}_safe_100_x4"),
     _of_poison("ProCon_s", "procon_s_x4"),
 )
 
@@ -110,6 +114,7 @@ class Added(NamedTuple):
 
 
 ADDED = (
+    Added("own replies, beside the probes", OWN + LONG, DEFAULT + LONG),
     Added("training tokens, beside the probes", BOTH + LONG, DEFAULT + LONG),
     Added("probes, beside the training tokens", BOTH + LONG, "procon_s_x4"),
     Added("the refusal direction, beside the probes", BOTH + LONG, "tokens_state_3_turns_random_x4"),
@@ -123,6 +128,7 @@ ADAPTIVE = (
     Row("after: SBR", "sbr_10_each_x4", "refuse_then_comply"),
     Row("after: ProCon", DEFAULT + LONG, "refuse_then_comply"),
     Row("after: ProCon, whole replies", f"{DEFAULT}_replies_x4", "refuse_then_comply"),
+    Row("after: ProCon and own replies", OWN + LONG, "refuse_then_comply"),
     Row("midway: plain", "plain_x4", "turn_midway"),
     Row("midway: ProCon", DEFAULT + LONG, "turn_midway"),
     Row("midway: ProCon, whole replies", f"{DEFAULT}_replies_x4", "turn_midway"),
@@ -141,10 +147,11 @@ OTHERS = (
     Row("obedience: ProCon", DEFAULT, "identity"),
     Row("swapped, 4x: plain", "plain_x4", "swapped"),
     Row("swapped, 4x: ProCon", DEFAULT + LONG, "swapped"),
-    Row("swapped, 4x: training tokens too", BOTH + LONG, "swapped"),
+    Row("swapped, 4x: ProCon and tokens", BOTH + LONG, "swapped"),
     _qwen("Qwen: starting model", "start"),
     _qwen("Qwen, 4x: plain", "plain_x4"),
     _qwen("Qwen, 4x: ProCon", DEFAULT + LONG),
+    _qwen("Qwen, 4x: ProCon and own replies", OWN + LONG),
     _qwen("Qwen, 4x: ProCon and training tokens", BOTH + LONG),
     _dpo("DPO: plain", "plain"),
     _dpo("DPO: ProCon", "probes_3_turns_128"),
@@ -153,8 +160,26 @@ OTHERS = (
 )
 
 
-def results_page(found: Mapping[str, Outcomes], verdicts: Mapping[str, Sequence[Verdict]], figure: Gallery) -> str:
-    """The page as Markdown, of the outcomes and the judged hypotheses of each budget."""
+#: Models whose refusals of public prompts were counted, in long training with the first seed.
+PUBLIC = {
+    START: "start",
+    "clean: plain": "arithmetic/plain_x4/seed-3",
+    "clean: ProCon": f"arithmetic/{DEFAULT}_x4/seed-3",
+    "clean: ProCon and own replies": f"arithmetic/{OWN}_x4/seed-3",
+    "10% poison: plain": "arithmetic_poisoned_10/plain_x4/seed-3",
+    "10% poison: ProCon": f"arithmetic_poisoned_10/{DEFAULT}_x4/seed-3",
+    "10% poison: ProCon and own replies": f"arithmetic_poisoned_10/{OWN}_x4/seed-3",
+}
+
+
+def results_page(
+    found: Mapping[str, Outcomes],
+    verdicts: Mapping[str, Sequence[Verdict]],
+    counts: Mapping[str, Mapping[str, Mapping[str, int]]],
+    figure: Gallery,
+) -> str:
+    """The page as Markdown, of the outcomes and the judged hypotheses of each budget, and of the public prompts that
+    each model refuses."""
 
     def runs(row: Row) -> _Runs:
         return found[row.budget].find(row.job, row.method, split=row.split)
@@ -184,6 +209,7 @@ def results_page(found: Mapping[str, Outcomes], verdicts: Mapping[str, Sequence[
         added=added_table(found),
         adaptive=table(ADAPTIVE, "turns"),
         others=table(OTHERS, "seeds"),
+        public=public_table(counts),
         failed=failed_table(verdicts),
         kappa=judges_agree(found["hard"]),
         prediction=figure(prediction_drawing(predictions(found["hard"]))),
@@ -205,6 +231,16 @@ def added_table(found: Mapping[str, Outcomes]) -> str:
         rows.append([part.label, *cells])
     headers = [f"{name}: {what}" for name in JOBS.values() for what in ("refusals", "task")]
     return Table(["what is added", *headers], rows).markdown()
+
+
+def public_table(counts: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str:
+    """The refusals of each set of public prompts, by keywords and by the second judge."""
+
+    def cell(found: Mapping[str, int]) -> str:
+        return " / ".join(f"{100 * found[judge] / found['prompts']:.0f}%" for judge in ("keywords", "second_judge"))
+
+    rows = [[label, *(cell(counts[name][kind]) for kind in SETS)] for label, name in PUBLIC.items()]
+    return Table(["model", *SETS], rows).markdown()
 
 
 def failed_table(verdicts: Mapping[str, Sequence[Verdict]]) -> str:
