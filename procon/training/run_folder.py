@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from procon.errors import ProConError
 from procon.files import sync, writing
-from procon.method.record import RECORD, check_resumed, read_record, write_record
+from procon.method.record import RECORD, read_record, write_record
 from procon.models import frozen_hash, weights_hash
 from procon.ranks import on_main
 from procon.settings import ProConSettings
@@ -49,35 +49,8 @@ _PIECE = 16 * 2**20
 _NO_MATTER = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "name_or_path"}
 _NO_MATTER |= {"base_model_name_or_path", "inference_mode", "peft_version", "revision", "auto_mapping"}
 
-#: Arguments on which the weights do not depend, or that are compared by what comes of them: the model, its rows. When
-#: to evaluate is none of them: dropout draws on from where an evaluation leaves off.
-_IGNORED = frozenset(
-    """
-    output_dir do_train do_eval do_predict resume_from_checkpoint local_rank debug skip_memory_metrics
-    activation_checkpointing gradient_checkpointing use_cache torch_empty_cache_steps
-    dataloader_pin_memory dataloader_prefetch_factor dataloader_multiprocessing_context ddp_timeout
-
-    logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level
-    log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
-    trackio_static_space_id include_num_input_tokens_seen
-
-    per_device_eval_batch_size prediction_loss_only eval_do_concat_batches eval_use_gather_object
-    eval_accumulation_steps include_for_metrics batch_eval_metrics bf16_full_eval fp16_full_eval
-
-    save_strategy save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint
-    restore_callback_states_from_checkpoint
-
-    push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
-
-    model_init_kwargs trust_remote_code eos_token pad_token dataset_num_proc eval_packing num_generations_eval
-    precompute_ref_batch_size log_completions log_multimodal num_completions_to_print log_unique_prompts
-    log_completions_hub_repo vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout
-    vllm_group_port vllm_gpu_memory_utilization vllm_enable_sleep_mode
-    """.split()  # noqa: SIM905  # formatted, a list has a line per name
-)
-
 #: What to do about a fact that differs, beyond giving the same settings.
-_REMEDIES = {
+REMEDIES = {
     "base_model": "load the model that the run began with",
     "model": "load the model, and train an adapter or parameters, as the run did",
     "training_data": "give the same rows in the same order",
@@ -333,41 +306,6 @@ def run_facts(
         "neftune_noise_alpha": args.neftune_noise_alpha,
         "reference_model": None if reference is None else weights_hash(reference),
     }
-
-
-def run_arguments(args: TrainingArguments, model: nn.Module, **functions: Any) -> dict[str, Any]:
-    """What may change, with a warning: all arguments but those that do not matter, and ``functions`` by their names."""
-    values = {
-        name: value
-        for name, value in args.to_dict().items()
-        if name not in _IGNORED and not name.startswith("procon_")  # which the method compares itself
-    }
-    values |= {
-        "ranks": args.world_size,
-        "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
-        **{name: getattr(made, "__qualname__", type(made).__name__) for name, made in functions.items()},
-    }
-    # As a record gives them back, which has no number for infinity.
-    return json.loads(json.dumps(values, default=_plain), parse_constant=str)
-
-
-def check_same_run(record: dict[str, Any], run: dict[str, Any], arguments: dict[str, Any], checkpoint: str) -> None:
-    """Raise ProConError for a fact that differs from those of the record, and warn of arguments that do."""
-    check_resumed(record.get("run", {}), run, checkpoint, _REMEDIES)
-    # A run that is not interrupted skips no data.
-    before = {**record.get("arguments", {}), "ignore_data_skip": False}
-    changed = [
-        f"{name} {before.get(name)!r} to {arguments.get(name)!r}"
-        for name in {**before, **arguments}
-        if before.get(name) != arguments.get(name)
-    ]
-    if changed:
-        logger.warning(
-            "%s was trained with other arguments, so the resumed run may end in other weights than one that was "
-            "not interrupted, and the optimiser may go on with the old ones: %s",
-            checkpoint,
-            ", ".join(changed),
-        )
 
 
 def _configuration(config: Any) -> dict[str, Any] | None:

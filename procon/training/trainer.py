@@ -25,7 +25,7 @@ from procon.directions import Directions
 from procon.errors import ProConError
 from procon.files import sync_files, writing
 from procon.method import ProCon, Run, check_batches, makes_batches, once_through
-from procon.method.record import write_record
+from procon.method.record import check_resumed, write_record
 from procon.models import is_sharded, keep_quantised, unwrapped
 from procon.ranks import on_main
 from procon.settings import ChatSettings, ProConSettings
@@ -33,14 +33,13 @@ from procon.training.config import PREFIX, ProConArguments
 from procon.training.loss_scale import loss_scale
 from procon.training.model_card import write_section
 from procon.training.run_folder import (
+    REMEDIES,
     Checkpoint,
-    check_same_run,
     claim,
     latest,
     locked,
     open_checkpoint,
     output_folder,
-    run_arguments,
     run_facts,
     seal,
 )
@@ -242,7 +241,7 @@ class ProConMixin(_Trainer):
                         f"{name} is of training under the constraint (schedule {schedule!r}), which this run "
                         "would not have: resume with the same procon_schedule, or start afresh"
                     )
-                check_same_run(checkpoint.record, self._run, self._arguments(), name)
+                check_resumed(checkpoint.record.get("run", {}), self._run, name, REMEDIES)
             else:
                 record = self._record()
                 on_main(lambda: claim(folder, record))
@@ -276,11 +275,6 @@ class ProConMixin(_Trainer):
         if found is None:
             raise ProConError(f"no complete checkpoint in {str(folder)!r} to resume from: start afresh")
         return found
-
-    def _arguments(self) -> dict[str, Any]:
-        return run_arguments(
-            self.args, self.model, data_collator=self.data_collator, compute_loss_func=self.compute_loss_func
-        )
 
     def _facts(self) -> dict[str, Any]:
         """Of the main process: others may hold no weights worth the name yet; of sharded ones, all need the others."""
@@ -520,7 +514,7 @@ class ProConMixin(_Trainer):
 
     def _record(self) -> dict[str, Any]:
         """What goes into ``procon.json``."""
-        found = {"version": __version__, "constrained": False, "run": self._run, "arguments": self._arguments()}
+        found = {"version": __version__, "constrained": False, "run": self._run}
         if self.best:  # whose measured facts are those of its checkpoint, not of the steps after it
             found["best"] = self.best
         if not self.procon.active:

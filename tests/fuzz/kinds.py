@@ -214,7 +214,7 @@ EVALUATION = {
     **{"label": "x", "task": {"value": 0.5, "deviation": 0.1, "total": 2}, "replies": [REPLY], "judges": ["keywords"]},
     **{"judge": "keywords", "chat": {"system_prompt": None}},
 }
-RECORD = {"schedule": "0.2", "run": {"seed": 1}, "arguments": {"learning_rate": 1e-3}}
+RECORD = {"schedule": "0.2", "run": {"seed": 1}}
 
 #: What ``procon report`` reads: files of a training folder, or one alone.
 REPORTED: tuple[dict[str, Any], ...] = (

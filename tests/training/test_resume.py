@@ -1,21 +1,15 @@
 """A run killed with SIGKILL and resumed ends in the same adapter, bit for bit; what would make another is told."""
 
 import json
-import re
 import signal
 import time
-from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from forked import Python, run_python
-from transformers import TrainingArguments
 
 from procon.directions import DIRECTIONS_FILE
 from procon.errors import ProConError
-from procon.training import ProConConfig
-from procon.training.run_folder import _IGNORED, check_same_run, run_arguments
 
 
 def command(model: Path, data: Path, output: Path, *more: str) -> list[str]:
@@ -148,53 +142,6 @@ def test_packed_sft_killed_in_a_checkpoint_and_resumed_equals_uninterrupted(tiny
     final = "adapter_model.safetensors"
     assert (killed / final).read_bytes() == (tmp_path / "whole" / final).read_bytes()
     assert (killed / DIRECTIONS_FILE).read_bytes() == (tmp_path / "whole" / DIRECTIONS_FILE).read_bytes()
-
-
-def config_classes() -> list[type]:
-    pytest.importorskip("trl", reason="configurations of TRL's")
-    from procon.training.preferences import ProConDPOConfig, ProConGRPOConfig, ProConKTOConfig
-    from procon.training.sft import ProConSFTConfig
-
-    return [TrainingArguments, ProConConfig, ProConSFTConfig, ProConDPOConfig, ProConKTOConfig, ProConGRPOConfig]
-
-
-def test_every_argument_is_compared_but_those_that_do_not_matter(tiny_model, tmp_path):
-    """Those that do not are the list: what it does not know, such as a newer version's, is compared."""
-    model, known = tiny_model(), set()
-    for config in config_classes():
-        args = config(output_dir=str(tmp_path), bf16=False)
-        before, names = run_arguments(args, model), {field.name for field in fields(config)}
-        for name in names:
-            setattr(args, name, SimpleNamespace(to_json=lambda: "another"))
-        after = run_arguments(args, model)
-        names = {name for name in names if not name.startswith("procon_")}  # which the method compares itself
-        assert {name for name in names if before.get(name) != after.get(name)} == names - _IGNORED, config.__name__
-        known |= names
-    newer = {"activation_checkpointing"}  # than the oldest version that is supported
-    assert known | newer >= _IGNORED
-
-
-@pytest.mark.parametrize(
-    ("setting", "told"),
-    [
-        ({"adam_beta1": 0.5}, "adam_beta1 0.9 to 0.5"),
-        ({"accelerator_config": {"split_batches": True}}, "accelerator_config .*'split_batches': True"),
-        ({"ignore_data_skip": True}, "ignore_data_skip False to True"),
-        ({"eval_strategy": "steps"}, "eval_strategy 'no' to 'steps'"),  # dropout draws on from where evaluation leaves
-        ({"max_grad_norm": float("inf")}, "max_grad_norm 1.0 to 'Infinity'"),
-        ({"compute_loss_func": sum}, "compute_loss_func 'NoneType' to 'sum'"),
-        ({"logging_steps": 3, "save_steps": 3, "run_name": "again", "gradient_checkpointing": True}, None),
-    ],
-)
-def test_a_run_that_is_resumed_with_other_arguments_is_warned(make_trainer, caplog, setting, told):
-    make_trainer("Trainer", "0").train()
-    again = dict(setting)
-    function = again.pop("compute_loss_func", None)
-    trainer = make_trainer("Trainer", "0", **again)
-    trainer.compute_loss_func = function
-    check_same_run(trainer._opened(True).record, trainer._facts(), trainer._arguments(), "checkpoint")
-    (text,) = [record.message for record in caplog.records if "other arguments" in record.message] or [None]
-    assert text is None if told is None else re.search(told, text)
 
 
 def test_noise_comes_and_goes_with_a_new_run_alone(make_trainer):
