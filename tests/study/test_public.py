@@ -1,7 +1,5 @@
 """Refusals of public prompts: read out of wheels, asked of every model that was kept, counted once."""
 
-import csv
-import io
 import json
 import zipfile
 
@@ -19,10 +17,8 @@ def wheels(tmp_path):
     folder.mkdir()
     for name, found in public.SETS.items():
         texts = [f"{name}, prompt {number}" for number in range(4)]
-        rows = io.StringIO()
-        csv.writer(rows).writerows([["forbidden_prompt"], *([text] for text in texts)])
         contents = {
-            ".csv": rows.getvalue(),
+            ".csv": "\n".join(["forbidden_prompt", *(f'"{text}"' for text in texts)]),
             ".txt": "\n".join(texts),
             "rompt": yaml.safe_dump({"seeds": [{"value": text} for text in texts]}),
             ".json": json.dumps([{"text": text} for text in texts]),
