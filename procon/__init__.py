@@ -29,31 +29,19 @@ def _mount_kernels() -> None:
 _mount_kernels()
 
 #: Where each public name is: the door of a room, or a module that a door leaves out for what it needs.
-_HOME = {
-    "project": "ops",
-    "projection_penalty": "ops",
-    "constrain": "ops",
-    "rms_norm_constrain": "ops",
-    "ProConError": "errors",
-    "Directions": "directions",
-    "Anchors": "anchors",
-    "AnchoredCollator": "anchors",
-    "ProCon": "method",
-    "Probes": "method",
-    "ProjectionConstraint": "constraint",
-    "constrained_tokens": "constraint",
-    "AlphaSchedule": "schedule",
-    "ChatSettings": "settings",
-    "ProConSettings": "settings",
-    "ProConConfig": "training",
-    "ProConMixin": "training",
-    "ProConTrainer": "training",
-    "protect": "training",
-    "DriftCallback": "training",
-    "EvaluationCallback": "training",
-    "ProConSFTConfig": "training.sft",
-    "ProConSFTTrainer": "training.sft",
+_ROOMS = {
+    "anchors": ("AnchoredCollator", "Anchors"),
+    "constraint": ("ProjectionConstraint", "constrained_tokens"),
+    "directions": ("Directions",),
+    "errors": ("ProConError",),
+    "method": ("ProCon", "Probes"),
+    "ops": ("constrain", "project", "projection_penalty", "rms_norm_constrain"),
+    "schedule": ("AlphaSchedule",),
+    "settings": ("ChatSettings", "ProConSettings"),
+    "training": ("DriftCallback", "EvaluationCallback", "ProConConfig", "ProConMixin", "ProConTrainer", "protect"),
+    "training.sft": ("ProConSFTConfig", "ProConSFTTrainer"),
 }
+_HOME = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
     "AlphaSchedule",
@@ -83,29 +71,16 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from procon.anchors import AnchoredCollator as AnchoredCollator
-    from procon.anchors import Anchors as Anchors
-    from procon.constraint import ProjectionConstraint as ProjectionConstraint
-    from procon.constraint import constrained_tokens as constrained_tokens
-    from procon.directions import Directions as Directions
-    from procon.errors import ProConError as ProConError
-    from procon.method import Probes as Probes
-    from procon.method import ProCon as ProCon
-    from procon.ops import constrain as constrain
-    from procon.ops import project as project
-    from procon.ops import projection_penalty as projection_penalty
-    from procon.ops import rms_norm_constrain as rms_norm_constrain
-    from procon.schedule import AlphaSchedule as AlphaSchedule
-    from procon.settings import ChatSettings as ChatSettings
-    from procon.settings import ProConSettings as ProConSettings
-    from procon.training import DriftCallback as DriftCallback
-    from procon.training import EvaluationCallback as EvaluationCallback
-    from procon.training import ProConConfig as ProConConfig
-    from procon.training import ProConMixin as ProConMixin
-    from procon.training import ProConTrainer as ProConTrainer
-    from procon.training import protect as protect
-    from procon.training.sft import ProConSFTConfig as ProConSFTConfig
-    from procon.training.sft import ProConSFTTrainer as ProConSFTTrainer
+    from procon.anchors import AnchoredCollator, Anchors
+    from procon.constraint import ProjectionConstraint, constrained_tokens
+    from procon.directions import Directions
+    from procon.errors import ProConError
+    from procon.method import Probes, ProCon
+    from procon.ops import constrain, project, projection_penalty, rms_norm_constrain
+    from procon.schedule import AlphaSchedule
+    from procon.settings import ChatSettings, ProConSettings
+    from procon.training import DriftCallback, EvaluationCallback, ProConConfig, ProConMixin, ProConTrainer, protect
+    from procon.training.sft import ProConSFTConfig, ProConSFTTrainer
 
 
 def __getattr__(name: str) -> Any:

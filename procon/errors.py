@@ -19,12 +19,7 @@ def printable(text: str) -> str:
     text = re.sub(r"[\t\r\n]+", " ", text)
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST - _END]} ... {text[-_END:]}"
-    return visible(text)
-
-
-def visible(text: str) -> str:
-    """``text``, of one line or several, without commands to the terminal."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 class ProConError(ValueError):

@@ -22,9 +22,6 @@ from procon.errors import ProConError
 
 T = TypeVar("T")
 
-#: What Python raises if content is not the one that was expected.
-NO_SUCH_CONTENT = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
-
 #: What safetensors, tokenizers and torch say of an error of the system.
 _SYSTEM_ERROR = re.compile(r"\(os error \d+\)|PytorchStreamWriter|unexpected pos|iostream error")
 
@@ -41,13 +38,14 @@ def writing(target: str | Path) -> Iterator[None]:
         raise ProConError(f"cannot write {str(target)!r} ({reason}): free some space, or give another place") from error
 
 
-def check_writable(target: str | Path) -> None:
-    """Raise ProConError now, rather than after the work, unless the file ``target`` can be written; leaves nothing."""
+def check_writable(target: str | Path) -> Path:
+    """The path; ProConError now, rather than after the work, if a file cannot be written there. Leaves nothing."""
     target = Path(target)
     if target.is_dir():
         raise ProConError(f"cannot write {str(target)!r}: it is a folder; give the name of a file")
     with writing(target), _private_folder(next(folder for folder in target.parents if folder.exists())):
         pass
+    return target
 
 
 @contextmanager
@@ -115,7 +113,8 @@ def load_json(path: str | Path, build: Callable[[Any], T], what: str) -> T:
         raise ProConError(f"{what} file {str(path)!r} does not exist")
     try:
         return build(parse_json(Path(path).read_text(encoding="utf-8")))
-    except NO_SUCH_CONTENT as error:
+    # What Python raises if content is not the one that was expected.
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"no key {error}" if isinstance(error, KeyError) else error
         raise ProConError(f"{what} file {str(path)!r} is damaged or holds something else ({reason})") from error
 

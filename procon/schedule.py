@@ -56,9 +56,8 @@ class Phase:
 
     def __str__(self) -> str:
         """Text that :meth:`AlphaSchedule.parse` reads as this phase."""
-        return (
-            _number(self.alpha) if self.length is None else f"{_number(self.alpha)}@{_number(self.length)}{self.unit}"
-        )
+        alpha = _number(self.alpha)
+        return alpha if self.length is None else f"{alpha}@{_number(self.length)}{self.unit}"
 
 
 @dataclass(frozen=True)

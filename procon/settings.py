@@ -48,7 +48,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
 #: What each setting that is a whole number is at least.
 _LEAST = {"probe_batch": 1, "probe_every": 1, "probe_reply_tokens": 0, "thinking_tokens": 1}
 
-
 #: The settings of one term alone.
 _OF_TERM = {
     "tokens": ("scope", "blocks", "penalty", "anchors", "anchors_dir"),
@@ -58,10 +57,8 @@ _OF_TERM = {
 
 def _setting(default: Any, text: str) -> Any:
     """A field with the sentence that ``--help`` and the documentation show."""
-    metadata = {"help": text}
-    return (
-        field(default_factory=dict, metadata=metadata) if default is dict else field(default=default, metadata=metadata)
-    )
+    given: dict[str, Any] = {"default_factory": dict} if default is dict else {"default": default}
+    return field(**given, metadata={"help": text})
 
 
 @dataclass(frozen=True)
@@ -243,6 +240,9 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ProConError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
 
+
+#: How names of data files end; another name may be that of a data set on the hub.
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 #: ``owner/name``, or one of the few names without an owner; of 96 letters at most.
 _HUB_NAME = re.compile(r"(?!.{97})[\w-][\w.-]*(/[\w-][\w.-]*)?")

@@ -37,7 +37,6 @@ _CONTRACTIONS = (
     (re.compile(r"\b(that|here|there|it)'s\b"), r"\1 is"),
 )
 
-
 # Phrases by which chat models refuse in English, and what looks like one and is none: in lower case, with contractions
 # written out.
 

@@ -36,23 +36,17 @@ from procon.training.model_card import write_evaluation
 
 def quickstart(arguments: QuickstartArguments) -> None:
     """``procon quickstart``"""
-    if arguments.start_only:
+    settings = dict(vars(arguments))
+    if settings.pop("start_only"):
         place = make_start(arguments.model, arguments.output_dir)
         Console().print(Text(f"Starting model: {printable(place)}"))
         return
-    run_quickstart(
-        arguments.model,
-        arguments.output_dir,
-        arguments.seed,
-        full=arguments.full,
-        control=arguments.control,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    run_quickstart(**settings)
 
 
 def directions(arguments: DirectionsArguments) -> None:
     """``procon directions``"""
-    output = _output_file(arguments.output)
+    output = check_writable(arguments.output)
     # All that can be wrong is found before a model is loaded.
     prompts = _prompts(arguments, "extraction")
     check_k(arguments.k, prompts)
@@ -87,7 +81,7 @@ def _table(found: Directions) -> Table:
 
 def drift(arguments: DriftArguments) -> None:
     """``procon drift``"""
-    output = _output_file(arguments.output) if arguments.output else None
+    output = check_writable(arguments.output) if arguments.output else None
     prompts, chat = _prompts(arguments, "extraction"), arguments.chat()
     model, tokenizer = load_model(arguments.start, **arguments.loading())
     batch_size = first_batch_size(arguments.batch_size, model)
@@ -116,7 +110,7 @@ def drift(arguments: DriftArguments) -> None:
 
 def evaluation(arguments: EvalArguments) -> None:
     """``procon eval``"""
-    output = _output_file(arguments.output) if arguments.output else _beside(Path(arguments.model))
+    output = check_writable(arguments.output) if arguments.output else _beside(Path(arguments.model))
     find_metric(arguments.task_metric)
     prompts, sources = _evaluation_prompts(arguments)
     task = _task(arguments.task) if arguments.task else None
@@ -149,7 +143,7 @@ def evaluation(arguments: EvalArguments) -> None:
 
 def report(arguments: ReportArguments) -> None:
     """``procon report``"""
-    output = _output_file(arguments.output)
+    output = check_writable(arguments.output)
     runs = read_runs(arguments.runs)
     title = arguments.title or ", ".join(run.label for run in runs)
     write_html(runs, output, title=title, facts=dict(zip((run.label for run in runs), arguments.runs, strict=True)))
@@ -159,15 +153,7 @@ def report(arguments: ReportArguments) -> None:
 
 def _beside(model: Path) -> Path | None:
     """Where ``procon report`` looks for the evaluation of a model that was trained here; None of any other model."""
-    return _output_file(str(model / "eval.json")) if (model / RECORD).is_file() else None
-
-
-def _output_file(path: str) -> Path:
-    """The path; refused before any work if it could not be written after it."""
-    if Path(path).is_dir():
-        raise ProConError(f"output {path!r} is a folder: give a file in it")
-    check_writable(path)
-    return Path(path)
+    return check_writable(model / "eval.json") if (model / RECORD).is_file() else None
 
 
 def _say_where(output: Path) -> None:

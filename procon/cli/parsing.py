@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from procon.cli import arguments
 from procon.errors import ProConError, printable, require_extra
-from procon.settings import CHOICES, PAPER_RECIPE, ProConSettings, check_choice, check_name
+from procon.settings import CHOICES, DATA_SUFFIXES, PAPER_RECIPE, ProConSettings, check_choice, check_name
 from procon.version import __version__
 
 
@@ -69,14 +69,10 @@ _FROM_1 = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradien
 #: What numbers are below; others are below 2**63.
 _BELOW = {"seed": 2**32, "data_seed": 2**32, "lora_dropout": 1, "adam_beta1": 1, "adam_beta2": 1}
 
-#: How names of data files end; another name may be that of a data set on the hub.
-_DATA_FILES = (".json", ".jsonl", ".csv", ".parquet")
-
 _NOTES = (
     "Settings may also stand in a YAML file, by the same names: --config FILE.yaml. Flags win over it. Names take "
     "dashes too: --batch-size is --batch_size. procon train takes all of transformers' TrainingArguments."
 )
-
 
 _SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -143,7 +139,7 @@ class Setting:
             check_name(value)
         elif self.reads:
             for path in value if isinstance(value, list) else [value]:
-                may_be_on_the_hub = self.reads == "data" and Path(path).suffix.lower() not in _DATA_FILES
+                may_be_on_the_hub = self.reads == "data" and Path(path).suffix.lower() not in DATA_SUFFIXES
                 if not may_be_on_the_hub and not os.path.exists(path):
                     raise ProConError(f"{self.name} {path!r} does not exist: check the path")
 

@@ -47,7 +47,6 @@ _LOST = (
 class _Attachment:
     """What :meth:`ProjectionConstraint.attach` found in a model, and how it is undone."""
 
-    model: nn.Module
     decoder: Decoder
     adapter_layer: BaseTunerLayer | None
     adapters: tuple[str, ...]
@@ -120,11 +119,6 @@ class ProjectionConstraint:
         self._state.enabled = enabled
 
     @property
-    def model(self) -> nn.Module:
-        """The model that it is attached to, without what runs it on several devices; ProConError if to none."""
-        return self._attached().model
-
-    @property
     def fused(self) -> tuple[int, ...]:
         """Indices of the constrained blocks whose norm does the work; empty while attached to no model."""
         return () if self._attachment is None else self._attachment.fused
@@ -167,9 +161,7 @@ class ProjectionConstraint:
                 if norm is not None:
                     fused.append(index)
             layer = adapter_layer(decoder)
-            self._attachment = _Attachment(
-                unwrapped(model), decoder, layer, active_adapters(layer), tuple(fused), undo.pop_all()
-            )
+            self._attachment = _Attachment(decoder, layer, active_adapters(layer), tuple(fused), undo.pop_all())
         logger.info(
             "projection constraint on the inputs of %d of %d blocks, in %d of them within the block's RMSNorm",
             len(self.blocks),

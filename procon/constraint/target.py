@@ -106,9 +106,7 @@ def typical_departure(hidden: Tensor, vectors: Tensor, anchors: Tensor, mask: Te
     departures = project(states, vectors, backend=backend) - anchors[constrained]
     states = states.float()  # anchors are fp32, whatever the states are
     # The older question is an error once the newer setting was made.
-    uses_tf32 = getattr(torch.backends.cuda.matmul, "fp32_precision", None) == "tf32" or (
-        torch.get_float32_matmul_precision() != "highest"
-    )
+    uses_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" or torch.get_float32_matmul_precision() != "highest"
     share = max(rounding(hidden, "absolute"), rounding(states, "absolute"), _TF32 if uses_tf32 else 0)
     reach = share * torch.outer(*(torch.linalg.vector_norm(each, dim=1) for each in (states, vectors)))
     return (departures.abs() / reach).amax(1).median()

@@ -18,15 +18,12 @@ from transformers import PreTrainedTokenizerBase
 from procon.chat import builtin_probe_pairs, builtin_prompts, builtin_refusals, generate_replies, json_rows, user_turn
 from procon.data.formats import sample_of
 from procon.errors import ProConError
-from procon.models import check_name, is_sharded
+from procon.models import is_sharded
 from procon.ranks import on_main
-from procon.settings import ChatSettings
+from procon.settings import DATA_SUFFIXES, ChatSettings, check_name
 from procon.version import __version__
 
 _Data = TypeVar("_Data", Dataset, IterableDataset)
-
-#: How names of data files end.
-DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 _FILES = "a .json, .jsonl, .csv or .parquet file"
 

@@ -36,8 +36,6 @@ from procon.settings import PAPER_RECIPE
 from procon.training import DriftCallback, EvaluationCallback, ProConConfig, ProConTrainer
 from procon.version import __version__
 
-TASK_SEED = 0
-
 
 class Size(NamedTuple):
     """How much is trained and measured."""
@@ -67,7 +65,6 @@ RECIPE = {
     "disable_tqdm": True,
     "dataloader_pin_memory": False,
 }
-
 
 #: Long enough for the refusal in a reply's opening, and for an arithmetic answer.
 REPLY_TOKENS: dict[str, Any] = {"max_new_tokens": 24, "task_max_new_tokens": 36}
@@ -121,9 +118,8 @@ def quickstart(
     start, tokenizer = load_model(place, trust_remote_code=trust_remote_code)
 
     with console.status(f"about {4 + 3 * full + 4 * control} minutes on two cores"):
-        problems = arithmetic_problems(size.train + size.test + size.watched, TASK_SEED)
-        train = to_conversations(Dataset.from_list(problems[: size.train]))
-        train = tokenize_conversations(train, tokenizer, progress=False)
+        problems = arithmetic_problems(size.train + size.test + size.watched, seed=0)
+        train = tokenize_conversations(to_conversations(Dataset.from_list(problems[: size.train])), tokenizer)
         measured = _Measured(problems[size.train : size.train + size.test], problems[size.train + size.test :], size)
         evaluation = measured.evaluate(start, tokenizer, "start")
         evaluation.save(output / "start.json")

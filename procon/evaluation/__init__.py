@@ -13,14 +13,7 @@ from procon.evaluation.drift import Drift, compare_means, measure_drift
 from procon.evaluation.endpoint import EndpointJudge, load_judge
 from procon.evaluation.evaluation import Evaluation, NothingFinished, evaluate
 from procon.evaluation.judges import FORMATS, Format, Judge, KeywordJudge, ModelJudge, Verdict
-from procon.evaluation.rates import (
-    Metric,
-    Rate,
-    exact_match,
-    extract_answer,
-    find_metric,
-    rouge_l,
-)
+from procon.evaluation.rates import Metric, Rate, exact_match, extract_answer, find_metric, rouge_l
 
 __all__ = [
     "FORMATS",

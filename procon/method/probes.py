@@ -341,8 +341,11 @@ class ProbeTerm(Term):
         return f"last states at {len(self._recorded())} prompts, {often}"
 
     def describe(self) -> dict[str, Any]:
-        file = self._settings.probe_file
-        return {} if file is None else {"probes": f"{len(_texts(file))} prompts, {_hash_of(file)}"}
+        if self._settings.probe_file is None:
+            return {}
+        texts = _texts(self._settings.probe_file)  # another file, or another text in it, are other probes
+        digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+        return {"probes": f"{len(texts)} prompts, {digest}"}
 
 
 def _common_beginning(probes: Probes) -> int:
@@ -369,11 +372,6 @@ def check_tokenizer(tokenizer: Any) -> None:
             "probes and directions take prompts in the model's chat format, and its tokenizer has no chat template: "
             "pass the tokenizer of a chat model, or set terms to 'tokens' and give directions"
         )
-
-
-def _hash_of(file: str) -> str:
-    """Of the prompts in a file: another file, or another text in it, are other probes."""
-    return hashlib.sha256("\n".join(_texts(file)).encode()).hexdigest()[:16]
 
 
 def _texts(prompts: Sequence[str] | str | Path | None) -> tuple[str, ...]:

@@ -29,9 +29,9 @@ from procon.models.decoder import (
     unwrapped,
 )
 from procon.models.eval_mode import evaluating, keep_quantised
-from procon.models.loading import best_attention, check_name, default_dtype, load_model, spread, use_best_attention
+from procon.models.loading import best_attention, default_dtype, load_model, spread, use_best_attention
 from procon.models.starting_model import StartingModel
-from procon.models.weights import Relation, compare_origin, configuration_hash, frozen_hash, origin_of, weights_hash
+from procon.models.weights import Relation, compare_origin, configuration_hash, origin_of, weights_hash
 
 __all__ = [
     "Decoder",
@@ -42,7 +42,6 @@ __all__ = [
     "adapter_layer",
     "best_attention",
     "block_input",
-    "check_name",
     "compare_origin",
     "configuration_hash",
     "default_dtype",
@@ -50,7 +49,6 @@ __all__ = [
     "find_decoder",
     "first_batch_size",
     "first_moving_block",
-    "frozen_hash",
     "in_batches",
     "is_sharded",
     "keep_quantised",

@@ -41,7 +41,8 @@ _RELATED = 0.5
 def weights_hash(model: nn.Module, *, only_frozen: bool = False) -> str:
     """A short hash of all that a model computes with: parameters, buffers and the scales of quantised ones, and which
     adapters are on, how strongly. The same on every device, sharded or not, and whatever floating dtype holds the
-    values; ``only_frozen`` leaves out what trains. If they are sharded, all ranks must call.
+    values. ``only_frozen`` leaves out what trains: the rest is the same as training starts, goes on and ends. If
+    parameters are sharded, all ranks must call.
     """
     digest = hashlib.sha256()
     # First: it brings weights that bitsandbytes has repacked for a CPU back to what they were.
@@ -68,11 +69,6 @@ def weights_hash(model: nn.Module, *, only_frozen: bool = False) -> str:
             scales = [(adapter, str(getattr(module, "scaling", {}).get(adapter))) for adapter in module.active_adapters]
             digest.update(f"{_own_name(name)}{scales}{module.disable_adapters}".encode())
     return digest.hexdigest()[:16]
-
-
-def frozen_hash(model: nn.Module) -> str:
-    """As :func:`weights_hash`, of what does not train: the same as training starts, goes on and ends."""
-    return weights_hash(model, only_frozen=True)
 
 
 def configuration_hash(model: nn.Module) -> str:

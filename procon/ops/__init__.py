@@ -6,12 +6,6 @@ May import: ``eager``, ``kernels`` and the leaves. It knows no models.
 """
 
 from procon.ops.backends import outside_backward
-from procon.ops.functional import (
-    constrain,
-    project,
-    projection_penalty,
-    rms_norm,
-    rms_norm_constrain,
-)
+from procon.ops.functional import constrain, project, projection_penalty, rms_norm, rms_norm_constrain
 
 __all__ = ["constrain", "outside_backward", "project", "projection_penalty", "rms_norm", "rms_norm_constrain"]

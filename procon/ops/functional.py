@@ -37,8 +37,6 @@ from procon.ops.autograd import Constrain, Project, RmsNormConstrain
 from procon.ops.backends import choose_backend
 from procon.settings import CHOICES, MAX_DIRECTIONS, Backend, Penalty, check_choice
 
-__all__ = ["constrain", "project", "projection_penalty", "rms_norm", "rms_norm_constrain"]
-
 _CASTINGS = ("llama", "gemma")
 _REDUCTIONS = ("sum", "mean", "none")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -85,28 +85,13 @@ def legend_above(figure: Figure) -> None:
 
 
 def to_svg(plot: Callable[[], Figure], name: str, alt: str) -> str:
-    """The figure as an ``<svg>`` element that takes its ink from the page and may stand beside others.
+    """The figure as an ``<svg>`` element that takes its ink from the page and may stand beside others; always the same.
 
     Args:
         plot: draws the figure; called under the page's style.
         name: begins the element's ids, so that those of two plots differ.
         alt: what the figure shows, in words.
     """
-    svg = draw_svg(plot).replace(INK, "currentColor").replace(RULE, "var(--rule)")
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    return re.sub(
-        r'<svg[^>]*?(viewBox="[^"]*")[^>]*>',
-        lambda tag: (
-            f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" xmlns="http://www.w3.org/2000/svg" {tag[1]} '
-            f'stroke-linejoin="round" role="img" aria-label="{escape(alt)}">'
-        ),
-        svg,
-        count=1,
-    )
-
-
-def draw_svg(plot: Callable[[], Figure]) -> str:
-    """The figure as an ``<svg>`` element with INK and RULE for the page's colours; the same each time."""
     buffer = io.StringIO()
     with mpl.rc_context(PLOT_STYLE):
         plot().savefig(buffer, format="svg", metadata={"Date": None})
@@ -114,4 +99,14 @@ def draw_svg(plot: Callable[[], Figure]) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", buffer.getvalue(), flags=re.DOTALL)
     # A hundredth of a point is finer than can be seen.
     svg = re.sub(r' (?:d|x|y)="[^"]*"', lambda place: re.sub(r"(\.\d\d)\d+", r"\1", place[0]), svg)
-    return svg[svg.index("<svg") :]
+    svg = svg.replace(INK, "currentColor").replace(RULE, "var(--rule)")
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    return re.sub(
+        r'<svg[^>]*?(viewBox="[^"]*")[^>]*>',
+        lambda tag: (
+            f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" xmlns="http://www.w3.org/2000/svg" {tag[1]} '
+            f'stroke-linejoin="round" role="img" aria-label="{escape(alt)}">'
+        ),
+        svg[svg.index("<svg") :],
+        count=1,
+    )

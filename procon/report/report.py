@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -85,11 +85,12 @@ def write_html(
     if len(runs) > 1:
         rows, caption = _differences(runs)
         sections["Differences"] = f"{_html_table(_COMPARED, rows)}<p class='caption'>{escape(caption)}</p>"
+    made = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in (facts or {}).items())
     sections |= {
         "Plots": f"<div class='beside'>{figures}</div>" if (figures := "".join(_figures(runs))) else "",
         "Replies": "".join(_replies(runs, kind) for kind in ("malicious", "benign", "task")),
         "Limits": "".join(f"<p>{escape(note)}</p>" for note in notes),
-        "How this was made": _definitions((facts or {}).items()),
+        "How this was made": made and f"<dl>{made}</dl>",
     }
     body = "".join(f"<section><h2>{escape(head)}</h2>{part}</section>" for head, part in sections.items() if part)
     return write_page(title, f"<h1>{escape(title)}</h1>{body}", path)
@@ -144,11 +145,6 @@ def _html_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for label, *cells in rows
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _definitions(pairs: Iterable[tuple[str, str]]) -> str:
-    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in pairs)
-    return rows and f"<dl>{rows}</dl>"
 
 
 def _figures(runs: Sequence[Run]) -> list[str]:

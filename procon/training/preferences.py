@@ -16,15 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
-
-if TYPE_CHECKING:
-    from trl import KTOConfig, KTOTrainer
-else:
-    try:
-        from trl import KTOConfig, KTOTrainer
-    except ImportError:  # before TRL called its KTO stable
-        from trl.experimental.kto import KTOConfig, KTOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
 
 from procon.anchors import LiveAnchors
 from procon.errors import ProConError

@@ -19,9 +19,9 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from procon.errors import ProConError
-from procon.files import sync, writing
+from procon.files import sync, sync_files, writing
 from procon.method.record import RECORD, read_record, write_record
-from procon.models import frozen_hash, weights_hash
+from procon.models import weights_hash
 from procon.ranks import on_main
 from procon.settings import ProConSettings
 from procon.training.model_card import drop_section
@@ -160,13 +160,10 @@ def seal(folder: Path, record: dict[str, Any]) -> None:
 
     Every rank must have written its own by now.
     """
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        sync(path)
-        if path.is_file() and path.name != RECORD:
-            files[path.relative_to(folder).as_posix()] = _checksum(path)
-    sync(folder)
+    sync_files(folder)
     sync(folder.parent)
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != RECORD)
+    files = {path.relative_to(folder).as_posix(): _checksum(path) for path in paths}
     write_record(folder, {**record, "files": files})
 
 
@@ -294,7 +291,7 @@ def run_facts(
     )
     return {
         "model": _hash([trained, {name: _configuration(found) for name, found in configurations.items()}]),
-        "base_model": frozen_hash(model),
+        "base_model": weights_hash(model, only_frozen=True),
         "training_data": _hash(_rows(dataset, reads_data)),
         "seed": args.seed,
         "data_seed": args.data_seed,

@@ -98,7 +98,6 @@ class TrainerRun(Run):
 
     @property
     def reference(self) -> nn.Module | None:
-        """The starting model as a module of its own, if the trainer has one anyway."""
         found = getattr(self._trainer, "ref_model", None) if self._trainer._has_reference else None
         return None if found is None else unwrapped(found)
 
@@ -217,9 +216,7 @@ class ProConMixin(_Trainer):
 
     # ---------------------------------------------------------------- before the first step
 
-    def train(
-        self, resume_from_checkpoint: str | Path | bool | Checkpoint | None = None, *args: Any, **kwargs: Any
-    ) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, or go on from a checkpoint: one that is given, or the latest whole one for True.
 
         What the terms need is recorded first, in the state that training starts from, unless it is there already.
@@ -264,9 +261,9 @@ class ProConMixin(_Trainer):
             procon.evidence.check_acted(self.state.global_step, procon.schedule)
         return output
 
-    def _opened(self, given: str | Path | bool | Checkpoint | None) -> Checkpoint | None:
-        if isinstance(given, Checkpoint) or not given:
-            return given or None
+    def _opened(self, given: str | Path | bool | None) -> Checkpoint | None:
+        if not given:
+            return None
         if given is not True:
             path = Path(given)
             return on_main(lambda: open_checkpoint(path))

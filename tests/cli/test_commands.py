@@ -132,7 +132,7 @@ def nothing(_) -> None:
 @pytest.mark.parametrize(
     ("prepare", "argv", "message"),
     [
-        (nothing, [*EVAL, "--output", "model"], "output 'model' is a folder: give a file"),
+        (nothing, [*EVAL, "--output", "model"], "cannot write 'model': it is a folder"),
         (nothing, [*EVAL, "--output", "data.jsonl/e.json"], "cannot write 'data.jsonl/e.json'"),
         (nothing, [*EXTRACT, "--output", "/proc/none/d"], "./proc/"),
         (nothing, [*EXTRACT, "--k", "9"], "k is 9: give 1 to"),
