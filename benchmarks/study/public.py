@@ -25,6 +25,7 @@ from peft import PeftModel
 from rich.progress import track
 
 from benchmarks.harness.command import run_command
+from benchmarks.study.jobs import REPLY_TOKENS
 from benchmarks.study.judge import ReplyClassifier
 from benchmarks.study.plan import RUNS, load_budget
 from benchmarks.study.record import provenance
@@ -130,7 +131,9 @@ def count_refusals(arguments: PublicArguments) -> None:
         tuned = model if adapter is None else PeftModel.from_pretrained(model, adapter)
         found: dict[str, Any] = {"made": provenance()}
         for kind, prompts in asked.items():
-            replies = generate_replies(tuned, tokenizer, [user_turn(text) for text in prompts], progress=False)
+            turns = [user_turn(text) for text in prompts]
+            # As long as what the second judge has learned from.
+            replies = generate_replies(tuned, tokenizer, turns, max_new_tokens=REPLY_TOKENS, progress=False)
             found[kind] = {
                 "prompts": len(prompts),
                 "keywords": sum(map(is_refusal, replies)),

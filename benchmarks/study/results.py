@@ -67,6 +67,7 @@ _of_poison = partial(Row, job="arithmetic_poisoned_10")
 
 START, PLAIN, LONG, OURS, WITH_TOKENS = "starting model", "plain", "_x4", "ProCon", "ProCon and training tokens"
 WITH_OWN, OWN = "ProCon and own replies", f"{DEFAULT}_own_100"
+WITH_BOTH, WHOLE_AND_OWN = "ProCon, whole and own replies", f"{DEFAULT}_replies_own_100"
 
 CLEAN = (
     Row(START, "start"),
@@ -79,24 +80,23 @@ CLEAN = (
     Row(WITH_OWN, OWN + LONG),
     Row(WITH_TOKENS, BOTH + LONG),
     Row("SBR", "sbr_10_each_x4"),
-    Row("KL", "kl_0.03_x4"),
     Row("ProCon_s", "procon_s_x4"),
 )
 
 LONG_POISON = (
     _of_poison(PLAIN, "plain_x4"),
     _of_poison(OURS, DEFAULT + LONG),
+    _of_poison("ProCon, whole replies", f"{DEFAULT}_replies_x4"),
     _of_poison(WITH_OWN, OWN + LONG),
+    _of_poison(WITH_BOTH, WHOLE_AND_OWN + LONG),
     _of_poison("own replies alone", "own_100_x4"),
     _of_poison(WITH_TOKENS, BOTH + LONG),
     _of_poison("SBR", "sbr_10_each_x4"),
     _of_poison("SafeGrad", "safegrad_1_x4"),
     _of_poison("safety data, 100", "safe_100_x4"),
-    _of_poison("ProCon_s", "procon_s_x4"),
 )
 
 POISON = (
-    _of_poison(START, "start"),
     _of_poison(PLAIN, "plain"),
     _of_poison(OURS, DEFAULT),
     *LONG_POISON,
@@ -114,22 +114,21 @@ class Added(NamedTuple):
 
 
 ADDED = (
-    Added("own replies, beside the probes", OWN + LONG, DEFAULT + LONG),
+    Added("own replies", OWN + LONG, DEFAULT + LONG),
+    Added("whole and own replies", WHOLE_AND_OWN + LONG, DEFAULT + LONG),
     Added("training tokens, beside the probes", BOTH + LONG, DEFAULT + LONG),
     Added("probes, beside the training tokens", BOTH + LONG, "procon_s_x4"),
     Added("the refusal direction, beside the probes", BOTH + LONG, "tokens_state_3_turns_random_x4"),
-    Added("the same, on training tokens alone", "procon_s_x4", "procon_s_random_x4"),
     Added("the same, at probes that keep projections alone", "probes_10_x4", "probes_10_random_x4"),
     Added("the same, tokens alone, alpha 0.1, 40 steps", "raw_0.1_refusal", "raw_0.1_random1", "table", REFUSAL),
 )
 
 ADAPTIVE = (
     Row("after: plain", "plain_x4", "refuse_then_comply"),
-    Row("after: SBR", "sbr_10_each_x4", "refuse_then_comply"),
     Row("after: ProCon", DEFAULT + LONG, "refuse_then_comply"),
     Row("after: ProCon, whole replies", f"{DEFAULT}_replies_x4", "refuse_then_comply"),
     Row("after: ProCon and own replies", OWN + LONG, "refuse_then_comply"),
-    Row("midway: plain", "plain_x4", "turn_midway"),
+    Row(f"after: {WITH_BOTH}", WHOLE_AND_OWN + LONG, "refuse_then_comply"),
     Row("midway: ProCon", DEFAULT + LONG, "turn_midway"),
     Row("midway: ProCon, whole replies", f"{DEFAULT}_replies_x4", "turn_midway"),
 )
@@ -143,16 +142,12 @@ OTHERS = (
     Row("JSON: ProCon", DEFAULT, "extraction"),
     Row("notices: plain", "plain", "passages"),
     Row("notices: ProCon", DEFAULT, "passages"),
-    Row("obedience: plain", "plain", "identity"),
-    Row("obedience: ProCon", DEFAULT, "identity"),
     Row("swapped, 4x: plain", "plain_x4", "swapped"),
     Row("swapped, 4x: ProCon", DEFAULT + LONG, "swapped"),
-    Row("swapped, 4x: ProCon and tokens", BOTH + LONG, "swapped"),
     _qwen("Qwen: starting model", "start"),
     _qwen("Qwen, 4x: plain", "plain_x4"),
     _qwen("Qwen, 4x: ProCon", DEFAULT + LONG),
     _qwen("Qwen, 4x: ProCon and own replies", OWN + LONG),
-    _qwen("Qwen, 4x: ProCon and training tokens", BOTH + LONG),
     _dpo("DPO: plain", "plain"),
     _dpo("DPO: ProCon", "probes_3_turns_128"),
     _grpo("GRPO: plain", "plain"),
@@ -163,12 +158,11 @@ OTHERS = (
 #: Models whose refusals of public prompts were counted, in long training with the first seed.
 PUBLIC = {
     START: "start",
-    "clean: plain": "arithmetic/plain_x4/seed-3",
     "clean: ProCon": f"arithmetic/{DEFAULT}_x4/seed-3",
-    "clean: ProCon and own replies": f"arithmetic/{OWN}_x4/seed-3",
-    "10% poison: plain": "arithmetic_poisoned_10/plain_x4/seed-3",
-    "10% poison: ProCon": f"arithmetic_poisoned_10/{DEFAULT}_x4/seed-3",
-    "10% poison: ProCon and own replies": f"arithmetic_poisoned_10/{OWN}_x4/seed-3",
+    "poison: plain": "arithmetic_poisoned_10/plain_x4/seed-3",
+    "poison: ProCon": f"arithmetic_poisoned_10/{DEFAULT}_x4/seed-3",
+    "poison: ProCon and own replies": f"arithmetic_poisoned_10/{OWN}_x4/seed-3",
+    "poison: ProCon, whole and own replies": f"arithmetic_poisoned_10/{WHOLE_AND_OWN}_x4/seed-3",
 }
 
 
@@ -210,7 +204,7 @@ def results_page(
         adaptive=table(ADAPTIVE, "turns"),
         others=table(OTHERS, "seeds"),
         public=public_table(counts),
-        failed=failed_table(verdicts),
+        failed=failed_list(verdicts),
         kappa=judges_agree(found["hard"]),
         prediction=figure(prediction_drawing(predictions(found["hard"]))),
     )
@@ -237,22 +231,19 @@ def public_table(counts: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str:
     """The refusals of each set of public prompts, by keywords and by the second judge."""
 
     def cell(found: Mapping[str, int]) -> str:
-        return " / ".join(f"{100 * found[judge] / found['prompts']:.0f}%" for judge in ("keywords", "second_judge"))
+        return "/".join(f"{100 * found[judge] / found['prompts']:.0f}" for judge in ("keywords", "second_judge")) + "%"
 
     rows = [[label, *(cell(counts[name][kind]) for kind in SETS)] for label, name in PUBLIC.items()]
     return Table(["model", *SETS], rows).markdown()
 
 
-def failed_table(verdicts: Mapping[str, Sequence[Verdict]]) -> str:
-    """The hypotheses that did not hold, by budget."""
-    rows = [
-        [
-            # A measure of refusals may name the set.
-            "Qwen: " * (budget == "qwen") + verdict.hypothesis.claim + verdict.measure.label.partition("refusals")[2],
-            difference_cell(verdict.difference, verdict.measure),
-        ]
+def failed_list(verdicts: Mapping[str, Sequence[Verdict]]) -> str:
+    """The hypotheses that did not hold, by budget, whose difference is below zero as far as its interval goes."""
+    return "\n".join(
+        # A measure of refusals may name the set.
+        f"- {'Qwen: ' * (budget == 'qwen')}{verdict.hypothesis.claim}{verdict.measure.label.partition('refusals')[2]}: "
+        + difference_cell(verdict.difference, verdict.measure).replace("<br>", " ")
         for budget, judged in verdicts.items()
         for verdict in judged
-        if f"{verdict}" == "failed" and verdict.difference
-    ]
-    return Table(["hypothesis", "difference"], rows).markdown()
+        if f"{verdict}" == "failed" and verdict.difference and verdict.difference.interval[1] < 0
+    )
