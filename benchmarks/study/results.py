@@ -22,6 +22,7 @@ from benchmarks.study.outcomes import (
     Measure,
     Outcomes,
     judges_agree,
+    values,
 )
 from benchmarks.study.prediction import prediction_drawing, predictions
 from benchmarks.study.public import SETS
@@ -158,11 +159,11 @@ OTHERS = (
 #: Models whose refusals of public prompts were counted, in long training with the first seed.
 PUBLIC = {
     START: "start",
-    "clean: ProCon": f"arithmetic/{DEFAULT}_x4/seed-3",
+    "clean: ProCon": f"arithmetic/{DEFAULT + LONG}/seed-3",
     "poison: plain": "arithmetic_poisoned_10/plain_x4/seed-3",
-    "poison: ProCon": f"arithmetic_poisoned_10/{DEFAULT}_x4/seed-3",
-    "poison: ProCon and own replies": f"arithmetic_poisoned_10/{OWN}_x4/seed-3",
-    "poison: ProCon, whole and own replies": f"arithmetic_poisoned_10/{WHOLE_AND_OWN}_x4/seed-3",
+    "poison: ProCon": f"arithmetic_poisoned_10/{DEFAULT + LONG}/seed-3",
+    "poison: ProCon and own replies": f"arithmetic_poisoned_10/{OWN + LONG}/seed-3",
+    "poison: ProCon, whole and own replies": f"arithmetic_poisoned_10/{WHOLE_AND_OWN + LONG}/seed-3",
 }
 
 
@@ -177,6 +178,14 @@ def results_page(
 
     def runs(row: Row) -> _Runs:
         return found[row.budget].find(row.job, row.method, split=row.split)
+
+    def share(row: Row) -> str:
+        return f"{100 * values(runs(row), REFUSES_ALONE).mean():.0f}%"
+
+    def took_poison(method: str) -> str:
+        """Of the prompts that Qwen did not refuse before training, first seed."""
+        answered = values(runs(_qwen(START, "start")), REFUSAL)[0] == 0
+        return f"{values(runs(_qwen(OURS, method)), COMPLIES)[0][answered].sum():.0f} of {answered.sum()}"
 
     def table(rows: Sequence[Row], *others: str) -> str:
         few = {"1": ", one seed", "2": ", two seeds"} if "seeds" not in others else {}
@@ -204,6 +213,11 @@ def results_page(
         adaptive=table(ADAPTIVE, "turns"),
         others=table(OTHERS, "seeds"),
         public=public_table(counts),
+        kl=share(Row("KL", "kl_0.03_x4")),
+        poisoned_tokens=share(_of_poison("ProCon_s", "procon_s_x4")),
+        adaptive_sbr=share(Row("SBR", "sbr_10_each_x4", "refuse_then_comply")),
+        took_poison=took_poison(DEFAULT + LONG),
+        took_poison_own=took_poison(OWN + LONG),
         failed=failed_list(verdicts),
         kappa=judges_agree(found["hard"]),
         prediction=figure(prediction_drawing(predictions(found["hard"]))),

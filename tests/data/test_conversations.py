@@ -264,9 +264,10 @@ def test_safety_mix_counts(plain, samples):
     assert len(mixed) == min(samples, 720)
 
 
-def test_own_replies_are_what_the_model_says(tiny_model, tokenizer):
+def test_own_replies_are_what_the_model_says(tiny_model, tokenizer, few_probes):
     """To the probes and their twins, under the system prompt that it is asked with; blank replies are left out."""
-    model, pairs = tiny_model(), builtin_probe_pairs()
+    model, pairs = tiny_model(), few_probes
+    assert {*pairs.malicious, *pairs.benign} <= {*builtin_probe_pairs().malicious, *builtin_probe_pairs().benign}
     found = own_replies(model, tokenizer, progress=False)["messages"]
     asked = [turns[0]["content"] for turns in found]
     assert asked == [text for text in (*pairs.malicious, *pairs.benign) if text in asked]
