@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, TypeVar, cast, get_args
 
+import datasets
 import numpy as np
 from datasets import Dataset, IterableDataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
@@ -27,6 +29,7 @@ def tokenize_conversations(
     chat: ChatSettings | None = None,
     max_length: int | None = None,
     overlong: Overlong = "cut",
+    progress: bool = True,
 ) -> _Data:
     """Token ids, and labels on the assistant's tokens only: columns ``input_ids`` and ``labels``.
 
@@ -38,6 +41,7 @@ def tokenize_conversations(
         max_length: tokens of the longest sample.
         overlong: what is done with longer ones: ``"cut"``, on the right, which leaves out those that lose their whole
             response; or ``"drop"``, left out.
+        progress: whether the bars of datasets show how far it is.
 
     Raises:
         ProConError: if no sample has a response token, or the chat template cannot render a conversation.
@@ -55,11 +59,23 @@ def tokenize_conversations(
         fits = overlong == "cut" or row["length"] == len(row["labels"])
         return fits and any(label != IGNORE_INDEX for label in row["labels"])
 
-    encoded = dataset.map(encode, remove_columns=list(next(iter(dataset), {})))
-    kept = encoded.filter(is_kept)
+    with nullcontext() if progress else _without_bars():
+        encoded = dataset.map(encode, remove_columns=list(next(iter(dataset), {})))
+        kept = encoded.filter(is_kept)
     if isinstance(encoded, Dataset):
         _warn_of_losses(np.array(encoded["length"][:]), len(cast(Dataset, kept)), max_length, overlong)
     return kept.remove_columns("length")
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _warn_of_losses(length: np.ndarray, kept: int, max_length: int | None, overlong: Overlong) -> None:
