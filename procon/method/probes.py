@@ -1,6 +1,8 @@
-"""A few fixed prompts, at which the model is kept near its starting state: where a reply begins, or all along it.
+"""A few fixed prompts, at which the model is kept near what it was: no directions, no hooks.
 
-What is kept is the last hidden state as a whole, which is the method SBR (arXiv 2605.05995): no directions, no hooks.
+Where a reply begins, the last hidden state is kept as a whole, which is the method SBR (arXiv 2605.05995). Or, along the
+starting model's own replies to malicious and to benign prompts, what it would say next: the divergence from its
+predictions, as SafeGrad (arXiv 2508.07172) has it on refusals that others wrote.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,13 +45,16 @@ PROBES_FILE = "probes.safetensors"
 #: Packages whose modules heed the mask that they are given.
 _USUAL = ("accelerate", "bitsandbytes", "deepspeed", "liger_kernel", "peft", "procon", "torch", "transformers")
 
+#: Of how many next tokens the predictions are kept; of all others, what they add up to.
+_LIKELIEST = 32
+
 #: By how much of a state's length rounding moves it at most: of 32 bits, and of 16.
 _OFF, _FEW_BITS_OFF = 1e-3, 0.06
 
 
 @dataclass(frozen=True)
 class Probes:
-    """Prompts, with replies or without, and the starting model's last hidden states at the tokens that are kept.
+    """Prompts, with replies or without, and what the starting model makes of the tokens that are kept.
 
     These are the last token of each prompt and all of the reply: those from which a token of the reply, or its end, is
     predicted. There are N of them in all, prompt by prompt.
@@ -57,7 +63,9 @@ class Probes:
         input_ids: ``[n, T]`` int64, padded on the right.
         prompts: ``[n]`` int64, tokens of each prompt.
         lengths: ``[n]`` int64, tokens of each prompt and its reply.
-        states: ``[N, D]`` fp32, last hidden states there, after the final norm.
+        states: ``[N, D]`` fp32, last hidden states there, after the final norm; with replies, ``[N, k]``, the
+            log-probabilities of the likeliest next tokens.
+        tokens: ``[N, k]`` int64, which these are; k is 0 without replies.
         shared: int64 scalar, tokens that all prompts begin with and that a forward runs once; 0 if each is run whole.
     """
 
@@ -65,6 +73,7 @@ class Probes:
     prompts: Tensor
     lengths: Tensor
     states: Tensor
+    tokens: Tensor
     shared: Tensor
 
     def __len__(self) -> int:
@@ -92,14 +101,10 @@ class Probes:
             return self
         rows = (number * size + torch.arange(size)) % len(self)
         prompts, lengths = self.prompts[rows], self.lengths[rows]
-        states = self.states.split((self.lengths - self.prompts + 1).tolist())
-        return Probes(
-            self.input_ids[rows, : int(lengths.max())],
-            prompts,
-            lengths,
-            torch.cat([states[row] for row in rows]),
-            self.shared,
-        )
+        places = torch.arange(len(self.states)).split((self.lengths - self.prompts + 1).tolist())
+        kept = torch.cat([places[row] for row in rows])
+        ids = self.input_ids[rows, : int(lengths.max())]
+        return Probes(ids, prompts, lengths, self.states[kept], self.tokens[kept], self.shared)
 
     def inputs(self) -> tuple[dict[str, Tensor], Tensor]:
         """What a forward takes to run the prompts, and at which of its tokens the model is kept.
@@ -127,8 +132,20 @@ class Probes:
             outputs = forward.run(**{name: tensor.to(forward.device) for name, tensor in inputs.items()})
         return found[0][kept.to(found[0].device)], outputs
 
+    def predict(self, forward: DecoderForward) -> tuple[Tensor, Tensor]:
+        """Logits ``[N, V]`` at the kept tokens, in fp32, and ``[N, 1]``, the logarithm of what they add up to."""
+        inputs, kept = self.inputs()
+        places = kept.any(0).nonzero().squeeze(1)
+        chosen: dict[str, Any] = {"logits_to_keep": places.to(forward.device)} if forward.takes_places else {}
+        logits = forward.predict(**{name: part.to(forward.device) for name, part in inputs.items()}, **chosen).logits
+        logits = logits[kept[:, places if chosen else slice(None)].to(logits.device)].float()
+        return logits, logits.logsumexp(-1, keepdim=True)
+
     def departure(self, forward: DecoderForward) -> Tensor:
-        """Mean squared departure of the last hidden states at the kept tokens from the starting model's: a scalar.
+        """How far the model has moved at the kept tokens, on average: a scalar.
+
+        The squared difference of last hidden states; with replies, ``KL(start || model)`` of the next token, in nats,
+        over the likeliest ones and all others as one.
 
         Args:
             forward: of the model in training, which is run once.
@@ -136,6 +153,12 @@ class Probes:
         Raises:
             ProConError: if nothing in the model trains.
         """
+        if self.tokens.shape[1]:
+            logits, total = self.predict(forward)
+            if torch.is_grad_enabled() and not logits.requires_grad:
+                raise ProConError("nothing in the model trains, so the penalty on what it predicts does nothing")
+            likely = logits.gather(1, self.tokens.to(logits.device)) - total
+            return _divergence(self.states.to(logits.device), likely).mean()
         last, outputs = self.run(forward)
         if torch.is_grad_enabled() and not last.requires_grad:
             raise ProConError("nothing below the last hidden state trains, so the penalty on it does nothing")
@@ -158,9 +181,10 @@ class Probes:
         """Run the prompts through ``model`` as it now is. If parameters are sharded, all ranks must call.
 
         Args:
-            prompts: texts, or a file of them; those of the settings if not given, the built-in malicious ones.
+            prompts: texts, or a file of them; those of the settings if not given, the built-in malicious ones, and with
+                replies their benign twins.
             settings: ``probe_batch`` prompts have one forward. Each goes on with up to ``probe_reply_tokens`` of the
-                model's own greedy reply, thoughts included, and the model is kept at each of them too.
+                model's own greedy reply, thoughts included, along which its predictions are kept.
             chat: how the model is asked: system prompt and variables of its chat template.
             progress: whether a bar shows how far replies are generated.
 
@@ -168,7 +192,7 @@ class Probes:
             ProConError: for a tokenizer without a chat template, or no prompts.
         """
         settings = settings or ProConSettings()
-        texts = _texts(settings.probe_file if prompts is None else prompts)
+        texts = _texts(settings.probe_file if prompts is None else prompts, twins=settings.probe_reply_tokens > 0)
         check_tokenizer(tokenizer)
         model = unwrapped(model)
         rows = [render(tokenizer, user_turn(text), generation_prompt=True, chat=chat) for text in texts]
@@ -183,7 +207,7 @@ class Probes:
         for number, row in enumerate(rows):
             ids[number, : len(row)] = torch.tensor(row)
         nothing = torch.zeros(int((lengths - prompt_lengths + 1).sum()), 0)
-        found = cls(ids, prompt_lengths, lengths, nothing, torch.tensor(0))
+        found = cls(ids, prompt_lengths, lengths, nothing, nothing.long(), torch.tensor(0))
         forward = DecoderForward(model)
         with evaluating(model):
             found = replace(found, states=found._recorded(forward, settings.probe_batch))
@@ -192,22 +216,28 @@ class Probes:
                     "hidden states at the probes are NaN or infinite: load the model in bfloat16 or float32, and check "
                     "its weights"
                 )
-            # In one row behind the tokens that they share, if the model gives the same states so. Attention kernels
-            # without such masks do not, nor layers that read a row from end to end.
-            together = replace(found, shared=torch.tensor(_common_beginning(found)))
-            if not together.shared or not _heeds_masks(forward.decoder):
-                return found
-            try:
-                together = replace(together, states=together._recorded(forward, settings.probe_batch))
-            except (IndexError, RuntimeError, TypeError, ValueError) as error:
-                logger.info("probes are run one by one: their shared beginning cannot be run once (%s)", error)
-                return found
-        off = ((together.states - found.states).norm(dim=1) / found.states.norm(dim=1)).max()
+            found = found._together(forward, settings.probe_batch)
+            return found._predicted(forward, settings.probe_batch) if reply_tokens else found
+
+    def _together(self, forward: DecoderForward, size: int) -> Probes:
+        """In one row behind the tokens that they share, if the model gives the same states so.
+
+        Attention kernels without such masks do not, nor layers that read a row from end to end.
+        """
+        together = replace(self, shared=torch.tensor(_common_beginning(self)))
+        if not together.shared or not _heeds_masks(forward.decoder):
+            return self
+        try:
+            together = replace(together, states=together._recorded(forward, size))
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            logger.info("probes are run one by one: their shared beginning cannot be run once (%s)", error)
+            return self
+        off = ((together.states - self.states).norm(dim=1) / self.states.norm(dim=1)).max()
         # Rounding alone, or another computation.
         few_bits = torch.is_autocast_enabled(forward.device.type) or forward.dtype.itemsize < 4
         if not off < (_FEW_BITS_OFF if few_bits else _OFF):
             logger.info("probes are run one by one: behind a shared beginning their states are off by %.2g", off)
-            return found
+            return self
         return together
 
     def _recorded(self, forward: DecoderForward, size: int) -> Tensor:
@@ -216,6 +246,17 @@ class Probes:
         for number in range(-(-len(self) // size)):
             states.append(self.turn(number, size).run(forward)[0].cpu().float())
         return torch.cat(states)[: len(self.states)]  # the last turn goes round
+
+    def _predicted(self, forward: DecoderForward, size: int) -> Probes:
+        """With what the model says next, in place of its states."""
+        likely, tokens = [], []
+        for number in range(-(-len(self) // size)):
+            logits, total = self.turn(number, size).predict(forward)
+            found = logits.topk(min(_LIKELIEST, logits.shape[1]))
+            likely.append((found.values - total).cpu())
+            tokens.append(found.indices.cpu())
+        count = len(self.states)
+        return replace(self, states=torch.cat(likely)[:count], tokens=torch.cat(tokens)[:count])
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file with a checksum in its header; returns its path."""
@@ -245,10 +286,10 @@ class Probes:
 
     def _fits(self) -> bool:
         """Whether the tensors belong together: what a file says may be anything."""
-        numbers = (self.input_ids, self.prompts, self.lengths, self.shared)
+        numbers = (self.input_ids, self.prompts, self.lengths, self.tokens, self.shared)
         if any(tensor.dtype != torch.int64 for tensor in numbers) or self.states.dtype != torch.float32:
             return False
-        if [tensor.dim() for tensor in (*numbers, self.states)] != [2, 1, 1, 0, 2] or not len(self.lengths):
+        if [tensor.dim() for tensor in (*numbers, self.states)] != [2, 1, 1, 2, 0, 2] or not len(self.lengths):
             return False
         rows, width = self.input_ids.shape
         if not rows == len(self.prompts) == len(self.lengths) or not bool((self.input_ids >= 0).all()):
@@ -256,6 +297,8 @@ class Probes:
         if not bool(((self.prompts >= 1) & (self.prompts <= self.lengths) & (self.lengths <= width)).all()):
             return False
         if not 0 <= int(self.shared) <= _common_beginning(self):
+            return False
+        if len(self.tokens) != len(self.states) or self.tokens.shape[1] not in (0, self.states.shape[1]):
             return False
         return int((self.lengths - self.prompts + 1).sum()) == len(self.states)
 
@@ -315,13 +358,10 @@ class ProbeTerm(Term):
         step.done.add(self.name)
         settings = self._settings
         probes = self._recorded().turn(step.number // settings.probe_every, settings.probe_batch)
-        # The mean is over kept tokens: times tokens per prompt, so that where a reply begins keeps its weight if the
-        # rest of it is kept too.
-        weight = settings.probe_weight * len(probes.states) / len(probes)
         if self._forward is None:  # now that the model is wrapped as it trains
             self._forward = DecoderForward(run.model)
         # Ranks that have the same probes have a part each.
-        return weight / run.groups * probes.departure(self._forward)
+        return settings.probe_weight / run.groups * probes.departure(self._forward)
 
     def _recorded(self) -> Probes:
         if self.probes is None:
@@ -374,9 +414,17 @@ def check_tokenizer(tokenizer: Any) -> None:
         )
 
 
-def _texts(prompts: Sequence[str] | str | Path | None) -> tuple[str, ...]:
+def _divergence(start: Tensor, now: Tensor) -> Tensor:
+    """``[N]``: ``KL(start || now)`` from log-probabilities ``[N, k]``, all other tokens taken as one."""
+    others = [(1 - part.exp().sum(1)).clamp_min(1e-6).log() for part in (start, now)]
+    return (start.exp() * (start - now)).sum(1) + others[0].exp() * (others[0] - others[1])
+
+
+def _texts(prompts: Sequence[str] | str | Path | None, *, twins: bool = False) -> tuple[str, ...]:
     if prompts is None:
-        return builtin_probe_pairs().malicious
+        pairs = builtin_probe_pairs()
+        # In turn, so that each forward has both.
+        return tuple(chain(*zip(pairs.malicious, pairs.benign, strict=True))) if twins else pairs.malicious
     texts = load_instructions(prompts) if isinstance(prompts, str | Path) else tuple(prompts)
     if not texts:
         raise ProConError("no probe prompts given: at least one is needed")

@@ -177,6 +177,8 @@ class DecoderForward:
         device: where its inputs go.
         dtype: of its weights, outside of autocast.
         run: takes inputs by name.
+        predict: the whole model's, which takes inputs by name.
+        takes_places: whether ``predict`` takes the places whose logits it is to give, as ``logits_to_keep``.
 
     Raises:
         ProConError: as :func:`find_decoder` and :func:`refuse_unprepared`.
@@ -187,9 +189,10 @@ class DecoderForward:
         self.decoder, self.device = find_decoder(model), model_device(model)
         self.dtype = transformers_model(unwrapped(model)).dtype
         self.run: partial[Any] = partial(self.decoder.module, use_cache=False)
+        self.predict: partial[Any] = partial(model, use_cache=False)
+        self.takes_places = "logits_to_keep" in inspect.signature(transformers_model(model).forward).parameters
         if is_sharded(model) or hasattr(model, "_original_forward"):
-            taken = inspect.signature(transformers_model(model).forward).parameters
-            self.run = partial(model, use_cache=False, **({"logits_to_keep": 1} if "logits_to_keep" in taken else {}))
+            self.run = partial(self.predict, **({"logits_to_keep": 1} if self.takes_places else {}))
 
 
 def refuse_unprepared(model: nn.Module) -> None:
