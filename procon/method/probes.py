@@ -1,7 +1,7 @@
 """A few fixed prompts, at which the model is kept near what it was: no directions, no hooks.
 
-Where a reply begins, the last hidden state is kept as a whole, which is the method SBR (arXiv 2605.05995). Or, along the
-starting model's own replies to malicious and to benign prompts, what it would say next: the divergence from its
+Where a reply begins, the last hidden state is kept as a whole, which is the method SBR (arXiv 2605.05995). Or, along
+the starting model's own replies to malicious and to benign prompts, what it would say next: the divergence from its
 predictions, as SafeGrad (arXiv 2508.07172) has it on refusals that others wrote.
 """
 
@@ -416,8 +416,11 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 def _divergence(start: Tensor, now: Tensor) -> Tensor:
     """``[N]``: ``KL(start || now)`` from log-probabilities ``[N, k]``, all other tokens taken as one."""
-    others = [(1 - part.exp().sum(1)).clamp_min(1e-6).log() for part in (start, now)]
-    return (start.exp() * (start - now)).sum(1) + others[0].exp() * (others[0] - others[1])
+    start, now = (
+        torch.cat([part, (1 - part.exp().sum(1, keepdim=True)).clamp_min(1e-6).log()], 1) for part in (start, now)
+    )
+    # Both add up to 1. So no summand is below 0, and rounding cannot bring their sum there.
+    return (start.exp() * (torch.expm1(now - start) + start - now)).sum(1)
 
 
 def _texts(prompts: Sequence[str] | str | Path | None, *, twins: bool = False) -> tuple[str, ...]:
