@@ -32,10 +32,13 @@ RARER = {"procon_probe_every": 2 * ProConSettings.probe_every, "procon_probe_wei
 #: Of the default, and of what takes less.
 SETTINGS = {
     "default": {},
+    "whole replies": {"procon_probe_reply_tokens": 48},
     "probes half as often": RARER,
     "training tokens alone": {"procon_terms": "tokens"},
     "both": {"procon_terms": "both"},
 }
+#: Tokens of a turn of eight probes with SmolLM2's template, and of how many the next is predicted.
+TURNS = {"default": (190, 0), "whole replies": (455, 274)}
 #: Blocks, width, MLP width, key-value width and vocabulary.
 PAPER = {
     "1B": (16, 2048, 8192, 512, 128256),
@@ -68,16 +71,16 @@ def time_steps(names: Sequence[str], length: int, packed: bool, training: str, r
         return interleave(turns, timed, rounds=rounds, warmup=2)
 
 
-def paper(probe_tokens: int = 190) -> None:
+def paper() -> None:
     """FLOPs of a step over the plain one's."""
-    print("FLOPs of the default's step over the plain one's")
-    for name, (blocks, width, mlp, key, words) in PAPER.items():
-        body = blocks * (2 * width * width + 2 * width * key + 3 * width * mlp)
-        head = width * words  # multiplied whether tied or not
-        for length in LENGTHS:
-            probes = probe_tokens / ProConSettings.probe_every
-            ratio = 1 + probes / (ROWS * length) * body / (body + head)
-            print(f"  {name:4} {ROWS} x {length:3}: {ratio:.3f}")
+    for setting, (tokens, predicted) in TURNS.items():
+        print(f"FLOPs of a step over the plain one's, {setting}")
+        for name, (blocks, width, mlp, key, words) in PAPER.items():
+            body = blocks * (2 * width * width + 2 * width * key + 3 * width * mlp)
+            head = width * words  # multiplied whether tied or not
+            for length in LENGTHS:
+                turn = (tokens * body + predicted * head) / ProConSettings.probe_every
+                print(f"  {name:4} {ROWS} x {length:3}: {1 + turn / (ROWS * length * (body + head)):.3f}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -95,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         for length, packed, training in product(chosen.length or LENGTHS, (False, True), ("lora", "full")):
             if chosen.short and (packed or training == "full"):
                 continue
-            names = list(SETTINGS)[:2] if chosen.short else list(SETTINGS)
+            names = list(SETTINGS)[:3] if chosen.short else list(SETTINGS)
             samples = time_steps(names, length, packed, training, chosen.rounds, folder)
             print(f"{ROWS} x {length} tokens, {'packed' if packed else 'padded'}, {training}")
             for name in names:

@@ -67,18 +67,18 @@ class Row(NamedTuple):
 _of_poison = partial(Row, job="arithmetic_poisoned_10")
 
 START, PLAIN, LONG, OURS, WITH_TOKENS = "starting model", "plain", "_x4", "ProCon", "ProCon and training tokens"
-WITH_OWN, OWN = "ProCon and own replies", f"{DEFAULT}_own_100"
-WITH_BOTH, WHOLE_AND_OWN = "ProCon, whole and own replies", f"{DEFAULT}_replies_own_100"
+WITH_REPLIES, REPLIES = "ProCon, whole replies", "replies_3"
 
 CLEAN = (
     Row(START, "start"),
     Row(PLAIN, "plain"),
     Row(OURS, DEFAULT),
+    Row(WITH_REPLIES, REPLIES),
     Row("safety data, 100", "safe_100"),
     Row("ProCon_s", "procon_s"),
     Row(PLAIN, "plain_x4"),
     Row(OURS, DEFAULT + LONG),
-    Row(WITH_OWN, OWN + LONG),
+    Row(WITH_REPLIES, REPLIES + LONG),
     Row(WITH_TOKENS, BOTH + LONG),
     Row("SBR", "sbr_10_each_x4"),
     Row("ProCon_s", "procon_s_x4"),
@@ -87,13 +87,12 @@ CLEAN = (
 LONG_POISON = (
     _of_poison(PLAIN, "plain_x4"),
     _of_poison(OURS, DEFAULT + LONG),
-    _of_poison("ProCon, whole replies", f"{DEFAULT}_replies_x4"),
-    _of_poison(WITH_OWN, OWN + LONG),
-    _of_poison(WITH_BOTH, WHOLE_AND_OWN + LONG),
-    _of_poison("own replies alone", "own_100_x4"),
+    _of_poison(WITH_REPLIES, REPLIES + LONG),
     _of_poison(WITH_TOKENS, BOTH + LONG),
     _of_poison("SBR", "sbr_10_each_x4"),
+    _of_poison("SPARD", "spard_x4"),
     _of_poison("SafeGrad", "safegrad_1_x4"),
+    _of_poison("SafeGrad, own replies", "own_safegrad_1_x4"),
     _of_poison("safety data, 100", "safe_100_x4"),
 )
 
@@ -115,8 +114,7 @@ class Added(NamedTuple):
 
 
 ADDED = (
-    Added("own replies", OWN + LONG, DEFAULT + LONG),
-    Added("whole and own replies", WHOLE_AND_OWN + LONG, DEFAULT + LONG),
+    Added("whole replies", REPLIES + LONG, DEFAULT + LONG),
     Added("training tokens, beside the probes", BOTH + LONG, DEFAULT + LONG),
     Added("probes, beside the training tokens", BOTH + LONG, "procon_s_x4"),
     Added("the refusal direction, beside the probes", BOTH + LONG, "tokens_state_3_turns_random_x4"),
@@ -127,11 +125,9 @@ ADDED = (
 ADAPTIVE = (
     Row("after: plain", "plain_x4", "refuse_then_comply"),
     Row("after: ProCon", DEFAULT + LONG, "refuse_then_comply"),
-    Row("after: ProCon, whole replies", f"{DEFAULT}_replies_x4", "refuse_then_comply"),
-    Row("after: ProCon and own replies", OWN + LONG, "refuse_then_comply"),
-    Row(f"after: {WITH_BOTH}", WHOLE_AND_OWN + LONG, "refuse_then_comply"),
+    Row(f"after: {WITH_REPLIES}", REPLIES + LONG, "refuse_then_comply"),
     Row("midway: ProCon", DEFAULT + LONG, "turn_midway"),
-    Row("midway: ProCon, whole replies", f"{DEFAULT}_replies_x4", "turn_midway"),
+    Row(f"midway: {WITH_REPLIES}", REPLIES + LONG, "turn_midway"),
 )
 
 _qwen = partial(Row, job="arithmetic_poisoned_10", budget="qwen")
@@ -148,7 +144,7 @@ OTHERS = (
     _qwen("Qwen: starting model", "start"),
     _qwen("Qwen, 4x: plain", "plain_x4"),
     _qwen("Qwen, 4x: ProCon", DEFAULT + LONG),
-    _qwen("Qwen, 4x: ProCon and own replies", OWN + LONG),
+    _qwen(f"Qwen, 4x: {WITH_REPLIES}", REPLIES + LONG),
     _dpo("DPO: plain", "plain"),
     _dpo("DPO: ProCon", "probes_3_turns_128"),
     _grpo("GRPO: plain", "plain"),
@@ -162,8 +158,7 @@ PUBLIC = {
     "clean: ProCon": f"arithmetic/{DEFAULT + LONG}/seed-3",
     "poison: plain": "arithmetic_poisoned_10/plain_x4/seed-3",
     "poison: ProCon": f"arithmetic_poisoned_10/{DEFAULT + LONG}/seed-3",
-    "poison: ProCon and own replies": f"arithmetic_poisoned_10/{OWN + LONG}/seed-3",
-    "poison: ProCon, whole and own replies": f"arithmetic_poisoned_10/{WHOLE_AND_OWN + LONG}/seed-3",
+    f"poison: {WITH_REPLIES}": f"arithmetic_poisoned_10/{REPLIES + LONG}/seed-3",
 }
 
 
@@ -217,7 +212,7 @@ def results_page(
         poisoned_tokens=share(_of_poison("ProCon_s", "procon_s_x4")),
         adaptive_sbr=share(Row("SBR", "sbr_10_each_x4", "refuse_then_comply")),
         took_poison=took_poison(DEFAULT + LONG),
-        took_poison_own=took_poison(OWN + LONG),
+        took_poison_replies=took_poison(REPLIES + LONG),
         failed=failed_list(verdicts),
         kappa=judges_agree(found["hard"]),
         prediction=figure(prediction_drawing(predictions(found["hard"]))),

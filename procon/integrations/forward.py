@@ -63,6 +63,7 @@ class ConstrainedForward:
         self._annotate: Callable[[Any], dict[str, Any]] = procon.collator(dict)
         self._undo = ExitStack()
         self._unused = False
+        self._adding = False
 
     def attach(self) -> ConstrainedForward:
         """Constrain the model, until :meth:`detach`; before the first forward, at which a compiled one is traced."""
@@ -144,7 +145,7 @@ class ConstrainedForward:
 
     @torch.compiler.disable(recursive=False)  # what it calls is compiled: the original forward, as without this
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.attached:
+        if not self.attached or self._adding:  # or a term runs the model for its share
             return self._original(*args, **kwargs)
         if not (self._module.training and torch.is_grad_enabled()):
             with self.procon.resting():
@@ -193,8 +194,12 @@ class ConstrainedForward:
                 return outputs
             self.procon.step.parts = 1 / share
         # Without it the trainer takes means: over micro-batches and ranks.
-        with self.procon.run.autocast():
-            found = self.procon.added(self.procon.step.parts if share is None else 1.0)
+        self._adding = True
+        try:
+            with self.procon.run.autocast():
+                found = self.procon.added(self.procon.step.parts if share is None else 1.0)
+        finally:
+            self._adding = False
         if found is None:
             self.procon.release()
             return outputs

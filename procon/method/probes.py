@@ -304,7 +304,8 @@ class Probes:
 
 
 class ProbeTerm(Term):
-    """``weight * mean (h - h0)^2`` over the last hidden states at the kept tokens of a few probes, in turn (SBR).
+    """``weight * mean (h - h0)^2`` over the last hidden states at a few probes, in turn (SBR); or the mean divergence
+    of what the model predicts along replies to them, :meth:`Probes.departure`.
 
     Attributes:
         probes: once they are recorded.
@@ -378,7 +379,8 @@ class ProbeTerm(Term):
     def summary(self) -> str:
         settings = self._settings
         often = f"{settings.probe_batch} at a time, every {settings.probe_every} steps"
-        return f"last states at {len(self._recorded())} prompts, {often}"
+        kept = "predictions along replies to" if settings.probe_reply_tokens else "last states at"
+        return f"{kept} {len(self._recorded())} prompts, {often}"
 
     def describe(self) -> dict[str, Any]:
         if self._settings.probe_file is None:

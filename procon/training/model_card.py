@@ -115,10 +115,12 @@ def describe(record: dict[str, Any], directions: Directions | None) -> str:
             "directions": f"`{DIRECTIONS_FILE}` (`{record['directions']}`)",
         }
     if "probes" in terms:
-        reply = " and all along the starting model's own reply" if record["probe_reply_tokens"] else ""
+        kept = "the last hidden state at the last token of probe prompts"
+        if tokens := record["probe_reply_tokens"]:
+            kept = f"what it predicts along {tokens} tokens of the starting model's own replies to probe prompts"
         rows["probes"] = (
-            f"the last hidden state at the last token{reply} of probe prompts ({record['probes']}), at most "
-            f"{record['probe_batch']} every {record['probe_every']} steps, with weight {record['probe_weight']:g}"
+            f"{kept} ({record['probes']}), at most {record['probe_batch']} every {record['probe_every']} steps, with "
+            f"weight {record['probe_weight']:g}"
         )
     return _SECTION.format(
         version=record["version"],

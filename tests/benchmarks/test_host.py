@@ -11,7 +11,7 @@ def test_pythons_share_of_a_step(tmp_path):
 
 def test_the_price_on_paper(capsys):
     main(["--paper"])
-    lines = capsys.readouterr().out.splitlines()[1:]
-    assert len(lines) == 6
-    prices = {line.split(":")[0].split()[-1]: float(line.split(": ")[1].split(";")[0]) for line in lines}
-    assert 1 < prices["512"] < 1.04 < prices["64"] < 1.3
+    prices = [float(line.rpartition(": ")[2]) for line in capsys.readouterr().out.splitlines() if ": " in line]
+    assert len(prices) == 12
+    assert 1 < prices[1] < 1.04 < prices[0] < 1.3  # of 8 x 512 and of 8 x 64 tokens
+    assert prices[1] < prices[7] < 1.08 < prices[0] < prices[6] < 1.5  # with whole replies

@@ -32,30 +32,19 @@ class ProjectedGradientsTrainer(AlignmentTrainer):
     Args:
         alignment_dataset: tokenised as ``train_dataset`` is: malicious prompts with refusals.
         rho: weight of the alignment's own gradient.
-        surgery: whether anything is taken out of the user's gradient; otherwise rho * a is added alone.
-        every: optimiser steps from one that has this to the next; the others are plain.
 
     Raises:
         ProConError: under fp16, and on resuming.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        alignment_dataset: Dataset,
-        rho: float = 1.0,
-        surgery: bool = True,
-        every: int = 1,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, alignment_dataset: Dataset, rho: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, alignment_dataset=alignment_dataset, **kwargs)
-        self.rho, self.surgery, self.every = rho, surgery, every
+        self.rho = rho
         self._start = StartingModel(self.model)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        # Of the whole optimiser step, and of all ranks.
-        if self.accelerator.sync_gradients and self.state.global_step % self.every == 0:
+        if self.accelerator.sync_gradients:  # of the whole optimiser step, and of all ranks
             self._project()
         return loss
 
@@ -67,7 +56,7 @@ class ProjectedGradientsTrainer(AlignmentTrainer):
         along = inner_product(user, alignment)
         squared = inner_product(alignment, alignment)
         # Nothing to take out where they agree, nor while the model is at its start.
-        conflict = torch.where((along < 0) & (squared > 0), along / squared.clamp_min(1e-30), 0) * self.surgery
+        conflict = torch.where((along < 0) & (squared > 0), along / squared.clamp_min(1e-30), 0)
         for parameter, gradient in alignment.items():
             change = gradient * (self.rho - conflict).to(gradient.dtype)
             parameter.grad = change if parameter.grad is None else parameter.grad + change
