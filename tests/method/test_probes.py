@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from procon.chat import generate_replies, render, user_turn
+from procon.chat import builtin_probe_pairs, generate_replies, render, user_turn
 from procon.errors import ProConError
 from procon.method import Probes
 from procon.method.probes import PROBES_FILE
@@ -229,6 +229,16 @@ def test_a_reply_goes_up_to_its_end(record, tiny_model, tokenizer, after):
     assert model.generation_config.eos_token_id not in probes.input_ids[0, probes.prompts[0] :]
     if after == 0:
         assert probes.kept.sum() == 1
+
+
+def test_built_in_ones_have_their_twins_in_turn_if_replies_are_kept(record, tokenizer, monkeypatch):
+    pairs = builtin_probe_pairs().first(2)
+    (one, other), (its, others) = pairs.malicious, pairs.benign
+    monkeypatch.setattr("procon.method.probes.builtin_probe_pairs", lambda: pairs)
+    for reply_tokens, texts in ((0, [one, other]), (2, [one, its, other, others])):
+        found = record(reply_tokens=reply_tokens, prompts=None)
+        asked = [row[:length].tolist() for row, length in zip(found.input_ids, found.prompts.tolist(), strict=True)]
+        assert asked == [render(tokenizer, user_turn(text), generation_prompt=True) for text in texts]
 
 
 def test_bad_input(tokenizer, record):
