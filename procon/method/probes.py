@@ -292,7 +292,7 @@ class Probes:
         if [tensor.dim() for tensor in (*numbers, self.states)] != [2, 1, 1, 2, 0, 2] or not len(self.lengths):
             return False
         rows, width = self.input_ids.shape
-        if not rows == len(self.prompts) == len(self.lengths) or not bool((self.input_ids >= 0).all()):
+        if not rows == len(self.prompts) == len(self.lengths) or any(bool((part < 0).any()) for part in numbers):
             return False
         if not bool(((self.prompts >= 1) & (self.prompts <= self.lengths) & (self.lengths <= width)).all()):
             return False

@@ -257,7 +257,8 @@ def make_tensors(random: Random) -> tuple[Callable[[Path], Any], bytes]:
     if read == Directions.load:
         Directions(unit[:, None], torch.ones(3, 1)).save(path)
     else:
-        Probes(torch.ones(2, 3, dtype=torch.int64), lengths - 1, lengths, torch.ones(4, 5), torch.tensor(0)).save(path)
+        ids, tokens = torch.ones(2, 3).long(), torch.ones(4, random.choice((0, 5))).long()
+        Probes(ids, lengths - 1, lengths, torch.ones(4, 5), tokens, torch.tensor(0)).save(path)
     content = path.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     header = as_json(changed(random, json.loads(content[8:end]))).encode(errors="replace")

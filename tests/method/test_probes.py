@@ -124,6 +124,7 @@ def test_they_are_kept_and_read_again(tiny_model, record, tmp_path):
         {"shared": torch.tensor(99)},
         {"tokens": torch.zeros(3, 5).long()},
         {"tokens": torch.zeros(2, 0).long()},
+        {"tokens": torch.full((3, 32), -1)},
     ],
 )
 def test_a_forged_file_is_refused(record, tmp_path, change):
