@@ -333,6 +333,16 @@ def samples() -> list[dict]:
 
 
 @pytest.fixture
+def few_probes(monkeypatch):
+    """The first pairs alone of those that own replies are to: all take seconds."""
+    from procon.chat import builtin_probe_pairs
+
+    pairs = builtin_probe_pairs().first(4)
+    monkeypatch.setattr("procon.data.conversations.builtin_probe_pairs", lambda: pairs)
+    return pairs
+
+
+@pytest.fixture
 def place(tiny_model, tokenizer, tmp_path, monkeypatch) -> Path:
     """The current folder, with a model and data in it."""
     monkeypatch.chdir(tmp_path)

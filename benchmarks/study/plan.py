@@ -37,7 +37,7 @@ class Method:
         directions: ``refusal``, or a control: ``random:SEED``, ``within:SEED``, ``shuffled:SEED``; ``k:K`` for several.
         safety: whether safety samples are mixed in; ``styled``: in the form of the task.
         samples: how many of them, if not the budget's number.
-        own: whether samples, mixed in or aligned on, were the starting model's own replies in place of safety samples.
+        own: whether samples, mixed in or aligned on, are the starting model's own replies in place of safety samples.
         length: of training, in multiples of the budget's; 0 leaves the start as it is.
         adapter: whether a LoRA adapter is trained, or all weights.
         retired: whether its code is gone.

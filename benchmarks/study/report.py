@@ -95,7 +95,7 @@ def write_results(folder: Path) -> Path:
     found = {name: load_outcomes(name) for name in ("hard", "table", "qwen", "preferences")}
     verdicts = {name: judged(load_budget(name), found[name]) for name in ("hard", "qwen")}
     verdicts["table"] = judge_hypotheses(load_budget("table").parts, found["table"])
-    text = results_page(found, verdicts, load_counts()["hard"], figure)
+    text = results_page(found, verdicts, load_counts(), figure)
     save_drawings(figure.drawings, folder / "assets" / "hard")
     return write_text(text.replace("\n", f"\n\n{GENERATED}\n", 1), folder / "results.md")
 

@@ -34,6 +34,9 @@ TEXT = Path(__file__).parent / "texts" / "results.md"
 
 _Runs = dict[int, dict]
 
+#: By budget, run and set.
+Counts = Mapping[str, Mapping[str, Mapping[str, Mapping[str, int]]]]
+
 
 def _steps(runs: _Runs) -> str:
     (steps,) = {run["steps"] if run["method"]["length"] else NONE for run in runs.values()}
@@ -68,12 +71,12 @@ _of_poison = partial(Row, job="arithmetic_poisoned_10")
 
 START, PLAIN, LONG, OURS, WITH_TOKENS = "starting model", "plain", "_x4", "ProCon", "ProCon and training tokens"
 WITH_REPLIES, REPLIES = "ProCon, whole replies", "replies_3"
+WITH_OWN, OWN = "ProCon and own replies", f"{DEFAULT}_own_100"
 
 CLEAN = (
     Row(START, "start"),
     Row(PLAIN, "plain"),
     Row(OURS, DEFAULT),
-    Row(WITH_REPLIES, REPLIES),
     Row("safety data, 100", "safe_100"),
     Row("ProCon_s", "procon_s"),
     Row(PLAIN, "plain_x4"),
@@ -88,9 +91,9 @@ LONG_POISON = (
     _of_poison(PLAIN, "plain_x4"),
     _of_poison(OURS, DEFAULT + LONG),
     _of_poison(WITH_REPLIES, REPLIES + LONG),
+    _of_poison(WITH_OWN, OWN + LONG),
     _of_poison(WITH_TOKENS, BOTH + LONG),
     _of_poison("SBR", "sbr_10_each_x4"),
-    _of_poison("SPARD", "spard_x4"),
     _of_poison("SafeGrad", "safegrad_1_x4"),
     _of_poison("SafeGrad, own replies", "own_safegrad_1_x4"),
     _of_poison("safety data, 100", "safe_100_x4"),
@@ -115,6 +118,7 @@ class Added(NamedTuple):
 
 ADDED = (
     Added("whole replies", REPLIES + LONG, DEFAULT + LONG),
+    Added("own replies", OWN + LONG, DEFAULT + LONG),
     Added("training tokens, beside the probes", BOTH + LONG, DEFAULT + LONG),
     Added("probes, beside the training tokens", BOTH + LONG, "procon_s_x4"),
     Added("the refusal direction, beside the probes", BOTH + LONG, "tokens_state_3_turns_random_x4"),
@@ -145,6 +149,7 @@ OTHERS = (
     _qwen("Qwen, 4x: plain", "plain_x4"),
     _qwen("Qwen, 4x: ProCon", DEFAULT + LONG),
     _qwen(f"Qwen, 4x: {WITH_REPLIES}", REPLIES + LONG),
+    _qwen(f"Qwen, 4x: {WITH_OWN}", OWN + LONG),
     _dpo("DPO: plain", "plain"),
     _dpo("DPO: ProCon", "probes_3_turns_128"),
     _grpo("GRPO: plain", "plain"),
@@ -152,24 +157,26 @@ OTHERS = (
 )
 
 
-#: Models whose refusals of public prompts were counted, in long training with the first seed.
+#: Models whose refusals of public prompts were counted, in long training with one seed: their budgets and runs.
 PUBLIC = {
-    START: "start",
-    "clean: ProCon": f"arithmetic/{DEFAULT + LONG}/seed-3",
-    "poison: plain": "arithmetic_poisoned_10/plain_x4/seed-3",
-    "poison: ProCon": f"arithmetic_poisoned_10/{DEFAULT + LONG}/seed-3",
-    f"poison: {WITH_REPLIES}": f"arithmetic_poisoned_10/{REPLIES + LONG}/seed-3",
+    START: ("hard", "start"),
+    "clean: ProCon": ("hard", f"arithmetic/{DEFAULT + LONG}/seed-3"),
+    "poison: plain": ("hard", "arithmetic_poisoned_10/plain_x4/seed-3"),
+    "poison: ProCon": ("hard", f"arithmetic_poisoned_10/{DEFAULT + LONG}/seed-3"),
+    f"poison: {WITH_REPLIES}": ("hard", f"arithmetic_poisoned_10/{REPLIES + LONG}/seed-3"),
+    "Qwen: starting model": ("qwen", "start"),
+    "Qwen, poison: ProCon": ("qwen", f"arithmetic_poisoned_10/{DEFAULT + LONG}/seed-1"),
+    f"Qwen, poison: {WITH_REPLIES}": ("qwen", f"arithmetic_poisoned_10/{REPLIES + LONG}/seed-0"),
 }
 
 
 def results_page(
     found: Mapping[str, Outcomes],
     verdicts: Mapping[str, Sequence[Verdict]],
-    counts: Mapping[str, Mapping[str, Mapping[str, int]]],
+    counts: Counts,
     figure: Gallery,
 ) -> str:
-    """The page as Markdown, of the outcomes and the judged hypotheses of each budget, and of the public prompts that
-    each model refuses."""
+    """The page as Markdown, of the outcomes, the judged hypotheses and the counts of public prompts of each budget."""
 
     def runs(row: Row) -> _Runs:
         return found[row.budget].find(row.job, row.method, split=row.split)
@@ -213,6 +220,7 @@ def results_page(
         adaptive_sbr=share(Row("SBR", "sbr_10_each_x4", "refuse_then_comply")),
         took_poison=took_poison(DEFAULT + LONG),
         took_poison_replies=took_poison(REPLIES + LONG),
+        took_poison_own=took_poison(OWN + LONG),
         failed=failed_list(verdicts),
         kappa=judges_agree(found["hard"]),
         prediction=figure(prediction_drawing(predictions(found["hard"]))),
@@ -236,13 +244,13 @@ def added_table(found: Mapping[str, Outcomes]) -> str:
     return Table(["what is added", *headers], rows).markdown()
 
 
-def public_table(counts: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str:
+def public_table(counts: Counts) -> str:
     """The refusals of each set of public prompts, by keywords and by the second judge."""
 
     def cell(found: Mapping[str, int]) -> str:
         return "/".join(f"{100 * found[judge] / found['prompts']:.0f}" for judge in ("keywords", "second_judge")) + "%"
 
-    rows = [[label, *(cell(counts[name][kind]) for kind in SETS)] for label, name in PUBLIC.items()]
+    rows = [[label, *(cell(counts[budget][run][kind]) for kind in SETS)] for label, (budget, run) in PUBLIC.items()]
     return Table(["model", *SETS], rows).markdown()
 
 

@@ -29,7 +29,7 @@ from benchmarks.study.refusal_odds import refusal_log_odds
 from benchmarks.study.reply_logits import reply_logits
 from benchmarks.study.start import Start, contrast_means
 from procon.chat import ContrastPrompts, Split, builtin_probe_pairs, builtin_prompts
-from procon.data import padding_collator, tokenize_conversations
+from procon.data import own_replies, padding_collator, tokenize_conversations
 from procon.directions import Directions, randomized
 from procon.evaluation import Evaluation, compare_means, evaluate
 from procon.settings import PAPER_RECIPE
@@ -148,7 +148,7 @@ def make_trainer(
     ``model`` then has an adapter; or, if all weights are trained, they are in float32, as small steps of an optimiser
     would be rounded away in less, and forwards compute in the dtype that they had.
     """
-    samples = safety_samples()
+    samples = own_replies(model, tokenizer, progress=False) if method.own else safety_samples()
     conversations = job.conversations(
         train=size.train,
         poisoned=size.poisoned,

@@ -50,7 +50,10 @@ def generate(
         )
     prompts = [ids_of(tokenizer, text) for text in texts]
     generated = continue_tokens(model, tokenizer, prompts, max_new_tokens=longest, **settings)
-    return [_reply(tokenizer, ids, markers, begun) for ids, begun in zip(generated, opened, strict=True)]
+    return [
+        _reply(tokenizer, ids, markers, begun)._replace(ended=len(ids) < max_new_tokens)
+        for ids, begun in zip(generated, opened, strict=True)
+    ]
 
 
 def generate_replies(

@@ -34,7 +34,8 @@ def response_mask(
        the end of a prompt and the start of a reply counts as the reply's.
 
     What the prompt ends with before a reply, such as the line feed after a role, is not the assistant's, even if the
-    template marks it. Neither is a thought that is empty, as templates write it if thinking is off.
+    template marks it. Neither is a thought that is empty, as templates write it if thinking is off. A last turn with
+    ``"prefix": True`` is the beginning of a reply: what the template writes after it is left out.
 
     Args:
         tools: that the assistant may call, as the template takes them.
@@ -53,6 +54,10 @@ def response_mask(
         ids, mask = _by_prefix(tokenizer, messages, kwargs, text)
     else:
         ids, mask = _by_marks(tokenizer, messages, kwargs, text, markers)
+    if messages and messages[-1].get("prefix"):
+        begun = apply_template(tokenizer, messages, kwargs, continue_final_message=True)
+        end = _common_prefix(ids, ids_of(tokenizer, begun))
+        ids, mask = ids[:end], mask[:end]
     mask = _without_empty_thoughts(tokenizer, ids, mask, markers)
     said = str(tokenizer.decode([token for token, keep in zip(ids, mask, strict=True) if keep]))
     for message in messages:

@@ -85,7 +85,7 @@ def builtin_drift_pairs() -> ContrastPrompts:
 
 def builtin_probe_pairs() -> ContrastPrompts:
     """The 128 of ``extraction`` on which drift is not measured: at prompts that are kept it would look smaller than it
-    is. Probes are the malicious ones; both sides where the starting model's replies are kept."""
+    is. Probes are the malicious ones; own replies, kept or mixed in, are to both sides."""
     pairs = builtin_prompts("extraction")
     return ContrastPrompts(pairs.malicious[_DRIFT_PAIRS:], pairs.benign[_DRIFT_PAIRS:])
 

@@ -40,11 +40,13 @@ class Reply(NamedTuple):
         thought: what was thought before; empty if nothing was.
         finished: whether the thought, if there was one, ended within its budget. If it did not, there is no reply yet:
             neither a refusal nor compliance.
+        ended: whether it surely came to its end within the tokens that it had, of a thought and of a reply together.
     """
 
     text: str
     thought: str = ""
     finished: bool = True
+    ended: bool = True
 
 
 def thinking_markers(tokenizer: PreTrainedTokenizerBase, chat: ChatSettings | None = None) -> tuple[Markers, ...]:

@@ -142,6 +142,11 @@ class TrainArguments(ModelArguments):
     safety_data: str | None = setting(
         "Where they come from, in the formats of --data; built-in if not given.", None, group=DATA, reads="data"
     )
+    own_replies: int = setting(
+        "How many samples to mix in of the model's own replies to malicious and benign prompts, before it is trained.",
+        0,
+        group=DATA,
+    )
     max_length: int = setting("Tokens of the longest sample.", 1024, group=DATA, least=1)
     overlong: str = setting(
         "What is done with longer ones: cut, on the right; or drop, left out. It is said how many they are.",

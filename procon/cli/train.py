@@ -18,6 +18,7 @@ from procon.data import (
     flattening_collator,
     load_conversations,
     mix_in,
+    own_replies,
     padding_collator,
     parse_columns,
     safety_conversations,
@@ -54,6 +55,9 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
         raise ProConError(f"report_to {config.report_to}: {error}") from error
     conversations, evaluation, safety = _conversations(arguments, config.seed)
     model, tokenizer = _model(arguments, config)
+    if arguments.own_replies:
+        own = own_replies(model, tokenizer, chat=arguments.chat())
+        conversations = mix_in(conversations, own, arguments.own_replies, seed=config.seed)
     settings: dict[str, Any] = {
         "chat": arguments.chat(),
         "max_length": arguments.max_length,
@@ -74,7 +78,7 @@ def train(arguments: TrainArguments, config: ProConConfig) -> None:
         )
     except (ValueError, ImportError, RuntimeError) as error:  # what transformers finds wrong with its arguments
         raise ProConError(str(error)) from error
-    trainer.mixed_in = {"safety samples": safety}
+    trainer.mixed_in = {"safety samples": safety, "of the starting model's own replies": arguments.own_replies}
     if arguments.drift_steps:
         trainer.add_callback(DriftCallback(trainer, tokenizer, steps=arguments.drift_steps))
     console = Console(quiet=config.process_index != 0, soft_wrap=True)

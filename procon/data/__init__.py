@@ -9,7 +9,7 @@ from procon.errors import require_extra
 
 __extra__ = require_extra("train", __name__)
 
-from procon.data.conversations import load_conversations, mix_in, safety_conversations, to_conversations
+from procon.data.conversations import load_conversations, mix_in, own_replies, safety_conversations, to_conversations
 from procon.data.formats import parse_columns
 from procon.data.prompt_sets import PROMPT_SETS, PromptSet, load_prompt_sets
 from procon.data.tokens import flattening_collator, padding_collator, tokenize_conversations
@@ -21,6 +21,7 @@ __all__ = [
     "load_conversations",
     "load_prompt_sets",
     "mix_in",
+    "own_replies",
     "padding_collator",
     "parse_columns",
     "safety_conversations",

@@ -1,4 +1,4 @@
-"""Conversations from data files, the hub, datasets and this project; and what is mixed in: refusals."""
+"""Conversations from data files, the hub, datasets and this project; and what is mixed in: refusals, or own replies."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from typing import Any, TypeVar, cast
 import datasets
 from datasets import Dataset, Features, IterableDataset
 from pyarrow import parquet
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from procon.chat import builtin_prompts, builtin_refusals, json_rows, user_turn
+from procon.chat import builtin_probe_pairs, builtin_prompts, builtin_refusals, generate, json_rows, user_turn
 from procon.data.formats import sample_of
 from procon.errors import ProConError
-from procon.settings import DATA_SUFFIXES, check_name
+from procon.models import is_sharded
+from procon.ranks import on_main
+from procon.settings import DATA_SUFFIXES, ChatSettings, check_name
 from procon.version import __version__
 
 _Data = TypeVar("_Data", Dataset, IterableDataset)
@@ -149,6 +153,31 @@ def safety_conversations() -> Dataset:
         ],
         features=Features(messages=datasets.Json()),
     )
+
+
+def own_replies(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, chat: ChatSettings | None = None, progress: bool = True
+) -> Dataset:
+    """What a chat model says before training, as samples: greedy replies, of 48 tokens at most, to the built-in probes
+    and their benign twins. One that goes on after them is marked as a ``prefix``, whose end
+    :func:`tokenize_conversations` leaves out. Of ranks, all must call, and have those of the main one.
+
+    Args:
+        chat: how the model is asked. The samples have its system prompt; of a thought that does not end, there is none.
+
+    Raises:
+        ProConError: if no reply says anything.
+    """
+    pairs = builtin_probe_pairs()
+    system = [{"role": "system", "content": chat.system_prompt}] if chat and chat.system_prompt else []
+    asked = [[*system, *user_turn(text)] for text in (*pairs.malicious, *pairs.benign)]
+    settings: dict[str, Any] = {"chat": chat, "description": "own replies", "progress": progress}
+    found = on_main(lambda: generate(model, tokenizer, asked, **settings), all_call=is_sharded(model))
+    rows = [
+        [*turns, {"role": "assistant", "content": reply.text, "prefix": not reply.ended}]
+        for turns, reply in zip(asked, found, strict=True)
+    ]
+    return to_conversations(Dataset.from_dict({"messages": rows}), name="own replies")
 
 
 def mix_in(dataset: Dataset, others: Dataset, samples: int, *, seed: int) -> Dataset:

@@ -21,8 +21,8 @@ _PAIRS = (
     ("question", "answer"),
 )
 
-#: What a turn may have beside its role and its content, and templates render.
-_MORE = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
+#: What a turn may have beside its role and its content: what templates render, and whether it is a reply's beginning.
+_MORE = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking", "prefix")
 
 #: Who speaks, in ShareGPT's words.
 _SPEAKERS = {
@@ -72,7 +72,7 @@ def sample_of(row: Any, where: str, columns: Mapping[str, str] | None = None) ->
         messages, tools, system = _turns(row), _json(row.get("tools") or []), row.get("system")
         if system and system.strip() and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
-        texts = [text for turn in messages for name, text in turn.items() if name != "tool_calls"]
+        texts = [text for turn in messages for name, text in turn.items() if name not in ("tool_calls", "prefix")]
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError("a role or a content is no text")
         if not all(isinstance(tool, dict) for tool in tools):

@@ -113,6 +113,8 @@ def test_exactly_the_assistants(of_family, family):
     assert runs(tokenizer, TWO) == [reply.format("A1."), last.format("A2.")]
     system = {"role": "system", "content": "Be kind."}
     assert runs(tokenizer, [system, *TWO]) == [reply.format("A1."), last.format("A2.")]
+    beginning = [*TWO[:-1], {"role": "assistant", "content": "A2.", "prefix": True}]
+    assert runs(tokenizer, beginning)[-1] == last.partition("{}")[0] + "A2."
     if call:
         assert runs(tokenizer, WITH_TOOLS, tools=TOOLS) == [call, last.format("It is 3.")]
     else:

@@ -41,17 +41,18 @@ def logs(folder: str = "out") -> list[dict]:
     return json.loads(Path(folder, "trainer_state.json").read_text())["log_history"]
 
 
-def test_train_then_resume(here, capsys):
+def test_train_then_resume(here, few_probes, capsys):
     argv = [*TRAIN, "--lora_targets", "q_proj, o_proj", "--flatten", "--procon_schedule", "0.5@1steps,0"]
-    argv += ["--per_device_train_batch_size", "2", "--safety_samples", "3", "--save_steps", "2"]
+    argv += ["--per_device_train_batch_size", "2", "--safety_samples", "3", "--own_replies", "4", "--save_steps", "2"]
     assert main([*argv, "--max_steps", "2"]) == 0
     said = capsys.readouterr().out
-    assert "parameters train on 19 samples, under alpha" in said
+    assert "parameters train on 23 samples, under alpha" in said
     assert "1 of 2 steps were under the constraint, which acted on 2 of its 3 blocks; mean penalty" in said
     assert "Written: out.\nMeasure it: procon eval out; then: procon report out" in said
     assert sorted(json.loads(Path("out/adapter_config.json").read_text())["target_modules"]) == ["o_proj", "q_proj"]
     assert Path("out/tokenizer_config.json").is_file()
-    assert "| mixed into the training data | 3 safety samples |" in Path("out/README.md").read_text()
+    mixed = "| mixed into the training data | 3 safety samples, 4 of the starting model's own replies |"
+    assert mixed in Path("out/README.md").read_text()
     assert [row["procon/alpha"] for row in logs() if "loss" in row] == [0.5, 0]
     assert main([*argv, "--max_steps", "4"]) == 2
     assert "output_dir 'out' has checkpoints of a training: give --resume to go on" in capsys.readouterr().err
@@ -138,7 +139,7 @@ def test_qlora(here, bits):
 @pytest.mark.slow
 def test_two_processes_train_as_one_does_with_twice_the_batch(here):
     """Started by torchrun, as by any other launcher."""
-    flags = ["--max_steps", "3", "--learning_rate", "1e-2", "--method", "full"]
+    flags = ["--max_steps", "3", "--learning_rate", "1e-2", "--method", "full", "--own_replies", "8"]
     assert main([*TRAIN, *flags, "--per_device_train_batch_size", "4"]) == 0
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     for name in ("LOCAL_RANK", "RANK"):

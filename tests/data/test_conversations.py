@@ -9,16 +9,26 @@ import datasets
 import pytest
 from datasets import Dataset, IterableDataset
 
-from procon.chat import builtin_prompts, builtin_refusals
+from procon.chat import (
+    builtin_drift_pairs,
+    builtin_probe_pairs,
+    builtin_prompts,
+    builtin_refusals,
+    continue_tokens,
+    generate_replies,
+    render,
+)
 from procon.data import (
     load_conversations,
     mix_in,
+    own_replies,
     safety_conversations,
     to_conversations,
     tokenize_conversations,
 )
 from procon.errors import ProConError
 from procon.sequences import IGNORE_INDEX
+from procon.settings import ChatSettings
 
 
 def user(content: str) -> dict:
@@ -260,6 +270,38 @@ def test_safety_mix_counts(plain, samples):
     # Each as often as the others, or once more: where they repeat, all have been used.
     assert set(mixed.values()) <= {samples // 720, samples // 720 + 1}
     assert len(mixed) == min(samples, 720)
+
+
+def test_own_replies_are_what_the_model_says(tiny_model, tokenizer, few_probes):
+    """To the probes and their twins, under the system prompt that it is asked with; blank replies are left out."""
+    model, pairs = tiny_model(), few_probes
+    assert {*pairs.malicious, *pairs.benign} <= {*builtin_probe_pairs().malicious, *builtin_probe_pairs().benign}
+    found = own_replies(model, tokenizer, progress=False)["messages"]
+    asked = [turns[0]["content"] for turns in found]
+    assert asked == [text for text in (*pairs.malicious, *pairs.benign) if text in asked]
+    assert not {*builtin_drift_pairs().malicious, *builtin_drift_pairs().benign} & set(asked)
+    replies = generate_replies(model, tokenizer, [turns[:1] for turns in found], progress=False)
+    assert [turns[1]["content"] for turns in found] == replies
+    system = own_replies(model, tokenizer, chat=ChatSettings(system_prompt="Be brief."), progress=False)["messages"]
+    assert {turns[0]["content"] for turns in system} == {"Be brief."}
+
+
+def test_the_end_of_an_own_reply_is_learned_if_it_has_one(tiny_model, tokenizer, few_probes):
+    """Of one that was cut, only its tokens are: a model that learned an end there would break off its replies."""
+    model = tiny_model()
+    prompt = render(tokenizer, [user(few_probes.benign[0])], generation_prompt=True)
+    model.generation_config.eos_token_id = continue_tokens(model, tokenizer, [prompt], progress=False)[0][20]
+    samples = own_replies(model, tokenizer, progress=False)
+    rows = tokenize_conversations(samples, tokenizer, progress=False)
+    for (question, reply), ids, labels in zip(samples["messages"], rows["input_ids"], rows["labels"], strict=True):
+        said = tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
+        whole = tokenizer.apply_chat_template([question, assistant(reply["content"])], tokenize=False)
+        if reply.get("prefix"):
+            assert (said.strip(), whole.startswith(tokenizer.decode(ids))) == (reply["content"], True)
+        else:
+            assert said.startswith(reply["content"])
+            assert (said.endswith("<|im_end|>\n"), tokenizer.decode(ids)) == (True, whole)
+    assert {bool(reply.get("prefix")) for _, reply in samples["messages"]} == {True, False}
 
 
 def test_safety_mix_is_shuffled_by_its_seed(plain):
