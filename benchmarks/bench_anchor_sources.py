@@ -110,7 +110,7 @@ def _probes(directions) -> Probes:
     ids = torch.randint(SHAPES[CASE.shape]["vocab_size"], (PROBES, PROBE_TOKENS), generator=generator)
     size = directions.basis.shape[-1]
     lengths = torch.full((PROBES,), PROBE_TOKENS)
-    return Probes(ids, lengths, lengths, torch.zeros(PROBES, size), torch.tensor(0))
+    return Probes(ids, lengths, lengths, torch.zeros(PROBES, size), torch.zeros(PROBES, 0).long(), torch.tensor(0))
 
 
 @cache
