@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
@@ -242,16 +242,18 @@ class Probes:
 
     def _recorded(self, forward: DecoderForward, size: int) -> Tensor:
         """Last hidden states as they are now, of ``size`` prompts at a time."""
-        states = []
-        for number in range(-(-len(self) // size)):
-            states.append(self.turn(number, size).run(forward)[0].cpu().float())
+        states = [turn.run(forward)[0].cpu().float() for turn in self._turns(size)]
         return torch.cat(states)[: len(self.states)]  # the last turn goes round
+
+    def _turns(self, size: int) -> Iterator[Probes]:
+        """All of them, ``size`` at a time."""
+        return (self.turn(number, size) for number in range(-(-len(self) // size)))
 
     def _predicted(self, forward: DecoderForward, size: int) -> Probes:
         """With what the model says next, in place of its states."""
         likely, tokens = [], []
-        for number in range(-(-len(self) // size)):
-            logits, total = self.turn(number, size).predict(forward)
+        for turn in self._turns(size):
+            logits, total = turn.predict(forward)
             found = logits.topk(min(_LIKELIEST, logits.shape[1]))
             likely.append((found.values - total).cpu())
             tokens.append(found.indices.cpu())

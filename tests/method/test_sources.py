@@ -264,6 +264,26 @@ def test_probes_keep_what_plain_training_moves(trainer):
     )
 
 
+@pytest.mark.parametrize(("reply_tokens", "kept"), [(0, 1), (4, 5)])
+def test_the_weight_is_that_of_the_mean_over_tokens(trainer, three, monkeypatch, reply_tokens, kept):
+    found, departure = [], Probes.departure
+
+    def noted(*args, **kwargs):
+        found.append(departure(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(Probes, "departure", noted)
+    settings = {"procon_probe_reply_tokens": reply_tokens, "procon_probe_weight": 5.0, "full": True, "max_steps": 2}
+    run = trainer("probes", probes=three, **settings)
+    run.train()
+    probes = run.procon.term(ProbeTerm).probes
+    assert len(probes.states) == kept * len(probes)
+    (logged,) = [row["procon/penalty"] for row in run.state.log_history if row.get("procon/penalty")]
+    assert len(found) == 1
+    assert logged == pytest.approx(5.0 * found[0].item(), rel=1e-3)
+    assert logged > 1e-9
+
+
 def test_replies_are_kept(trainer, three):
     """A tenth of what is left of them without."""
 
