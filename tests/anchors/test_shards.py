@@ -314,8 +314,10 @@ def test_memory_and_time_of_many_samples(tmp_path, capsys):
     with capsys.disabled():
         print(f"\n{SAMPLES} samples: {json.dumps(found, indent=2)}")
     assert found["look up"]["sequences"] == SAMPLES
-    megabytes = 500 * SAMPLES / 100_000
-    assert all(result["megabytes"] <= megabytes for result in found.values())
+    # A process takes up to 20 MB whatever it reads, by its version of Python and torch and the page size of their files.
+    megabytes = 480 * SAMPLES / 100_000
+    taken = {task: result["megabytes"] for task, result in found.items()}
+    assert max(taken.values()) <= 20 + megabytes, taken
     assert found["look up"]["pickled megabytes"] <= megabytes / 50
     # The slowest reads from a disk are other processes' doing.
     assert max(found["look up"]["cold"][0], *found["look up"]["warm"]) <= 1

@@ -93,7 +93,7 @@ def assert_same_run(case: str, found: dict, expected: dict) -> None:
     assert len(steps(found)) == len(wanted), case
     for ours, theirs in zip(steps(found), wanted, strict=True):
         # Squared rounding errors, as long as nothing has moved; of predictions, those of log-probabilities.
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=3e-8 if case in PROBES else 1e-12), case
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-12), case
 
 
 def assert_same_gradients(found: dict[tuple, dict]) -> None:
