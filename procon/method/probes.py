@@ -158,7 +158,10 @@ class Probes:
             if torch.is_grad_enabled() and not logits.requires_grad:
                 raise ProConError("nothing in the model trains, so the penalty on what it predicts does nothing")
             likely = logits.gather(1, self.tokens.to(logits.device)) - total
-            return _divergence(self.states.to(logits.device), likely).mean()
+            divergence = _divergence(self.states.to(logits.device), likely)
+            # Whether a reply refuses is decided where it begins: of its many tokens, that one counts by itself too.
+            counts = self.lengths - self.prompts + 1
+            return divergence.mean() + divergence[(counts.cumsum(0) - counts).to(logits.device)].mean()
         last, outputs = self.run(forward)
         if torch.is_grad_enabled() and not last.requires_grad:
             raise ProConError("nothing below the last hidden state trains, so the penalty on it does nothing")
