@@ -76,7 +76,10 @@ def test_the_penalty_and_its_gradient_are_those_by_definition(tiny_model, record
             torch.cat([part.gather(1, likely), part.scatter(1, likely, -torch.inf).logsumexp(1, keepdim=True)], 1)
             for part in (predictions_at(model, probes), start)
         )
-        expected = (then.exp() * (then - now)).sum(1).mean()
+        divergence = (then.exp() * (then - now)).sum(1)
+        begins = probes.kept.nonzero()[:, 1] == (probes.prompts - 1).repeat_interleave(probes.kept.sum(1))
+        assert begins.sum() == len(probes)
+        expected = divergence.mean() + divergence[begins].mean()
     else:
         expected = (states_at(model, probes) - probes.states.double()).square().mean()
     torch.testing.assert_close(penalty.double(), expected, rtol=1e-5, atol=0)
