@@ -2,7 +2,7 @@
 
 Where a reply begins, the last hidden state is kept as a whole, which is the method SBR (arXiv 2605.05995). Or, along
 the starting model's own replies to malicious and to benign prompts, what it would say next: the divergence from its
-predictions, as SafeGrad (arXiv 2508.07172) has it on refusals that others wrote.
+predictions, as SafeGrad (arXiv 2508.07172) has it on refusals that others wrote, and once more where replies begin.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class Probes:
         """How far the model has moved at the kept tokens, on average: a scalar.
 
         The squared difference of last hidden states; with replies, ``KL(start || model)`` of the next token, in nats,
-        over the likeliest ones and all others as one.
+        over the likeliest ones and all others as one: its mean over all kept tokens, and its mean where replies begin.
 
         Args:
             forward: of the model in training, which is run once.
@@ -159,9 +159,10 @@ class Probes:
                 raise ProConError("nothing in the model trains, so the penalty on what it predicts does nothing")
             likely = logits.gather(1, self.tokens.to(logits.device)) - total
             divergence = _divergence(self.states.to(logits.device), likely)
-            # Whether a reply refuses is decided where it begins: of its many tokens, that one counts by itself too.
             counts = self.lengths - self.prompts + 1
-            return divergence.mean() + divergence[(counts.cumsum(0) - counts).to(logits.device)].mean()
+            begins = (counts.cumsum(0) - counts).to(logits.device)
+            # Whether a reply refuses is mostly decided where it begins, which is one of its many tokens.
+            return divergence.mean() + divergence[begins].mean()
         last, outputs = self.run(forward)
         if torch.is_grad_enabled() and not last.requires_grad:
             raise ProConError("nothing below the last hidden state trains, so the penalty on it does nothing")
@@ -309,8 +310,8 @@ class Probes:
 
 
 class ProbeTerm(Term):
-    """``weight * mean (h - h0)^2`` over the last hidden states at a few probes, in turn (SBR); or the mean divergence
-    of what the model predicts along replies to them, :meth:`Probes.departure`.
+    """``weight * mean (h - h0)^2`` over the last hidden states at a few probes, in turn (SBR); or the divergence of
+    what the model predicts along replies to them, :meth:`Probes.departure`.
 
     Attributes:
         probes: once they are recorded.
