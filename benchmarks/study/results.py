@@ -70,7 +70,7 @@ class Row(NamedTuple):
 _of_poison = partial(Row, job="arithmetic_poisoned_10")
 
 START, PLAIN, LONG, OURS, WITH_TOKENS = "starting model", "plain", "_x4", "ProCon", "ProCon and training tokens"
-WITH_REPLIES, REPLIES = "ProCon, whole replies", "replies_3"
+WITH_REPLIES, REPLIES = "ProCon, whole replies", "begun_3"
 WITH_OWN, OWN = "ProCon and own replies", f"{DEFAULT}_own_100"
 
 CLEAN = (

@@ -314,7 +314,7 @@ def test_memory_and_time_of_many_samples(tmp_path, capsys):
     with capsys.disabled():
         print(f"\n{SAMPLES} samples: {json.dumps(found, indent=2)}")
     assert found["look up"]["sequences"] == SAMPLES
-    # A process takes up to 20 MB whatever it reads, by its version of Python and torch and the page size of their files.
+    # A process takes up to 20 MB whatever it reads, by its versions of Python and torch and the size of pages.
     megabytes = 480 * SAMPLES / 100_000
     taken = {task: result["megabytes"] for task, result in found.items()}
     assert max(taken.values()) <= 20 + megabytes, taken
