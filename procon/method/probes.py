@@ -87,6 +87,11 @@ class Probes:
         return (place >= self.prompts[:, None] - 1) & (place < self.lengths[:, None])
 
     @property
+    def counts(self) -> Tensor:
+        """``[n]`` int64, how many of these tokens each prompt has."""
+        return self.lengths - self.prompts + 1
+
+    @property
     def hash(self) -> str:
         """A short hash of the tokens and of what is kept at them."""
         digest = hashlib.sha256()
@@ -101,7 +106,7 @@ class Probes:
             return self
         rows = (number * size + torch.arange(size)) % len(self)
         prompts, lengths = self.prompts[rows], self.lengths[rows]
-        places = torch.arange(len(self.states)).split((self.lengths - self.prompts + 1).tolist())
+        places = torch.arange(len(self.states)).split(self.counts.tolist())
         kept = torch.cat([places[row] for row in rows])
         ids = self.input_ids[rows, : int(lengths.max())]
         return Probes(ids, prompts, lengths, self.states[kept], self.tokens[kept], self.shared)
@@ -159,8 +164,7 @@ class Probes:
                 raise ProConError("nothing in the model trains, so the penalty on what it predicts does nothing")
             likely = logits.gather(1, self.tokens.to(logits.device)) - total
             divergence = _divergence(self.states.to(logits.device), likely)
-            counts = self.lengths - self.prompts + 1
-            begins = (counts.cumsum(0) - counts).to(logits.device)
+            begins = (self.counts.cumsum(0) - self.counts).to(logits.device)
             # Whether a reply refuses is mostly decided where it begins, which is one of its many tokens.
             return divergence.mean() + divergence[begins].mean()
         last, outputs = self.run(forward)
@@ -306,7 +310,7 @@ class Probes:
             return False
         if len(self.tokens) != len(self.states) or self.tokens.shape[1] not in (0, self.states.shape[1]):
             return False
-        return int((self.lengths - self.prompts + 1).sum()) == len(self.states)
+        return int(self.counts.sum()) == len(self.states)
 
 
 class ProbeTerm(Term):

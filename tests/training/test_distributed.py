@@ -92,7 +92,7 @@ def assert_same_run(case: str, found: dict, expected: dict) -> None:
     wanted = steps(expected)[: 3 if case in SHORT else 10]
     assert len(steps(found)) == len(wanted), case
     for ours, theirs in zip(steps(found), wanted, strict=True):
-        # Squared rounding errors, as long as nothing has moved; of predictions, those of log-probabilities.
+        # Squared rounding errors, as long as nothing has moved.
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-12), case
 
 
