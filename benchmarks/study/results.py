@@ -166,6 +166,7 @@ PUBLIC = {
     f"poison: {WITH_REPLIES}": ("hard", f"arithmetic_poisoned_10/{REPLIES + LONG}/seed-3"),
     "Qwen: starting model": ("qwen", "start"),
     "Qwen, poison: ProCon": ("qwen", f"arithmetic_poisoned_10/{DEFAULT + LONG}/seed-1"),
+    f"Qwen, poison: {WITH_REPLIES}": ("qwen", f"arithmetic_poisoned_10/{REPLIES + LONG}/seed-0"),
 }
 
 
