@@ -6,7 +6,7 @@ A step is zero_grad, forward, loss, backward and AdamW of a LoRA adapter, on one
 - ``live``: the anchors come from a forward of the model with its adapter off.
 - ``probes``: eight prompts in a forward of their own, kept at their projections, and no penalty on the batch: the step
   that runs them. In use that is every second or fourth step, so a training pays a half or a quarter of what is shown.
-- ``default``: as ProConTrainer has it: with the penalty, anchors given, and the probes kept at their last state; again
+- ``both``: with the penalty, anchors given, and the probes kept at their last state (``procon_terms="both"``); again
   the step that runs them, and the other steps are those of ``recorded``.
 - ``dpo``: TRL's DPOTrainer, whose reference is the model with its adapter off; ``dpo_live``: ProConDPOTrainer, which
   takes live anchors from that same forward.
@@ -41,7 +41,7 @@ from procon.anchors import LiveAnchors
 from procon.models import DecoderForward
 from procon.training.preferences import ProConDPOConfig, ProConDPOTrainer
 
-SUPERVISED = ("plain", "recorded", "live", "probes", "default")
+SUPERVISED = ("plain", "recorded", "live", "probes", "both")
 PREFERENCES = ("dpo", "dpo_live")
 ALPHA = 0.1
 PROBES, PROBE_TOKENS = 8, 40
@@ -146,7 +146,7 @@ def _supervised() -> _Result:
         "recorded": partial(constrained, lambda: anchors),
         "live": partial(constrained, partial(live, batch)),
         "probes": probed,
-        "default": both,
+        "both": both,
     }
     steps = {name: _Step(loss, optimizer, constraint.release) for name, loss in losses.items()}
     try:

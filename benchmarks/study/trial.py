@@ -49,7 +49,7 @@ RECIPE = {
 }
 
 #: The same for all that keep probes, which run together unless one says otherwise.
-_PROBES = {"procon_probe_batch": 128, "procon_probe_weight": 50.0}
+_PROBES = {"procon_probe_batch": 128, "procon_probe_weight": 50.0, "procon_probe_reply_tokens": 0}
 
 
 def run_trial(

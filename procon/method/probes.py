@@ -1,8 +1,9 @@
 """A few fixed prompts, at which the model is kept near what it was: no directions, no hooks.
 
-Where a reply begins, the last hidden state is kept as a whole, which is the method SBR (arXiv 2605.05995). Or, along
-the starting model's own replies to malicious and to benign prompts, what it would say next: the divergence from its
-predictions, as SafeGrad (arXiv 2508.07172) has it on refusals that others wrote, and once more where replies begin.
+Along the starting model's own replies to malicious and to benign prompts it is kept what the model would say next: the
+divergence from its predictions, as SafeGrad (arXiv 2508.07172) has it on refusals that others wrote, and once more
+where replies begin. Or, without replies, the whole last hidden state where they would begin, as SBR has it (arXiv
+2605.05995).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ _USUAL = ("accelerate", "bitsandbytes", "deepspeed", "liger_kernel", "peft", "pr
 #: Of how many next tokens the predictions are kept; of all others, what they add up to.
 _LIKELIEST = 32
 
-#: By how much of a state's length rounding moves it at most: of 32 bits, and of 16.
+#: By how much of their length rounding moves states at most: of 32 bits, and of 16.
 _OFF, _FEW_BITS_OFF = 1e-3, 0.06
 
 
@@ -63,8 +64,8 @@ class Probes:
         input_ids: ``[n, T]`` int64, padded on the right.
         prompts: ``[n]`` int64, tokens of each prompt.
         lengths: ``[n]`` int64, tokens of each prompt and its reply.
-        states: ``[N, D]`` fp32, last hidden states there, after the final norm; with replies, ``[N, k]``, the
-            log-probabilities of the likeliest next tokens.
+        states: ``[N, k]`` fp32, log-probabilities of the likeliest next tokens; without replies, ``[N, D]``, last
+            hidden states there, after the final norm.
         tokens: ``[N, k]`` int64, which these are; k is 0 without replies.
         shared: int64 scalar, tokens that all prompts begin with and that a forward runs once; 0 if each is run whole.
     """
@@ -149,8 +150,8 @@ class Probes:
     def departure(self, forward: DecoderForward) -> Tensor:
         """How far the model has moved at the kept tokens, on average: a scalar.
 
-        The squared difference of last hidden states; with replies, ``KL(start || model)`` of the next token, in nats,
-        over the likeliest ones and all others as one: its mean over all kept tokens, and its mean where replies begin.
+        ``KL(start || model)`` of the next token, in nats, over the likeliest ones and all others as one: its mean over
+        all kept tokens, and its mean where replies begin. Without replies, the mean squared difference of the states.
 
         Args:
             forward: of the model in training, which is run once.
@@ -218,47 +219,49 @@ class Probes:
         found = cls(ids, prompt_lengths, lengths, nothing, nothing.long(), torch.tensor(0))
         forward = DecoderForward(model)
         with evaluating(model):
-            found = replace(found, states=found._recorded(forward, settings.probe_batch))
-            if not torch.isfinite(found.states).all():
-                raise ProConError(
-                    "hidden states at the probes are NaN or infinite: load the model in bfloat16 or float32, and check "
-                    "its weights"
-                )
             found = found._together(forward, settings.probe_batch)
-            return found._predicted(forward, settings.probe_batch) if reply_tokens else found
+            found = (found._predicted if reply_tokens else found._recorded)(forward, settings.probe_batch)
+        if not torch.isfinite(found.states).all():
+            raise ProConError(
+                "what the model computes at the probes is NaN or infinite: load it in bfloat16 or float32, and check "
+                "its weights"
+            )
+        return found
 
     def _together(self, forward: DecoderForward, size: int) -> Probes:
-        """In one row behind the tokens that they share, if the model gives the same states so.
+        """In one row behind the tokens that they share, if the model gives the first turn the same states so.
 
         Attention kernels without such masks do not, nor layers that read a row from end to end.
         """
-        together = replace(self, shared=torch.tensor(_common_beginning(self)))
-        if not together.shared or not _heeds_masks(forward.decoder):
+        shared = torch.tensor(_common_beginning(self))
+        if not shared or not _heeds_masks(forward.decoder):
             return self
+        first = self.turn(0, size)
+        alone = first.run(forward)[0].float()
         try:
-            together = replace(together, states=together._recorded(forward, size))
+            together = replace(first, shared=shared).run(forward)[0].float()
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             logger.info("probes are run one by one: their shared beginning cannot be run once (%s)", error)
             return self
-        off = ((together.states - self.states).norm(dim=1) / self.states.norm(dim=1)).max()
+        off = (together - alone).norm() / alone.norm()
         # Rounding alone, or another computation.
         few_bits = torch.is_autocast_enabled(forward.device.type) or forward.dtype.itemsize < 4
         if not off < (_FEW_BITS_OFF if few_bits else _OFF):
             logger.info("probes are run one by one: behind a shared beginning their states are off by %.2g", off)
             return self
-        return together
+        return replace(self, shared=shared)
 
-    def _recorded(self, forward: DecoderForward, size: int) -> Tensor:
-        """Last hidden states as they are now, of ``size`` prompts at a time."""
+    def _recorded(self, forward: DecoderForward, size: int) -> Probes:
+        """With the last hidden states as they are now, of ``size`` prompts at a time."""
         states = [turn.run(forward)[0].cpu().float() for turn in self._turns(size)]
-        return torch.cat(states)[: len(self.states)]  # the last turn goes round
+        return replace(self, states=torch.cat(states)[: len(self.states)])  # the last turn goes round
 
     def _turns(self, size: int) -> Iterator[Probes]:
         """All of them, ``size`` at a time."""
         return (self.turn(number, size) for number in range(-(-len(self) // size)))
 
     def _predicted(self, forward: DecoderForward, size: int) -> Probes:
-        """With what the model says next, in place of its states."""
+        """With what the model says next."""
         likely, tokens = [], []
         for turn in self._turns(size):
             logits, total = turn.predict(forward)
@@ -314,8 +317,7 @@ class Probes:
 
 
 class ProbeTerm(Term):
-    """``weight * mean (h - h0)^2`` over the last hidden states at a few probes, in turn (SBR); or the divergence of
-    what the model predicts along replies to them, :meth:`Probes.departure`.
+    """``weight`` times how far the model has moved at a few probes, in turn: :meth:`Probes.departure`.
 
     Attributes:
         probes: once they are recorded.
