@@ -49,7 +49,7 @@ _USUAL = ("accelerate", "bitsandbytes", "deepspeed", "liger_kernel", "peft", "pr
 #: Of how many next tokens the predictions are kept; of all others, what they add up to.
 _LIKELIEST = 32
 
-#: By how much of their length rounding moves states at most: of 32 bits, and of 16.
+#: By how much of a state's length rounding moves it at most: of 32 bits, and of 16.
 _OFF, _FEW_BITS_OFF = 1e-3, 0.06
 
 
@@ -243,7 +243,7 @@ class Probes:
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             logger.info("probes are run one by one: their shared beginning cannot be run once (%s)", error)
             return self
-        off = (together - alone).norm() / alone.norm()
+        off = ((together - alone).norm(dim=1) / alone.norm(dim=1)).max()
         # Rounding alone, or another computation.
         few_bits = torch.is_autocast_enabled(forward.device.type) or forward.dtype.itemsize < 4
         if not off < (_FEW_BITS_OFF if few_bits else _OFF):
