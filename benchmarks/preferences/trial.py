@@ -35,6 +35,9 @@ _SHARED = {
     "disable_tqdm": True,
 }
 
+#: What those that keep probes share, unless one says otherwise.
+_PROBES = {"procon_probe_batch": 8, "procon_probe_reply_tokens": 0}
+
 #: Longest completion under GRPO, in training and when the reward is measured.
 COMPLETION = 16
 
@@ -81,7 +84,8 @@ class Algorithm:
         more = {} if is_plain else {"directions": choose_directions(method, start)}
         has_tokens = not is_plain and method.config.get("procon_terms") != "probes"
         anchors = {"procon_terms": "tokens", "procon_anchors": "live"} if has_tokens else {}
-        recipe = {**_SHARED, **anchors, **self.recipe, **settings, **method.config}
+        probes = _PROBES if "procon_probes" in method.config else {}
+        recipe = {**_SHARED, **anchors, **probes, **self.recipe, **settings, **method.config}
         recipe["max_steps"] = round(recipe["max_steps"] * method.length)
         if not is_plain:
             recipe = probes_in_file(recipe, recipe["output_dir"])
