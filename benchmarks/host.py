@@ -80,14 +80,17 @@ def probe_seconds(steps: int = 120, warmup: int = 8, profile: cProfile.Profile |
     """CPU seconds a step of the forward and backward of the default's probes, as torch alone makes them."""
     torch.set_num_threads(1)
     model, settings = make_model("smoke", torch.float32, "full"), ProConConfig(use_cpu=True)
-    ids = torch.ones(settings.procon_probe_batch, PROBE_LENGTH, dtype=torch.long)
+    length = PROBE_LENGTH + settings.procon_probe_reply_tokens
+    ids = torch.ones(settings.procon_probe_batch, length, dtype=torch.long)
+    with torch.no_grad():
+        start = model(input_ids=ids).logits[:, PROBE_LENGTH - 1 :].log_softmax(-1)
     timed = []
     for step in range(steps):
         if profile and step == warmup:
             profile.enable()
         begun = time.process_time()
-        last = model.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, -1]
-        last.float().square().mean().backward()
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, PROBE_LENGTH - 1 :]
+        (start.exp() * (start - logits.log_softmax(-1))).sum(-1).mean().backward()
         timed.append(time.process_time() - begun)
     if profile:
         profile.disable()

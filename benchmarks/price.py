@@ -32,13 +32,13 @@ RARER = {"procon_probe_every": 2 * ProConSettings.probe_every, "procon_probe_wei
 #: Of the default, and of what takes less.
 SETTINGS = {
     "default": {},
-    "whole replies": {"procon_probe_reply_tokens": 48},
+    "last states": {"procon_probe_reply_tokens": 0, "procon_probe_batch": 8},
     "probes half as often": RARER,
     "training tokens alone": {"procon_terms": "tokens"},
     "both": {"procon_terms": "both"},
 }
-#: Tokens of a turn of eight probes with SmolLM2's template, and of how many the next is predicted.
-TURNS = {"default": (190, 0), "whole replies": (455, 274)}
+#: Tokens of a turn of probes with SmolLM2's template, and of how many the next is predicted.
+TURNS = {"default": (240, 137), "last states": (190, 0)}
 #: Blocks, width, MLP width, key-value width and vocabulary.
 PAPER = {
     "1B": (16, 2048, 8192, 512, 128256),

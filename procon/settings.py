@@ -97,14 +97,14 @@ class ProConSettings:
     anchors_dir: str | None = _setting(None, "Where recorded anchors are kept; OUTPUT_DIR/_anchors if not given.")
     probes: str = _setting(
         "builtin",
-        "Prompts at which the model is kept: builtin, malicious ones, and their benign twins if replies are kept; or a "
-        "file of others, .txt or .jsonl.",
+        "Prompts at which the model is kept: builtin, malicious ones and, if replies are kept, their benign twins; or "
+        "a file of others, .txt or .jsonl.",
     )
-    probe_batch: int = _setting(8, "How many of them are run at a time, in turn.")
+    probe_batch: int = _setting(4, "How many of them are run at a time, in turn.")
     probe_every: int = _setting(2, "The probes are run in the last of every so many optimiser steps.")
     probe_weight: float = _setting(15.0, "Weight of the probes' penalty; alpha multiplies all terms.")
     probe_reply_tokens: int = _setting(
-        0,
+        48,
         "Along how many tokens of the starting model's own reply to each probe its predictions are kept; 0: none, but "
         "the last hidden state where the reply begins (SBR).",
     )

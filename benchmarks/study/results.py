@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.study.figures import kept_drawing, scatter_drawing
-from benchmarks.study.hard_hypotheses import BOTH, DEFAULT, JOBS
+from benchmarks.study.hard_hypotheses import BOTH, JOBS, STATES
 from benchmarks.study.hypotheses import Hypothesis, Verdict, judge
 from benchmarks.study.outcomes import (
     ALL_REFUSALS,
@@ -69,20 +69,21 @@ class Row(NamedTuple):
 
 _of_poison = partial(Row, job="arithmetic_poisoned_10")
 
-START, PLAIN, LONG, OURS, WITH_TOKENS = "starting model", "plain", "_x4", "ProCon", "ProCon and training tokens"
-WITH_REPLIES, REPLIES = "ProCon, whole replies", "begun_3"
-WITH_OWN, OWN = "ProCon and own replies", f"{DEFAULT}_own_100"
+START, PLAIN, LONG = "starting model", "plain", "_x4"
+OURS, DEFAULT = "ProCon", "begun_3_four"
+EIGHT, WITH_STATES = "begun_3", "last states"
+WITH_OWN, OWN = "last states and own replies", f"{STATES}_own_100"
 
 CLEAN = (
     Row(START, "start"),
     Row(PLAIN, "plain"),
     Row(OURS, DEFAULT),
+    Row(WITH_STATES, STATES),
     Row("safety data, 100", "safe_100"),
     Row("ProCon_s", "procon_s"),
     Row(PLAIN, "plain_x4"),
     Row(OURS, DEFAULT + LONG),
-    Row(WITH_REPLIES, REPLIES + LONG),
-    Row(WITH_TOKENS, BOTH + LONG),
+    Row(WITH_STATES, STATES + LONG),
     Row("SBR", "sbr_10_each_x4"),
     Row("ProCon_s", "procon_s_x4"),
 )
@@ -90,12 +91,12 @@ CLEAN = (
 LONG_POISON = (
     _of_poison(PLAIN, "plain_x4"),
     _of_poison(OURS, DEFAULT + LONG),
-    _of_poison(WITH_REPLIES, REPLIES + LONG),
+    _of_poison(WITH_STATES, STATES + LONG),
     _of_poison(WITH_OWN, OWN + LONG),
-    _of_poison(WITH_TOKENS, BOTH + LONG),
     _of_poison("SBR", "sbr_10_each_x4"),
     _of_poison("SafeGrad", "safegrad_1_x4"),
     _of_poison("SafeGrad, own replies", "own_safegrad_1_x4"),
+    _of_poison("SPARD", "spard_x4"),
     _of_poison("safety data, 100", "safe_100_x4"),
 )
 
@@ -117,43 +118,49 @@ class Added(NamedTuple):
 
 
 ADDED = (
-    Added("whole replies", REPLIES + LONG, DEFAULT + LONG),
-    Added("own replies", OWN + LONG, DEFAULT + LONG),
-    Added("training tokens, beside the probes", BOTH + LONG, DEFAULT + LONG),
-    Added("probes, beside the training tokens", BOTH + LONG, "procon_s_x4"),
-    Added("the refusal direction, beside the probes", BOTH + LONG, "tokens_state_3_turns_random_x4"),
+    Added("predictions along replies, for last states", DEFAULT + LONG, STATES + LONG),
+    Added("eight at a time, for four", EIGHT + LONG, DEFAULT + LONG),
+    Added("own replies, beside last states", OWN + LONG, STATES + LONG),
+    Added("training tokens, beside last states", BOTH + LONG, STATES + LONG),
+    Added("last states, beside training tokens", BOTH + LONG, "procon_s_x4"),
+    Added("the refusal direction, beside last states", BOTH + LONG, "tokens_state_3_turns_random_x4"),
     Added("the same, at probes that keep projections alone", "probes_10_x4", "probes_10_random_x4"),
     Added("the same, tokens alone, alpha 0.1, 40 steps", "raw_0.1_refusal", "raw_0.1_random1", "table", REFUSAL),
+    Added("Qwen: last states, for nothing", STATES + LONG, "plain_x4", "qwen"),
+    Added("Qwen: predictions along replies, for last states", DEFAULT + LONG, STATES + LONG, "qwen"),
+    Added("Qwen: training tokens, beside last states", BOTH + LONG, STATES + LONG, "qwen"),
 )
 
 ADAPTIVE = (
     Row("after: plain", "plain_x4", "refuse_then_comply"),
-    Row("after: ProCon", DEFAULT + LONG, "refuse_then_comply"),
-    Row(f"after: {WITH_REPLIES}", REPLIES + LONG, "refuse_then_comply"),
-    Row("midway: ProCon", DEFAULT + LONG, "turn_midway"),
-    Row(f"midway: {WITH_REPLIES}", REPLIES + LONG, "turn_midway"),
+    Row(f"after: {OURS}", DEFAULT + LONG, "refuse_then_comply"),
+    Row(f"after: {WITH_STATES}", STATES + LONG, "refuse_then_comply"),
+    Row(f"midway: {OURS}", DEFAULT + LONG, "turn_midway"),
 )
 
 _qwen = partial(Row, job="arithmetic_poisoned_10", budget="qwen")
+_qwen_clean = partial(Row, budget="qwen")
 _dpo = partial(Row, job="dpo", budget="preferences")
 _grpo = partial(Row, job="grpo", budget="preferences")
 
 OTHERS = (
-    Row("JSON: plain", "plain", "extraction"),
-    Row("JSON: ProCon", DEFAULT, "extraction"),
-    Row("notices: plain", "plain", "passages"),
-    Row("notices: ProCon", DEFAULT, "passages"),
-    Row("swapped, 4x: plain", "plain_x4", "swapped"),
-    Row("swapped, 4x: ProCon", DEFAULT + LONG, "swapped"),
     _qwen("Qwen: starting model", "start"),
-    _qwen("Qwen, 4x: plain", "plain_x4"),
-    _qwen("Qwen, 4x: ProCon", DEFAULT + LONG),
-    _qwen(f"Qwen, 4x: {WITH_REPLIES}", REPLIES + LONG),
-    _qwen(f"Qwen, 4x: {WITH_OWN}", OWN + LONG),
+    _qwen_clean("Qwen, clean: plain", "plain_x4"),
+    _qwen_clean(f"Qwen, clean: {OURS}", DEFAULT + LONG),
+    _qwen_clean(f"Qwen, clean: {WITH_STATES}", STATES + LONG),
+    _qwen("Qwen, poison: plain", "plain_x4"),
+    _qwen(f"Qwen, poison: {OURS}", DEFAULT + LONG),
+    _qwen(f"Qwen, poison: {WITH_STATES}", STATES + LONG),
+    Row("JSON: plain", "plain", "extraction"),
+    Row(f"JSON: {OURS}", DEFAULT, "extraction"),
+    Row("notices: plain", "plain", "passages"),
+    Row(f"notices: {OURS}", DEFAULT, "passages"),
+    Row("swapped, 4x: plain", "plain_x4", "swapped"),
+    Row(f"swapped, 4x: {OURS}", DEFAULT + LONG, "swapped"),
     _dpo("DPO: plain", "plain"),
-    _dpo("DPO: ProCon", "probes_3_turns_128"),
+    _dpo(f"DPO: {WITH_STATES}", "probes_3_turns_128"),
     _grpo("GRPO: plain", "plain"),
-    _grpo("GRPO: ProCon", "probes_3_turns_128"),
+    _grpo(f"GRPO: {WITH_STATES}", "probes_3_turns_128"),
 )
 
 
@@ -163,10 +170,10 @@ PUBLIC = {
     "clean: ProCon": ("hard", f"arithmetic/{DEFAULT + LONG}/seed-3"),
     "poison: plain": ("hard", "arithmetic_poisoned_10/plain_x4/seed-3"),
     "poison: ProCon": ("hard", f"arithmetic_poisoned_10/{DEFAULT + LONG}/seed-3"),
-    f"poison: {WITH_REPLIES}": ("hard", f"arithmetic_poisoned_10/{REPLIES + LONG}/seed-3"),
+    f"poison: {WITH_STATES}": ("hard", f"arithmetic_poisoned_10/{STATES + LONG}/seed-3"),
     "Qwen: starting model": ("qwen", "start"),
-    "Qwen, poison: ProCon": ("qwen", f"arithmetic_poisoned_10/{DEFAULT + LONG}/seed-1"),
-    f"Qwen, poison: {WITH_REPLIES}": ("qwen", f"arithmetic_poisoned_10/{REPLIES + LONG}/seed-0"),
+    "Qwen, poison: ProCon": ("qwen", f"arithmetic_poisoned_10/{DEFAULT + LONG}/seed-0"),
+    f"Qwen, poison: {WITH_STATES}": ("qwen", f"arithmetic_poisoned_10/{STATES + LONG}/seed-1"),
 }
 
 
@@ -219,8 +226,7 @@ def results_page(
         poisoned_tokens=share(_of_poison("ProCon_s", "procon_s_x4")),
         adaptive_sbr=share(Row("SBR", "sbr_10_each_x4", "refuse_then_comply")),
         took_poison=took_poison(DEFAULT + LONG),
-        took_poison_replies=took_poison(REPLIES + LONG),
-        took_poison_own=took_poison(OWN + LONG),
+        took_poison_states=took_poison(STATES + LONG),
         failed=failed_list(verdicts),
         kappa=judges_agree(found["hard"]),
         prediction=figure(prediction_drawing(predictions(found["hard"]))),

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
         procon_anchors: AnchorSource = "recorded"
         procon_anchors_dir: str | None = None
         procon_probes: str = "builtin"
-        procon_probe_batch: int = 8
+        procon_probe_batch: int = 4
         procon_probe_every: int = 2
         procon_probe_weight: float = 15.0
-        procon_probe_reply_tokens: int = 0
+        procon_probe_reply_tokens: int = 48
 
 else:
     _types = get_type_hints(ProConSettings)

@@ -34,7 +34,7 @@ A model can find ways around what is kept, so measure what it does: `procon eval
 #: By term, where it is kept and whose idea that is.
 _AFTER = {
     "tokens": "along its refusal directions ([arXiv 2509.06795](https://arxiv.org/abs/2509.06795))",
-    "probes": "in its last hidden states at fixed prompts ([arXiv 2605.05995](https://arxiv.org/abs/2605.05995))",
+    "probes": "at fixed prompts",
 }
 
 
@@ -115,7 +115,7 @@ def describe(record: dict[str, Any], directions: Directions | None) -> str:
             "directions": f"`{DIRECTIONS_FILE}` (`{record['directions']}`)",
         }
     if "probes" in terms:
-        kept = "the last hidden state at the last token of probe prompts"
+        kept = "the last hidden state at the last token of probe prompts ([arXiv 2605.05995](https://arxiv.org/abs/2605.05995))"
         if tokens := record["probe_reply_tokens"]:
             kept = f"what it predicts along {tokens} tokens of the starting model's own replies to probe prompts"
         rows["probes"] = (

@@ -282,6 +282,6 @@ def test_every_door_trains_alike_and_goes_on_alike(setting, door):
     assert found == pytest.approx(reference(setting, "both"), abs=1e-5)
     # Each of them acts: without it, it is another training.
     for term in ("tokens", "probes"):
-        unused = {"procon_probe_reply_tokens": 0, "procon_probe_weight": 15.0} if term == "tokens" else {}
-        alone = reference(setting, term, procon_terms=term, **unused, save_strategy="no")
+        unused = {f"procon_{name}": getattr(ProConSettings, name) for name in ("probe_reply_tokens", "probe_weight")}
+        alone = reference(setting, term, procon_terms=term, **(unused if term == "tokens" else {}), save_strategy="no")
         assert max(abs(one - other) for one, other in zip(found, alone, strict=True)) > 1e-3

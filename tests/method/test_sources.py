@@ -233,11 +233,11 @@ def test_what_is_constrained_is_said_before_the_first_step(trainer, three, tiny_
     said = capsys.readouterr().err
     assert "ProCon: alpha 1\n" in said
     assert re.search(r"along the refusal direction \(.* lie [\d.]+ apart\), at all tokens; anchors recorded for", said)
-    assert "probes: last states at 3 prompts, 8 at a time, every 1 steps" in said
+    assert "probes: predictions along replies to 3 prompts, 4 at a time, every 1 steps" in said
     trainer("probes", max_steps=2, disable_tqdm=False).train()
     said = capsys.readouterr().err
     assert "ProCon: alpha 1; the starting model refuses 0% of malicious prompts" in said
-    assert re.search("8 at a time, every 2 steps\n.*; measure the result with: procon eval FOLDER", said)
+    assert re.search("4 at a time, every 2 steps\n.*; measure the result with: procon eval FOLDER", said)
 
 
 def test_probes_keep_what_plain_training_moves(trainer):
@@ -254,13 +254,13 @@ def test_probes_keep_what_plain_training_moves(trainer):
     assert after < 0.1 * departure(trainer("recorded", procon_schedule="0", max_steps=30))
     held.save_model()
     record = read_record(Path(held.args.output_dir))
-    assert (record["terms"], record["probes"], record["probe_batch"]) == ("probes", "builtin", 8)
+    assert (record["terms"], record["probes"], record["probe_batch"]) == ("probes", "builtin", 4)
     assert record["directions"] is None  # what works along none asks for none
     card = (Path(held.args.output_dir) / "README.md").read_text()
     assert "| constrained tokens |" not in card
     assert (
-        "| the last hidden state at the last token of probe prompts (builtin), at most 8 every 1 steps, with weight "
-        "15 |" in card
+        "| what it predicts along 48 tokens of the starting model's own replies to probe prompts (builtin), at most 4 "
+        "every 1 steps, with weight 15 |" in card
     )
 
 

@@ -50,7 +50,7 @@ def test_some_of_the_built_in_probes(tmp_path):
 
 def test_the_default_of_the_study_is_the_librarys():
     """In what the method is; lengths and rates of training are the study's own."""
-    config = load_budget("hard").method("state_3_turns_128").config
+    config = load_budget("hard").method("begun_3_four").config
     library = {f"procon_{field.name}": field.default for field in fields(ProConSettings)}
     own = config.keys() - {"procon_schedule"}
     assert {name: library[name] for name in own} == {name: config[name] for name in own}

@@ -28,11 +28,16 @@ def of_tokens(parameters: str, folder: Path, batches: list[list[Sequence]]) -> d
 
 
 def of_probes(parameters: str, folder: Path) -> dict[str, Tensor]:
-    """Of ``ALPHA * PROBE_WEIGHT`` * the mean squared departure of the last states at the probes' last tokens."""
+    """Of ``ALPHA * PROBE_WEIGHT`` * the divergence of predictions: along replies, and where they begin."""
     start, moved = _models(parameters, folder)
-    prompts = [setting.rendered(prompt) for prompt in setting.probes()]
-    departures = torch.stack([_last_state(moved, ids) - _last_state(start, ids).detach() for ids in prompts])
-    (setting.ALPHA * setting.PROBE_WEIGHT * departures.square().mean()).backward()
+    along, begins = [], []
+    for prompt in map(setting.rendered, setting.probes()):
+        ids = prompt + _reply(start, prompt)
+        divergence = _divergence(_predictions(start, ids).detach(), _predictions(moved, ids))[len(prompt) - 1 :]
+        along.append(divergence)
+        begins.append(divergence[0])
+    penalty = torch.cat(along).mean() + torch.stack(begins).mean()
+    (setting.ALPHA * setting.PROBE_WEIGHT * penalty).backward()
     return setting.gradients(moved)
 
 
@@ -58,9 +63,31 @@ def _projections(module: nn.Module, ids: list[int]) -> Tensor:
     return torch.stack([hidden @ unit[block] for block, hidden in enumerate(inputs)])
 
 
-def _last_state(module: nn.Module, ids: list[int]) -> Tensor:
-    """``[D]``: after the final norm, at the last token."""
-    return module(input_ids=torch.tensor([ids]), use_cache=False, output_hidden_states=True).hidden_states[-1][0, -1]
+def _predictions(module: nn.Module, ids: list[int]) -> Tensor:
+    """``[T, V]``: log-probabilities of the next token."""
+    return module(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(1)
+
+
+@torch.no_grad()
+def _reply(module: nn.Module, prompt: list[int]) -> list[int]:
+    """What the module says next, greedily, without what ends it."""
+    reply: list[int] = []
+    while len(reply) < setting.REPLY_TOKENS:
+        token = int(_predictions(module, prompt + reply)[-1].argmax())
+        if token == setting.END:
+            break
+        reply.append(token)
+    return reply
+
+
+def _divergence(start: Tensor, now: Tensor) -> Tensor:
+    """``[T]``: ``KL(start || now)`` over the 32 likeliest tokens of the start, and all others as one."""
+    likely = start.topk(32).indices
+    start, now = (
+        torch.cat([part.gather(1, likely), (1 - part.gather(1, likely).exp().sum(1, keepdim=True)).log()], 1)
+        for part in (start, now)
+    )
+    return (start.exp() * (start - now)).sum(1)
 
 
 def _plain(module: nn.Module) -> nn.Module:

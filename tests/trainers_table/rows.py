@@ -124,6 +124,7 @@ def constraint_settings(mode: Mode, folder: Path, alpha: float, source: str = "r
     settings = {"procon_schedule": f"procon_s:{alpha:g}"}
     if mode.source == "probes":
         settings |= {"procon_probes": str(setting.probe_file(folder)), "procon_probe_weight": setting.PROBE_WEIGHT}
+        settings |= {"procon_probe_reply_tokens": setting.REPLY_TOKENS}
         return settings | {"procon_terms": "probes", "procon_probe_every": 1}
     settings |= {"procon_scope": "response", "procon_penalty": "squared"}
     return settings | {"procon_anchors": mode.source or source, "procon_terms": "tokens"}

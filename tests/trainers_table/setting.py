@@ -27,6 +27,9 @@ VOCABULARY, WIDTH, BLOCKS = 64, 64, 3
 #: Of the probes' penalty beside that of training tokens, and what alpha multiplies.
 PROBE_WEIGHT = 2.0
 
+#: Along how many tokens of replies to probes predictions are kept, and what ends a reply.
+REPLY_TOKENS, END = 5, 1
+
 #: So much that the penalty's gradient outweighs that of CE, from which a difference separates it.
 ALPHA = 100.0
 
@@ -162,7 +165,7 @@ def model(parameters: str, folder: Path) -> nn.Module:
             num_key_value_heads=2,
             pad_token_id=0,
             bos_token_id=1,
-            eos_token_id=1,
+            eos_token_id=END,
         )
     )
     if parameters == "full":

@@ -79,7 +79,7 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
         "| optimiser steps under the constraint | 2 of 6 |",
         f"| mean penalty, before alpha | {sum(penalties.values()) / 2:.3g} |",
         f"| anchors | recorded (`{anchors[0]}`) |",
-        "last token of probe prompts (builtin), at most 8 every 2 steps, with weight 15 |",
+        "own replies to probe prompts (builtin), at most 4 every 2 steps, with weight 15 |",
     ):
         assert part in card
     assert str(tmp_path) not in card[card.index(HEADING) :]
