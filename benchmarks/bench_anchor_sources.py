@@ -4,7 +4,7 @@ A step is zero_grad, forward, loss, backward and AdamW of a LoRA adapter, on one
 
 - ``plain``: the loss of transformers; ``recorded``: with the penalty, anchors given.
 - ``live``: the anchors come from a forward of the model with its adapter off.
-- ``probes``: eight prompts in a forward of their own, kept at their projections, and no penalty on the batch: the step
+- ``probes``: eight prompts in a forward of their own, kept at their last states, and no penalty on the batch: the step
   that runs them. In use that is every second or fourth step, so a training pays a half or a quarter of what is shown.
 - ``both``: with the penalty, anchors given, and the probes kept at their last state (``procon_terms="both"``); again
   the step that runs them, and the other steps are those of ``recorded``.

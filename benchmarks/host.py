@@ -14,10 +14,12 @@ import pstats
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn.functional import kl_div
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from benchmarks.harness.shapes import make_batch, make_model
@@ -80,17 +82,18 @@ def probe_seconds(steps: int = 120, warmup: int = 8, profile: cProfile.Profile |
     """CPU seconds a step of the forward and backward of the default's probes, as torch alone makes them."""
     torch.set_num_threads(1)
     model, settings = make_model("smoke", torch.float32, "full"), ProConConfig(use_cpu=True)
-    length = PROBE_LENGTH + settings.procon_probe_reply_tokens
-    ids = torch.ones(settings.procon_probe_batch, length, dtype=torch.long)
+    reply = settings.procon_probe_reply_tokens
+    ids = torch.ones(settings.procon_probe_batch, PROBE_LENGTH + reply, dtype=torch.long)
+    forward = partial(model, input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=reply + 1)
     with torch.no_grad():
-        start = model(input_ids=ids).logits[:, PROBE_LENGTH - 1 :].log_softmax(-1)
+        start = forward().logits.log_softmax(-1)
     timed = []
     for step in range(steps):
         if profile and step == warmup:
             profile.enable()
         begun = time.process_time()
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, PROBE_LENGTH - 1 :]
-        (start.exp() * (start - logits.log_softmax(-1))).sum(-1).mean().backward()
+        now = forward().logits.log_softmax(-1)
+        kl_div(now, start, reduction="none", log_target=True).sum(-1).mean().backward()
         timed.append(time.process_time() - begun)
     if profile:
         profile.disable()

@@ -71,7 +71,7 @@ _of_poison = partial(Row, job="arithmetic_poisoned_10")
 
 START, PLAIN, LONG = "starting model", "plain", "_x4"
 OURS, DEFAULT = "ProCon", "begun_3_four"
-EIGHT, WITH_STATES = "begun_3", "last states"
+WITH_STATES = "last states"
 WITH_OWN, OWN = "last states and own replies", f"{STATES}_own_100"
 
 CLEAN = (
@@ -119,7 +119,7 @@ class Added(NamedTuple):
 
 ADDED = (
     Added("predictions along replies, for last states", DEFAULT + LONG, STATES + LONG),
-    Added("eight at a time, for four", EIGHT + LONG, DEFAULT + LONG),
+    Added("eight at a time, for four", f"begun_3{LONG}", DEFAULT + LONG),
     Added("own replies, beside last states", OWN + LONG, STATES + LONG),
     Added("training tokens, beside last states", BOTH + LONG, STATES + LONG),
     Added("last states, beside training tokens", BOTH + LONG, "procon_s_x4"),

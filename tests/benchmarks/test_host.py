@@ -15,3 +15,4 @@ def test_the_price_on_paper(capsys):
     assert len(prices) == 12
     assert 1 < prices[1] < 1.04 < prices[0] < 1.3  # of 8 x 512 and of 8 x 64 tokens
     assert all(states < replies for replies, states in zip(prices[:6], prices[6:], strict=True))
+    assert prices[7] < prices[1] < 1.08 < prices[6] < prices[0] < 1.5  # with last states
