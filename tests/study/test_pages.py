@@ -31,7 +31,7 @@ def test_all_of_a_budget(tmp_path, capsys):
     shown = re.findall(r"\]\((qwen/[^)]+)\)", text)
     assert shown
     assert all((tmp_path / name).is_file() for name in shown)
-    assert "| the default and training tokens, 4x | 53%<br>" in text
+    assert "| last states and training tokens, 4x | 53%<br>" in text
 
     assert report.main(["--budget", "qwen"]) == 2
     assert "give --output FOLDER" in capsys.readouterr().err
