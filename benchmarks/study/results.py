@@ -158,9 +158,9 @@ OTHERS = (
     Row("swapped, 4x: plain", "plain_x4", "swapped"),
     Row(f"swapped, 4x: {OURS}", DEFAULT + LONG, "swapped"),
     _dpo("DPO: plain", "plain"),
-    _dpo(f"DPO: {WITH_STATES}", "probes_3_turns_128"),
+    _dpo(f"DPO: {OURS}", DEFAULT),
     _grpo("GRPO: plain", "plain"),
-    _grpo(f"GRPO: {WITH_STATES}", "probes_3_turns_128"),
+    _grpo(f"GRPO: {OURS}", DEFAULT),
 )
 
 
