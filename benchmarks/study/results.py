@@ -85,6 +85,8 @@ CLEAN = (
     Row(OURS, DEFAULT + LONG),
     Row(WITH_STATES, STATES + LONG),
     Row("SBR", "sbr_10_each_x4"),
+    Row("SafeGrad", "safegrad_1_x4"),
+    Row("safety data, 100", "safe_100_x4"),
     Row("ProCon_s", "procon_s_x4"),
 )
 
@@ -222,7 +224,6 @@ def results_page(
         adaptive=table(ADAPTIVE, "turns"),
         others=table(OTHERS, "seeds"),
         public=public_table(counts),
-        kl=share(Row("KL", "kl_0.03_x4")),
         poisoned_tokens=share(_of_poison("ProCon_s", "procon_s_x4")),
         adaptive_sbr=share(Row("SBR", "sbr_10_each_x4", "refuse_then_comply")),
         took_poison=took_poison(DEFAULT + LONG),
