@@ -38,18 +38,12 @@ _Runs = dict[int, dict]
 Counts = Mapping[str, Mapping[str, Mapping[str, Mapping[str, int]]]]
 
 
-def _steps(runs: _Runs) -> str:
-    (steps,) = {run["steps"] if run["method"]["length"] else NONE for run in runs.values()}
-    return f"{steps}"
-
-
 COLUMNS: dict[str, Callable[[_Runs], str]] = {
     "refuses malicious": measured(REFUSES_ALONE),
     "second set": measured(FRESH_REFUSES_ALONE),
     "refuses benign": measured(OVER_REFUSAL),
     "task": measured(TASK),
     "turns": measured(COMPLIES),
-    "steps": _steps,
     "seeds": seeds_cell,
 }
 
@@ -76,11 +70,11 @@ WITH_OWN, OWN = "last states and own replies", f"{STATES}_own_100"
 
 CLEAN = (
     Row(START, "start"),
-    Row(PLAIN, "plain"),
-    Row(OURS, DEFAULT),
-    Row(WITH_STATES, STATES),
-    Row("safety data, 100", "safe_100"),
-    Row("ProCon_s", "procon_s"),
+    Row("short: plain", "plain"),
+    Row(f"short: {OURS}", DEFAULT),
+    Row(f"short: {WITH_STATES}", STATES),
+    Row("short: safety data, 100", "safe_100"),
+    Row("short: ProCon_s", "procon_s"),
     Row(PLAIN, "plain_x4"),
     Row(OURS, DEFAULT + LONG),
     Row(WITH_STATES, STATES + LONG),
@@ -103,8 +97,8 @@ LONG_POISON = (
 )
 
 POISON = (
-    _of_poison(PLAIN, "plain"),
-    _of_poison(OURS, DEFAULT),
+    _of_poison("short: plain", "plain"),
+    _of_poison(f"short: {OURS}", DEFAULT),
     *LONG_POISON,
 )
 
@@ -124,13 +118,11 @@ ADDED = (
     Added("eight at a time, for four", f"begun_3{LONG}", DEFAULT + LONG),
     Added("own replies, beside last states", OWN + LONG, STATES + LONG),
     Added("training tokens, beside last states", BOTH + LONG, STATES + LONG),
-    Added("last states, beside training tokens", BOTH + LONG, "procon_s_x4"),
     Added("the refusal direction, beside last states", BOTH + LONG, "tokens_state_3_turns_random_x4"),
     Added("the same, at probes that keep projections alone", "probes_10_x4", "probes_10_random_x4"),
     Added("the same, tokens alone, alpha 0.1, 40 steps", "raw_0.1_refusal", "raw_0.1_random1", "table", REFUSAL),
     Added("Qwen: last states, for nothing", STATES + LONG, "plain_x4", "qwen"),
     Added("Qwen: predictions along replies, for last states", DEFAULT + LONG, STATES + LONG, "qwen"),
-    Added("Qwen: training tokens, beside last states", BOTH + LONG, STATES + LONG, "qwen"),
 )
 
 ADAPTIVE = (
@@ -173,7 +165,11 @@ PUBLIC = {
     "poison: plain": ("hard", "arithmetic_poisoned_10/plain_x4/seed-3"),
     "poison: ProCon": ("hard", f"arithmetic_poisoned_10/{DEFAULT + LONG}/seed-3"),
     f"poison: {WITH_STATES}": ("hard", f"arithmetic_poisoned_10/{STATES + LONG}/seed-3"),
+    "poison: safety data, 100": ("hard", "arithmetic_poisoned_10/safe_100_x4/seed-3"),
     "Qwen: starting model": ("qwen", "start"),
+    "Qwen, clean: plain": ("qwen", "arithmetic/plain_x4/seed-1"),
+    "Qwen, clean: ProCon": ("qwen", f"arithmetic/{DEFAULT + LONG}/seed-1"),
+    "Qwen, poison: plain": ("qwen", "arithmetic_poisoned_10/plain_x4/seed-0"),
     "Qwen, poison: ProCon": ("qwen", f"arithmetic_poisoned_10/{DEFAULT + LONG}/seed-0"),
     f"Qwen, poison: {WITH_STATES}": ("qwen", f"arithmetic_poisoned_10/{STATES + LONG}/seed-1"),
 }
@@ -212,8 +208,8 @@ def results_page(
     kept = {START: "start", "plain fine-tuning": "plain_x4", OURS: DEFAULT + LONG}
     return TEXT.read_text(encoding="utf-8").format(
         kept=figure(kept_drawing({label: runs(Row(label, method)) for label, method in kept.items()})),
-        clean=table(CLEAN, "steps"),
-        poison=table(POISON, "steps"),
+        clean=table(CLEAN),
+        poison=table(POISON),
         front=figure(
             replace(
                 scatter_drawing("poison", {row.label: runs(row) for row in LONG_POISON}),
