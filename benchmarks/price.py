@@ -1,6 +1,6 @@
 """What does a whole step of the default cost? ``python -m benchmarks.price``: ProConTrainer beside the plain Trainer.
 
-Real trainers take turns of as many steps as hold a run of the rarest probes, on samples of 64 and of 512 tokens,
+Real trainers take turns of as many steps as hold a run of the probes, on samples of 64 and of 512 tokens,
 padded and packed, with LoRA and in full: SmolLM2-135M's shape and its own chat template, float32 on a CPU. Printed is
 a step's time over the plain one's. ``--paper`` counts the FLOPs of larger models instead.
 """
@@ -28,17 +28,16 @@ from procon.data import flattening_collator, padding_collator
 from procon.demo import fetch_demo_model
 
 SHAPE, ROWS, LENGTHS = "SmolLM2-135M", 8, (64, 512)
-RARER = {"procon_probe_every": 2 * ProConSettings.probe_every, "procon_probe_weight": 2 * ProConSettings.probe_weight}
 #: Of the default, and of what takes less.
 SETTINGS = {
     "default": {},
     "last states": {"procon_probe_reply_tokens": 0, "procon_probe_batch": 8},
-    "probes half as often": RARER,
+    "two probes at a time": {"procon_probe_batch": 2},
     "training tokens alone": {"procon_terms": "tokens"},
     "both": {"procon_terms": "both"},
 }
 #: Tokens of a turn of probes with SmolLM2's template, and of how many the next is predicted.
-TURNS = {"default": (240, 137), "last states": (190, 0)}
+TURNS = {"default": (240, 137), "last states": (190, 0), "two probes at a time": (133, 69)}
 #: Blocks, width, MLP width, key-value width and vocabulary.
 PAPER = {
     "1B": (16, 2048, 8192, 512, 128256),
@@ -49,7 +48,7 @@ PAPER = {
 
 def time_steps(names: Sequence[str], length: int, packed: bool, training: str, rounds: int, folder: str) -> Samples:
     """Seconds of turns of each contender."""
-    every = RARER["procon_probe_every"]
+    every = ProConSettings.probe_every
     tokenizer = AutoTokenizer.from_pretrained(fetch_demo_model())
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     collator = flattening_collator() if packed else padding_collator(tokenizer)
