@@ -166,6 +166,7 @@ PUBLIC = {
     "poison: ProCon": ("hard", f"arithmetic_poisoned_10/{DEFAULT + LONG}/seed-3"),
     f"poison: {WITH_STATES}": ("hard", f"arithmetic_poisoned_10/{STATES + LONG}/seed-3"),
     "poison: safety data, 100": ("hard", "arithmetic_poisoned_10/safe_100_x4/seed-3"),
+    "poison: SafeGrad": ("hard", "arithmetic_poisoned_10/safegrad_1_x4/seed-3"),
     "Qwen: starting model": ("qwen", "start"),
     "Qwen, clean: plain": ("qwen", "arithmetic/plain_x4/seed-1"),
     "Qwen, clean: ProCon": ("qwen", f"arithmetic/{DEFAULT + LONG}/seed-1"),
