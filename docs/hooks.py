@@ -24,7 +24,8 @@ _ALONE = re.compile(r"<\?xml.*?\?>\s*|<style>.*?</style>", re.DOTALL)
 _FORMULA = re.compile(r'<(?P<tag>div|span) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL)
 _CELL = re.compile(r"<t[dh]\b.*?</t[dh]>", re.DOTALL)
 _TEXT = re.compile(r"(?<=>)[^<]+(?=<)")
-_JOINT = re.compile(r"(?<=[A-Za-z_])([_./(]+)(?=[A-Za-z])")
+# Where a word may break: behind a joint, or before the capital that ends a long part.
+_JOINT = re.compile(r"(?<=[A-Za-z_])[_./(]+(?=[A-Za-z])|(?<=[a-z]{5})(?=[A-Z])")
 
 
 def on_config(config):
@@ -49,7 +50,7 @@ def _with_breaks(cell: re.Match[str]) -> str:
     def joints(text: re.Match[str]) -> str:
         # A short name breaks on a phone alone.
         mark = "<wbr class='phone'>" if len(text[0]) < 24 else "<wbr>"
-        return _JOINT.sub(rf"\1{mark}", text[0])
+        return _JOINT.sub(rf"\g<0>{mark}", text[0])
 
     return _TEXT.sub(joints, cell[0])
 
