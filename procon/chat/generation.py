@@ -88,7 +88,9 @@ def continue_tokens(
     pad = pad_token_id(tokenizer)
     eos = getattr(model.generation_config, "eos_token_id", None) or tokenizer.eos_token_id
     ends = {eos} if isinstance(eos, int) else set(eos or ())
-    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=eos)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=pad, eos_token_id=eos
+    )
     found: list[list[int]] = [[]] * len(prompts)
     device = model_device(model)
 

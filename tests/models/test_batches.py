@@ -46,6 +46,18 @@ def test_replies_stay_in_their_places(cramped, tiny_model, tokenizer):
     assert found == generate_replies(tiny_model(), tokenizer, turns, batch_size=2, **settings)
 
 
+def test_replies_use_the_cache_whatever_the_configuration_says(tiny_model, tokenizer):
+    """TRL saves models with ``use_cache`` off after gradient checkpointing: 48 tokens would take 48 whole forwards."""
+    model = tiny_model()
+    model.generation_config.use_cache = model.config.use_cache = False
+    widths = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: widths.append(args[0].shape[1]))
+    turns = [[{"role": "user", "content": PROMPTS[0]}]]
+    generate_replies(model, tokenizer, turns, max_new_tokens=3, progress=False)
+    assert len(widths) > 1
+    assert set(widths[1:]) == {1}
+
+
 def test_one_that_does_not_fit(tiny_model):
     def full(batch) -> None:
         raise torch.OutOfMemoryError(OUT_OF_MEMORY)
