@@ -20,6 +20,16 @@ from procon.settings import ChatSettings
 #: Tokens that are decoded to look for a marker, more than any has; and how many a marker may take beyond the budgets.
 _SLACK = 32
 
+#: What is left out here is taken from the model's own settings: Qwen2.5 has a penalty on repetitions, and what was
+#: trained with gradient checkpointing often has no cache.
+_GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "use_cache": True,
+}
+
 
 def generate(
     model: nn.Module,
@@ -88,9 +98,7 @@ def continue_tokens(
     pad = pad_token_id(tokenizer)
     eos = getattr(model.generation_config, "eos_token_id", None) or tokenizer.eos_token_id
     ends = {eos} if isinstance(eos, int) else set(eos or ())
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=pad, eos_token_id=eos
-    )
+    config = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=eos, **_GREEDY)
     found: list[list[int]] = [[]] * len(prompts)
     device = model_device(model)
 

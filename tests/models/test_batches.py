@@ -46,16 +46,19 @@ def test_replies_stay_in_their_places(cramped, tiny_model, tokenizer):
     assert found == generate_replies(tiny_model(), tokenizer, turns, batch_size=2, **settings)
 
 
-def test_replies_use_the_cache_whatever_the_configuration_says(tiny_model, tokenizer):
-    """TRL saves models with ``use_cache`` off after gradient checkpointing: 48 tokens would take 48 whole forwards."""
-    model = tiny_model()
-    model.generation_config.use_cache = model.config.use_cache = False
-    widths = []
-    model.get_input_embeddings().register_forward_hook(lambda module, args, output: widths.append(args[0].shape[1]))
-    turns = [[{"role": "user", "content": PROMPTS[0]}]]
-    generate_replies(model, tokenizer, turns, max_new_tokens=3, progress=False)
-    assert len(widths) > 1
-    assert set(widths[1:]) == {1}
+@pytest.mark.parametrize(
+    "publisher", [{"use_cache": False}, {"repetition_penalty": 9.0}, {"no_repeat_ngram_size": 1}, {"num_beams": 3}]
+)
+def test_replies_are_greedy_and_cached_whatever_the_model_comes_with(tiny_model, tokenizer, publisher):
+    """Qwen2.5 comes with a penalty on repetitions, and what was trained with checkpointing often without its cache."""
+    turns = [[{"role": "user", "content": prompt}] for prompt in PROMPTS[:2]]
+    settings = {"max_new_tokens": 8, "progress": False}
+    expected = generate_replies(tiny_model(), tokenizer, turns, **settings)
+    model, shapes = tiny_model(), []
+    model.generation_config.update(**publisher)
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: shapes.append(args[0].shape))
+    assert generate_replies(model, tokenizer, turns, **settings) == expected
+    assert shapes[1:] == [(2, 1)] * 7
 
 
 def test_one_that_does_not_fit(tiny_model):
