@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,21 +15,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 
 from procon.chat.template import Message, ids_of, pad_token_id, render_text
 from procon.chat.thinking import KNOWN_MARKERS, Markers, Reply, opens_thought, split_thoughts, thinking_markers
-from procon.models import evaluating, in_batches, model_device
+from procon.models import evaluating, in_batches, model_device, transformers_model
 from procon.settings import ChatSettings
 
 #: Tokens that are decoded to look for a marker, more than any has; and how many a marker may take beyond the budgets.
 _SLACK = 32
-
-#: What is left out here is taken from the model's own settings: Qwen2.5 has a penalty on repetitions, and what was
-#: trained with gradient checkpointing often has no cache.
-_GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "use_cache": True,
-}
 
 
 def generate(
@@ -96,9 +87,10 @@ def continue_tokens(
         stopping: when a batch ends early, from the indices of its prompts and its width.
     """
     pad = pad_token_id(tokenizer)
-    eos = getattr(model.generation_config, "eos_token_id", None) or tokenizer.eos_token_id
-    ends = {eos} if isinstance(eos, int) else set(eos or ())
-    config = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=eos, **_GREEDY)
+    ends = _ends(model, tokenizer)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=pad, eos_token_id=[*ends] or None
+    )
     found: list[list[int]] = [[]] * len(prompts)
     device = model_device(model)
 
@@ -116,9 +108,30 @@ def continue_tokens(
         bar.update(len(rows))
 
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    with evaluating(model), tqdm(total=len(prompts), desc=description, unit="reply", disable=not progress) as bar:
+    bar = tqdm(total=len(prompts), desc=description, unit="reply", disable=not progress)
+    with evaluating(model), _settings_of_its_own(model, config), bar:
         in_batches(longest_first, batch_size, run)
     return found
+
+
+def _ends(model: nn.Module, tokenizer: Any) -> set[int]:
+    """What ends a reply: a fine-tuned model's own settings may lack what its chat template ends a turn with."""
+    own: int | Sequence[int] | None = getattr(model.generation_config, "eos_token_id", None)
+    return {*([own] if isinstance(own, int) else own or ()), tokenizer.eos_token_id} - {None}
+
+
+@contextmanager
+def _settings_of_its_own(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """Without the model's own settings of generation, of which ``generate`` takes whatever ``config`` leaves open.
+
+    Qwen2.5 has a penalty on repetitions, and what was trained with gradient checkpointing often no cache.
+    """
+    bare = transformers_model(model)
+    own, bare.generation_config = bare.generation_config, config
+    try:
+        yield
+    finally:
+        bare.generation_config = own
 
 
 def reply_budget(

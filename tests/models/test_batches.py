@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from procon.chat import ContrastPrompts, generate_replies
+from procon.chat import ContrastPrompts, continue_tokens, generate_replies
 from procon.directions import ContrastMeans
 from procon.errors import ProConError
 from procon.models import first_batch_size, in_batches
@@ -47,7 +47,15 @@ def test_replies_stay_in_their_places(cramped, tiny_model, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "publisher", [{"use_cache": False}, {"repetition_penalty": 9.0}, {"no_repeat_ngram_size": 1}, {"num_beams": 3}]
+    "publisher",
+    [
+        {"use_cache": False},
+        {"repetition_penalty": 9.0},
+        {"num_beams": 3},
+        {"return_dict_in_generate": True},
+        {"stop_strings": ["a"]},
+        {"suppress_tokens": [*range(300)]},
+    ],
 )
 def test_replies_are_greedy_and_cached_whatever_the_model_comes_with(tiny_model, tokenizer, publisher):
     """Qwen2.5 comes with a penalty on repetitions, and what was trained with checkpointing often without its cache."""
@@ -59,6 +67,19 @@ def test_replies_are_greedy_and_cached_whatever_the_model_comes_with(tiny_model,
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: shapes.append(args[0].shape))
     assert generate_replies(model, tokenizer, turns, **settings) == expected
     assert shapes[1:] == [(2, 1)] * 7
+    assert all(getattr(model.generation_config, name) == value for name, value in publisher.items())
+
+
+def test_a_reply_ends_where_the_model_or_its_tokenizer_ends_it(tiny_model, tokenizer, monkeypatch):
+    model, prompt = tiny_model(), [[5, 6, 7, 8]]
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    whole = continue_tokens(model, tokenizer, prompt, max_new_tokens=9, progress=False)[0]
+    first, second = whole[2], whole[4]
+    model.generation_config.eos_token_id = [first]
+    assert continue_tokens(model, tokenizer, prompt, max_new_tokens=9, progress=False) == [whole[: whole.index(first)]]
+    model.generation_config.eos_token_id = 0
+    monkeypatch.setattr(tokenizer, "eos_token_id", second)
+    assert continue_tokens(model, tokenizer, prompt, max_new_tokens=9, progress=False) == [whole[: whole.index(second)]]
 
 
 def test_one_that_does_not_fit(tiny_model):
