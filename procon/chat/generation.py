@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 
 from procon.chat.template import Message, ids_of, pad_token_id, render_text
 from procon.chat.thinking import KNOWN_MARKERS, Markers, Reply, opens_thought, split_thoughts, thinking_markers
-from procon.models import evaluating, in_batches, model_device, transformers_model
+from procon.models import evaluating, in_batches, model_device, transformers_model, without_routers
 from procon.settings import ChatSettings
 
 #: Tokens that are decoded to look for a marker, more than any has; and how many a marker may take beyond the budgets.
@@ -98,7 +98,7 @@ def continue_tokens(
         tokens = [torch.tensor(prompts[i], dtype=torch.long) for i in rows]
         ids = pad_sequence(tokens, batch_first=True, padding_value=pad, padding_side="left")
         mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True, padding_side="left")
-        inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), **without_routers(model)}
         if stopping is not None:
             inputs["stopping_criteria"] = StoppingCriteriaList([stopping(rows, ids.shape[1])])
         # To torch's stub, an attribute that nn.Module itself has not is a tensor or a module.

@@ -27,6 +27,7 @@ from procon.models.decoder import (
     token_embedding,
     transformers_model,
     unwrapped,
+    without_routers,
 )
 from procon.models.eval_mode import evaluating, keep_quantised
 from procon.models.loading import best_attention, default_dtype, load_model, spread, use_best_attention
@@ -64,4 +65,5 @@ __all__ = [
     "unwrapped",
     "use_best_attention",
     "weights_hash",
+    "without_routers",
 ]

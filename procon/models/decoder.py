@@ -189,10 +189,23 @@ class DecoderForward:
         self.decoder, self.device = find_decoder(model), model_device(model)
         self.dtype = transformers_model(unwrapped(model)).dtype
         self.run: partial[Any] = partial(self.decoder.module, use_cache=False)
-        self.predict: partial[Any] = partial(model, use_cache=False)
-        self.takes_places = "logits_to_keep" in inspect.signature(transformers_model(model).forward).parameters
+        self.predict: partial[Any] = partial(model, use_cache=False, **without_routers(model))
+        self.takes_places = _takes(model, "logits_to_keep")
         if is_sharded(model) or hasattr(model, "_original_forward"):
             self.run = partial(self.predict, **({"logits_to_keep": 1} if self.takes_places else {}))
+
+
+def without_routers(model: nn.Module) -> dict[str, Any]:
+    """What keeps a mixture of experts from balancing its routers in a forward that is none of the training's own.
+
+    TRL switches that on. It fails behind a cache or a mask that is not ``[B, T]``.
+    """
+    return {"output_router_logits": False} if _takes(model, "output_router_logits") else {}
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    """Whether the causal LM's forward has an argument of that name."""
+    return name in inspect.signature(transformers_model(unwrapped(model)).forward).parameters
 
 
 def refuse_unprepared(model: nn.Module) -> None:

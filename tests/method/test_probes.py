@@ -162,6 +162,21 @@ def test_what_all_prompts_begin_with_is_run_once(tiny_model, record, family):
     assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_experts_that_are_balanced_in_training_keep_the_same(tiny_model, record, family):
+    """TRL asks for the routers' logits: their loss knows no cache, and no mask but one of whole rows."""
+    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    model = tiny_model(family, **experts)
+    expected = record(model, 4)
+    model.config.output_router_logits = True
+    probes = record(model, 4)
+    assert probes.hash == expected.hash
+    move(model)
+    departure = probes.departure(DecoderForward(model.train()))
+    model.config.output_router_logits = False
+    assert departure.item() == expected.departure(DecoderForward(model)).item() > 0
+
+
 def test_attention_that_is_replaced_in_training_runs_them_one_by_one(tiny_model, record, monkeypatch):
     model = tiny_model()
     assert record(model).shared > 0

@@ -1,5 +1,7 @@
 """When memory runs out, fewer prompts are run at a time, and nothing else changes."""
 
+import copy
+
 import pytest
 import torch
 
@@ -70,7 +72,7 @@ def test_replies_are_greedy_and_cached_whatever_the_model_comes_with(tiny_model,
     assert all(getattr(model.generation_config, name) == value for name, value in publisher.items())
 
 
-def test_a_reply_ends_where_the_model_or_its_tokenizer_ends_it(tiny_model, tokenizer, monkeypatch):
+def test_a_reply_ends_where_the_model_or_its_tokenizer_ends_it(tiny_model, tokenizer):
     model, prompt = tiny_model(), [[5, 6, 7, 8]]
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     whole = continue_tokens(model, tokenizer, prompt, max_new_tokens=9, progress=False)[0]
@@ -78,7 +80,8 @@ def test_a_reply_ends_where_the_model_or_its_tokenizer_ends_it(tiny_model, token
     model.generation_config.eos_token_id = [first]
     assert continue_tokens(model, tokenizer, prompt, max_new_tokens=9, progress=False) == [whole[: whole.index(first)]]
     model.generation_config.eos_token_id = 0
-    monkeypatch.setattr(tokenizer, "eos_token_id", second)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token_id = second
     assert continue_tokens(model, tokenizer, prompt, max_new_tokens=9, progress=False) == [whole[: whole.index(second)]]
 
 
