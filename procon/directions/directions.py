@@ -33,8 +33,8 @@ from procon.files import write_bytes
 from procon.models import Decoder, Relation, compare_origin, find_decoder, origin_of, refuse_unprepared
 from procon.settings import MAX_DIRECTIONS, ChatSettings
 
-#: The file's name if it stands beside a model or an adapter.
-DIRECTIONS_FILE = "refusal-directions.safetensors"
+#: The file's name if it stands beside a model or an adapter, where vLLM takes ".safetensors" for weights.
+DIRECTIONS_FILE = "refusal-directions.procon"
 
 #: Vectors by the block, or a row for each.
 Vectors = Tensor | Mapping[int, Tensor]

@@ -40,8 +40,8 @@ from procon.settings import ChatSettings, ProConSettings
 
 logger = logging.getLogger(__name__)
 
-#: The file's name beside a model or in a checkpoint.
-PROBES_FILE = "probes.safetensors"
+#: The file's name beside a model or in a checkpoint. vLLM takes whatever ends in ".safetensors" there for weights.
+PROBES_FILE = "probes.procon"
 
 #: Packages whose modules heed the mask that they are given.
 _USUAL = ("accelerate", "bitsandbytes", "deepspeed", "liger_kernel", "peft", "procon", "torch", "transformers")

@@ -110,7 +110,7 @@ class DriftCallback(MeasuringCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         began = time.monotonic()
-        path = output_folder(args) / "drift-reference.safetensors"
+        path = output_folder(args) / "drift-reference.procon"
         asked = {"prompts": self.prompts.hash, "chat": describe_chat(self.tokenizer, self.chat)}
         if state.global_step > 0:
             self._reference = on_main(lambda: _reopen(path, asked))

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from procon.chat import ContrastPrompts
-from procon.directions import Directions, randomized
+from procon.directions import DIRECTIONS_FILE, Directions, randomized
 from procon.directions import directions as module
 from procon.errors import ProConError
 from procon.models import find_decoder
@@ -200,7 +200,7 @@ def test_vectors_by_block_and_for_all(model):
 @pytest.mark.parametrize("which", ["of refusal", "of another concept"])
 def test_save_and_load(found, tmp_path, which):
     given = {"of refusal": refusal(3), "of another concept": found}[which]
-    path = given.save(tmp_path / "new" / "refusal-directions.safetensors")
+    path = given.save(tmp_path / "new" / DIRECTIONS_FILE)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     for loaded in (Directions.load(str(path)), Directions.load(path.parent)):
         for name in TENSORS:

@@ -111,7 +111,7 @@ def test_warm_up_is_added_and_resumed(axolotl_train, tiny_model, tmp_path):
     first, *rest = logged(out / "checkpoint-8", "procon/penalty")
     assert first < 1e-9 < min(rest)
     # Directions were extracted from the model, and are kept beside what was trained.
-    assert Directions.load(out / "refusal-directions.safetensors").basis.shape == (3, 1, 32)
+    assert Directions.load(out / "refusal-directions.procon").basis.shape == (3, 1, 32)
     assert json.loads((out / "procon.json").read_text())["schedule"] == "procon_wu:1@1ep"
     assert "ProCon" in (out / "README.md").read_text()
 

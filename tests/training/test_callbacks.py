@@ -139,6 +139,6 @@ def test_a_run_resumed_measures_against_its_own_start(trainer, tmp_path):
     other, _ = trainer(prompts=builtin_prompts("extraction").first(2))
     with pytest.raises(ProConError, match=r"no drift reference '.*' of these prompts, asked in this way"):
         other.train(resume_from_checkpoint=checkpoint)
-    (tmp_path / "out" / "drift-reference.safetensors").unlink()
+    (tmp_path / "out" / "drift-reference.procon").unlink()
     with pytest.raises(ProConError, match=r"no drift reference"):
         resumed.train(resume_from_checkpoint=checkpoint)
