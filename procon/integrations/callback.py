@@ -120,7 +120,7 @@ class ProConCallback(TrainerCallback):
         procon.accumulation = args.gradient_accumulation_steps
         procon.check_acts(state.max_steps)
         procon.attach()
-        self._forward = ConstrainedForward(procon)
+        self._forward = ConstrainedForward(procon, counts_all_ranks=args.average_tokens_across_devices)
         # Of the whole data: training may drop other samples in each epoch.
         size, rank, ranks = args.per_device_train_batch_size, args.process_index, args.world_size
         procon.record(lambda: once_through(loader.dataset, loader.collate_fn, size, rank=rank, ranks=ranks))

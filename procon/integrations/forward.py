@@ -46,6 +46,8 @@ class ConstrainedForward:
 
     Args:
         procon: the method, prepared.
+        counts_all_ranks: whether ``num_items_in_batch`` is that of all ranks, and the trainer adds up what they have,
+            as the Trainer does by default; if not, each counts its own, and they are averaged.
 
     Attributes:
         attached: whether the model is constrained by this.
@@ -55,8 +57,9 @@ class ConstrainedForward:
         ProConError: if a training forward would lose the constraint.
     """
 
-    def __init__(self, procon: ProCon) -> None:
+    def __init__(self, procon: ProCon, *, counts_all_ranks: bool = True) -> None:
         self.procon = procon
+        self._averaged = 1 if counts_all_ranks else procon.run.groups
         self.attached = False
         self.backwards = 0
         self._module = _causal_lm(procon.run.model)
@@ -192,12 +195,12 @@ class ConstrainedForward:
         if share is not None:
             if share == 0:
                 return outputs
-            self.procon.step.parts = 1 / share
+            self.procon.step.parts = self._averaged / share
         # Without it the trainer takes means: over micro-batches and ranks.
         self._adding = True
         try:
             with self.procon.run.autocast():
-                found = self.procon.added(self.procon.step.parts if share is None else 1.0)
+                found = self.procon.added(self.procon.step.parts if share is None else self._averaged)
         finally:
             self._adding = False
         if found is None:

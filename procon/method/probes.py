@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from procon.chat import builtin_probe_pairs, continue_tokens, load_instructions, pad_token_id, render, user_turn
+from procon.constraint.proof import nodes_before
 from procon.errors import ProConError
 from procon.files import whole_file
 from procon.method.term import Batches, Run, Step, Term
@@ -36,6 +38,7 @@ from procon.models import (
     token_embedding,
     unwrapped,
 )
+from procon.ranks import are_ranks
 from procon.settings import ChatSettings, ProConSettings
 
 logger = logging.getLogger(__name__)
@@ -371,10 +374,13 @@ class ProbeTerm(Term):
         step.done.add(self.name)
         settings = self._settings
         probes = self._recorded().turn(step.number // settings.probe_every, settings.probe_batch)
-        if self._forward is None:  # now that the model is wrapped as it trains
+        if first := self._forward is None:  # now that the model is wrapped as it trains
             self._forward = DecoderForward(run.model)
+        departure = probes.departure(self._forward)
+        if first:
+            _refuse_reentrant(departure)
         # Ranks that have the same probes have a part each.
-        return settings.probe_weight / run.groups * probes.departure(self._forward)
+        return settings.probe_weight / run.groups * departure
 
     def _recorded(self) -> Probes:
         if self.probes is None:
@@ -407,6 +413,16 @@ def _common_beginning(probes: Probes) -> int:
     width = int(probes.prompts.min()) - 1
     ids = probes.input_ids[:, :width]
     return int((ids == ids[0]).all(0).long().cumprod(0).sum())
+
+
+def _refuse_reentrant(departure: Tensor) -> None:
+    """Raise ProConError where ranks add up gradients as a backward comes to them, and each has a backward within."""
+    several = are_ranks() and dist.get_world_size() > 1
+    if several and any("CheckpointFunction" in node.name() for node in nodes_before([departure.grad_fn])):
+        raise ProConError(
+            "gradient checkpointing with use_reentrant=True has a backward of its own in each block, and with that of "
+            "the probes the ranks would no longer train one model: set use_reentrant=False"
+        )
 
 
 def _heeds_masks(decoder: Decoder) -> bool:

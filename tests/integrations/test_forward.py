@@ -105,13 +105,16 @@ class Moved(TrainerCallback):
         self.gradients = gradients(model)
 
 
-def first_gradient(model, rows, collator, folder, *, accepts_loss_kwargs=True, procon=(), **settings):
+def first_gradient(
+    model, rows, collator, folder, *, accepts_loss_kwargs=True, procon=(), processing_class=None, **settings
+):
     moved = Moved()
     trainer = Trainer(
         model,
         arguments(folder, max_steps=1, max_grad_norm=0, train_sampling_strategy="sequential", **settings),
         train_dataset=Dataset.from_list(rows),
         data_collator=collator,
+        processing_class=processing_class,
         callbacks=[*procon, moved],
     )
     trainer.model_accepts_loss_kwargs = accepts_loss_kwargs
@@ -500,10 +503,13 @@ def test_two_ranks_give_the_gradient_of_one(tiny_model, tokenizer, samples, tmp_
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "rows.json").write_text(json.dumps(samples))
+    (tmp_path / "probes.txt").write_text("one\nand another\nthe third of them\n")
     worker = Path(__file__).parents[1] / "workers" / "forward_mode.py"
     run_ranks(2, worker, tmp_path, __file__, "2")
     start = model.double()
     moved = copy.deepcopy(start)
     move(moved)
     found = torch.load(tmp_path / "gradients.pt")
-    assert_same({name.removeprefix("module."): g for name, g in found.items()}, by_definition(start, moved, [samples]))
+    tokens = {name.removeprefix("module."): gradient for name, gradient in found["tokens"].items()}
+    assert_same(tokens, by_definition(start, moved, [samples]))
+    assert_same(found["probes"][False], found["probes"][True])

@@ -281,6 +281,14 @@ def zero3_probes(name: str) -> dict:
     return {"errors": refusals(partial(trainer, name, **zero(3), **PROBES))}
 
 
+def probes_reentrant(name: str) -> dict:
+    checkpoints = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    checkpoints["ddp_find_unused_parameters"] = False
+    of_tokens = {name: getattr(ProConConfig, name) for name in ("procon_scope", "procon_penalty", "procon_anchors_dir")}
+    alone = {**PROBES, **of_tokens, "procon_terms": "probes"}
+    return {"errors": refusals(trainer(name, model=load_lora, given=None, **checkpoints, **alone).train)}
+
+
 def ulysses(name: str) -> dict:
     from accelerate import ParallelismConfig
 
@@ -321,6 +329,7 @@ CASES = {
     "zero3_lora": partial(train, model=load_lora, **zero(3), **LORA),
     "zero3_lora_live": partial(train, model=load_lora, procon_anchors="live", **zero(3), **LORA),
     "zero3_probes": zero3_probes,
+    "probes_reentrant": probes_reentrant,
     "partitioned_extraction": partitioned_extraction,
     "ulysses": ulysses,
 }
