@@ -12,6 +12,7 @@ import jinja2
 import jinja2.ext
 from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from procon.errors import ProConError
 from procon.settings import ChatSettings
@@ -76,10 +77,40 @@ def apply_template(
             f"tokenizer of {tokenizer.name_or_path!r} has no chat template: set tokenizer.chat_template, or start "
             "from the model's chat (-Instruct) version"
         )
+    template = kwargs.get("chat_template") or default_template(tokenizer)
+    if _reads_parts(template, tuple(tokenizer.special_tokens_map.items())):
+        messages = [*map(_in_parts, messages)]
     try:
         return tokenizer.apply_chat_template(list(messages), **{"tokenize": False, **settings}, **kwargs)
     except Exception as error:  # templates raise jinja2 errors of their own making
         raise ProConError(f"the chat template of {tokenizer.name_or_path!r} rejects a conversation: {error}") from error
+
+
+@lru_cache(maxsize=32)
+def _reads_parts(template: str, special_tokens: tuple[tuple[str, Any], ...]) -> bool:
+    """Whether a message's content has to be a list of parts, as for many vision-language models.
+
+    Their templates go through a plain text letter by letter, and say nothing of it.
+
+    Raises:
+        ProConError: if what a user says is not in what the template makes of it, in either form.
+    """
+    said = "Is 7 more than 5?"
+    for parts in (False, True):
+        (message,) = user_turn(said)
+        try:
+            turns = [_in_parts(message) if parts else message]
+            (text,), _ = render_jinja_template([turns], chat_template=template, **dict(special_tokens))
+        except Exception:  # what it needs besides, rendering a conversation says
+            return False
+        if said in text:
+            return parts
+    raise ProConError("the chat template leaves out what a user says: set tokenizer.chat_template to the model's own")
+
+
+def _in_parts(message: Message) -> Message:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def template_kwargs(tokenizer: PreTrainedTokenizerBase, chat: ChatSettings | None) -> dict[str, Any]:

@@ -42,6 +42,17 @@ OPENS_WITH_THOUGHTS = (
 )
 
 
+# SmolVLM's, and LLaVA's.
+PARTS_ONE_BY_ONE = (
+    "{{ bos_token + '' }}{% for m in messages %}<{{ m.role }}>{% for part in m.content %}{% if part.type == 'text' %}"
+    "{{ part.text }}{% endif %}{% endfor %}</>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+PARTS_BY_TYPE = (
+    "{% for m in messages %}<{{ m.role }}>{% for part in m.content | selectattr('type', 'equalto', 'text') %}"
+    "{{ part['text'] }}{% endfor %}</>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
 def runs(tokenizer, messages) -> list[str]:
     """Text of each run of tokens that count as the assistant's."""
     ids, mask = response_mask(tokenizer, messages)
@@ -62,8 +73,10 @@ def runs(tokenizer, messages) -> list[str]:
         (LLAMA_3, ["Four.<eot>", "Yes,\n\nreally.<eot>"]),
         (GEMMA, ["Four.<end>\n", "Yes,\n\nreally.<end>\n"]),
         (DEFAULT_SYSTEM, ["Four.</>", "  Yes,\n\nreally. </>"]),
+        (PARTS_ONE_BY_ONE, ["Four.</>", "  Yes,\n\nreally. </>"]),
+        (PARTS_BY_TYPE, ["Four.</>", "  Yes,\n\nreally. </>"]),
     ],
-    ids=["chatml", "llama-2", "llama-3", "gemma", "default system"],
+    ids=["chatml", "llama-2", "llama-3", "gemma", "default system", "parts", "parts by type"],
 )
 def test_the_assistants_tokens_and_no_others(tokenizer, template, replies):
     tokenizer.chat_template = template or tokenizer.chat_template
@@ -124,6 +137,19 @@ def test_no_chat_template(tokenizer):
     tokenizer.chat_template = None
     tokenizer.name_or_path = "some/model"
     with pytest.raises(ProConError, match="'some/model' has no chat template: set "):
+        render(tokenizer, user_turn("Hi"), generation_prompt=True)
+
+
+@pytest.mark.parametrize("template", [DEFAULT_SYSTEM, PARTS_ONE_BY_ONE, PARTS_BY_TYPE])
+def test_what_the_user_says_is_in_the_prompt(tokenizer, template):
+    tokenizer.chat_template = template
+    asked = tokenizer.decode(render(tokenizer, user_turn("Hi"), generation_prompt=True))
+    assert asked.endswith("<user>Hi</><assistant>")
+
+
+def test_a_template_that_leaves_out_what_the_user_says(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{% endfor %}"
+    with pytest.raises(ProConError, match="leaves out what a user says: set tokenizer"):
         render(tokenizer, user_turn("Hi"), generation_prompt=True)
 
 

@@ -158,7 +158,9 @@ def test_a_system_prompt_goes_before_conversations_without_one(tokenizer):
     ids = render(tokenizer, user_turn("Hi"), generation_prompt=False, chat=chat)
     assert tokenizer.decode(ids) == "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
     assert "kind" not in tokenizer.decode(render(tokenizer, own, generation_prompt=False, chat=chat))
-    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages[0].content }}"
+    )
     with pytest.raises(ProConError, match="rejects a conversation: no system"):
         render(tokenizer, user_turn("Hi"), generation_prompt=True, chat=chat)
 
