@@ -36,8 +36,15 @@ SETTINGS = {
     "training tokens alone": {"procon_terms": "tokens"},
     "both": {"procon_terms": "both"},
 }
-#: Tokens of a turn of probes with SmolLM2's template, and of how many the next is predicted.
-TURNS = {"default": (240, 137), "last states": (190, 0), "two probes at a time": (133, 69)}
+#: Tokens of a turn of probes with SmolLM2's template, and of how many the next is predicted; on several ranks, of the
+#: one that has most, for which the others wait.
+TURNS = {
+    "default": (240, 137),
+    "default, on each of two ranks": (147, 83),
+    "default, on each of four ranks": (91, 47),
+    "last states": (190, 0),
+    "two probes at a time": (133, 69),
+}
 #: Blocks, width, MLP width, key-value width and vocabulary.
 PAPER = {
     "1B": (16, 2048, 8192, 512, 128256),

@@ -108,7 +108,18 @@ class Probes:
         """The ``size`` prompts that the ``number``-th run takes, from 0: they go round. All, if there are no more."""
         if size >= len(self):
             return self
-        rows = (number * size + torch.arange(size)) % len(self)
+        return self._of((number * size + torch.arange(size)) % len(self))
+
+    def part(self, group: int, groups: int) -> tuple[Probes, int]:
+        """Those that group number ``group`` of ``groups`` runs, and how many of the groups run the same ones.
+
+        Each has its own as long as there are enough.
+        """
+        parts = min(groups, len(self))
+        mine = group % parts
+        return self._of(torch.arange(mine, len(self), parts)), len(range(mine, groups, parts))
+
+    def _of(self, rows: Tensor) -> Probes:
         prompts, lengths = self.prompts[rows], self.lengths[rows]
         places = torch.arange(len(self.states)).split(self.counts.tolist())
         kept = torch.cat([places[row] for row in rows])
@@ -150,7 +161,7 @@ class Probes:
         logits = logits[kept[:, places if chosen else slice(None)].to(logits.device)].float()
         return logits, logits.logsumexp(-1, keepdim=True)
 
-    def departure(self, forward: DecoderForward) -> Tensor:
+    def departure(self, forward: DecoderForward, among: Probes | None = None) -> Tensor:
         """How far the model has moved at the kept tokens, on average: a scalar.
 
         ``KL(start || model)`` of the next token, in nats, over the likeliest ones and all others as one: its mean over
@@ -158,10 +169,12 @@ class Probes:
 
         Args:
             forward: of the model in training, which is run once.
+            among: those that these are a part of: what all parts give adds up to what the whole gives.
 
         Raises:
             ProConError: if nothing in the model trains.
         """
+        whole = self if among is None else among
         if self.tokens.shape[1]:
             logits, total = self.predict(forward)
             if torch.is_grad_enabled() and not logits.requires_grad:
@@ -170,11 +183,11 @@ class Probes:
             divergence = _divergence(self.states.to(logits.device), likely)
             begins = (self.counts.cumsum(0) - self.counts).to(logits.device)
             # Whether a reply refuses is mostly decided where it begins, which is one of its many tokens.
-            return divergence.mean() + divergence[begins].mean()
+            return divergence.sum() / len(whole.states) + divergence[begins].sum() / len(whole)
         last, outputs = self.run(forward)
         if torch.is_grad_enabled() and not last.requires_grad:
             raise ProConError("nothing below the last hidden state trains, so the penalty on it does nothing")
-        departure = (last.float() - self.states.to(last.device)).square().mean()
+        departure = (last.float() - self.states.to(last.device)).square().sum() / whole.states.numel()
         # FSDP2 gathers what its root holds once backward comes to what the root gave: none of it has to come there.
         unused = getattr(outputs, "logits", None)
         return departure if unused is None else departure + unused.flatten()[:0].sum().to(departure)
@@ -373,14 +386,14 @@ class ProbeTerm(Term):
             return None
         step.done.add(self.name)
         settings = self._settings
-        probes = self._recorded().turn(step.number // settings.probe_every, settings.probe_batch)
+        turn = self._recorded().turn(step.number // settings.probe_every, settings.probe_batch)
+        mine, alike = turn.part(run.group, run.groups)
         if first := self._forward is None:  # now that the model is wrapped as it trains
             self._forward = DecoderForward(run.model)
-        departure = probes.departure(self._forward)
+        departure = mine.departure(self._forward, among=turn)
         if first:
             _refuse_reentrant(departure)
-        # Ranks that have the same probes have a part each.
-        return settings.probe_weight / run.groups * departure
+        return settings.probe_weight / alike * departure
 
     def _recorded(self) -> Probes:
         if self.probes is None:

@@ -61,6 +61,11 @@ class Run:
         return dist.get_world_size() if are_ranks() else 1
 
     @property
+    def group(self) -> int:
+        """Which of these this one is, from 0."""
+        return dist.get_rank() if are_ranks() else 0
+
+    @property
     def device(self) -> torch.device:
         """Where batches go."""
         return next(self.model.parameters()).device

@@ -93,6 +93,10 @@ class TrainerRun(Run):
         return self._trainer.args.world_size // self._trainer.get_tp_size()
 
     @property
+    def group(self) -> int:
+        return self._trainer.args.process_index // self._trainer.get_tp_size()
+
+    @property
     def is_loaded_in_parts(self) -> bool:
         return getattr(self._trainer, "is_distributed_loading_by_transformers", False)
 

@@ -202,6 +202,22 @@ def test_they_go_round(tiny_model, record):
     assert max(found) > 1.001 * min(found)
 
 
+@pytest.mark.parametrize("reply_tokens", [0, 3])
+@pytest.mark.parametrize("groups", [1, 2, 3, 5, 6])
+def test_groups_of_ranks_have_a_part_each(tiny_model, tokenizer, record, groups, reply_tokens):
+    """Of three: one each as long as there are enough, and what all give is the whole."""
+    model = tiny_model()
+    ending(model, tokenizer, PROMPTS[1], 2)
+    probes = record(model, reply_tokens)
+    move(model)
+    parts = [probes.part(group, groups) for group in range(groups)]
+    assert sum(len(part) / alike for part, alike in parts) == pytest.approx(3)
+    assert sorted({len(part) for part, _ in parts}) == {1: [3], 2: [1, 2]}.get(groups, [1])
+    forward = DecoderForward(model)
+    found = sum(part.departure(forward, among=probes).item() / alike for part, alike in parts)
+    assert found == pytest.approx(probes.departure(forward).item(), rel=1e-4)
+
+
 def ending(model, tokenizer, prompt: str, after: int) -> None:
     """Have ``model`` take for the end of a reply what it says to ``prompt`` after so many tokens."""
     ids = torch.tensor([render(tokenizer, user_turn(prompt), generation_prompt=True)])

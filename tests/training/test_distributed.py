@@ -52,9 +52,9 @@ EXPECTED |= {case: "lora" for case in SHORT if "lora" in case} | dict.fromkeys(P
 
 #: By case, a part of what every rank reports.
 REFUSED = {
+    "probes_reentrant": "the ranks would no longer train one model: set use_reentrant=False",
     "not_a_number": "penalty became nan by step 1",
     "zero3_probes": "probes are a second one: take procon_terms",
-    "probes_reentrant": "the ranks would no longer train one model: set use_reentrant=False",
     "live_copies": "the starting model cannot be copied, as its parameters are sharded",
     "first_version": "set version 2 in fsdp_config",
     "partitioned_extraction": "extract directions beforehand",

@@ -321,6 +321,7 @@ CASES = {
     "extracted_once": extracted_once,
     "not_a_number": not_a_number,
     "first_version": first_version,
+    "probes_reentrant": probes_reentrant,
     "zero2": partial(train, **zero(2), **SAVES),
     "zero2_resumed": partial(train, resume=f"zero2-{OTHER}", **zero(2)),
     "zero2_probes": partial(train, **zero(2), **PROBES),
@@ -329,7 +330,6 @@ CASES = {
     "zero3_lora": partial(train, model=load_lora, **zero(3), **LORA),
     "zero3_lora_live": partial(train, model=load_lora, procon_anchors="live", **zero(3), **LORA),
     "zero3_probes": zero3_probes,
-    "probes_reentrant": probes_reentrant,
     "partitioned_extraction": partitioned_extraction,
     "ulysses": ulysses,
 }
