@@ -126,10 +126,13 @@ class Probes:
         ids = self.input_ids[rows, : int(lengths.max())]
         return Probes(ids, prompts, lengths, self.states[kept], self.tokens[kept], self.shared)
 
-    def inputs(self) -> tuple[dict[str, Tensor], Tensor]:
+    def inputs(self, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], Tensor]:
         """What a forward takes to run the prompts, and at which of its tokens the model is kept.
 
         A row each, padded. Or all in one row, behind the tokens that they share: each prompt sees those and itself.
+
+        Args:
+            dtype: of the model. A mask of another one is misread by cuDNN's attention, and refused by others on a GPU.
         """
         if not (shared := int(self.shared)):
             mask = torch.arange(self.input_ids.shape[1]) < self.lengths[:, None]
@@ -140,21 +143,21 @@ class Probes:
         position = torch.cat([torch.arange(shared), *(shared + torch.arange(len(row)) for row in own)])
         prompt = torch.cat([torch.full((shared,), -1), prompt])
         sees = ((prompt == prompt[:, None]) | (prompt == -1)).tril()
-        mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
+        mask = torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
         kept = (prompt >= 0) & (position >= self.prompts[prompt] - 1)
         return {"input_ids": ids[None], "position_ids": position[None], "attention_mask": mask[None, None]}, kept[None]
 
     def run(self, forward: DecoderForward) -> tuple[Tensor, Any]:
         """Last hidden states ``[N, D]`` at the kept tokens, and what the forward gave."""
         found: list[Tensor] = []
-        inputs, kept = self.inputs()
+        inputs, kept = self.inputs(forward.dtype)
         with observe_last_state(forward.decoder, found.append):
             outputs = forward.run(**{name: tensor.to(forward.device) for name, tensor in inputs.items()})
         return found[0][kept.to(found[0].device)], outputs
 
     def predict(self, forward: DecoderForward) -> tuple[Tensor, Tensor]:
         """Logits ``[N, V]`` at the kept tokens, in fp32, and ``[N, 1]``, the logarithm of what they add up to."""
-        inputs, kept = self.inputs()
+        inputs, kept = self.inputs(forward.dtype)
         places = kept.any(0).nonzero().squeeze(1)
         chosen: dict[str, Any] = {"logits_to_keep": places.to(forward.device)} if forward.takes_places else {}
         logits = forward.predict(**{name: part.to(forward.device) for name, part in inputs.items()}, **chosen).logits

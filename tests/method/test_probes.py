@@ -177,6 +177,17 @@ def test_experts_that_are_balanced_in_training_keep_the_same(tiny_model, record,
     assert departure.item() == expected.departure(DecoderForward(model)).item() > 0
 
 
+def test_a_mask_of_our_own_has_the_models_dtype(tiny_model, record):
+    """On a GPU, PyTorch's fused attention refuses or misreads others."""
+    model, seen = tiny_model().bfloat16(), []
+    model.model.register_forward_pre_hook(lambda _module, _args, given: seen.append(given), with_kwargs=True)
+    probes = record(model, 3)
+    probes.departure(DecoderForward(model))
+    masks = [given["attention_mask"] for given in seen if given["attention_mask"].dim() == 4]
+    assert len(masks) > 1
+    assert {mask.dtype for mask in masks} == {torch.bfloat16}
+
+
 def test_attention_that_is_replaced_in_training_runs_them_one_by_one(tiny_model, record, monkeypatch):
     model = tiny_model()
     assert record(model).shared > 0
