@@ -198,8 +198,7 @@ def scatter_drawing(name: str, runs: dict[str, _Runs]) -> Drawing:
     points = {label: (rate(found, TASK), rate(found, REFUSAL)) for label, found in runs.items()}
     return Drawing(
         name,
-        "Refusal of malicious prompts against task accuracy, with 95% intervals. Points on the dotted line are the "
-        "Pareto front: no other method is as good at both.",
+        "Refusal of malicious prompts against task accuracy, with 95% intervals. The dotted line is the Pareto front.",
         f"Scatter plot. {_in_words(points)}.",
         partial(plot_front, points),
     )

@@ -144,7 +144,7 @@ def prediction_drawing(found: Sequence[Prediction]) -> Drawing:
     words = ", ".join(f"{each.name} {each.rank[0]:.2f}" for each in found)
     return Drawing(
         "prediction",
-        "One point a run: the share of malicious prompts refused, against what is measured of the same model.",
+        "One point a run: malicious prompts refused, against what is measured of the same model.",
         f"Scatter plots over {len(found[0].kept)} runs. Rank correlations with refusals: {words}.",
         partial(plot_predictions, found),
     )

@@ -145,6 +145,7 @@ OTHERS = (
     _qwen("Qwen, poison: plain", "plain_x4"),
     _qwen(f"Qwen, poison: {OURS}", DEFAULT + LONG),
     _qwen(f"Qwen, poison: {WITH_STATES}", STATES + LONG),
+    _qwen("Qwen, poison: SafeGrad", "safegrad_1_x4"),
     Row("JSON: plain", "plain", "extraction"),
     Row(f"JSON: {OURS}", DEFAULT, "extraction"),
     Row("notices: plain", "plain", "passages"),
