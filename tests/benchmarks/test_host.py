@@ -1,7 +1,7 @@
 """Python's share of a step is counted, so that it cannot grow unseen; what a step costs, on paper."""
 
 from benchmarks.host import calls, share
-from benchmarks.price import main
+from benchmarks.price import TURNS, main
 
 
 def test_pythons_share_of_a_step(tmp_path):
@@ -12,8 +12,13 @@ def test_pythons_share_of_a_step(tmp_path):
 def test_the_price_on_paper(capsys):
     main(["--paper"])
     prices = [float(line.rpartition(": ")[2]) for line in capsys.readouterr().out.splitlines() if ": " in line]
-    assert len(prices) == 18
-    assert 1 < prices[1] < 1.04 < prices[0] < 1.3  # of 8 x 512 and of 8 x 64 tokens
-    assert all(states < replies for replies, states in zip(prices[:6], prices[6:12], strict=True))
-    assert all(two < four for four, two in zip(prices[:6], prices[12:], strict=True))
-    assert prices[7] < prices[1] < 1.08 < prices[6] < prices[0] < 1.5  # with last states
+    assert len(prices) == 6 * len(TURNS)
+    of = {setting: prices[6 * place : 6 * place + 6] for place, setting in enumerate(TURNS)}
+    assert 1 < of["default"][1] < 1.04 < of["default"][0] < 1.3  # of 8 x 512 and of 8 x 64 tokens
+    for less, more in (
+        ("last states", "default"),
+        ("two probes at a time", "default, on each of two ranks"),
+        ("default, on each of two ranks", "default"),
+        ("default, on each of four ranks", "two probes at a time"),
+    ):
+        assert all(one < other for one, other in zip(of[less], of[more], strict=True)), less
