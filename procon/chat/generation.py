@@ -109,7 +109,7 @@ def continue_tokens(
 
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     bar = tqdm(total=len(prompts), desc=description, unit="reply", disable=not progress)
-    with evaluating(model), _settings_of_its_own(model, config), bar:
+    with evaluating(model), _with_settings(model, config), bar:
         in_batches(longest_first, batch_size, run)
     return found
 
@@ -121,8 +121,8 @@ def _ends(model: nn.Module, tokenizer: Any) -> set[int]:
 
 
 @contextmanager
-def _settings_of_its_own(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
-    """Without the model's own settings of generation, of which ``generate`` takes whatever ``config`` leaves open.
+def _with_settings(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """The model has ``config`` for its own settings of generation, of which ``generate`` takes what a call leaves open.
 
     Qwen2.5 has a penalty on repetitions, and what was trained with gradient checkpointing often no cache.
     """
