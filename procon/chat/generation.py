@@ -92,13 +92,13 @@ def continue_tokens(
         max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=pad, eos_token_id=[*ends] or None
     )
     found: list[list[int]] = [[]] * len(prompts)
-    device = model_device(model)
+    device, quiet = model_device(model), without_routers(model)
 
     def run(rows: Sequence[int]) -> None:
         tokens = [torch.tensor(prompts[i], dtype=torch.long) for i in rows]
         ids = pad_sequence(tokens, batch_first=True, padding_value=pad, padding_side="left")
         mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True, padding_side="left")
-        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), **without_routers(model)}
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), **quiet}
         if stopping is not None:
             inputs["stopping_criteria"] = StoppingCriteriaList([stopping(rows, ids.shape[1])])
         # To torch's stub, an attribute that nn.Module itself has not is a tensor or a module.

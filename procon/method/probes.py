@@ -132,7 +132,8 @@ class Probes:
         A row each, padded. Or all in one row, behind the tokens that they share: each prompt sees those and itself.
 
         Args:
-            dtype: of the model. A mask of another one is misread by cuDNN's attention, and refused by others on a GPU.
+            dtype: of the model. On a GPU, cuDNN's attention misreads a mask of another one, and the memory-efficient
+                one refuses it (PyTorch's pull request 191612).
         """
         if not (shared := int(self.shared)):
             mask = torch.arange(self.input_ids.shape[1]) < self.lengths[:, None]

@@ -42,7 +42,7 @@ OPENS_WITH_THOUGHTS = (
 )
 
 
-# SmolVLM's, and LLaVA's.
+# In the manner of SmolVLM's, and of LLaVA's.
 PARTS_ONE_BY_ONE = (
     "{{ bos_token + '' }}{% for m in messages %}<{{ m.role }}>{% for part in m.content %}{% if part.type == 'text' %}"
     "{{ part.text }}{% endif %}{% endfor %}</>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

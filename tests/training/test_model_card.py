@@ -51,7 +51,7 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
 
     for folder in (output, output / "checkpoint-2"):
         assert names(folder) >= OURS
-        # vLLM and SGLang take all of these for weights.
+        # vLLM takes all of these for weights.
         weights = "adapter_model.safetensors" if lora else "model.safetensors"
         assert [path.name for path in folder.glob("*.safetensors")] == [weights]
         assert (folder / "README.md").read_text().count(HEADING) == 1
