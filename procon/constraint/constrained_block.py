@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from procon.constraint.copies import Arguments, Hook, ModuleForward
-from procon.constraint.input_norm import InputNorm
+from procon.constraint.input_norm import InputNorm, is_the_hubs
 from procon.constraint.proof import is_the_same
 from procon.constraint.sharded_input import constrain_sharded
 from procon.constraint.target import State, Target, on_device, typical_departure
@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 #: What selective checkpointing sees operations with: the first time, and when a block runs again.
 _SELECTIVE = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
+
+#: What the package ``kernels`` sets on a module: the kernel, and what it is from.
+_HUBS = ("forward", "_kernel_repo")
 
 #: Directions ``[K, D]``, anchors ``[N, K]`` and mask ``[N]``, and the backend.
 _Operands = tuple[Tensor, Tensor, Tensor, str]
@@ -51,6 +54,10 @@ class ConstrainedBlock:
         self._vectors = {vectors.device: vectors.contiguous()}
         self._reaches: dict[tuple[torch.device, torch.dtype, float], Tensor | None] = {}
         self._norm_did_it = True
+        self._norm: nn.Module | None = None
+        self._ours: ModuleForward | None = None
+        #: What the norm had, or was given since, in place of its class's forward: a kernel of the hub, and its mark.
+        self._theirs: dict[str, Any] = {}
 
     def attach(self, block: nn.Module, norm: InputNorm | None, undo: ExitStack) -> None:
         """Put the op into ``norm``, or on the way if there is none; closing ``undo`` takes it out again.
@@ -68,8 +75,25 @@ class ConstrainedBlock:
 
         undo.callback(block.register_forward_pre_hook(Hook(on_input), with_kwargs=True).remove)
         if norm is not None:
-            norm.module.forward = ModuleForward(norm.module, _unseen(self._within(norm)))
-            undo.callback(delattr, norm.module, "forward")
+            self._norm = norm.module
+            self._ours = ModuleForward(norm.module, _unseen(self._within(norm)))
+            self.stay()
+            undo.callback(self._leave)
+
+    def stay(self) -> None:
+        """Put the op back into the norm, if a kernel of the hub or the class's own forward has taken its place."""
+        norm = self._norm
+        if norm is None or vars(norm).get("forward") is self._ours or not is_the_hubs(norm):
+            return
+        self._theirs = {name: vars(norm).pop(name) for name in _HUBS if name in vars(norm)}
+        norm.forward = self._ours
+
+    def _leave(self) -> None:
+        """The norm has what it would have without the op."""
+        norm, self._norm = self._norm, None
+        if norm is not None and vars(norm).get("forward") is self._ours:
+            del norm.forward
+            vars(norm).update(self._theirs)
 
     def _through(self, block: nn.Module, hidden: Tensor) -> Tensor | None:
         """``hidden``, passed through the op; None if there is nothing to do."""
@@ -89,7 +113,8 @@ class ConstrainedBlock:
         state = self._state
 
         def plain(hidden: Tensor) -> Tensor:
-            return type(module).forward(module, hidden)
+            theirs = self._theirs.get("forward")
+            return type(module).forward(module, hidden) if theirs is None else theirs(hidden)
 
         def unconstrained(hidden: Tensor) -> Tensor:
             """Saves for backward what the norm saves under the constraint."""

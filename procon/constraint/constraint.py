@@ -28,8 +28,6 @@ from procon.models import (
     find_decoder,
     first_moving_block,
     token_embedding,
-    transformers_model,
-    unwrapped,
 )
 from procon.ops.functional import check_constant
 from procon.settings import DEFAULTS, Backend, Blocks, Fuse, Penalty, check_setting
@@ -51,6 +49,8 @@ class _Attachment:
     adapter_layer: BaseTunerLayer | None
     adapters: tuple[str, ...]
     fused: tuple[int, ...]
+    unfused: str
+    blocks: tuple[ConstrainedBlock, ...]
     undo: ExitStack
 
 
@@ -124,6 +124,15 @@ class ProjectionConstraint:
         return () if self._attachment is None else self._attachment.fused
 
     @property
+    def fusion(self) -> str:
+        """How many of the constrained blocks' norms do the work, and why others do not, for people."""
+        if (attachment := self._attachment) is None:
+            return "attached to no model"
+        fused, blocks = len(attachment.fused), len(self.blocks)
+        said = "all" if fused == blocks else f"{fused} of {blocks}" if fused else "none"
+        return f"{said} fused into the blocks' norms" + (f" ({attachment.unfused})" if fused < blocks else "")
+
+    @property
     def acting(self) -> tuple[int, ...]:
         """Indices of the constrained blocks whose input training can move; empty while attached to no model."""
         if self._attachment is None:
@@ -148,25 +157,27 @@ class ProjectionConstraint:
         decoder = find_decoder(model)
         self._directions.check_fits(decoder)
         refuse_noise(getattr(token_embedding(model), "neftune_noise_alpha", None))  # as transformers sets it
-        # Hub kernels go into norms whenever the model changes between training and evaluation, in place of ours.
-        fuses = fuse == "auto" and not getattr(transformers_model(unwrapped(model)), "use_kernels", False)
-        fused = []
+        fused, unfused, blocks = [], "fuse is 'never'", []
         with ExitStack() as undo:
             hook = Hook(self._before_decoder)
             undo.callback(decoder.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             for column, index in enumerate(self.blocks):
-                norm = find_norm(decoder, index) if fuses else None
+                norm = find_norm(decoder, index) if fuse == "auto" else unfused
                 block = ConstrainedBlock(self._state, column, index, self._vectors[column])
-                block.attach(decoder.blocks[index], norm, undo)
-                if norm is not None:
+                block.attach(decoder.blocks[index], None if isinstance(norm, str) else norm, undo)
+                blocks.append(block)
+                if isinstance(norm, str):
+                    unfused = norm
+                else:
                     fused.append(index)
             layer = adapter_layer(decoder)
-            self._attachment = _Attachment(decoder, layer, active_adapters(layer), tuple(fused), undo.pop_all())
+            found = (layer, active_adapters(layer), tuple(fused), unfused, tuple(blocks))
+            self._attachment = _Attachment(decoder, *found, undo.pop_all())
         logger.info(
-            "projection constraint on the inputs of %d of %d blocks, in %d of them within the block's RMSNorm",
+            "projection constraint on the inputs of %d of %d blocks, %s",
             len(self.blocks),
             len(decoder.blocks),
-            len(fused),
+            self.fusion,
         )
         return self
 
@@ -234,6 +245,12 @@ class ProjectionConstraint:
         self.release()
         self._state.first_moving = target.first_moving
         self._state.target = target
+        self._stay()
+
+    def _stay(self) -> None:
+        """The op is in the norms, whatever the hub's kernels have put there since."""
+        for block in self._attachment.blocks if self._attachment else ():
+            block.stay()
 
     def _attached(self) -> _Attachment:
         """What it is attached to, with the adapters on that were on then."""
@@ -308,7 +325,7 @@ class ProjectionConstraint:
                 )
             raise ProConError(
                 f"the forward passed {len(target.terms)} of {blocks} constrained blocks: attach the constraint before "
-                "torch.compile and after kernelize, and constrain only blocks that run"
+                "torch.compile, and constrain only blocks that run"
             )
         terms = {column: term for column, term in target.terms.items() if term is not None}
         if not terms or not self._reaches_a_parameter(target, [*terms.values()]):
@@ -329,6 +346,8 @@ class ProjectionConstraint:
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """A forward pre-hook: beside a cache, transformers does not keep packed sequences apart."""
         target = self._state.target
+        if not torch.compiler.is_compiling():
+            self._stay()
         if module.training and torch.is_grad_enabled():
             self._trained = True
         if not self.enabled or (target is None and not runs_again()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from copy import copy
 from dataclasses import dataclass
 from itertools import product
 from types import MethodType
@@ -32,18 +33,22 @@ class InputNorm:
     offset: float
 
 
-def find_norm(decoder: Decoder, index: int) -> InputNorm | None:
-    """The RMSNorm that reads the input of block ``index``.
+def find_norm(decoder: Decoder, index: int) -> InputNorm | str:
+    """The RMSNorm that reads the input of block ``index``; or why there is none that can do the constraint's work.
 
-    None if there is none, or the block computes anything with its input before it calls the norm. Nothing is computed
+    A kernel of the hub in the norm's place does not count: the rule is that of the norm's class. Nothing is computed
     with the model's weights, so they may be on any device, sharded or without storage.
     """
     block, size = decoder.blocks[index], decoder.hidden_size
     norms = [module for module in block.modules() if _looks_like_rms_norm(module, size)]
     if not norms:
-        return None
+        return "its blocks have no RMSNorm"
     module = _first_called(block, norms, size)
-    return None if module is None else _with_rule(module, size)
+    if module is None:
+        return "its blocks read their input before an RMSNorm does"
+    if _patched(module):
+        return "another package has put its own forward into its norms"
+    return _with_rule(module, size) or f"{type(module).__name__} computes something else than the known RMSNorms"
 
 
 def _looks_like_rms_norm(module: nn.Module, hidden_size: int) -> bool:
@@ -54,15 +59,23 @@ def _looks_like_rms_norm(module: nn.Module, hidden_size: int) -> bool:
         and getattr(parameters["weight"], "ds_shape", parameters["weight"].shape) == (hidden_size,)
         and not list(module.buffers())  # such as statistics, which a call may change
         and isinstance(_eps(module), float)
-        and not _patched(module)
     )
 
 
-def _patched(module: nn.Module) -> bool:
-    """Whether it has another forward than its class: another library's kernel, or a wrapper not to be gone around."""
+def is_the_hubs(module: nn.Module) -> bool:
+    """Whether the package ``kernels`` decides what ``module`` runs now: its class's forward, or a kernel of the hub.
+
+    The package puts a kernel there, or takes it away, whenever the model changes between training and evaluation. It
+    takes no notice of what it removes. Before version 0.19 it did not mark its kernels.
+    """
     own = vars(module).get("forward")
     # A copy of a constrained model has the class's own.
-    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+    return own is None or getattr(own, "__func__", None) is type(module).forward or "_kernel_repo" in vars(module)
+
+
+def _patched(module: nn.Module) -> bool:
+    """Whether it has a forward of another library, such as a wrapper, that is not to be gone around."""
+    return not is_the_hubs(module)
 
 
 def _eps(module: nn.Module) -> float | None:
@@ -134,7 +147,9 @@ def _with_rule(module: nn.Module, hidden_size: int) -> InputNorm | None:
 
     try:
         with torch.no_grad():
-            expected = [torch.func.functional_call(module, {"weight": weight}, (hidden,)) for weight in weights]
+            of_class = copy(module)  # a shallow one, without a kernel of the hub
+            vars(of_class).pop("forward", None)
+            expected = [torch.func.functional_call(of_class, {"weight": weight}, (hidden,)) for weight in weights]
             candidates = (InputNorm(module, eps, *rule) for rule in product(("llama", "gemma"), (0.0, 1.0)))
             return next(norm for norm in candidates if follows(norm))
     except Exception:

@@ -31,6 +31,7 @@ class TokenTerm(Term):
         anchors: recorded ones, once there are any.
         live: what makes anchors of a batch, if they are not recorded.
         fuse: ``"never"`` leaves the blocks' norms alone, ``"auto"`` has them do the work.
+        fusion: in how many blocks they do, once it is attached, and why not in others.
     """
 
     name: ClassVar[str] = "tokens"
@@ -41,6 +42,7 @@ class TokenTerm(Term):
         self._settings = settings
         self._is_live = settings.anchors == "live"
         self.fuse: Fuse = fuse
+        self.fusion = ""
         self.constraint: ProjectionConstraint
         self.anchors: Anchors | None = None
         self.live: LiveAnchors | None = None
@@ -55,7 +57,7 @@ class TokenTerm(Term):
         self.constraint = ProjectionConstraint(directions, blocks=settings.blocks, penalty=settings.penalty)
 
     def attach(self, run: Run) -> None:
-        self.constraint.attach(run.model, fuse=self.fuse)
+        self.fusion = self.constraint.attach(run.model, fuse=self.fuse).fusion
 
     def detach(self) -> None:
         self.constraint.detach()
@@ -118,6 +120,7 @@ class TokenTerm(Term):
         return {
             "anchors": self.anchors.fingerprint if self.anchors else None,
             "starting_model": self.live.start if self.live else None,
+            "fusion": self.fusion,
         }
 
     def restore(self, state: Mapping[str, Any], folder: Path, run: Run) -> None:
@@ -148,7 +151,7 @@ class TokenTerm(Term):
             apart = directions.gaps[list(self.constraint.blocks), 0].mean()
             along = f"the refusal direction (malicious and benign prompts lie {apart:.3g} apart)"
         source = f"recorded for {len(self.anchors):,} sequences in {self.anchors.path}" if self.anchors else "live"
-        return f"{blocks} blocks' inputs along {along}, at {scope} tokens; anchors {source}"
+        return f"{blocks} blocks' inputs along {along}, at {scope} tokens; anchors {source}; {self.fusion}"
 
     def _live_anchors(self, run: Run) -> LiveAnchors:
         with run.autocast():

@@ -111,6 +111,7 @@ def describe(record: dict[str, Any], directions: Directions | None) -> str:
             "training tokens": f"each block's input along {along}, at {record['scope']} tokens; "
             f"{record['penalty']} penalty",
             "blocks that it acted on": f"{blocks} of {directions.block_count}, from 0",
+            "the op": terms["tokens"]["fusion"],
             "anchors": f"{record['anchors']} (`{terms['tokens']['anchors'] or terms['tokens']['starting_model']}`)",
             "directions": f"`{DIRECTIONS_FILE}` (`{record['directions']}`)",
         }

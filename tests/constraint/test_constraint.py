@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import is_kernels_available
@@ -14,6 +15,7 @@ from procon.constraint.input_norm import find_norm
 from procon.directions import Directions
 from procon.errors import ProConError
 from procon.models import find_decoder
+from procon.ops.autograd import RmsNormConstrain
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox")
 WITHOUT_RMS_NORM = ("gpt2", "gpt_neox")
@@ -98,7 +100,8 @@ def test_norms_that_carry_the_constraint(tiny_model, family, caplog):
     ):
         assert constraint.fused == (() if family in WITHOUT_RMS_NORM else (0, 1, 2))
         (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("procon")]
-        assert f"in {len(constraint.fused)} of them within the block's RMSNorm" in line
+        why = " (its blocks have no RMSNorm)" if family in WITHOUT_RMS_NORM else ""
+        assert line.endswith(f", {'none' if why else 'all'} fused into the blocks' norms{why}")
     assert constraint.fused == ()
     assert ProjectionConstraint(random_directions(model), penalty="squared").attach(model, fuse="never").fused == ()
 
@@ -205,33 +208,81 @@ def kernelize(request, tmp_path, monkeypatch):
         yield put if request.param == "at once" else put_with_the_mode
 
 
-def test_kernelize_before_the_constraint(tiny_model, kernelize):
-    """The layers of the hub stay, also when the model changes between training and evaluation."""
-    batch, anchors, mask = random_batch(3)
-    model = tiny_model()
-    expected = by_definition(model.train(), random_directions(model), batch, anchors, mask)
-    kernelize(model.eval())
-    with ProjectionConstraint(random_directions(model), penalty="squared").attach(model) as constraint:
-        assert constraint.fused == ()
-        found = constrained_by(constraint, model.train(), batch, anchors, mask)
-        assert find_decoder(model).blocks[0].input_layernorm.forward.__func__.__module__ == "_norm"
-        assert_same(found, expected)
+def fused_calls(constraint, monkeypatch) -> list[str]:
+    """Fills with a name for each norm that does the constraint's work."""
+    calls, apply = [], RmsNormConstrain.apply
+
+    def counted(*args):
+        calls.append("fused")
+        return apply(*args)
+
+    monkeypatch.setattr(RmsNormConstrain, "apply", counted)
+    return calls
 
 
 @both_ways
-def test_kernelize_after_the_constraint(tiny_model, kernelize, fuse):
-    """They take the place of norms that do the constraint's work, which is then refused."""
+@pytest.mark.parametrize("first", ["kernels", "constraint"])
+def test_kernels_of_the_hub_and_the_constraint(tiny_model, kernelize, monkeypatch, first, fuse):
+    """The op stays in the norms whichever came first, and detaching gives back what the package has put there last."""
     batch, anchors, mask = random_batch(3)
     model = tiny_model().train()
+    norm = find_decoder(model).blocks[0].input_layernorm
     expected = by_definition(model, random_directions(model), batch, anchors, mask)
-    with ProjectionConstraint(random_directions(model), penalty="squared").attach(model, fuse) as constraint:
+    if first == "kernels":
+        kernelize(model.eval())
+    constraint = ProjectionConstraint(random_directions(model), penalty="squared").attach(model.train(), fuse)
+    calls = fused_calls(constraint, monkeypatch)
+    if first == "constraint":
         kernelize(model)
-        model.eval().train()
-        if fuse == "never":
+    for _ in range(2):
+        assert_same(constrained_by(constraint, model, batch, anchors, mask), expected)
+        model.zero_grad()
+        model.eval()
+        with torch.no_grad():
+            model(**batch)
+        model.train()
+    assert len(calls) == (6 if fuse == "auto" else 0)
+    if getattr(model, "use_kernels", False):
+        model.set_use_kernels(False)
+        constrained_by(constraint, model, batch, anchors, mask)
+    constraint.detach()
+    kernel = vars(norm).get("forward")
+    assert getattr(kernel, "__func__", type(norm).forward).__module__ in ("_norm", type(norm).__module__)
+    assert type(kernel).__name__ != "ModuleForward"
+    model(**batch)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_detaching_after_a_kernel_has_been_taken_away(tiny_model, device):
+    """On a device without a mapping, the package removes the norm's own forward."""
+    model = tiny_model().to(device)
+    constraint = ProjectionConstraint(random_directions(model)).attach(model)
+    norm = find_decoder(model).blocks[0].input_layernorm
+    del norm.forward
+    constraint.detach()
+    assert "forward" not in vars(norm)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+def test_a_loaded_model_is_fused(tiny_model, family, tmp_path, monkeypatch):
+    """``from_pretrained`` switches the hub's kernels on by itself where the package ``kernels`` is installed."""
+    tiny_model(family).save_pretrained(tmp_path / family)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / family).train()
+    batch, anchors, mask = random_batch(3)
+    expected = by_definition(model, random_directions(model), batch, anchors, mask)
+    before = {name: vars(module).copy() for name, module in model.named_modules()}
+    with ProjectionConstraint(random_directions(model), penalty="squared").attach(model) as constraint:
+        calls = fused_calls(constraint, monkeypatch)
+        for _ in range(2):
             assert_same(constrained_by(constraint, model, batch, anchors, mask), expected)
-            return
-        with pytest.raises(ProConError, match=r"0 of 3 constrained blocks: attach the constraint .* after kernelize"):
-            constrained_by(constraint, model, batch, anchors, mask)
+            model.zero_grad()
+            model.eval().train()
+        assert constraint.fusion == "all fused into the blocks' norms"
+        assert len(calls) == 6
+    for name, module in model.named_modules():
+        assert before[name].keys() == vars(module).keys()
+        assert "forward" not in vars(module) or vars(module)["forward"] == before[name]["forward"]
 
 
 @both_ways
@@ -359,7 +410,7 @@ def test_an_attach_that_fails_leaves_the_model_as_it_was(tiny_model, random_dire
         patched.setattr("procon.constraint.constraint.find_norm", find)
         with pytest.raises(RuntimeError, match="second block"):
             constraint.attach(model)
-    assert found[0] is not None
+    assert found[0].module is find_decoder(model).blocks[0].input_layernorm
     assert not any(module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
     assert constraint.attach(model).fused == (0, 1, 2)
 

@@ -76,7 +76,9 @@ def test_saved_model_tells_how_it_was_constrained(make_trainer, tmp_path, base, 
         assert [record[name] for name in ("constrained", "schedule", "scope", "penalty", "blocks")] == [
             *(True, "procon_wu:0.5@1ep", "all", "squared", [1, 2])
         ]
-        assert record["states"] == {"tokens": {"anchors": anchors[0], "starting_model": None}, "probes": {}}
+        fused = {"fusion": "all fused into the blocks' norms"}
+        assert record["states"]["tokens"] == {"anchors": anchors[0], "starting_model": None, **fused}
+        assert "| the op | all fused into the blocks' norms |" in card
     assert not re.findall('[\\["]None[\\]"]', card)  # as TRL has it for what is in a folder
     for part in (
         "| optimiser steps under the constraint | 2 of 6 |",
@@ -171,7 +173,7 @@ RECORD = {
     "penalty": "squared",
     "anchors": "live",
     "directions": "abc",
-    "states": {"tokens": {"anchors": None, "starting_model": "def"}},
+    "states": {"tokens": {"anchors": None, "starting_model": "def", "fusion": "none fused"}},
     "did": {"steps": 300, "constrained_steps": 204, "blocks_acted": [2, 3], "mean_penalty": None},
 }
 
