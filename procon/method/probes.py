@@ -12,6 +12,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,6 +29,7 @@ from procon.chat import builtin_probe_pairs, continue_tokens, load_instructions,
 from procon.constraint.proof import nodes_before
 from procon.errors import ProConError
 from procon.files import whole_file
+from procon.method.divergence import divergence, log_probabilities
 from procon.method.term import Batches, Run, Step, Term
 from procon.models import (
     Decoder,
@@ -67,9 +69,9 @@ class Probes:
         input_ids: ``[n, T]`` int64, padded on the right.
         prompts: ``[n]`` int64, tokens of each prompt.
         lengths: ``[n]`` int64, tokens of each prompt and its reply.
-        states: ``[N, k]`` fp32, log-probabilities of the likeliest next tokens; without replies, ``[N, D]``, last
-            hidden states there, after the final norm.
-        tokens: ``[N, k]`` int64, which these are; k is 0 without replies.
+        states: ``[N, k + 1]`` fp32, log-probabilities of the likeliest next tokens and, last, of all others together;
+            without replies, ``[N, D]``, last hidden states there, after the final norm.
+        tokens: ``[N, k]`` int64, which the likeliest are; k is 0 without replies.
         shared: int64 scalar, tokens that all prompts begin with and that a forward runs once; 0 if each is run whole.
     """
 
@@ -156,14 +158,15 @@ class Probes:
             outputs = forward.run(**{name: tensor.to(forward.device) for name, tensor in inputs.items()})
         return found[0][kept.to(found[0].device)], outputs
 
-    def predict(self, forward: DecoderForward) -> tuple[Tensor, Tensor]:
-        """Logits ``[N, V]`` at the kept tokens, in fp32, and ``[N, 1]``, the logarithm of what they add up to."""
+    def predict(self, forward: DecoderForward) -> Tensor:
+        """Logits ``[N, V]`` at the kept tokens, in fp32."""
         inputs, kept = self.inputs(forward.dtype)
         places = kept.any(0).nonzero().squeeze(1)
         chosen: dict[str, Any] = {"logits_to_keep": places.to(forward.device)} if forward.takes_places else {}
         logits = forward.predict(**{name: part.to(forward.device) for name, part in inputs.items()}, **chosen).logits
-        logits = logits[kept[:, places if chosen else slice(None)].to(logits.device)].float()
-        return logits, logits.logsumexp(-1, keepdim=True)
+        if logits.dtype.itemsize < 4:
+            _say_rounded(logits.dtype)
+        return logits[kept[:, places if chosen else slice(None)].to(logits.device)].float()
 
     def departure(self, forward: DecoderForward, among: Probes | None = None) -> Tensor:
         """How far the model has moved at the kept tokens, on average: a scalar.
@@ -180,14 +183,13 @@ class Probes:
         """
         whole = self if among is None else among
         if self.tokens.shape[1]:
-            logits, total = self.predict(forward)
+            logits = self.predict(forward)
             if torch.is_grad_enabled() and not logits.requires_grad:
                 raise ProConError("nothing in the model trains, so the penalty on what it predicts does nothing")
-            likely = logits.gather(1, self.tokens.to(logits.device)) - total
-            divergence = _divergence(self.states.to(logits.device), likely)
+            moved = divergence(self.states.to(logits.device), log_probabilities(logits, self.tokens.to(logits.device)))
             begins = (self.counts.cumsum(0) - self.counts).to(logits.device)
             # Whether a reply refuses is mostly decided where it begins, which is one of its many tokens.
-            return divergence.sum() / len(whole.states) + divergence[begins].sum() / len(whole)
+            return moved.sum() / len(whole.states) + moved[begins].sum() / len(whole)
         last, outputs = self.run(forward)
         if torch.is_grad_enabled() and not last.requires_grad:
             raise ProConError("nothing below the last hidden state trains, so the penalty on it does nothing")
@@ -284,10 +286,11 @@ class Probes:
         """With what the model says next."""
         likely, tokens = [], []
         for turn in self._turns(size):
-            logits, total = turn.predict(forward)
-            found = logits.topk(min(_LIKELIEST, logits.shape[1]))
-            likely.append((found.values - total).cpu())
-            tokens.append(found.indices.cpu())
+            logits = turn.predict(forward)
+            chosen = logits.topk(min(_LIKELIEST, logits.shape[1])).indices
+            # Of a vocabulary that has no others, or of tokens that can never be said, what a file can hold.
+            likely.append(log_probabilities(logits, chosen).clamp_min(torch.finfo(torch.float32).min).cpu())
+            tokens.append(chosen.cpu())
         count = len(self.states)
         return replace(self, states=torch.cat(likely)[:count], tokens=torch.cat(tokens)[:count])
 
@@ -331,7 +334,9 @@ class Probes:
             return False
         if not 0 <= int(self.shared) <= _common_beginning(self):
             return False
-        if len(self.tokens) != len(self.states) or self.tokens.shape[1] not in (0, self.states.shape[1]):
+        if len(self.tokens) != len(self.states) or self.tokens.shape[1] not in (0, self.states.shape[1] - 1):
+            return False
+        if not bool(self.states.isfinite().all()):
             return False
         return int(self.counts.sum()) == len(self.states)
 
@@ -461,13 +466,13 @@ def check_tokenizer(tokenizer: Any) -> None:
         )
 
 
-def _divergence(start: Tensor, now: Tensor) -> Tensor:
-    """``[N]``: ``KL(start || now)`` from log-probabilities ``[N, k]``, all other tokens taken as one."""
-    start, now = (
-        torch.cat([part, (1 - part.exp().sum(1, keepdim=True)).clamp_min(1e-6).log()], 1) for part in (start, now)
+@cache
+def _say_rounded(dtype: torch.dtype) -> None:
+    logger.warning(
+        "the model gives its logits in %s, as its forward does not call its LM head or rounds afterwards: as long as "
+        "the model has hardly moved, the gradient of the probes is mostly rounding",
+        str(dtype).removeprefix("torch."),
     )
-    # Both add up to 1. So no summand is below 0, and rounding cannot bring their sum there.
-    return (start.exp() * (torch.expm1(now - start) + start - now)).sum(1)
 
 
 def _texts(prompts: Sequence[str] | str | Path | None, *, twins: bool = False) -> tuple[str, ...]:

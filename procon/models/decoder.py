@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from procon.errors import ProConError
+from procon.models.lm_head import Float32Head
+from procon.models.noise import Noise
 
 
 @dataclass(frozen=True)
@@ -172,13 +174,13 @@ class DecoderForward:
     That of the base decoder, without the LM head. Or of the whole model, one token through the LM head, if
     Accelerate has put autocast around it, or parameters are sharded: FSDP2 gathers what its root holds in no other.
 
+    It is without dropout and other noise, whatever the model's mode.
+
     Attributes:
         decoder: of the model.
         device: where its inputs go.
         dtype: of its weights, outside of autocast.
-        run: takes inputs by name.
-        predict: the whole model's, which takes inputs by name.
-        takes_places: whether ``predict`` takes the places whose logits it is to give, as ``logits_to_keep``.
+        takes_places: whether :meth:`predict` takes the places whose logits it is to give, as ``logits_to_keep``.
 
     Raises:
         ProConError: as :func:`find_decoder` and :func:`refuse_unprepared`.
@@ -187,12 +189,25 @@ class DecoderForward:
     def __init__(self, model: nn.Module) -> None:
         refuse_unprepared(model)
         self.decoder, self.device = find_decoder(model), model_device(model)
-        self.dtype = transformers_model(unwrapped(model)).dtype
-        self.run: partial[Any] = partial(self.decoder.module, use_cache=False)
-        self.predict: partial[Any] = partial(model, use_cache=False, **without_routers(model))
+        base = transformers_model(unwrapped(model))
+        self.dtype = base.dtype
+        self._noise = Noise(base)
+        self._head = Float32Head(base.get_output_embeddings())
+        self._least: partial[Any] = partial(self.decoder.module, use_cache=False)
+        self._whole: partial[Any] = partial(model, use_cache=False, **without_routers(model))
         self.takes_places = _takes(model, "logits_to_keep")
         if is_sharded(model) or hasattr(model, "_original_forward"):
-            self.run = partial(self.predict, **({"logits_to_keep": 1} if self.takes_places else {}))
+            self._least = partial(self._whole, **({"logits_to_keep": 1} if self.takes_places else {}))
+
+    def run(self, **inputs: Tensor) -> Any:
+        """The least forward."""
+        with self._noise.off():
+            return self._least(**inputs)
+
+    def predict(self, **inputs: Tensor) -> Any:
+        """The whole model's forward, whose logits are in float32."""
+        with self._noise.off(), self._head.used():
+            return self._whole(**inputs)
 
 
 def without_routers(model: nn.Module) -> dict[str, Any]:
