@@ -31,6 +31,8 @@ def writing(target: str | Path) -> Iterator[None]:
     """Within the context, what the system refuses to write is a ProConError that names ``target`` and the reason."""
     try:
         yield
+    except ProConError:  # says it already
+        raise
     except Exception as error:
         reason = error.strerror if isinstance(error, OSError) else _SYSTEM_ERROR.search(str(error)) and str(error)
         if not reason or isinstance(error, (ConnectionError, TimeoutError)):  # a network's

@@ -15,7 +15,15 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 
 from procon.chat.template import Message, ids_of, pad_token_id, render_text
 from procon.chat.thinking import KNOWN_MARKERS, Markers, Reply, opens_thought, split_thoughts, thinking_markers
-from procon.models import evaluating, in_batches, model_device, transformers_model, without_routers
+from procon.errors import ProConError
+from procon.models import (
+    evaluating,
+    in_batches,
+    learned_positions,
+    model_device,
+    transformers_model,
+    without_routers,
+)
 from procon.settings import ChatSettings
 
 #: Tokens that are decoded to look for a marker, more than any has; and how many a marker may take beyond the budgets.
@@ -85,8 +93,19 @@ def continue_tokens(
 
     Args:
         stopping: when a batch ends early, from the indices of its prompts and its width.
+
+    Raises:
+        ProConError: for a prompt that leaves no position for a reply, in a model that has learned so many.
     """
     pad = pad_token_id(tokenizer)
+    if (positions := learned_positions(model)) is not None:
+        longest = max(map(len, prompts), default=0)
+        max_new_tokens = min(max_new_tokens, positions - longest)
+        if max_new_tokens < 1:
+            raise ProConError(
+                f"a prompt has {longest} tokens in the model's chat format, and the model takes {positions} positions, "
+                "prompt and reply together: give shorter prompts"
+            )
     ends = _ends(model, tokenizer)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=pad, eos_token_id=[*ends] or None

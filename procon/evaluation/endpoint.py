@@ -23,8 +23,9 @@ from procon.models import load_model
 #: Scheme, host, port and path: a key has no place in it.
 _ADDRESS = re.compile(r"https?://(\[[\da-f:.]+\]|[\w.-]+)(:\d{1,5})?(/[\w.~/-]*)?", re.ASCII | re.IGNORECASE)
 
-#: Where the key is looked for, in this order.
+#: Where the key is looked for, in this order: for any server, and for OpenAI's own alone.
 KEYS = ("PROCON_JUDGE_KEY", "OPENAI_API_KEY")
+_OPENAI = re.compile(r"https://api\.openai\.com(:443)?(/|$)", re.IGNORECASE)
 
 #: How often a question is sent, and how many seconds pass after the first failure, doubled each time.
 ATTEMPTS, WAIT_SECONDS = 5, 1.0
@@ -52,8 +53,8 @@ _OPENER = urllib.request.build_opener(_NoRedirects)
 class EndpointJudge:
     """Asks a model that a server runs.
 
-    The key, if the server wants one, is taken from the environment variable ``PROCON_JUDGE_KEY``, or else from
-    ``OPENAI_API_KEY``.
+    The key, if the server wants one, is taken from the environment variable ``PROCON_JUDGE_KEY``; for OpenAI's own
+    server, ``https://api.openai.com``, also from ``OPENAI_API_KEY``. No message has it.
 
     Args:
         url: base URL of the API, such as ``http://localhost:8000/v1``.
@@ -103,7 +104,7 @@ class EndpointJudge:
         # A model that thinks needs room for that; one that does not ends by itself.
         body = {"model": self.model, "messages": self.format.messages(*exchange), "temperature": 0, "max_tokens": 2048}
         headers = {"Content-Type": "application/json", "User-Agent": "procon"}
-        if key := next(filter(None, map(os.environ.get, KEYS)), None):
+        if key := self._key():
             headers["Authorization"] = f"Bearer {key}"
         # The scheme was looked at: http or https.
         request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)  # noqa: S310
@@ -117,17 +118,30 @@ class EndpointJudge:
             except urllib.error.HTTPError as error:
                 with error:
                     said = " ".join(error.read(2000).decode(errors="replace").split())
-                failure = f"refuses with HTTP status {error.code} ({said or error.reason:.160})"
+                # Before it is cut: a server may say back what it was sent.
+                said = _without(key, said or str(error.reason))
+                failure = f"refuses with HTTP status {error.code} ({said:.160})"
                 if error.code not in _PASSING:
                     break
             except (OSError, http.client.HTTPException) as error:
-                failure = f"cannot be reached ({getattr(error, 'reason', None) or error})"
+                failure = f"cannot be reached ({_without(key, str(getattr(error, 'reason', None) or error))})"
             except (ValueError, LookupError, TypeError) as error:
-                failure = f"answers something else than a chat completion ({error!s:.60})"
+                failure = f"answers something else than a chat completion ({_without(key, str(error)):.60})"
         raise ProConError(
             f"judge {self.model!r} at {self.url!r} {failure}: check the address, which ends in /v1 as a rule, the "
             f"model's name, and the key in {KEYS[0]}"
         )
+
+    def _key(self) -> str | None:
+        names = KEYS if _OPENAI.match(self.url) else KEYS[:1]
+        return next(filter(None, map(os.environ.get, names)), None)
+
+
+def _without(key: str | None, text: str) -> str:
+    """``text``, with stars in the place of the key, and of what it begins with."""
+    if not key:
+        return text
+    return re.sub(re.escape(key[:8]) + r"\S*", "***", text)
 
 
 def load_judge(name: str, *, progress: bool = True, **loading: Any) -> Judge:

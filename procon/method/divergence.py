@@ -1,4 +1,4 @@
-"""How far a model has moved in what it says next: ``KL(start || model)`` over the likeliest tokens and all others as one.
+"""How far a model has moved in what it says next: ``KL(start || model)``, over likely tokens and all others as one.
 
 All is computed from differences of logarithms, so it is as right at 1e-6 nats as at 10, and nothing is clamped.
 """
@@ -27,8 +27,8 @@ def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
 def divergence(start: Tensor, now: Tensor) -> Tensor:
     """``[N]``, in nats: ``KL(start || now)`` of log-probabilities ``[N, k + 1]`` that add up to 1 each.
 
-    Each summand is ``q (exp(d) - 1 - d)`` of ``d = log p - log q``, and so at least 0, as both add up to 1. The gradient
-    for ``now`` is ``p - q``, exactly, however far they are apart; none for ``start``.
+    Each summand is ``q (exp(d) - 1 - d)`` of ``d = log p - log q``, and so at least 0, as both add up to 1. The
+    gradient for ``now`` is ``p - q``, exactly, however far they are apart; none for ``start``.
     """
     return _Divergence.apply(start, now)
 

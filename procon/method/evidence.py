@@ -133,7 +133,8 @@ class Evidence:
         if not arrived:
             raise ProConError(
                 "alpha is above 0, but this optimiser step has no gradient of the penalty, so the constraint would be "
-                f"lost: leave training_step to the trainer, and {_REMEDY}"
+                f"lost: leave training_step to the trainer, and {_REMEDY}; in a loop of your own, add loss() before "
+                "backward, and call end once per step, also if several optimisers take it"
             )
         if each and arrived < self._micro_batches:
             raise ProConError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import chain
@@ -35,12 +36,15 @@ from procon.models import (
     Decoder,
     DecoderForward,
     evaluating,
+    find_decoder,
     is_sharded,
+    model_device,
     observe_last_state,
     token_embedding,
+    transformers_model,
     unwrapped,
 )
-from procon.ranks import are_ranks
+from procon.ranks import are_ranks, is_main
 from procon.settings import ChatSettings, ProConSettings
 
 logger = logging.getLogger(__name__)
@@ -53,6 +57,11 @@ _USUAL = ("accelerate", "bitsandbytes", "deepspeed", "liger_kernel", "peft", "pr
 
 #: Of how many next tokens the predictions are kept; of all others, what they add up to.
 _LIKELIEST = 32
+
+#: Before the first step, rounding moves predictions by at most this many nats; or by so many times the square of what
+#: the precision of the computation makes of a typical logit. Measured on SmolLM2-135M, between turns of probes in one
+#: batch, in several, one by one and on ranks: 2e-11 in float32, and once that square in bfloat16.
+_ROUNDING, _SQUARES = 1e-4, 10.0
 
 #: By how much of a state's length rounding moves it at most: of 32 bits, and of 16.
 _OFF, _FEW_BITS_OFF = 1e-3, 0.06
@@ -168,6 +177,12 @@ class Probes:
             _say_rounded(logits.dtype)
         return logits[kept[:, places if chosen else slice(None)].to(logits.device)].float()
 
+    def size_of_numbers(self, forward: DecoderForward) -> float:
+        """The typical size of what is kept: of logits, or without replies of states."""
+        if self.tokens.shape[1]:
+            return float(self.predict(forward).std(1).mean())
+        return float(self.states.square().mean().sqrt())
+
     def departure(self, forward: DecoderForward, among: Probes | None = None) -> Tensor:
         """How far the model has moved at the kept tokens, on average: a scalar.
 
@@ -226,6 +241,7 @@ class Probes:
         texts = _texts(settings.probe_file if prompts is None else prompts, twins=settings.probe_reply_tokens > 0)
         check_tokenizer(tokenizer)
         model = unwrapped(model)
+        forward = DecoderForward(model)
         rows = [render(tokenizer, user_turn(text), generation_prompt=True, chat=chat) for text in texts]
         prompt_lengths = torch.tensor([len(row) for row in rows])
         if reply_tokens := settings.probe_reply_tokens:
@@ -239,7 +255,6 @@ class Probes:
             ids[number, : len(row)] = torch.tensor(row)
         nothing = torch.zeros(int((lengths - prompt_lengths + 1).sum()), 0)
         found = cls(ids, prompt_lengths, lengths, nothing, nothing.long(), torch.tensor(0))
-        forward = DecoderForward(model)
         with evaluating(model):
             found = found._together(forward, settings.probe_batch)
             found = (found._predicted if reply_tokens else found._recorded)(forward, settings.probe_batch)
@@ -355,6 +370,8 @@ class ProbeTerm(Term):
         self._settings = settings
         self.probes: Probes | None = None
         self._forward: DecoderForward | None = None
+        self._is_looked_at = False
+        self._recorded_in: set[torch.dtype] = set()  # on the rank that has recorded them
 
     def attach(self, run: Run) -> None:
         if isinstance(token_embedding(run.model), BaseTunerLayer):
@@ -365,11 +382,11 @@ class ProbeTerm(Term):
             )
 
     def prepare(self, run: Run, batches: Batches) -> None:
-        self._forward = None
+        self._forward, self._is_looked_at = None, False
         if self.probes is not None:
             return
         asked: dict[str, Any] = {"settings": self._settings, "chat": run.chat, "progress": run.progress}
-        with run.autocast():
+        with run.autocast(), _precisions(run.model, self._recorded_in):
             self.probes = run.once(  # ranks round differently
                 lambda: Probes.record(run.model, run.tokenizer, **asked),
                 all_call=is_sharded(run.model),
@@ -397,12 +414,49 @@ class ProbeTerm(Term):
         settings = self._settings
         turn = self._recorded().turn(step.number // settings.probe_every, settings.probe_batch)
         mine, alike = turn.part(run.group, run.groups)
-        if first := self._forward is None:  # now that the model is wrapped as it trains
-            self._forward = DecoderForward(run.model)
-        departure = mine.departure(self._forward, among=turn)
-        if first:
+        departure = mine.departure(self._in_training(run), among=turn)
+        if not self._is_looked_at:
             _refuse_reentrant(departure)
+            self._is_looked_at = True
         return settings.probe_weight / alike * departure
+
+    def _in_training(self, run: Run) -> DecoderForward:
+        if self._forward is None:  # now that the model is wrapped as it trains
+            self._forward = DecoderForward(run.model)
+        return self._forward
+
+    def check_start(self, run: Run) -> None:
+        """A turn of probes gives what was recorded, in training's own forward, or a line says by how much it does not.
+
+        Another precision is said however little it moves: on a peaked model it moves more.
+        """
+        turn = self._recorded().turn(0, self._settings.probe_batch)
+        mine, alike = turn.part(run.group, run.groups)
+        forward, found = self._in_training(run), set()
+        with torch.no_grad(), _precisions(run.model, found):
+            departure, again = (float(run.total(mine.departure(forward, among=turn) / alike)) for _ in range(2))
+            coarse = max((torch.finfo(dtype).eps for dtype in found), default=0.0)
+            most = max(_ROUNDING, _SQUARES * (coarse * mine.size_of_numbers(forward)) ** 2)
+        recorded = self._recorded_in
+        if recorded and found != recorded:
+            then, now = (" and ".join(sorted(str(each)[6:] for each in dtypes)) for dtypes in (recorded, found))
+            reason = (
+                f"they were recorded in {then}, and training runs in {now}: prepare as training runs (autocast, dtype)"
+            )
+        elif departure <= most:
+            return
+        elif departure != again:
+            reason = "two forwards differ in training: leave out what draws random numbers in them"
+        else:
+            reason = "the model has other weights or other kernels than when they were recorded: prepare it last"
+        if is_main():
+            logger.warning(
+                "before the first step, the model is %.3g nats away from its recorded predictions at the probes, of "
+                "which rounding explains %.1g: %s",
+                departure,
+                most,
+                reason,
+            )
 
     def _recorded(self) -> Probes:
         if self.probes is None:
@@ -414,7 +468,22 @@ class ProbeTerm(Term):
             self.probes.save(folder / PROBES_FILE)
 
     def restore(self, state: Mapping[str, Any], folder: Path, run: Run) -> None:
-        self.probes = Probes.load(folder / PROBES_FILE)
+        found = Probes.load(folder / PROBES_FILE)
+        if found.hash != state.get("probes"):
+            raise ProConError(
+                f"the probes in {str(folder / PROBES_FILE)!r} are those of another run: resume from a whole "
+                "checkpoint, or start afresh"
+            )
+        vocabulary = token_embedding(run.model).num_embeddings
+        if max(int(part.max()) for part in (found.input_ids, found.tokens) if part.numel()) >= vocabulary:
+            raise ProConError(
+                f"the probes in {str(folder / PROBES_FILE)!r} have tokens that the model, of {vocabulary}, does not: "
+                "load the model that the run began with"
+            )
+        self.probes = found
+
+    def state(self) -> dict[str, Any]:
+        return {"probes": self.probes.hash if self.probes else None}
 
     def summary(self) -> str:
         settings = self._settings
@@ -445,6 +514,18 @@ def _refuse_reentrant(departure: Tensor) -> None:
             "gradient checkpointing with use_reentrant=True has a backward of its own in each block, and with that of "
             "the probes the ranks would no longer train one model: set use_reentrant=False"
         )
+
+
+@contextmanager
+def _precisions(model: nn.Module, found: set[torch.dtype]) -> Iterator[None]:
+    """Within the context, adds to ``found`` what the decoder's forwards compute in: autocast's dtype, or the model's."""
+    kind, dtype = model_device(model).type, transformers_model(unwrapped(model)).dtype
+
+    def look(_state: Tensor) -> None:
+        found.add(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype)
+
+    with observe_last_state(find_decoder(model), look):
+        yield
 
 
 def _heeds_masks(decoder: Decoder) -> bool:

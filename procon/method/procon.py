@@ -28,7 +28,7 @@ from procon.method.probes import ProbeTerm, check_tokenizer
 from procon.method.record import check_resumed, read_record, write_record
 from procon.method.term import Batches, Collator, Run, Step, Term
 from procon.method.tokens import TokenTerm
-from procon.models import is_sharded, token_embedding
+from procon.models import find_decoder, is_sharded, token_embedding
 from procon.ranks import are_ranks, is_main
 from procon.schedule import AlphaSchedule
 from procon.settings import ChatSettings, Fuse, ProConSettings, check_setting
@@ -121,6 +121,7 @@ class ProCon:
         self._begun, self._most = 0, 1
         self._after: RemovableHandle | None = None  # of an optimiser step that has ended, and is not yet taken
         self.at_start = True
+        self._is_start_checked = False
         self._penalty_sum: Tensor | None = None
         self._penalty_steps = 0
         self._carried = 0.0  # the penalty of a window that a checkpoint has cut
@@ -217,6 +218,8 @@ class ProCon:
             return
         # As transformers sets it; the forwards of all terms would have it.
         refuse_noise(getattr(token_embedding(self.run.model), "neftune_noise_alpha", None))
+        if self.terms:
+            find_decoder(self.run.model)  # before anything is generated: it says what is not supported
         self._attached = True
         try:
             for term in self.terms:
@@ -479,12 +482,11 @@ class ProCon:
         for term in self.terms if self.step.alpha > 0 else ():
             if not term.acts(self.step):
                 continue
-            for other in self.terms:
-                if other is not term and term.runs_the_model:
-                    other.aside()
+            self._stand_aside(term)
             share = term.share(self.step, self.run)
             if share is not None:
                 found.append(share.to(found[0].device) if found else share)
+        self._check_start()
         if not found:
             return None
         share = torch.stack(found).sum()
@@ -492,6 +494,21 @@ class ProCon:
         self._penalty_sum = kept if self._penalty_sum is None else self._penalty_sum + kept
         self.evidence.watch(share, expected)
         return self.step.alpha * scale * share
+
+    def _stand_aside(self, term: Term) -> None:
+        """Before a term runs the model: that forward is none of the others'."""
+        for other in self.terms if term.runs_the_model else ():
+            if other is not term:
+                other.aside()
+
+    def _check_start(self) -> None:
+        """Once, after the first forward of a training, of which the optimiser has taken no step yet."""
+        if self._is_start_checked or not self.at_start or self.step.number or not torch.is_grad_enabled():
+            return
+        self._is_start_checked = True
+        for term in self.terms:
+            self._stand_aside(term)
+            term.check_start(self.run)
 
     def loss(self) -> Tensor | float:
         """After the forward, what a plain loop adds to its loss; 0 if nothing.

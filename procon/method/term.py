@@ -172,6 +172,9 @@ class Term:
         """What to change if none of a training's steps would have a share of it."""
         return "train longer"
 
+    def check_start(self, run: Run) -> None:
+        """In the first step of a training, after its forward: warn if the model is not what was recorded of it."""
+
     def share(self, step: Step, run: Run) -> Tensor | None:
         """After the forward: this micro-batch's share of the term, before alpha; shares of a step add up to its mean.
 

@@ -163,6 +163,18 @@ def observe_last_state(decoder: Decoder, observe: Callable[[Tensor], None]) -> I
         yield
 
 
+def learned_positions(model: nn.Module) -> int | None:
+    """How many positions ``model`` has an embedding for, beyond which it cannot run; None if positions have none."""
+    base = transformers_model(unwrapped(model))
+    positions = getattr(getattr(base, "config", None), "max_position_embeddings", None)
+    others = (
+        child for child in base.modules() if isinstance(child, nn.Embedding) and child is not token_embedding(base)
+    )
+    # Some leave out the first two of them, for padding.
+    learned = positions and any(0 <= child.num_embeddings - positions <= 2 for child in others)
+    return positions if learned else None
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether a forward needs the other ranks: FSDP2's and tensor-parallel parameters, or those of ZeRO-3."""
     return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
@@ -180,6 +192,7 @@ class DecoderForward:
         decoder: of the model.
         device: where its inputs go.
         dtype: of its weights, outside of autocast.
+        least: what :meth:`run` calls, as a module and its arguments.
         takes_places: whether :meth:`predict` takes the places whose logits it is to give, as ``logits_to_keep``.
 
     Raises:
@@ -193,16 +206,16 @@ class DecoderForward:
         self.dtype = base.dtype
         self._noise = Noise(base)
         self._head = Float32Head(base.get_output_embeddings())
-        self._least: partial[Any] = partial(self.decoder.module, use_cache=False)
+        self.least: partial[Any] = partial(self.decoder.module, use_cache=False)
         self._whole: partial[Any] = partial(model, use_cache=False, **without_routers(model))
         self.takes_places = _takes(model, "logits_to_keep")
         if is_sharded(model) or hasattr(model, "_original_forward"):
-            self._least = partial(self._whole, **({"logits_to_keep": 1} if self.takes_places else {}))
+            self.least = partial(self._whole, **({"logits_to_keep": 1} if self.takes_places else {}))
 
     def run(self, **inputs: Tensor) -> Any:
         """The least forward."""
         with self._noise.off():
-            return self._least(**inputs)
+            return self.least(**inputs)
 
     def predict(self, **inputs: Tensor) -> Any:
         """The whole model's forward, whose logits are in float32."""

@@ -63,7 +63,7 @@ def _forward(module: nn.Linear, own: Callable[..., Any], hidden: Tensor, *args: 
 
 
 class _Float32Product(torch.autograd.Function):
-    """``hidden [N, D] @ weight[V, D].T`` as float32 ``[N, V]``, of factors in 16 bits: each of their products is exact."""
+    """``hidden [N, D] @ weight[V, D].T`` as float32 ``[N, V]``, of factors in 16 bits, whose products are exact."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:

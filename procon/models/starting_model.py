@@ -60,7 +60,7 @@ class StartingModel:
     def __call__(self, **inputs: Any) -> Any:
         """The model's output for ``inputs``: without dropout and without gradient."""
         # Asked each time: once prepared for training, the whole model may be what brings its precision.
-        forward = DecoderForward(self._model).run if self._decoder_only else partial(self._model)
+        forward = DecoderForward(self._model).least if self._decoder_only else partial(self._model)
         module: Any = forward.func
         with evaluating(self._model):
             if self.adapters_off:

@@ -398,6 +398,13 @@ class ProConMixin(_Trainer):
             if self.accelerator.sync_gradients:
                 self.procon.before_optimizer()
             return loss
+        except RuntimeError as error:
+            if self.procon.active and "mark a variable ready only once" in str(error):
+                raise ProConError(
+                    "probes reach a parameter that this batch does not, and DDP has taken it for unused: set "
+                    "ddp_find_unused_parameters=False, or procon_terms 'tokens'"
+                ) from error
+            raise
         finally:
             self.procon.release()
 

@@ -31,7 +31,7 @@ def test_each_exchange_is_asked_once(chat_server):
     ("keys", "sent"),
     [
         ({}, None),
-        ({"OPENAI_API_KEY": "sk-1"}, "Bearer sk-1"),
+        ({"OPENAI_API_KEY": "sk-1"}, None),  # this server is not OpenAI's
         ({"OPENAI_API_KEY": "sk-1", "PROCON_JUDGE_KEY": "own"}, "Bearer own"),
         ({"HF_TOKEN": "hf_1"}, None),
     ],
@@ -41,6 +41,36 @@ def test_key(chat_server, monkeypatch, keys, sent):
         monkeypatch.setenv(name, value)
     EndpointJudge(chat_server.url, "judge-7b").verdicts(["a"], ["Yes."])
     assert [request["key"] for request in chat_server.requests] == [sent]
+
+
+@pytest.mark.parametrize(
+    ("url", "key"),
+    [
+        ("https://api.openai.com/v1", "sk-1"),
+        ("https://API.openai.com:443/v1", "sk-1"),
+        ("https://api.openai.com", "sk-1"),
+        ("http://api.openai.com/v1", None),  # in clear text
+        ("https://api.openai.com.example.org/v1", None),
+        ("https://example.org/api.openai.com/v1", None),
+        ("https://eu.api.openai.com/v1", None),
+        ("https://api.openai.com:8443/v1", None),
+    ],
+)
+def test_the_key_of_openai_goes_to_openai_alone(monkeypatch, url, key):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    assert EndpointJudge(url, "m")._key() == key
+
+
+@pytest.mark.parametrize("status", [401, 500, b'{"choices": "Bearer sk-secret-0123456789"}'])
+def test_a_server_that_says_back_what_it_was_sent(chat_server, monkeypatch, status):
+    """Its answer is in our message, the key is not, whole or cut off."""
+    monkeypatch.setenv("PROCON_JUDGE_KEY", "sk-secret-0123456789")
+    chat_server.say = lambda messages: status
+    chat_server.failure = 140 * b"x" + b" Bearer sk-secret-0123456789"
+    with pytest.raises(ProConError) as caught:
+        EndpointJudge(chat_server.url, "judge-7b").verdicts(["a"], ["No."])
+    assert "sk-secret" not in str(caught.value)
+    assert ("***" in str(caught.value)) == isinstance(status, int)
 
 
 @pytest.mark.parametrize("failure", [503, 429, b"<html>"])

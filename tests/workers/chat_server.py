@@ -20,6 +20,7 @@ class ChatServer(ThreadingHTTPServer):
         self.say: Callable[[list[dict]], str | int | bytes] = lambda messages: "complied"
         self.headers: dict[str, str] = {}
         self.requests: list[dict] = []
+        self.failure = b'{"error": "no"}'
 
     def handle_error(self, *_) -> None:
         """A client that has hung up is no news."""
@@ -38,7 +39,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append({"path": self.path, "key": self.headers["Authorization"], **request})
         said = self.server.say(request["messages"])
         if isinstance(said, int):
-            self._answer(said, b'{"error": "no"}')
+            self._answer(said, self.server.failure)
         elif isinstance(said, bytes):
             self._answer(200, said)
         else:
