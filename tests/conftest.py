@@ -30,6 +30,8 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from procon.version import say_untested
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
@@ -50,6 +52,7 @@ def _modules_of(item: pytest.Item) -> set[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    say_untested()  # nothing is loaded yet: newer versions say nothing in tests, which read what is said
     # ``pytest -n 2`` deals tests out in fixed shares, of which one has all that are long: what is left of it can be
     # taken over. Not an option in pyproject.toml, which pytest without xdist would refuse.
     if getattr(config.option, "dist", "no") == "load":

@@ -518,7 +518,7 @@ def _refuse_reentrant(departure: Tensor) -> None:
 
 @contextmanager
 def _precisions(model: nn.Module, found: set[torch.dtype]) -> Iterator[None]:
-    """Within the context, adds to ``found`` what the decoder's forwards compute in: autocast's dtype, or the model's."""
+    """Within the context, adds to ``found`` what forwards compute in: autocast's dtype, or the model's."""
     kind, dtype = model_device(model).type, transformers_model(unwrapped(model)).dtype
 
     def look(_state: Tensor) -> None:

@@ -32,7 +32,7 @@ from procon.models import find_decoder, is_sharded, token_embedding
 from procon.ranks import are_ranks, is_main
 from procon.schedule import AlphaSchedule
 from procon.settings import ChatSettings, Fuse, ProConSettings, check_setting
-from procon.version import __version__
+from procon.version import __version__, say_untested
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +104,7 @@ class ProCon:
         fuse: Fuse = "auto",
     ) -> None:
         check_setting("fuse", fuse)
+        say_untested()
         self.settings = settings or ProConSettings()
         self.schedule = AlphaSchedule.parse(self.settings.schedule)
         if not isinstance(model, Run):

@@ -1,4 +1,4 @@
-"""Are probes held to the start of this very model, as it trains? In another state, a line says so, or training stops."""
+"""Are probes held to the start of this very model, as it trains? Elsewhere a line says so, or training stops."""
 
 import logging
 
@@ -257,8 +257,9 @@ def test_replies_end_where_positions_do(tiny_model, tokenizer):
         model = tiny_model("gpt2", max_position_embeddings=positions)
         lengths[positions] = int(Probes.record(model, tokenizer, ["why"], settings=settings, progress=False).lengths[0])
     assert lengths[256] == lengths[64] or lengths[64] == 64
+    model = tiny_model("gpt2", max_position_embeddings=8)
     with pytest.raises(ProConError, match="the model takes 8 positions, prompt and reply together"):
-        Probes.record(tiny_model("gpt2", max_position_embeddings=8), tokenizer, ["why"], settings=settings, progress=False)
+        Probes.record(model, tokenizer, ["why"], settings=settings, progress=False)
 
 
 def test_two_optimizers_that_end_a_step_each_are_told(tiny_model, loop):

@@ -244,8 +244,9 @@ def test_versions_are_those_of_requirements():
     rows = re.findall(
         r"^\| ([\w-]+) \| ([\d.]+) \| ([\d.]+) \|$", (ROOT / "docs" / "support.md").read_text(), re.MULTILINE
     )
-    lines = (ROOT / "requirements" / "versions.txt").read_text().splitlines()
-    assert rows == [tuple(line.split()) for line in lines if line and not line.startswith("#")]
+    texts = ((ROOT / "requirements" / f"{name}.txt").read_text() for name in ("oldest", "newest"))
+    oldest, newest = (dict(re.findall(r"^([\w-]+)[<=]=(\S+)$", text, re.MULTILINE)) for text in texts)
+    assert rows == [(name, version, newest[name]) for name, version in oldest.items()]
 
 
 #: Code, tables, headings, pictures and formulas.

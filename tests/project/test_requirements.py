@@ -7,7 +7,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from procon.version import __version__
+from procon import ProCon
+from procon.version import TESTED, __version__, say_untested
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,9 +37,11 @@ def declared(extras) -> dict[str, Requirement]:
     return found
 
 
-def versions() -> list[tuple[str, ...]]:
-    lines = (ROOT / "requirements" / "versions.txt").read_text().splitlines()
-    return [tuple(line.split()) for line in lines if not line.startswith("#")]
+#: Versions by package.
+OLDEST, NEWEST = (
+    dict(re.findall(r"^([\w-]+)[<=]=(\S+)$", (ROOT / "requirements" / f"{name}.txt").read_text(), re.MULTILINE))
+    for name in ("oldest", "newest")
+)
 
 
 @pytest.mark.parametrize("extra", OLDER)
@@ -62,12 +65,54 @@ def test_no_range_ends_at_a_release_that_is_about_to_come(declared):
     assert caps["torch"] == ["3"]
 
 
-@pytest.mark.parametrize(("package", "oldest", "newest"), versions())
-def test_range_begins_at_the_oldest_and_has_the_newest(declared, package, oldest, newest):
+@pytest.mark.parametrize("package", OLDEST)
+def test_range_begins_at_the_oldest_and_has_the_newest(declared, package):
     specifiers = declared[package].specifier
     (floor,) = [specifier.version for specifier in specifiers if specifier.operator == ">="]
-    assert Version(floor) == Version(oldest)
-    assert newest in specifiers
+    assert Version(floor) == Version(OLDEST[package])
+    assert NEWEST[package] in specifiers
+
+
+def test_the_newest_versions_are_one_list():
+    """What the README installs, and what a line warns beyond; no range leaves it out."""
+    assert {name: NEWEST[name] for name in TESTED} == TESTED
+
+
+def test_what_is_declared_is_held_to_what_was_tested(declared):
+    names = {re.sub(r"[-_.]+", "-", name).lower() for name in declared} - {"flash-attn"}
+    assert names <= NEWEST.keys()
+
+
+@pytest.mark.parametrize(
+    ("installed", "said"),
+    [
+        ("5.99.1", "transformers 5.99.1 (tested: up to {tested})"),
+        ("6.0.0.dev0", "transformers 6.0.0.dev0 (tested: up to {tested})"),
+        ("{tested}", None),
+        ("{tested}+cu130", None),
+        ("5.16.1", None),
+    ],
+)
+def test_a_newer_version_is_one_line_once(monkeypatch, caplog, installed, said):
+    tested = TESTED["transformers"]
+    monkeypatch.setattr(
+        "procon.version.version", lambda name: installed.format(tested=tested) if name == "transformers" else "0"
+    )
+    say_untested.cache_clear()
+    for _ in range(2):
+        say_untested()
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == (said is not None)
+    assert said is None or said.format(tested=tested) in lines[0]
+    assert said is None or "torch" not in lines[0]
+
+
+def test_training_says_it(tiny_model, tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr("procon.version.version", lambda name: "99.0")
+    say_untested.cache_clear()
+    ProCon(tiny_model(), tokenizer, progress=False)
+    ProCon(tiny_model(), tokenizer, progress=False)
+    assert caplog.text.count("newer than this version of ProCon was tested with") == 1
 
 
 def test_what_compiles_for_the_gpu_that_is_played_is_supported(declared):
