@@ -15,9 +15,8 @@ HERE = Path(__file__).parent
 _LEFT_OUT = re.compile(r"nvidia-|cuda-|procon-|pip$|setuptools$|wheel$")
 
 _HEAD = """\
-# The newest versions that the tests passed with, of every package that is installed for them. A constraints file of pip:
-# `pip install --constraint requirements/newest.txt ...`. `.ci/run unpinned` writes it. Older versions are admitted, as
-# not each of these runs on every Python.
+# The newest versions that the tests passed with, of every package that is installed for them, as a constraints file of
+# pip. `.ci/run unpinned` writes it. Older versions are admitted, as not each of these runs on every Python.
 """
 
 
