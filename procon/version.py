@@ -42,4 +42,4 @@ def say_untested() -> None:
 
 def _numbers(text: str) -> list[int]:
     """The release that a version is of, or comes before."""
-    return [int(number) for number in re.match(r"[\d.]*", text)[0].strip(".").split(".") if number]
+    return [int(number) for number in re.split(r"[^\d.]", text)[0].split(".") if number]

@@ -82,11 +82,11 @@ class ConstrainedBlock:
 
     def stay(self) -> None:
         """Put the op back into the norm, if a kernel of the hub or the class's own forward has taken its place."""
-        norm = self._norm
-        if norm is None or vars(norm).get("forward") is self._ours or not is_the_hubs(norm):
+        norm, ours = self._norm, self._ours
+        if norm is None or ours is None or vars(norm).get("forward") is ours or not is_the_hubs(norm):
             return
         self._theirs = {name: vars(norm).pop(name) for name in _HUBS if name in vars(norm)}
-        norm.forward = self._ours
+        norm.forward = ours
 
     def _leave(self) -> None:
         """The norm has what it would have without the op."""

@@ -45,7 +45,7 @@ class _Parts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,), (others, tokens, rest) = gradients, ctx.saved_tensors
         found = (others - rest.masked_fill(rest == -torch.inf, 0)).exp_().mul_(gradient[:, -1:])
         return found.scatter_(1, tokens, gradient[:, :-1]), None
@@ -65,5 +65,5 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return None, gradients[0][:, None] * ctx.saved_tensors[0]

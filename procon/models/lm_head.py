@@ -74,7 +74,7 @@ class _Float32Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,), (hidden, weight) = gradients, ctx.saved_tensors
         of_hidden = of_weight = None
         with torch.autocast(hidden.device.type, enabled=False):
