@@ -206,6 +206,12 @@ def test_errors_of_libraries_that_write_by_themselves_are_named_too(size):
         save()
 
 
+def test_what_is_named_once_is_not_named_again():
+    message = r"^cannot write 'in' \([^()]*\): free some space, or give another place$"
+    with pytest.raises(ProConError, match=message), writing("out"), writing("in"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_an_error_of_another_kind_is_left_as_it_is(tmp_path):
     with pytest.raises(ConnectionRefusedError), writing(tmp_path):
         raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")

@@ -12,9 +12,10 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from procon import ProCon, ProConConfig, ProConSettings, ProConTrainer, protect
+from procon import ProCon, ProConConfig, ProConError, ProConSettings, ProConTrainer, protect
 from procon.data import padding_collator
 from procon.integrations import ConstrainedForward, ProConCallback
+from procon.method.probes import PROBES_FILE, Probes
 
 STEPS, MIDDLE, RATE = 20, 8, 1e-3
 
@@ -274,12 +275,25 @@ def reference(setting: Setting, name: str, **settings) -> list[float]:
     return _FOUND[name]
 
 
+def spoil_probes(folder: Path) -> None:
+    """Their files are whole, and of the same prompts: only the numbers are another model's."""
+    files = list(folder.rglob(PROBES_FILE))
+    assert files
+    for file in files:
+        other = Probes.load(file)
+        other.states.sub_(0.1)
+        other.save(file)
+
+
 @pytest.mark.parametrize("door", [name for name in DOORS if name != "ProConTrainer"])
 def test_every_door_trains_alike_and_goes_on_alike(setting, door):
     found = DOORS[door](setting, False)
     assert len(found) == STEPS
     assert DOORS[door](setting, True) == pytest.approx(found[MIDDLE:], abs=1e-7)
     assert found == pytest.approx(reference(setting, "both"), abs=1e-5)
+    spoil_probes(setting.folder)
+    with pytest.raises(ProConError, match=r"are those of another run|not as it was written"):
+        DOORS[door](setting, True)
     # Each of them acts: without it, it is another training.
     for term in ("tokens", "probes"):
         unused = {f"procon_{name}": getattr(ProConSettings, name) for name in ("probe_reply_tokens", "probe_weight")}

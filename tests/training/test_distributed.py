@@ -53,6 +53,7 @@ EXPECTED |= {case: "lora" for case in SHORT if "lora" in case} | dict.fromkeys(P
 #: By case, a part of what every rank reports.
 REFUSED = {
     "probes_reentrant": "the ranks would no longer train one model: set use_reentrant=False",
+    "probes_beyond_the_batch": "set ddp_find_unused_parameters=False, or procon_terms 'tokens'",
     "not_a_number": "penalty became nan by step 1",
     "zero3_probes": "probes are a second one: take procon_terms",
     "live_copies": "the starting model cannot be copied, as its parameters are sharded",

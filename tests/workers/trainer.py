@@ -289,6 +289,21 @@ def probes_reentrant(name: str) -> dict:
     return {"errors": refusals(trainer(name, model=load_lora, given=None, **checkpoints, **alone).train)}
 
 
+def load_with_a_part_of_probes() -> torch.nn.Module:
+    """One of its parameters is reached only from lengths that the collator pads no batch to."""
+    model = load()
+    model.rare = torch.nn.Parameter(torch.zeros(32))
+    model.model.layers[0].mlp.register_forward_hook(
+        lambda _module, _inputs, output: output + model.rare if output.shape[1] % 32 else output
+    )
+    return model
+
+
+def probes_beyond_the_batch(name: str) -> dict:
+    unused = {**PROBES, "ddp_find_unused_parameters": True, "gradient_accumulation_steps": 1}
+    return {"errors": refusals(trainer(name, model=load_with_a_part_of_probes, **unused).train)}
+
+
 def ulysses(name: str) -> dict:
     from accelerate import ParallelismConfig
 
@@ -322,6 +337,7 @@ CASES = {
     "not_a_number": not_a_number,
     "first_version": first_version,
     "probes_reentrant": probes_reentrant,
+    "probes_beyond_the_batch": probes_beyond_the_batch,
     "zero2": partial(train, **zero(2), **SAVES),
     "zero2_resumed": partial(train, resume=f"zero2-{OTHER}", **zero(2)),
     "zero2_probes": partial(train, **zero(2), **PROBES),
