@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 #: What such settings are called.
@@ -43,12 +44,14 @@ class Noise:
         modes stay: on them it hangs whether blocks are checkpointed, and how quantised layers compute.
         """
         found = [(module, getattr(module, _CHECKPOINT)) for module in self._checkpointing]
+        drawn = torch.get_rng_state()  # older OPTs draw for each layer, whether it may be dropped or not
         for module, checkpoint in found:
             setattr(module, _CHECKPOINT, self._quietly(checkpoint))
         try:
             with self._silenced():
                 yield
         finally:
+            torch.set_rng_state(drawn)
             for module, checkpoint in found:
                 setattr(module, _CHECKPOINT, checkpoint)
 
