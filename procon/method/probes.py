@@ -434,7 +434,12 @@ class ProbeTerm(Term):
         mine, alike = turn.part(run.group, run.groups)
         forward, found = self._in_training(run), set()
         with torch.no_grad(), _precisions(run.model, found):
-            departure, again = (float(run.total(mine.departure(forward, among=turn) / alike)) for _ in range(2))
+            twice = []
+            for seed in range(2):  # such as other dropout, if any is left
+                with torch.random.fork_rng(devices=[]):
+                    torch.random.default_generator.manual_seed(seed)
+                    twice.append(float(run.total(mine.departure(forward, among=turn) / alike)))
+            departure, again = twice
             coarse = max((torch.finfo(dtype).eps for dtype in found), default=0.0)
             most = max(_ROUNDING, _SQUARES * (coarse * mine.size_of_numbers(forward)) ** 2)
         recorded = self._recorded_in
